@@ -54,7 +54,7 @@ clean:
 $(PY):
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: install one, or say" \
 	  "make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 # The stamps make a second call cheap; a changed pyproject.toml installs anew.
 $(VENV)/.stamp-run: pyproject.toml | $(PY)

@@ -1,0 +1,43 @@
+"""Settings of every test run: CPU, eight virtual devices, few threads, no network.
+
+They are made before jax is first imported, and through the environment, so that the programs that
+tests start in subprocesses run under them too.
+"""
+
+import os
+import pathlib
+
+import pytest
+
+# Two threads are enough for what tests compute, and more only fight each other on small machines.
+_THREADS = str(min(2, os.cpu_count() or 1))
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, _THREADS)
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices, so that sharded code meets a real mesh. Idle ones cost nothing measurable.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+# What a hub has is not what these tests test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> pathlib.Path:
+    """The repository this test suite lies in."""
+    return pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The folder with the real data sets; the test is skipped where there is none."""
+    folder = os.environ.get("PALIGEMMA_MED_REAL_DATA", "")
+    if not folder:
+        pytest.skip("PALIGEMMA_MED_REAL_DATA is not set")
+    if not os.path.isdir(folder):
+        pytest.fail(f"PALIGEMMA_MED_REAL_DATA={folder} is not a folder")
+    return pathlib.Path(folder).resolve()
