@@ -1,0 +1,226 @@
+"""Build a data set as TFDS array_record files, from files on this machine; nothing is downloaded.
+
+Example:
+  python -m data_prep.build slake --manual_dir ~/data/Slake1.0 --data_dir ~/tensorflow_datasets
+  python -m data_prep.build phantom --data_dir /tmp/data
+"""
+# The docstring above is what --help prints.
+#
+# A build is written to DATA_DIR/.building and renamed into place when it's whole: a killed or
+# failed build leaves the data sets as they were, also with --overwrite. A lock on that folder
+# makes a second build of the same thing wait, and lets the next one clear what a killed one left.
+
+import contextlib
+import fcntl
+import importlib
+import io
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+
+from data_prep import files, slake_layout
+from data_prep.files import DataError
+from data_prep.vqa_builder import REPORT_NAME
+
+# Name -> module with a TFDS `Builder`. `describe(report) -> lines` prints a report; a module with
+# `make_raw` makes its own released files.
+BUILDERS = {
+    "slake": "data_prep.slake.slake_dataset_builder",
+    "phantom": "data_prep.phantom.phantom_dataset_builder",
+}
+
+
+def default_data_dir() -> pathlib.Path:
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS looks by itself."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+@contextlib.contextmanager
+def _staging(data_dir: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
+    """An empty folder below `data_dir` that only this process uses; gone afterwards."""
+    try:
+        parent = data_dir / ".building"
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = open(parent / f"{key}.lock", "w")
+    except OSError as e:
+        raise DataError(f"{data_dir}: can't write there ({e.strerror or e})") from None
+    with lock:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        staging = parent / key
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: pathlib.Path, data_dir: pathlib.Path, made: pathlib.Path) -> pathlib.Path:
+    """Moves the finished `made` (below `staging`) to the same place below `data_dir`."""
+    final = data_dir / made.relative_to(staging)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        final.rename(staging / "replaced")
+    made.rename(final)
+    # TFDS notes a data set's default config at <data_dir>/<name>/.config.
+    name = made.relative_to(staging).parts[0]
+    common = staging / name / ".config"
+    if common.is_dir():
+        shutil.copytree(common, data_dir / name / ".config", dirs_exist_ok=True)
+    return final
+
+
+def _build_one(
+    module: Any, config: str | None, data_dir: pathlib.Path, overwrite: bool, options: dict
+) -> pathlib.Path:
+    builder = module.Builder(data_dir=data_dir, config=config, file_format="array_record")
+    full_name, final = builder.info.full_name, pathlib.Path(builder.data_path)
+    key = full_name.replace("/", "-")
+    with _staging(data_dir, key) as staging:
+        if final.exists() and not overwrite:
+            report_path = final / REPORT_NAME
+            made_with = files.read_json(report_path) if report_path.is_file() else {}
+            wanted = {k: v for k, v in options.items() if k != "manual_dir" and v is not None}
+            other = {k: made_with.get("made_with", {}).get(k) for k in wanted}
+            if other != wanted:
+                raise DataError(
+                    f"{final}: already built with {other}, asked for {wanted}; "
+                    "pass --overwrite to build it again"
+                )
+            print(f"{full_name} is already built at {final} (--overwrite builds it again)")
+            return final
+        start = time.monotonic()
+        manual_dir = options.get("manual_dir")
+        extra = {}
+        if hasattr(module, "make_raw") and manual_dir is None:
+            extra = {k: v for k, v in options.items() if k != "manual_dir" and v is not None}
+            manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **extra)
+        print(f"building {full_name} from {manual_dir} ...", flush=True)
+        builder = module.Builder(data_dir=staging, config=config, file_format="array_record")
+        # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                download_dir=staging / "downloads",
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual_dir, try_download_gcs=False, register_checksums=False
+                ),
+            )
+        final = _publish(staging, data_dir, pathlib.Path(builder.data_path))
+    for line in slake_layout.describe(builder.report):
+        print(f"  {line}")
+    seconds = time.monotonic() - start
+    print(f"built {full_name} at {final} in {seconds:.1f} s; counts in {REPORT_NAME} there")
+    return final
+
+
+def build(
+    name: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+    config: str | None = None,
+    overwrite: bool = False,
+    num_images: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> dict[str, pathlib.Path]:
+    """Builds one data set, or says that it is built already. Prints what it does.
+
+    Args:
+      name: a key of `BUILDERS`.
+      manual_dir: folder with the released files. `phantom` draws its own if None.
+      data_dir: where TFDS data sets are; None: `default_data_dir()`.
+      config: one builder config; None: all of them.
+      overwrite: build again what is there; the old one stays until the new one is whole.
+      num_images: `phantom` only: images in train, validate, test.
+      seed: `phantom` only: seed of the drawings.
+
+    Returns:
+      {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
+
+    Raises:
+      DataError: unknown name or config, or bad input; one sentence that names the file.
+    """
+    if name not in BUILDERS:
+        raise DataError(f"unknown data set {name!r}; known ones: {', '.join(sorted(BUILDERS))}")
+    module = importlib.import_module(BUILDERS[name])
+    own = hasattr(module, "make_raw")
+    if not own and (num_images is not None or seed is not None):
+        raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom) only")
+    if manual_dir is not None and (num_images is not None or seed is not None):
+        raise DataError(f"{name}: num_images and seed are for drawing, not with a manual_dir")
+    if not own and manual_dir is None:
+        raise DataError(
+            f"{name}: --manual_dir is needed. {module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+    if manual_dir is not None:
+        manual_dir = slake_layout.check_folder(manual_dir)
+    configs = list(module.Builder.builder_configs) or [None]
+    if config is not None:
+        if config not in configs:
+            known = ", ".join(c for c in configs if c) or "none"
+            raise DataError(f"{name}: unknown config {config!r}; known ones: {known}")
+        configs = [config]
+    data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    options = {
+        "manual_dir": manual_dir,
+        "num_images": list(num_images) if num_images is not None else None,
+        "seed": seed,
+    }
+    return {
+        f"{name}/{c}" if c else name: _build_one(module, c, data_dir, overwrite, options)
+        for c in configs
+    }
+
+
+def _define_flags() -> None:
+    # Not at import: other programs import `build` and have a --data_dir of their own.
+    flags.DEFINE_string("manual_dir", None, "Folder with the released files (unpacked).")
+    flags.DEFINE_string(
+        "data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets."
+    )
+    flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
+    flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
+    flags.DEFINE_list("num_images", None, "phantom: number of images in train,validate,test.")
+    flags.DEFINE_integer("seed", None, "phantom: seed of the drawings.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line; exits with 1 and one line on bad input."""
+    logging.set_verbosity(logging.WARNING)  # TFDS logs every file it writes
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        if len(argv) != 2:
+            raise DataError(
+                f"expected one data set name, found {list(argv[1:])}; known ones: "
+                f"{', '.join(sorted(BUILDERS))}; --help shows an example"
+            )
+        num_images = flags.FLAGS.num_images
+        if num_images is not None:
+            if len(num_images) != 3 or not all(n.strip().isdigit() for n in num_images):
+                raise DataError(f"--num_images={','.join(num_images)}: expected 3 whole numbers")
+            num_images = [int(n) for n in num_images]
+        build(
+            argv[1],
+            manual_dir=flags.FLAGS.manual_dir,
+            data_dir=flags.FLAGS.data_dir,
+            config=flags.FLAGS.config,
+            overwrite=flags.FLAGS.overwrite,
+            num_images=num_images,
+            seed=flags.FLAGS.seed,
+        )
+    except DataError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

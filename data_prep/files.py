@@ -1,0 +1,121 @@
+"""Reading other people's files with suspicion: JSON, image bytes, and paths found inside JSON.
+
+Released data sets come with truncated downloads, git-LFS pointers, stray paths. Each function here
+either gives the content or raises `DataError` with one sentence that names the file, what was
+found and what was expected, because a user can act on that and not on a stack trace.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import PIL.Image
+
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+
+
+class DataError(ValueError):
+    """The data given by the user can't be built; the message says which file and why."""
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """True for the ~130-byte text that git leaves in place of a file kept in git-LFS."""
+    return content[: len(_LFS_HEAD)] == _LFS_HEAD
+
+
+def _read(path: os.PathLike | str, what: str) -> bytes:
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: {what} is missing") from None
+    except OSError as e:
+        raise DataError(f"{path}: {what} can't be read ({e.strerror or e})") from None
+    if is_lfs_pointer(content):
+        raise DataError(
+            f"{path}: found a git-LFS pointer, expected {what}; run `git lfs pull` where the "
+            "folder was cloned, or download the file itself"
+        )
+    return content
+
+
+def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
+    """Parses a UTF-8 JSON file (a byte-order mark is tolerated).
+
+    Raises:
+      DataError: missing, unreadable, a git-LFS pointer, not UTF-8, or not JSON.
+    """
+    content = _read(path, what)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected {what}") from None
+    except json.JSONDecodeError as e:
+        raise DataError(
+            f"{path}: not valid JSON at line {e.lineno} column {e.colno} ({e.msg}); expected {what}"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path}: JSON nested too deeply; expected {what}") from None
+
+
+def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
+    """Joins a relative path read from a data file to `root`, and never leaves `root`.
+
+    Windows separators are accepted (several released sets have them). The check is on the text of
+    the path: links inside `root` are the user's own doing and are followed.
+
+    Raises:
+      DataError: empty, absolute, with a drive letter, a NUL or a `..` part, or not a string.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"expected a relative path inside {root}, found {name!r}")
+    parts = name.replace("\\", "/").split("/")
+    if "\0" in name or parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"path {name!r} would leave {root}; expected a relative path inside it")
+    return pathlib.Path(root).joinpath(*parts)
+
+
+@functools.cache
+def _check_image(path: str, size: int, mtime_ns: int) -> str:
+    # size and mtime are in the cache key so that a file changed on disk is looked at again.
+    del size, mtime_ns
+    content = _read(path, "an image")
+    try:
+        # verify() finds broken chunks and checksums, load() finds truncated pixel data.
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            image.verify()
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as e:
+        reason = " ".join(str(e).split()).replace(" <", " of <").split(" of <")[0]
+        raise DataError(
+            f"{path}: not a readable image ({len(content)} bytes; {reason}); "
+            "expected a whole JPEG or PNG file"
+        ) from None
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_image(path: os.PathLike | str) -> str:
+    """Decodes an image file once a process and returns the SHA-256 of its bytes.
+
+    Raises:
+      DataError: missing, a git-LFS pointer, corrupt or truncated.
+    """
+    path = os.fspath(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        raise DataError(f"{path}: the image is missing") from None
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: expected an image file, found a folder")
+    return _check_image(path, stat.st_size, stat.st_mtime_ns)
+
+
+def write_json(path: os.PathLike | str, content: Any) -> None:
+    """Writes readable UTF-8 JSON that ends in a newline."""
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    pathlib.Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,58 @@
+"""What every data set of the project has in common as a TFDS builder: schema and build report.
+
+A config or an evaluator can swap one data set for another because the keys are the same. Images
+are stored as the bytes of the released file: nothing is decoded and encoded again, and TFDS needs
+no TensorFlow for it.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_prep import files
+
+REPORT_NAME = "build_report.json"
+
+
+def vqa_features(**extra: Any) -> tfds.features.FeaturesDict:
+    """Features of one question about one image, plus those that only this data set has.
+
+    image: encoded bytes as released (read with `tfds.decode.SkipDecoding()`); question, answer,
+    question_id, image_id: text; answer_type: "OPEN" or "CLOSED".
+    """
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "question": text,
+            "answer": text,
+            "answer_type": text,
+            "question_id": text,
+            "image_id": text,
+            **extra,
+        }
+    )
+
+
+def boxes_feature() -> tfds.features.Sequence:
+    """Named boxes: label text[n], bbox float32[n, 4] = x, y, width, height in pixels."""
+    bbox = tfds.features.Tensor(shape=(4,), dtype=np.float32)
+    return tfds.features.Sequence({"label": tfds.features.Text(), "bbox": bbox})
+
+
+class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A GeneratorBasedBuilder that leaves `build_report.json` beside the records.
+
+    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators`.
+    """
+
+    report: Mapping[str, Any] | None = None
+
+    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        super()._download_and_prepare(*args, **kwargs)
+        # TFDS has pointed data_path at its temporary folder here: report and records appear
+        # together or not at all.
+        files.write_json(pathlib.Path(self.data_path) / REPORT_NAME, self.report)
