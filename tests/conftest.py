@@ -15,11 +15,20 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, _THREADS)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight devices, so that sharded code meets a real mesh. Idle ones cost nothing measurable.
+# Eight devices, so that sharded code meets a real mesh. Measured: 20 MB more, compiling 5 % slower.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+# Compiling is most of what these tests spend. A second run, or a program that tests start twice,
+# finds it done (measured: 5.9 s -> 1.1 s). `make clean` empties it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # What a hub has is not what these tests test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -236,7 +236,7 @@ def _to_writable(key: str, leaf, dtype) -> np.ndarray:
         )
     if dtype is not None and (is_bf16 or array.dtype.kind == "f"):
         array = array.astype(dtype, copy=False)
-    return array.view(_VOID2) if array.dtype == BFLOAT16 else array
+    return array  # numpy itself writes bfloat16 as void
 
 
 def _sync_folder(folder: str) -> None:

@@ -1,0 +1,479 @@
+"""Weights files: round trips, every bad file named, and fitting to what a model expects."""
+
+import io
+import os
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.ndimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paligemma_med import checkpoints
+from paligemma_med.checkpoints import CheckpointError, npz
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def f(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "img": {
+            "pos_embedding": f(1, 16, 6),
+            "head": {"kernel": f(6, 4), "bias": f(4)},
+            "Transformer": {
+                "encoderblock": {"LayerNorm_0": {"scale": f(3, 6)}, "mlp": {"kernel": f(3, 6, 8)}},
+                "encoder_norm": {"scale": f(6)},
+            },
+        },
+        "llm": {"embedder": {"input_embedding": f(11, 4)}, "layers": {"w": f(2, 5, 4)}},
+    }
+
+
+def assert_same(a, b):
+    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype, key
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["params/", ""])
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_round_trip(tmp_path, prefix, dtype):
+    params = tree()
+    params["llm"]["count"] = np.arange(3, dtype=np.int32)
+    npz.save_npz(tmp_path / "w.npz", params, dtype=dtype, prefix=prefix)
+    back = npz.load_npz(tmp_path / "w.npz")
+    want = {
+        k: v if dtype is None or v.dtype.kind != "f" else v.astype(BF16 if "b" in dtype else dtype)
+        for k, v in npz.flatten_tree(params).items()
+    }
+    assert_same(back, npz.unflatten_tree(want))
+    keys = np.load(tmp_path / "w.npz").files
+    assert all(k.startswith(prefix + "img/") or k.startswith(prefix + "llm/") for k in keys)
+
+
+def test_bfloat16_lies_in_the_file_as_numpy_itself_would_save_it(tmp_path):
+    array = np.arange(6).reshape(2, 3).astype(BF16)
+    npz.save_npz(tmp_path / "ours.npz", {"a": array}, prefix="")
+    np.savez(tmp_path / "numpys.npz", a=array)
+    ours, numpys = (zipfile.ZipFile(tmp_path / f).read("a.npy") for f in ("ours.npz", "numpys.npz"))
+    assert b"V2" in ours and ours == numpys
+    assert_same(npz.load_npz(tmp_path / "numpys.npz"), {"a": array})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from(["<f4", ">f4", "<f8", "<f2", "<i4", "|u1", "|b1", "bfloat16"]),
+    st.booleans(),
+)
+def test_any_shape_and_dtype_comes_back(tmp_path_factory, shape, dtype, fortran):
+    path = tmp_path_factory.mktemp("any") / "w.npz"
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    array = array.astype(BF16 if dtype == "bfloat16" else dtype)
+    array = np.asfortranarray(array) if fortran else array
+    npz.save_npz(path, {"a": {"b": array}})
+    back = npz.load_npz(path)["a"]["b"]
+    assert back.dtype.isnative and back.shape == array.shape
+    np.testing.assert_array_equal(back, array)
+
+
+def test_equal_trees_give_equal_bytes_whatever_the_order(tmp_path):
+    params = tree()
+    npz.save_npz(tmp_path / "a.npz", params)
+    npz.save_npz(tmp_path / "b.npz", {"llm": params["llm"], "img": params["img"]})
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_jax_arrays_can_be_saved(tmp_path):
+    import jax.numpy as jnp
+
+    npz.save_npz(tmp_path / "w.npz", {"a": jnp.ones((2, 3), jnp.bfloat16)})
+    assert_same(npz.load_npz(tmp_path / "w.npz"), {"a": np.ones((2, 3), BF16)})
+
+
+def test_only_params_are_taken_from_a_file_that_holds_more(tmp_path):
+    np.savez(tmp_path / "w.npz", **{"params/img/a": np.ones(2), "opt/img/a": np.zeros(2)})
+    assert_same(npz.load_npz(tmp_path / "w.npz"), {"img": {"a": np.ones(2)}})
+
+
+@pytest.mark.parametrize("prefix", ["params/", ""])
+def test_subtree(tmp_path, prefix):
+    params = tree()
+    path = str(tmp_path / "w.npz")
+    npz.save_npz(path, params, prefix=prefix)
+    assert_same(npz.load_npz(path, "img"), params["img"])
+    assert_same(npz.load_npz(path + ":img"), params["img"])
+    assert_same(npz.load_npz(path, "llm/layers"), params["llm"]["layers"])
+    with pytest.raises(CheckpointError, match=r"no subtree 'im'.*img, llm"):
+        npz.load_npz(path, "im")
+    with pytest.raises(CheckpointError, match="single array"):
+        npz.load_npz(path, "img/head/bias")
+
+
+def test_a_subtree_is_read_without_touching_the_rest(tmp_path):
+    path = tmp_path / "w.npz"
+    with zipfile.ZipFile(path, "w") as z:
+        buffer = io.BytesIO()
+        np.save(buffer, np.ones(3, np.float32))
+        z.writestr("params/img/a.npy", buffer.getvalue())
+        z.writestr("params/llm/a.npy", b"nonsense")
+    assert_same(npz.load_npz(path, "img"), {"a": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match="params/llm/a"):
+        npz.load_npz(path)
+
+
+@pytest.mark.parametrize(
+    "spec, want",
+    [
+        ("x.npz", ("x.npz", None)),
+        ("x.npz:img", ("x.npz", "img")),
+        ("/a:b/x.npz", ("/a:b/x.npz", None)),
+        (r"C:\w\x.npz", (r"C:\w\x.npz", None)),
+        (r"C:\w\x.npz:llm/layers", (r"C:\w\x.npz", "llm/layers")),
+        ("gs://bucket/x.npz:img", ("gs://bucket/x.npz", "img")),
+        ("a.npz:b/x.npz:img", ("a.npz:b/x.npz", "img")),
+        ("http://host:80/x.NPZ", ("http://host:80/x.NPZ", None)),
+        ("some/workdir:1", ("some/workdir:1", None)),
+    ],
+)
+def test_split_spec(spec, want):
+    assert npz.split_spec(spec) == want
+
+
+def test_split_spec_wants_a_name_after_the_colon():
+    with pytest.raises(CheckpointError, match="after the colon"):
+        npz.split_spec("x.npz:")
+
+
+# --- bad files ---------------------------------------------------------------------------------
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def npz_bytes(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy_bytes(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def zip_bytes(**entries):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        for name, content in entries.items():
+            z.writestr(name, content)
+    return buffer.getvalue()
+
+
+GOOD = npz_bytes(**{"img/a": np.arange(300.0), "img/b": np.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "not a readable .npz"),
+        (b"just some text", "not a readable .npz"),
+        (b"\x80\x04K\x01.", "not a readable .npz"),  # a pickle
+        (GOOD[:10], "not a readable .npz"),
+        (GOOD[: len(GOOD) // 2], "not a readable .npz"),
+        (npy_bytes(np.ones(3)), "single array"),
+        (zip_bytes(), "holds no arrays"),
+        (zip_bytes(**{"word/document.xml": b"<a/>"}), "word/document.xml"),
+        (zip_bytes(**{"img/a.npy": npy_bytes(np.ones(9))[:-8]}), "img/a"),
+        (npz_bytes(**{"img/a": np.array([{}, None], dtype=object)}), "'img/a'.*pickled"),
+        (npz_bytes(**{"img/a": np.array(["text"])}), "'img/a' has dtype <U4"),
+        (npz_bytes(**{"img/a": np.zeros(2, "V3")}), "'img/a' has dtype"),
+        (npz_bytes(**{"img/a": np.zeros(2, [("x", "f4")])}), "'img/a' has dtype"),
+        (npz_bytes(**{"img": np.ones(1), "img/a": np.ones(1)}), "'img"),
+        (npz_bytes(**{"img/a": np.ones(1), "img": np.ones(1)}), "'img"),
+        (npz_bytes(**{"img//a": np.ones(1)}), "'img//a'"),
+    ],
+)
+def test_a_bad_file_gives_one_error_with_its_name(tmp_path, content, says):
+    path = write(tmp_path / "some weights.npz", content)
+    with pytest.raises(CheckpointError, match=says) as e:
+        npz.load_npz(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_object_array_is_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "went off"),))
+
+    path = write(tmp_path / "w.npz", npz_bytes(a=np.array([Bomb()], dtype=object)))
+    with pytest.raises(CheckpointError, match="'a'"):
+        npz.load_npz(path)
+    assert not (tmp_path / "went off").exists()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255), st.booleans())
+def test_damage_anywhere_is_an_error_of_ours_or_does_no_harm(tmp_path_factory, at, flip, cut):
+    content = bytearray(GOOD[:at] if cut else GOOD)
+    if not cut:
+        content[at] ^= flip
+    path = write(tmp_path_factory.mktemp("bad") / "w.npz", bytes(content))
+    try:
+        back = npz.load_npz(path)
+    except CheckpointError as e:
+        assert str(path) in str(e)
+    else:
+        assert not cut
+        for array in npz.flatten_tree(back).values():  # a flipped byte may sit in a name or date
+            assert array.tobytes() in (np.arange(300.0).tobytes(), np.ones(3).tobytes())
+
+
+def test_a_missing_file_and_a_remote_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.npz"):
+        npz.load_npz(tmp_path / "nothing.npz")
+    with pytest.raises(FileNotFoundError, match="local file"):
+        npz.load_npz("gs://bucket/x.npz:img")
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params, says",
+    [
+        ({"a": {"b/c": np.ones(1)}}, "'b/c' under a"),
+        ({"a": {1: np.ones(1)}}, "key 1"),
+        ({"a": {}}, "a is empty"),
+        ({"a": {"b": None}}, "a/b: expected an array of numbers, found NoneType"),
+        ({"a": {"b": "text"}}, "a/b: expected an array of numbers, found str"),
+        (np.ones(3), "nested dict"),
+    ],
+)
+def test_what_can_not_be_saved_is_named_and_leaves_no_file(tmp_path, params, says):
+    with pytest.raises(CheckpointError, match=says):
+        npz.save_npz(tmp_path / "w.npz", params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "w.npz"
+    npz.save_npz(path, {"a": np.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError):
+        npz.save_npz(path, {"a": np.zeros(3), "b": None})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_save_overwrites_makes_folders_and_wants_an_npz_name(tmp_path):
+    path = tmp_path / "new" / "folder" / "w.npz"
+    for value in (1.0, 2.0):
+        npz.save_npz(path, {"a": np.full(2, value)})
+        assert npz.load_npz(path)["a"][0] == value
+    with pytest.raises(CheckpointError, match="ends in .npz"):
+        npz.save_npz(tmp_path / "w.bin", {"a": np.ones(1)})
+
+
+# --- position embeddings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old, new", [(4, 9), (16, 49), (49, 16), (256, 1024), (9, 1), (1, 9)])
+def test_resample_posemb_is_big_visions(old, new):
+    emb = np.random.default_rng(0).normal(size=(1, old, 5)).astype(np.float32)
+    side_old, side_new = int(old**0.5), int(new**0.5)
+    zoom = (side_new / side_old, side_new / side_old, 1)
+    want = scipy.ndimage.zoom(emb.reshape(side_old, side_old, 5), zoom, order=1)
+    got = npz.resample_posemb(emb, new)
+    np.testing.assert_allclose(got, want.reshape(1, new, 5), atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 24), st.integers(2, 40))
+def test_resampling_keeps_corners_and_reproduces_a_linear_field(old, new):
+    def field(side):
+        y, x = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side), indexing="ij")
+        return np.stack([1 + 0 * x, x, 2 * y - x], -1).reshape(1, side * side, 3).astype("float32")
+
+    np.testing.assert_allclose(npz.resample_posemb(field(old), new**2), field(new), atol=1e-5)
+
+
+def test_resampling_keeps_the_dtype_and_refuses_other_grids():
+    emb = np.ones((1, 16, 3), BF16)
+    assert npz.resample_posemb(emb, 64).dtype == BF16
+    assert npz.resample_posemb(emb, 16) is emb
+    for shape, new in [((1, 15, 3), 16), ((1, 16, 3), 15), ((1, 16, 3), 0), ((16, 3), 4)]:
+        with pytest.raises(CheckpointError, match="position embeddings"):
+            npz.resample_posemb(np.ones(shape), new)
+
+
+# --- stacking ----------------------------------------------------------------------------------
+
+
+def test_unstack_and_stack_are_inverse():
+    params = tree()
+    unrolled = npz.unstack_layers(params)
+    assert set(unrolled["img"]["Transformer"]) == {
+        "encoder_norm", "encoderblock_0", "encoderblock_1", "encoderblock_2",
+    }  # fmt: skip
+    np.testing.assert_array_equal(
+        unrolled["img"]["Transformer"]["encoderblock_2"]["mlp"]["kernel"],
+        params["img"]["Transformer"]["encoderblock"]["mlp"]["kernel"][2],
+    )
+    assert_same(npz.stack_layers(unrolled), params)
+    assert_same(npz.stack_layers(params), params)
+
+
+def test_more_than_ten_layers_keep_their_order():
+    blocks = {f"encoderblock_{i}": {"w": np.full(2, i)} for i in reversed(range(12))}
+    np.testing.assert_array_equal(
+        npz.stack_layers(blocks)["encoderblock"]["w"][:, 0], np.arange(12)
+    )
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: t.pop("encoderblock_1"), "layer 1 is missing"),
+        (lambda t: t["encoderblock_2"].pop("mlp"), "mlp/kernel.*layer 2 is missing"),
+        (lambda t: t["encoderblock_1"].update(mlp={"kernel": np.ones(2)}), "layer 1 has shape"),
+        (lambda t: t.update(encoderblock={"mlp": {"kernel": np.ones(3)}}), "both stacked and"),
+    ],
+)
+def test_layers_that_can_not_be_stacked_are_named(change, says):
+    blocks = npz.unstack_layers(tree())["img"]["Transformer"]
+    change(blocks)
+    with pytest.raises(CheckpointError, match=says):
+        npz.stack_layers(blocks)
+
+
+def test_layers_that_can_not_be_unstacked_are_named():
+    with pytest.raises(CheckpointError, match="encoderblock/b.*2 layers"):
+        npz.unstack_layers({"encoderblock": {"a": np.ones((3, 1)), "b": np.ones((2, 1))}})
+
+
+# --- vocabulary, matching ----------------------------------------------------------------------
+
+
+def test_extend_vocab_keeps_the_old_rows():
+    old = np.random.default_rng(0).normal(size=(50, 40)).astype(BF16)
+    new = npz.extend_vocab(old, 100, seed=1)
+    assert new.shape == (100, 40) and new.dtype == BF16
+    np.testing.assert_array_equal(new[:50], old)
+    assert 0.018 < new[50:].astype(np.float32).std() < 0.022
+    np.testing.assert_array_equal(new, npz.extend_vocab(old, 100, seed=1))
+    with pytest.raises(CheckpointError, match="shrink"):
+        npz.extend_vocab(old, 49)
+
+
+def test_match_takes_what_fits_and_resamples_position_embeddings():
+    import jax
+
+    params, want = tree(), tree(1)
+    want["img"]["pos_embedding"] = np.zeros((1, 25, 6), np.float32)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
+    got = npz.match_params(params, expected)
+    np.testing.assert_array_equal(
+        got["img"]["pos_embedding"], npz.resample_posemb(params["img"]["pos_embedding"], 25)
+    )
+    got["img"]["pos_embedding"] = params["img"]["pos_embedding"]
+    assert_same(got, params)
+
+
+def test_match_converts_between_stacked_and_unrolled_layers():
+    params = tree()
+    unrolled = npz.unstack_layers(params)
+    assert_same(npz.match_params(unrolled, params), params)
+    assert_same(npz.match_params(params, unrolled), unrolled)
+
+
+def test_match_names_every_key_that_does_not_fit():
+    params, expected = tree(), tree()
+    del params["img"]["head"]["bias"]
+    params["llm"]["extra"] = np.ones((2, 2))
+    params["llm"]["layers"]["w"] = np.ones((2, 4, 5))
+    expected["img"]["pos_embedding"] = np.zeros((1, 15, 6))
+    expected["llm"]["embedder"]["input_embedding"] = np.zeros((13, 4))
+    with pytest.raises(CheckpointError) as e:
+        npz.match_params(params, expected)
+    for line in (
+        "5 of 9 keys differ",
+        "img/head/bias: missing, expected (4,)",
+        "llm/extra: unexpected, found (2, 2)",
+        "llm/layers/w: expected (2, 5, 4), found (2, 4, 5)",
+        "llm/embedder/input_embedding: expected (13, 4), found (11, 4)",
+        "img/pos_embedding: position embeddings: can only resample square grids",
+    ):
+        assert line in str(e.value)
+
+
+def test_match_does_not_resample_a_position_embedding_of_another_width():
+    with pytest.raises(CheckpointError, match=r"expected \(1, 16, 8\), found \(1, 25, 6\)"):
+        npz.match_params(
+            {"pos_embedding": np.ones((1, 25, 6))}, {"pos_embedding": np.ones((1, 16, 8))}
+        )
+
+
+def test_a_long_list_of_mismatches_is_cut_with_a_count():
+    expected = {f"k{i:03d}": np.ones(1) for i in range(90)}
+    with pytest.raises(CheckpointError, match="91 of 91 keys differ") as e:
+        npz.match_params({"other": np.ones(1)}, expected)
+    assert "and 71 more" in str(e.value) and len(str(e.value).splitlines()) == 22
+
+
+# --- load_params -------------------------------------------------------------------------------
+
+
+def test_load_params_reads_npz_and_stacks_layers(tmp_path):
+    params = tree()
+    path = tmp_path / "w.npz"
+    npz.save_npz(path, npz.unstack_layers(params), dtype="bfloat16")
+    back = checkpoints.load_params(path)
+    assert back["img"]["Transformer"]["encoderblock"]["mlp"]["kernel"].shape == (3, 6, 8)
+    assert_same(checkpoints.load_params(f"{path}:img"), back["img"])
+
+
+def test_load_params_hands_a_workdir_on(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    name = "paligemma_med.checkpoints.workdir"
+    module = types.ModuleType(name)
+    module.load_params = lambda path: ("read", path)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(checkpoints, "workdir", module, raising=False)
+    assert checkpoints.load_params(tmp_path) == ("read", str(tmp_path))
+
+
+def test_load_params_says_what_it_accepts(tmp_path):
+    def fails(spec, says, error=CheckpointError):
+        with pytest.raises(error, match=says) as e:
+            checkpoints.load_params(spec)
+        assert str(spec) in str(e.value) and "x.npz:img" in str(e.value)
+
+    fails(tmp_path, "folder without weights")
+    fails(tmp_path / "nothing", "no weights at", FileNotFoundError)
+    fails(write(tmp_path / "w.bin", b"x"), "not a form of weights known")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text("{}")
+    (hub / "model.safetensors").write_bytes(b"")
+    fails(hub, "Hugging Face directory, which is not supported yet")
+    with pytest.raises(FileNotFoundError, match="w.npz"):
+        checkpoints.load_params(tmp_path / "w.npz")

@@ -1,0 +1,199 @@
+"""The house rules: what importing costs, who may import whom, and what no file may call.
+
+Rules are checked on the syntax tree, so an import inside a function counts as well.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OURS = ("paligemma_med", "configs", "data_prep", "tools")
+ENTRY_POINTS = ("train", "evaluate", "predict", "explain")
+
+# Part of the library -> the parts it may import besides itself ("models and pp know nobody").
+MAY_IMPORT = {
+    "models": (),
+    "pp": (),
+    "checkpoints": ("models",),
+    "evaluators": ("models", "decode", "pp"),
+    "saliency": ("models", "decode", "pp"),
+}
+# TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
+HEAVY = ("tensorflow", "tf_keras", "keras", "torch", "torchvision", "torchaudio", "transformers")
+UNSAFE_MODULES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")
+UNSAFE_CALLS = ("eval", "exec")
+
+
+def python_files(*folders):
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree, module, is_package=False):
+    """Dotted names that a file imports; `from a import b` gives "a.b", b being a module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                up = parts[: len(parts) - node.level + is_package]
+                base = ".".join(up + ([node.module] if node.module else []))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            name = called(node)
+            if name in ("__import__", "import_module", "importlib.import_module") and node.args:
+                if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+                    yield node.args[0].value
+
+
+def called(node):
+    """The dotted name that is called, such as np.load; empty for anything more involved."""
+    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+
+
+def import_faults(source, module, is_package=False):
+    """What a file imports against the rules, as a list of sentences."""
+    package, *rest = module.split(".")
+    part = rest[0] if rest else ""
+    faults = []
+    for name in imported(ast.parse(source), module, is_package):
+        top, *below = name.split(".")
+        if top in HEAVY and package != "tools":
+            faults.append(
+                f"{module} imports {name}: PyTorch and TensorFlow stay in tools and tests"
+            )
+        if package == "data_prep" and top in OURS and top != "data_prep":
+            faults.append(f"{module} imports {name}: data_prep imports nothing of ours")
+        if package == "paligemma_med":
+            if top in ("configs", "data_prep", "tools", "tests"):
+                faults.append(f"{module} imports {name}: the library stands on its own")
+            if top == "paligemma_med" and below:
+                target = below[0]
+                if part in MAY_IMPORT and target not in (part, *MAY_IMPORT[part]):
+                    allowed = ", ".join(MAY_IMPORT[part]) or "nobody"
+                    faults.append(f"{module} imports {name}: {part} may know {allowed}")
+                if target in ENTRY_POINTS and part not in ENTRY_POINTS:
+                    faults.append(f"{module} imports {name}, which is a program")
+    return faults
+
+
+def unsafe_faults(source, module):
+    """Ways to run code out of data that a file uses, as a list of sentences."""
+    tree = ast.parse(source)
+    faults = [
+        f"{module} imports {name}"
+        for name in imported(tree, module)
+        if name.split(".")[0] in UNSAFE_MODULES
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if called(node).removeprefix("builtins.") in UNSAFE_CALLS:
+            faults.append(f"{module}:{node.lineno} calls {called(node)}")
+        for keyword in node.keywords:
+            refused = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            if keyword.arg == "allow_pickle" and not refused:
+                faults.append(f"{module}:{node.lineno} allows pickles")
+    return faults
+
+
+def test_import_is_quick_and_brings_no_framework():
+    code = (
+        "import sys, paligemma_med; assert paligemma_med.__version__;"
+        "print([m for m in ('jax', 'flax', 'tensorflow', 'torch', 'numpy') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    seconds = time.monotonic() - start
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+    assert seconds < 3
+
+
+def test_every_file_keeps_to_who_may_import_whom():
+    files = python_files("paligemma_med", "configs", "data_prep")
+    assert files
+    faults = []
+    for path in files:
+        is_package = path.name == "__init__.py"
+        faults += import_faults(path.read_text("utf-8"), module_name(path), is_package)
+    assert not faults, "\n".join(faults)
+
+
+def test_no_file_evaluates_or_unpickles():
+    faults = []
+    for path in python_files(*OURS):
+        faults += unsafe_faults(path.read_text("utf-8"), module_name(path))
+    assert not faults, "\n".join(faults)
+
+
+def test_every_file_says_what_it_is_for():
+    bare = [
+        str(path.relative_to(ROOT))
+        for path in python_files(*OURS)
+        if (source := path.read_text("utf-8")).strip() and not ast.get_docstring(ast.parse(source))
+    ]
+    assert not bare, f"no docstring at the top of: {', '.join(bare)}"
+
+
+@pytest.mark.parametrize(
+    "module, source, wrong",
+    [
+        ("paligemma_med.train", "import torch", True),
+        ("configs.x", "def f():\n  from tensorflow import io", True),
+        ("data_prep.x", "import tensorflow_datasets as tfds", False),
+        ("tools.x", "import torch", False),
+        ("data_prep.x", "from paligemma_med.pp import ops_image", True),
+        ("data_prep.x", "from data_prep import files", False),
+        ("paligemma_med.x", "import importlib; importlib.import_module('torch')", True),
+        ("paligemma_med.models.vit", "from paligemma_med.models import attention", False),
+        ("paligemma_med.models.vit", "from . import attention", False),
+        ("paligemma_med.models.vit", "from .. import pp", True),
+        ("paligemma_med.models.vit", "from paligemma_med import decode", True),
+        ("paligemma_med.pp.ops", "import paligemma_med.models.vit", True),
+        ("paligemma_med.checkpoints.hf", "from paligemma_med.models import vit", False),
+        ("paligemma_med.checkpoints.hf", "from paligemma_med import sharding", True),
+        ("paligemma_med.evaluators.vqa", "from paligemma_med import decode", False),
+        ("paligemma_med.evaluators.vqa", "from paligemma_med import train", True),
+        ("paligemma_med.losses", "from paligemma_med import train", True),
+        ("paligemma_med.train", "from paligemma_med import evaluate", False),
+        ("paligemma_med.train", "from configs import common", True),
+    ],
+)
+def test_the_import_rules_can_fail(module, source, wrong):
+    assert bool(import_faults(source, module)) == wrong
+
+
+def test_relative_imports_of_a_package_are_its_own():
+    assert not import_faults("from .vit import Model", "paligemma_med.models", is_package=True)
+    assert import_faults("from ..pp import x", "paligemma_med.models", is_package=True)
+
+
+@pytest.mark.parametrize(
+    "source, wrong",
+    [
+        ("eval('1')", True),
+        ("import builtins; builtins.exec('1')", True),
+        ("import pickle", True),
+        ("from cloudpickle import loads", True),
+        ("np.load(f, allow_pickle=True)", True),
+        ("np.load(f, allow_pickle=flag)", True),
+        ("np.load(f, allow_pickle=False)", False),
+        ("ast.literal_eval('1'); model.eval()", False),
+    ],
+)
+def test_the_safety_rules_can_fail(source, wrong):
+    assert bool(unsafe_faults(source, "m")) == wrong
