@@ -71,7 +71,7 @@ def import_faults(source, module, is_package=False):
         top, *below = name.split(".")
         if top in HEAVY and package != "tools":
             faults.append(
-                f"{module} imports {name}: PyTorch and TensorFlow stay in tools and tests"
+                f"{module} imports {name}: PyTorch is for tools and tests alone"
             )
         if package == "data_prep" and top in OURS and top != "data_prep":
             faults.append(f"{module} imports {name}: data_prep imports nothing of ours")
