@@ -1,0 +1,105 @@
+"""Attention behind one function, so that every tower switches implementation in one place.
+
+`attend` is used by the image tower and by the language model on whole sequences; `attend_cached`
+is the decoding step, in which several samples of one prompt read the same prefix cache.
+
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads,
+G query heads per key/value head (N = K·G), H width of a head, R samples of one prompt,
+M key positions that belong to one sample.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
+# gives finite garbage that nobody reads, not NaN that spreads through gradients.
+MASKED = -2.0**127
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False):
+    """Softmax attention with grouped key/value heads.
+
+    Args:
+      q: float[B, T, N, H] queries.
+      k: float[B, S, K, H] keys; N is a multiple of K.
+      v: float[B, S, K, H] values.
+      mask: bool[B, T, S], True where a query may see a key; None lets every query see every key.
+      scale: factor on the dot products.
+      softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
+      impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture).
+      capture: also return the probabilities.
+
+    Returns:
+      (float[B, T, N, H] in the type of v, probabilities float32[B, N, T, S] or None).
+      Dot products are accumulated, and the softmax is taken, in float32.
+
+    Raises:
+      ValueError: on an unknown `impl`, or one that can't do what is asked for.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_impl is {impl!r}; expected one of {IMPLEMENTATIONS}.")
+    if impl == "cudnn":
+        if capture:
+            raise ValueError(
+                "Attention can't be captured under attn_impl='cudnn', whose fused kernel never "
+                "holds the probabilities: use attn_impl='xla'."
+            )
+        if softcap:
+            raise ValueError("attn_impl='cudnn' has no soft-cap (Gemma 2): use attn_impl='xla'.")
+        # cuDNN wants a full [B, 1, T, S] mask; a broadcast one fails (jax#28974).
+        mask = None if mask is None else mask[:, None]
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+        return out, None
+
+    groups = q.shape[2] // k.shape[2]
+    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    logits = _cap(logits * scale, softcap)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
+    out = out.reshape(*out.shape[:2], -1, out.shape[-1])
+    if capture:
+        return out, probs.reshape(probs.shape[0], -1, *probs.shape[3:])
+    return out, None
+
+
+def attend_cached(q, prefix, new, *, scale, softcap=None):
+    """One decoding step: each sample attends to its prompt's prefix and to its own past tokens.
+
+    The prefix keys of a prompt are held once and read by all of its samples; nothing is copied
+    per sample but the few positions that the sample produced itself.
+
+    Args:
+      q: float[B·R, 1, N, H], the samples of a prompt side by side.
+      prefix: (k float[B, S, K, H], v likewise, mask bool[B, S]).
+      new: (k float[B·R, M, K, H], v likewise, mask bool[M]).
+      scale, softcap: as in `attend`.
+
+    Returns:
+      float[B·R, 1, N, H].
+    """
+    pk, pv, pmask = prefix
+    nk, nv, nmask = new
+    batch, _, kv_heads, width = pk.shape
+    q5 = q.reshape(batch, -1, kv_heads, q.shape[2] // kv_heads, width)
+    nk = nk.reshape(batch, -1, *nk.shape[1:])
+    nv = nv.reshape(batch, -1, *nv.shape[1:])
+
+    f32 = dict(preferred_element_type=jnp.float32)
+    on_prefix = jnp.einsum("BRKGH,BSKH->BRKGS", q5, pk.astype(q.dtype), **f32)
+    on_new = jnp.einsum("BRKGH,BRMKH->BRKGM", q5, nk.astype(q.dtype), **f32)
+    on_prefix = jnp.where(pmask[:, None, None, None], _cap(on_prefix * scale, softcap), MASKED)
+    on_new = jnp.where(nmask, _cap(on_new * scale, softcap), MASKED)
+    probs = jax.nn.softmax(jnp.concatenate([on_prefix, on_new], axis=-1), axis=-1).astype(q.dtype)
+    p_prefix, p_new = jnp.split(probs, [pk.shape[1]], axis=-1)
+    out = jnp.einsum("BRKGS,BSKH->BRKGH", p_prefix, pv.astype(q.dtype))
+    out += jnp.einsum("BRKGM,BRMKH->BRKGH", p_new, nv.astype(q.dtype))
+    return out.reshape(q.shape)
+
+
+def _cap(logits, softcap):
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits

@@ -1,0 +1,366 @@
+"""The language model: Gemma 1 and Gemma 2 decoders, with big_vision's parameter names.
+
+Shapes and names follow big_vision/models/ppp/gemma.py (`q_einsum/w`, `gating_einsum`, …), layers
+stacked on a leading axis. Numerics follow the published model: RMSNorm with (1 + scale), RoPE and
+softmax in float32, tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding. Gemma
+2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left out, as in
+big_vision, since no PaliGemma sequence up to 448 px comes near it.
+
+Axis letters: B batch, T and S positions, D width, N query heads, K key/value heads, H width of a
+head, F width of the MLP, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from paligemma_med.models import attention, vit
+
+_GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
+
+# gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1. The last two are ours,
+# for a laptop and for tests.
+VARIANTS = {
+    "gemma_2b": dict(
+        width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256
+    ),
+    "gemma_7b": dict(
+        width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256
+    ),
+    "gemma2_2b": dict(
+        width=2304, depth=26, mlp_dim=9_216, num_heads=8, num_kv_heads=4, head_dim=256, **_GEMMA2
+    ),
+    "gemma2_9b": dict(
+        width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256, **_GEMMA2
+    ),
+    "gemma2_27b": dict(
+        width=4608, depth=46, mlp_dim=36_864, num_heads=32, num_kv_heads=16, head_dim=128,
+        query_pre_attn_norm="rsqrt_emb_per_head", **_GEMMA2,
+    ),
+    "gemma_mini": dict(
+        width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024
+    ),
+    "gemma_mu": dict(
+        width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024
+    ),
+}  # fmt: skip
+
+VOCAB_SIZE = 257_152  # 256,000 pieces of Gemma, then 1,024 <loc> and 128 <seg> tokens.
+
+
+def _init(fan_in_axes, fan_out_axes):
+    return nn.initializers.variance_scaling(
+        1.0, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=fan_out_axes
+    )
+
+
+def rope_angles(positions, head_dim, max_wavelength=10_000):
+    """int[B, T] positions → (cos, sin), each float32[B, T, 1, H / 2], for `apply_rope`."""
+    exponents = 2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim
+    radians = positions[..., None].astype(jnp.float32) / max_wavelength**exponents
+    return jnp.cos(radians)[..., None, :], jnp.sin(radians)[..., None, :]
+
+
+def apply_rope(x, angles):
+    """Rotates float[B, T, heads, H] in float32 by its positions' angles; the type of x is kept."""
+    cos, sin = angles
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale), computed in float32; the type of x is kept."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
+    whole stack outside the scan would hold a second copy of it)."""
+
+    shape: tuple[int, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        w = self.param("w", self.init, self.shape)
+        return jnp.einsum(eqn, x, w.astype(x.dtype))
+
+
+class Embedder(nn.Module):
+    """The table that embeds tokens and, transposed, gives logits."""
+
+    vocab_size: int
+    width: int
+    dtype: str
+
+    def setup(self):
+        self.table = self.param(
+            "input_embedding",
+            nn.initializers.normal(stddev=self.width**-0.5),
+            (self.vocab_size, self.width),
+        )
+
+    def encode(self, tokens):
+        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        return x * jnp.asarray(self.width**0.5, self.dtype)
+
+    def decode(self, x):
+        table = self.table.astype(x.dtype)
+        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; in modes "prefill" and "extend" it keeps a cache.
+
+    Cache (collection "cache", batch first): k_prefix, v_prefix [B, S, K, H] written once by
+    prefill, and k_new, v_new [B·samples, M, K, H] to which each extend appends one position.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    attn_impl: str
+    mode: str
+    capture: bool
+    cache_dtype: str | None
+    new_len: int
+    num_samples: int
+
+    @nn.compact
+    def __call__(self, x, angles, mask, step):
+        n, k_heads, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
+        if n == k_heads:
+            q, k, v = Einsum((3, n, d, h), _init(2, (0, 1, 3)), name="qkv_einsum")(
+                "BTD,3NDH->3BTNH", x
+            )
+        else:
+            q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum")("BTD,NDH->BTNH", x)
+            k, v = Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), name="kv_einsum")(
+                "BTD,2KDH->2BTKH", x
+            )
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+
+        probs = None
+        if self.mode == "extend":
+            y = self._extend(q, k, v, mask, step)
+        else:
+            if self.mode == "prefill":
+                self._prefill(k, v)
+            y, probs = attention.attend(
+                q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.attn_impl,
+                capture=self.capture,
+            )  # fmt: skip
+        out = Einsum((n, h, d), _init((0, 1), 2), name="attn_vec_einsum")("BTNH,NHD->BTD", y)
+        return out, probs
+
+    def _prefill(self, k, v):
+        dtype = self.cache_dtype or k.dtype
+        new = (k.shape[0] * self.num_samples, self.new_len, *k.shape[2:])
+        for name, x in (("k", k), ("v", v)):
+            self.put_variable("cache", f"{name}_prefix", x.astype(dtype))
+            self.put_variable("cache", f"{name}_new", jnp.zeros(new, dtype))
+
+    def _extend(self, q, k, v, prefix_mask, step):
+        new = []
+        for name, x in (("k", k), ("v", v)):
+            cache = self.get_variable("cache", f"{name}_new")
+            cache = jax.lax.dynamic_update_slice(cache, x.astype(cache.dtype), (0, step, 0, 0))
+            self.put_variable("cache", f"{name}_new", cache)
+            new.append(cache)
+        return attention.attend_cached(
+            q,
+            (*(self.get_variable("cache", f"{name}_prefix") for name in "kv"), prefix_mask),
+            (*new, jnp.arange(new[0].shape[1]) <= step),
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+
+class FeedForward(nn.Module):
+    """Gated MLP: linear(gelu(gate(x)) · up(x)). float[B, T, D] → float[B, T, D]."""
+
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x):
+        d, f = x.shape[-1], self.mlp_dim
+        gating = self.param("gating_einsum", _init(1, (0, 2)), (2, d, f)).astype(x.dtype)
+        linear = self.param("linear", _init(0, 1), (f, d)).astype(x.dtype)
+        return (nn.gelu(x @ gating[0]) * (x @ gating[1])) @ linear
+
+
+class Block(nn.Module):
+    """One decoder layer. As a scan body: (carry float[B, T, D], …) → (carry, probabilities)."""
+
+    mlp_dim: int
+    post_norms: bool
+    dropout: float
+    deterministic: bool
+    attn: dict
+
+    @nn.compact
+    def __call__(self, x, angles, mask, step):
+        drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
+        y = RMSNorm(name="pre_attention_norm")(x)
+        y, probs = Attention(**self.attn, name="attn")(y, angles, mask, step)
+        if self.post_norms:
+            y = RMSNorm(name="post_attention_norm")(y)
+        x = x + drop(y)
+        y = FeedForward(self.mlp_dim, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        if self.post_norms:
+            y = RMSNorm(name="post_ffw_norm")(y)
+        return x + drop(y), probs
+
+
+class _Model(nn.Module):
+    """See `Model`."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int = VOCAB_SIZE
+    query_pre_attn_norm: str = "rsqrt_head_dim"
+    post_norms: bool = False
+    attn_logits_softcap: float | None = None
+    final_logits_softcap: float | None = None
+    dropout: float = 0.0
+    cache_dtype: str | None = None
+    scan: bool = True
+    remat_policy: str = "nothing_saveable"
+    dtype: str = "float32"
+    attn_impl: str = "xla"
+
+    def setup(self):
+        self.embedder = Embedder(self.vocab_size, self.width, self.dtype)
+        self.final_norm = RMSNorm()
+
+    def embed_tokens(self, tokens):
+        """int32[B, T] → float[B, T, D], scaled by sqrt(D)."""
+        return self.embedder.encode(tokens)
+
+    def compute_logits(self, pre_logits):
+        """float[..., D] after the final norm → float32[..., V]."""
+        logits = self.embedder.decode(pre_logits)
+        if cap := self.final_logits_softcap:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
+
+    def __call__(self, x, mask, *, train=False, capture_attention=False):
+        """Runs the decoder on an embedded sequence.
+
+        Args:
+          x: float[B, T, D] from `embed_tokens` or the image tower.
+          mask: bool[B, T, T], True where a query (rows) may see a key.
+          train: switches dropout on (needs a "dropout" rng).
+          capture_attention: return the probabilities of every layer and head.
+
+        Returns:
+          (float[B, T, D] after the final norm, float32[layers, B, N, T, T] or None).
+        """
+        positions = jnp.arange(x.shape[1])[None]
+        return self._layers(x, positions, mask, train=train, capture=capture_attention)
+
+    def prefill_cache(self, x, input_mask, attn_mask, *, cache_size, num_samples=1):
+        """Reads the prompts and makes the cache.
+
+        Args:
+          x: float[B, S, D] embedded prompts, valid tokens first (left-aligned).
+          input_mask: bool[B, S], True on valid tokens.
+          attn_mask: bool[B, S, S], already False towards padding.
+          cache_size: positions in all: S for the prompt, the rest for tokens to come.
+          num_samples: continuations per prompt that will extend the cache.
+
+        Returns:
+          float32[B, 1, V] logits after the last valid token.
+        """
+        if cache_size < x.shape[1]:
+            raise ValueError(f"cache_size is {cache_size}, less than the prompt's {x.shape[1]}.")
+        positions = jnp.arange(x.shape[1])[None]
+        seq_len = jnp.sum(input_mask, axis=1, dtype=jnp.int32)
+        self.put_variable("cache", "prefix_mask", input_mask)
+        self.put_variable("cache", "seq_len", jnp.repeat(seq_len, num_samples))
+        # The same number for every row; kept per row so that all cache leaves shard by batch.
+        self.put_variable("cache", "step", jnp.zeros(x.shape[0] * num_samples, jnp.int32))
+        y, _ = self._layers(
+            x, positions, attn_mask, mode="prefill",
+            new_len=cache_size - x.shape[1], num_samples=num_samples,
+        )  # fmt: skip
+        return self.compute_logits(jnp.take_along_axis(y, seq_len[:, None, None] - 1, axis=1))
+
+    def extend_cache(self, x):
+        """Advances every sample by one token: float[B·samples, 1, D] → float32[B·samples, 1, V]."""
+        step = self.get_variable("cache", "step")
+        seq_len = self.get_variable("cache", "seq_len")
+        prefix_mask = self.get_variable("cache", "prefix_mask")
+        y, _ = self._layers(
+            x, (seq_len + step)[:, None], prefix_mask, mode="extend", step=step[0]
+        )
+        self.put_variable("cache", "step", step + 1)
+        return self.compute_logits(y)
+
+    @nn.compact
+    def _layers(
+        self, x, positions, mask, *, mode="full", step=None, train=False, capture=False,
+        new_len=0, num_samples=1,
+    ):  # fmt: skip
+        if self.query_pre_attn_norm == "rsqrt_head_dim":
+            scale = self.head_dim**-0.5
+        elif self.query_pre_attn_norm == "rsqrt_emb_per_head":
+            scale = (self.width // self.num_heads) ** -0.5
+        else:
+            raise ValueError(
+                f"query_pre_attn_norm is {self.query_pre_attn_norm!r}; expected "
+                "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
+            )
+        block = vit.stacked(Block, self.depth, self.scan, self.remat_policy, {"cache": 1})
+        x, probs = block(
+            name="layers",
+            mlp_dim=self.mlp_dim,
+            post_norms=self.post_norms,
+            dropout=self.dropout,
+            deterministic=not train,
+            attn=dict(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=scale,
+                softcap=self.attn_logits_softcap,
+                attn_impl=self.attn_impl,
+                mode=mode,
+                capture=capture,
+                cache_dtype=self.cache_dtype,
+                new_len=new_len,
+                num_samples=num_samples,
+            ),
+        )(x, rope_angles(positions, self.head_dim), mask, step)
+        return self.final_norm(x), probs
+
+
+def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)
+    """The language model.
+
+    Args:
+      variant: a key of VARIANTS; any keyword below stands on top of it.
+      **kw: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim, vocab_size,
+        query_pre_attn_norm, post_norms, attn_logits_softcap, final_logits_softcap, dropout,
+        cache_dtype (None: the activations' type), scan, remat_policy, dtype, attn_impl.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"LLM variant {variant!r} is unknown; expected one of {sorted(VARIANTS)}.")
+    kw = {**VARIANTS.get(variant, {}), **kw}
+    if kw["num_heads"] % kw["num_kv_heads"]:
+        raise ValueError(
+            f"num_heads={kw['num_heads']} is no multiple of num_kv_heads={kw['num_kv_heads']}."
+        )
+    return _Model(**kw)

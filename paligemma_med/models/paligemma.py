@@ -1,0 +1,159 @@
+"""PaliGemma: an image tower's tokens, then text, read by a language model as one prefix-LM sequence.
+
+The composite asks the tower for tokens and the decoder for embeddings, and does not reach inside
+either. Methods are named as in big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv
+2407.07726, PaliGemma 2 arXiv 2412.03555.
+
+Axis letters: B batch, T text positions, S positions of the whole sequence, D width of the language
+model, V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from paligemma_med.models import gemma, vit
+
+
+def make_attn_mask(input_mask, mask_ar):
+    """Who sees whom in a prefix-LM sequence.
+
+    Tokens fall into blocks: one with mask_ar = 1 opens a new block, one with 0 joins the block
+    before it. A query sees its own block and all earlier ones, so that a run of zeros is
+    bidirectional and a run of ones is causal.
+
+    Args:
+      input_mask: bool[B, S], False on padding, which nobody sees and which sees nobody.
+      mask_ar: int32[B, S].
+
+    Returns:
+      bool[B, S, S], rows are queries.
+    """
+    block = jnp.cumsum(mask_ar, axis=1)
+    visible = block[:, None, :] <= block[:, :, None]
+    return visible & input_mask[:, None, :] & input_mask[:, :, None]
+
+
+class Model(nn.Module):
+    """The composite.
+
+    Attributes:
+      img: image tower's arguments (`vit.Model`); `variant` defaults to "So400m/14".
+      llm: language model's arguments (`gemma.Model`); `variant` defaults to "gemma_2b".
+      dtype: type of activations in both, unless one of them says otherwise.
+      attn_impl: "xla" or "cudnn", likewise.
+    """
+
+    img: dict | None = None
+    llm: dict | None = None
+    dtype: str = "float32"
+    attn_impl: str = "xla"
+
+    def __post_init__(self):
+        # A model is an argument of jitted functions and must therefore be hashable.
+        self.img, self.llm = _frozen(self.img or {}), _frozen(self.llm or {})
+        super().__post_init__()
+
+    def setup(self):
+        both = dict(dtype=self.dtype, attn_impl=self.attn_impl)
+        self._llm = gemma.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
+        img = {"variant": "So400m/14", "num_classes": self._llm.width, **both, **self.img}
+        self._img = vit.Model(**img, name="img")
+
+    def embed_image(self, image, train=False, capture_attention=False):
+        """float[B, height, width, 3] in [-1, 1] → (float[B, tokens, D] unscaled, out-dict)."""
+        zimg, out = self._img(image, train=train, capture_attention=capture_attention)
+        return zimg, {"img/zimg": zimg, **{f"img/{k}": v for k, v in out.items()}}
+
+    def embed_text(self, tokens, train=False):
+        """int32[B, T] → (float[B, T, D] scaled by sqrt(D), out-dict)."""
+        ztxt = self._llm.embed_tokens(tokens)
+        return ztxt, {"llm/ztxt": ztxt}
+
+    def embed_image_and_text(
+        self, image, text, *, input_mask=None, mask_ar=None, train=False, capture_attention=False
+    ):
+        """Image tokens followed by text, as one embedded sequence.
+
+        Args:
+          image: float[B, height, width, 3] in [-1, 1].
+          text: int32[B, T].
+          input_mask: bool[B, T], False on padding; by default all text is valid.
+          mask_ar: int32[B, T] as in `make_attn_mask`; by default all text is causal.
+          train: switches dropout on.
+
+        Returns:
+          ((x float[B, S, D], input_mask bool[B, S], mask_ar int32[B, S]), out-dict).
+        """
+        zimg, out_img = self.embed_image(image, train, capture_attention)
+        ztxt, out_txt = self.embed_text(text, train)
+        if input_mask is None:
+            input_mask = jnp.ones(text.shape, bool)
+        if mask_ar is None:
+            mask_ar = jnp.ones(text.shape, jnp.int32)
+        x = jnp.concatenate([zimg, ztxt.astype(zimg.dtype)], axis=1)
+        before = ((0, 0), (zimg.shape[1], 0))
+        input_mask = jnp.pad(input_mask.astype(bool), before, constant_values=True)
+        mask_ar = jnp.pad(mask_ar.astype(jnp.int32), before)
+        return (x, input_mask, mask_ar), {**out_img, **out_txt}
+
+    def __call__(
+        self, image, text, mask_ar, train=False, *, logit_positions=None, capture_attention=False
+    ):
+        """Logits for text given the image and the text before.
+
+        Args:
+          image: float[B, height, width, 3] in [-1, 1].
+          text: int32[B, T].
+          mask_ar: int32[B, T], 0 on the prompt (bidirectional), 1 on the answer (causal).
+          train: switches dropout on (needs a "dropout" rng).
+          logit_positions: int32[B, P] text positions to compute logits at; by default all. Only
+            the supervised ones are needed in training, and T × V floats are a step's largest array.
+          capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
+            "llm/attn" float32[layers, B, heads, S, S] to the out-dict.
+
+        Returns:
+          (float32[B, T or P, V] logits, out-dict). Logits at t predict the token at t + 1.
+        """
+        (x, input_mask, mask_ar), out = self.embed_image_and_text(
+            image, text, mask_ar=mask_ar, train=train, capture_attention=capture_attention
+        )
+        mask = make_attn_mask(input_mask, mask_ar)
+        pre_logits, probs = self._llm(x, mask, train=train, capture_attention=capture_attention)
+        out["attn_mask"], out["llm/pre_logits"] = mask, pre_logits
+        if capture_attention:
+            out["llm/attn"] = probs
+        of_text = pre_logits[:, x.shape[1] - text.shape[1] :]
+        if logit_positions is not None:
+            of_text = jnp.take_along_axis(of_text, logit_positions[..., None], axis=1)
+        return self._llm.compute_logits(of_text), out
+
+    def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
+        """Reads prompts from `embed_image_and_text`; see `gemma._Model.prefill_cache`."""
+        mask = make_attn_mask(input_mask, mask_ar)
+        return self._llm.prefill_cache(
+            x, input_mask, mask, cache_size=cache_size, num_samples=num_samples
+        )
+
+    def extend_cache(self, x):
+        """One step for every sample: float[B·samples, 1, D] → logits float32[B·samples, 1, V]."""
+        return self._llm.extend_cache(x)
+
+
+def _frozen(value):
+    if hasattr(value, "items"):
+        return FrozenDict({k: _frozen(v) for k, v in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def init_params(model, rng, *, image_size):
+    """Random parameters in float32: {"img": …, "llm": …} for square images of `image_size` px."""
+    image = jnp.zeros((1, image_size, image_size, 3))
+    text = jnp.zeros((1, 2), jnp.int32)
+    return model.init(rng, image, text, text)["params"]
+
+
+def abstract_params(model, *, image_size):
+    """The tree of `init_params` as jax.ShapeDtypeStruct; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0), image_size=image_size))

@@ -1,0 +1,243 @@
+"""The image tower: SigLIP's vision transformer, with big_vision's parameter names.
+
+Shapes and names follow big_vision/models/vit.py (see docs/ for the contract): layers are stacked on
+a leading axis under `Transformer/encoderblock`, and the linear projection into the language model
+is the tower's own `head`. There is no class token and no pooling: every patch is a token.
+
+Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width of a head.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from paligemma_med.models import attention
+
+# width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
+# So400m from arXiv 2305.13035.
+VARIANTS = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+}
+
+
+def decode_variant(variant):
+    """"So400m/14" → dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
+    name, _, patch = variant.partition("/")
+    if name not in VARIANTS or (patch and not patch.isdigit()):
+        raise ValueError(
+            f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of "
+            f"{sorted(VARIANTS)}."
+        )
+    out = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name], strict=True))
+    if patch:
+        out["patch_size"] = (int(patch), int(patch))
+    return out
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a tanh-GELU between. float[B, T, D] → float[B, T, D]."""
+
+    mlp_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        kw = dict(
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(stddev=1e-6),
+        )
+        y = nn.gelu(nn.Dense(self.mlp_dim, **kw)(x))
+        return nn.Dense(x.shape[-1], **kw)(y)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Self-attention over all tokens. float[B, T, D] → (float[B, T, D], probabilities or None)."""
+
+    num_heads: int
+    dtype: str
+    attn_impl: str
+    capture: bool
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        head = width // self.num_heads
+        kw = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        q, k, v = (
+            nn.DenseGeneral((self.num_heads, head), name=name, **kw)(x)
+            for name in ("query", "key", "value")
+        )
+        y, probs = attention.attend(
+            q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture
+        )
+        return nn.DenseGeneral(width, axis=(-2, -1), name="out", **kw)(y), probs
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm layer. As a scan body: (carry float[B, T, D], None) → (carry, probabilities)."""
+
+    mlp_dim: int
+    num_heads: int
+    dropout: float
+    dtype: str
+    attn_impl: str
+    capture: bool
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, _):
+        # Submodules are named as linen numbers them in big_vision: LayerNorm_0, MlpBlock_0, …
+        drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y, probs = MultiHeadDotProductAttention(
+            self.num_heads, self.dtype, self.attn_impl, self.capture
+        )(y)
+        x = x + drop(y)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        x = x + drop(MlpBlock(self.mlp_dim, self.dtype)(y))
+        return x, probs
+
+
+class Encoder(nn.Module):
+    """The stack of layers and the final norm. float[B, T, D] → (float[B, T, D], probabilities)."""
+
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    dropout: float
+    scan: bool
+    remat_policy: str
+    dtype: str
+    attn_impl: str
+
+    @nn.compact
+    def __call__(self, x, *, deterministic, capture):
+        block = stacked(EncoderBlock, self.depth, self.scan, self.remat_policy)
+        x, probs = block(
+            name="encoderblock",
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            attn_impl=self.attn_impl,
+            capture=capture,
+            deterministic=deterministic,
+        )(x, None)
+        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x), probs
+
+
+class _Model(nn.Module):
+    """See `Model`."""
+
+    num_classes: int | None = None
+    patch_size: tuple[int, int] = (16, 16)
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int | None = None
+    num_heads: int = 12
+    dropout: float = 0.0
+    pool_type: str = "none"
+    scan: bool = True
+    remat_policy: str = "nothing_saveable"
+    dtype: str = "float32"
+    attn_impl: str = "xla"
+
+    @nn.compact
+    def __call__(self, image, *, train=False, capture_attention=False):
+        if self.pool_type != "none":
+            raise ValueError(f"pool_type is {self.pool_type!r}; PaliGemma's tower has 'none' only.")
+        for side, patch in zip(image.shape[1:3], self.patch_size, strict=True):
+            if side % patch:
+                raise ValueError(
+                    f"Image is {image.shape[1]}×{image.shape[2]} px, which patches of "
+                    f"{self.patch_size[0]}×{self.patch_size[1]} px don't tile."
+                )
+        x = nn.Conv(
+            self.width,
+            self.patch_size,
+            strides=self.patch_size,
+            padding="VALID",
+            name="embedding",
+            dtype=self.dtype,
+        )(image)
+        x = x.reshape(x.shape[0], -1, self.width)
+        pos = self.param(
+            "pos_embedding",
+            nn.initializers.normal(stddev=self.width**-0.5),
+            (1, x.shape[1], self.width),
+        )
+        x = x + pos.astype(x.dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x, probs = Encoder(
+            depth=self.depth,
+            mlp_dim=self.mlp_dim or 4 * self.width,
+            num_heads=self.num_heads,
+            dropout=self.dropout,
+            scan=self.scan,
+            remat_policy=self.remat_policy,
+            dtype=self.dtype,
+            attn_impl=self.attn_impl,
+            name="Transformer",
+        )(x, deterministic=not train, capture=capture_attention)
+        out = {"encoded": x}
+        if capture_attention:
+            out["attn"] = probs
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        return x, out
+
+
+def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)
+    """The image tower.
+
+    Args:
+      num_classes: width of the `head` that projects each token; None leaves it out.
+      variant: e.g. "So400m/14"; any keyword below stands on top of it.
+      **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair), dropout, scan (False
+        unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
+        jax.checkpoint_policies), dtype of activations, attn_impl.
+
+    Returns:
+      A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
+      dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention)).
+    """
+    kw = {**(decode_variant(variant) if variant else {}), **kw}
+    if isinstance(kw.get("patch_size"), int):
+        kw["patch_size"] = (kw["patch_size"],) * 2
+    if "patch_size" in kw:
+        kw["patch_size"] = tuple(kw["patch_size"])
+    return _Model(num_classes, **kw)
+
+
+def stacked(block, depth, scan, remat_policy, variable_axes=None):
+    """Repeats `block` over stacked parameters; shared by both towers.
+
+    The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
+    which compiles more slowly and lets XLA optimise across layers. In the backward pass of a layer
+    `remat_policy` says what is kept rather than computed again.
+    """
+    if remat_policy != "none":
+        policy = getattr(jax.checkpoint_policies, remat_policy, None)
+        if policy is None:
+            raise ValueError(
+                f"remat_policy is {remat_policy!r}; expected 'none' or a name in "
+                "jax.checkpoint_policies, such as 'nothing_saveable'."
+            )
+        block = nn.remat(block, prevent_cse=not scan, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, **(variable_axes or {})},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=1 if scan else depth,
+    )
