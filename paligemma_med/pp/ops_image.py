@@ -1,0 +1,312 @@
+"""Image ops: decode any file to RGB, resize as TensorFlow does, and three gentle augmentations.
+
+Names and arguments as in big_vision's `pp/ops_image.py`. Images are numpy arrays [H, W, 3] under
+the key `image` unless said otherwise. Nothing flips or rotates: left and right are answers here.
+"""
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image
+
+from paligemma_med.pp.registry import need_rng, on_key, register
+
+# Formats that PIL decodes itself. Others in PIL start outside programs (EPS runs Ghostscript) or
+# are too rare to be worth their attack surface on files from strangers.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+
+
+@register("decode")
+@on_key()
+def decode(channels=3, precise=True):
+    """Decodes an encoded image (bytes) to uint8 [H, W, 3]; arrays are brought to the same form.
+
+    Any mode becomes RGB: grey is repeated, palettes are looked up, CMYK (also Adobe's inverted
+    JPEGs) is converted. 16-bit grey is scaled from its full range of 0..65535 to 0..255, rounded,
+    so 12-bit data that was stored without stretching stays dark. Images with transparency are
+    put on black, the colour of air in a radiograph: dropping alpha instead would uncover whatever
+    an editor left under the transparent parts. Opaque pixels are the same either way. The first
+    frame or page of several is taken. EXIF orientation is left alone, as TF leaves it.
+
+    `precise` is accepted for big_vision's sake: PIL's JPEG decoding is the precise one.
+
+    Raises ValueError, saying what was found, for bytes that are no image, are cut off, or hold more
+    pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million).
+    """
+    if channels != 3:
+        raise ValueError(f"only channels=3 is supported, found {channels!r}")
+    if precise not in (True, False):
+        raise ValueError(f"precise must be True or False, found {precise!r}")
+
+    def fn(image, rng):
+        del rng
+        if isinstance(image, np.ndarray) and image.dtype == object and image.ndim == 0:
+            image = image.item()
+        if isinstance(image, np.ndarray) and image.ndim:
+            return _array_to_rgb(image)
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return decode_bytes(bytes(image))
+        raise ValueError(
+            f"expected encoded bytes or a uint8 array, found {type(image).__name__}: {image!r:.80}"
+        )
+
+    return fn
+
+
+def decode_bytes(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] of an encoded image; see the `decode` op for the rules and errors."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # PIL itself refuses at twice its limit and warns in between; one limit is clearer.
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit and pixels > limit:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} = {pixels} pixels, more than {limit}"
+                )
+            image.load()
+            return _pil_to_rgb(image)
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"image refused, as it may be a decompression bomb: {e}") from e
+    except Exception as e:  # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError, …
+        raise ValueError(f"cannot decode image, {_describe(data)}: {e}") from e
+
+
+def _describe(data: bytes) -> str:
+    """What the bytes of an undecodable image look like, for an error message."""
+    if not data:
+        return "found 0 bytes"
+    if data.startswith(b"version https://git-lfs"):
+        return "found a git-LFS pointer and not the image (run git lfs pull)"
+    if data[128:132] == b"DICM":
+        return "found a DICOM file (convert it to PNG first)"
+    if data.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        return "found an HTML page (a failed download?)"
+    for name, magic in (("JPEG", b"\xff\xd8"), ("PNG", b"\x89PNG"), ("GIF", b"GIF8")):
+        if data.startswith(magic):
+            return f"found {len(data)} bytes of a damaged or cut-off {name}"
+    return f"found {len(data)} bytes that start with {data[:12]!r}"
+
+
+def _pil_to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"grey values of mode {image.mode} lie in {values.min()}..{values.max()},"
+                " expected 0..65535"
+            )
+        return _array_to_rgb(values.astype(np.uint16))
+    if image.mode == "F":
+        raise ValueError("grey values are floats, whose range is unknown; store them as integers")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return _array_to_rgb(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))  # a writable copy
+
+
+def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] from uint8 or uint16 [H, W], [H, W, 1], [H, W, 3] or uint8 [H, W, 4]."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype not in ("u1", "u2"):
+        raise ValueError(
+            f"expected uint8 or uint16 [H, W, 1, 3 or 4], found {array.dtype} {list(array.shape)}"
+        )
+    if 0 in array.shape:
+        raise ValueError(f"the image is empty: shape {list(array.shape)}")
+    if array.dtype == np.uint16:
+        # 65535 / 255 = 257 exactly; adding half of it rounds.
+        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.shape[2] == 1:
+        return np.repeat(array, 3, axis=2)
+    if array.shape[2] == 4:
+        colour, alpha = array[..., :3].astype(np.uint16), array[..., 3:].astype(np.uint16)
+        return ((colour * alpha + 127) // 255).astype(np.uint8)  # alpha 255 leaves the colour
+    return array
+
+
+@register("resize")
+@on_key()
+def resize(size, method="bilinear", antialias=False):
+    """Resizes to `size`, an int for a square or (height, width); keeps the dtype.
+
+    As `tf.image.resize(method="bilinear", antialias=antialias)` followed by big_vision's cast back
+    to the input's dtype, which for uint8 cuts the fraction off. Keep `antialias=True`: without it,
+    shrinking skips pixels, and the default is False only because it is in big_vision.
+    """
+    height, width = _two_sizes(size)
+    if method != "bilinear":
+        raise ValueError(f"method must be 'bilinear', found {method!r}")
+
+    def fn(image, rng):
+        del rng
+        return resize_image(image, height, width, antialias=antialias)
+
+    return fn
+
+
+def _two_sizes(size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(n, int) and n > 0 for n in pair)
+    ):
+        raise ValueError(f"size must be a positive int or a pair of them, found {size!r}")
+    return tuple(pair)
+
+
+def _check_image(image) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "uif":
+        raise ValueError(
+            f"expected an image array [H, W, C], found {image.dtype} {list(image.shape)};"
+            " decode comes first"
+        )
+    return image
+
+
+def resize_image(image: np.ndarray, height: int, width: int, *, antialias: bool) -> np.ndarray:
+    """Bilinear resize of [H, W, C] to [height, width, C] of the same dtype.
+
+    Pixel centres sit at half integers. Each output pixel is a weighted mean of input pixels under
+    a triangle of half-width 1, widened by the scale when shrinking with `antialias`. The two axes
+    are independent, so the whole is one small matrix product an axis.
+    """
+    image = _check_image(image)
+    if image.shape[:2] == (height, width):
+        return image
+    h, w, c = image.shape
+    rows, cols = _weights(h, height, antialias), _weights(w, width, antialias)
+    out = np.asarray(image, np.float32)
+
+    def resize_rows(x):
+        return (rows @ x.reshape(h, -1)).reshape(height, -1, c)
+
+    def resize_cols(x):
+        return np.matmul(cols, x)
+
+    # The axis that shrinks the most goes first: the second product is smaller then.
+    if height * w <= width * h:
+        out = resize_cols(resize_rows(out))
+    else:
+        out = resize_rows(resize_cols(out))
+    if image.dtype.kind == "f":
+        return out.astype(image.dtype)
+    # Cutting off, as the cast in big_vision does; the little on top keeps 200 from being 199
+    # because float32 made it 199.99999.
+    info = np.iinfo(image.dtype)
+    return np.clip(np.floor(out + 1e-3), info.min, info.max).astype(image.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(size_in: int, size_out: int, antialias: bool) -> np.ndarray:
+    """float32 [size_out, size_in]: how much each input pixel counts in each output pixel."""
+    scale = size_in / size_out
+    half_width = max(scale, 1.0) if antialias else 1.0
+    centres = (np.arange(size_out) + 0.5) * scale
+    distance = np.abs(np.arange(size_in) + 0.5 - centres[:, None]) / half_width
+    weights = np.maximum(0.0, 1.0 - distance)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    weights.setflags(write=False)  # shared by all callers through the cache
+    return weights
+
+
+@register("inception_crop")
+@on_key()
+def inception_crop(
+    size=None,
+    area_min=5,
+    area_max=100,
+    aspect_min=0.75,
+    aspect_max=1.33,
+    method="bilinear",
+    antialias=False,
+):
+    """Cuts out a random rectangle and, if `size` is given, resizes it. Needs an rng.
+
+    Args:
+        size: as for `resize`; None leaves the cut-out as it is.
+        area_min, area_max: its area in percent of the image's, uniform.
+        aspect_min, aspect_max: its width over its height, log-uniform (defaults: TF's).
+        method, antialias: as for `resize`.
+
+    A cut that does not fit is drawn again, ten times, then the whole image is taken. A small
+    area_min can cut the finding away that the question is about: 50 and more is safer than 5.
+    """
+    if not 0 < area_min <= area_max <= 100:
+        raise ValueError(f"expected 0 < area_min <= area_max <= 100, found {area_min}, {area_max}")
+    if not 0 < aspect_min <= aspect_max:
+        raise ValueError(f"expected 0 < aspect_min <= aspect_max, found {aspect_min}, {aspect_max}")
+    to_size = None if size is None else resize(size, method, antialias, key="image")
+
+    def fn(image, rng):
+        rng, image = need_rng(rng), _check_image(image)
+        y, x, h, w = _random_box(image.shape[0], image.shape[1], rng)
+        image = image[y : y + h, x : x + w]
+        return image if to_size is None else to_size({"image": image}, rng)["image"]
+
+    def _random_box(height, width, rng):
+        for _ in range(10):
+            area = height * width * rng.uniform(area_min, area_max) / 100
+            aspect = np.exp(rng.uniform(np.log(aspect_min), np.log(aspect_max)))
+            h, w = round(np.sqrt(area / aspect)), round(np.sqrt(area * aspect))
+            if 0 < h <= height and 0 < w <= width:
+                y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
+                return int(y), int(x), h, w
+        return 0, 0, height, width
+
+    return fn
+
+
+def _shift(image: np.ndarray, change) -> np.ndarray:
+    """Applies `change` to the float32 values 0..255 of an image, clips, restores the dtype."""
+    image = _check_image(image)
+    if image.dtype != np.uint8 and (image.dtype.kind != "f" or image.min() < 0):
+        raise ValueError(
+            f"expected values 0..255 (uint8 or float), found {image.dtype} with minimum"
+            f" {image.min()}; this op comes before value_range"
+        )
+    out = np.clip(change(image.astype(np.float32)), 0, 255)
+    return (np.rint(out) if image.dtype == np.uint8 else out).astype(image.dtype)
+
+
+@register("brightness")
+@on_key()
+def brightness(max_delta):
+    """Adds one random number in ±max_delta * 255 to all of the image. Needs an rng.
+
+    For uint8 or float images of values 0..255, so before `value_range`; the result is clipped to
+    0..255 and has the input's dtype.
+    """
+    if not 0 <= max_delta <= 1:
+        raise ValueError(f"max_delta is a share of the full range, 0..1, found {max_delta}")
+
+    def fn(image, rng):
+        delta = np.float32(need_rng(rng).uniform(-max_delta, max_delta) * 255)
+        return _shift(image, lambda x: x + delta)
+
+    return fn
+
+
+@register("contrast")
+@on_key()
+def contrast(lower, upper):
+    """Scales each channel's distance from its mean by a random factor in [lower, upper).
+
+    Needs an rng. For uint8 or float images of values 0..255, so before `value_range`; the result is
+    clipped to 0..255 and has the input's dtype.
+    """
+    if not 0 <= lower <= upper:
+        raise ValueError(f"expected 0 <= lower <= upper, found {lower}, {upper}")
+
+    def fn(image, rng):
+        factor = np.float32(need_rng(rng).uniform(lower, upper))
+
+        def change(x):
+            mean = x.mean(axis=(0, 1), keepdims=True)
+            return (x - mean) * factor + mean
+
+        return _shift(image, change)
+
+    return fn
