@@ -1,0 +1,1 @@
+"""Drawn radiology-like images with findings, and questions that need the image to be answered."""

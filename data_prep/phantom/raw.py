@@ -1,0 +1,136 @@
+"""Writes phantoms as a folder in SLAKE's layout, so that they go through SLAKE's reader."""
+
+import io
+import itertools
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tqdm
+
+from data_prep import files
+from data_prep.phantom import questions
+from data_prep.phantom.draw import FINDINGS, MODALITIES, Finding, draw
+
+NUM_IMAGES = (900, 120, 150)
+SPLITS = ("train", "validate", "test")
+SETTINGS_NAME = "phantom.json"
+# Part of the settings: raise it when the drawings or questions change, so that old ones are redone.
+DRAWING = 1
+
+
+def _states() -> list[tuple[str, Finding | None]]:
+    """Each region with every finding at every place four times in twelve, and five normal images.
+
+    An effusion is always low and counts double, so that kinds are equally frequent.
+    """
+    states: list[tuple[str, Finding | None]] = []
+    for region, kinds in FINDINGS.items():
+        for kind, side, level in itertools.product(kinds, questions.SIDES, questions.LEVELS):
+            level = "Lower" if kind == "Effusion" else level
+            states.append((region, Finding(kind, side, level)))
+        states += [(region, None)] * 5
+    return states
+
+
+def _plan(rng: np.random.Generator, n: int) -> list[tuple[str, Finding | None]]:
+    """`n` states, each as often as the others (within one), in random order."""
+    states = _states()
+    order: list[int] = []
+    while len(order) < n:
+        order += rng.permutation(len(states)).tolist()
+    return [states[i] for i in order[:n]]
+
+
+def _write_split(
+    folder: pathlib.Path, split: str, n: int, rng: np.random.Generator, first: int, first_qid: int
+) -> int:
+    rows: list[dict[str, Any]] = []
+    balancer = questions.Balancer()
+    plan = _plan(rng, n)
+    for i, (region, finding) in enumerate(
+        tqdm.tqdm(plan, desc=f"drawing {split}", unit="", leave=False, disable=None), first
+    ):
+        modality = str(rng.choice(MODALITIES[region]))
+        image, boxes = draw(rng, region, modality, finding)
+        image_folder = folder / "imgs" / f"phantom{i}"
+        image_folder.mkdir(parents=True)
+        jpeg = io.BytesIO()
+        PIL.Image.fromarray(image).save(jpeg, "JPEG", quality=int(rng.integers(85, 96)))
+        (image_folder / "source.jpg").write_bytes(jpeg.getvalue())
+        files.write_json(image_folder / "detection.json", boxes)
+        for q in questions.ask(rng, balancer, region, modality, finding):
+            rows.append(
+                {
+                    "img_id": i,
+                    "img_name": f"phantom{i}/source.jpg",
+                    "question": q.text,
+                    "answer": q.answer,
+                    "q_lang": "en",
+                    "location": region,
+                    "modality": modality,
+                    "answer_type": q.answer_type,
+                    "base_type": "vqa",
+                    "content_type": q.content_type,
+                    "triple": ["vhead", "_", "_"],
+                    "qid": first_qid + len(rows),
+                }
+            )
+    files.write_json(folder / f"{split}.json", rows)
+    return len(rows)
+
+
+def make_raw(
+    folder: pathlib.Path | str,
+    *,
+    num_images: tuple[int, ...] | list[int] | None = None,
+    seed: int | None = None,
+) -> pathlib.Path:
+    """Draws all splits into `folder`, or leaves it if it holds just these drawings.
+
+    Args:
+      folder: made by this function and replaced by it; appears only when whole.
+      num_images: images in train, validate, test; None: 900, 120, 150.
+      seed: of all randomness; None: 0. The same settings give the same files.
+
+    Returns:
+      `folder`.
+
+    Raises:
+      DataError: a split without images, or `folder` holds something else.
+    """
+    folder = pathlib.Path(folder)
+    settings = {
+        "num_images": [int(n) for n in (NUM_IMAGES if num_images is None else num_images)],
+        "seed": int(seed or 0),
+        "drawing": DRAWING,
+    }
+    if len(settings["num_images"]) != len(SPLITS) or min(settings["num_images"]) < 1:
+        raise files.DataError(
+            f"num_images is {settings['num_images']}; expected at least one image for each of "
+            f"{', '.join(SPLITS)}"
+        )
+    if settings["seed"] < 0:
+        raise files.DataError(f"seed is {seed}; expected 0 or more")
+    if folder.exists():
+        if not (folder / SETTINGS_NAME).is_file():
+            raise files.DataError(
+                f"{folder}: exists and was not drawn by this program (no {SETTINGS_NAME}); "
+                "move it away, or give it as --manual_dir to use it"
+            )
+        if files.read_json(folder / SETTINGS_NAME) == settings:
+            return folder
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    first = first_qid = 0
+    for i, (split, n) in enumerate(zip(SPLITS, settings["num_images"], strict=True)):
+        rng = np.random.default_rng([settings["seed"], i])
+        first_qid += _write_split(part, split, n, rng, first, first_qid)
+        first += n
+    files.write_json(part / SETTINGS_NAME, settings)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
