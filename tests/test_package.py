@@ -70,9 +70,7 @@ def import_faults(source, module, is_package=False):
     for name in imported(ast.parse(source), module, is_package):
         top, *below = name.split(".")
         if top in HEAVY and package != "tools":
-            faults.append(
-                f"{module} imports {name}: PyTorch is for tools and tests alone"
-            )
+            faults.append(f"{module} imports {name}: PyTorch is for tools and tests alone")
         if package == "data_prep" and top in OURS and top != "data_prep":
             faults.append(f"{module} imports {name}: data_prep imports nothing of ours")
         if package == "paligemma_med":
