@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 # Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
 # gives finite garbage that nobody reads, not NaN that spreads through gradients.
-MASKED = -2.0**127
+MASKED = -(2.0**127)
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 

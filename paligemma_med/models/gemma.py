@@ -2,9 +2,9 @@
 
 Shapes and names follow big_vision/models/ppp/gemma.py (`q_einsum/w`, `gating_einsum`, …), layers
 stacked on a leading axis. Numerics follow the published model: RMSNorm with (1 + scale), RoPE and
-softmax in float32, tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding. Gemma
-2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left out, as in
-big_vision, since no PaliGemma sequence up to 448 px comes near it.
+softmax in float32, tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding.
+Gemma 2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left
+out, as in big_vision, since no PaliGemma sequence up to 448 px comes near it.
 
 Axis letters: B batch, T and S positions, D width, N query heads, K key/value heads, H width of a
 head, F width of the MLP, V vocabulary.
@@ -303,9 +303,7 @@ class _Model(nn.Module):
         step = self.get_variable("cache", "step")
         seq_len = self.get_variable("cache", "seq_len")
         prefix_mask = self.get_variable("cache", "prefix_mask")
-        y, _ = self._layers(
-            x, (seq_len + step)[:, None], prefix_mask, mode="extend", step=step[0]
-        )
+        y, _ = self._layers(x, (seq_len + step)[:, None], prefix_mask, mode="extend", step=step[0])
         self.put_variable("cache", "step", step + 1)
         return self.compute_logits(y)
 
@@ -359,6 +357,9 @@ def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_visi
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"LLM variant {variant!r} is unknown; expected one of {sorted(VARIANTS)}.")
     kw = {**VARIANTS.get(variant, {}), **kw}
+    sizes = ("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+    if missing := [name for name in sizes if name not in kw]:
+        raise ValueError(f"The LLM has no variant and lacks {missing}: give either.")
     if kw["num_heads"] % kw["num_kv_heads"]:
         raise ValueError(
             f"num_heads={kw['num_heads']} is no multiple of num_kv_heads={kw['num_kv_heads']}."

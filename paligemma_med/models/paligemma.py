@@ -1,4 +1,4 @@
-"""PaliGemma: an image tower's tokens, then text, read by a language model as one prefix-LM sequence.
+"""PaliGemma: image tokens, then text, read by a language model as one prefix-LM sequence.
 
 The composite asks the tower for tokens and the decoder for embeddings, and does not reach inside
 either. Methods are named as in big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv
@@ -92,7 +92,8 @@ class Model(nn.Module):
             input_mask = jnp.ones(text.shape, bool)
         if mask_ar is None:
             mask_ar = jnp.ones(text.shape, jnp.int32)
-        x = jnp.concatenate([zimg, ztxt.astype(zimg.dtype)], axis=1)
+        # The language model computes in the type of its input, which is therefore its own.
+        x = jnp.concatenate([zimg.astype(ztxt.dtype), ztxt], axis=1)
         before = ((0, 0), (zimg.shape[1], 0))
         input_mask = jnp.pad(input_mask.astype(bool), before, constant_values=True)
         mask_ar = jnp.pad(mask_ar.astype(jnp.int32), before)

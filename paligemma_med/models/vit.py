@@ -9,7 +9,6 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from paligemma_med.models import attention
 
@@ -29,7 +28,7 @@ VARIANTS = {
 
 
 def decode_variant(variant):
-    """"So400m/14" → dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
+    """From "So400m/14" to dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
     name, _, patch = variant.partition("/")
     if name not in VARIANTS or (patch and not patch.isdigit()):
         raise ValueError(
@@ -70,6 +69,10 @@ class MultiHeadDotProductAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(
+                f"The image tower's width={width} is no multiple of num_heads={self.num_heads}."
+            )
         head = width // self.num_heads
         kw = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         q, k, v = (
