@@ -114,9 +114,7 @@ class Tokenizer:
             if token == self.eos_token and stop_at_eos:
                 break
             if not 0 <= token < len(self._surfaces):
-                raise ValueError(
-                    f"token {token} is outside of the {len(self._surfaces)} known ones"
-                )
+                raise ValueError(f"token {token} is not one of the {self.vocab_size} known")
             out.append(self._surfaces[token])
         return b"".join(out).decode("utf-8", errors="replace")
 
