@@ -25,12 +25,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import files, slake_layout
+from data_prep import files
 from data_prep.files import DataError
 from data_prep.vqa_builder import REPORT_NAME
 
-# Name -> module with a TFDS `Builder`. `describe(report) -> lines` prints a report; a module with
-# `make_raw` makes its own released files.
+# Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
+# makes its own raw files.
 BUILDERS = {
     "slake": "data_prep.slake.slake_dataset_builder",
     "phantom": "data_prep.phantom.phantom_dataset_builder",
@@ -53,7 +53,11 @@ def _staging(data_dir: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
         raise DataError(f"{data_dir}: can't write there ({e.strerror or e})") from None
     with lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting: another build of {key} is running", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         staging = parent / key
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -78,31 +82,42 @@ def _publish(staging: pathlib.Path, data_dir: pathlib.Path, made: pathlib.Path) 
     return final
 
 
+def _already_built(full_name: str, final: pathlib.Path, drawn_with: dict[str, Any]) -> bool:
+    """Says so if it's built; DataError if it was drawn with other settings than asked for."""
+    if not (final / "dataset_info.json").is_file():
+        return False
+    report_path = final / REPORT_NAME
+    report = files.read_json(report_path) if report_path.is_file() else {}
+    found = {k: report.get("made_with", {}).get(k) for k in drawn_with}
+    if found != drawn_with:
+        raise DataError(
+            f"{final}: already built with {found}, asked for {drawn_with}; "
+            "pass --overwrite to build it again"
+        )
+    source = f" from {report['folder']}" if "folder" in report else ""
+    print(f"{full_name} is already built at {final}{source}; --overwrite builds it again")
+    return True
+
+
 def _build_one(
-    module: Any, config: str | None, data_dir: pathlib.Path, overwrite: bool, options: dict
+    module: Any,
+    config: str | None,
+    manual_dir: pathlib.Path | None,
+    data_dir: pathlib.Path,
+    overwrite: bool,
+    drawn_with: dict[str, Any],
 ) -> pathlib.Path:
     builder = module.Builder(data_dir=data_dir, config=config, file_format="array_record")
     full_name, final = builder.info.full_name, pathlib.Path(builder.data_path)
-    key = full_name.replace("/", "-")
-    with _staging(data_dir, key) as staging:
-        if final.exists() and not overwrite:
-            report_path = final / REPORT_NAME
-            made_with = files.read_json(report_path) if report_path.is_file() else {}
-            wanted = {k: v for k, v in options.items() if k != "manual_dir" and v is not None}
-            other = {k: made_with.get("made_with", {}).get(k) for k in wanted}
-            if other != wanted:
-                raise DataError(
-                    f"{final}: already built with {other}, asked for {wanted}; "
-                    "pass --overwrite to build it again"
-                )
-            print(f"{full_name} is already built at {final} (--overwrite builds it again)")
+    # Asked before taking the lock, which a read-only data_dir has no room for, and again after.
+    if not overwrite and _already_built(full_name, final, drawn_with):
+        return final
+    with _staging(data_dir, full_name.replace("/", "-")) as staging:
+        if not overwrite and _already_built(full_name, final, drawn_with):
             return final
         start = time.monotonic()
-        manual_dir = options.get("manual_dir")
-        extra = {}
-        if hasattr(module, "make_raw") and manual_dir is None:
-            extra = {k: v for k, v in options.items() if k != "manual_dir" and v is not None}
-            manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **extra)
+        if manual_dir is None:
+            manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **drawn_with)
         print(f"building {full_name} from {manual_dir} ...", flush=True)
         builder = module.Builder(data_dir=staging, config=config, file_format="array_record")
         # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.
@@ -114,7 +129,7 @@ def _build_one(
                 ),
             )
         final = _publish(staging, data_dir, pathlib.Path(builder.data_path))
-    for line in slake_layout.describe(builder.report):
+    for line in builder.describe(builder.report):
         print(f"  {line}")
     seconds = time.monotonic() - start
     print(f"built {full_name} at {final} in {seconds:.1f} s; counts in {REPORT_NAME} there")
@@ -161,7 +176,7 @@ def build(
             f"{name}: --manual_dir is needed. {module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
     if manual_dir is not None:
-        manual_dir = slake_layout.check_folder(manual_dir)
+        manual_dir = module.Builder.check_manual_dir(manual_dir)
     configs = list(module.Builder.builder_configs) or [None]
     if config is not None:
         if config not in configs:
@@ -169,13 +184,12 @@ def build(
             raise DataError(f"{name}: unknown config {config!r}; known ones: {known}")
         configs = [config]
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    options = {
-        "manual_dir": manual_dir,
-        "num_images": list(num_images) if num_images is not None else None,
-        "seed": seed,
-    }
+    drawn_with = {"num_images": list(num_images) if num_images is not None else None, "seed": seed}
+    drawn_with = {k: v for k, v in drawn_with.items() if v is not None}
     return {
-        f"{name}/{c}" if c else name: _build_one(module, c, data_dir, overwrite, options)
+        f"{name}/{c}" if c else name: _build_one(
+            module, c, manual_dir, data_dir, overwrite, drawn_with
+        )
         for c in configs
     }
 

@@ -91,7 +91,7 @@ def _check_image(path: str, size: int, mtime_ns: int) -> str:
         with PIL.Image.open(io.BytesIO(content)) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as e:
-        reason = " ".join(str(e).split()).replace(" <", " of <").split(" of <")[0]
+        reason = re.sub(r" ?<_io\.[^>]*>", "", " ".join(str(e).split()))  # no memory addresses
         raise DataError(
             f"{path}: not a readable image ({len(content)} bytes; {reason}); "
             "expected a whole JPEG or PNG file"

@@ -5,8 +5,9 @@ are stored as the bytes of the released file: nothing is decoded and encoded aga
 no TensorFlow for it.
 """
 
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,21 @@ def boxes_feature() -> tfds.features.Sequence:
 class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A GeneratorBasedBuilder that leaves `build_report.json` beside the records.
 
-    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators`.
+    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators`, and give the
+    two functions that `data_prep.build` asks for.
     """
 
     report: Mapping[str, Any] | None = None
+
+    @classmethod
+    def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
+        """Returns `folder` if it looks right at a glance; DataError says what it lacks."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
+        """The report as lines for a person."""
+        raise NotImplementedError
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         super()._download_and_prepare(*args, **kwargs)

@@ -4,6 +4,7 @@ import io
 import itertools
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,12 @@ def _states() -> list[tuple[str, Finding | None]]:
     return states
 
 
-def _plan(rng: np.random.Generator, n: int) -> list[tuple[str, Finding | None]]:
-    """`n` states, each as often as the others (within one), in random order."""
+def _plan(rng: np.random.Generator) -> Iterator[tuple[str, Finding | None]]:
+    """States without end, each as often as the others (within one), in random order."""
     states = _states()
-    order: list[int] = []
-    while len(order) < n:
-        order += rng.permutation(len(states)).tolist()
-    return [states[i] for i in order[:n]]
+    while True:
+        for i in rng.permutation(len(states)):
+            yield states[i]
 
 
 def _write_split(
@@ -49,11 +49,15 @@ def _write_split(
 ) -> int:
     rows: list[dict[str, Any]] = []
     balancer = questions.Balancer()
-    plan = _plan(rng, n)
-    for i, (region, finding) in enumerate(
-        tqdm.tqdm(plan, desc=f"drawing {split}", unit="", leave=False, disable=None), first
+    plan = _plan(rng)
+    for i in tqdm.trange(
+        first, first + n, desc=f"drawing {split}", unit="", leave=False, disable=None
     ):
-        modality = str(rng.choice(MODALITIES[region]))
+        asked: list[questions.Question] = []
+        while not asked:  # rarely, all wordings that fit wait for another answer
+            region, finding = next(plan)
+            modality = str(rng.choice(MODALITIES[region]))
+            asked = questions.ask(rng, balancer, region, modality, finding)
         image, boxes = draw(rng, region, modality, finding)
         image_folder = folder / "imgs" / f"phantom{i}"
         image_folder.mkdir(parents=True)
@@ -61,7 +65,7 @@ def _write_split(
         PIL.Image.fromarray(image).save(jpeg, "JPEG", quality=int(rng.integers(85, 96)))
         (image_folder / "source.jpg").write_bytes(jpeg.getvalue())
         files.write_json(image_folder / "detection.json", boxes)
-        for q in questions.ask(rng, balancer, region, modality, finding):
+        for q in asked:
             rows.append(
                 {
                     "img_id": i,

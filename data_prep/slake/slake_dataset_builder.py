@@ -4,6 +4,9 @@ Train within one language: over both, 142 of 180 test images are in train too.
 """
 
 import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -19,13 +22,35 @@ class SlakeConfig(tfds.core.BuilderConfig):
     language: str = "en"
 
 
-def slake_features() -> tfds.features.FeaturesDict:
-    """The common features and what SLAKE's layout has beyond them."""
-    keys = ("content_type", "base_type", "q_lang", "location", "modality")
-    return vqa_features(**{k: tfds.features.Text() for k in keys}, boxes=boxes_feature())
+class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
+    """What SLAKE and data sets in its layout have in common. Subclasses give `_language`."""
+
+    @property
+    def _language(self) -> str:
+        raise NotImplementedError
+
+    @classmethod
+    def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
+        return slake_layout.check_folder(folder)
+
+    @classmethod
+    def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
+        return slake_layout.describe(report)
+
+    def _features(self) -> tfds.features.FeaturesDict:
+        keys = ("content_type", "base_type", "q_lang", "location", "modality")
+        return vqa_features(**{k: tfds.features.Text() for k in keys}, boxes=boxes_feature())
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        folder = slake_layout.read_folder(dl_manager.manual_dir, self._language)
+        self.report = {"dataset": self.info.full_name, **folder.report}
+        return {split: self._generate_examples(folder, split) for split in folder.rows}
+
+    def _generate_examples(self, folder: slake_layout.Folder, split: str) -> Any:
+        yield from slake_layout.examples(folder, split)
 
 
-class Builder(VqaBuilder):
+class Builder(SlakeLayoutBuilder):
     """SLAKE 1.0. Needs the unpacked release as `manual_dir`."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -40,17 +65,13 @@ class Builder(VqaBuilder):
         + slake_layout.EXPECTED
     )
 
+    @property
+    def _language(self) -> str:
+        return self.builder_config.language
+
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=slake_features(),
+            features=self._features(),
             homepage="https://www.med-vqa.com/slake",
             license="CC BY 4.0",
         )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = slake_layout.read_folder(dl_manager.manual_dir, self.builder_config.language)
-        self.report = {"dataset": self.info.full_name, **folder.report}
-        return {split: self._generate_examples(folder, split) for split in folder.rows}
-
-    def _generate_examples(self, folder: slake_layout.Folder, split: str) -> Any:
-        yield from slake_layout.examples(folder, split)
