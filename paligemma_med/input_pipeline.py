@@ -1,0 +1,695 @@
+"""From a data set on disk to batches on the devices: TFDS data source -> Grain -> `jax.Array`.
+
+Records are read at random from TFDS's array_record files (no TensorFlow), shuffled anew each epoch,
+preprocessed by a pp string, batched, and put on the mesh ahead of their use. Which rows a batch
+holds, and the random numbers that pp draws for them, depend on nothing but the seed and the step:
+not on threads, worker processes, the number of JAX processes, or where a run was resumed.
+
+Worker processes (`num_workers` > 0) are started afresh ("spawn"), never forked from a process in
+which JAX has threads. A program that asks for them must therefore guard its entry point
+(`if __name__ == "__main__": app.run(main)`): each worker imports the main module again. They are
+told to leave accelerators alone, and hand batches back through shared memory (`/dev/shm` must hold
+a few batches; give docker `--shm-size`). With `num_workers=0` a few threads do the same work.
+"""
+
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags, logging
+
+from paligemma_med import sharding as sharding_lib
+
+PpFn = Callable[[dict[str, Any], np.random.Generator | None], dict[str, Any]]
+
+
+class InputError(ValueError):
+    """What is wrong with a data set, a record or an input config, in one sentence.
+
+    It holds text alone, so that it comes back whole from a worker process.
+    """
+
+
+# --- Records on disk ---
+
+
+def default_data_dir() -> pathlib.Path:
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in folder.name.split("."))
+
+
+def _find_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
+    """The folder of the highest version of `name` ("slake/en") that is built in `data_dir`."""
+    parts = name.split("/")
+    if not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts) or len(parts) > 2:
+        raise InputError(f"data.name={name!r}: expected a name like 'phantom' or 'slake/en'")
+    folder = data_dir.joinpath(*parts)
+    inside = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    versions = [
+        p
+        for p in inside
+        if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()
+    ]
+    if versions:
+        return max(versions, key=_version_key)
+    configs = sorted(f"{name}/{p.name}" for p in inside if any(p.glob("*/dataset_info.json")))
+    if len(parts) == 1 and configs:
+        raise InputError(f"data.name={name!r} has no data of its own; choose one of {configs}")
+    config = f" --config {parts[1]}" if len(parts) == 2 else ""
+    raise InputError(
+        f"data set {name!r} is not built in {data_dir}; build it with "
+        f"`python -m data_prep.build {parts[0]}{config} --data_dir {data_dir}` "
+        "(and --manual_dir with the released files where they are needed), or point data.data_dir "
+        "or $TFDS_DATA_DIR to where it is"
+    )
+
+
+def _to_numpy_and_text(value: Any, feature: Any) -> Any:
+    """`value` with Text features as str and plain numbers as numpy; the rest is left alone."""
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return {k: _to_numpy_and_text(v, feature[k]) for k, v in value.items()}
+    if isinstance(feature, tfds.features.Sequence):
+        return _to_numpy_and_text(value, feature.feature)
+    if isinstance(feature, tfds.features.Text):
+        # A Text inside a Sequence comes as a list.
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        return [_to_numpy_and_text(v, feature) for v in value]
+    if isinstance(value, int | float):
+        return feature.np_dtype.type(value)
+    return value
+
+
+class Source:
+    """Random access to one split: `len(source)`, `source[i]` -> dict. Picklable.
+
+    Encoded images come as the bytes of the file, text as str (also inside sequences), the rest as
+    numpy. name, split, features: what was opened.
+    """
+
+    def __init__(self, name: str, split: str, builder: Any):
+        self.name = name
+        self.split = split
+        self.features = builder.info.features
+        images = [k for k, f in self.features.items() if isinstance(f, tfds.features.Image)]
+        decoders = {k: tfds.decode.SkipDecoding() for k in images}
+        self._records = builder.as_data_source(split, decoders=decoders)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._records[int(index)]
+        except Exception as e:
+            # array_record gives a C++ status here: no file name in it, and no index.
+            raise InputError(f"{self}, record {index}: can't be read: {e}") from e
+        return _to_numpy_and_text(record, self.features)
+
+    def __str__(self) -> str:
+        return f"data set {self.name} split {self.split}"
+
+    __repr__ = __str__
+
+
+def open_source(data: Mapping[str, Any]) -> Source:
+    """Opens `data = dict(name="slake/en", split="train[:512]", data_dir=...)`.
+
+    The highest version built in data_dir (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets) is
+    read, through its own description on disk: the builder's code isn't needed. `split` is TFDS's:
+    slices in records or percent, and sums.
+    InputError: not built (with the command that builds it), no such split, empty, files missing.
+    """
+    data = dict(data)
+    unknown = sorted(set(data) - {"name", "split", "data_dir"})
+    missing = sorted({"name", "split"} - set(data))
+    if unknown or missing:
+        raise InputError(
+            f"input data {data}: expected the keys name, split and perhaps data_dir; "
+            + (f"unknown: {unknown}" if unknown else f"missing: {missing}")
+        )
+    name, split = str(data["name"]), str(data["split"])
+    data_dir = data.get("data_dir")
+    folder = _find_version(
+        name, pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    )
+    builder = tfds.builder_from_directory(str(folder))
+    splits = {k: info.num_examples for k, info in builder.info.splits.items()}
+    for part in split.split("+"):
+        if (match := re.match(r"\s*([\w.-]+)", part)) is None or match.group(1) not in splits:
+            raise InputError(
+                f"data set {name} has no split {part.strip()!r}; it has "
+                + ", ".join(f"{k} ({n} examples)" for k, n in splits.items())
+            )
+    try:
+        # Here a slice that can't be read ("train[:x]") is found out.
+        instructions = [f for s in split.split("+") for f in _instructions(builder, s.strip())]
+    except Exception as e:
+        raise InputError(f"split {split!r} of data set {name} can't be read: {e}") from None
+    if not sum(f.take for f in instructions):
+        raise InputError(f"split {split!r} of data set {name} is empty; it has {splits}")
+    for f in instructions:
+        if not os.path.exists(f.filename):
+            raise InputError(f"data set {name}: the file {f.filename} is missing, build it again")
+    try:
+        return Source(name, split, builder)
+    except NotImplementedError:
+        raise InputError(
+            f"{folder} holds {builder.info.file_format.value} files, expected array_record; "
+            "build it again with file_format=array_record"
+        ) from None
+
+
+def _instructions(builder: Any, split: str) -> list[Any]:
+    return list(builder.info.splits[split].file_instructions)
+
+
+# --- One row, one batch ---
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic | bool | int | float) and np.asarray(
+        value
+    ).dtype.kind not in ("O", "S", "U", "M", "m")
+
+
+class _Preprocess:
+    """Applies pp to `(index, record)` and splits the result into what may go to a device or not.
+
+    Gives (arrays, others, cut): key -> numpy, key -> anything else, tokens that `tolen` cut off.
+    Keys that start with "_" are pp's bookkeeping and go no further.
+    """
+
+    def __init__(self, pp: str | PpFn, source: Any):
+        if isinstance(pp, str):
+            from paligemma_med.pp import get_preprocess_fn
+
+            pp = get_preprocess_fn(pp)
+        self._pp = pp
+        self._source_text = str(source)
+
+    def where(self, index: int, record: Mapping[str, Any]) -> str:
+        question = f" (question_id {record['question_id']})" if "question_id" in record else ""
+        return f"{self._source_text}, record {index}{question}"
+
+    def __call__(
+        self, item: tuple[int, dict[str, Any]], rng: np.random.Generator | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+        index, record = item
+        try:
+            row = self._pp(record, rng)
+        except Exception as e:
+            kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+            raise InputError(f"{self.where(index, record)}: pp failed: {kind}{e}") from e
+        cut = int(row.get("_truncated", 0))
+        row = {k: v for k, v in row.items() if not k.startswith("_")}
+        arrays = {k: np.asarray(v) for k, v in row.items() if _is_array(v)}
+        return arrays, {k: v for k, v in row.items() if k not in arrays}, cut
+
+
+class _TrainRow:
+    """`_Preprocess` for training: arrays alone, and a token to learn to stop at."""
+
+    def __init__(self, pp: _Preprocess, eos_token: int, allow_missing_eos: bool):
+        self._pp = pp
+        self._eos_token = eos_token
+        self._allow_missing_eos = allow_missing_eos
+
+    def __call__(
+        self, item: tuple[int, dict[str, Any]], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        arrays, others, cut = self._pp(item, rng)
+        if others:
+            kept = ", ".join(f'"{k}"' for k in arrays)
+            found = ", ".join(f"{k} ({type(v).__name__})" for k, v in others.items())
+            raise InputError(
+                f"input.pp leaves keys that are no arrays: {found}; "
+                f"add keep({kept}) at its end, or fewer of these"
+            )
+        if not self._allow_missing_eos:
+            self._check_eos(arrays, cut, *item)
+        return arrays | {"_truncated": np.int32(cut)}
+
+    def _check_eos(
+        self, arrays: Mapping[str, np.ndarray], cut: int, index: int, record: Mapping[str, Any]
+    ) -> None:
+        where = self._pp.where(index, record)
+        if missing := [k for k in ("text", "mask_loss") if k not in arrays]:
+            raise InputError(
+                f"{where}: input.pp gives no {' and no '.join(missing)}, found {sorted(arrays)}; "
+                "keep them, or set input.allow_missing_eos=True"
+            )
+        text, mask_loss = arrays["text"], arrays["mask_loss"]
+        if text.shape != mask_loss.shape:
+            raise InputError(
+                f"{where}: text has shape {text.shape} and mask_loss {mask_loss.shape}, "
+                "expected the same; give both to tolen"
+            )
+        if not np.any((mask_loss > 0) & (text == self._eos_token)):
+            advice = (
+                f"tolen cut {cut} tokens off, raise text_len (the length given to tolen, now "
+                f"{len(text)})"
+                if cut
+                else "add eos='yes' to the tok(...) of the suffix and supervise it with mask_loss"
+            )
+            raise InputError(
+                f"{where}: no supervised EOS (token {self._eos_token} with mask_loss > 0), so the "
+                f"model can't learn where the answer ends: {advice}, or set "
+                "input.allow_missing_eos=True"
+            )
+
+
+def _stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows of equal keys and shapes -> key -> array[len(rows), ...]."""
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise InputError(
+                f"pp gives rows of one batch different keys: {sorted(rows[0])} and {sorted(row)}"
+            )
+    out = {}
+    for key in rows[0]:
+        shapes = sorted({row[key].shape for row in rows})
+        if len(shapes) > 1:
+            raise InputError(
+                f"pp gives rows of one batch different shapes of {key!r}: {shapes[:4]}; "
+                "add tolen(...) for tokens, resize(...) for images"
+            )
+        out[key] = np.stack([row[key] for row in rows])
+    return out
+
+
+class _WithIndex:
+    """A source whose items know their place, for errors: `[i]` -> (i, record)."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return int(index), self._source[index]
+
+
+# --- Devices ---
+
+
+def _sharding_of(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return sharding_lib.batch_sharding(mesh)
+
+
+def _check_batch_size(batch_size: Any, mesh: jax.sharding.Mesh | None, what: str) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"{what}={batch_size!r}: expected a positive whole number")
+    axis = sharding_lib.DATA_AXIS
+    parts = 1 if mesh is None else sharding_lib.batch_sharding(mesh).mesh.shape[axis]
+    if batch_size % parts:
+        down = batch_size // parts * parts
+        raise InputError(
+            f"{what}={batch_size} doesn't divide by the {parts} shards of the mesh axis "
+            f'"{axis}"; use {f"{down} or " if down else ""}{down + parts}'
+        )
+    return batch_size
+
+
+def _process_share(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
+    """(p, n): this process's devices need the p-th of n equal contiguous pieces of a batch.
+
+    Read off the sharding, not the process index: the order of devices in a mesh is JAX's choice,
+    and processes that differ only along another axis need the same rows.
+    """
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = sorted({s[0].indices(batch_size)[:2] for s in slices})
+    low, high = bounds[0][0], bounds[-1][1]
+    size = high - low
+    covered = sum(stop - start for start, stop in bounds)
+    if covered != size or batch_size % size or low % size:
+        raise InputError(
+            f"the devices of this process hold rows {bounds} of a batch of {batch_size}, expected "
+            'one contiguous piece; put the axis "data" first in config.mesh'
+        )
+    return low // size, batch_size // size
+
+
+def _put(
+    batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, batch_size: int
+) -> dict[str, jax.Array]:
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v, (batch_size, *v.shape[1:]))
+        for k, v in batch.items()
+    }
+
+
+# --- Grain ---
+
+
+def _worker_init(index: int, count: int) -> None:
+    del index, count
+    # A worker imports the main module, and JAX with it; it must not take GPU memory or a TPU.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _run_ahead(
+    batches: grain.MapDataset, *, num_workers: int, num_threads: int, ahead: int
+) -> grain.IterDataset:
+    """Makes `batches` in order and ahead of their use, by workers or by threads of this process."""
+    if num_workers:
+        # Grain reads flags of its own when it starts workers. Outside of app.run (a notebook, a
+        # test) nobody parses them, and absl would refuse to give their defaults.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        # Threads inside of workers would only wait for the same cores.
+        ds = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(
+            num_workers=num_workers, per_worker_buffer_size=max(1, math.ceil(ahead / num_workers))
+        )
+        return ds.mp_prefetch(options, worker_init_fn=_worker_init)
+    return batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads))
+    )
+
+
+def _default_threads() -> int:
+    # A thread holds a whole batch in the making: a few are enough, more cost memory.
+    return min(4, os.cpu_count() or 1)
+
+
+def _clear_error(e: Exception) -> Exception:
+    """`e` without the frames of threads and workers, which would bury its one sentence."""
+    if isinstance(e, InputError):
+        error = InputError(str(e))
+        error.__cause__ = e.__cause__
+        return error
+    if "Worker process was terminated" in str(e):
+        return InputError(
+            f"an input worker process died: {str(e).split('. ')[0]}; it may have run out of memory "
+            "or of /dev/shm (docker: --shm-size), or the main module doesn't guard its entry point "
+            'with `if __name__ == "__main__":`; input.num_workers=0 uses threads instead'
+        )
+    return e
+
+
+_KNOWN = {
+    "data",
+    "pp",
+    "batch_size",
+    "num_workers",
+    "num_threads",
+    "prefetch",
+    "allow_missing_eos",
+}
+# big_vision's keys that say how tf.data should do what is done differently here.
+_IGNORED = {"shuffle_buffer_size", "cache_raw", "num_parallel_calls", "tfdata"}
+
+
+class TrainingInput:
+    """An endless iterator of global batches; made by `training`.
+
+    num_examples: in one epoch. steps_per_epoch: float. step: number of the next batch.
+    stats: of the batches handed out so far, of the rows that this process loads: `examples`,
+    `truncated` (rows that lost tokens), `tokens_cut`, `longest_cut`.
+    wait_seconds: time spent in `next` waiting for input.
+    Close it when it's no longer needed (`close()`, or `with`): it owns threads and processes.
+    """
+
+    def __init__(
+        self,
+        batches: grain.IterDataset,
+        *,
+        num_examples: int,
+        batch_size: int,
+        start_step: int,
+        sharding: jax.sharding.Sharding,
+        prefetch: int,
+        name: str,
+    ):
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_examples / batch_size
+        self.step = start_step
+        self.stats = {"examples": 0, "truncated": 0, "tokens_cut": 0, "longest_cut": 0}
+        self.wait_seconds = 0.0
+        self._name = name
+        self._reported = 0
+
+        def to_devices(
+            host: dict[str, np.ndarray],
+        ) -> tuple[dict[str, jax.Array], np.ndarray]:
+            cut = np.array(host.pop("_truncated"))
+            return _put(host, sharding, batch_size), cut
+
+        ahead = grain.experimental.ThreadPrefetchIterDataset(
+            batches.map(to_devices), prefetch_buffer_size=prefetch
+        )
+        self._iterator = iter(ahead)
+
+    def __iter__(self) -> "TrainingInput":
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        if self._iterator is None:
+            raise StopIteration
+        start = time.perf_counter()
+        try:
+            batch, cut = next(self._iterator)
+        except Exception as e:
+            error = _clear_error(e)
+            self.close()
+            raise error from error.__cause__
+        finally:
+            self.wait_seconds += time.perf_counter() - start
+        self.stats["examples"] += len(cut)
+        self.stats["truncated"] += int((cut > 0).sum())
+        self.stats["tokens_cut"] += int(cut.sum())
+        self.stats["longest_cut"] = max(self.stats["longest_cut"], int(cut.max()))
+        self.step += 1
+        if int(self.step / self.steps_per_epoch) > int((self.step - 1) / self.steps_per_epoch):
+            self._report()
+        return batch
+
+    def _report(self) -> None:
+        new = self.stats["truncated"] - self._reported
+        if new:
+            logging.warning(
+                "input %s: %d of %d examples so far lost tokens to tolen (%d of them since the "
+                "last report, %d tokens at most); a larger text_len keeps them",
+                self._name,
+                self.stats["truncated"],
+                self.stats["examples"],
+                new,
+                self.stats["longest_cut"],
+            )
+        self._reported = self.stats["truncated"]
+
+    def close(self) -> None:
+        """Ends threads and workers and reports what was truncated; no batches come after it."""
+        if self._iterator is not None:
+            iterator, self._iterator = self._iterator, None
+            iterator.close()
+            self._report()
+
+    def __enter__(self) -> "TrainingInput":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
+def training(
+    input_cfg: Mapping[str, Any],
+    *,
+    seed: int,
+    mesh: jax.sharding.Mesh | None = None,
+    eos_token: int = 1,
+    start_step: int = 0,
+) -> TrainingInput:
+    """Endless shuffled batches for `config.input`.
+
+    input_cfg: data (see `open_source`), pp (a string, or a picklable `fn(data, rng) -> dict`),
+    batch_size (global); num_workers=0 processes or else num_threads that run pp, prefetch=2 batches
+    kept on the devices, allow_missing_eos=False. Every epoch is shuffled whole, so
+    shuffle_buffer_size is accepted and means nothing.
+    seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
+    mesh: rows are cut along its axis "data"; without a mesh everything is on one device.
+    Every process loads only its piece of a batch; the global batch is the same for any number.
+    Each batch: key -> jax.Array[batch_size, ...], all that pp leaves except keys starting with "_".
+    InputError, here: a config that can't work. InputError, from `next`: a record that can't be read
+    or preprocessed, non-array keys left by pp, or (unless allowed) a row without a supervised EOS,
+    i.e. no position with text == eos_token and mask_loss > 0.
+    """
+    cfg = dict(input_cfg)
+    if unknown := sorted(set(cfg) - _KNOWN - _IGNORED):
+        raise InputError(f"input: unknown keys {unknown}, expected some of {sorted(_KNOWN)}")
+    if missing := [k for k in ("data", "pp", "batch_size") if k not in cfg]:
+        raise InputError(f"input: {missing[0]!r} is missing, found {sorted(cfg)}")
+    batch_size = _check_batch_size(cfg["batch_size"], mesh, "input.batch_size")
+    numbers = {
+        "num_workers": cfg.get("num_workers") or 0,
+        "num_threads": cfg.get("num_threads") or _default_threads(),
+        "prefetch": cfg.get("prefetch", 2),
+        "start_step": start_step,
+        "seed": seed,
+    }
+    for key, value in numbers.items():
+        limit = 2**32 if key == "seed" else 2**31
+        if not isinstance(value, int | np.integer) or not 0 <= value < limit:
+            raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
+
+    source = open_source(cfg["data"])
+    row = _TrainRow(
+        _Preprocess(cfg["pp"], source), eos_token, bool(cfg.get("allow_missing_eos", False))
+    )
+    sharding = _sharding_of(mesh)
+    piece, pieces = _process_share(sharding, batch_size)
+    rows = grain.MapDataset.source(_WithIndex(source)).seed(int(seed)).shuffle().repeat()
+    # The stream of rows is cut into pieces of batch_size / pieces; this process makes every
+    # pieces-th one. Batches are an index into an endless sequence until here, so starting at a
+    # later one costs nothing.
+    batches = rows.random_map(row).batch(batch_size // pieces, drop_remainder=True, batch_fn=_stack)
+    batches = batches[int(start_step) * pieces + piece :: pieces]
+    batches = _run_ahead(
+        batches,
+        num_workers=int(numbers["num_workers"]),
+        num_threads=int(numbers["num_threads"]),
+        ahead=max(1, int(numbers["prefetch"])),
+    )
+    return TrainingInput(
+        batches,
+        num_examples=len(source),
+        batch_size=batch_size,
+        start_step=int(start_step),
+        sharding=sharding,
+        prefetch=int(numbers["prefetch"]),
+        name=f"{source.name} {source.split}",
+    )
+
+
+# --- Evaluation ---
+
+
+class _EvalBatch:
+    """Batch number -> (arrays, `_mask` among them; other keys of the valid rows; tokens cut)."""
+
+    def __init__(self, source: Any, pp: _Preprocess, batch_size: int, piece: int, pieces: int):
+        self._source = _WithIndex(source)
+        self._pp = pp
+        self._batch_size = batch_size
+        self._piece = piece
+        self._rows = batch_size // pieces
+
+    def __call__(self, batch: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], list[int]]:
+        first = batch * self._batch_size + self._piece * self._rows
+        valid = range(first, min(first + self._rows, len(self._source)))
+        made = [self._pp(self._source[i]) for i in valid]
+        arrays = [m[0] for m in made]
+        # A process whose piece of the last batch is all padding needs a row to copy, too.
+        filler = arrays[0] if arrays else self._pp(self._source[batch * self._batch_size])[0]
+        stacked = _stack(arrays + [filler] * (self._rows - len(arrays)))
+        if not stacked:
+            raise InputError("the eval pp leaves no arrays; keep image, text, mask_ar, mask_input")
+        stacked["_mask"] = np.arange(self._rows) < len(arrays)
+        return stacked, [m[1] for m in made], [m[2] for m in made]
+
+
+class EvalInput:
+    """One split in order, in batches of equal size, as often as wanted; made by `evaluation`.
+
+    len(): number of examples. num_batches: number of batches.
+    stats: of the last (or running) pass, of the rows of this process: `examples`, `truncated`.
+    """
+
+    def __init__(
+        self,
+        batches: grain.IterDataset,
+        *,
+        num_examples: int,
+        batch_size: int,
+        sharding: jax.sharding.Sharding,
+        name: str,
+    ):
+        self.batch_size = batch_size
+        self.num_batches = math.ceil(num_examples / batch_size)
+        self.stats = {"examples": 0, "truncated": 0}
+        self._num_examples = num_examples
+        self._batches = batches
+        self._sharding = sharding
+        self._name = name
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __iter__(self) -> Iterator[tuple[dict[str, jax.Array], list[dict[str, Any]]]]:
+        stats = self.stats = {"examples": 0, "truncated": 0}
+        iterator = iter(self._batches)
+        try:
+            while True:
+                try:
+                    host, rows, cut = next(iterator)
+                except StopIteration:
+                    break
+                except Exception as e:
+                    error = _clear_error(e)
+                    raise error from error.__cause__
+                stats["examples"] += len(cut)
+                stats["truncated"] += sum(c > 0 for c in cut)
+                yield _put(host, self._sharding, self.batch_size), rows
+        finally:
+            iterator.close()
+        if stats["truncated"]:
+            logging.warning(
+                "input %s: %d of %d prompts lost tokens to tolen; a larger text_len keeps them",
+                self._name,
+                stats["truncated"],
+                stats["examples"],
+            )
+
+
+def evaluation(
+    data: Mapping[str, Any],
+    pp: str | PpFn,
+    batch_size: int,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    num_workers: int = 0,
+    num_threads: int | None = None,
+) -> EvalInput:
+    """One pass over a split in order: yields (batch, rows).
+
+    batch: key -> jax.Array[batch_size, ...], cut along the mesh axis "data", with `_mask`
+    bool[batch_size]. The last batch is filled up with copies of its first row, `_mask` False.
+    rows: for each valid row that this process loads (with one process: every valid row, in order) a
+    dict of the keys that are no arrays, such as question_id and answer; the pp's keep() says which.
+    Arguments and errors as in `training`; pp gets no rng, so random ops are refused.
+    """
+    batch_size = _check_batch_size(batch_size, mesh, "batch_size")
+    source = open_source(data)
+    sharding = _sharding_of(mesh)
+    piece, pieces = _process_share(sharding, batch_size)
+    make = _EvalBatch(source, _Preprocess(pp, source), batch_size, piece, pieces)
+    batches = grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(make)
+    return EvalInput(
+        _run_ahead(
+            batches,
+            num_workers=int(num_workers or 0),
+            num_threads=int(num_threads or _default_threads()),
+            ahead=2,
+        ),
+        num_examples=len(source),
+        batch_size=batch_size,
+        sharding=sharding,
+        name=f"{source.name} {source.split}",
+    )

@@ -1,0 +1,544 @@
+"""Input: what is read, that batches depend on seed and step alone, and what each mistake says."""
+
+import io
+import os
+import pickle
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+from absl import logging
+
+from paligemma_med import input_pipeline, sharding
+from paligemma_med.input_pipeline import InputError
+
+N_TRAIN, N_VALID, LENGTH = 23, 9, 12
+
+
+def _png(i):
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (8 + i % 3, 8), (i, 2 * i, 255 - i)).save(out, "PNG")
+    return out.getvalue()
+
+
+def _examples(first, count):
+    for i in range(first, first + count):
+        yield (
+            str(i),
+            {
+                "image": _png(i),
+                "question": f"wo ist es, {i}? 在哪里",
+                "answer": "left" if i % 2 else "right lung",
+                "question_id": f"q{i}",
+                "number": i,
+                "choices": ["a", "β"],
+                "boxes": [{"label": "Milz", "bbox": np.arange(4, dtype=np.float32)}] * (i % 3),
+            },
+        )
+
+
+class TinyVqa(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Rows numbered 0..22 (train) and 100..108 (validate), built without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.10.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en")]
+
+    def _info(self):
+        text = tfds.features.Text()
+        bbox = tfds.features.Tensor(shape=(4,), dtype=np.float32)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(),
+                    "question": text,
+                    "answer": text,
+                    "question_id": text,
+                    "number": np.int32,
+                    "choices": tfds.features.Sequence(text),
+                    "boxes": tfds.features.Sequence({"label": text, "bbox": bbox}),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": _examples(0, N_TRAIN),
+            "validate": _examples(100, N_VALID),
+        }
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyVqa(data_dir=folder, config="en", file_format="array_record").download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+    # An older version, that sorts after the newer one as text.
+    shutil.copytree(folder / "tiny_vqa" / "en" / "1.10.0", folder / "tiny_vqa" / "en" / "1.9.0")
+    return folder
+
+
+@pytest.fixture
+def data(data_dir):
+    return {"name": "tiny_vqa/en", "split": "train", "data_dir": str(data_dir)}
+
+
+def _make_pp(*, eos=True, cut=lambda n: 0, extra=lambda d: {}, fail_on=None, eos_lost_on=None):
+    """A pp as a closure, which travels to workers by value."""
+
+    def pp(d, rng):
+        number = int(d["number"])
+        if number == fail_on:
+            raise ValueError("there is no such thing")
+        text, mask_loss = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.int32)
+        text[:4] = [2, 50 + number, 60, 1 if eos and number != eos_lost_on else 61]
+        mask_loss[2:4] = 1
+        out = {"text": text, "mask_loss": mask_loss, "number": d["number"], **extra(d)}
+        if rng is not None:
+            out["noise"] = rng.random(3).astype(np.float32)
+        if cut(number):
+            out["_truncated"] = np.int32(cut(number))
+        return out
+
+    return pp
+
+
+def _train(data, pp=None, *, steps, seed=7, mesh=None, start_step=0, **cfg):
+    cfg = {"data": data, "pp": pp or _make_pp(), "batch_size": 8, **cfg}
+    with input_pipeline.training(cfg, seed=seed, mesh=mesh, start_step=start_step) as batches:
+        return [next(batches) for _ in range(steps)]
+
+
+def _assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for a, b in zip(batches, expected):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def _ids(rows):
+    return [row["question_id"] for row in rows]
+
+
+# --- Records ---
+
+
+def test_source_gives_bytes_text_and_numpy(data):
+    source = input_pipeline.open_source(data)
+    assert len(source) == N_TRAIN
+    rows = {r["question_id"]: r for r in (source[i] for i in range(len(source)))}
+    assert set(rows) == {f"q{i}" for i in range(N_TRAIN)}
+    row = rows["q5"]
+    assert row["question"] == "wo ist es, 5? 在哪里"
+    assert row["image"] == _png(5)
+    assert row["number"] == 5 and row["number"].dtype == np.int32
+    assert row["choices"] == ["a", "β"]
+    assert row["boxes"]["label"] == ["Milz", "Milz"]
+    np.testing.assert_array_equal(row["boxes"]["bbox"], [[0, 1, 2, 3]] * 2)
+    assert rows["q3"]["boxes"]["label"] == []
+
+
+def test_source_pickles_before_and_after_reading(data):
+    source = input_pipeline.open_source(data)
+    for _ in range(2):
+        copy = pickle.loads(pickle.dumps(source))
+        assert [copy[i]["number"] for i in range(3)] == [source[i]["number"] for i in range(3)]
+
+
+def test_split_grammar(data):
+    def ids(split):
+        source = input_pipeline.open_source(data | {"split": split})
+        return [source[i]["question_id"] for i in range(len(source))]
+
+    everything = ids("train")
+    assert ids("train[:5]") == everything[:5]
+    assert ids("train[-5:]") == everything[-5:]
+    assert sorted(ids("train[:5]+train[5:]")) == sorted(everything)
+    assert len(ids("train+validate")) == N_TRAIN + N_VALID
+    assert ids("train[20%:]") == everything[round(N_TRAIN * 0.2) :]
+
+
+def test_highest_version_is_read(data, data_dir):
+    assert {p.name for p in (data_dir / "tiny_vqa" / "en").iterdir()} == {"1.9.0", "1.10.0"}
+    assert "1.10.0" in str(input_pipeline._find_version("tiny_vqa/en", data_dir))
+
+
+def test_data_dir_from_environment(data, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", data.pop("data_dir"))
+    assert len(input_pipeline.open_source(data)) == N_TRAIN
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "slake/en"}, ["slake/en", "python -m data_prep.build slake --config en --data"]),
+        ({"name": "phantom"}, ["python -m data_prep.build phantom --data_dir"]),
+        ({"name": "tiny_vqa"}, ["choose one of ['tiny_vqa/en']"]),
+        ({"name": "../etc"}, ["../etc"]),
+        ({"split": "test"}, ["no split 'test'", "train (23 examples)", "validate (9 examples)"]),
+        ({"split": "train+tset[:5]"}, ["no split 'tset[:5]'"]),
+        ({"split": "train[:x]"}, ["train[:x]", "can't be read"]),
+        ({"split": "train[5:5]"}, ["train[5:5]", "empty"]),
+        ({"splits": "train"}, ["unknown: ['splits']"]),
+    ],
+)
+def test_open_source_errors(data, change, words):
+    with pytest.raises(InputError) as e:
+        input_pipeline.open_source(data | change)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_missing_and_damaged_files_are_named(data, data_dir, tmp_path):
+    folder = tmp_path / "tiny_vqa" / "en" / "1.10.0"
+    shutil.copytree(data_dir / "tiny_vqa" / "en" / "1.10.0", folder)
+    data["data_dir"] = str(tmp_path)
+    shard = next(folder.glob("*train*"))
+    whole = shard.read_bytes()
+    # One wrong byte amid the records: a checksum in the file finds it.
+    at = whole.index(b"IHDR") if b"IHDR" in whole else len(whole) // 3
+    shard.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+    with pytest.raises(InputError, match="tiny_vqa/en split train, record"):
+        source = input_pipeline.open_source(data)
+        for i in range(len(source)):
+            source[i]
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name} is missing"):
+        input_pipeline.open_source(data)
+
+
+# --- Training ---
+
+
+def test_an_epoch_holds_each_row_once_and_epochs_differ(data):
+    batches = _train(data, steps=3 * N_TRAIN, batch_size=1)
+    numbers = [int(b["number"][0]) for b in batches]
+    epochs = [numbers[k * N_TRAIN : (k + 1) * N_TRAIN] for k in range(3)]
+    assert all(sorted(epoch) == list(range(N_TRAIN)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != list(range(N_TRAIN))
+
+
+def test_batches_go_on_across_epochs_without_dropping_rows(data):
+    # 23 rows in batches of 8: whatever the batch size, the stream of rows is the same one.
+    small = np.concatenate([b["number"] for b in _train(data, steps=2 * N_TRAIN, batch_size=1)])
+    large = np.concatenate([b["number"] for b in _train(data, steps=5, batch_size=8)])
+    np.testing.assert_array_equal(small[:40], large)
+
+
+def test_random_numbers_differ_by_row_and_epoch_and_come_from_the_seed(data):
+    one = _train(data, steps=6)
+    _assert_equal(_train(data, steps=6), one)
+    noise = np.concatenate([b["noise"] for b in one])
+    assert len(np.unique(noise[:, 0])) == len(noise)
+    other = _train(data, steps=6, seed=8)
+    assert any((a["number"] != b["number"]).any() for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 11])
+def test_start_step_skips_exactly(data, start):
+    _assert_equal(_train(data, steps=2, start_step=start), _train(data, steps=start + 2)[start:])
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 3}, {"prefetch": 0}, {"prefetch": 5}])
+def test_threads_and_prefetch_change_nothing(data, options):
+    _assert_equal(_train(data, steps=7, **options), _train(data, steps=7, num_threads=1))
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_change_nothing(data, num_workers):
+    expected = _train(data, steps=9)
+    # All batches are kept: those in memory shared with workers must not change afterwards.
+    _assert_equal(_train(data, steps=5, start_step=4, num_workers=num_workers), expected[4:])
+
+
+def test_batches_are_sharded_over_the_data_axis(data):
+    mesh = sharding.make_mesh([("data", 4), ("model", 2)])
+    batches = _train(data, steps=2, mesh=mesh)
+    _assert_equal(batches, _train(data, steps=2))
+    for value in batches[0].values():
+        assert value.sharding.is_equivalent_to(sharding.batch_sharding(mesh), value.ndim)
+        assert {s.data.shape[0] for s in value.addressable_shards} == {2}
+
+
+class _OneOfSeveral:
+    """Stands for the batch sharding as one process of several sees it."""
+
+    def __init__(self, mesh, devices):
+        self._sharding, self._devices = sharding.batch_sharding(mesh), devices
+
+    def addressable_devices_indices_map(self, shape):
+        found = self._sharding.devices_indices_map(shape)
+        return {d: found[d] for d in self._devices}
+
+
+@pytest.mark.parametrize(
+    ("spec", "processes", "expected"),
+    [
+        ([("data", 8)], 1, [(0, 1)]),
+        ([("data", 8)], 2, [(0, 2), (1, 2)]),
+        ([("data", 8)], 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        # Processes that share rows along "model".
+        ([("data", 2), ("model", 4)], 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_load_the_rows_their_devices_hold(spec, processes, expected):
+    mesh = sharding.make_mesh(spec)
+    devices = list(mesh.devices.flat)
+    each = len(devices) // processes
+    shares = [
+        input_pipeline._process_share(
+            _OneOfSeveral(mesh, devices[p * each : (p + 1) * each]), batch_size=16
+        )
+        for p in range(processes)
+    ]
+    assert shares == expected
+
+
+def test_scattered_rows_of_a_process_are_refused():
+    mesh = sharding.make_mesh([("data", 8)])
+    seen = _OneOfSeveral(mesh, [mesh.devices.flat[0], mesh.devices.flat[2]])
+    with pytest.raises(InputError, match="contiguous"):
+        input_pipeline._process_share(seen, batch_size=8)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_pieces_of_processes_make_the_same_global_batch(data, monkeypatch, processes):
+    whole = _train(data, steps=3, start_step=2)
+    whole_eval = list(input_pipeline.evaluation(data, _eval_pp, 8))
+    monkeypatch.setattr(input_pipeline, "_put", lambda batch, sharding, batch_size: batch)
+    pieces, pieces_eval = [], []
+    for p in range(processes):
+        monkeypatch.setattr(input_pipeline, "_process_share", lambda *a, p=p: (p, processes))
+        pieces.append(_train(data, steps=3, start_step=2))
+        pieces_eval.append(list(input_pipeline.evaluation(data, _eval_pp, 8)))
+    joined = [{k: np.concatenate([b[k] for b in step]) for k in step[0]} for step in zip(*pieces)]
+    _assert_equal(joined, whole)
+    for (batch, rows), parts in zip(whole_eval, zip(*pieces_eval), strict=True):
+        assert _ids(rows) == [i for _, part in parts for i in _ids(part)]
+        mask = np.concatenate([b["_mask"] for b, _ in parts])
+        np.testing.assert_array_equal(batch["_mask"], mask)
+        number = np.concatenate([b["number"] for b, _ in parts])
+        np.testing.assert_array_equal(np.asarray(batch["number"])[mask], number[mask])
+
+
+def test_truncation_is_counted_and_reported(data, monkeypatch):
+    warned = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warned.append(text % args))
+    pp = _make_pp(cut=lambda n: n if n in (3, 20) else 0)
+    cfg = {"data": data, "pp": pp, "batch_size": 1}
+    with input_pipeline.training(cfg, seed=0) as batches:
+        for _ in range(N_TRAIN - 1):
+            assert not any(k.startswith("_") for k in next(batches))
+        next(batches)
+        assert batches.stats == {
+            "examples": N_TRAIN,
+            "truncated": 2,
+            "tokens_cut": 23,
+            "longest_cut": 20,
+        }
+        assert len(warned) == 1 and "2 of 23 examples" in warned[0]
+        assert batches.num_examples == N_TRAIN and batches.steps_per_epoch == N_TRAIN
+        for _ in range(N_TRAIN // 2):
+            next(batches)
+    # The end reports what came since, if anything did.
+    seen = batches.stats["truncated"]
+    assert len(warned) == 1 + (seen > 2)
+
+
+def test_nothing_truncated_warns_of_nothing(data, monkeypatch):
+    monkeypatch.setattr(logging, "warning", lambda *a: pytest.fail(str(a)))
+    _train(data, steps=6)
+
+
+def test_missing_eos_is_an_error_unless_allowed(data):
+    pp = _make_pp(eos_lost_on=11, cut=lambda n: 4 if n == 11 else 0)
+    with pytest.raises(InputError) as e:
+        _train(data, pp, steps=6)
+    for word in ("tiny_vqa/en", "question_id q11", "EOS", "text_len", f"now {LENGTH}", "cut 4"):
+        assert word in str(e.value), str(e.value)
+    assert len(_train(data, pp, steps=6, allow_missing_eos=True)) == 6
+    with pytest.raises(InputError, match="eos='yes'"):
+        _train(data, _make_pp(eos=False), steps=1)
+
+
+def test_an_eos_that_is_not_supervised_does_not_count(data):
+    def pp(d, rng):
+        return {"text": np.array([2, 60, 1]), "mask_loss": np.array([0, 1, 0])}
+
+    with pytest.raises(InputError, match="EOS"):
+        _train(data, pp, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (lambda d: {"answer": d["answer"]}, ["answer (str)", 'keep("text", "mask_loss"']),
+        (lambda d: {"boxes": d["boxes"]}, ["boxes (dict)"]),
+        (lambda d: {"image": d["image"]}, ["image (bytes)"]),
+        (lambda d: {"image": np.zeros(8 + int(d["number"]) % 3)}, ["'image'", "resize", "(8,)"]),
+        (lambda d: {"x": 1} if d["number"] % 2 else {}, ["different keys", "'x'"]),
+    ],
+)
+def test_rows_that_make_no_batch(data, extra, words):
+    with pytest.raises(InputError) as e:
+        _train(data, _make_pp(extra=extra), steps=6)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pp_errors_name_the_row(data, num_workers):
+    with pytest.raises(InputError) as e:
+        _train(data, _make_pp(fail_on=17), steps=6, num_workers=num_workers)
+    message = str(e.value)
+    assert "\n" not in message and message.endswith("there is no such thing")
+    assert "tiny_vqa/en split train, record" in message and "(question_id q17)" in message
+    # The index is that of the split as opened.
+    index = int(message.split("record ")[1].split()[0])
+    assert input_pipeline.open_source(data)[index]["question_id"] == "q17"
+
+
+def test_a_worker_that_dies_is_reported(data):
+    parent = os.getpid()
+
+    def pp(d, rng):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    with pytest.raises(InputError, match="worker process died.*num_workers=0"):
+        _train(data, pp, steps=1, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "word"),
+    [
+        ({"batch_size": 12}, "input.batch_size=12 doesn't divide by the 8 shards.*use 8 or 16"),
+        ({"batch_size": 4}, "use 8$"),
+        ({"batch_size": 0}, "positive"),
+        ({"batch_size": 8.0}, "positive"),
+        ({"batchsize": 8}, "unknown keys.*batchsize"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"prefetch": "2"}, "prefetch='2'"),
+    ],
+)
+def test_config_errors(data, cfg, word):
+    mesh = sharding.make_mesh([("data", -1)])
+    with pytest.raises(InputError, match=word):
+        _train(data, steps=0, mesh=mesh, **cfg)
+
+
+def test_waiting_is_measured(data):
+    def pp(d, rng):
+        time.sleep(0.05)
+        return {"x": np.zeros(1)}
+
+    cfg = {"data": data, "pp": pp, "batch_size": 2, "allow_missing_eos": True, "num_threads": 1}
+    with input_pipeline.training(cfg, seed=0) as batches:
+        for _ in range(3):
+            next(batches)
+        assert batches.step == 3
+        assert 0.2 < batches.wait_seconds < 5
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+# --- Evaluation ---
+
+
+def _eval_pp(d, rng):
+    assert rng is None
+    return {
+        "text": np.full(4, int(d["number"]), np.int32),
+        "number": d["number"],
+        "question_id": d["question_id"],
+        "boxes": d["boxes"],
+        "_truncated": np.int32(d["number"] == 3),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 23, 32])
+def test_evaluation_goes_through_the_split_once_in_order(data, batch_size):
+    source = input_pipeline.open_source(data)
+    expected = [source[i]["question_id"] for i in range(len(source))]
+    batches = input_pipeline.evaluation(data, _eval_pp, batch_size)
+    assert len(batches) == N_TRAIN
+    for _ in range(2):
+        seen, texts, count = [], [], 0
+        for batch, rows in batches:
+            count += 1
+            mask = np.asarray(batch["_mask"])
+            assert mask.dtype == bool and mask.shape == (batch_size,)
+            assert set(batch) == {"text", "number", "_mask"}
+            assert mask.sum() == len(rows) and mask[: len(rows)].all()
+            # Padding is a copy of row 0.
+            text = np.asarray(batch["text"])
+            assert (text[~mask] == text[0]).all()
+            assert set(rows[0]) == {"question_id", "boxes"}
+            seen += [row["question_id"] for row in rows]
+            texts += list(text[mask][:, 0])
+        assert seen == expected
+        assert [f"q{n}" for n in texts] == expected
+        assert count == batches.num_batches == -(-N_TRAIN // batch_size)
+        assert batches.stats == {"examples": N_TRAIN, "truncated": 1}
+
+
+def test_evaluation_can_be_left_and_started_again(data):
+    batches = input_pipeline.evaluation(data, _eval_pp, 4)
+    first = _ids(next(iter(batches))[1])
+    assert _ids(next(iter(batches))[1]) == first
+    assert sum(len(rows) for _, rows in batches) == N_TRAIN
+
+
+def test_evaluation_on_a_mesh_and_with_workers(data):
+    mesh = sharding.make_mesh([("data", -1)])
+
+    def pp(d, rng):
+        return {"number": d["number"], "answer": d["answer"]}
+
+    plain = list(input_pipeline.evaluation(data, pp, 8))
+    other = list(input_pipeline.evaluation(data, pp, 8, mesh=mesh, num_workers=1))
+    _assert_equal([b for b, _ in other], [b for b, _ in plain])
+    assert [rows for _, rows in other] == [rows for _, rows in plain]
+    assert len(other[0][0]["number"].addressable_shards) == 8
+    with pytest.raises(InputError, match="batch_size=6"):
+        input_pipeline.evaluation(data, pp, 6, mesh=mesh)
+
+
+def test_evaluation_errors_name_the_row(data):
+    with pytest.raises(InputError, match=r"record \d+ \(question_id q4\): pp failed"):
+        list(input_pipeline.evaluation(data, _make_pp(fail_on=4), 4))
+
+
+# --- With the project's own pp ---
+
+
+def test_pp_strings(data):
+    concat = (
+        'strfmt("answer en {question}", outkey="prefix")|copy("answer", "suffix")'
+        '|tok(model="tiny", key="prefix", bos="yes")|tok(model="tiny", key="suffix", eos="yes")'
+        '|masked_concat(["prefix", "suffix"], outkey="text", mask_ar=[0, 1], mask_loss=[0, 1])'
+    )
+    image = "decode|resize(16)|value_range(-1, 1)"
+    lengths = '|tolen({n}, pad_value=0, key="text")|tolen({n}, pad_value=0, key="mask_loss")'
+    pp = f'{image}|{concat}{lengths.format(n=64)}|keep("image", "text", "mask_loss")'
+    batch = _train(data, pp, steps=1, batch_size=4)[0]
+    assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
+        "image": ((4, 16, 16, 3), "float32"),
+        "text": ((4, 64), "int32"),
+        "mask_loss": ((4, 64), "int32"),
+    }
+    assert isinstance(batch["image"], jax.Array)
+    with pytest.raises(InputError, match=r"question_id q\d+.*tolen cut \d+ tokens.*now 10"):
+        _train(data, pp.replace("64", "10"), steps=1)
+    with pytest.raises(ValueError, match="unknown pp op 'decoed'"):
+        _train(data, "decoed|resize(16)", steps=0)
