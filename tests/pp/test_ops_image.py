@@ -201,6 +201,13 @@ def test_decompression_bomb(monkeypatch):
     assert decode_bytes(PNG).shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("fmt", ["PCX", "TGA", "EPS"])
+def test_formats_off_the_list_are_refused(fmt):
+    data = encode(Image.fromarray(picture()), fmt)
+    with pytest.raises(ValueError, match="cannot decode image, found [0-9]+ bytes that start"):
+        decode_bytes(data)
+
+
 def test_decode_arguments():
     with pytest.raises(ValueError, match="channels=3"):
         get_preprocess_fn("decode(channels=1)")
@@ -332,6 +339,18 @@ def test_inception_crop_is_a_part_of_the_image(shape, area_min, seed):
     np.testing.assert_array_equal(out, image[y : y + out.shape[0], x : x + out.shape[1]])
     # Sides are rounded to whole pixels, which costs up to half of one each.
     assert (out.shape[0] + 0.51) * (out.shape[1] + 0.51) >= h * w * area_min / 100
+
+
+def test_inception_crop_covers_its_aspects_and_places():
+    image = np.arange(100 * 100, dtype=np.float32).reshape(100, 100, 1)
+    outs = [run("inception_crop(None, 20, 30, 0.5, 2)", image, seed) for seed in range(200)]
+    aspects = np.array([out.shape[1] / out.shape[0] for out in outs])
+    assert 0.48 < aspects.min() < 0.6 and 1.7 < aspects.max() < 2.1
+    assert 0.9 < np.exp(np.log(aspects).mean()) < 1.1  # no more often wide than tall
+    corners = np.array([out[0, 0, 0] for out in outs])
+    assert (corners // 100).min() < 5 and (corners % 100).min() < 5
+    ends = np.array([out[-1, -1, 0] for out in outs])
+    assert (ends // 100).max() > 94 and (ends % 100).max() > 94
 
 
 def test_inception_crop_varies_and_repeats_with_the_seed():
