@@ -13,9 +13,12 @@ a few batches; give docker `--shm-size`). With `num_workers=0` a few threads do 
 """
 
 import math
+import multiprocessing
 import os
 import pathlib
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -361,6 +364,18 @@ def _worker_init(index: int, count: int) -> None:
     del index, count
     # A worker imports the main module, and JAX with it; it must not take GPU memory or a TPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Ctrl-C reaches the whole group. The main process decides what to do about it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Grain ends workers when an iterator is closed; a main process that is killed closes nothing,
+    # and its workers would wait for ever for room in their queues.
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_ahead(

@@ -1,10 +1,14 @@
 """Input: what is read, that batches depend on seed and step alone, and what each mistake says."""
 
 import io
+import json
 import os
 import pickle
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -331,6 +335,61 @@ def test_pieces_of_processes_make_the_same_global_batch(data, monkeypatch, proce
         np.testing.assert_array_equal(np.asarray(batch["number"])[mask], number[mask])
 
 
+_PROCESS = """
+import json, sys
+import jax
+import numpy as np
+from paligemma_med import input_pipeline, sharding
+
+process, count, port, data_dir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+jax.distributed.initialize(f"localhost:{port}", count, process)
+assert jax.process_count() == count
+mesh = sharding.make_mesh([("data", -1)])
+data = {"name": "tiny_vqa/en", "split": "train", "data_dir": data_dir}
+
+
+def pp(d, rng):
+    return {"number": d["number"], "noise": rng.random(2)}
+
+
+cfg = {"data": data, "pp": pp, "batch_size": 8, "allow_missing_eos": True}
+with input_pipeline.training(cfg, seed=7, mesh=mesh) as batches:
+    for _ in range(4):
+        batch = next(batches)
+        assert batch["noise"].shape == (8, 2)
+        shards = sorted(batch["number"].addressable_shards, key=lambda s: s.index[0].start)
+        rows = [[s.index[0].start, *map(int, s.data)] for s in shards]
+        print("ROWS", json.dumps(rows), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_real_processes_hold_the_rows_of_the_single_process_batch(data, repo_root):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(repo_root),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(p), "2", str(port), data["data_dir"]],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for p in range(2)
+    ]
+    outs = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    steps = [[json.loads(x[5:]) for x in o.splitlines() if x.startswith("ROWS")] for o in outs]
+    expected = _train(data, steps=4)
+    for one, two, batch in zip(*steps, expected, strict=True):
+        assert [start for start, *_ in one + two] == [0, 2, 4, 6]
+        assert [n for _, *rows in one + two for n in rows] == batch["number"].tolist()
+
+
 def test_truncation_is_counted_and_reported(data, monkeypatch):
     warned = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: warned.append(text % args))
@@ -405,6 +464,52 @@ def test_pp_errors_name_the_row(data, num_workers):
     # The index is that of the split as opened.
     index = int(message.split("record ")[1].split()[0])
     assert input_pipeline.open_source(data)[index]["question_id"] == "q17"
+
+
+_MAIN_WITH_WORKERS = """
+import multiprocessing, sys, time
+import numpy as np
+from paligemma_med import input_pipeline
+
+data = {"name": "tiny_vqa/en", "split": "train", "data_dir": sys.argv[1]}
+cfg = {"data": data, "pp": lambda d, rng: {"x": np.zeros(9)}, "batch_size": 2, "num_workers": 2}
+batches = input_pipeline.training(cfg | {"allow_missing_eos": True}, seed=0)
+for _ in range(4):
+    next(batches)
+print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+time.sleep(100)
+"""
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_go_when_the_main_process_is_killed(data, repo_root):
+    main = subprocess.Popen(
+        [sys.executable, "-c", _MAIN_WITH_WORKERS, data["data_dir"]],
+        env=os.environ | {"PYTHONPATH": str(repo_root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2 and all(_alive(pid) for pid in workers)
+    finally:
+        main.kill()
+        main.wait()
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in workers if _alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_a_worker_that_dies_is_reported(data):
