@@ -1,6 +1,7 @@
 """Where weights come from and go to. `load_params` takes any of the forms and gives one tree."""
 
 import os
+from collections.abc import Mapping
 
 from paligemma_med.checkpoints.npz import (
     CheckpointError,
@@ -17,6 +18,7 @@ from paligemma_med.checkpoints.npz import (
 __all__ = [
     "CheckpointError",
     "extend_vocab",
+    "load_init",
     "load_npz",
     "load_params",
     "match_params",
@@ -66,3 +68,12 @@ def load_params(spec) -> dict:
     if not os.path.exists(path):
         raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
     raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
+
+
+def load_init(spec) -> dict:
+    """`config.model_init`: one spec for `load_params`, or a mapping img=spec, llm=spec."""
+    if not isinstance(spec, Mapping):
+        return load_params(spec)
+    if set(spec) != {"img", "llm"}:
+        raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or img and llm")
+    return {part: load_params(path) for part, path in spec.items()}

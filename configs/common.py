@@ -1,0 +1,121 @@
+"""What the experiments share: arguments, the prompt, and the preprocessing strings built from it.
+
+The prompt is part of a checkpoint: it is written here once, and training, evaluation and `predict`
+all take it from here. It is big_vision's for English VQA: BOS, "answer en {question}", newline,
+then the answer and EOS.
+"""
+
+import ast
+
+import ml_collections
+
+GEMMA = 'gemma(tokensets=("loc", "seg"))'
+GEMMA_VOCAB = 256_000 + 1024 + 128
+PROMPT = "answer en {question}"
+SEPARATOR = "\n"
+
+# What evaluators need to know of each question, beside the arrays.
+EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type")
+
+
+def parse_arg(arg, **defaults):
+    """ "res=224,batch_size=8" → ConfigDict of `defaults` with those values; types as the defaults'.
+
+    Raises:
+      ValueError: an unknown name, or a value that can't be read as the default's type.
+    """
+    out = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, has_value, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(f"Config argument {name!r} is unknown; known are {sorted(defaults)}.")
+        default = defaults[name]
+        if not has_value:
+            value = True
+        elif isinstance(default, str) or (default is None and not _is_literal(text)):
+            value = text
+        else:
+            value = ast.literal_eval(text) if _is_literal(text) else text
+        if default is not None and not isinstance(value, _accepted(default)):
+            raise ValueError(
+                f"Config argument {item!r}: expected {type(default).__name__}, as in "
+                f"{name}={default!r}."
+            )
+        out[name] = value
+    return ml_collections.ConfigDict(out, convert_dict=False)
+
+
+def _accepted(default):
+    return (int, float) if isinstance(default, float) else type(default)
+
+
+def _is_literal(text):
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _op(name, *args, **kw):
+    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kw.items()]
+    return f"{name}({', '.join(parts)})"
+
+
+def image_pp(res, augment=()):
+    """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` stands before resize."""
+    return ["decode", *augment, _op("resize", res, antialias=True), _op("value_range", -1, 1)]
+
+
+def train_pp(res, text_len, tokenizer, augment=()):
+    """The pp string of a training set of questions and answers.
+
+    Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
+    the model reads, since it predicts the next token.
+    """
+    return "|".join([
+        *image_pp(res, augment),
+        _op("strfmt", PROMPT, outkey="prefix"),
+        _op("copy", inkey="answer", outkey="suffix"),
+        _op("tok", model=tokenizer, key="prefix", bos="yes"),
+        _op("tok", model=tokenizer, key="suffix", eos="yes"),
+        _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
+        _op("masked_concat", ["prefix", "septok", "suffix"], outkey="text",
+            mask_ar=[0, 0, 1], mask_loss=[0, 0, 1]),
+        _op("tolen", text_len + 1, pad_value=0, key="text"),
+        _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
+        _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
+        _op("keep", "image", "text", "mask_ar", "mask_loss"),
+    ])  # fmt: skip
+
+
+def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS):
+    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator.
+
+    Gives image as above, and text, mask_ar, mask_input int32[text_len].
+    """
+    return "|".join([
+        *image_pp(res),
+        _op("strfmt", PROMPT, outkey="prefix"),
+        _op("tok", model=tokenizer, key="prefix", bos="yes"),
+        _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
+        _op("masked_concat", ["prefix", "septok"], outkey="text",
+            mask_ar=[0, 0], mask_input=[1, 1]),
+        _op("tolen", text_len, pad_value=0, key="text"),
+        _op("tolen", text_len, pad_value=1, key="mask_ar"),
+        _op("tolen", text_len, pad_value=0, key="mask_input"),
+        _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
+    ])  # fmt: skip
+
+
+def vqa_eval(c, name, split, *, text_len, max_new_tokens, train_split="train", batch_size=64, **kw):
+    """An evals section: exact match on a split of data set `name`, with its controls."""
+    return dict(
+        type="vqa",
+        data=dict(name=name, split=split),
+        train_data=dict(name=name, split=train_split),
+        pp_fn=eval_pp(c.res, text_len, c.tokenizer),
+        batch_size=batch_size,
+        pred_kw=dict(max_new_tokens=max_new_tokens),
+        **kw,
+    )

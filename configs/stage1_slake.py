@@ -1,0 +1,59 @@
+"""Stage 1 of the paper: the projection head alone, on SLAKE (section 4.4 and table 3).
+
+    python -m paligemma_med.train --config=configs/stage1_slake.py:init=/weights/mix_448.npz \
+        --workdir=out/stage1
+
+The paper gives: 5 epochs, learning rate 1e-5 constant, label smoothing 0, weight decay 0, batch 6
+with 16 accumulated (96 in effect), fp16. Here frozen weights and activations are bfloat16, which
+has float32's range, and what is trained stays float32.
+
+Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), res,
+lang (en, zh or all), micro (examples at a time) and accum (how many of those make a step).
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16)
+    c = common.ml_collections.ConfigDict()
+    c.seed = 0
+    c.res = args.res
+    c.text_len = 128
+    c.tokenizer = common.GEMMA
+
+    c.model = dict(
+        img=dict(variant="So400m/14"),
+        llm=dict(variant="gemma_2b", vocab_size=common.GEMMA_VOCAB),
+    )
+    c.model_init = args.init or None
+    c.dtype = "bfloat16"
+    c.frozen_dtype = "bfloat16"
+
+    name = f"slake/{args.lang}"
+    c.input = dict(
+        data=dict(name=name, split="train"),
+        pp=common.train_pp(c.res, c.text_len, c.tokenizer),
+        batch_size=args.micro * args.accum,
+        num_workers=4,
+    )
+    c.total_epochs = 5
+    c.grad_accum_steps = args.accum
+    # The longest answer of SLAKE is 129 characters; logits are computed at this many positions.
+    c.supervised_len = 64
+
+    c.optax_name = "scale_by_adam"
+    c.lr = 1e-5
+    c.wd = 0.0
+    c.label_smoothing = 0.0
+    c.schedule = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
+
+    c.mesh = [("data", -1)]
+    c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
+    c.log_training_steps = 5
+    c.ckpt_epochs = 1
+    c.evals = {}
+    c.evals["slake_validate"] = common.vqa_eval(
+        c, name, "validate", text_len=96, max_new_tokens=64, log_epochs=1
+    )
+    return c

@@ -1,0 +1,36 @@
+"""Durations in a config: `total_epochs=5`, `warmup_percent=0.05`, `ckpt_steps=100`, … → steps."""
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+def to_steps(config, name, *, num_examples, batch_size, total_steps=None, default=None):
+    """The duration `name` of `config` in steps, as big_vision's `utils.steps` reads it.
+
+    Args:
+      config: mapping with at most one of NAME_steps, NAME_epochs, NAME_examples, NAME_percent
+        (percent is a fraction of training: 0.1 is a tenth).
+      num_examples: in one epoch of the training data.
+      total_steps: needed for percent.
+      default: what to return when there is none.
+
+    Returns:
+      int, rounded, at least 1 unless 0 was asked for; or `default`.
+    """
+    given = {u: config[f"{name}_{u}"] for u in UNITS if config.get(f"{name}_{u}") is not None}
+    if len(given) > 1:
+        raise ValueError(f"Only one of {[f'{name}_{u}' for u in given]} may be set.")
+    if not given:
+        return default
+    unit, value = next(iter(given.items()))
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{name}_{unit} is {value!r}; expected a number, zero or more.")
+    if unit == "steps":
+        return int(value)
+    if unit == "percent" and total_steps is None:
+        raise ValueError(f"{name}_percent can't be used here: the total is not known yet.")
+    factor = {
+        "epochs": num_examples / batch_size,
+        "examples": 1 / batch_size,
+        "percent": total_steps,
+    }[unit]
+    return max(1, round(value * factor)) if value else 0

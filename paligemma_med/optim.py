@@ -1,0 +1,173 @@
+"""The optimizer: what is trained, with which schedule, by which optax transformation.
+
+Semantics are big_vision's (big_vision/optax.py): lists of (regex, value) over parameter names, of
+which the first full match counts; `schedule` None freezes; weight decay is decoupled and is scaled
+by the schedule but not by the learning rate.
+
+Parameters are flat dictionaries here, name → array ("img/head/kernel"), since everything that is
+said about them is said by name.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from paligemma_med import durations
+
+
+def match_names(names, rules, what):
+    """Assigns to each name the value of the first rule whose regex matches it fully.
+
+    Args:
+      names: parameter names.
+      rules: [(regex, value), …].
+      what: how to call the rules in an error, e.g. "config.schedule".
+
+    Returns:
+      {name: (index of the rule, value)}; names that no rule matches are absent.
+
+    Raises:
+      ValueError: a regex that doesn't compile, or that matches no name at all (a typo, most likely;
+        the catch-all ".*" may be idle).
+    """
+    patterns = []
+    for regex, value in rules:
+        try:
+            patterns.append((re.compile(regex), value))
+        except re.error as e:
+            raise ValueError(f"{what}: {regex!r} is not a regular expression: {e}.") from None
+    out = {}
+    for name in names:
+        for i, (pattern, value) in enumerate(patterns):
+            if pattern.fullmatch(name):
+                out[name] = (i, value)
+                break
+    for pattern, _ in patterns:
+        if pattern.pattern != ".*" and not any(pattern.fullmatch(n) for n in names):
+            raise ValueError(
+                f"{what}: {pattern.pattern!r} matches no parameter; names look like "
+                f"{', '.join(sorted(names)[:3])}, …"
+            )
+    return out
+
+
+def schedule_rules(config):
+    """config.schedule as [(regex, dict or None), …]; a single dict is meant for everything."""
+    schedule = config.get("schedule", dict(decay_type="constant"))
+    return schedule if isinstance(schedule, list | tuple) else [(".*", schedule)]
+
+
+def trained_names(config, names):
+    """The names that config.schedule doesn't freeze, in the order given.
+
+    Raises:
+      ValueError: a name that no rule covers: what to do with it must be said.
+    """
+    matched = match_names(names, schedule_rules(config), "config.schedule")
+    if missing := [n for n in names if n not in matched]:
+        raise ValueError(
+            f"config.schedule says nothing about {len(missing)} parameters, the first of which is "
+            f"{missing[0]!r}: end it with ('.*', None) to freeze what is left."
+        )
+    return [n for n in names if matched[n][1] is not None]
+
+
+def make_schedule(schedule, *, total_steps, num_examples, batch_size):
+    """A factor on the learning rate as a function of the step.
+
+    Args:
+      schedule: dict(decay_type="constant" | "cosine" | "linear", warmup_{steps,epochs,…},
+        linear_end): warmup is linear from 0; cosine ends at 0, linear at linear_end.
+
+    Returns:
+      step → float32[].
+    """
+    schedule = dict(schedule)
+    kind = schedule.pop("decay_type", "constant")
+    end = schedule.pop("linear_end", 0.0)
+    warmup = durations.to_steps(
+        schedule, "warmup", num_examples=num_examples, batch_size=batch_size,
+        total_steps=total_steps, default=0,
+    )  # fmt: skip
+    if unknown := [k for k in schedule if not k.startswith("warmup_")]:
+        raise ValueError(f"config.schedule: unknown keys {unknown}.")
+    if kind not in ("constant", "cosine", "linear"):
+        raise ValueError(
+            f"config.schedule: decay_type is {kind!r}; expected 'constant', 'cosine' or 'linear'."
+        )
+    if total_steps > 1 and warmup >= total_steps:
+        raise ValueError(f"config.schedule: warmup of {warmup} steps in {total_steps} steps.")
+
+    def factor(step):
+        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        value = {
+            "constant": jnp.ones_like(progress),
+            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+            "linear": end + (1.0 - end) * (1.0 - progress),
+        }[kind]
+        if warmup:
+            value = value * jnp.minimum(1.0, step / warmup)
+        return jnp.asarray(value, jnp.float32)
+
+    return factor
+
+
+def _tx_factory(name):
+    factory = getattr(optax, str(name), None)
+    if name.startswith("_") or not callable(factory):
+        raise ValueError(
+            f"optax_name is {name!r}; expected a transformation in optax, like 'scale_by_adam'."
+        )
+    return factory
+
+
+def make(config, names, *, total_steps, num_examples, batch_size):
+    """The transformation for the trained parameters, and the first schedule for logging.
+
+    Args:
+      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm.
+      names: names of the trained parameters (`trained_names`).
+
+    Returns:
+      (optax.GradientTransformation over {name: array}, step → learning rate float32[]).
+    """
+    kw = dict(total_steps=total_steps, num_examples=num_examples, batch_size=batch_size)
+    rules = [(r, s) for r, s in schedule_rules(config)]
+    chosen = match_names(names, [(r, s) for r, s in rules if s is not None], "config.schedule")
+    schedules = {}
+    for _, (i, schedule) in chosen.items():
+        schedules.setdefault(i, make_schedule(schedule, **kw))
+    label = {n: chosen[n][0] for n in names}
+
+    lr_mults = match_names(names, config.get("lr_mults") or [], "config.lr_mults")
+    wd = config.get("wd") or 0.0
+    wd_mults = match_names(
+        names, config.get("wd_mults", [(".*/kernel$", 1.0)]) if wd else [], "config.wd_mults"
+    )
+
+    def scale(mult):  # a factor per leaf
+        return optax.stateless(lambda g, _: {n: g[n] * mult(n) for n in g})
+
+    def decay(updates, params):
+        return {n: u + wd * wd_mults.get(n, (0, 0.0))[1] * params[n] for n, u in updates.items()}
+
+    txs = []
+    if clip := config.get("grad_clip_norm"):
+        txs.append(optax.clip_by_global_norm(clip))
+    txs.append(_tx_factory(config.optax_name)(**config.get("optax", {})))
+    txs.append(scale(lambda n: config.lr * lr_mults.get(n, (0, 1.0))[1]))
+    if wd:
+        txs.append(optax.stateless(decay))
+    txs.append(
+        optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label)
+    )
+    txs.append(optax.scale(-1.0))
+    first = next(iter(schedules.values()), lambda step: jnp.float32(0))
+    return optax.chain(*txs), lambda step: config.lr * first(step)
+
+
+def global_norm(tree):
+    """L2 norm over all leaves, float32[]."""
+    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

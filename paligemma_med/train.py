@@ -1,0 +1,349 @@
+"""Trains a config: python -m paligemma_med.train --config=configs/stage1_slake.py --workdir=out/s1
+
+One loop, read from top to bottom in `train`. A workdir gets config.json, metrics.jsonl,
+checkpoints/ and eval/; started again on the same workdir, the run goes on from its newest
+checkpoint. With --dry_run nothing is read or written: the step is compiled on abstract arrays and
+its memory printed.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from paligemma_med import durations, experiment, input_pipeline, losses, optim, sharding
+from paligemma_med.checkpoints import npz
+from paligemma_med.checkpoints.workdir import Checkpoints
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory, stop.")
+
+
+def make_train_step(config, model, tx, learning_rate):
+    """The function that takes one optimizer step.
+
+    Returns:
+      step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
+      trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
+      mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
+      with respect to `trained` alone. With config.grad_accum_steps the batch is worked through in
+      that many microbatches, whose gradients add up to exactly those of the whole.
+    """
+    accum = config.get("grad_accum_steps") or 1
+    smoothing = config.get("label_smoothing") or 0.0
+    dropout_key = jax.random.key(config.get("seed", 0) + 1)
+
+    def loss_fn(trained, frozen, batch, rng):
+        params = npz.unflatten_tree({**frozen, **trained})
+        # The model reads all but the last token and predicts all but the first.
+        text, mask_ar = batch["text"][:, :-1], batch["mask_ar"][:, :-1]
+        positions, weights, lost = losses.supervised_positions(
+            batch["mask_loss"][:, 1:], config.get("supervised_len")
+        )
+        logits, _ = model.apply(
+            {"params": params}, batch["image"], text, mask_ar, True,
+            logit_positions=positions, rngs={"dropout": rng},
+        )  # fmt: skip
+        labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
+        nll = losses.cross_entropy(logits, labels, smoothing)
+        return jnp.sum(nll * weights * batch["row_weight"][:, None]), lost
+
+    def step(trained, opt_state, frozen, batch, i):
+        rng = jax.random.fold_in(dropout_key, i)
+        weight = losses.row_weights(batch["mask_loss"][:, 1:], config.get("loss_norm", "example"))
+        batch = {**batch, "row_weight": weight}
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if accum == 1:
+            (loss, lost), grads = grad_fn(trained, frozen, batch, rng)
+        else:
+            # Rows are dealt out so that each device keeps its own in every microbatch.
+            micro = jax.tree.map(lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def body(total, x):
+                out = grad_fn(trained, frozen, x[0], x[1])
+                return jax.tree.map(jnp.add, total, out), None
+
+            zero = ((jnp.float32(0), jnp.int32(0)), jax.tree.map(jnp.zeros_like, trained))
+            total, _ = jax.lax.scan(body, zero, (micro, jax.random.split(rng, accum)))
+            (loss, lost), grads = total
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        metrics = {
+            "training_loss": loss,
+            "l2_grads": optim.global_norm(grads),
+            "l2_updates": optim.global_norm(updates),
+            "lr": learning_rate(i),
+            "lost": lost,
+        }
+        trained = jax.tree.map(lambda p, u: p + u, trained, updates)
+        return trained, opt_state, {**metrics, "l2_params": optim.global_norm(trained)}
+
+    return step
+
+
+def train(config, workdir):
+    """Runs `config` in `workdir` to its end, or on from the newest checkpoint there.
+
+    Returns:
+      {evaluator name: its metrics at the end}.
+    """
+    experiment.check_config(config)
+    model = experiment.make_model(config)
+    tok = experiment.make_tokenizer(config, model)
+    mesh = experiment.make_mesh(config)
+    evaluators = experiment.make_evaluators(config, model, tok, mesh, workdir)
+    os.makedirs(workdir, exist_ok=True)
+
+    # --- What is trained, and for how long ---
+    abstract = experiment.abstract_params(config, model)
+    trained_names = optim.trained_names(config, list(abstract))
+    print(experiment.describe_params(config, abstract, trained_names), flush=True)
+    num_examples = len(input_pipeline.open_source(config.input.data))
+    to_steps = functools.partial(
+        durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size
+    )
+    total_steps = to_steps(config, "total")
+    if total_steps is None:
+        raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
+    to_steps = functools.partial(to_steps, total_steps=total_steps)
+    tx, learning_rate = optim.make(
+        config, trained_names, total_steps=total_steps, num_examples=num_examples,
+        batch_size=config.input.batch_size,
+    )  # fmt: skip
+
+    # --- The state: from a checkpoint, from weights, or random ---
+    dtypes = experiment.param_dtypes(config, abstract, trained_names)
+    params = experiment.initial_params(config, model, mesh, dtypes=dtypes)
+    trained = {n: params.pop(n) for n in trained_names}
+    frozen = params
+    opt_state = jax.jit(tx.init)(trained)
+    checkpoints = Checkpoints(workdir, keep=config.get("keep_ckpt", 1))
+    first_step = checkpoints.latest_step() or 0
+    if first_step:
+        trained, opt_state = checkpoints.restore(first_step, trained, opt_state)
+        print(f"Resumed from step {first_step} of {total_steps} in {workdir}.", flush=True)
+    _start_workdir(workdir, config, frozen, first_step)
+
+    # --- The loop ---
+    step_fn = jax.jit(make_train_step(config, model, tx, learning_rate), donate_argnums=(0, 1))
+    log_every = to_steps(config, "log_training", default=50)
+    save_every = to_steps(config, "ckpt", default=None)
+    progress = Progress(first_step, total_steps, config.input.batch_size)
+    results = {}
+    batches = input_pipeline.training(
+        config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
+        start_step=first_step,
+    )  # fmt: skip
+    step = first_step
+    try:
+        while step < total_steps:
+            trained, opt_state, metrics = step_fn(trained, opt_state, frozen, next(batches), step)
+            step += 1
+            if step % log_every == 0 or step in (first_step + 1, total_steps):
+                metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                _check_metrics(metrics, step, config)
+                metrics |= progress.measure(step, batches)
+                _append_metrics(workdir, step, metrics)
+                progress.print(metrics)
+            for name, (evaluator, when) in evaluators.items():
+                if _is_due(step, total_steps, when, to_steps):
+                    with progress.paused():
+                        found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
+                    results[name] = found
+                    _append_metrics(workdir, step, {f"{name}/{k}": v for k, v in found.items()})
+                    shown = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if "/" not in k)
+                    print(f"step {step}/{total_steps}  {name}: {shown}", flush=True)
+            if step == total_steps or (save_every and step % save_every == 0):
+                with progress.paused():
+                    checkpoints.save(step, trained, opt_state)
+    except KeyboardInterrupt:
+        checkpoints.save(step, trained, opt_state)
+        print(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
+        raise
+    finally:
+        batches.close()
+        checkpoints.wait()
+        checkpoints.close()
+    return results
+
+
+def _is_due(step, total_steps, when, to_steps):
+    """Whether an evaluator whose config section is `when` runs after `step`; always at the end."""
+    every = to_steps(when, "log", default=None)
+    return step == total_steps or bool(every and step % every == 0)
+
+
+def _check_metrics(metrics, step, config):
+    if lost := int(metrics.pop("lost")):
+        raise ValueError(
+            f"Step {step}: {lost} supervised tokens lie beyond config.supervised_len = "
+            f"{config.supervised_len} of their row: raise it."
+        )
+    for name in ("training_loss", "l2_grads"):
+        if not jnp.isfinite(metrics[name]):
+            raise FloatingPointError(f"Step {step}: {name} is {metrics[name]}.")
+
+
+def _start_workdir(workdir, config, frozen, first_step):
+    """Writes config.json and, for a random start, the frozen leaves; trims metrics after resume."""
+    text = experiment.config_to_json(config)
+    path = os.path.join(workdir, "config.json")
+    if first_step and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            if f.read() != text:
+                logging.warning("%s differs from the config given; it is overwritten.", path)
+    _write_atomically(path, text)
+    base = os.path.join(workdir, "base.npz")
+    if frozen and not config.get("model_init") and not os.path.exists(base):
+        npz.save_npz(base, npz.unflatten_tree(jax.device_get(frozen)))
+    # Steps after the checkpoint are taken again, and would stand twice.
+    metrics = os.path.join(workdir, "metrics.jsonl")
+    if os.path.exists(metrics):
+        with open(metrics, encoding="utf-8") as f:
+            lines = [s for s in f if s.endswith("\n") and json.loads(s)["step"] <= first_step]
+        _write_atomically(metrics, "".join(lines))
+
+
+def _write_atomically(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def _append_metrics(workdir, step, metrics):
+    with open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps({"step": step, **metrics}) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class Progress:
+    """Speed, waiting time and time left, of training alone: evals and checkpoints don't count."""
+
+    def __init__(self, first_step, total_steps, batch_size):
+        self._total, self._batch = total_steps, batch_size
+        self._step, self._time, self._wait = first_step, time.monotonic(), 0.0
+        self._first = True
+
+    def measure(self, step, batches):
+        """{examples_per_second, input_wait, eta_seconds} since the last call."""
+        now = time.monotonic()
+        seconds = max(now - self._time, 1e-9)
+        per_step = seconds / max(step - self._step, 1)
+        out = {
+            "examples_per_second": self._batch / per_step,
+            "input_wait": min(1.0, (batches.wait_seconds - self._wait) / seconds),
+            "eta_seconds": per_step * (self._total - step),
+        }
+        self._step, self._time, self._wait = step, now, batches.wait_seconds
+        return out
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens in this context isn't counted."""
+        start = time.monotonic()
+        yield
+        self._time += time.monotonic() - start
+
+    def print(self, metrics):
+        first, self._first = self._first, False
+        # The first step is mostly compilation: its speed would mislead.
+        speed = (
+            "compiled and run once"
+            if first
+            else f"{metrics['examples_per_second']:.1f} ex/s  wait {metrics['input_wait']:.0%}  "
+            f"ETA {_clock(metrics['eta_seconds'])}"
+        )
+        print(
+            f"step {self._step}/{self._total}  loss {metrics['training_loss']:.4f}  "
+            f"grad {metrics['l2_grads']:.3g}  lr {metrics['lr']:.2e}  {speed}",
+            flush=True,
+        )
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def dry_run(config):
+    """Compiles the train step on abstract arrays and prints what it takes; touches no files.
+
+    Returns:
+      dict of the printed figures, in GiB per device.
+    """
+    experiment.check_config(config)
+    model = experiment.make_model(config)
+    mesh = experiment.make_mesh(config)
+    abstract = experiment.abstract_params(config, model)
+    names = optim.trained_names(config, list(abstract))
+    print(experiment.describe_params(config, abstract, names), flush=True)
+    tx, learning_rate = optim.make(
+        config, names, total_steps=10_000, num_examples=10_000, batch_size=config.input.batch_size
+    )
+    dtypes = experiment.param_dtypes(config, abstract, names)
+    shardings = experiment.param_shardings(config, abstract, mesh)
+    params = {
+        n: jax.ShapeDtypeStruct(x.shape, dtypes[n], sharding=shardings[n])
+        for n, x in abstract.items()
+    }
+    trained = {n: params.pop(n) for n in names}
+    opt_state = jax.eval_shape(tx.init, trained)
+    size, length = config.input.batch_size, config.text_len + 1
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, config.res, config.res, 3), "float32", sharding=rows),
+        **{
+            k: jax.ShapeDtypeStruct((size, length), "int32", sharding=rows)
+            for k in ("text", "mask_ar", "mask_loss")
+        },
+    }
+    started = time.monotonic()
+    step_fn = jax.jit(make_train_step(config, model, tx, learning_rate), donate_argnums=(0, 1))
+    i = jax.ShapeDtypeStruct((), "int32")
+    compiled = step_fn.lower(trained, opt_state, params, batch, i).compile()
+    memory = compiled.memory_analysis()
+
+    def gib(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
+
+    out = {
+        "frozen parameters": gib(params),
+        "trained parameters": gib(trained),
+        "optimizer state": gib(opt_state),
+        "batch": gib(batch),
+        "compiled: arguments": memory.argument_size_in_bytes / 2**30,
+        "compiled: temporary": memory.temp_size_in_bytes / 2**30,
+    }
+    devices = jax.devices()
+    print(f"Compiled in {time.monotonic() - started:.0f} s for {len(devices)} × "
+          f"{devices[0].device_kind}; per step, GiB:")  # fmt: skip
+    for name, value in out.items():
+        print(f"  {name:<22} {value:8.3f}")
+    return out
+
+
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+    if _DRY_RUN.value:
+        dry_run(_CONFIG.value)
+    elif _WORKDIR.value is None:
+        raise app.UsageError("--workdir is needed (or --dry_run).")
+    else:
+        train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
