@@ -1,0 +1,1 @@
+"""Evaluators: one file a metric family. A config names one by its file: dict(type="vqa", …)."""
