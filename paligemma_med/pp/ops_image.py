@@ -172,11 +172,20 @@ def resize_image(image: np.ndarray, height: int, width: int, *, antialias: bool)
     Pixel centres sit at half integers. Each output pixel is a weighted mean of input pixels under
     a triangle of half-width 1, widened by the scale when shrinking with `antialias`. The two axes
     are independent, so the whole is one small matrix product an axis.
+
+    uint8 with antialias, which is what every config does to every image, is left to PIL: the same
+    filter in integers, rounded after each axis (within 1 of the exact value, and within 2 of the
+    one that TF computes and big_vision cuts off), several times faster, and without BLAS threads
+    that fight the training step for cores.
     """
     image = _check_image(image)
     if image.shape[:2] == (height, width):
         return image
     h, w, c = image.shape
+    if antialias and image.dtype == np.uint8 and c in (1, 3):
+        pil = Image.fromarray(image[..., 0] if c == 1 else image)
+        out = np.array(pil.resize((width, height), Image.Resampling.BILINEAR))
+        return out.reshape(height, width, c)
     rows, cols = _weights(h, height, antialias), _weights(w, width, antialias)
     out = np.asarray(image, np.float32)
 
