@@ -37,6 +37,7 @@ def get_config(arg=None):
         batch_size=args.micro * args.accum,
         num_workers=4,
     )
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=())
     c.total_epochs = 5
     c.grad_accum_steps = args.accum
     # The longest answer of SLAKE is 129 characters; logits are computed at this many positions.

@@ -11,9 +11,11 @@ import re
 import jax
 import jax.numpy as jnp
 import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
 
 from paligemma_med import checkpoints, optim, sharding
-from paligemma_med.checkpoints import npz
+from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models import paligemma
 from paligemma_med.pp import tokenizer
 
@@ -28,7 +30,7 @@ KEYS = frozenset(
     mesh sharding_strategy
     log_training_steps log_training_epochs log_training_percent
     ckpt_steps ckpt_epochs ckpt_percent keep_ckpt
-    evals
+    evals predict_pp
     """.split()
 )
 
@@ -108,6 +110,45 @@ def initial_params(config, model, mesh, *, dtypes=None):
     return jax.jit(init, out_shardings=shardings)()
 
 
+def load(config, checkpoint):
+    """What answering questions takes: the model of `config` with the weights of `checkpoint`.
+
+    Args:
+      checkpoint: anything `checkpoints.load_params` takes.
+
+    Returns:
+      (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
+      config.frozen_dtype, since nothing is trained.
+    """
+    check_config(config)
+    model, mesh = make_model(config), make_mesh(config)
+    tok = make_tokenizer(config, model)
+    with config.unlocked():
+        config.model_init = checkpoint
+    dtypes = param_dtypes(config, abstract_params(config, model), ())
+    params = npz.unflatten_tree(initial_params(config, model, mesh, dtypes=dtypes))
+    return model, tok, mesh, params
+
+
+def define_source_flags():
+    """--config, --workdir, --checkpoint of the programs that answer questions; see `from_flags`.
+
+    A function, so that only the program that runs defines them, not every module imported.
+    """
+    config_flags.DEFINE_config_file("config", None, "Experiment; default: the workdir's own.")
+    flags.DEFINE_string("workdir", None, "Folder of a run.")
+    flags.DEFINE_string("checkpoint", None, "Weights of any form; default: the workdir's newest.")
+
+
+def from_flags():
+    """(config, checkpoint) that those flags name; UsageError if they don't suffice."""
+    values = flags.FLAGS
+    if values.workdir is None and (values.config is None or values.checkpoint is None):
+        raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
+    config = values.config or config_from_json(workdir.read_config(values.workdir))
+    return config, values.checkpoint or values.workdir
+
+
 def load_host_params(spec, abstract):
     """Weights of any form that `checkpoints.load_init` takes, fitted to the model, on the host."""
     if isinstance(spec, ml_collections.ConfigDict):
@@ -128,11 +169,11 @@ def place_params(host, dtypes, shardings):
     return out
 
 
-def make_evaluators(config, model, tok, mesh, workdir=None):
+def make_evaluators(config, model, tok, mesh, folder=None):
     """{name: (evaluator, its section of the config)} for config.evals.
 
     Evaluators are `paligemma_med.evaluators.<type>.Evaluator`; what they write goes to
-    <workdir>/eval/<name>.
+    <folder>/eval/<name>.
     """
     out = {}
     for name, section in (config.get("evals") or {}).items():
@@ -146,7 +187,7 @@ def make_evaluators(config, model, tok, mesh, workdir=None):
             if e.name != f"paligemma_med.evaluators.{kind}":
                 raise
             raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
-        outdir = os.path.join(workdir, "eval", name) if workdir else None
+        outdir = os.path.join(folder, "eval", name) if folder else None
         out[name] = (module.Evaluator(model, tok, mesh=mesh, outdir=outdir, **kw), section)
     return out
 

@@ -22,10 +22,6 @@ from paligemma_med import durations, experiment, input_pipeline, losses, optim, 
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints.workdir import Checkpoints
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory, stop.")
-
 
 def make_train_step(config, model, tx, learning_rate):
     """The function that takes one optimizer step.
@@ -336,14 +332,19 @@ def dry_run(config):
 def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
-    if _DRY_RUN.value:
-        dry_run(_CONFIG.value)
-    elif _WORKDIR.value is None:
+    values = flags.FLAGS
+    if values.dry_run:
+        dry_run(values.config)
+    elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:
-        train(_CONFIG.value, _WORKDIR.value)
+        train(values.config, values.workdir)
 
 
 if __name__ == "__main__":
+    # Here and not above, so that importing this module defines no flags.
+    config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
+    flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
+    flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory, stop.")
     flags.mark_flag_as_required("config")
     app.run(main)

@@ -1,0 +1,76 @@
+"""One image, one question, answers:
+
+    python -m paligemma_med.predict --workdir=out/s1 --image=film.jpg --question="Any nodule?"
+
+With --config and --checkpoint instead of --workdir, weights of any form that `load_params` takes.
+"""
+
+import numpy as np
+from absl import app, flags, logging
+
+from paligemma_med import decode, experiment
+from paligemma_med.pp import get_preprocess_fn
+
+
+def predict(config, checkpoint, image, questions, **decoding):
+    """Answers questions about one image.
+
+    Args:
+      config: ConfigDict of the experiment whose prompt and model are meant.
+      checkpoint: anything `checkpoints.load_params` takes.
+      image: encoded bytes (JPEG, PNG, …) or uint8[H, W, 3].
+      questions: list of str.
+      **decoding: for `decode.generate`; max_new_tokens is 64 by default.
+
+    Returns:
+      A dict for each question: question, prompt (as the model reads it), answers: a list of
+      dict(answer=str, logprob=float), the sum over the answer's tokens.
+    """
+    model, tok, _, params = experiment.load(config, checkpoint)
+    pp = get_preprocess_fn(config.predict_pp)
+    rows = [pp({"image": image, "question": q}) for q in questions]
+    keys = ("image", "text", "mask_ar", "mask_input")
+    batch = {k: np.stack([r[k] for r in rows]) for k in keys}
+    tokens, logprobs = decode.generate(
+        model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
+    )
+    out = []
+    for i, question in enumerate(questions):
+        prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist())
+        answers = [
+            dict(answer=tok.to_str(np.asarray(t).tolist()), logprob=float(np.sum(p)))
+            for t, p in zip(tokens[i], logprobs[i], strict=True)
+        ]
+        out.append(dict(question=question, prompt=prompt, answers=answers))
+    return out
+
+
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    config, checkpoint = experiment.from_flags()
+    try:
+        with open(values.image, "rb") as f:
+            image = f.read()
+    except OSError as e:
+        raise app.UsageError(f"--image {values.image}: {e.strerror}.") from None
+    decoding = {k: values[k].value for k in _DECODING}
+    for row in predict(config, checkpoint, image, values.question, **decoding):
+        print(row["question"])
+        for answer in row["answers"]:
+            print(f"  {answer['answer']}   (log-probability {answer['logprob']:.2f})")
+
+
+_DECODING = ("max_new_tokens", "num_samples", "temperature", "top_p", "seed")
+
+if __name__ == "__main__":
+    experiment.define_source_flags()
+    flags.DEFINE_string("image", None, "Image file.", required=True)
+    flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
+    flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
+    flags.DEFINE_integer("num_samples", 1, "Answers for each question.")
+    flags.DEFINE_float("temperature", 0.0, "0 gives the most probable answer.")
+    flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
+    flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+    app.run(main)
