@@ -1,0 +1,136 @@
+"""attend and attend_cached against loops and float64, and what each implementation refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paligemma_med.models import attention
+
+# Jitted: one compilation a shape is quicker than one an operation.
+attend = jax.jit(attention.attend, static_argnames=("scale", "softcap", "impl", "capture"))
+attend_cached = jax.jit(attention.attend_cached, static_argnames=("scale", "softcap"))
+
+
+def by_loops(q, k, v, mask, scale, softcap):
+    """The definition, in float64: (output [B, T, N, H], probabilities [B, N, T, S])."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, _ = q.shape
+    group = heads // k.shape[2]
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    probs = np.zeros((batch, heads, length, k.shape[1]))
+    for b in range(batch):
+        for n in range(heads):
+            for t in range(length):
+                dots = k[b, :, n // group] @ q[b, t, n] * scale
+                if softcap:
+                    dots = softcap * np.tanh(dots / softcap)
+                e = np.exp(dots - dots.max()) * mask[b, t]
+                probs[b, n, t] = e / e.sum()
+                out[b, t, n] = probs[b, n, t] @ v[b, :, n // group]
+    return out, probs
+
+
+def random_qkv(rng, batch, queries, keys, heads, kv_heads, width):
+    q = rng.normal(size=(batch, queries, heads, width))
+    k, v = rng.normal(size=(2, batch, keys, kv_heads, width))
+    return (x.astype(np.float32) for x in (q, k, v))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.sampled_from([(2, 5, 7, 4, 1, 6), (1, 6, 6, 6, 2, 3), (2, 4, 4, 3, 3, 5)]),
+    softcap=st.sampled_from([None, 1.5]),
+)
+def test_attend_equals_the_definition(seed, shape, softcap):
+    rng = np.random.default_rng(seed)
+    q, k, v = random_qkv(rng, *shape)
+    mask = rng.random((shape[0], shape[1], shape[2])) < 0.6
+    mask[..., 0] = True
+    want, want_probs = by_loops(q, k, v, mask, 0.7, softcap)
+    got, probs = attend(q, k, v, mask, scale=0.7, softcap=softcap, capture=True)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    np.testing.assert_allclose(probs, want_probs, atol=1e-6)
+    assert probs.dtype == jnp.float32
+    np.testing.assert_allclose(np.sum(probs, axis=-1), 1, atol=1e-6)
+    assert (np.asarray(probs)[~np.broadcast_to(mask[:, None], probs.shape)] == 0).all()
+    # The captured probabilities are those that made the output.
+    again = np.einsum("bnts,bsnh->btnh", probs, np.repeat(v, shape[3] // shape[4], axis=2))
+    np.testing.assert_allclose(again, got, atol=2e-6)
+    plain, nothing = attend(q, k, v, mask, scale=0.7, softcap=softcap)
+    assert nothing is None
+    np.testing.assert_allclose(plain, got, atol=1e-6)
+
+
+def test_no_mask_means_all_are_seen():
+    q, k, v = random_qkv(np.random.default_rng(0), 2, 3, 5, 4, 2, 6)
+    got, _ = attend(q, k, v, scale=0.4)
+    want, _ = attend(q, k, v, np.ones((2, 3, 5), bool), scale=0.4)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_softmax_is_taken_in_float32_under_bfloat16():
+    """4,096 equal keys: a bfloat16 sum would stick at 256, and probabilities at 1/256."""
+    q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
+    k = v = jnp.ones((1, 4096, 1, 8), jnp.bfloat16)
+    out, probs = attend(q, k, v, scale=1.0, capture=True)
+    assert (out.dtype, probs.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.asarray(probs, np.float64).sum(), 1, atol=1e-6)
+    np.testing.assert_allclose(np.float32(out), 1, atol=2**-8)
+
+
+def test_dot_products_are_accumulated_in_float32_under_bfloat16():
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.bfloat16(3 * x) for x in random_qkv(rng, 1, 4, 9, 2, 1, 256))
+    mask = np.ones((1, 4, 9), bool)
+    _, want = by_loops(*(np.float64(np.float32(x)) for x in (q, k, v)), mask, 0.1, None)
+    _, probs = attend(q, k, v, mask, scale=0.1, capture=True)
+    # Logits near 100: rounding them to bfloat16 would move a probability by tens of percent.
+    np.testing.assert_allclose(probs, want, atol=1e-4)
+
+
+def test_a_row_that_sees_nothing_is_finite_with_finite_gradients():
+    q, k, v = random_qkv(np.random.default_rng(2), 1, 3, 3, 2, 1, 4)
+    mask = np.tril(np.ones((1, 3, 3), bool))
+    mask[0, 2] = False
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v, mask, scale=0.5, softcap=2.0)[0][:, :2] ** 2)
+
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert np.isfinite(attend(q, k, v, mask, scale=0.5)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "samples,softcap,heads,kv_heads", [(1, None, 4, 1), (3, 1.0, 4, 2), (3, None, 3, 3)]
+)
+def test_attend_cached_equals_attend_on_all_keys(samples, softcap, heads, kv_heads):
+    rng = np.random.default_rng(3)
+    batch, width, before, room, step = 2, 6, 5, 4, 2
+    rows = batch * samples
+    q, nk, nv = random_qkv(rng, rows, 1, room, heads, kv_heads, width)
+    _, pk, pv = random_qkv(rng, batch, 1, before, heads, kv_heads, width)
+    pmask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    nmask = np.arange(room) <= step
+
+    got = attend_cached(q, (pk, pv, pmask), (nk, nv, nmask), scale=0.6, softcap=softcap)
+    per_sample = [np.repeat(x, samples, axis=0) for x in (pk, pv, pmask)]
+    keys, values = (np.concatenate([a, b], axis=1) for a, b in zip(per_sample, (nk, nv)))
+    mask = np.concatenate([per_sample[2], np.tile(nmask, (rows, 1))], axis=1)[:, None]
+    want, _ = attend(q, keys, values, mask, scale=0.6, softcap=softcap)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert got.shape == q.shape
+
+
+def test_refusals():
+    q, k, v = random_qkv(np.random.default_rng(4), 1, 2, 2, 2, 1, 4)
+    with pytest.raises(ValueError, match="can't be captured under attn_impl='cudnn'"):
+        attention.attend(q, k, v, scale=1.0, impl="cudnn", capture=True)
+    with pytest.raises(ValueError, match="'cudnn' has no soft-cap"):
+        attention.attend(q, k, v, scale=1.0, impl="cudnn", softcap=50.0)
+    with pytest.raises(ValueError, match="attn_impl is 'flash'; expected one of"):
+        attention.attend(q, k, v, scale=1.0, impl="flash")
