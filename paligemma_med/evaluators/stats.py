@@ -10,8 +10,8 @@ def wilson(k, n, z=1.96):
       centre = (p + z²/2n) / (1 + z²/n)
       half = z / (1 + z²/n) · sqrt(p(1 - p)/n + z²/4n²)
 
-    Unlike p ± z·sqrt(p(1 - p)/n) it stays within [0, 1] and has a width at p = 0 and p = 1. It takes
-    the n trials for independent; questions about one image are not quite.
+    Unlike p ± z·sqrt(p(1 - p)/n) it stays within [0, 1] and has a width at p = 0 and p = 1. It
+    takes the n trials for independent; questions about one image are not quite.
     E. B. Wilson, JASA 22 (1927), 209-212.
 
     Args:

@@ -1,0 +1,448 @@
+"""The VQA evaluator: what counts as equal, its controls, and the files it writes.
+
+Most tests answer in the model's place, by a function of prompt and image; the last ones have a
+model.
+"""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paligemma_med import decode, sharding
+from paligemma_med.evaluators import stats, vqa
+from paligemma_med.models import paligemma
+from paligemma_med.pp.tokenizer import get_tokenizer
+
+TOKENIZER = get_tokenizer("tiny")
+
+
+@pytest.mark.parametrize(
+    "a, b, figures",
+    [
+        ("Yes", "yes", "strict acc set"),
+        (" Yes\n", "yes", "strict acc set"),
+        ("Yes.", "yes", "acc set"),
+        ("yes !?", "Yes", "acc set"),
+        ("Transverse  Plane", "transverse plane", "acc set"),
+        ("Lung,Heart", "lung , heart", "acc set"),
+        ("肺，心脏。", "肺、心脏", "acc set"),
+        ("Heart, Lung", "Lung, Heart", "set"),
+        ("Heart,Lung", "Lung, Heart.", "set"),
+        ("Lung", "Lung, Heart", ""),
+        ("No", "Yes", ""),
+        ("the lung", "lung", ""),
+        ("2", "two", ""),
+        ("1.5", "15", ""),
+        (".5", "5", ""),
+        ("", "yes", ""),
+    ],
+)
+def test_what_is_equal(a, b, figures):
+    found = vqa.score(a, b)
+    assert found == {
+        f"acc{x}": f.strip("_") in figures.split() or (x == "" and "acc" in figures.split())
+        for x, f in (("", "acc"), ("_strict", "strict"), ("_set", "set"))
+    }
+    assert found == vqa.score(b, a)
+
+
+@given(st.text(), st.text())
+def test_normalise_is_a_normal_form_and_figures_are_nested(a, b):
+    assert vqa.normalise(vqa.normalise(a)) == vqa.normalise(a)
+    assert not re.search(r"\s\s|^\s|\s$", vqa.normalise(a))
+    for x, y in ((a, b), (a, a.upper()), (a, f" {a} ."), (a, a.lower())):
+        found = vqa.score(x, y)
+        assert found["acc_strict"] <= found["acc"] <= found["acc_set"]
+    assert vqa.score(a, f"  {a.lower()} . ")["acc"]
+
+
+def train_row(question_id, question, answer, answer_type="OPEN"):
+    return dict(question_id=question_id, question=question, answer=answer, answer_type=answer_type)
+
+
+def test_majority_answer():
+    rows = [
+        train_row("q10", "Where?", "left"),
+        train_row("q2", "Where?", "right"),
+        train_row("q3", "Where? ", "top"),
+        train_row("q4", "Where?", "top "),
+        train_row("q10", "Tie?", "b", "CLOSED"),
+        train_row("q9", "Tie?", "c", "CLOSED"),
+        train_row("q11", "Other?", "b", "CLOSED"),
+    ]
+    majority = vqa.majority_answers(rows)
+    assert majority == vqa.majority_answers(rows[::-1])
+
+    def answer(question, answer_type="OPEN"):
+        return vqa.majority_answer(majority, train_row("", question, "", answer_type))
+
+    assert answer(" Where?") == "top"
+    assert answer("Tie?") == "c"  # q9 comes before q10
+    assert answer("where?") == "top"  # not seen so written, but OPEN is
+    assert answer("New?", "CLOSED") == "b"
+    assert answer("New?", "NUMBER") == ""
+
+
+def test_majority_of_slake(real_data):
+    """The question-only control of SLAKE-en that issue 2 states: 66.1, 45.6 and 53.6 %."""
+    train, test = (
+        [
+            {**row, "question_id": row["qid"]}
+            for row in json.loads((real_data / "slake" / f"{split}.json").read_text())
+            if row["q_lang"] == "en" and row["answer"].strip()
+        ]
+        for split in ("train", "test")
+    )
+    majority = vqa.majority_answers(train[::-1])
+    for row in test:
+        row["majority_prediction"] = vqa.majority_answer(majority, row)
+        row |= vqa._correct(row["majority_prediction"], row["answer"], "majority_")
+    metrics = vqa.summarise(test, ["majority"])
+    assert metrics["n"] == 1061
+    for figure, closed, opened, overall in (
+        ("acc_strict", 66.11, 45.58, 53.63),
+        # 4 more, as "Transverse  Plane" in test has a blank too many.
+        ("acc", 66.11, 46.20, 54.01),
+    ):
+        assert [
+            round(100 * metrics[f"majority/{group}/{figure}"], 2)
+            for group in ("answer_type/CLOSED", "answer_type/OPEN", "overall")
+        ] == [closed, opened, overall]
+
+
+# --- The evaluator, with a function that answers ---
+
+IMAGES = {"ct": 0.1, "mr": 0.2, "xr": 0.3}  # image_id → value of its pixels
+
+
+def question(i, image_id, text, answer, answer_type, content_type="Organ", **more):
+    return dict(
+        question_id=f"q{i}", image_id=image_id, question=text, answer=answer,
+        answer_type=answer_type, content_type=content_type, **more,
+    )  # fmt: skip
+
+
+QUESTIONS = [
+    question(0, "ct", "Which modality?", "CT", "OPEN", "Modality"),
+    question(1, "mr", "Which modality?", "MR", "OPEN", "Modality"),
+    question(2, "mr", "Is it normal?", "Yes", "CLOSED"),
+    question(3, "xr", "Which modality?", "X-Ray", "OPEN", "Modality"),
+    question(4, "xr", "Is it normal?", "Yes", "CLOSED"),
+]
+TRAIN = [
+    train_row("0", "Which modality?", "MR"),
+    train_row("1", "Is it normal?", "No", "CLOSED"),
+]
+
+
+def make_inputs(rows=QUESTIONS, batch_size=2, size=2, text_len=48):
+    """Like input_pipeline.evaluation's: the last batch filled up with copies of its first row."""
+    for start in range(0, len(rows), batch_size):
+        valid = rows[start : start + batch_size]
+        filled = valid + valid[:1] * (batch_size - len(valid))
+        tokens = [
+            [TOKENIZER.bos_token, *TOKENIZER.to_int(f"answer en {r['question']}\n")] for r in filled
+        ]
+        on = np.arange(text_len) < np.array([len(t) for t in tokens])[:, None]
+        yield (
+            dict(
+                image=np.stack(
+                    [np.full((size, size, 3), IMAGES[r["image_id"]], np.float32) for r in filled]
+                ),
+                text=np.stack([np.pad(t, (0, text_len - len(t))) for t in tokens]),
+                mask_ar=1 - on.astype(np.int32),
+                mask_input=on.astype(np.int32),
+                _mask=np.arange(batch_size) < len(valid),
+            ),
+            valid,
+        )
+
+
+def answer_with(monkeypatch, answer, samples=1):
+    """Puts `answer(prompt, image value, sample) -> str` in the place of decode.generate."""
+    calls = []
+
+    def generate(model, params, batch, *, max_new_tokens, num_samples=1, eos_token, **kw):
+        calls.append({k: np.array(v) for k, v in batch.items()} | {"kw": kw})
+        tokens = np.zeros((len(batch["text"]), num_samples, max_new_tokens), np.int32)
+        for row, sample in np.ndindex(tokens.shape[:2]):
+            prompt = TOKENIZER.to_str(batch["text"][row][batch["mask_input"][row] == 1])
+            said = answer(prompt, round(float(batch["image"][row].mean()), 3), sample)
+            ids = [*TOKENIZER.to_int(said), eos_token][:max_new_tokens]
+            tokens[row, sample, : len(ids)] = ids
+        return tokens, np.where(tokens > 0, -0.5, 0).astype(np.float32)
+
+    monkeypatch.setattr(decode, "generate", generate)
+    return calls
+
+
+def look(prompt, pixel, sample=0):
+    """A good model: looks at the image for the modality, says yes otherwise."""
+    names = {0.1: "ct", 0.2: "MR.", 0.3: "x-ray"}
+    return names[pixel] if "modality" in prompt else "yes"
+
+
+def make_evaluator(**kw):
+    kw = dict(inputs=list(make_inputs()), train_data=TRAIN) | kw
+    return vqa.Evaluator(None, TOKENIZER, **kw)
+
+
+def test_figures_controls_and_files(monkeypatch, tmp_path):
+    answer_with(monkeypatch, look)
+    metrics = make_evaluator(outdir=tmp_path / "eval" / "slake").run({})
+    assert metrics["n"] == 5 and metrics["n/answer_type/CLOSED"] == 2
+    assert metrics["n/content_type/Modality"] == 3
+    assert metrics["model/overall/acc"] == 1.0
+    assert metrics["model/overall/acc_strict"] == 0.8  # "MR." is right after normalising only
+    assert metrics["majority/overall/acc"] == 0.2
+    assert metrics["majority/answer_type/OPEN/acc"] == pytest.approx(1 / 3)
+    assert metrics["majority/answer_type/CLOSED/acc"] == 0.0
+    # "yes" needs no image, the modality does.
+    assert metrics["shuffled_images/answer_type/CLOSED/acc"] == 1.0
+    assert metrics["shuffled_images/content_type/Modality/acc"] == 0.0
+    assert metrics["shuffled_images/overall/acc"] == 0.4
+    low, high = stats.wilson(2, 5)
+    assert metrics["shuffled_images/overall/acc_low"] == low
+    assert metrics["shuffled_images/overall/acc_high"] == high
+    assert metrics["unfinished"] == 0
+
+    folder = tmp_path / "eval" / "slake"
+    assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "predictions.jsonl"]
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    assert [row["question_id"] for row in rows] == ["q0", "q1", "q2", "q3", "q4"]
+    first = rows[1]
+    assert first | {"shuffled_images_image_id": 0, "shuffled_images_predictions": 0} == dict(
+        question_id="q1", image_id="mr", question="Which modality?",
+        prompt="answer en Which modality?\n", answer="MR", answer_type="OPEN",
+        content_type="Modality", predictions=["MR."], logprobs=first["logprobs"], correct=True,
+        correct_strict=False, correct_set=True, majority_prediction="MR", majority_correct=True,
+        majority_correct_strict=True, majority_correct_set=True, shuffled_images_image_id=0,
+        shuffled_images_predictions=0, shuffled_images_logprobs=first["shuffled_images_logprobs"],
+        shuffled_images_correct=False, shuffled_images_correct_strict=False,
+        shuffled_images_correct_set=False,
+    )  # fmt: skip
+    assert first["logprobs"] == [-0.5 * (len(TOKENIZER.to_int("MR.")) + 1)]
+    # The figures can be had from the file again.
+    again = vqa.summarise(rows)
+    assert again == {k: v for k, v in metrics.items() if k != "unfinished"}
+
+
+def test_no_question_keeps_its_image_and_prompts_stay(monkeypatch, tmp_path):
+    calls = answer_with(monkeypatch, look)
+    seen = set()
+    for seed in range(6):
+        calls.clear()
+        make_evaluator(outdir=tmp_path, shuffle_seed=seed).run({})
+        rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+        swap = {row["image_id"]: row["shuffled_images_image_id"] for row in rows}
+        for row in rows:  # one permutation of images, not one of questions
+            assert swap[row["image_id"]] == row["shuffled_images_image_id"] != row["image_id"]
+        assert sorted(swap) == sorted(swap.values())
+        seen.add(tuple(sorted(swap.items())))
+        first, second = calls[:3], calls[3:]
+        for a, b, (_, batch_rows) in zip(first, second, make_inputs(), strict=True):
+            for key in ("text", "mask_ar", "mask_input", "_mask", "row_id"):
+                np.testing.assert_array_equal(a[key], b[key])
+            assert a["kw"] == b["kw"] and a["image"].shape == b["image"].shape
+            for i, row in enumerate(batch_rows):
+                own, other = IMAGES[row["image_id"]], IMAGES[swap[row["image_id"]]]
+                np.testing.assert_array_equal(a["image"][i], np.float32(own))
+                np.testing.assert_array_equal(b["image"][i], np.float32(other))
+    assert len(seen) == 2  # both rings of three images come up
+
+
+def test_one_picture_under_two_ids_is_not_given_back(monkeypatch, tmp_path):
+    monkeypatch.setitem(IMAGES, "copy", IMAGES["ct"])
+    rows = [*QUESTIONS[:2], question(5, "copy", "Which modality?", "CT", "OPEN")]
+    calls = answer_with(monkeypatch, look)
+    make_evaluator(inputs=make_inputs(rows, 3), outdir=tmp_path).run({})
+    assert calls[1]["image"][:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.1, 0.2])
+
+
+def test_a_model_that_does_not_look_scores_the_same_shuffled(monkeypatch):
+    answer_with(monkeypatch, lambda prompt, pixel, sample: "MR")
+    metrics = make_evaluator().run({})
+    assert metrics["model/overall/acc"] == metrics["shuffled_images/overall/acc"] == 0.2
+
+
+def test_the_prompt_is_not_scored(monkeypatch, tmp_path):
+    # A model that echoes nothing but names the answer gets all points; the prompt never shows up.
+    rows = [question(0, "ct", "Is it CT or MR?", "CT", "OPEN")]
+    answer_with(monkeypatch, lambda *a: "CT")
+    make_evaluator(inputs=make_inputs(rows), controls=(), outdir=tmp_path).run({})
+    row = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert row["predictions"] == ["CT"] and row["prompt"] == "answer en Is it CT or MR?\n"
+    # One that does echo the question is wrong.
+    answer_with(monkeypatch, lambda prompt, *a: prompt + "CT")
+    kw = dict(pred_kw=dict(max_new_tokens=64), controls=())
+    assert make_evaluator(inputs=make_inputs(rows), **kw).run({})["model/overall/acc"] == 0
+    # And a generate that gives the prompt back isn't accepted.
+    monkeypatch.setattr(
+        decode,
+        "generate",
+        lambda model, params, batch, **kw: (
+            np.zeros((2, 1, 48 + 32), np.int32),
+            np.zeros((2, 1, 48 + 32), np.float32),
+        ),
+    )
+    with pytest.raises(AssertionError):
+        make_evaluator(inputs=make_inputs(rows), controls=()).run({})
+
+
+def test_samples(monkeypatch, tmp_path):
+    calls = answer_with(monkeypatch, lambda p, x, sample: ["yes", "no", "a long one"][sample])
+    metrics = make_evaluator(
+        controls=(), outdir=tmp_path,
+        pred_kw=dict(num_samples=3, temperature=0.7, seed=3, max_new_tokens=4),
+    ).run({})  # fmt: skip
+    row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
+    assert row["predictions"][:2] == ["yes", "no"] and len(row["logprobs"]) == 3
+    assert metrics["model/answer_type/CLOSED/acc"] == 1.0  # the first is scored
+    assert metrics["unfinished"] == 5  # "a long one" has no room for its EOS
+    assert calls[0]["kw"] == dict(temperature=0.7, seed=3)
+
+
+def test_random_numbers_belong_to_questions(monkeypatch):
+    calls = answer_with(monkeypatch, look)
+    make_evaluator(controls=()).run({})
+    ids = dict(zip("01234", np.concatenate([c["row_id"] for c in calls])))
+    calls.clear()
+    make_evaluator(inputs=make_inputs(QUESTIONS[::-1], 5), controls=()).run({})
+    assert calls[0]["row_id"].tolist() == [ids[i] for i in "43210"]
+    assert len(set(ids.values())) == 5
+
+
+def test_controls_are_optional(monkeypatch, tmp_path):
+    calls = answer_with(monkeypatch, look)
+    metrics = make_evaluator(controls=(), train_data=None, outdir=tmp_path).run({})
+    assert len(calls) == 3
+    text = json.dumps(metrics) + (tmp_path / "predictions.jsonl").read_text()
+    assert "majority" not in text and "shuffled" not in text
+    table = vqa.format_table(metrics).splitlines()
+    assert table[0].replace(" ", "") == "|exactmatch,%|model|n|"
+
+
+def test_table(monkeypatch):
+    answer_with(monkeypatch, look)
+    table = vqa.format_table(make_evaluator().run({})).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table]
+    assert len({len(line) for line in table}) == 1
+    assert cells[0] == ["exact match, %", "model", "majority answer", "images shuffled", "n"]
+    assert cells[2] == ["overall", "100.0 (56.6–100.0)", "20.0 (3.6–62.4)", "40.0 (11.8–76.9)", "5"]
+    assert [row[0] for row in cells[3:]] == [
+        "CLOSED", "OPEN", "Modality", "Organ", "overall, strict", "overall, any order",
+    ]  # fmt: skip
+    assert cells[-2] == ["overall, strict", "80.0", "20.0", "40.0", "5"]
+
+
+def test_files_are_whole_or_not_there(monkeypatch, tmp_path):
+    answer_with(monkeypatch, look)
+    make_evaluator(outdir=tmp_path).run({})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*a):
+        raise OSError("no space")
+
+    monkeypatch.setattr(vqa.os, "replace", fail)
+    answer_with(monkeypatch, lambda *a: "other")
+    with pytest.raises(OSError):
+        make_evaluator(outdir=tmp_path).run({})
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+
+
+def test_progress_in_a_log_is_lines(monkeypatch, capfd):
+    answer_with(monkeypatch, look)
+    make_evaluator().run({})
+    err = capfd.readouterr().err
+    assert "\r" not in err and "vqa, images shuffled: 5 of 5" in err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(suffix="CT"), "'q1' has a key 'suffix'"),
+        (dict(answer=" . "), "'q1' has an empty answer"),
+        (dict(answer_type=None), "'q1' has no 'answer_type'"),
+        (dict(question_id=None), "has no 'question_id'"),
+        (dict(image_id=None), "'q1' has no 'image_id'"),
+    ],
+)
+def test_bad_rows(monkeypatch, change, message):
+    answer_with(monkeypatch, look)
+    inputs = list(make_inputs())
+    row = {k: v for k, v in (inputs[0][1][1] | change).items() if v is not None}
+    inputs[0] = (inputs[0][0], [inputs[0][1][0], row])
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(inputs=inputs).run({})
+
+
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        (dict(controls=("blank",)), "controls has 'blank'"),
+        (dict(train_data=None), "needs train_data"),
+        (dict(train_data=[dict(question="?")]), "a row of train_data has no 'question_id'"),
+        (dict(inputs=None), "either data"),
+        (dict(data={}), "either data"),
+    ],
+)
+def test_bad_arguments(kw, message):
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(**kw)
+
+
+def test_nothing_to_evaluate_or_to_shuffle(monkeypatch):
+    answer_with(monkeypatch, look)
+    with pytest.raises(ValueError, match="no questions"):
+        make_evaluator(inputs=[]).run({})
+    with pytest.raises(ValueError, match="two different images"):
+        make_evaluator(inputs=make_inputs(QUESTIONS[1:3])).run({})
+    batch, rows = next(make_inputs())
+    with pytest.raises(ValueError, match="valid ones first"):
+        make_evaluator(inputs=[(batch | {"_mask": np.array([False, True])}, rows[:1])]).run({})
+
+
+# --- With a model ---
+
+
+def make_model(vocab_size=1024):
+    img = dict(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=(4, 4))
+    llm = dict(
+        width=16, depth=1, mlp_dim=24, num_heads=2, num_kv_heads=1, head_dim=8,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+    model = paligemma.Model(img=img, llm=llm)
+    params = jax.jit(lambda key: paligemma.init_params(model, key, image_size=8))
+    return model, params(jax.random.key(0))
+
+
+def test_with_a_model_and_a_mesh(tmp_path):
+    model, params = make_model()
+    kw = dict(train_data=TRAIN, pred_kw=dict(max_new_tokens=3, num_samples=2, temperature=1.0))
+    inputs = list(make_inputs(batch_size=8, size=8))
+    metrics = vqa.Evaluator(model, "tiny", inputs=inputs, outdir=tmp_path / "a", **kw).run(params)
+    placed = [
+        (jax.device_put(b, sharding.batch_sharding(sharding.make_mesh())), r) for b, r in inputs
+    ]
+    params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
+    on_mesh = vqa.Evaluator(model, "tiny", inputs=placed, outdir=tmp_path / "b", **kw).run(params)
+    assert metrics == on_mesh
+    for a, b in zip(*((tmp_path / x / "predictions.jsonl").open() for x in "ab"), strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a["predictions"] == b["predictions"] and len(a["predictions"]) == 2
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+        assert a["shuffled_images_predictions"] == b["shuffled_images_predictions"]
+        assert a["shuffled_images_logprobs"] != a["logprobs"]  # the image is read
+
+
+def test_tokenizer_of_another_model():
+    model, params = make_model(vocab_size=1025)
+    evaluator = vqa.Evaluator(model, "tiny", inputs=make_inputs(size=8), controls=())
+    with pytest.raises(ValueError, match="can say 1025 tokens, but the tokenizer knows 1024"):
+        evaluator.run(params)
