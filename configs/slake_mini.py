@@ -1,7 +1,8 @@
-"""A PaliGemma of 2.7 million parameters, trained from scratch on SLAKE: the yardstick without weights.
+"""A PaliGemma of 2.7 million parameters from scratch on SLAKE: the yardstick without weights.
 
     python -m paligemma_med.train --config=configs/slake_mini.py --workdir=out/slake_mini
-    python -m paligemma_med.evaluate --workdir=out/slake_mini --config=configs/slake_mini.py:eval=test
+    python -m paligemma_med.evaluate --workdir=out/slake_mini \
+        --config=configs/slake_mini.py:eval=test
 
 Meant for two CPU cores and an hour. Settings were chosen on `validate`; see docs/slake_mini.md.
 Arguments: epochs, res, eval (the split that evaluations use), seed, lr, drop.
@@ -34,7 +35,7 @@ def get_config(arg=None):
     # Few images (450) and many questions: every look at an image is a little different. No flips:
     # questions ask for sides.
     augment = (
-        f"inception_crop(area_min={args.area}, area_max=100, aspect_min=0.8, aspect_max=1.25)",
+        f"inception_crop({c.res}, {args.area}, 100, 0.8, 1.25, antialias=True)",
         "brightness(0.1)",
         "contrast(0.8, 1.25)",
     )

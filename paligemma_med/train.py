@@ -154,7 +154,8 @@ def train(config, workdir):
                         found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
                     results[name] = found
                     _append_metrics(workdir, step, {f"{name}/{k}": v for k, v in found.items()})
-                    shown = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if "/" not in k)
+                    shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
+                    shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
                     print(f"step {step}/{total_steps}  {name}: {shown}", flush=True)
             if step == total_steps or (save_every and step % save_every == 0):
                 with progress.paused():
