@@ -67,7 +67,7 @@ def image_pp(res, augment=()):
     return ["decode", *augment, _op("resize", res, antialias=True), _op("value_range", -1, 1)]
 
 
-def train_pp(res, text_len, tokenizer, augment=()):
+def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT):
     """The pp string of a training set of questions and answers.
 
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
@@ -75,7 +75,7 @@ def train_pp(res, text_len, tokenizer, augment=()):
     """
     return "|".join([
         *image_pp(res, augment),
-        _op("strfmt", PROMPT, outkey="prefix"),
+        _op("strfmt", prompt, outkey="prefix"),
         _op("copy", inkey="answer", outkey="suffix"),
         _op("tok", model=tokenizer, key="prefix", bos="yes"),
         _op("tok", model=tokenizer, key="suffix", eos="yes"),
@@ -89,14 +89,14 @@ def train_pp(res, text_len, tokenizer, augment=()):
     ])  # fmt: skip
 
 
-def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS):
+def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT):
     """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator.
 
     Gives image as above, and text, mask_ar, mask_input int32[text_len].
     """
     return "|".join([
         *image_pp(res),
-        _op("strfmt", PROMPT, outkey="prefix"),
+        _op("strfmt", prompt, outkey="prefix"),
         _op("tok", model=tokenizer, key="prefix", bos="yes"),
         _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
         _op("masked_concat", ["prefix", "septok"], outkey="text",
@@ -108,13 +108,16 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS):
     ])  # fmt: skip
 
 
-def vqa_eval(c, name, split, *, text_len, max_new_tokens, train_split="train", batch_size=64, **kw):
+def vqa_eval(
+    c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, train_split="train",
+    batch_size=64, **kw,
+):  # fmt: skip
     """An evals section: exact match on a split of data set `name`, with its controls."""
     return dict(
         type="vqa",
         data=dict(name=name, split=split),
         train_data=dict(name=name, split=train_split),
-        pp_fn=eval_pp(c.res, text_len, c.tokenizer),
+        pp_fn=eval_pp(c.res, text_len, c.tokenizer, prompt=prompt),
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens),
         **kw,

@@ -31,13 +31,19 @@ def get_config(arg=None):
     c.frozen_dtype = "bfloat16"
 
     name = f"slake/{args.lang}"
+    # PaliGemma is told the language of the answer; with both, each question says its own.
+    prompt = (
+        "answer {q_lang} {question}" if args.lang == "all" else f"answer {args.lang} {{question}}"
+    )
     c.input = dict(
         data=dict(name=name, split="train"),
-        pp=common.train_pp(c.res, c.text_len, c.tokenizer),
+        pp=common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt),
         batch_size=args.micro * args.accum,
         num_workers=4,
     )
-    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=())
+    c.predict_pp = common.eval_pp(
+        c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en")
+    )
     c.total_epochs = 5
     c.grad_accum_steps = args.accum
     # The longest answer of SLAKE is 129 characters; logits are computed at this many positions.
@@ -55,6 +61,6 @@ def get_config(arg=None):
     c.ckpt_epochs = 1
     c.evals = {}
     c.evals["slake_validate"] = common.vqa_eval(
-        c, name, "validate", text_len=96, max_new_tokens=64, log_epochs=1
+        c, name, "validate", text_len=96, max_new_tokens=64, prompt=prompt, log_epochs=1
     )
     return c

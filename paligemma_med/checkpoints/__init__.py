@@ -49,7 +49,7 @@ def load_params(spec) -> dict:
       FileNotFoundError: nothing is there.
       CheckpointError: it is none of the accepted forms, or is damaged.
     """
-    spec = os.fspath(spec)
+    spec = os.path.expanduser(os.fspath(spec))
     if os.path.isdir(spec):
         entries = set(os.listdir(spec))
         if {"config.json", "checkpoints"} <= entries:
