@@ -202,7 +202,8 @@ def config_to_json(config):
     init = plain.get("model_init")
     if isinstance(init, str):
         path, part = npz.split_spec(init)
-        plain["model_init"] = os.path.abspath(os.path.expanduser(path)) + (f":{part}" if part else "")
+        path = os.path.abspath(os.path.expanduser(path))
+        plain["model_init"] = path + (f":{part}" if part else "")
     return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
