@@ -1,5 +1,7 @@
 """Durations in a config: `total_epochs=5`, `warmup_percent=0.05`, `ckpt_steps=100`, … → steps."""
 
+import math
+
 UNITS = ("steps", "epochs", "examples", "percent")
 
 
@@ -22,9 +24,11 @@ def to_steps(config, name, *, num_examples, batch_size, total_steps=None, defaul
     if not given:
         return default
     unit, value = next(iter(given.items()))
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{name}_{unit} is {value!r}; expected a number, zero or more.")
     if unit == "steps":
+        if value != int(value):
+            raise ValueError(f"{name}_{unit} is {value!r}; expected a whole number.")
         return int(value)
     if unit == "percent" and total_steps is None:
         raise ValueError(f"{name}_percent can't be used here: the total is not known yet.")

@@ -63,7 +63,7 @@ def trained_names(config, names):
     """The names that config.schedule doesn't freeze, in the order given.
 
     Raises:
-      ValueError: a name that no rule covers: what to do with it must be said.
+      ValueError: a name that no rule covers: what to do with it must be said; nothing is trained.
     """
     matched = match_names(names, schedule_rules(config), "config.schedule")
     if missing := [n for n in names if n not in matched]:
@@ -71,7 +71,10 @@ def trained_names(config, names):
             f"config.schedule says nothing about {len(missing)} parameters, the first of which is "
             f"{missing[0]!r}: end it with ('.*', None) to freeze what is left."
         )
-    return [n for n in names if matched[n][1] is not None]
+    trained = [n for n in names if matched[n][1] is not None]
+    if not trained:
+        raise ValueError("config.schedule freezes every parameter: there is nothing to train.")
+    return trained
 
 
 def make_schedule(schedule, *, total_steps, num_examples, batch_size):
@@ -91,7 +94,7 @@ def make_schedule(schedule, *, total_steps, num_examples, batch_size):
         schedule, "warmup", num_examples=num_examples, batch_size=batch_size,
         total_steps=total_steps, default=0,
     )  # fmt: skip
-    if unknown := [k for k in schedule if not k.startswith("warmup_")]:
+    if unknown := sorted(set(schedule) - {f"warmup_{u}" for u in durations.UNITS}):
         raise ValueError(f"config.schedule: unknown keys {unknown}.")
     if kind not in ("constant", "cosine", "linear"):
         raise ValueError(
@@ -114,13 +117,17 @@ def make_schedule(schedule, *, total_steps, num_examples, batch_size):
     return factor
 
 
-def _tx_factory(name):
+def _make_tx(name, kw):
+    """optax.NAME(**kw)"""
     factory = getattr(optax, str(name), None)
     if name.startswith("_") or not callable(factory):
         raise ValueError(
             f"optax_name is {name!r}; expected a transformation in optax, like 'scale_by_adam'."
         )
-    return factory
+    try:
+        return factory(**kw)
+    except TypeError as e:
+        raise ValueError(f"optax_name {name!r} doesn't take config.optax {dict(kw)}: {e}.") from e
 
 
 def make(config, names, *, total_steps, num_examples, batch_size):
@@ -156,7 +163,7 @@ def make(config, names, *, total_steps, num_examples, batch_size):
     txs = []
     if clip := config.get("grad_clip_norm"):
         txs.append(optax.clip_by_global_norm(clip))
-    txs.append(_tx_factory(config.optax_name)(**config.get("optax", {})))
+    txs.append(_make_tx(config.optax_name, config.get("optax", {})))
     txs.append(scale(lambda n: config.lr * lr_mults.get(n, (0, 1.0))[1]))
     if wd:
         txs.append(optax.stateless(decay))
@@ -170,4 +177,5 @@ def make(config, names, *, total_steps, num_examples, batch_size):
 
 def global_norm(tree):
     """L2 norm over all leaves, float32[]."""
-    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))

@@ -50,3 +50,13 @@ def real_data() -> pathlib.Path:
     if not os.path.isdir(folder):
         pytest.fail(f"PALIGEMMA_MED_REAL_DATA={folder} is not a folder")
     return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> pathlib.Path:
+    """A TFDS folder with a phantom data set of a few dozen questions."""
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("tfds")
+    tiny.build_data(folder)
+    return folder

@@ -1,0 +1,130 @@
+"""The loss against formulas written out, PyTorch, and a plain loop over tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from paligemma_med import losses
+
+
+def _logits(shape=(3, 4, 11), seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(0, 3, shape).astype(np.float32),
+        rng.integers(0, shape[-1], shape[:-1]).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_cross_entropy_is_the_one_hot_formula(smoothing):
+    logits, labels = _logits()
+    vocab = logits.shape[-1]
+    target = np.full(logits.shape, smoothing / (vocab - 1))
+    np.put_along_axis(target, labels[..., None], 1 - smoothing, axis=-1)
+    expected = optax.softmax_cross_entropy(logits, target.astype(np.float32))
+    found = losses.cross_entropy(logits, labels, smoothing)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_entropy_is_pytorchs():
+    import torch
+
+    logits, labels = _logits(seed=1)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).permute(0, 2, 1), torch.tensor(labels).long(), reduction="none"
+    )
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels), expected, rtol=1e-5)
+
+
+def test_cross_entropy_of_bfloat16_is_computed_in_float32():
+    logits, labels = _logits((2, 3, 500))
+    low = jnp.asarray(logits, jnp.bfloat16)
+    found = losses.cross_entropy(low, labels, 0.1)
+    assert found.dtype == jnp.float32
+    expected = losses.cross_entropy(low.astype(jnp.float32), labels, 0.1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_cross_entropy_does_not_overflow():
+    logits = jnp.array([[[1e4, -1e4, 0.0]]])
+    np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array([[1]])), [[2e4]])
+
+
+def _ragged():
+    mask = np.zeros((4, 7), np.int32)
+    mask[0, 2:6] = 1
+    mask[1, 1:2] = 1
+    mask[2, [0, 3, 6]] = 1  # need not be contiguous
+    return mask  # row 3: nothing is supervised
+
+
+@pytest.mark.parametrize("norm", losses.NORMS)
+def test_weighted_sum_is_the_mean_that_a_loop_takes(norm):
+    mask = _ragged()
+    nll = np.random.default_rng(2).uniform(0, 5, mask.shape).astype(np.float32)
+    if norm == "example":
+        means = []
+        for row, m in zip(nll, mask):
+            tokens = [x for x, is_on in zip(row, m) if is_on]
+            means.append(sum(tokens) / len(tokens) if tokens else 0.0)
+        expected = sum(means) / len(means)
+    else:
+        tokens = [x for x, is_on in zip(nll.ravel(), mask.ravel()) if is_on]
+        expected = sum(tokens) / len(tokens)
+    weights = losses.row_weights(mask, norm)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.sum(nll * mask * weights[:, None]), expected, rtol=1e-6)
+
+
+def test_unknown_norm():
+    with pytest.raises(ValueError, match="loss_norm is 'mean'"):
+        losses.row_weights(_ragged(), "mean")
+
+
+@pytest.mark.parametrize("norm", losses.NORMS)
+def test_nothing_supervised_gives_zero_and_finite_gradients(norm):
+    mask = np.zeros((2, 3), np.int32)
+    logits, labels = _logits((2, 3, 5))
+
+    def loss(logits):
+        nll = losses.cross_entropy(logits, labels)
+        return jnp.sum(nll * mask * losses.row_weights(mask, norm)[:, None])
+
+    value, grads = jax.value_and_grad(loss)(logits)
+    assert value == 0 and np.isfinite(grads).all()
+
+
+@pytest.mark.parametrize("length, lost", [(None, 0), (7, 0), (100, 0), (4, 0), (3, 1), (1, 5)])
+def test_supervised_positions(length, lost):
+    mask = _ragged()
+    positions, weights, found_lost = losses.supervised_positions(mask, length)
+    assert int(found_lost) == lost
+    wanted = min(length or 7, 7)
+    assert positions.shape == weights.shape == (4, wanted)
+    assert weights.dtype == jnp.float32
+    for row, (p, w) in enumerate(zip(np.asarray(positions), np.asarray(weights))):
+        on = np.flatnonzero(mask[row])[:wanted]
+        np.testing.assert_array_equal(p[: len(on)], on)
+        np.testing.assert_array_equal(w, [1] * len(on) + [0] * (wanted - len(on)))
+        assert len(set(p)) == wanted, "a position stands twice"
+
+
+def test_loss_at_supervised_positions_is_the_loss_at_all():
+    mask = _ragged()
+    logits, labels = _logits((4, 7, 11))
+
+    def loss(length):
+        positions, weights, _ = losses.supervised_positions(mask, length)
+        nll = losses.cross_entropy(
+            jnp.take_along_axis(jnp.asarray(logits), positions[..., None], axis=1),
+            jnp.take_along_axis(jnp.asarray(labels), positions, axis=1),
+        )
+        return jnp.sum(nll * weights * losses.row_weights(mask, "example")[:, None])
+
+    by_hand = losses.cross_entropy(logits, labels) * mask
+    by_hand = jnp.sum(by_hand * losses.row_weights(mask, "example")[:, None])
+    np.testing.assert_allclose(loss(4), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(loss(None), by_hand, rtol=1e-6)
+    assert abs(loss(2) - by_hand) > 1e-3  # what is cut off does count
