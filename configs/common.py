@@ -36,7 +36,8 @@ def parse_arg(arg, **defaults):
             value = text
         else:
             value = ast.literal_eval(text) if _is_literal(text) else text
-        if default is not None and not isinstance(value, _accepted(default)):
+        is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int, too
+        if default is not None and (is_flag or not isinstance(value, _accepted(default))):
             raise ValueError(
                 f"Config argument {item!r}: expected {type(default).__name__}, as in "
                 f"{name}={default!r}."

@@ -200,11 +200,16 @@ def config_to_json(config):
     """The config as JSON text; a path in model_init is made absolute, so that it can be found."""
     plain = json.loads(config.to_json_best_effort())
     init = plain.get("model_init")
-    if isinstance(init, str):
-        path, part = npz.split_spec(init)
-        path = os.path.abspath(os.path.expanduser(path))
-        plain["model_init"] = path + (f":{part}" if part else "")
+    if isinstance(init, dict):
+        plain["model_init"] = {k: _absolute(v) for k, v in init.items()}
+    elif init:
+        plain["model_init"] = _absolute(init)
     return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def _absolute(spec):
+    path, part = npz.split_spec(spec)
+    return os.path.abspath(os.path.expanduser(path)) + (f":{part}" if part else "")
 
 
 def config_from_json(plain):

@@ -26,9 +26,14 @@ def predict(config, checkpoint, image, questions, **decoding):
       A dict for each question: question, prompt (as the model reads it), answers: a list of
       dict(answer=str, logprob=float), the sum over the answer's tokens.
     """
+    if not config.get("predict_pp"):
+        raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     model, tok, _, params = experiment.load(config, checkpoint)
     pp = get_preprocess_fn(config.predict_pp)
     rows = [pp({"image": image, "question": q}) for q in questions]
+    for question, row in zip(questions, rows):
+        if cut := row.get("_truncated"):
+            logging.warning("The prompt lost its last %d tokens: %s", cut, question)
     keys = ("image", "text", "mask_ar", "mask_input")
     batch = {k: np.stack([r[k] for r in rows]) for k in keys}
     tokens, logprobs = decode.generate(

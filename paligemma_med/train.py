@@ -9,8 +9,11 @@ its memory printed.
 import contextlib
 import functools
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -84,13 +87,42 @@ def make_train_step(config, model, tx, learning_rate):
     return step
 
 
+def opt_shardings(tx, trained, mesh):
+    """Where the optimizer's state lies: moments with their parameter, the rest on every device.
+
+    Args:
+      trained: {name: array, or jax.ShapeDtypeStruct with a sharding}.
+
+    Returns:
+      The tree of `tx.init(trained)`, of shardings.
+    """
+
+    def one(path, leaf):
+        owner = trained.get(getattr(path[-1], "key", None))
+        fits = owner is not None and owner.shape == leaf.shape
+        return owner.sharding if fits else sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trained))
+
+
+def jit_step(step, tx, trained, mesh):
+    """`step` of `make_train_step`, jitted. What it gives back lies as what it got, or the second
+    call would compile anew."""
+    out = (
+        {n: x.sharding for n, x in trained.items()},
+        opt_shardings(tx, trained, mesh),
+        sharding.replicated(mesh),
+    )
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+
+
 def train(config, workdir):
     """Runs `config` in `workdir` to its end, or on from the newest checkpoint there.
 
     Returns:
       {evaluator name: its metrics at the end}.
     """
-    experiment.check_config(config)
+    _check_config(config)
     model = experiment.make_model(config)
     tok = experiment.make_tokenizer(config, model)
     mesh = experiment.make_mesh(config)
@@ -119,49 +151,62 @@ def train(config, workdir):
     params = experiment.initial_params(config, model, mesh, dtypes=dtypes)
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
-    opt_state = jax.jit(tx.init)(trained)
+    opt_state = jax.jit(tx.init, out_shardings=opt_shardings(tx, trained, mesh))(trained)
     checkpoints = Checkpoints(workdir, keep=config.get("keep_ckpt", 1))
     first_step = checkpoints.latest_step() or 0
     if first_step:
         trained, opt_state = checkpoints.restore(first_step, trained, opt_state)
+        frozen = _own_base(workdir, frozen)
         print(f"Resumed from step {first_step} of {total_steps} in {workdir}.", flush=True)
     _start_workdir(workdir, config, frozen, first_step)
 
     # --- The loop ---
-    step_fn = jax.jit(make_train_step(config, model, tx, learning_rate), donate_argnums=(0, 1))
+    step_fn = jit_step(make_train_step(config, model, tx, learning_rate), tx, trained, mesh)
     log_every = to_steps(config, "log_training", default=50)
-    save_every = to_steps(config, "ckpt", default=None)
+    save_every = to_steps(config, "ckpt", default=0)
     progress = Progress(first_step, total_steps, config.input.batch_size)
     results = {}
     batches = input_pipeline.training(
         config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
         start_step=first_step,
     )  # fmt: skip
-    step = first_step
+
+    def run_evals(done=()):
+        for name, (evaluator, when) in evaluators.items():
+            if name not in done and _is_due(step, total_steps, when, to_steps):
+                with progress.paused():
+                    found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
+                results[name] = found
+                _add_metrics(workdir, step, {f"{name}/{k}": v for k, v in found.items()})
+                shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
+                shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
+                print(f"step {step}/{total_steps}  {name}: {shown}", flush=True)
+
+    step, metrics, lost = first_step, {}, []
     try:
+        if first_step:  # The run may have ended in an eval, after its checkpoint.
+            run_evals(done=_evals_at(workdir, first_step))
         while step < total_steps:
-            trained, opt_state, metrics = step_fn(trained, opt_state, frozen, next(batches), step)
-            step += 1
-            if step % log_every == 0 or step in (first_step + 1, total_steps):
-                metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                _check_metrics(metrics, step, config)
-                metrics |= progress.measure(step, batches)
-                _append_metrics(workdir, step, metrics)
-                progress.print(metrics)
-            for name, (evaluator, when) in evaluators.items():
-                if _is_due(step, total_steps, when, to_steps):
-                    with progress.paused():
-                        found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
-                    results[name] = found
-                    _append_metrics(workdir, step, {f"{name}/{k}": v for k, v in found.items()})
-                    shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
-                    shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
-                    print(f"step {step}/{total_steps}  {name}: {shown}", flush=True)
-            if step == total_steps or (save_every and step % save_every == 0):
+            batch = next(batches)
+            with _interrupt_deferred():
+                trained, opt_state, metrics = step_fn(trained, opt_state, frozen, batch, step)
+                step += 1
+            lost.append(metrics["lost"])
+            saves = step == total_steps or (save_every and step % save_every == 0)
+            logs = step in (first_step + 1, total_steps) or (log_every and step % log_every == 0)
+            if saves or logs:
+                row = _check_metrics(metrics, lost, step, config)
+                row |= progress.measure(step, batches)
+                _add_metrics(workdir, step, row)
+                progress.print(row)
+            if saves:  # before evals: what fails there costs no training
                 with progress.paused():
                     checkpoints.save(step, trained, opt_state)
+            run_evals()
     except KeyboardInterrupt:
-        checkpoints.save(step, trained, opt_state)
+        if step > first_step:
+            _check_metrics(metrics, lost, step, config)
+            checkpoints.save(step, trained, opt_state)
         print(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
         raise
     finally:
@@ -177,15 +222,65 @@ def _is_due(step, total_steps, when, to_steps):
     return step == total_steps or bool(every and step % every == 0)
 
 
-def _check_metrics(metrics, step, config):
-    if lost := int(metrics.pop("lost")):
+def _check_config(config):
+    experiment.check_config(config)
+    if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
+        raise ValueError(f"config lacks {missing}, which training needs.")
+    size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
+    if size % accum:
         raise ValueError(
-            f"Step {step}: {lost} supervised tokens lie beyond config.supervised_len = "
+            f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}."
+        )
+
+
+def _check_metrics(metrics, lost, step, config):
+    """A step's metrics as floats, once they are found sound.
+
+    Args:
+      metrics: of the last step. What isn't finite once remains so: the last step tells of all.
+      lost: `lost` of every step since the last call, whose list is then empty.
+    """
+    total = sum(map(int, jax.device_get(lost)))
+    lost.clear()
+    if total:
+        raise ValueError(
+            f"Step {step}: {total} supervised tokens lie beyond config.supervised_len = "
             f"{config.supervised_len} of their row: raise it."
         )
-    for name in ("training_loss", "l2_grads"):
-        if not jnp.isfinite(metrics[name]):
-            raise FloatingPointError(f"Step {step}: {name} is {metrics[name]}.")
+    out = {k: float(v) for k, v in jax.device_get(metrics).items() if k != "lost"}
+    for name in ("training_loss", "l2_grads", "l2_params"):
+        if not math.isfinite(out[name]):
+            raise FloatingPointError(f"Step {step}: {name} is {out[name]}.")
+    return out
+
+
+@contextlib.contextmanager
+def _interrupt_deferred():
+    """Ctrl-C in this context takes effect at its end: in the middle of a step, the old parameters
+    are given away and the new ones not there yet."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    caught = []
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if caught:
+        usual(*caught[0])
+
+
+def _own_base(workdir, frozen):
+    """Of a run that started from random weights, the frozen leaves it has had from its start."""
+    path = os.path.join(workdir, "base.npz")
+    if not frozen or not os.path.exists(path):
+        return frozen
+    host = npz.flatten_tree(npz.load_npz(path))
+    if host.keys() != frozen.keys():
+        raise npz.CheckpointError(f"{path} holds other parameters than the config freezes.")
+    return {n: jax.device_put(host[n].astype(x.dtype), x.sharding) for n, x in frozen.items()}
 
 
 def _start_workdir(workdir, config, frozen, first_step):
@@ -198,8 +293,11 @@ def _start_workdir(workdir, config, frozen, first_step):
                 logging.warning("%s differs from the config given; it is overwritten.", path)
     _write_atomically(path, text)
     base = os.path.join(workdir, "base.npz")
-    if frozen and not config.get("model_init") and not os.path.exists(base):
-        npz.save_npz(base, npz.unflatten_tree(jax.device_get(frozen)))
+    if not first_step:  # An older one may stand there, of a run that never made a checkpoint.
+        if frozen and not config.get("model_init"):
+            npz.save_npz(base, npz.unflatten_tree(jax.device_get(frozen)))
+        elif os.path.exists(base):
+            os.remove(base)
     # Steps after the checkpoint are taken again, and would stand twice.
     metrics = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(metrics):
@@ -216,8 +314,27 @@ def _write_atomically(path, text):
     os.replace(path + ".tmp", path)
 
 
-def _append_metrics(workdir, step, metrics):
-    with open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8") as f:
+def _metrics_of(line, step):
+    row = json.loads(line)
+    return row if row["step"] == step else {}
+
+
+def _evals_at(workdir, step):
+    """Names of the evaluators that have metrics of `step`."""
+    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
+        return {k.partition("/")[0] for line in f for k in _metrics_of(line, step) if "/" in k}
+
+
+def _add_metrics(workdir, step, metrics):
+    """One object a step: to that of `step`, if there is one already, `metrics` are added."""
+    path = os.path.join(workdir, "metrics.jsonl")
+    if any("/" in k for k in metrics) and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+        if lines and (row := _metrics_of(lines[-1], step)):
+            _write_atomically(path, "".join(lines[:-1]) + json.dumps({**row, **metrics}) + "\n")
+            return
+    with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps({"step": step, **metrics}) + "\n")
         f.flush()
         os.fsync(f.fileno())
@@ -279,7 +396,7 @@ def dry_run(config):
     Returns:
       dict of the printed figures, in GiB per device.
     """
-    experiment.check_config(config)
+    _check_config(config)
     model = experiment.make_model(config)
     mesh = experiment.make_mesh(config)
     abstract = experiment.abstract_params(config, model)
@@ -295,7 +412,10 @@ def dry_run(config):
         for n, x in abstract.items()
     }
     trained = {n: params.pop(n) for n in names}
-    opt_state = jax.eval_shape(tx.init, trained)
+    opt_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, trained), opt_shardings(tx, trained, mesh),
+    )  # fmt: skip
     size, length = config.input.batch_size, config.text_len + 1
     rows = sharding.batch_sharding(mesh)
     batch = {
@@ -306,13 +426,14 @@ def dry_run(config):
         },
     }
     started = time.monotonic()
-    step_fn = jax.jit(make_train_step(config, model, tx, learning_rate), donate_argnums=(0, 1))
+    step_fn = jit_step(make_train_step(config, model, tx, learning_rate), tx, trained, mesh)
     i = jax.ShapeDtypeStruct((), "int32")
     compiled = step_fn.lower(trained, opt_state, params, batch, i).compile()
     memory = compiled.memory_analysis()
 
     def gib(tree):
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
+        shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes) / 2**30
 
     out = {
         "frozen parameters": gib(params),
@@ -324,7 +445,7 @@ def dry_run(config):
     }
     devices = jax.devices()
     print(f"Compiled in {time.monotonic() - started:.0f} s for {len(devices)} × "
-          f"{devices[0].device_kind}; per step, GiB:")  # fmt: skip
+          f"{devices[0].device_kind}; on each, GiB:")  # fmt: skip
     for name, value in out.items():
         print(f"  {name:<22} {value:8.3f}")
     return out

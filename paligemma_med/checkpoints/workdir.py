@@ -122,5 +122,11 @@ def load_params(workdir):
     if os.path.exists(own_base):
         flat = npz.flatten_tree(npz.load_npz(own_base))
     elif config.get("model_init"):
-        flat = npz.flatten_tree(checkpoints.load_init(config["model_init"]))
+        try:
+            flat = npz.flatten_tree(checkpoints.load_init(config["model_init"]))
+        except (FileNotFoundError, npz.CheckpointError) as e:
+            raise type(e)(
+                f"the weights that {workdir} started from (model_init in its config.json) can't be "
+                f"read: {e}"
+            ) from e
     return npz.unflatten_tree({**flat, **trained})
