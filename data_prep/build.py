@@ -34,6 +34,7 @@ from data_prep.vqa_builder import REPORT_NAME
 BUILDERS = {
     "slake": "data_prep.slake.slake_dataset_builder",
     "phantom": "data_prep.phantom.phantom_dataset_builder",
+    "shapes": "data_prep.shapes.shapes_dataset_builder",
 }
 
 
