@@ -13,8 +13,8 @@ from configs import common
 
 def get_config(arg=None):
     args = common.parse_arg(
-        arg, epochs=36.0, res=128, eval="validate", seed=0, lr=1e-3, drop=0.1, wd=0.1, size=32,
-        area=60, every=0.25,
+        arg, epochs=30.0, res=128, eval="validate", seed=0, lr=1e-3, drop=0.1, wd=0.1, size=32,
+        area=60, every=0.5,
     )  # fmt: skip
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
