@@ -9,7 +9,7 @@ from data_prep import build
 
 MODEL = dict(
     img=dict(variant="mu/16", scan=False, remat_policy="none"),
-    llm=dict(variant="gemma_mu", scan=False, remat_policy="none"),
+    llm=dict(variant="gemma_mu", depth=1, scan=False, remat_policy="none"),
 )
 RES, TEXT_LEN = 32, 40
 NUM_IMAGES = (16, 4, 4)
@@ -50,8 +50,10 @@ def config(data_dir=None, **kw):
             log_steps=3,
         )
     )
-    with c.unlocked():
-        c.update(kw)
+    for key, value in kw.items():
+        if key in c:
+            del c[key]  # or a dict would be merged into the one there is
+        c[key] = value
     return c
 
 

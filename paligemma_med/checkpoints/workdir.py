@@ -23,8 +23,7 @@ class Checkpoints:
     def __init__(self, workdir, *, keep=1):
         """workdir: created if need be. keep: how many of the newest checkpoints stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        path = os.path.join(os.path.abspath(workdir), "checkpoints")
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._manager = _manager(workdir, options)
 
     def latest_step(self):
         """int, or None if there is no complete checkpoint."""
@@ -50,13 +49,21 @@ class Checkpoints:
           (trained, opt_state).
 
         Raises:
-          npz.CheckpointError: another set of parameters, or other shapes, than expected.
+          npz.CheckpointError: another set of parameters, other shapes or another optimizer than
+            expected.
         """
         self._check(step, trained)
         items = dict(trained=ocp.args.StandardRestore(trained))
         if jax.tree.leaves(opt_state):
             items["opt_state"] = ocp.args.StandardRestore(opt_state)
-        out = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            out = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except ValueError as e:
+            raise npz.CheckpointError(
+                f"{self._manager.directory}/{step}: the optimizer's state doesn't fit the config's "
+                "optax_name, optax, schedule, wd and grad_clip_norm. Use another --workdir, or the "
+                "config it was made with."
+            ) from e
         return out["trained"], out.get("opt_state", opt_state)
 
     def _check(self, step, trained):
@@ -85,6 +92,13 @@ class Checkpoints:
         self.close()
 
 
+def _manager(workdir, options=None):
+    # Without handlers it doesn't know what is in checkpoints that another process wrote.
+    handlers = {k: ocp.StandardCheckpointHandler() for k in ("trained", "opt_state")}
+    path = os.path.join(os.path.abspath(workdir), "checkpoints")
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+
+
 def read_config(workdir):
     """<workdir>/config.json as a dict."""
     path = os.path.join(workdir, "config.json")
@@ -107,7 +121,7 @@ def load_params(workdir):
     from paligemma_med import checkpoints  # the base may be of any form
 
     config = read_config(workdir)
-    with ocp.CheckpointManager(os.path.join(os.path.abspath(workdir), "checkpoints")) as manager:
+    with _manager(workdir) as manager:
         step = manager.latest_step()
         if step is None:
             raise npz.CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")

@@ -1,0 +1,161 @@
+"""Checkpoints of a run: what is kept, and the weights that a workdir stands for."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paligemma_med import checkpoints, experiment
+from paligemma_med.checkpoints import npz, workdir
+from tests import tiny
+
+
+def base():
+    rng = np.random.default_rng(0)
+    names = ("img/head/kernel", "img/head/bias", "llm/final_norm/scale")
+    return {n: rng.normal(size=(4, 3)).astype(np.float32) for n in names}
+
+
+def write_run(folder, *, trained, steps=(3,), keep=1, model_init=None, opt_state=None):
+    """A workdir as `train` leaves it, without training."""
+    os.makedirs(folder, exist_ok=True)
+    config = tiny.config(model_init=model_init)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        f.write(experiment.config_to_json(config))
+    with workdir.Checkpoints(folder, keep=keep) as ckpt:
+        for step in steps:
+            ckpt.save(step, {n: jnp.asarray(x) + step for n, x in trained.items()}, opt_state or {})
+            ckpt.wait()
+
+
+def head(scale=10.0):
+    return {"img/head/kernel": np.full((4, 3), scale, np.float32)}
+
+
+def assert_run_holds(folder, flat_base, trained):
+    expected = npz.unflatten_tree({**flat_base, **trained})
+    found = checkpoints.load_params(str(folder))
+    tiny.assert_trees_equal(found, expected)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
+
+
+def test_newest_trained_leaves_on_an_npz_base(tmp_path):
+    npz.save_npz(tmp_path / "w.npz", npz.unflatten_tree(base()))
+    write_run(tmp_path / "run", trained=head(), steps=(3, 5), model_init=str(tmp_path / "w.npz"))
+    assert_run_holds(tmp_path / "run", base(), head(15.0))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["5"]
+
+
+def test_random_base_is_the_runs_own_file(tmp_path):
+    frozen = {n: x.astype(jnp.bfloat16) for n, x in base().items() if n != "img/head/kernel"}
+    npz.save_npz(tmp_path / "run" / "base.npz", npz.unflatten_tree(frozen))
+    write_run(tmp_path / "run", trained=head())
+    assert_run_holds(tmp_path / "run", frozen, head(13.0))
+
+
+def test_all_trained_needs_no_base(tmp_path):
+    write_run(tmp_path / "run", trained=base())
+    assert_run_holds(tmp_path / "run", {}, {n: x + 3 for n, x in base().items()})
+
+
+def test_base_in_two_files(tmp_path):
+    flat = base()
+    for part in ("img", "llm"):
+        mine = {n: x for n, x in flat.items() if n.startswith(part)}
+        npz.save_npz(tmp_path / f"{part}.npz", npz.unflatten_tree(mine))
+    init = {part: f"{tmp_path}/{part}.npz:{part}" for part in ("img", "llm")}
+    write_run(tmp_path / "run", trained=head(), model_init=init)
+    assert_run_holds(tmp_path / "run", flat, head(13.0))
+
+
+def test_chain_of_runs(tmp_path, monkeypatch):
+    """Paths are kept absolute: the chain holds from any folder."""
+    monkeypatch.chdir(tmp_path)
+    npz.save_npz("w.npz", npz.unflatten_tree(base()))
+    write_run("one", trained=head(), model_init="w.npz")
+    norm = {"llm/final_norm/scale": np.zeros((4, 3), np.float32)}
+    write_run("two", trained=norm, model_init="one")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert_run_holds(
+        tmp_path / "two", {**base(), **head(13.0)}, {n: x + 3 for n, x in norm.items()}
+    )
+
+
+def test_base_that_moved(tmp_path):
+    npz.save_npz(tmp_path / "w.npz", npz.unflatten_tree(base()))
+    write_run(tmp_path / "run", trained=head(), model_init=str(tmp_path / "w.npz"))
+    os.rename(tmp_path / "w.npz", tmp_path / "elsewhere.npz")
+    with pytest.raises(FileNotFoundError, match="run started from .model_init.*w.npz"):
+        checkpoints.load_params(str(tmp_path / "run"))
+
+
+def test_no_checkpoint_yet(tmp_path):
+    write_run(tmp_path / "run", trained=head(), steps=())
+    with pytest.raises(checkpoints.CheckpointError, match="holds no complete checkpoint"):
+        checkpoints.load_params(str(tmp_path / "run"))
+
+
+def test_config_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing.*is not a workdir"):
+        workdir.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(checkpoints.CheckpointError, match="config.json is not JSON"):
+        workdir.read_config(tmp_path)
+
+
+def test_config_json_gives_the_config_back(tmp_path):
+    c = tiny.config(schedule=[("img/.*", dict(decay_type="cosine")), (".*", None)])
+    plain = json.loads(experiment.config_to_json(c))
+    again = experiment.config_from_json(plain)
+    assert json.loads(experiment.config_to_json(again)) == plain
+    assert experiment.make_model(again) == experiment.make_model(c)
+
+
+def test_restore_puts_state_where_it_is_wanted(tmp_path):
+    state = {"a": jnp.arange(16.0), "count": jnp.int32(4)}
+    write_run(tmp_path, trained={"a": np.ones(16, np.float32)}, opt_state=state)
+    mesh = jax.make_mesh((8,), ("data",))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with workdir.Checkpoints(tmp_path) as ckpt:
+        assert ckpt.latest_step() == 3
+        wanted = {"a": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=cut)}
+        count = {"count": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)}
+        trained, found = ckpt.restore(3, wanted, {**wanted, **count})
+    assert trained["a"].sharding == found["a"].sharding == cut
+    np.testing.assert_array_equal(trained["a"], np.full(16, 4.0))
+    tiny.assert_trees_equal(jax.device_get(found), jax.device_get(state))
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        ({"a": (16,)}, "the first is b: found \\(4,\\), expected None"),
+        ({"a": (8,), "b": (4,)}, "the first is a: found \\(16,\\), expected \\(8,\\)"),
+        ({"a": (16,), "b": (4,), "c": (1,)}, "the first is c: found None, expected \\(1,\\)"),
+    ],
+)
+def test_restore_into_another_model(tmp_path, wanted, message):
+    write_run(tmp_path, trained={"a": np.ones(16, np.float32), "b": np.ones(4, np.float32)})
+    wanted = {n: jnp.zeros(shape) for n, shape in wanted.items()}
+    with workdir.Checkpoints(tmp_path) as ckpt:
+        with pytest.raises(checkpoints.CheckpointError, match=message):
+            ckpt.restore(3, wanted, {})
+
+
+def test_what_is_saved_is_not_what_comes_after(tmp_path):
+    """Saving goes on in the background, while the next step overwrites the buffers."""
+    add = jax.jit(lambda t: {n: x + 1 for n, x in t.items()}, donate_argnums=0)
+    trained = {"a": jnp.zeros((1000, 1000))}
+    write_run(tmp_path, trained={}, steps=())
+    with workdir.Checkpoints(tmp_path) as ckpt:
+        ckpt.save(1, trained, {})
+        for _ in range(3):
+            trained = add(trained)
+        ckpt.wait()
+    assert checkpoints.load_params(str(tmp_path))["a"].max() == 0

@@ -1,0 +1,448 @@
+"""The train step (what it changes, and by how much) and the loop around it (files, resuming)."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paligemma_med import checkpoints, experiment, losses, optim, sharding, train
+from paligemma_med.evaluators import vqa
+from tests import tiny
+
+HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
+
+
+# --- One step ---
+
+
+@functools.cache
+def start():
+    """The parameters that `steps` starts from, {name: numpy array}."""
+    c = tiny.config()
+    mesh = sharding.make_mesh([("data", 1)], devices=jax.devices()[:1])
+    return jax.device_get(experiment.initial_params(c, experiment.make_model(c), mesh))
+
+
+def steps(c, batches, *, parts=1, rng_step=0):
+    """Takes a step for each batch on `parts` devices.
+
+    Returns:
+      (trained, frozen, opt_state, metrics of each step, the jitted step).
+    """
+    mesh = sharding.make_mesh([("data", parts)], devices=jax.devices()[:parts])
+    model = experiment.make_model(c)
+    abstract = experiment.abstract_params(c, model)
+    names = optim.trained_names(c, list(abstract))
+    dtypes = experiment.param_dtypes(c, abstract, names)
+    places = experiment.param_shardings(c, abstract, mesh)
+    params = experiment.place_params(dict(start()), dtypes, places)
+    trained = {n: params.pop(n) for n in names}
+    tx, rate = optim.make(c, names, total_steps=10, num_examples=80, batch_size=8)
+    opt_state = jax.jit(tx.init, out_shardings=train.opt_shardings(tx, trained, mesh))(trained)
+    step_fn = train.jit_step(train.make_train_step(c, model, tx, rate), tx, trained, mesh)
+    found = []
+    for i, batch in enumerate(batches, rng_step):
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        trained, opt_state, metrics = step_fn(trained, opt_state, params, batch, i)
+        found.append({k: float(v) for k, v in metrics.items()})
+    return trained, params, opt_state, found, step_fn
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for n in a:
+        np.testing.assert_allclose(np.asarray(a[n]), np.asarray(b[n]), atol=atol, rtol=0, err_msg=n)
+
+
+def sgd(**kw):
+    """Plain gradient descent: Adam would hide a wrong scale and blow up rounding."""
+    kw = dict(schedule=dict(decay_type="constant")) | kw
+    return tiny.config(optax_name="identity", lr=0.1, **kw)
+
+
+@functools.cache
+def one_sgd_step(norm):
+    return steps(sgd(loss_norm=norm), [tiny.batch()])
+
+
+def test_only_trained_leaves_change_and_have_state():
+    c = tiny.config(schedule=HEAD, frozen_dtype="bfloat16", grad_clip_norm=1.0)
+    before = start()
+    trained, frozen, opt_state, metrics, _ = steps(c, [tiny.batch()] * 2)
+    assert set(trained) == {"img/head/kernel", "img/head/bias"}
+    assert all(x.dtype == jnp.float32 for x in trained.values())
+    assert frozen and all(x.dtype == jnp.bfloat16 for x in frozen.values())
+    for n in frozen:
+        np.testing.assert_array_equal(np.asarray(frozen[n]), before[n].astype(jnp.bfloat16))
+    for n in trained:
+        assert np.abs(np.asarray(trained[n]) - before[n]).max() > 1e-4
+    # Adam's two moments a trained leaf; the rest are counters.
+    shapes = sorted(x.shape for x in jax.tree.leaves(opt_state) if x.ndim)
+    assert shapes == sorted(2 * [x.shape for x in trained.values()])
+    assert metrics[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_trained_leaves_learn_what_they_would_if_all_were_trained():
+    """Freezing changes nothing about the leaves that remain."""
+    head, *_ = steps(sgd(schedule=HEAD), [tiny.batch()])
+    everything = one_sgd_step("example")[0]
+    assert_close(head, {n: everything[n] for n in head}, 1e-6)
+
+
+def test_loss_and_gradients_are_those_of_the_formula():
+    """All positions, one-hot, no gathering: the plain way to write it."""
+    batch, before = tiny.batch(), start()
+    model = experiment.make_model(tiny.config())
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(flat, is_example):
+        logits, _ = model.apply(
+            {"params": checkpoints.npz.unflatten_tree(flat)},
+            batch["image"], batch["text"][:, :-1], batch["mask_ar"][:, :-1],
+        )  # fmt: skip
+        logp = jax.nn.log_softmax(logits)
+        nll = -jnp.sum(jax.nn.one_hot(batch["text"][:, 1:], logits.shape[-1]) * logp, -1)
+        mask = batch["mask_loss"][:, 1:]
+        by_example = jnp.mean(jnp.sum(nll * mask, 1) / mask.sum(1))
+        return jnp.where(is_example, by_example, jnp.sum(nll * mask) / mask.sum())
+
+    for norm in losses.NORMS:
+        value, grads = loss(before, norm == "example")
+        trained, _, _, metrics, _ = one_sgd_step(norm)
+        assert metrics[0]["training_loss"] == pytest.approx(float(value), rel=1e-6)
+        assert metrics[0]["l2_grads"] == pytest.approx(float(optim.global_norm(grads)), rel=1e-5)
+        assert_close(trained, {n: before[n] - 0.1 * grads[n] for n in before}, 1e-6)
+
+
+@pytest.mark.parametrize("norm, accum", [("example", 2), ("example", 4), ("token", 8)])
+def test_accumulation_adds_up_to_the_whole_batch(norm, accum):
+    whole, _, _, metrics, _ = one_sgd_step(norm)
+    c = sgd(loss_norm=norm, grad_accum_steps=accum, supervised_len=3 if accum == 2 else 5)
+    parts, _, _, found, _ = steps(c, [tiny.batch()])
+    if accum == 2:  # rows of 1 to 5 tokens, then of 1 to 3: what is lost is counted in all parts
+        assert found[0]["lost"] == 1 + 2
+        return
+    assert found[0]["lost"] == 0
+    assert_close(whole, parts, 1e-6)
+    for k in ("training_loss", "l2_grads", "l2_updates"):
+        assert found[0][k] == pytest.approx(metrics[0][k], rel=1e-5)
+
+
+def test_the_norms_differ_where_answers_differ_in_length():
+    a, b = (one_sgd_step(n)[3][0]["l2_grads"] for n in losses.NORMS)
+    assert abs(a - b) > 1e-3 * a
+
+
+def test_logits_at_supervised_positions_alone_give_the_same_step():
+    whole = one_sgd_step("example")
+    some, _, _, metrics, _ = steps(sgd(supervised_len=5), [tiny.batch()])
+    assert_close(whole[0], some, 1e-6)
+    assert metrics[0]["lost"] == 0
+
+
+def test_eight_devices_equal_one_and_compile_once():
+    c = tiny.config(schedule=dict(decay_type="cosine", warmup_steps=1), grad_accum_steps=2)
+    c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
+    # Keys' biases have no gradient but rounding, which Adam with a small eps takes for a signal.
+    c.optax = dict(eps=1e-4)
+    batches = [tiny.batch(16, seed=s) for s in range(5)]
+    one, _, _, metrics_one, _ = steps(c, batches)
+    eight, _, opt_state, metrics_eight, step_fn = steps(c, batches, parts=8)
+    assert_close(one, eight, 1e-5)
+    for a, b in zip(metrics_one, metrics_eight):
+        assert a["training_loss"] == pytest.approx(b["training_loss"], abs=1e-5)
+    embedding = eight["llm/embedder/input_embedding"]
+    assert embedding.addressable_shards[0].data.size == embedding.size // 8
+    moments = [x for x in jax.tree.leaves(opt_state) if x.shape == embedding.shape]
+    assert len(moments) == 2 and all(m.sharding == embedding.sharding for m in moments)
+    assert step_fn._cache_size() == 1
+
+
+def test_the_loss_falls_on_what_can_be_memorised():
+    c = tiny.config(lr=5e-3, schedule=dict(decay_type="constant"))
+    *_, metrics, _ = steps(c, [tiny.batch()] * 30)
+    assert metrics[-1]["training_loss"] < 0.3 * metrics[0]["training_loss"]
+
+
+def test_dropout_is_seeded_by_the_step():
+    model = {k: dict(v, dropout=0.3) for k, v in tiny.MODEL.items()}
+    c = tiny.config(model=model, schedule=dict(decay_type="constant"), lr=0.0)
+    *_, first, _ = steps(c, [tiny.batch()] * 3)
+    *_, later, _ = steps(c, [tiny.batch()] * 2, rng_step=1)
+    a, b, d = (m["training_loss"] for m in first)
+    assert len({a, b, d}) == 3  # lr is 0: nothing but dropout can tell the steps apart
+    assert [m["training_loss"] for m in later] == [b, d]
+
+
+# --- The loop ---
+
+
+class Stop:
+    """Makes an evaluator raise once, at its n-th run, before it has written anything."""
+
+    def __init__(self, monkeypatch, error, n=1):
+        self.error, self.left = error, n
+        run = vqa.Evaluator.run
+
+        def patched(evaluator, params):
+            self.left -= 1
+            if self.left == 0:
+                raise self.error
+            return run(evaluator, params)
+
+        monkeypatch.setattr(vqa.Evaluator, "run", patched)
+
+
+def rows_of(workdir):
+    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def without_time(row):
+    timing = ("examples_per_second", "input_wait", "eta_seconds")
+    return {k: v for k, v in row.items() if k not in timing}
+
+
+def dropout_config(data):
+    """With all that a resumed run must pick up: schedule, moments, dropout, order of the data."""
+    model = {k: dict(v, dropout=0.1) for k, v in tiny.MODEL.items()}
+    frozen = [("img/embedding/.*", None), (".*", dict(decay_type="cosine", warmup_steps=2))]
+    return tiny.config(data, model=model, schedule=frozen, frozen_dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """(workdir of six steps straight, config, results, what was printed)."""
+    c = dropout_config(tiny_data)
+    workdir = str(tmp_path_factory.mktemp("finished") / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *a, **_: printed.append(" ".join(map(str, a))))
+        results = train.train(c, workdir)
+    return workdir, c, results, "\n".join(printed)
+
+
+def test_workdir(finished):
+    workdir, c, results, printed = finished
+    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as f:
+        assert json.load(f) == json.loads(experiment.config_to_json(c))
+    rows = rows_of(workdir)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        names = {"training_loss", "l2_grads", "l2_params", "l2_updates", "lr",
+                 "examples_per_second", "input_wait", "eta_seconds"}  # fmt: skip
+        assert names <= set(row) and "lost" not in row
+        assert ("val/model/overall/acc" in row) == (row["step"] in (3, 6))
+    assert [r["lr"] for r in rows[:3]] == pytest.approx([0, 5e-4, 1e-3])
+    with open(os.path.join(workdir, "eval", "val", "metrics.json"), encoding="utf-8") as f:
+        metrics = json.load(f)
+    assert metrics == results["val"]
+    assert metrics == {k[4:]: v for k, v in rows[-1].items() if k.startswith("val/")}
+    with open(os.path.join(workdir, "eval", "val", "predictions.jsonl"), encoding="utf-8") as f:
+        assert len(f.readlines()) == metrics["n"] > 0
+    assert os.listdir(os.path.join(workdir, "checkpoints")) == ["6"]
+
+    count = sum(x.size for x in jax.tree.leaves(checkpoints.load_params(workdir)))
+    frozen = 16 * 16 * 3 * 32 + 32
+    assert f"{count - frozen:,} parameters trained" in printed
+    assert f"{frozen:,} parameters frozen" in printed
+    assert "step 6/6" in printed
+
+
+def test_resumed_run_equals_the_straight_one(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the evaluation of step 3; metrics of a step 4 that was never saved; then on."""
+    straight, c, results, _ = finished
+    workdir = str(tmp_path / "w")
+    with monkeypatch.context() as patch:
+        Stop(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train.train(c, workdir)
+    assert "Stopped at step 3; the same command goes on" in capsys.readouterr().err
+    assert [r["step"] for r in rows_of(workdir)] == [1, 2, 3]
+    with open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8") as f:
+        f.write(json.dumps({"step": 4, "training_loss": -1.0}) + "\n" + '{"step": 5, "trai')
+
+    assert train.train(c, workdir) == results
+    assert "Resumed from step 3 of 6" in capsys.readouterr().out
+    expected = [without_time(r) for r in rows_of(straight)]
+    assert [without_time(r) for r in rows_of(workdir)] == expected
+    tiny.assert_trees_equal(checkpoints.load_params(workdir), checkpoints.load_params(straight))
+    for name in ("metrics.json", "predictions.jsonl"):
+        a, b = (os.path.join(w, "eval", "val", name) for w in (straight, workdir))
+        assert open(a, "rb").read() == open(b, "rb").read()
+
+
+def test_finished_run_started_again_changes_nothing(finished):
+    workdir, c, *_ = finished
+    before = rows_of(workdir)
+    assert train.train(c, workdir) == {}
+    assert rows_of(workdir) == before
+
+
+def test_failing_evaluator_costs_no_training(finished, tmp_path, monkeypatch):
+    """The checkpoint is written before; started again, the eval that failed is made up for."""
+    straight, c, results, _ = finished
+    workdir = str(tmp_path / "w")
+    with monkeypatch.context() as patch:
+        Stop(patch, RuntimeError("out of memory"), n=2)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train.train(c, workdir)
+    assert "val/n" not in rows_of(workdir)[-1]
+    assert train.train(c, workdir) == results
+    assert without_time(rows_of(workdir)[-1]) == without_time(rows_of(straight)[-1])
+
+
+def test_workdir_of_another_config(finished):
+    workdir, c, *_ = finished
+    other = c.copy_and_resolve_references()
+    other.schedule = HEAD
+    message = "trained parameters differ from the config's, the first is img/"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        train.train(other, workdir)
+    other = c.copy_and_resolve_references()
+    other.optax_name = "identity"
+    with pytest.raises(checkpoints.CheckpointError, match="optimizer"):
+        train.train(other, workdir)
+    assert len(rows_of(workdir)) == 6
+
+
+def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_path, monkeypatch):
+    """A stale base.npz would give checkpoints the frozen leaves of another seed."""
+    workdir = str(tmp_path / "w")
+    c = tiny.config(tiny_data, schedule=HEAD, total_steps=1, evals={})
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "jit_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(c, workdir)
+    assert os.path.exists(os.path.join(workdir, "base.npz"))
+    c.seed = 4
+    train.train(c, workdir)
+    saved = checkpoints.load_params(workdir)
+    expected = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    np.testing.assert_array_equal(
+        saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"]
+    )
+
+
+def test_not_finite_stops_and_is_not_saved(tiny_data, tmp_path):
+    c = tiny.config(tiny_data, lr=1e38, log_training_steps=0, ckpt_steps=2, evals={},
+                    optax_name="identity", schedule=dict(decay_type="constant"))  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"Step \d: \w+ is (nan|inf)"):
+        train.train(c, str(tmp_path / "w"))
+    assert os.listdir(tmp_path / "w" / "checkpoints") == []
+
+
+def test_answers_longer_than_supervised_len_are_an_error_on_any_step():
+    """Also on a step that isn't logged, like the first of these two."""
+    lost = [jnp.int32(2), jnp.int32(0)]
+    metrics = {"lost": lost[-1], "training_loss": jnp.float32(1)}
+    with pytest.raises(ValueError, match="Step 2: 2 supervised tokens.*supervised_len = 3 .*raise"):
+        train._check_metrics(metrics, lost, 2, tiny.config(supervised_len=3))
+
+
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        (dict(learning_rate=1), "unknown keys \\['learning_rate'\\]"),
+        (dict(total_steps=None), "nothing about total_steps, total_epochs or total_examples"),
+        (dict(total_epochs=1), "Only one of"),
+        (dict(grad_accum_steps=3), "batch_size = 16 doesn't divide by config.grad_accum_steps = 3"),
+        (dict(tokenizer='gemma(model="/no/such/file")'), "/no/such/file"),
+        (dict(evals=dict(val=dict(type="vqb"))), "there is no evaluator 'vqb'"),
+        (dict(schedule=[("img/.*", None)]), "config.schedule says nothing about"),
+    ],
+)
+def test_mistakes_in_a_config(tiny_data, tmp_path, kw, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.train(tiny.config(tiny_data, **kw), str(tmp_path / "w"))
+    assert not (tmp_path / "w" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("key", ["lr", "optax_name", "input", "model", "res"])
+def test_missing_key(tiny_data, tmp_path, key):
+    c = tiny.config(tiny_data)
+    del c[key]
+    with pytest.raises(ValueError, match=f"config lacks \\['{key}'\\]"):
+        train.train(c, str(tmp_path / "w"))
+
+
+def test_tokenizer_with_more_tokens_than_the_model(tiny_data, tmp_path):
+    model = dict(tiny.MODEL, llm=dict(tiny.MODEL["llm"], vocab_size=100))
+    with pytest.raises(ValueError, match="only 100 rows"):
+        train.train(tiny.config(tiny_data, model=model), str(tmp_path / "w"))
+
+
+def test_interrupt_in_a_step_waits_for_its_end():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with train._interrupt_deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with train._interrupt_deferred():
+        pass
+
+
+CONFIG_FILE = """
+from tests import tiny
+def get_config(arg=None):
+    return tiny.config(arg, total_steps=100000, evals={}, log_training_steps=5)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
+    (tmp_path / "c.py").write_text(CONFIG_FILE)
+    command = [sys.executable, "-m", "paligemma_med.train", f"--workdir={tmp_path / 'w'}",
+               f"--config={tmp_path / 'c.py'}:{tiny_data}"]  # fmt: skip
+    last = 0
+    for _ in range(2):
+        run = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and run.poll() is None:
+                path = tmp_path / "w" / "metrics.jsonl"
+                if path.exists() and (rows := rows_of(path.parent)) and rows[-1]["step"] > last + 5:
+                    break
+                time.sleep(0.2)
+            run.send_signal(signal.SIGINT)
+            _, err = run.communicate(timeout=60)
+        finally:
+            run.kill()
+        assert "the same command goes on from there" in err, err
+        (step,) = map(int, os.listdir(tmp_path / "w" / "checkpoints"))
+        assert f"Stopped at step {step};" in err
+        assert step > last
+        last = step
+
+
+# --- Without training ---
+
+
+def test_dry_run_touches_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    c = tiny.config("/no/such/folder", schedule=HEAD, frozen_dtype="bfloat16")
+    c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
+    figures = train.dry_run(c)
+    assert list(tmp_path.iterdir()) == []
+    assert figures["trained parameters"] * 2**30 == 4 * (32 * 64 + 64) / 8
+    assert figures["optimizer state"] >= 2 * figures["trained parameters"]
+    # Eight devices, nearly all of it cut in eight, two bytes each.
+    count = sum(x.size for x in experiment.abstract_params(c, experiment.make_model(c)).values())
+    count -= 32 * 64 + 64
+    assert 2 * count / 8 <= figures["frozen parameters"] * 2**30 < 2.2 * count / 8
+    args = figures["frozen parameters"] + figures["trained parameters"] + figures["batch"]
+    assert figures["compiled: arguments"] >= args
+    out = capsys.readouterr().out
+    assert "2,112 parameters trained" in out and "compiled: temporary" in out
