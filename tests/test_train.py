@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, experiment, losses, optim, sharding, train
+from paligemma_med import checkpoints, evaluate, experiment, losses, optim, sharding, train
+from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.evaluators import vqa
 from tests import tiny
 
@@ -278,6 +279,16 @@ def test_resumed_run_equals_the_straight_one(finished, tmp_path, monkeypatch, ca
     tiny.assert_trees_equal(checkpoints.load_params(workdir), checkpoints.load_params(straight))
     for name in ("metrics.json", "predictions.jsonl"):
         a, b = (os.path.join(w, "eval", "val", name) for w in (straight, workdir))
+        assert open(a, "rb").read() == open(b, "rb").read()
+
+
+def test_evaluating_the_workdir_gives_the_metrics_of_training(finished, tmp_path):
+    workdir, _, results, _ = finished
+    c = experiment.config_from_json(workdirs.read_config(workdir))
+    c.frozen_dtype = "float32"  # what was trained is loaded as it was
+    assert evaluate.evaluate(c, workdir, str(tmp_path)) == results
+    for name in ("metrics.json", "predictions.jsonl"):
+        a, b = (os.path.join(w, "eval", "val", name) for w in (workdir, tmp_path))
         assert open(a, "rb").read() == open(b, "rb").read()
 
 

@@ -1,11 +1,15 @@
 """What tests of training share: a drawn data set, a config of 0.1 million parameters, one batch."""
 
+import os
+
 import jax
 import ml_collections
 import numpy as np
 
 from configs import common
 from data_prep import build
+from paligemma_med import experiment
+from paligemma_med.checkpoints import workdir as workdirs
 
 MODEL = dict(
     img=dict(variant="mu/16", scan=False, remat_policy="none"),
@@ -71,6 +75,19 @@ def batch(rows=8, length=13, vocab=1024, seed=0):
         "mask_ar": (place >= prefix[:, None]).astype(np.int32),
         "mask_loss": is_suffix.astype(np.int32),
     }
+
+
+def write_workdir(folder, c):
+    """A workdir as `train` leaves it, with random weights and no training."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        f.write(experiment.config_to_json(c))
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    rng = np.random.default_rng(0)
+    with workdirs.Checkpoints(folder) as checkpoints:
+        weights = {n: rng.normal(0, 0.1, x.shape).astype("float32") for n, x in abstract.items()}
+        checkpoints.save(2, weights, {})
+        checkpoints.wait()
 
 
 def assert_trees_equal(a, b):

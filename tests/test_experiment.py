@@ -1,0 +1,105 @@
+"""From a config to weights and evaluators: what fits, and what each mistake says."""
+
+import jax
+import numpy as np
+import pytest
+
+from paligemma_med import checkpoints, experiment
+from paligemma_med.checkpoints import npz
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """(path of an npz file with random weights for the tiny model, the same as a flat dict)."""
+    c = tiny.config()
+    flat = experiment.abstract_params(c, experiment.make_model(c))
+    rng = np.random.default_rng(0)
+    flat = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in flat.items()}
+    path = tmp_path_factory.mktemp("weights") / "w.npz"
+    npz.save_npz(path, npz.unflatten_tree(flat))
+    return str(path), flat
+
+
+def test_weights_from_a_file_in_the_types_asked_for(weights):
+    path, flat = weights
+    c = tiny.config(model_init=path, frozen_dtype="bfloat16")
+    c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
+    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
+    dtypes = experiment.param_dtypes(c, flat, ["img/head/kernel"])
+    params = experiment.initial_params(c, model, mesh, dtypes=dtypes)
+    assert params.keys() == flat.keys()
+    for n, x in params.items():
+        assert str(x.dtype) == ("float32" if n == "img/head/kernel" else "bfloat16")
+        np.testing.assert_array_equal(np.asarray(x), flat[n].astype(x.dtype))
+    table = params["llm/embedder/input_embedding"]
+    assert table.addressable_shards[0].data.size * 8 == table.size
+
+
+def test_towers_from_two_places(weights):
+    path, flat = weights
+    c = tiny.config(model_init=dict(img=f"{path}:img", llm=f"{path}:llm"))
+    params = experiment.load_host_params(c.model_init, flat)
+    assert all((params[n] == flat[n]).all() for n in flat)
+    plain = experiment.config_to_json(c)
+    assert f"{path}:img" in plain
+
+
+def test_positions_are_resampled_to_the_configs_resolution(weights):
+    c = tiny.config(model_init=weights[0], res=64)
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    found = experiment.load_host_params(c.model_init, abstract)
+    assert found["img/pos_embedding"].shape == (1, 16, 32)
+
+
+def test_weights_of_another_model(weights):
+    model = dict(tiny.MODEL, llm=dict(tiny.MODEL["llm"], vocab_size=1152))
+    c = tiny.config(model_init=weights[0], model=model)
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    message = "w.npz: .*\n.*input_embedding: expected \\(1152, 64\\), found \\(1024, 64\\)"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        experiment.load_host_params(c.model_init, abstract)
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    # Shapes of few leaves are enough; compiled once a seed.
+    c = tiny.config()
+    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
+    a = jax.device_get(experiment.initial_params(c, model, mesh))
+    b = jax.device_get(experiment.initial_params(c, model, mesh))
+    c.seed = 4
+    other = jax.device_get(experiment.initial_params(c, model, mesh))
+    tiny.assert_trees_equal(a, b)
+    assert (a["img/head/kernel"] != other["img/head/kernel"]).any()
+    assert all(str(x.dtype) == "float32" for x in a.values())
+
+
+def test_load_gives_frozen_weights_alone(weights):
+    path, flat = weights
+    c = tiny.config(frozen_dtype="bfloat16")
+    _, tok, _, params = experiment.load(c, path)
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+    assert tok.vocab_size <= 1024
+    assert npz.flatten_tree(params).keys() == flat.keys()
+
+
+def test_relative_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for init in ("w.npz", "w.npz:img", "runs/one"):
+        c = tiny.config(model_init=init)
+        assert f'"model_init": "{tmp_path}/{init}"' in experiment.config_to_json(c)
+        assert c.model_init == init
+    assert '"model_init": null' in experiment.config_to_json(tiny.config())
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (dict(type="../x"), "config.evals.val.type is '../x'; expected a module name"),
+        (dict(type="vqb"), "config.evals.val.type: there is no evaluator 'vqb'"),
+    ],
+)
+def test_evaluators_that_are_none(section, message):
+    c = tiny.config(evals=dict(val=section))
+    with pytest.raises(ValueError, match=message):
+        experiment.make_evaluators(c, None, None, None)
