@@ -171,8 +171,10 @@ def _generate(
         variables, x, input_mask, mask_ar,
         # The last token is never read back, but an empty cache would be a case of its own.
         cache_size=x.shape[1] + max(max_new_tokens - 1, 1), num_samples=num_samples,
-        method="prefill_cache", mutable=["cache"],
+        method="prefill_cache", mutable=["cache", "prefix"],
     )  # fmt: skip
+    # The prefix never changes: kept out of the loop's state, it isn't copied at each step.
+    variables = {**variables, "prefix": cache.pop("prefix")}
     logits = jnp.repeat(logits[:, 0], num_samples, axis=0)
 
     rows = logits.shape[0]

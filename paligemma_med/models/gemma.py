@@ -165,10 +165,16 @@ class Attention(nn.Module):
         dtype = self.cache_dtype or k.dtype
         new = (k.shape[0] * self.num_samples, self.new_len, *k.shape[2:])
         for name, x in (("k", k), ("v", v)):
-            self.put_variable("cache", f"{name}_prefix", x.astype(dtype))
+            self.put_variable(self._prefix(), f"{name}_prefix", x.astype(dtype))
             self.put_variable("cache", f"{name}_new", jnp.zeros(new, dtype))
 
+    def _prefix(self):
+        """The collection of k_prefix and v_prefix. A decoding loop that makes "prefix" mutable in
+        prefill_cache, and only "cache" in extend_cache, doesn't copy the prefix at each step."""
+        return "prefix" if self.is_mutable_collection("prefix") else "cache"
+
     def _extend(self, q, k, v, prefix_mask, step):
+        prefix = "prefix" if self.has_variable("prefix", "k_prefix") else "cache"
         new = []
         for name, x in (("k", k), ("v", v)):
             cache = self.get_variable("cache", f"{name}_new")
@@ -177,7 +183,7 @@ class Attention(nn.Module):
             new.append(cache)
         return attention.attend_cached(
             q,
-            (*(self.get_variable("cache", f"{name}_prefix") for name in "kv"), prefix_mask),
+            (*(self.get_variable(prefix, f"{name}_prefix") for name in "kv"), prefix_mask),
             (*new, jnp.arange(new[0].shape[1]) <= step),
             scale=self.scale,
             softcap=self.softcap,
@@ -321,7 +327,9 @@ class _Model(nn.Module):
                 f"query_pre_attn_norm is {self.query_pre_attn_norm!r}; expected "
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
-        block = vit.stacked(Block, self.depth, self.scan, self.remat_policy, {"cache": 1})
+        block = vit.stacked(
+            Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0}
+        )
         x, probs = block(
             name="layers",
             mlp_dim=self.mlp_dim,
