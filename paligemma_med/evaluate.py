@@ -8,7 +8,7 @@ Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/
 
 import os
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from paligemma_med import experiment
 from paligemma_med.evaluators import vqa
@@ -42,9 +42,9 @@ def evaluate(config, checkpoint, out, only=None):
     return results
 
 
+@experiment.command
 def main(argv):
     del argv
-    logging.set_verbosity(logging.WARNING)
     config, checkpoint = experiment.from_flags()
     out = flags.FLAGS.out or flags.FLAGS.workdir
     if out is None:

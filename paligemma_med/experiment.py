@@ -3,15 +3,17 @@
 Every entry point (train, evaluate, predict) starts here, so that they agree on what a config means.
 """
 
+import functools
 import importlib
 import json
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from paligemma_med import checkpoints, optim, sharding
@@ -128,6 +130,29 @@ def load(config, checkpoint):
     dtypes = param_dtypes(config, abstract_params(config, model), ())
     params = npz.unflatten_tree(initial_params(config, model, mesh, dtypes=dtypes))
     return model, tok, mesh, params
+
+
+def command(main):
+    """`main` of a program, which tells mistakes that its user can mend in one sentence.
+
+    With --verbosity=1 they keep their traceback, and the libraries below tell what they do.
+    """
+
+    @functools.wraps(main)
+    def run(argv):
+        talkative = flags.FLAGS["verbosity"].present
+        if not talkative:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+        try:
+            main(argv)
+        except (ValueError, OSError, FloatingPointError) as e:
+            if talkative and flags.FLAGS.verbosity > 0:
+                raise
+            sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
 
 
 def define_source_flags():

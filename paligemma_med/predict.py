@@ -50,9 +50,9 @@ def predict(config, checkpoint, image, questions, **decoding):
     return out
 
 
+@experiment.command
 def main(argv):
     del argv
-    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     config, checkpoint = experiment.from_flags()
     try:

@@ -451,9 +451,9 @@ def dry_run(config):
     return out
 
 
+@experiment.command
 def main(argv):
     del argv
-    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
     values = flags.FLAGS
     if values.dry_run:
         dry_run(values.config)
