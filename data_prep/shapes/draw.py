@@ -29,7 +29,7 @@ BACKGROUNDS = ("Plain", "Stripes", "Checks", "Dots")
 MAX_SHAPES = 3
 # Half widths of the picture. A shape's centre keeps MARGIN from both middle lines.
 MARGIN = 0.14
-RADII = {"Large": (0.3, 0.38), "Small": (0.14, 0.22)}
+RADII = {"Large": (0.3, 0.38), "Small": (0.16, 0.23)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Any scene: a tenth without shapes, half with one, the rest with two or three."""
+    """Any scene: a tenth without shapes, six with one, the rest with two or three."""
     grey = bool(rng.random() < 0.6)
-    count = int(rng.choice(MAX_SHAPES + 1, p=[0.1, 0.5, 0.2, 0.2]))
+    count = int(rng.choice(MAX_SHAPES + 1, p=[0.1, 0.6, 0.18, 0.12]))
     items = []
     for quadrant in rng.permutation(4)[:count].tolist():
         items.append(
@@ -71,7 +71,8 @@ def random_scene(rng: np.random.Generator) -> Scene:
                 paint=str(rng.choice(TONES if grey else list(COLOURS))),
             )
         )
-    return Scene(grey, str(rng.choice(BACKGROUNDS)), tuple(items))
+    background = str(rng.choice(BACKGROUNDS, p=[0.55, 0.15, 0.15, 0.15]))
+    return Scene(grey, background, tuple(items))
 
 
 _LINE = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
@@ -116,7 +117,7 @@ def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
     image = np.full((SIZE, SIZE), base, np.float32)
     turn = rng.uniform(0, np.pi)
     u, v = np.cos(turn) * _X + np.sin(turn) * _Y, np.cos(turn) * _Y - np.sin(turn) * _X
-    depth = rng.uniform(0.07, 0.12) * rng.choice([-1, 1])
+    depth = rng.uniform(0.04, 0.07) * rng.choice([-1, 1])
     per = rng.uniform(2.2, 4.5) * np.pi
     phase = rng.uniform(0, 2 * np.pi, 2)
     if kind == "Stripes":
@@ -128,7 +129,7 @@ def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
         image += 1.4 * depth * np.clip(2 * (waves - 0.7), 0, 1)
     elif kind != "Plain":
         raise ValueError(f"unknown background {kind!r}; known: {', '.join(BACKGROUNDS)}")
-    return image + 0.05 * _noise(rng, 3)
+    return image + 0.03 * _noise(rng, 3)
 
 
 def _radius(rng: np.random.Generator, size: str) -> float:
@@ -168,7 +169,7 @@ def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[
         if scene.grey:
             if item.paint not in TONES:
                 raise ValueError(f"a grey picture has no {item.paint!r}; known: {TONES}")
-            step = rng.uniform(0.24, 0.4) * (1 if item.paint == "Brighter" else -1)
+            step = rng.uniform(0.26, 0.42) * (1 if item.paint == "Brighter" else -1)
             value = np.repeat(np.clip(behind.mean() + step, 0, 1), 3)
         else:
             if item.paint not in COLOURS:
@@ -178,6 +179,6 @@ def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[
         box = [x - r, y - r, x + r, y + r]
         x0, y0, x1, y1 = np.round(np.clip((np.array(box) + 1) * SIZE / 2, 0, SIZE)).tolist()
         boxes.append({item.shape: [x0, y0, x1 - x0, y1 - y0]})
-    grain = rng.normal(size=(SIZE, SIZE, 1)) * rng.uniform(0.01, 0.03)
+    grain = rng.normal(size=(SIZE, SIZE, 1)) * rng.uniform(0.005, 0.025)
     image = image * rng.uniform(0.85, 1.0) + grain
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), boxes

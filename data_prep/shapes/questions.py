@@ -10,7 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.phantom.questions import LEVELS, QUADRANTS, SIDES, YES_NO, Balancer, Question
-from data_prep.shapes.draw import BACKGROUNDS, COLOURS, MAX_SHAPES, SHAPES, SIZES, TONES, Scene
+from data_prep.shapes.draw import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_SHAPES,
+    SHAPES,
+    SIZES,
+    TONES,
+    Item,
+    Scene,
+)
 
 COUNTS = tuple(str(n) for n in range(MAX_SHAPES + 1))
 
@@ -24,7 +33,7 @@ def _opens(texts: list[str], answer: str, answers: tuple, content_type: str) -> 
 
 
 def candidates(scene: Scene) -> Iterator[list[Question]]:
-    """Yields groups of questions that fit a picture; from each group one is asked if it can be."""
+    """Yields groups of questions that fit a picture; one of each group is asked if it can be."""
     items = scene.items
     yield [
         *_opens(["What background does this image have?", "Which background was used here?"],
@@ -59,10 +68,9 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
     yield _yes_no(placed, "Presence")
 
     for quadrant in QUADRANTS:
-        found = [i for i in items if f"{i.level} {i.side}" == quadrant]
-        if found:
-            yield _opens([f"Which shape is in the {quadrant.lower()} of the image?"],
-                         found[0].shape, SHAPES, "Shape")  # fmt: skip
+        found = next((i.shape for i in items if f"{i.level} {i.side}" == quadrant), "None")
+        yield _opens([f"Which shape is in the {quadrant.lower()} of the image?"],
+                     found, (*SHAPES, "None"), "Shape")  # fmt: skip
     for item in items:
         if [i.shape for i in items].count(item.shape) == 1:
             yield from _about(f"the {item.shape.lower()}", scene, item)
@@ -99,11 +107,37 @@ def _about(noun, scene, item) -> Iterator[list[Question]]:
     yield looks
 
 
+def descriptions(scene: Scene) -> Iterator[Question]:
+    """Yields questions whose answer tells the whole picture, from upper left to lower right.
+
+    A yes teaches a model one bit, these a dozen: without them, learning to look takes several times
+    as long. Their answers can't be counted out, so they are asked of every picture.
+    """
+
+    def question(text: str, parts: list[str]) -> Question:
+        return Question(text, ", ".join(parts) or "None", (), "Description")
+
+    def look(item: Item) -> str:
+        return f"{item.size} {item.paint} {item.shape}"
+
+    items = sorted(scene.items, key=lambda i: QUADRANTS.index(f"{i.level} {i.side}"))
+    places = [f"{i.level} {i.side}" for i in items]
+    if len(items) == 1:
+        yield question("What does this image show?", [f"{places[0]} {look(items[0])}"])
+        yield question("What is where in this image?", [f"{places[0]} {items[0].shape}"])
+        yield question("How does the shape look?", [look(items[0])])
+    else:
+        yield question("Which shapes are where?",
+                       [f"{p} {i.shape}" for p, i in zip(places, items)])  # fmt: skip
+        yield question("What shapes are shown?", [i.shape for i in items])
+        yield question("Where are the shapes?", places)
+
+
 def ask(rng: np.random.Generator, balancer: Balancer, scene: Scene) -> list[Question]:
-    """About eight different questions about one picture."""
+    """About eleven different questions about one picture."""
     chosen: dict[str, Question] = {}
     for group in candidates(scene):
         fresh = [q for q in group if q.text not in chosen]
         if question := balancer.choose(rng, fresh):
             chosen[question.text] = question
-    return list(chosen.values())
+    return [*chosen.values(), *descriptions(scene)]

@@ -14,11 +14,11 @@ from data_prep.phantom.questions import Balancer
 from data_prep.shapes import questions
 from data_prep.shapes.draw import draw, random_scene
 
-NUM_IMAGES = (6000, 200, 300)
+NUM_IMAGES = (8000, 200, 300)
 SPLITS = ("train", "validate", "test")
 SETTINGS_NAME = "shapes.json"
 # Part of the settings: raise it when drawings or questions change, so that old ones are redone.
-DRAWING = 1
+DRAWING = 3
 
 
 def _write_split(
