@@ -56,6 +56,7 @@ def get_config(arg=None):
     c.wd = args.wd * args.lr
     c.wd_mults = [(".*/(kernel|w|gating_einsum|linear)", 1.0)]
     c.grad_clip_norm = 1.0
+    c.label_smoothing = 0.0
     c.schedule = dict(decay_type="cosine", warmup_percent=0.1)
 
     c.log_training_steps = 50
