@@ -16,7 +16,7 @@ BASE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "tools", "tiny_b
 
 def get_config(arg=None):
     args = common.parse_arg(
-        arg, init=BASE, epochs=4.0, lr=1e-3, size=32, seed=0, eval="test", data_dir=""
+        arg, init=BASE, epochs=11.0, lr=1e-3, size=32, seed=0, eval="test", data_dir=""
     )
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed

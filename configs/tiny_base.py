@@ -1,4 +1,4 @@
-"""The tiny base model: a PaliGemma of 1.4 million parameters, from scratch on drawn shapes.
+"""The tiny base model: a PaliGemma of 1.5 million parameters, from scratch on drawn shapes.
 
 `python -m tools.pretrain_tiny` runs it and writes tools/tiny_base.npz, from which the quickstart
 starts: what PaliGemma's own pre-training is to the real thing. It has seen circles and squares and
@@ -13,7 +13,7 @@ from configs import common
 # are unrolled and nothing is computed twice: 2.5 times faster on a CPU than scan.
 _CPU = dict(scan=False, remat_policy="none")
 MODEL = dict(
-    img=dict(variant="mu/8", width=128, depth=4, mlp_dim=384, num_heads=4, **_CPU),
+    img=dict(variant="mu/16", width=128, depth=4, mlp_dim=384, num_heads=4, **_CPU),
     llm=dict(variant="gemma_mini", width=128, depth=4, mlp_dim=256, head_dim=32, **_CPU),
 )
 RES = 64

@@ -46,8 +46,9 @@ def run(config, out, *, num_images=None):
     out = pathlib.Path(out)
     base, adapted, data_dir = out / "base", out / "adapted", out / "data"
     (name, section), *_ = config.evals.items()
-    for data in (config.input.data, section.data, section.train_data):
-        data.data_dir = os.path.abspath(data_dir)
+    with config.unlocked():  # configs that come from a flag are locked
+        for data in (config.input.data, section.data, section.train_data):
+            data.data_dir = os.path.abspath(data_dir)
     _check_same(config, adapted)
     fresh = config.copy_and_resolve_references  # evaluate and predict put their weights into it
 

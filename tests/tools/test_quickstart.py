@@ -60,7 +60,9 @@ def test_table():
 
 
 def _tiny_config():
-    return quickstart_config.get_config("epochs=0.5,size=8")
+    config = quickstart_config.get_config("epochs=0.5,size=8")
+    config.lock()  # as one that comes from a flag
+    return config
 
 
 @pytest.mark.slow
