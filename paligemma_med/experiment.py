@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from paligemma_med import checkpoints, optim, sharding
+from paligemma_med import checkpoints, input_pipeline, optim, sharding
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models import paligemma
 from paligemma_med.pp import tokenizer
@@ -213,7 +213,18 @@ def make_evaluators(config, model, tok, mesh, folder=None):
                 raise
             raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
         outdir = os.path.join(folder, "eval", name) if folder else None
-        out[name] = (module.Evaluator(model, tok, mesh=mesh, outdir=outdir, **kw), section)
+        if missing := [k for k in ("data", "pp_fn", "batch_size") if k not in kw]:
+            raise ValueError(f"config.evals.{name} lacks {missing}.")
+        inputs = input_pipeline.evaluation(
+            kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh
+        )
+        if train_data := kw.pop("train_data", None):
+            source = input_pipeline.open_source(train_data)
+            kw["train_data"] = (source[i] for i in range(len(source)))
+        evaluator = module.Evaluator(
+            model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
+        )
+        out[name] = (evaluator, section)
     return out
 
 

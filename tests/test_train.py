@@ -398,7 +398,15 @@ def test_tokenizer_with_more_tokens_than_the_model(tiny_data, tmp_path):
         train.train(tiny.config(tiny_data, model=model), str(tmp_path / "w"))
 
 
-def test_interrupt_in_a_step_waits_for_its_end():
+@pytest.fixture
+def default_sigint():
+    """Python's own handling of Ctrl-C; a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_in_a_step_waits_for_its_end(default_sigint):
     done = []
     with pytest.raises(KeyboardInterrupt):
         with train._interrupt_deferred():

@@ -27,7 +27,6 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -123,32 +122,27 @@ class Evaluator:
         model,
         tokenizer,
         *,
-        data=None,
-        pp_fn=None,
-        batch_size=None,
-        mesh=None,
+        inputs,
+        total=None,
         pred_kw=None,
         train_data=None,
         controls=CONTROLS,
         outdir=None,
-        inputs=None,
         shuffle_seed=0,
     ):
-        """Opens the data.
+        """Takes what to ask and how; `experiment.make_evaluators` opens the data.
 
         Args:
           model: `paligemma.Model`.
           tokenizer: a spec as for `pp.tokenizer.get_tokenizer`, or a tokenizer.
-          data, pp_fn, batch_size, mesh: as for `input_pipeline.evaluation`. The pp must keep image,
-            text, mask_ar, mask_input, question_id, question, answer, answer_type, and image_id
-            and content_type where there are any.
+          inputs: an iterable of (batch, rows) like `input_pipeline.evaluation`, gone through once
+            in a run. The pp must keep image, text, mask_ar, mask_input, question_id, question,
+            answer, answer_type, and image_id and content_type where there are any.
+          total: number of questions, for the progress bar.
           pred_kw: arguments of `decode.generate`; max_new_tokens is 32 if not given.
-          train_data: training rows for the majority control: a dict as for
-            `input_pipeline.open_source`, or an iterable of dicts.
+          train_data: training rows for the majority control: an iterable of dicts.
           controls: some of CONTROLS.
           outdir: where to write; None writes nothing.
-          inputs: instead of data, pp_fn and batch_size: an iterable of (batch, rows) like
-            `input_pipeline.evaluation`; gone through once in a run.
           shuffle_seed: of the images' permutation.
 
         Raises:
@@ -165,14 +159,7 @@ class Evaluator:
             )
         if unknown := [c for c in controls if c not in CONTROLS]:
             raise ValueError(f"controls has {unknown[0]!r}; expected some of {list(CONTROLS)}.")
-        if (inputs is None) == (data is None):
-            raise ValueError("give either data, pp_fn and batch_size, or inputs.")
-        self._total = None
-        if inputs is None:
-            from paligemma_med import input_pipeline
-
-            inputs = input_pipeline.evaluation(data, pp_fn, batch_size, mesh=mesh)
-            self._total = len(inputs)
+        self._total = total
         self.tokenizer = tokenizer
         self.outdir = outdir and pathlib.Path(outdir)
         self._model = model
@@ -377,11 +364,6 @@ class _Images:
 
 
 def _training_rows(train_data):
-    if isinstance(train_data, Mapping):
-        from paligemma_med import input_pipeline
-
-        source = input_pipeline.open_source(train_data)
-        train_data = (source[i] for i in range(len(source)))
     rows = []
     for row in train_data:
         if missing := [k for k in _NEEDED if k not in row]:

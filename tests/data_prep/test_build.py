@@ -159,7 +159,7 @@ def test_no_tensorflow_no_torch():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(name="slaek"), "unknown data set 'slaek'; known ones: phantom, slake"),
+        (dict(name="slaek"), "unknown data set 'slaek'; known ones: phantom, shapes, slake"),
         (dict(name="slake"), "--manual_dir is needed"),
         (dict(name="slake", manual_dir="/nowhere"), "/nowhere: no such folder"),
         (dict(name="phantom", config="en"), "unknown config 'en'; known ones: none"),
@@ -213,4 +213,4 @@ def test_command_line_help_and_unknown_name():
     assert "--manual_dir" in shown.stdout
     for args in ((), ("vqa_rat",), ("slake", "phantom")):
         unknown = _command(*args)
-        assert unknown.returncode == 1 and "known ones: phantom, slake" in unknown.stderr
+        assert unknown.returncode == 1 and "known ones: phantom, shapes, slake" in unknown.stderr

@@ -388,8 +388,6 @@ def test_bad_rows(monkeypatch, change, message):
         (dict(controls=("blank",)), "controls has 'blank'"),
         (dict(train_data=None), "needs train_data"),
         (dict(train_data=[dict(question="?")]), "a row of train_data has no 'question_id'"),
-        (dict(inputs=None), "either data"),
-        (dict(data={}), "either data"),
     ],
 )
 def test_bad_arguments(kw, message):
