@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import attention, vit
+from paligemma_med.models import attention, lora, vit
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 
@@ -81,15 +81,24 @@ class RMSNorm(nn.Module):
 
 class Einsum(nn.Module):
     """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
-    whole stack outside the scan would hold a second copy of it)."""
+    whole stack outside the scan would hold a second copy of it).
+
+    With `parts`, the output's leading axis is over them, and each may have an adapter."""
 
     shape: tuple[int, ...]
-    init: nn.initializers.Initializer
+    w_init: nn.initializers.Initializer
+    lora: tuple
+    deterministic: bool
+    inputs: int = 1
+    parts: str = ""
 
     @nn.compact
     def __call__(self, eqn, x):
-        w = self.param("w", self.init, self.shape)
-        return jnp.einsum(eqn, x, w.astype(x.dtype))
+        w = self.param("w", self.w_init, self.shape)
+        y = jnp.einsum(eqn, x, w.astype(x.dtype))
+        if self.parts:
+            return [lora.add(self, y[i], x, "w", part) for i, part in enumerate(self.parts)]
+        return lora.add(self, y, x, "w", inputs=self.inputs)
 
 
 class Embedder(nn.Module):
@@ -133,19 +142,22 @@ class Attention(nn.Module):
     cache_dtype: str | None
     new_len: int
     num_samples: int
+    lora: tuple
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x, angles, mask, step):
         n, k_heads, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
+        kw = dict(lora=self.lora, deterministic=self.deterministic)
         if n == k_heads:
-            q, k, v = Einsum((3, n, d, h), _init(2, (0, 1, 3)), name="qkv_einsum")(
-                "BTD,3NDH->3BTNH", x
-            )
+            q, k, v = Einsum(
+                (3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw
+            )("BTD,3NDH->3BTNH", x)
         else:
-            q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum")("BTD,NDH->BTNH", x)
-            k, v = Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), name="kv_einsum")(
-                "BTD,2KDH->2BTKH", x
-            )
+            q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
+            k, v = Einsum(
+                (2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw
+            )("BTD,2KDH->2BTKH", x)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
 
         probs = None
@@ -158,8 +170,8 @@ class Attention(nn.Module):
                 q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.attn_impl,
                 capture=self.capture,
             )  # fmt: skip
-        out = Einsum((n, h, d), _init((0, 1), 2), name="attn_vec_einsum")("BTNH,NHD->BTD", y)
-        return out, probs
+        out = Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
+        return out("BTNH,NHD->BTD", y), probs
 
     def _prefill(self, k, v):
         dtype = self.cache_dtype or k.dtype
@@ -194,13 +206,18 @@ class FeedForward(nn.Module):
     """Gated MLP: linear(gelu(gate(x)) · up(x)). float[B, T, D] → float[B, T, D]."""
 
     mlp_dim: int
+    lora: tuple
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x):
         d, f = x.shape[-1], self.mlp_dim
         gating = self.param("gating_einsum", _init(1, (0, 2)), (2, d, f)).astype(x.dtype)
         linear = self.param("linear", _init(0, 1), (f, d)).astype(x.dtype)
-        return (nn.gelu(x @ gating[0]) * (x @ gating[1])) @ linear
+        gate = lora.add(self, x @ gating[0], x, "gating_einsum", "gate")
+        up = lora.add(self, x @ gating[1], x, "gating_einsum", "up")
+        y = nn.gelu(gate) * up
+        return lora.add(self, y @ linear, y, "linear", "down")
 
 
 class Block(nn.Module):
@@ -211,16 +228,19 @@ class Block(nn.Module):
     dropout: float
     deterministic: bool
     attn: dict
+    lora: tuple
 
     @nn.compact
     def __call__(self, x, angles, mask, step):
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = RMSNorm(name="pre_attention_norm")(x)
-        y, probs = Attention(**self.attn, name="attn")(y, angles, mask, step)
+        adapters = dict(lora=self.lora, deterministic=self.deterministic)
+        y, probs = Attention(**self.attn, **adapters, name="attn")(y, angles, mask, step)
         if self.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
         x = x + drop(y)
-        y = FeedForward(self.mlp_dim, name="mlp")(RMSNorm(name="pre_ffw_norm")(x))
+        y = RMSNorm(name="pre_ffw_norm")(x)
+        y = FeedForward(self.mlp_dim, **adapters, name="mlp")(y)
         if self.post_norms:
             y = RMSNorm(name="post_ffw_norm")(y)
         return x + drop(y), probs
@@ -246,6 +266,7 @@ class _Model(nn.Module):
     remat_policy: str = "nothing_saveable"
     dtype: str = "float32"
     attn_impl: str = "xla"
+    lora: tuple = ()
 
     def setup(self):
         self.embedder = Embedder(self.vocab_size, self.width, self.dtype)
@@ -336,6 +357,7 @@ class _Model(nn.Module):
             post_norms=self.post_norms,
             dropout=self.dropout,
             deterministic=not train,
+            lora=self.lora,
             attn=dict(
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
@@ -360,7 +382,8 @@ def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_visi
       variant: a key of VARIANTS; any keyword below stands on top of it.
       **kw: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim, vocab_size,
         query_pre_attn_norm, post_norms, attn_logits_softcap, final_logits_softcap, dropout,
-        cache_dtype (None: the activations' type), scan, remat_policy, dtype, attn_impl.
+        cache_dtype (None: the activations' type), scan, remat_policy, dtype, attn_impl, lora (of
+        `lora.as_rules`, over paths that begin with "llm/").
     """
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"LLM variant {variant!r} is unknown; expected one of {sorted(VARIANTS)}.")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from paligemma_med.models import gemma, vit
+from paligemma_med.models import gemma, lora, vit
 
 
 def make_attn_mask(input_mask, mask_ar):
@@ -43,20 +43,23 @@ class Model(nn.Module):
       llm: language model's arguments (`gemma.Model`); `variant` defaults to "gemma_2b".
       dtype: type of activations in both, unless one of them says otherwise.
       attn_impl: "xla" or "cudnn", likewise.
+      lora: adapters, [(regex, dict(rank=…, …)), …] as `lora.as_rules` takes it.
     """
 
     img: dict | None = None
     llm: dict | None = None
     dtype: str = "float32"
     attn_impl: str = "xla"
+    lora: tuple = ()
 
     def __post_init__(self):
         # A model is an argument of jitted functions and must therefore be hashable.
         self.img, self.llm = _frozen(self.img or {}), _frozen(self.llm or {})
+        self.lora = lora.as_rules(self.lora)
         super().__post_init__()
 
     def setup(self):
-        both = dict(dtype=self.dtype, attn_impl=self.attn_impl)
+        both = dict(dtype=self.dtype, attn_impl=self.attn_impl, lora=self.lora)
         self._llm = gemma.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
         img = {"variant": "So400m/14", "num_classes": self._llm.width, **both, **self.img}
         self._img = vit.Model(**img, name="img")

@@ -10,7 +10,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 import flax.linen as nn
 import jax
 
-from paligemma_med.models import attention
+from paligemma_med.models import attention, lora
 
 # width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
 # So400m from arXiv 2305.13035.
@@ -46,6 +46,8 @@ class MlpBlock(nn.Module):
 
     mlp_dim: int
     dtype: str
+    lora: tuple
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x):
@@ -53,9 +55,11 @@ class MlpBlock(nn.Module):
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(stddev=1e-6),
+            lora=self.lora,
+            deterministic=self.deterministic,
         )
-        y = nn.gelu(nn.Dense(self.mlp_dim, **kw)(x))
-        return nn.Dense(x.shape[-1], **kw)(y)
+        y = nn.gelu(lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x))
+        return lora.Dense(x.shape[-1], name="Dense_1", **kw)(y)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -65,6 +69,8 @@ class MultiHeadDotProductAttention(nn.Module):
     dtype: str
     attn_impl: str
     capture: bool
+    lora: tuple
+    deterministic: bool
 
     @nn.compact
     def __call__(self, x):
@@ -74,15 +80,20 @@ class MultiHeadDotProductAttention(nn.Module):
                 f"The image tower's width={width} is no multiple of num_heads={self.num_heads}."
             )
         head = width // self.num_heads
-        kw = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        kw = dict(
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            lora=self.lora,
+            deterministic=self.deterministic,
+        )
         q, k, v = (
-            nn.DenseGeneral((self.num_heads, head), name=name, **kw)(x)
+            lora.Dense((self.num_heads, head), name=name, **kw)(x)
             for name in ("query", "key", "value")
         )
         y, probs = attention.attend(
             q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture
         )
-        return nn.DenseGeneral(width, axis=(-2, -1), name="out", **kw)(y), probs
+        return lora.Dense(width, axis=(-2, -1), name="out", **kw)(y), probs
 
 
 class EncoderBlock(nn.Module):
@@ -94,6 +105,7 @@ class EncoderBlock(nn.Module):
     dtype: str
     attn_impl: str
     capture: bool
+    lora: tuple
     deterministic: bool
 
     @nn.compact
@@ -102,12 +114,12 @@ class EncoderBlock(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y, probs = MultiHeadDotProductAttention(
-            self.num_heads, self.dtype, self.attn_impl, self.capture
+            self.num_heads, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
         )(y)
         x = x + drop(y)
         y = nn.LayerNorm(dtype=self.dtype)(x)
-        x = x + drop(MlpBlock(self.mlp_dim, self.dtype)(y))
-        return x, probs
+        y = MlpBlock(self.mlp_dim, self.dtype, self.lora, self.deterministic)(y)
+        return x + drop(y), probs
 
 
 class Encoder(nn.Module):
@@ -121,6 +133,7 @@ class Encoder(nn.Module):
     remat_policy: str
     dtype: str
     attn_impl: str
+    lora: tuple
 
     @nn.compact
     def __call__(self, x, *, deterministic, capture):
@@ -133,6 +146,7 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             attn_impl=self.attn_impl,
             capture=capture,
+            lora=self.lora,
             deterministic=deterministic,
         )(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x), probs
@@ -153,6 +167,7 @@ class _Model(nn.Module):
     remat_policy: str = "nothing_saveable"
     dtype: str = "float32"
     attn_impl: str = "xla"
+    lora: tuple = ()
 
     @nn.compact
     def __call__(self, image, *, train=False, capture_attention=False):
@@ -189,13 +204,20 @@ class _Model(nn.Module):
             remat_policy=self.remat_policy,
             dtype=self.dtype,
             attn_impl=self.attn_impl,
+            lora=self.lora,
             name="Transformer",
         )(x, deterministic=not train, capture=capture_attention)
         out = {"encoded": x}
         if capture_attention:
             out["attn"] = probs
         if self.num_classes:
-            x = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+            x = lora.Dense(
+                self.num_classes,
+                dtype=self.dtype,
+                lora=self.lora,
+                deterministic=not train,
+                name="head",
+            )(x)
         return x, out
 
 
@@ -207,7 +229,8 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
       variant: e.g. "So400m/14"; any keyword below stands on top of it.
       **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair), dropout, scan (False
         unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
-        jax.checkpoint_policies), dtype of activations, attn_impl.
+        jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over
+        paths that begin with "img/").
 
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],

@@ -1,0 +1,272 @@
+"""LoRA: low-rank adapters in the activation path, y = x·W + s·(x·A)·B.
+
+Adding the small product A·B to a bfloat16 W would round most of it away; here it meets the
+activations instead, and W is never touched. Factors lie beside the kernel they adapt, as `lora_a`
+and `lora_b`, shaped as PEFT's are but for the heads, which keep their axis. A kernel that holds
+several projections (`kv_einsum/w`, `gating_einsum`) has factors for each of them ("parts"), one
+folder down: `kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
+
+LoRA is arXiv 2106.09685; initialisation and scale are those of PEFT (peft/tuners/lora/layer.py);
+rank-stabilised scaling is arXiv 2312.03732.
+
+Axis letters: D width of a tower, E width of the language model (where an image enters it), N query
+heads, K key/value heads, H width of a head, F width of an MLP, R rank.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one projection is adapted.
+
+    Attributes:
+      rank: R, inner width of the adapter.
+      alpha: numerator of the scale; None stands for `rank`, i.e. a scale of 1.
+      dropout: share of the adapter's inputs that is dropped in training.
+      rslora: divide by sqrt(rank) instead of rank.
+    """
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LoRA rank is {self.rank!r}; expected a whole number, 1 or more.")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"LoRA alpha is {self.alpha!r}; expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout is {self.dropout!r}; expected 0 up to below 1.")
+
+    @property
+    def scale(self):
+        """The factor on (x·A)·B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Target(NamedTuple):
+    """A projection that can be adapted.
+
+    Attributes:
+      param: path of the kernel that holds it.
+      part: its name among the projections in that kernel; "" if there is but one.
+      index: its place among them on the axis after that of layers, or None.
+      scope: path of the folder of its factors.
+      kernel: axis letters of the projection in one layer.
+      inputs: those of them that the input has; they come first in A, the others last in B.
+    """
+
+    param: str
+    part: str
+    index: int | None
+    scope: str
+    kernel: str
+    inputs: str
+
+    @property
+    def name(self):
+        """What rules are matched with, beside `param`."""
+        return f"{self.param}:{self.part}" if self.part else self.param
+
+    @property
+    def outputs(self):
+        """Axis letters of the output."""
+        return "".join(c for c in self.kernel if c not in self.inputs)
+
+    @property
+    def stacked(self):
+        """Whether there is an axis of layers in front."""
+        return "/encoderblock/" in self.param or "/layers/" in self.param
+
+
+def _targets():
+    block = "img/Transformer/encoderblock"
+    attn = f"{block}/MultiHeadDotProductAttention_0"
+    for name in ("query", "key", "value"):
+        yield Target(f"{attn}/{name}/kernel", "", None, f"{attn}/{name}", "DNH", "D")
+    yield Target(f"{attn}/out/kernel", "", None, f"{attn}/out", "NHD", "NH")
+    for name, kernel in (("Dense_0", "DF"), ("Dense_1", "FD")):
+        at = f"{block}/MlpBlock_0/{name}"
+        yield Target(f"{at}/kernel", "", None, at, kernel, kernel[0])
+    yield Target("img/head/kernel", "", None, "img/head", "DE", "D")
+
+    attn, mlp = "llm/layers/attn", "llm/layers/mlp"
+    yield Target(f"{attn}/q_einsum/w", "", None, f"{attn}/q_einsum", "NDH", "D")
+    for i, part in enumerate("kv"):
+        yield Target(f"{attn}/kv_einsum/w", part, i, f"{attn}/kv_einsum/{part}", "KDH", "D")
+    for i, part in enumerate("qkv"):  # where every query head has keys of its own
+        yield Target(f"{attn}/qkv_einsum/w", part, i, f"{attn}/qkv_einsum/{part}", "NDH", "D")
+    yield Target(f"{attn}/attn_vec_einsum/w", "", None, f"{attn}/attn_vec_einsum", "NHD", "NH")
+    for i, part in enumerate(("gate", "up")):
+        yield Target(f"{mlp}/gating_einsum", part, i, f"{mlp}/{part}", "DF", "D")
+    yield Target(f"{mlp}/linear", "down", None, f"{mlp}/down", "FD", "F")
+
+
+TARGETS = tuple(_targets())
+FACTORS = ("lora_a", "lora_b")
+
+
+def as_rules(rules):
+    """config.lora → a hashable tuple ((regex, Spec or None), …).
+
+    Args:
+      rules: [(regex, dict(rank=…, alpha=…, dropout=…, rslora=…)), …] or None. A regex must match
+        the whole path of a kernel ("llm/layers/attn/kv_einsum/w": all projections in it) or, for
+        one of several, path:part ("llm/layers/attn/kv_einsum/w:v"). The first match wins; None in
+        place of a dict keeps a projection without adapter.
+
+    Raises:
+      ValueError: not of that form.
+    """
+    out = []
+    for rule in rules or ():
+        if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"lora: {rule!r} is no (regex, dict(rank=…)) pair.")
+        regex, spec = rule
+        try:
+            re.compile(regex)
+        except re.error as e:
+            raise ValueError(f"lora: {regex!r} is not a regular expression: {e}.") from None
+        if spec is not None and not isinstance(spec, Spec):
+            if not isinstance(spec, Mapping) and not hasattr(spec, "to_dict"):
+                raise ValueError(f"lora: {regex!r} has {spec!r}; expected dict(rank=…) or None.")
+            try:
+                spec = Spec(**dict(spec))
+            except TypeError as e:
+                known = [f.name for f in dataclasses.fields(Spec)]
+                raise ValueError(f"lora: {regex!r} has {spec}; expected {known}: {e}.") from None
+        out.append((regex, spec))
+    return tuple(out)
+
+
+def find(rules, param, part=""):
+    """The Spec that `rules` (of `as_rules`) give a projection, or None."""
+    names = (param, f"{param}:{part}") if part else (param,)
+    for regex, spec in rules:
+        if any(re.fullmatch(regex, n) for n in names):
+            return spec
+    return None
+
+
+def resolve(rules, names):
+    """Which projections of a model are adapted, and how.
+
+    Args:
+      rules: config.lora, or what `as_rules` made of it.
+      names: paths of the model's parameters.
+
+    Returns:
+      {Target: Spec}, in the order of TARGETS.
+
+    Raises:
+      ValueError: a regex that matches nothing that can be adapted.
+    """
+    rules, names = as_rules(rules), set(names)
+    there = [t for t in TARGETS if t.param in names]
+    for regex, _ in rules:
+        if not any(re.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
+            can = ", ".join(dict.fromkeys(t.name for t in there))
+            raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; this can: {can}")
+    found = {t: find(rules, t.param, t.part) for t in there}
+    return {t: spec for t, spec in found.items() if spec is not None}
+
+
+def factor_names(targets):
+    """Paths of the leaves that adapters on `targets` add, in order."""
+    return [f"{t.scope}/{f}" for t in targets for f in FACTORS]
+
+
+def is_factor(name):
+    """Whether a parameter's path is that of an adapter's factor."""
+    return name.rpartition("/")[2] in FACTORS
+
+
+def factor_shapes(target, spec, kernel_shape):
+    """Shapes of (lora_a, lora_b), with layers in front where the kernel has them.
+
+    Args:
+      kernel_shape: of the whole parameter `target.param`.
+    """
+    layers = kernel_shape[:1] if target.stacked else ()
+    one = kernel_shape[len(layers) + (target.index is not None) :]
+    size = dict(zip(target.kernel, one, strict=True))
+    a = (*(size[c] for c in target.inputs), spec.rank)
+    b = (spec.rank, *(size[c] for c in target.outputs))
+    return (*layers, *a), (*layers, *b)
+
+
+def _uniform(key, shape, dtype=jnp.float32):
+    """Kaiming-uniform with a = √5 over all axes but the last: within ±1 / √inputs."""
+    bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _low_rank(module, spec, x, inputs, outputs, deterministic):
+    """s·(x·A)·B with the factors made as parameters of `module`. outputs: shape beside x's rows."""
+    a = module.param("lora_a", _uniform, (*x.shape[x.ndim - inputs :], spec.rank))
+    b = module.param("lora_b", nn.initializers.zeros_init(), (spec.rank, *outputs))
+    if spec.dropout:
+        x = nn.Dropout(spec.dropout, deterministic=deterministic, name="lora_dropout")(x)
+    low = jnp.tensordot(x, a.astype(x.dtype), inputs)
+    return jnp.tensordot(low * jnp.asarray(spec.scale, x.dtype), b.astype(x.dtype), 1)
+
+
+class _Part(nn.Module):
+    """The adapter of a projection that shares its kernel with others."""
+
+    spec: Spec
+    inputs: int
+    outputs: tuple[int, ...]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return _low_rank(self, self.spec, x, self.inputs, self.outputs, self.deterministic)
+
+
+def add(module, y, x, param, part="", *, inputs=1):
+    """`y`, the output of a projection of `x`, plus that of its adapter if it has one.
+
+    Called within a compact method of the module that owns the kernel.
+
+    Args:
+      module: has the attributes `lora` (of `as_rules`) and `deterministic`.
+      y: float[…rows, …outputs].
+      x: float[…rows, …inputs].
+      param, part: the kernel's name in `module`, and the projection's in the kernel.
+      inputs: number of input axes, the last of x.
+    """
+    spec = find(module.lora, "/".join((*module.path, param)), part)
+    if spec is None:
+        return y
+    outputs = y.shape[x.ndim - inputs :]
+    if part:
+        made = _Part(spec, inputs, outputs, module.deterministic, name=part)(x)
+    else:
+        made = _low_rank(module, spec, x, inputs, outputs, module.deterministic)
+    return y + made.astype(y.dtype)
+
+
+class Dense(nn.DenseGeneral):
+    """nn.DenseGeneral over the last axes, with an adapter where the rules say so."""
+
+    lora: tuple = ()
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x)
+        inputs = len(self.axis) if isinstance(self.axis, tuple) else 1
+        return add(self, y, x.astype(y.dtype), "kernel", inputs=inputs)
