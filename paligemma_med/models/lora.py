@@ -178,7 +178,7 @@ def resolve(rules, names):
     for regex, _ in rules:
         if not any(re.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
             can = ", ".join(dict.fromkeys(t.name for t in there))
-            raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; this can: {can}")
+            raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; that is: {can}")
     found = {t: find(rules, t.param, t.part) for t in there}
     return {t: spec for t, spec in found.items() if spec is not None}
 
