@@ -13,19 +13,20 @@ import sys
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from paligemma_med import checkpoints, input_pipeline, optim, sharding
 from paligemma_med.checkpoints import npz, workdir
-from paligemma_med.models import paligemma
+from paligemma_med.models import lora, paligemma
 from paligemma_med.pp import tokenizer
 
 # Keys of a config. An unknown one is a typo more often than not, and is refused.
 KEYS = frozenset(
     """
     seed res text_len tokenizer
-    model model_init dtype frozen_dtype attn_impl
+    model model_init lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
     optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
     label_smoothing loss_norm supervised_len
@@ -38,20 +39,36 @@ KEYS = frozenset(
 
 
 def check_config(config):
-    """Refuses configs with unknown or missing keys; ValueError names them."""
+    """Refuses configs with unknown or missing keys; ValueError names them.
+
+    A config with adapter_init and no lora of its own is given the adapter's, since only together
+    with its ranks and scales do the factors mean something.
+    """
     if unknown := sorted(set(config) - KEYS):
         raise ValueError(f"config has unknown keys {unknown}; known are {sorted(KEYS)}.")
     if missing := [k for k in ("model", "res", "text_len", "tokenizer") if k not in config]:
         raise ValueError(f"config lacks {missing}.")
+    if config.get("adapter_init") and not config.get("lora"):
+        with config.unlocked():
+            config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))
 
 
 def make_model(config):
-    """The `paligemma.Model` of config.model, with activations in config.dtype."""
-    return paligemma.Model(
+    """The `paligemma.Model` of config.model and config.lora, with activations in config.dtype."""
+    model = paligemma.Model(
         dtype=config.get("dtype", "float32"),
         attn_impl=config.get("attn_impl", "xla"),
+        lora=config.get("lora") or (),
         **config.model.to_dict(),
     )
+    adapted(config, model)  # refuses rules that match nothing
+    return model
+
+
+def adapted(config, model):
+    """{Target: Spec} of the projections that config.lora adapts."""
+    names = abstract_params(config, model.clone(lora=())) if model.lora else ()
+    return lora.resolve(model.lora, names)
 
 
 def make_tokenizer(config, model):
@@ -73,7 +90,12 @@ def make_mesh(config):
 
 def abstract_params(config, model):
     """{name: jax.ShapeDtypeStruct} of all parameters, float32."""
-    return npz.flatten_tree(paligemma.abstract_params(model, image_size=config.res))
+    return dict(_abstract_params(model, config.res))
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract_params(model, res):
+    return npz.flatten_tree(paligemma.abstract_params(model, image_size=res))
 
 
 def param_dtypes(config, names, trained):
@@ -92,28 +114,98 @@ def param_shardings(config, abstract, mesh):
 def initial_params(config, model, mesh, *, dtypes=None):
     """The parameters training starts from, on the devices.
 
-    They come from config.model_init, or are random by config.seed if that is None. Weights from
-    files go to the devices leaf by leaf, each in its type.
+    They come from config.model_init, or are random by config.seed if that is None. Factors of
+    adapters come from config.adapter_init, or from a model_init that has them, or are fresh.
+    Weights from files go to the devices leaf by leaf, each in its type.
 
     Returns:
-      {name: jax.Array}, sharded by config.sharding_strategy.
+      ({name: jax.Array} sharded by config.sharding_strategy, names that model_init didn't give).
+
+    Raises:
+      checkpoints.CheckpointError: what was found doesn't fit the config.
     """
     abstract = abstract_params(config, model)
     shardings = param_shardings(config, abstract, mesh)
     dtypes = dtypes or param_dtypes(config, abstract, abstract)
+    host, adapter = {}, {}
     if config.get("model_init"):
-        return place_params(load_host_params(config.model_init, abstract), dtypes, shardings)
+        host = load_host_params(config.model_init, abstract)
+        if any(map(lora.is_factor, host)):
+            _check_scales(config, model, config.model_init)
+    if config.get("adapter_init"):
+        if any(map(lora.is_factor, host)):
+            raise checkpoints.CheckpointError(
+                f"config.model_init {config.model_init} has adapters of its own, and "
+                f"config.adapter_init names {config.adapter_init}: give one of them."
+            )
+        adapter = load_host_adapter(config, model)
+    random = [n for n in abstract if n not in host and n not in adapter]
+    beside = {*random, *adapter}
+    params = place_params({**host, **adapter}, dtypes, shardings)
+    if random:
+        params |= _random_params(config, model, random, dtypes, shardings)
+    return {n: params[n] for n in abstract}, beside
+
+
+def _random_params(config, model, names, dtypes, shardings):
+    """Those of a fresh model's parameters; what isn't asked for is not computed."""
 
     def init():
         tree = paligemma.init_params(model, jax.random.key(config.get("seed", 0)),
                                      image_size=config.res)  # fmt: skip
-        return {n: x.astype(dtypes[n]) for n, x in npz.flatten_tree(tree).items()}
+        flat = npz.flatten_tree(tree)
+        return {n: flat[n].astype(dtypes[n]) for n in names}
 
-    return jax.jit(init, out_shardings=shardings)()
+    return jax.jit(init, out_shardings={n: shardings[n] for n in names})()
+
+
+def load_host_adapter(config, model):
+    """{name: numpy array} of the factors of config.adapter_init, which must be those of config.lora
+    to the rank and the scale (dropout is training's business)."""
+    adapter = checkpoints.load_adapter(config.adapter_init)
+    want, found = adapted(config, model), adapter.specs
+    for target in sorted({*want, *found}):
+        a, b = (s.get(target) for s in (want, found))
+        if a is None or b is None or (a.rank, a.scale) != (b.rank, b.scale):
+            raise checkpoints.CheckpointError(
+                f"config.adapter_init {config.adapter_init} differs from config.lora at "
+                f"{target.name}: found {b}, expected {a}. Without config.lora it sets the ranks."
+            )
+    plain = npz.unflatten_tree(abstract_params(config, model.clone(lora=())))
+    kw = config.model.to_dict()
+    _, tree = checkpoints.apply_adapter(kw.get("img"), kw.get("llm"), plain, adapter)
+    return {n: x for n, x in npz.flatten_tree(tree).items() if lora.is_factor(n)}
+
+
+def _check_scales(config, model, spec):
+    """A workdir's adapters mean what they did in its run only under the same rules."""
+    rules = _rules_of_run(spec)
+    if rules is None:
+        return
+    names = abstract_params(config, model.clone(lora=()))
+    want, found = adapted(config, model), lora.resolve(rules, names)
+    for target in want:
+        a, b = want[target], found.get(target)
+        if b is not None and a.scale != b.scale:
+            raise checkpoints.CheckpointError(
+                f"{spec} was trained with {b} at {target.name}, but config.lora has {a}: its "
+                "adapters would be scaled otherwise than in training."
+            )
+
+
+def _rules_of_run(spec):
+    """config.lora of the workdir `spec`; None if it is no workdir or has none."""
+    folder = os.path.expanduser(spec) if isinstance(spec, str) else ""
+    if not workdir.is_workdir(folder):
+        return None
+    return workdir.read_config(folder).get("lora") or None
 
 
 def load(config, checkpoint):
     """What answering questions takes: the model of `config` with the weights of `checkpoint`.
+
+    Adapters are those of the checkpoint, or else of config.adapter_init. If there are none, the
+    model is the plain one, whatever config.lora says, and a line on stderr tells so.
 
     Args:
       checkpoint: anything `checkpoints.load_params` takes.
@@ -122,14 +214,24 @@ def load(config, checkpoint):
       (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
       config.frozen_dtype, since nothing is trained.
     """
+    with config.unlocked():
+        config.model_init = checkpoint
+        if not config.get("lora") and not config.get("adapter_init") and _rules_of_run(checkpoint):
+            config.lora = _rules_of_run(checkpoint)
     check_config(config)
     model, mesh = make_model(config), make_mesh(config)
     tok = make_tokenizer(config, model)
-    with config.unlocked():
-        config.model_init = checkpoint
-    dtypes = param_dtypes(config, abstract_params(config, model), ())
-    params = npz.unflatten_tree(initial_params(config, model, mesh, dtypes=dtypes))
-    return model, tok, mesh, params
+    abstract = abstract_params(config, model)
+    host = load_host_params(checkpoint, abstract)
+    if any(map(lora.is_factor, host)):
+        _check_scales(config, model, checkpoint)
+    elif config.get("adapter_init"):
+        host |= load_host_adapter(config, model)
+    elif model.lora:
+        print(f"{checkpoint} has no adapters: config.lora is left out.", file=sys.stderr)
+        model = model.clone(lora=())
+    dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
+    return model, tok, mesh, npz.unflatten_tree(place_params(host, dtypes, shardings))
 
 
 def command(main):
@@ -163,6 +265,7 @@ def define_source_flags():
     config_flags.DEFINE_config_file("config", None, "Experiment; default: the workdir's own.")
     flags.DEFINE_string("workdir", None, "Folder of a run.")
     flags.DEFINE_string("checkpoint", None, "Weights of any form; default: the workdir's newest.")
+    flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
 
 
 def from_flags():
@@ -171,16 +274,28 @@ def from_flags():
     if values.workdir is None and (values.config is None or values.checkpoint is None):
         raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
     config = values.config or config_from_json(workdir.read_config(values.workdir))
+    if values.adapter:
+        with config.unlocked():
+            config.adapter_init, config.lora = values.adapter, None
     return config, values.checkpoint or values.workdir
 
 
 def load_host_params(spec, abstract):
-    """Weights of any form that `checkpoints.load_init` takes, fitted to the model, on the host."""
+    """Weights of any form that `checkpoints.load_init` takes, fitted to the model, on the host.
+
+    Factors of adapters may be missing, but only all of them at once.
+
+    Returns:
+      {name: numpy array}.
+    """
     if isinstance(spec, ml_collections.ConfigDict):
         spec = spec.to_dict()
     loaded = checkpoints.load_init(spec)
+    expected = abstract
+    if not any(map(lora.is_factor, npz.flatten_tree(loaded))):
+        expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
     try:
-        fitted = checkpoints.match_params(loaded, npz.unflatten_tree(abstract))
+        fitted = checkpoints.match_params(loaded, npz.unflatten_tree(expected))
     except npz.CheckpointError as e:
         raise npz.CheckpointError(f"{spec}: {e}") from None
     return npz.flatten_tree(fitted)
@@ -190,7 +305,8 @@ def place_params(host, dtypes, shardings):
     """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one."""
     out = {}
     for name in list(host):
-        out[name] = jax.device_put(host.pop(name).astype(dtypes[name]), shardings[name])
+        array = np.asarray(host.pop(name)).astype(dtypes[name])
+        out[name] = jax.device_put(array, shardings[name])
     return out
 
 
@@ -233,13 +349,15 @@ _WHEN = re.compile(r"log_(steps|epochs|examples|percent)|skip_first")
 
 
 def config_to_json(config):
-    """The config as JSON text; a path in model_init is made absolute, so that it can be found."""
+    """The config as JSON text, in which the paths of weights are absolute: they must be found."""
     plain = json.loads(config.to_json_best_effort())
     init = plain.get("model_init")
     if isinstance(init, dict):
         plain["model_init"] = {k: _absolute(v) for k, v in init.items()}
     elif init:
         plain["model_init"] = _absolute(init)
+    if plain.get("adapter_init"):
+        plain["adapter_init"] = _absolute(plain["adapter_init"])
     return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 

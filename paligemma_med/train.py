@@ -148,7 +148,7 @@ def train(config, workdir):
 
     # --- The state: from a checkpoint, from weights, or random ---
     dtypes = experiment.param_dtypes(config, abstract, trained_names)
-    params = experiment.initial_params(config, model, mesh, dtypes=dtypes)
+    params, beside = experiment.initial_params(config, model, mesh, dtypes=dtypes)
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=opt_shardings(tx, trained, mesh))(trained)
@@ -156,9 +156,10 @@ def train(config, workdir):
     first_step = checkpoints.latest_step() or 0
     if first_step:
         trained, opt_state = checkpoints.restore(first_step, trained, opt_state)
-        frozen = _own_base(workdir, frozen)
+        frozen |= _own_base(workdir, frozen, beside)
         print(f"Resumed from step {first_step} of {total_steps} in {workdir}.", flush=True)
-    _start_workdir(workdir, config, frozen, first_step)
+    own_base = {n: x for n, x in frozen.items() if n in beside}
+    _start_workdir(workdir, config, own_base, first_step)
 
     # --- The loop ---
     step_fn = jit_step(make_train_step(config, model, tx, learning_rate), tx, trained, mesh)
@@ -272,19 +273,22 @@ def _interrupt_deferred():
         usual(*caught[0])
 
 
-def _own_base(workdir, frozen):
-    """Of a run that started from random weights, the frozen leaves it has had from its start."""
+def _own_base(workdir, frozen, beside):
+    """Of the frozen leaves, those that model_init doesn't give, as the run has had them from its
+    start: {name: array}."""
     path = os.path.join(workdir, "base.npz")
-    if not frozen or not os.path.exists(path):
-        return frozen
+    expected = {n: x for n, x in frozen.items() if n in beside}
+    if not expected or not os.path.exists(path):
+        return {}
     host = npz.flatten_tree(npz.load_npz(path))
-    if host.keys() != frozen.keys():
+    if host.keys() != expected.keys():
         raise npz.CheckpointError(f"{path} holds other parameters than the config freezes.")
-    return {n: jax.device_put(host[n].astype(x.dtype), x.sharding) for n, x in frozen.items()}
+    return {n: jax.device_put(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
 
 
-def _start_workdir(workdir, config, frozen, first_step):
-    """Writes config.json and, for a random start, the frozen leaves; trims metrics after resume."""
+def _start_workdir(workdir, config, own_base, first_step):
+    """Writes config.json and the frozen leaves that model_init doesn't give; trims metrics after
+    resume."""
     text = experiment.config_to_json(config)
     path = os.path.join(workdir, "config.json")
     if first_step and os.path.exists(path):
@@ -294,8 +298,8 @@ def _start_workdir(workdir, config, frozen, first_step):
     _write_atomically(path, text)
     base = os.path.join(workdir, "base.npz")
     if not first_step:  # An older one may stand there, of a run that never made a checkpoint.
-        if frozen and not config.get("model_init"):
-            npz.save_npz(base, npz.unflatten_tree(jax.device_get(frozen)))
+        if own_base:
+            npz.save_npz(base, npz.unflatten_tree(jax.device_get(own_base)))
         elif os.path.exists(base):
             os.remove(base)
     # Steps after the checkpoint are taken again, and would stand twice.

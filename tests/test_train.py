@@ -37,7 +37,7 @@ def start():
     """The parameters that `steps` starts from, {name: numpy array}."""
     c = tiny.config()
     mesh = sharding.make_mesh([("data", 1)], devices=jax.devices()[:1])
-    return jax.device_get(experiment.initial_params(c, experiment.make_model(c), mesh))
+    return jax.device_get(experiment.initial_params(c, experiment.make_model(c), mesh)[0])
 
 
 def steps(c, batches, *, parts=1, rng_step=0):
@@ -344,7 +344,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     c.seed = 4
     train.train(c, workdir)
     saved = checkpoints.load_params(workdir)
-    expected = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    expected, _ = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
     np.testing.assert_array_equal(
         saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"]
     )

@@ -1,7 +1,7 @@
 """Training checkpoints in a workdir, with Orbax: what training changes, and nothing else.
 
     <workdir>/config.json           the run's config; says which weights the frozen leaves are
-    <workdir>/base.npz              frozen leaves, only of a run that started from random weights
+    <workdir>/base.npz              frozen leaves that those weights don't have (random ones)
     <workdir>/checkpoints/<step>/   trained leaves and optimizer state
 
 Frozen leaves aren't written again with every checkpoint: at the 3B size they are 5 GB, and stage 1
@@ -99,6 +99,13 @@ def _manager(workdir, options=None):
     return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 
+def is_workdir(folder):
+    """Whether `folder` looks like a run's: a config and checkpoints in it."""
+    return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(
+        os.path.join(folder, "checkpoints")
+    )
+
+
 def read_config(workdir):
     """<workdir>/config.json as a dict."""
     path = os.path.join(workdir, "config.json")
@@ -133,9 +140,7 @@ def load_params(workdir):
         trained = jax.device_get(manager.restore(step, args=args)["trained"])
     own_base = os.path.join(workdir, "base.npz")
     flat = {}
-    if os.path.exists(own_base):
-        flat = npz.flatten_tree(npz.load_npz(own_base))
-    elif config.get("model_init"):
+    if config.get("model_init"):
         try:
             flat = npz.flatten_tree(checkpoints.load_init(config["model_init"]))
         except (FileNotFoundError, npz.CheckpointError) as e:
@@ -143,4 +148,6 @@ def load_params(workdir):
                 f"the weights that {workdir} started from (model_init in its config.json) can't be "
                 f"read: {e}"
             ) from e
+    if os.path.exists(own_base):
+        flat |= npz.flatten_tree(npz.load_npz(own_base))
     return npz.unflatten_tree({**flat, **trained})
