@@ -1,0 +1,90 @@
+"""Arrays that stay in their file until asked for, so that weights pass through memory one by one.
+
+A tree of them can be renamed, fitted to a model and stacked without a byte being read;
+`np.asarray(leaf)` reads one, and nothing is kept.
+"""
+
+import math
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Lazy:
+    """An array of known shape and dtype that `read` fetches.
+
+    Attributes:
+      shape: tuple of int.
+      dtype: numpy dtype.
+      read: function without arguments that gives the array; called anew each time.
+    """
+
+    def __init__(self, shape, dtype, read):
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(dtype)
+        self.read = read
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+
+    def __array__(self, dtype=None, copy=None):
+        if copy is False:
+            raise ValueError("an array that is still in its file can't be had without a copy")
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self):
+        return f"Lazy(shape={self.shape}, dtype={self.dtype})"
+
+
+def dtype_of(name):
+    """A numpy dtype from its name or anything numpy takes; "bfloat16" is one, and None stays."""
+    return None if name is None else BFLOAT16 if str(name) == "bfloat16" else np.dtype(name)
+
+
+def is_float(dtype):
+    """Whether it is a floating type, bfloat16 included."""
+    return dtype == BFLOAT16 or dtype.kind == "f"
+
+
+def derive(leaf, shape, function, dtype=None):
+    """function(array), at once for an array, when asked for if `leaf` is Lazy.
+
+    Args:
+      shape, dtype: of the result; dtype by default as it is.
+    """
+    if not isinstance(leaf, Lazy):
+        return function(np.asarray(leaf))
+    return Lazy(shape, dtype or leaf.dtype, lambda: function(np.asarray(leaf)))
+
+
+def stack(leaves):
+    """Leaves of one shape on a new leading axis: Lazy if one of them is, else an array.
+
+    Read, it is filled one leaf after the other, so that memory holds it and one of them.
+    """
+    leaves = list(leaves)
+    shape = (len(leaves), *np.shape(leaves[0]))
+    dtypes = {np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else None for leaf in leaves}
+    if len(dtypes) > 1 or not any(isinstance(leaf, Lazy) for leaf in leaves):
+        # Mixed types are rare, and only numpy knows what it makes of them.
+        return np.stack([np.asarray(leaf) for leaf in leaves])
+
+    def read():
+        out = np.empty(shape, *dtypes)
+        for i, leaf in enumerate(leaves):
+            out[i] = np.asarray(leaf)
+        return out
+
+    return Lazy(shape, *dtypes, read)
+
+
+def read_all(tree):
+    """Nested mapping of arrays and Lazy → nested dict of numpy arrays."""
+    if isinstance(tree, Mapping):
+        return {key: read_all(child) for key, child in tree.items()}
+    return np.asarray(tree)
