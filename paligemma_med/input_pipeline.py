@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from paligemma_med import sharding as sharding_lib
 
@@ -524,6 +525,51 @@ class TrainingInput:
         self.close()
 
 
+# Keeps the orders of two sets of a mixture apart; any odd number would do.
+_APART = 0x9E3779B1
+
+
+def _is_mixture(data: Any) -> bool:
+    """Whether `input.data` is {name: weight} rather than one data set."""
+    return isinstance(data, Mapping | ConfigDict) and not isinstance(data.get("name"), str)
+
+
+def _parts(cfg: Mapping[str, Any]) -> list[tuple[Source, str | PpFn, float]]:
+    """(source, pp, weight) of each set that `config.input` draws from."""
+    if not _is_mixture(cfg["data"]):
+        if "pp" not in cfg:
+            raise InputError(f"input: 'pp' is missing, found {sorted(cfg)}")
+        return [(open_source(cfg["data"]), cfg["pp"], 1.0)]
+    out = []
+    for name, weight in cfg["data"].items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight < 0:
+            raise InputError(
+                f"input.data.{name}={weight!r}: expected a weight of 0 or more (or one data set, "
+                "dict(name=..., split=...))"
+            )
+        section = dict(cfg.get(name) or {})
+        if unknown := sorted(set(section) - {"data", "pp"}):
+            raise InputError(f"input.{name}: unknown keys {unknown}, expected data and pp")
+        pp = section.get("pp", cfg.get("pp"))
+        if "data" not in section or pp is None:
+            raise InputError(
+                f"input.data has {name!r}, so input.{name}=dict(data=..., pp=...) is expected; "
+                f"found {sorted(section)}"
+            )
+        if weight:
+            out.append((open_source(section["data"]), pp, float(weight)))
+    if not out:
+        raise InputError(f"input.data={dict(cfg['data'])}: expected a weight above 0")
+    return out
+
+
+def num_examples(input_cfg: Mapping[str, Any]) -> int:
+    """Examples in an epoch of `config.input`: for a mixture, those of all its sets together,
+    whatever their weights (as in big_vision)."""
+    return sum(len(source) for source, *_ in _parts(input_cfg))
+
+
 def training(
     input_cfg: Mapping[str, Any],
     *,
@@ -535,9 +581,10 @@ def training(
     """Endless shuffled batches for `config.input`.
 
     input_cfg: data (see `open_source`), pp (a string, or a picklable `fn(data, rng) -> dict`),
-    batch_size (global); num_workers=0 processes or else num_threads that run pp, prefetch=2 batches
-    kept on the devices, allow_missing_eos=False. Every epoch is shuffled whole, so
-    shuffle_buffer_size is accepted and means nothing.
+    batch_size (global); for a mixture, data is {name: weight}, and input.<name> has data and pp
+    of each (input.pp where it has none); num_workers=0 processes or else num_threads that run pp,
+    prefetch=2 batches kept on the devices, allow_missing_eos=False. Every epoch is shuffled whole,
+    so shuffle_buffer_size is accepted and means nothing.
     seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
     mesh: rows are cut along its axis "data"; without a mesh everything is on one device.
     Every process loads only its piece of a batch; the global batch is the same for any number.
@@ -547,9 +594,10 @@ def training(
     i.e. no position with text == eos_token and mask_loss > 0.
     """
     cfg = dict(input_cfg)
-    if unknown := sorted(set(cfg) - _KNOWN - _IGNORED):
+    mixed = set(cfg["data"]) if _is_mixture(cfg.get("data")) else set()
+    if unknown := sorted(set(cfg) - _KNOWN - _IGNORED - mixed):
         raise InputError(f"input: unknown keys {unknown}, expected some of {sorted(_KNOWN)}")
-    if missing := [k for k in ("data", "pp", "batch_size") if k not in cfg]:
+    if missing := [k for k in ("data", "batch_size") if k not in cfg]:
         raise InputError(f"input: {missing[0]!r} is missing, found {sorted(cfg)}")
     batch_size = _check_batch_size(cfg["batch_size"], mesh, "input.batch_size")
     numbers = {
@@ -564,17 +612,20 @@ def training(
         if not isinstance(value, int | np.integer) or not 0 <= value < limit:
             raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
 
-    source = open_source(cfg["data"])
-    row = _TrainRow(
-        _Preprocess(cfg["pp"], source), eos_token, bool(cfg.get("allow_missing_eos", False))
-    )
+    parts = _parts(cfg)
+    rows = []
+    for i, (source, pp, _) in enumerate(parts):
+        row = _TrainRow(_Preprocess(pp, source), eos_token, bool(cfg.get("allow_missing_eos")))
+        one = grain.MapDataset.source(_WithIndex(source)).seed((int(seed) + _APART * i) % 2**32)
+        rows.append(one.shuffle().repeat().random_map(row))
+    # Every stretch of the mixture holds each set in its share, without chance.
+    rows = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, [w for *_, w in parts])
     sharding = _sharding_of(mesh)
     piece, pieces = _process_share(sharding, batch_size)
-    rows = grain.MapDataset.source(_WithIndex(source)).seed(int(seed)).shuffle().repeat()
     # The stream of rows is cut into pieces of batch_size / pieces; this process makes every
     # pieces-th one. Batches are an index into an endless sequence until here, so starting at a
     # later one costs nothing.
-    batches = rows.random_map(row).batch(batch_size // pieces, drop_remainder=True, batch_fn=_stack)
+    batches = rows.batch(batch_size // pieces, drop_remainder=True, batch_fn=_stack)
     batches = batches[int(start_step) * pieces + piece :: pieces]
     batches = _run_ahead(
         batches,
@@ -584,12 +635,12 @@ def training(
     )
     return TrainingInput(
         batches,
-        num_examples=len(source),
+        num_examples=sum(len(source) for source, *_ in parts),
         batch_size=batch_size,
         start_step=int(start_step),
         sharding=sharding,
         prefetch=int(numbers["prefetch"]),
-        name=f"{source.name} {source.split}",
+        name=" + ".join(f"{source.name} {source.split}" for source, *_ in parts),
     )
 
 

@@ -133,7 +133,7 @@ def train(config, workdir):
     abstract = experiment.abstract_params(config, model)
     trained_names = optim.trained_names(config, list(abstract))
     print(experiment.describe_params(config, abstract, trained_names), flush=True)
-    num_examples = len(input_pipeline.open_source(config.input.data))
+    num_examples = input_pipeline.num_examples(config.input)
     to_steps = functools.partial(
         durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size
     )

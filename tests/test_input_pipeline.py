@@ -542,6 +542,76 @@ def test_config_errors(data, cfg, word):
         _train(data, steps=0, mesh=mesh, **cfg)
 
 
+# --- Mixtures ---
+
+
+def _mix(data, weights, **kw):
+    """Batches of rows 0..22 ("big") and 100..108 ("small") mixed."""
+    sections = {
+        "big": dict(data=data, pp=_make_pp()),
+        "small": dict(data={**data, "split": "validate"}, pp=_make_pp()),
+    }
+    return _train(weights, **sections, **kw)
+
+
+@pytest.mark.parametrize("weights", [(3, 1), (0.85, 0.15), (1, 1), (0.001, 1)])
+def test_each_set_of_a_mixture_has_its_share_of_every_stretch(data, weights):
+    batches = _mix(data, dict(zip(("big", "small"), weights)), steps=30, batch_size=8)
+    is_small = np.concatenate([b["number"] for b in batches]) >= 100
+    share = weights[1] / sum(weights)
+    drawn = np.cumsum(is_small)
+    assert np.abs(drawn - share * np.arange(1, len(drawn) + 1)).max() <= 1
+
+
+def test_sets_of_a_mixture_are_gone_through_whole_and_each_by_its_own_order(data):
+    numbers = np.concatenate(
+        [b["number"] for b in _mix(data, dict(big=1, small=1), steps=90, batch_size=1)]
+    )
+    big, small = numbers[numbers < 100], numbers[numbers >= 100]
+    assert sorted(big[:N_TRAIN]) == list(range(N_TRAIN))
+    assert all(sorted(small[k : k + 9]) == list(range(100, 109)) for k in (0, 9, 18, 27))
+    assert small[:9].tolist() != small[9:18].tolist()
+    same = _train(
+        dict(a=1, b=1), a=dict(data=data), b=dict(data=data), steps=2 * N_TRAIN, batch_size=1
+    )
+    same = [int(b["number"][0]) for b in same]
+    assert same[::2] != same[1::2]
+
+
+def test_mixtures_resume_exactly_and_come_from_the_seed(data):
+    weights = dict(big=2, small=1)
+    whole = _mix(data, weights, steps=9)
+    _assert_equal(_mix(data, weights, steps=4, start_step=5), whole[5:])
+    other = _mix(data, weights, steps=9, seed=8)
+    assert any((a["number"] != b["number"]).any() for a, b in zip(whole, other))
+
+
+def test_an_epoch_of_a_mixture_is_all_its_rows(data):
+    weights, sections = dict(big=2, small=1), dict(big=dict(data=data))
+    sections["small"] = dict(data={**data, "split": "validate"})
+    cfg = dict(data=weights, pp=_make_pp(), **sections)
+    assert input_pipeline.num_examples(cfg) == N_TRAIN + N_VALID
+    # A set of weight 0 isn't even opened.
+    cfg = {**cfg, "data": dict(big=1, small=0), "small": dict(data=dict(name="none"))}
+    assert input_pipeline.num_examples(cfg) == N_TRAIN
+
+
+@pytest.mark.parametrize(
+    "cfg, words",
+    [
+        (dict(data=dict(big=1)), "so input.big=dict.* is expected"),
+        (dict(data=dict(big="1"), big={}), "input.data.big='1': expected a weight"),
+        (dict(data=dict(big=-1), big={}), "expected a weight of 0 or more"),
+        (dict(data=dict(big=0), big=dict(data={})), "expected a weight above 0"),
+        (dict(data=dict(big=1), big=dict(pq="")), "input.big: unknown keys .*'pq'"),
+        (dict(data=dict(big=1), bigg=dict(data={})), "unknown keys.*bigg"),
+    ],
+)
+def test_mixture_errors(cfg, words):
+    with pytest.raises(InputError, match=words):
+        input_pipeline.training({"pp": _make_pp(), "batch_size": 8, **cfg}, seed=0)
+
+
 def test_waiting_is_measured(data):
     def pp(d, rng):
         time.sleep(0.05)
