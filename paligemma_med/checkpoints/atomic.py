@@ -31,8 +31,8 @@ def folder(path, *, replaces=None):
     """In a `with`: an empty folder to fill, which becomes `path`; missing parents are made.
 
     Args:
-      replaces: if `path` exists and has an entry of this name, it is replaced; None replaces
-        nothing. So a folder that holds something else is never lost by a slip of the pen.
+      replaces: names; if `path` exists and has an entry of one of them, it is replaced. None
+        replaces nothing. So a folder that holds something else is never lost by a slip of the pen.
 
     Raises:
       FileExistsError: `path` exists and is not to be replaced.
@@ -59,10 +59,9 @@ def check_new(path, *, replaces=None):
         return
     if replaces is None:
         raise FileExistsError(f"{path} exists; pass overwrite to replace it")
-    if not os.path.isdir(path) or replaces not in os.listdir(path):
-        raise FileExistsError(
-            f"{path} exists and holds no {replaces}; only what this would write is overwritten"
-        )
+    if not os.path.isdir(path) or not {*replaces} & {*os.listdir(path)}:
+        names = " or ".join(replaces)
+        raise FileExistsError(f"{path} exists and holds no {names}, so it is not overwritten")
 
 
 def _move(temporary, path):

@@ -129,7 +129,7 @@ def open_npz(path, subtree: str | None = None) -> dict:
             raise CheckpointError(f"{path} holds no arrays")
         if len(set(keys)) < len(keys):
             twice = sorted({k for k in keys if keys.count(k) > 1})
-            raise CheckpointError(f"{path} holds these keys twice: {_listed(twice)}")
+            raise CheckpointError(f"{path} holds these keys twice: {listed(twice)}")
         prefix = _PREFIX if any(k.startswith(_PREFIX) for k in keys) else ""
         names = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
         if subtree is not None:
@@ -165,7 +165,7 @@ def _select(names: dict, subtree: str, path: str) -> dict:
     if subtree in names:
         raise CheckpointError(f"{path}:{subtree} is a single array: expected a folder of arrays")
     top = sorted({n.split("/")[0] for n in names})
-    raise CheckpointError(f"{path} has no subtree {subtree!r}: found {_listed(top)}")
+    raise CheckpointError(f"{path} has no subtree {subtree!r}: found {listed(top)}")
 
 
 def _open_array(archive, key: str, path: str) -> Lazy:
@@ -446,15 +446,18 @@ def match_params(params: Mapping, expected: Mapping) -> dict:
     for key in have:
         if key not in want:
             problems.append(f"{key}: unexpected, found {tuple(np.shape(have[key]))}")
-    if problems:
-        shown = "\n  ".join(problems[:_MAX_LISTED])
-        rest = len(problems) - _MAX_LISTED
-        more = f"\n  … and {rest} more" if rest > 0 else ""
-        raise CheckpointError(
-            f"the weights don't fit the model: {len(problems)} of {len(want.keys() | have.keys())}"
-            f" keys differ\n  {shown}{more}"
-        )
+    raise_all(problems, "the weights don't fit the model", len(want.keys() | have.keys()))
     return unflatten_tree(matched)
+
+
+def raise_all(problems: list, what: str, total: int) -> None:
+    """One CheckpointError that lists `problems`, one a line; none if there are none."""
+    if not problems:
+        return
+    shown = "\n  ".join(problems[:_MAX_LISTED])
+    rest = len(problems) - _MAX_LISTED
+    more = f"\n  … and {rest} more" if rest > 0 else ""
+    raise CheckpointError(f"{what}: {len(problems)} of {total} keys differ\n  {shown}{more}")
 
 
 def _is_posemb(key: str) -> bool:
@@ -474,7 +477,8 @@ def _first_line(error: Exception) -> str:
     return (str(error) or "no message").splitlines()[0][:200]
 
 
-def _listed(items) -> str:
+def listed(items) -> str:
+    """ "a, b, c and 7 more"."""
     items = [str(i) for i in items]
     more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
     return ", ".join(items[:_MAX_LISTED]) + more
