@@ -68,8 +68,8 @@ def image_pp(res, augment=()):
     return ["decode", *augment, _op("resize", res, antialias=True), _op("value_range", -1, 1)]
 
 
-def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT):
-    """The pp string of a training set of questions and answers.
+def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer"):
+    """The pp string of a training set of questions and answers; `answer` is the key of the latter.
 
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
     the model reads, since it predicts the next token.
@@ -77,7 +77,7 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT):
     return "|".join([
         *image_pp(res, augment),
         _op("strfmt", prompt, outkey="prefix"),
-        _op("copy", inkey="answer", outkey="suffix"),
+        _op("copy", inkey=answer, outkey="suffix"),
         _op("tok", model=tokenizer, key="prefix", bos="yes"),
         _op("tok", model=tokenizer, key="suffix", eos="yes"),
         _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
@@ -90,8 +90,9 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT):
     ])  # fmt: skip
 
 
-def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT):
-    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator.
+def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer"):
+    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator, to which
+    the truth is "answer" whatever its key in the data.
 
     Gives image as above, and text, mask_ar, mask_input int32[text_len].
     """
@@ -105,20 +106,21 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT):
         _op("tolen", text_len, pad_value=0, key="text"),
         _op("tolen", text_len, pad_value=1, key="mask_ar"),
         _op("tolen", text_len, pad_value=0, key="mask_input"),
+        *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
         _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
     ])  # fmt: skip
 
 
 def vqa_eval(
     c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, train_split="train",
-    batch_size=64, **kw,
+    batch_size=64, keep=EVAL_KEYS, answer="answer", **kw,
 ):  # fmt: skip
     """An evals section: exact match on a split of data set `name`, with its controls."""
     return dict(
         type="vqa",
         data=dict(name=name, split=split),
         train_data=dict(name=name, split=train_split),
-        pp_fn=eval_pp(c.res, text_len, c.tokenizer, prompt=prompt),
+        pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens),
         **kw,

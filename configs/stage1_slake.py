@@ -11,25 +11,18 @@ Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma
 lang (en, zh or all), micro (examples at a time) and accum (how many of those make a step).
 """
 
-from configs import common
+from configs import common, common_3b
 
 
 def get_config(arg=None):
     args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16)
     c = common.ml_collections.ConfigDict()
     c.seed = 0
-    c.res = args.res
+    common_3b.model(c, args.res)
+    c.model_init = args.init or None
     # Measured on all of SLAKE, en and zh: prompts take 26 tokens at most, answers 25, both 45.
     c.text_len = 64
-    c.tokenizer = common.GEMMA
-
-    c.model = dict(
-        img=dict(variant="So400m/14"),
-        llm=dict(variant="gemma_2b", vocab_size=common.GEMMA_VOCAB),
-    )
-    c.model_init = args.init or None
-    c.dtype = "bfloat16"
-    c.frozen_dtype = "bfloat16"
+    c.supervised_len = 32  # logits are computed at this many positions
 
     name = f"slake/{args.lang}"
     # PaliGemma is told the language of the answer; with both, each question says its own.
@@ -39,26 +32,16 @@ def get_config(arg=None):
     c.input = dict(
         data=dict(name=name, split="train"),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt),
-        batch_size=args.micro * args.accum,
         num_workers=4,
     )
     c.predict_pp = common.eval_pp(
         c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en")
     )
     c.total_epochs = 5
-    c.grad_accum_steps = args.accum
-    c.supervised_len = 32  # logits are computed at this many positions
-
-    c.optax_name = "scale_by_adam"
-    c.lr = 1e-5
-    c.wd = 0.0
-    c.label_smoothing = 0.0
+    common_3b.recipe(c, args.micro, args.accum, lr=1e-5)
     c.schedule = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 
-    c.mesh = [("data", -1)]
-    c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
     c.log_training_steps = 5
-    c.ckpt_epochs = 1
     c.evals = {}
     c.evals["slake_validate"] = common.vqa_eval(
         c, name, "validate", text_len=48, max_new_tokens=32, prompt=prompt, log_epochs=1

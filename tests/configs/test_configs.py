@@ -10,11 +10,13 @@ import pytest
 
 from configs import common
 from paligemma_med import experiment, optim
+from paligemma_med.models import lora
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 
 FOLDER = pathlib.Path(common.__file__).parent
-NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "common"))
+NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith(("__", "common")))
+STAGE2 = [n for n in NAMES if n.startswith("stage2_")]
 ANSWER = "zygomatic zebra"
 
 
@@ -27,7 +29,8 @@ def row(**kw):
     out = io.BytesIO()
     PIL.Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(out, "PNG")
     texts = dict(question="Is the lung healthy?", answer=ANSWER, question_id="7", image_id="i3",
-                 answer_type="OPEN", content_type="Organ", base_type="vqa")  # fmt: skip
+                 answer_type="OPEN", content_type="Organ", base_type="vqa", answer_letter="C",
+                 **{f"choice_{x}": f"option {x}" for x in "abcd"})  # fmt: skip
     return {"image": out.getvalue(), **texts, **kw}
 
 
@@ -92,6 +95,86 @@ def test_stage1_trains_the_projection_head_alone():
     small = get_config("stage1_slake", "res=224")
     abstract = experiment.abstract_params(small, experiment.make_model(small))
     assert sum(x.size for x in abstract.values()) == 2_923_335_408
+
+
+def shapes_of(c):
+    return experiment.abstract_params(c, experiment.make_model(c))
+
+
+@pytest.mark.parametrize("name", STAGE2)
+def test_stage2_trains_adapters_in_attention_of_both_towers_alone(name):
+    c = get_config(name, "stage1=/runs/stage1")
+    assert c.model_init == "/runs/stage1"
+    abstract = shapes_of(c)
+    names = optim.trained_names(c, list(abstract))
+    assert sum(abstract[n].size for n in names) == 3_833_856
+    assert all(n.endswith(("lora_a", "lora_b")) for n in names)
+    assert {n.split("/")[0] for n in names} == {"img", "llm"}
+    dtypes = experiment.param_dtypes(c, abstract, names)
+    assert {str(d) for n, d in dtypes.items() if n not in names} == {"bfloat16"}
+    assert {str(dtypes[n]) for n in names} == {"float32"}
+    specs = set(experiment.adapted(c, experiment.make_model(c)).values())
+    assert specs == {lora.Spec(rank=8, alpha=32.0, dropout=0.05)}
+    assert c.input.batch_size == 96 and c.grad_accum_steps == 16
+    assert (c.lr, c.wd, c.label_smoothing) == (1e-5, 0, 0)
+    assert c.schedule[0][1] == dict(decay_type="constant")
+
+
+@pytest.mark.parametrize(
+    "arg, count",
+    [
+        ("lora=script", 11_298_816),
+        ("lora=draft,rank=12", 12_966_912),
+        ("lora=figure,rank=12", 21_268_608),
+        ("lora=llm", 1_843_200),
+        ("rank=12", 5_750_784),
+        ("res=224,prompt=bare,norm=token,micro=1,accum=4", 3_833_856),
+    ],
+)
+def test_variants_of_stage2(arg, count):
+    c = get_config("stage2_medpix2", arg)
+    abstract = shapes_of(c)
+    assert sum(abstract[n].size for n in optim.trained_names(c, list(abstract))) == count
+    if "bare" in arg:
+        assert (
+            "'answer {question}'" in c.input.pp
+            and c.evals.medpix2_validate.pp_fn.count("bare") == 0
+        )
+        assert c.res == 224 and c.loss_norm == "token" and c.input.batch_size == 4
+
+
+def test_stage2_without_stage1_is_the_ablation():
+    assert get_config("stage2_rocov2", "init=/w/mix_448.npz").model_init == "/w/mix_448.npz"
+    with pytest.raises(ValueError, match="not both"):
+        get_config("stage2_rocov2", "init=/w/mix_448.npz,stage1=/runs/stage1")
+
+
+@pytest.mark.parametrize("arg", ["lora=qv", "prompt=none", "medpix=1.5"])
+def test_wrong_variants_of_stage2(arg):
+    with pytest.raises(ValueError, match=f"{arg}|{arg.partition('=')[2]!r}.*expected one of"):
+        get_config("stage2_rocov2_medpix2", arg)
+
+
+def test_the_mixture_has_the_share_asked_for():
+    c = get_config("stage2_rocov2_medpix2", "medpix=0.4,data_dir=/d")
+    assert c.input.data.to_dict() == dict(rocov2=0.6, medpix2=0.4)
+    for key in ("rocov2", "medpix2"):
+        assert c.input[key].data.to_dict() == dict(name=f"{key}/qa", split="train", data_dir="/d")
+        assert c.evals[f"{key}_validate"].data.split == "validate"
+
+
+def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
+    tok = get_tokenizer("tiny")
+    for arg, expected in (("", "C"), ("answer=text", ANSWER)):
+        c = get_config("stage2_pmc_vqa", arg)
+        out = pp(c.input.pp)(row())
+        said = tok.to_str(out["text"][out["mask_loss"] > 0].tolist())
+        assert said == expected
+        seen = tok.to_str(out["text"][out["mask_ar"] == 0].tolist())
+        assert "A: option a B: option b C: option c D: option d" in seen
+        assert pp(c.evals.pmc_vqa_validate.pp_fn)(row())["answer"] == expected
+    with pytest.raises(ValueError, match="expected one of"):
+        get_config("stage2_pmc_vqa", "answer=number")
 
 
 # --- Arguments ---
