@@ -1,0 +1,451 @@
+"""LoRA adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors in a folder.
+
+Names of tensors and the config's fields are those of PEFT (peft/tuners/lora/config.py,
+peft/utils/save_and_load.py). What it holds and the model here can't represent is refused, and so
+are keys too many or too few: PEFT itself only warns of them, and then computes something else.
+
+Axis letters: L layers, I inputs and O outputs of a projection (heads flattened), R rank.
+"""
+
+import collections
+import json
+import math
+import os
+import re
+
+import ml_dtypes  # noqa: F401 (numpy knows "bfloat16" once it is imported, and safetensors needs that)
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+
+from paligemma_med.checkpoints import atomic, hf, lazy, npz
+from paligemma_med.checkpoints.adapter import TWIN, Adapter
+from paligemma_med.models import lora
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# What transformers has called the three parts of PaliGemma, by the version that began with it.
+STYLES = {
+    "4.41": dict(
+        vision_tower="vision_tower.vision_model",
+        multi_modal_projector="multi_modal_projector",
+        language_model="language_model.model",
+    ),
+    "4.52": dict(
+        vision_tower="model.vision_tower.vision_model",
+        multi_modal_projector="model.multi_modal_projector",
+        language_model="model.language_model",
+    ),
+    "5": dict(
+        vision_tower="model.vision_tower",
+        multi_modal_projector="model.multi_modal_projector",
+        language_model="model.language_model",
+    ),
+}
+
+_ALL_LINEAR = "all-linear"
+
+# Fields that say nothing about what the adapter computes once it is trained.
+_IDLE = frozenset(
+    """
+    auto_mapping base_model_name_or_path revision inference_mode task_type peft_version
+    runtime_config megatron_config megatron_core ensure_weight_tying qalora_group_size
+    loftq_config eva_config corda_config lora_ga_config
+    """.split()
+)
+# Fields that are read here.
+_READ = frozenset(
+    """
+    peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules
+    exclude_modules bias init_lora_weights
+    """.split()
+)
+# Ways to begin after which the base's weights are no longer what they were.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def load_adapter(folder):
+    """Reads a PEFT adapter of a PaliGemma.
+
+    Names of modules may be those of any version of transformers.
+
+    Args:
+      folder: with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+      Adapter; factors are numpy arrays in the types of the file. Where the file doesn't tell
+      whether the language model has as many key heads as query heads, fewer are supposed;
+      `insert_adapter` puts it right.
+
+    Raises:
+      FileNotFoundError: one of the two files isn't there.
+      CheckpointError: it isn't LoRA, or of a kind that the model can't represent; or keys are
+        missing or unexpected, all of which are listed.
+    """
+    folder = os.path.expanduser(os.fspath(folder))
+    config = _read_config(os.path.join(folder, CONFIG))
+    path = os.path.join(folder, WEIGHTS)
+    if not os.path.isfile(path):
+        hint = ""
+        if os.path.isfile(os.path.join(folder, "adapter_model.bin")):
+            hint = (
+                "; adapter_model.bin beside it is pickled and never loaded: save the adapter anew "
+                "with safe_serialization=True"
+            )
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}")
+    modules = _modules_in(path, _read_tensors(path))
+    _check_complete(path, config, modules)
+    specs, factors = {}, {}
+    for target, layers in _by_target(modules).items():
+        specs[target] = _one_spec(path, config, layers)
+        a = np.stack([np.asarray(pair["A"]).T for _, pair in layers])
+        b = np.stack([np.asarray(pair["B"]).T for _, pair in layers])
+        factors[target] = a, b
+    return _with_one_kernel_for_qkv(Adapter(specs, factors))
+
+
+def _read_config(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: expected a PEFT adapter's folder") from None
+    except ValueError as e:
+        raise npz.CheckpointError(f"{path} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise npz.CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
+
+    def refuse(key, expected):
+        raise npz.CheckpointError(f"{path}: {key} is {config.get(key)!r}; expected {expected}")
+
+    if config.get("peft_type") != "LORA":
+        refuse("peft_type", "'LORA', no other kind is known here")
+    for key, value in config.items():
+        if key not in _IDLE | _READ and value not in (None, False, [], {}, ""):
+            refuse(key, "none: the model here has nothing like it")
+    if config.get("bias", "none") != "none":
+        refuse("bias", "'none': biases aren't trained here")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        refuse(
+            "init_lora_weights",
+            "one that leaves the base as it is; PEFT converts such adapters in save_pretrained("
+            "…, path_initial_model_for_weight_conversion=…)",
+        )
+    if not _is_whole(config.get("r")):
+        refuse("r", "a whole number, 1 or more")
+    for key in ("lora_alpha", "lora_dropout"):
+        if not _is_number(config.get(key, 0)):
+            refuse(key, "a number")
+    for key, check in (("rank_pattern", _is_whole), ("alpha_pattern", _is_number)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(check, pattern.values())):
+            refuse(key, "an object of numbers")
+        for regex in pattern:
+            _check_regex(path, key, regex)
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key)
+        if isinstance(names, str):
+            _check_regex(path, key, names)
+        elif names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            refuse(key, "a list of names or a regex")
+    if not config.get("target_modules"):
+        refuse("target_modules", "a list of names or a regex")
+    return config
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _is_whole(x):
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _check_regex(path, key, regex):
+    try:
+        re.compile(regex)
+    except re.error as e:
+        raise npz.CheckpointError(
+            f"{path}: {key} {regex!r} is not a regular expression: {e}"
+        ) from None
+
+
+def _read_tensors(path):
+    """{key: numpy array} of a safetensors file."""
+    try:
+        with safetensors.safe_open(path, "np") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (f is no mapping)
+    except (safetensors.SafetensorError, OSError, TypeError) as e:
+        raise npz.CheckpointError(
+            f"{path} ({os.path.getsize(path):,} bytes) is not a readable safetensors file; it may "
+            f"be cut short or something else (safetensors says: {e})"
+        ) from e
+
+
+def _modules_in(path, tensors):
+    """{(target, layer or None): dict(name=…, A=…, B=…)} of a file's tensors."""
+    modules, problems = {}, []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        place = _place_of(hf.canonical(match[1])) if match else None
+        if place is None:
+            problems.append(f"{key}: unexpected, nothing that is adapted here has that name")
+            continue
+        module = modules.setdefault(place, dict(name=match[1]))
+        if module["name"] != match[1]:
+            problems.append(f"{key}: unexpected, {module['name']} is the same module")
+        elif len(tensor.shape) != 2:
+            problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
+        module[match[2]] = tensor
+    gaps = [_key(m["name"], f) for m in modules.values() for f in "AB" if f not in m]
+    problems += [f"{key}: missing" for key in gaps]
+    npz.raise_all(problems, path, len(tensors) + len(gaps))
+    if not modules:
+        raise npz.CheckpointError(f"{path} holds no tensors")
+    return modules
+
+
+def _key(module, factor):
+    return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+# Module of each target, without prefix. Of the two sets of targets that q, k, v can be, one.
+_MODULES = {t: hf.module_of(t) for t in lora.TARGETS if "qkv" not in t.param}
+
+
+def _place_of(module):
+    """(target, layer or None) of a canonical name, or None."""
+    for target, name in _MODULES.items():
+        regex = re.escape(name).replace(re.escape("{i}"), r"(0|[1-9]\d{0,3})")
+        if match := re.fullmatch(regex, module):
+            return target, int(match[1]) if match.groups() else None
+    return None
+
+
+def _check_complete(path, config, modules):
+    """Raises CheckpointError unless the modules are those that target_modules names."""
+    problems = [
+        f"{_key(m['name'], f)}: unexpected, target_modules doesn't match it"
+        for m in modules.values()
+        if not _is_targeted(config, m["name"])
+        for f in "AB"
+    ]
+    depth, prefixes = {}, {}
+    for (target, layer), module in modules.items():
+        tower = _MODULES[target].partition(".")[0]
+        depth[tower] = max(depth.get(tower, 0), layer or 0)
+        rest = hf.canonical(module["name"]).removeprefix(tower)
+        prefixes[tower] = module["name"].removesuffix(rest)
+    # A part without any adapter may bear its name in each style that the others allow.
+    styles = [s for s in STYLES.values() if prefixes.items() <= s.items()] or [
+        {**s, **prefixes} for s in STYLES.values()
+    ]
+    for target, module in _MODULES.items():
+        tower, _, rest = module.partition(".")
+        layers = range(depth.get(tower, 0) + 1) if target.stacked else [None]
+        for layer in layers:
+            if (target, layer) in modules:
+                continue
+            names = [f"{s[tower]}.{rest}".replace("{i}", str(layer)) for s in styles]
+            if all(_is_targeted(config, n) for n in names):
+                shown = names[0]
+                if tower not in depth:
+                    shown = f"{styles[0][tower]}.{rest}".replace("{i}", "*")
+                problems += [f"{_key(shown, f)}: missing, target_modules matches it" for f in "AB"]
+    npz.raise_all(problems, path, 2 * len(modules))
+
+
+def _is_targeted(config, name):
+    """Whether PEFT would adapt the module `name` (peft/tuners/tuners_utils.py).
+
+    A string is a regex for the whole name; an entry of a list is the name or its end from a dot on.
+    """
+
+    def among(names):
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        return any(name == n or name.endswith(f".{n}") for n in names or ())
+
+    wanted = config["target_modules"]
+    if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
+        wanted = ".*"
+    return among(wanted) and not among(config.get("exclude_modules"))
+
+
+def _by_target(modules):
+    """{target: [(layer, module), …]} in the order of TARGETS and layers."""
+    out = {t: [] for t in _MODULES}
+    for target, layer in sorted(modules, key=lambda place: place[1] or 0):
+        out[target].append((layer, modules[target, layer]))
+    return {t: layers for t, layers in out.items() if layers}
+
+
+def _one_spec(path, config, layers):
+    """The Spec that all layers of a target have; shapes are checked too."""
+    found = {}
+    for _, module in layers:
+        name = module["name"]
+        rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        a, b = tuple(module["A"].shape), tuple(module["B"].shape)
+        if (a[0], b[1]) != (rank, rank):
+            raise npz.CheckpointError(
+                f"{path}: {name} has A of shape {a} and B of shape {b}, but {CONFIG} gives it rank "
+                f"{rank}"
+            )
+        found.setdefault((rank, alpha, a, b), name)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise npz.CheckpointError(
+            f"{path}: {one} and {other} differ in rank, alpha or shape; layers have to be alike, "
+            "since they are stacked here"
+        )
+    rank, alpha, _, _ = next(iter(found))
+    try:
+        return lora.Spec(
+            rank, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora", False))
+        )
+    except ValueError as e:
+        raise npz.CheckpointError(f"{os.path.join(os.path.dirname(path), CONFIG)}: {e}") from None
+
+
+def _by_pattern(pattern, name, default):
+    """PEFT's rule: of the keys that match the name's end from a dot on, the first counts."""
+    for regex, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({regex})$", name):
+            return value
+    return default
+
+
+def _with_one_kernel_for_qkv(adapter):
+    """q, k, v as parts of one kernel if there are as many key heads as query heads, as far as the
+    factors tell."""
+    query, keys = set(), set()
+    for target, (a, b) in adapter.factors.items():
+        if target.param.endswith("/attn/q_einsum/w"):
+            query.add(b.shape[-1])
+        elif target.param.endswith("/attn/attn_vec_einsum/w"):
+            query.add(a.shape[1])
+        elif target.param.endswith("/attn/kv_einsum/w"):
+            keys.add(b.shape[-1])
+    if not query or query != keys:
+        return adapter
+    return Adapter(
+        {TWIN.get(t, t): s for t, s in adapter.specs.items()},
+        {TWIN.get(t, t): f for t, f in adapter.factors.items()},
+    )
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def save_adapter(
+    folder, adapter, *, base_model=None, dtype=None, key_style="4.52", overwrite=False
+):
+    """Writes an adapter as a PEFT folder, which appears whole or not at all.
+
+    Args:
+      folder: to be made.
+      adapter: Adapter.
+      base_model: name or path of the Hugging Face model it belongs to, for base_model_name_or_path.
+      dtype: floats are cast to it ("float32", "bfloat16", …); None leaves them.
+      key_style: which transformers' names the modules get, a key of STYLES. What loads where, by
+        trial with random adapters on both towers and the projector ("-": PEFT warns of missing
+        keys and goes on without them):
+
+          style   transformers <4.52   4.52 to 5.0    5.8 to 5.23
+          "4.41"  any PEFT             PEFT ≥ 0.16    -
+          "4.52"  -                    any PEFT       PEFT ≥ 0.20
+          "5"     -                    -              any PEFT
+
+      overwrite: replace an older adapter there.
+
+    The config says how the adapter was trained: rank and alpha of most targets, of others in
+    rank_pattern and alpha_pattern. Two things PEFT can't be told per module: of different dropouts
+    the commonest is written, with a warning; where some targets have rslora, alpha is changed for
+    the fewer, so that their scale is what it was.
+
+    Raises:
+      FileExistsError: `folder` is there and is not to be overwritten, or is not an adapter's.
+      CheckpointError: the adapter is empty, or key_style unknown.
+    """
+    folder = os.path.expanduser(os.fspath(folder))
+    if key_style not in STYLES:
+        raise npz.CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(STYLES)}")
+    if not adapter.specs:
+        raise npz.CheckpointError("the adapter adapts nothing: there is nothing to save")
+    dtype = lazy.dtype_of(dtype)
+    config = _make_config(adapter.specs, base_model)
+    tensors = {}
+    for target, (a, b) in adapter.factors.items():
+        tower, _, rest = hf.module_of(target).partition(".")
+        for layer in range(len(a)):
+            module = f"{STYLES[key_style][tower]}.{rest}".replace("{i}", str(layer))
+            for factor, x in (("A", a), ("B", b)):
+                x = np.asarray(x[layer]).T
+                tensors[_key(module, factor)] = np.ascontiguousarray(x, dtype or x.dtype)
+    with atomic.folder(folder, replaces=(CONFIG,) if overwrite else None) as temporary:
+        safetensors.numpy.save_file(
+            tensors, os.path.join(temporary, WEIGHTS), metadata={"format": "pt"}
+        )
+        with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:
+            f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _make_config(specs, base_model):
+    rslora = _commonest([s.rslora for s in specs.values()])
+    dropout = _commonest([s.dropout for s in specs.values()])
+    if others := sorted({s.dropout for s in specs.values()} - {dropout}):
+        logging.warning(
+            "PEFT has one dropout for all modules: %s is written; some of the adapter's have %s.",
+            dropout,
+            others,
+        )
+    ranks = {t: s.rank for t, s in specs.items()}
+    alphas = {t: _alpha(s, rslora) for t, s in specs.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        rank_pattern={_end_of(t): r for t, r in ranks.items() if r != rank},
+        alpha_pattern={_end_of(t): a for t, a in alphas.items() if a != alpha},
+        target_modules=rf"(.*\.)?({'|'.join(map(_end_of, specs))})",
+        bias="none",
+        fan_in_fan_out=False,
+        init_lora_weights=True,
+    )
+
+
+def _commonest(values):
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def _alpha(spec, rslora):
+    """Alpha that gives the spec's scale with or without rslora; a whole number as int."""
+    alpha = spec.alpha
+    if spec.rslora != rslora:
+        alpha = spec.scale * (math.sqrt(spec.rank) if rslora else spec.rank)
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _end_of(target):
+    r"""Regex of the end of the module's name, in every style and for each layer.
+
+    It begins behind a dot in each of them, as older PEFT wants it, and yet tells the towers apart:
+    "encoder" is SigLIP's alone, and "model.layers" is Gemma's.
+    """
+    tower, _, rest = hf.module_of(target).partition(".")
+    rest = re.escape(rest).replace(re.escape("{i}"), r"\d+")
+    return rf"(language_model|model)\.{rest}" if tower == "language_model" else rest
