@@ -381,9 +381,11 @@ def save_adapter(
     if not adapter.specs:
         raise npz.CheckpointError("the adapter adapts nothing: there is nothing to save")
     dtype = lazy.dtype_of(dtype)
-    config = _make_config(adapter.specs, base_model)
+    specs = {t: adapter.specs[t] for t in lora.TARGETS if t in adapter.specs}
+    config = _make_config(specs, base_model)
     tensors = {}
-    for target, (a, b) in adapter.factors.items():
+    for target in specs:
+        a, b = adapter.factors[target]
         tower, _, rest = hf.module_of(target).partition(".")
         for layer in range(len(a)):
             module = f"{STYLES[key_style][tower]}.{rest}".replace("{i}", str(layer))
