@@ -3,6 +3,15 @@
 import os
 from collections.abc import Mapping
 
+from paligemma_med.checkpoints.adapter import (
+    Adapter,
+    apply_adapter,
+    extract_adapter,
+    insert_adapter,
+    merge,
+    remove_adapter,
+    rules_of,
+)
 from paligemma_med.checkpoints.npz import (
     CheckpointError,
     extend_vocab,
@@ -14,15 +23,25 @@ from paligemma_med.checkpoints.npz import (
     stack_layers,
     unstack_layers,
 )
+from paligemma_med.checkpoints.peft import load_adapter, save_adapter
 
 __all__ = [
+    "Adapter",
     "CheckpointError",
+    "apply_adapter",
     "extend_vocab",
+    "extract_adapter",
+    "insert_adapter",
+    "load_adapter",
     "load_init",
     "load_npz",
     "load_params",
     "match_params",
+    "merge",
+    "remove_adapter",
     "resample_posemb",
+    "rules_of",
+    "save_adapter",
     "save_npz",
     "split_spec",
     "stack_layers",
