@@ -195,10 +195,8 @@ def _check_scales(config, model, spec):
 
 def _rules_of_run(spec):
     """config.lora of the workdir `spec`; None if it is no workdir or has none."""
-    folder = os.path.expanduser(spec) if isinstance(spec, str) else ""
-    if not workdir.is_workdir(folder):
-        return None
-    return workdir.read_config(folder).get("lora") or None
+    found = workdir.split_spec(spec) if isinstance(spec, str) else None
+    return found and (workdir.read_config(found[0]).get("lora") or None)
 
 
 def load(config, checkpoint):
@@ -349,7 +347,8 @@ _WHEN = re.compile(r"log_(steps|epochs|examples|percent)|skip_first")
 
 
 def config_to_json(config):
-    """The config as JSON text, in which the paths of weights are absolute: they must be found."""
+    """The config as JSON text. Paths of weights are absolute, and a workdir's has its newest step
+    (`workdir.pin`): they must be found, and remain what they are."""
     plain = json.loads(config.to_json_best_effort())
     init = plain.get("model_init")
     if isinstance(init, dict):
@@ -363,7 +362,8 @@ def config_to_json(config):
 
 def _absolute(spec):
     path, part = npz.split_spec(spec)
-    return os.path.abspath(os.path.expanduser(path)) + (f":{part}" if part else "")
+    path = os.path.abspath(os.path.expanduser(path))
+    return workdir.pin(path) + (f":{part}" if part else "")
 
 
 def config_from_json(plain):

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from paligemma_med import durations, experiment, input_pipeline, losses, optim, sharding
 from paligemma_med.checkpoints import npz
-from paligemma_med.checkpoints.workdir import Checkpoints
+from paligemma_med.checkpoints import workdir as workdirs
 
 
 def make_train_step(config, model, tx, learning_rate):
@@ -123,6 +123,7 @@ def train(config, workdir):
       {evaluator name: its metrics at the end}.
     """
     _check_config(config)
+    _keep_model_init(config, workdir)
     model = experiment.make_model(config)
     tok = experiment.make_tokenizer(config, model)
     mesh = experiment.make_mesh(config)
@@ -152,7 +153,7 @@ def train(config, workdir):
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=opt_shardings(tx, trained, mesh))(trained)
-    checkpoints = Checkpoints(workdir, keep=config.get("keep_ckpt", 1))
+    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 1))
     first_step = checkpoints.latest_step() or 0
     if first_step:
         trained, opt_state = checkpoints.restore(first_step, trained, opt_state)
@@ -215,6 +216,17 @@ def train(config, workdir):
         checkpoints.wait()
         checkpoints.close()
     return results
+
+
+def _keep_model_init(config, workdir):
+    """A run that is resumed goes on from the very step of another run that it started from."""
+    if workdirs.newest_step(workdir) is not None:
+        old = workdirs.read_config(workdir).get("model_init")
+        init = config.get("model_init")
+        if isinstance(old, str) and isinstance(init, str):
+            if old.rpartition("@")[0] == os.path.abspath(os.path.expanduser(init)):
+                with config.unlocked():
+                    config.model_init = old
 
 
 def _is_due(step, total_steps, when, to_steps):

@@ -140,6 +140,29 @@ def test_frozen_a_is_kept_with_the_run(tiny_data, base, tmp_path):
     assert {n for n in npz.flatten_tree(npz.load_npz(os.path.join(folder, "base.npz")))} == {*names}
 
 
+def test_stage2_keeps_the_stage1_it_started_from(tiny_data, base, tmp_path):
+    """Stage 1 goes on afterwards: stage 2 must not become something else without a word."""
+    s1, s2 = str(tmp_path / "s1"), str(tmp_path / "s2")
+    kw = dict(model_init=base, schedule=HEAD, evals={}, lr=1e-2, keep_ckpt=2)
+    train.train(tiny.config(tiny_data, total_steps=1, **kw), s1)
+    train.train(stage2(tiny_data, s1, total_steps=1), s2)
+    assert checkpoints.workdir.read_config(s2)["model_init"] == f"{s1}@1"
+    before, head = flat(s2), flat(s1)["img/head/kernel"]
+    train.train(tiny.config(tiny_data, total_steps=2, **kw), s1)
+    assert not np.array_equal(flat(s1)["img/head/kernel"], head)
+    np.testing.assert_array_equal(flat(f"{s1}@1")["img/head/kernel"], head)
+    for n, x in flat(s2).items():
+        np.testing.assert_array_equal(x, before[n], err_msg=n)
+    # Resumed by the same command, it goes on from there too.
+    train.train(stage2(tiny_data, s1, total_steps=2), s2)
+    np.testing.assert_array_equal(flat(s2)["img/head/kernel"], head)
+    assert checkpoints.workdir.read_config(s2)["model_init"] == f"{s1}@1"
+    # With the old checkpoint gone, it says so.
+    train.train(tiny.config(tiny_data, total_steps=4, **dict(kw, keep_ckpt=1)), s1)
+    with pytest.raises(checkpoints.CheckpointError, match="no checkpoint of step 1 any more, only"):
+        flat(s2)
+
+
 # --- What loading makes of adapters and of config.lora
 
 

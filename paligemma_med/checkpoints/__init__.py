@@ -81,6 +81,11 @@ def load_params(spec) -> dict:
                 f"expected {_FORMS}"
             )
         raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
+    if "@" in spec:
+        from paligemma_med.checkpoints import workdir
+
+        if workdir.split_spec(spec):
+            return workdir.load_params(spec)
     path, subtree = split_spec(spec)
     if path.lower().endswith(".npz"):
         return stack_layers(load_npz(path, subtree))

@@ -14,7 +14,7 @@ import os
 import jax
 import orbax.checkpoint as ocp
 
-from paligemma_med.checkpoints import npz
+from paligemma_med.checkpoints import lazy, npz
 
 
 class Checkpoints:
@@ -106,6 +106,34 @@ def is_workdir(folder):
     )
 
 
+def split_spec(spec):
+    """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it is no workdir."""
+    folder = os.path.expanduser(spec)
+    if is_workdir(folder):
+        return folder, None
+    folder, at, step = folder.rpartition("@")
+    return (folder, int(step)) if at and step.isdigit() and is_workdir(folder) else None
+
+
+def pin(spec):
+    """ "out/stage1" → "out/stage1@120", its newest step; a spec of another kind as it is.
+
+    What starts from a run must go on meaning those weights when the run itself goes on.
+    """
+    found = split_spec(spec)
+    if found is None or found[1] is not None:
+        return spec
+    step = newest_step(found[0])
+    return spec if step is None else f"{spec}@{step}"
+
+
+def newest_step(folder):
+    """Step of the newest complete checkpoint of a workdir, or None."""
+    checkpoints = os.path.join(folder, "checkpoints")
+    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    return max((int(n) for n in names if n.isdigit()), default=None)
+
+
 def read_config(workdir):
     """<workdir>/config.json as a dict."""
     path = os.path.join(workdir, "config.json")
@@ -118,20 +146,30 @@ def read_config(workdir):
         raise npz.CheckpointError(f"{path} is not JSON: {e}.") from None
 
 
-def load_params(workdir):
-    """The newest weights of a run: its base with the trained leaves in place.
+def open_params(spec):
+    """The weights of a run: its base with the trained leaves in place.
+
+    Args:
+      spec: a workdir, for its newest checkpoint, or "workdir@step".
 
     Returns:
-      Nested dict of numpy arrays, {"img": …, "llm": …}; trained leaves float32, the base's as
-      stored.
+      Nested dict, {"img": …, "llm": …}; trained leaves are numpy arrays in float32, the base's as
+      stored, and still in their files (`lazy.Lazy`).
     """
     from paligemma_med import checkpoints  # the base may be of any form
 
+    workdir, step = split_spec(spec)
     config = read_config(workdir)
     with _manager(workdir) as manager:
-        step = manager.latest_step()
-        if step is None:
+        steps = manager.all_steps()
+        if not steps:
             raise npz.CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
+        step = max(steps) if step is None else step
+        if step not in steps:
+            raise npz.CheckpointError(
+                f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: "
+                "has the run gone on since?"
+            )
         target = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype)
             for k, v in manager.item_metadata(step)["trained"].items()
@@ -142,12 +180,19 @@ def load_params(workdir):
     flat = {}
     if config.get("model_init"):
         try:
-            flat = npz.flatten_tree(checkpoints.load_init(config["model_init"]))
+            flat = npz.flatten_tree(
+                getattr(checkpoints, "open_init", checkpoints.load_init)(config["model_init"])
+            )
         except (FileNotFoundError, npz.CheckpointError) as e:
             raise type(e)(
                 f"the weights that {workdir} started from (model_init in its config.json) can't be "
                 f"read: {e}"
             ) from e
     if os.path.exists(own_base):
-        flat |= npz.flatten_tree(npz.load_npz(own_base))
+        flat |= npz.flatten_tree(npz.open_npz(own_base))
     return npz.unflatten_tree({**flat, **trained})
+
+
+def load_params(spec):
+    """`open_params`, all read into numpy arrays."""
+    return lazy.read_all(open_params(spec))
