@@ -597,7 +597,8 @@ def save_hf(
 
     The embedding gets 64 more rows, of which the first is the image's token. They are copies of row
     0 (<pad>), whose logit is therefore theirs too: at a tie argmax takes the lower token, so none
-    of them is ever the greedy answer.
+    of them is ever the greedy answer. (Google's hold noise; zeros would win where all logits are
+    below 0.)
 
     Args:
       folder: where to.

@@ -1,0 +1,139 @@
+"""Weights as a plain Orbax checkpoint, which any JAX program restores, written and read on a host.
+
+Orbax takes a whole tree, and copies it while it writes. A handler for arrays that are still in
+their file lets them pass one at a time.
+"""
+
+import functools
+import os
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from paligemma_med.checkpoints import atomic, lazy, npz
+from paligemma_med.checkpoints.lazy import Lazy
+from paligemma_med.checkpoints.npz import CheckpointError
+
+MARK = "_METADATA"  # a file that every Orbax checkpoint of a tree has
+_CHUNK = 2**28  # bytes that Orbax compresses at once, of which it has several copies meanwhile
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes Lazy leaves as Orbax writes numpy arrays, each read when it is its turn."""
+
+    def __init__(self, dtype=None, progress=None):
+        super().__init__(deepcopy_host_arrays=False)
+        self.dtype, self.progress = dtype, progress
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values)):
+            array = np.asarray(value)
+            if self.dtype is not None and lazy.is_float(array.dtype):
+                array = array.astype(self.dtype, copy=False)
+            for future in await super().serialize([array], [info], [arg]):
+                future.result()
+            del array
+            if self.progress:
+                self.progress(value.nbytes)
+        return []
+
+
+def save_orbax(folder, params, *, dtype=None, overwrite=False, progress=None):
+    """Writes a tree that `ocp.StandardCheckpointer().restore(folder)` gives back.
+
+    Leaves pass through memory one at a time, and the folder appears whole or not at all.
+
+    Args:
+      folder: where to.
+      params: nested mapping of arrays (numpy, jax or `lazy.Lazy`).
+      dtype: floating leaves are cast to this; None keeps each as it is.
+      overwrite: replace an existing checkpoint.
+      progress: called with the number of bytes (of `params`, before the cast) just written.
+
+    Raises:
+      FileExistsError: `folder` exists.
+      CheckpointError: the tree is not one of arrays.
+    """
+    flat = {key: _as_lazy(key, leaf) for key, leaf in npz.flatten_tree(params).items()}
+    tree = npz.unflatten_tree(flat)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Lazy, _OneByOne(lazy.dtype_of(dtype), progress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
+    )
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    with atomic.folder(os.fspath(folder), replaces=(MARK,) if overwrite else None) as new:
+        # Orbax makes its folder itself, by way of another one beside it.
+        inner = os.path.join(os.path.abspath(new), "tree")
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(inner, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        for name in os.listdir(inner):
+            os.rename(os.path.join(inner, name), os.path.join(new, name))
+        os.rmdir(inner)
+
+
+def _as_lazy(key, leaf):
+    if isinstance(leaf, Lazy):
+        return leaf
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    dtype = np.dtype(leaf.dtype)
+    if not lazy.is_float(dtype) and dtype.kind not in "iubc":
+        raise CheckpointError(f"{key}: expected an array of numbers, found dtype {dtype}")
+    return Lazy(leaf.shape, dtype, lambda: np.asarray(leaf))
+
+
+def open_orbax(folder):
+    """Opens an Orbax checkpoint of a dict of arrays: its tree of `lazy.Lazy`, read one by one.
+
+    Read into numpy arrays, whatever devices and sharding wrote it.
+
+    Returns:
+      The tree below "params" if there is that key, else all of it; dtypes as stored.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      CheckpointError: it is no Orbax checkpoint of arrays, or a leaf is damaged (when it is read).
+    """
+    folder = os.path.abspath(os.fspath(folder))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no checkpoint {folder}")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata.tree
+    except Exception as e:  # Orbax and TensorStore have no errors of their own
+        raise _unreadable(folder, e) from e
+    flat = {}
+    for key, leaf in npz.flatten_tree(tree).items():
+        if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
+            raise CheckpointError(f"{folder}: {key} is not an array")
+        flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key))
+    if any(key.startswith("params/") for key in flat):
+        flat = {k[len("params/") :]: v for k, v in flat.items() if k.startswith("params/")}
+    return npz.unflatten_tree(flat)
+
+
+def _read(folder, key):
+    def only(value):
+        return npz.unflatten_tree({key: value})
+
+    args = ocp.args.PyTreeRestore(
+        item=only(0),
+        restore_args=only(ocp.RestoreArgs(restore_type=np.ndarray)),
+        partial_restore=True,
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            out = checkpointer.restore(folder, args=args)
+    except Exception as e:
+        raise _unreadable(f"{folder}: {key}", e) from e
+    return npz.flatten_tree(out)[key]
+
+
+def _unreadable(what, error):
+    first = (str(error) or "no message").splitlines()[0][:200]
+    return CheckpointError(
+        f"{what} is not a readable Orbax checkpoint; it may be damaged or something else (Orbax "
+        f"says: {type(error).__name__}: {first})"
+    )
