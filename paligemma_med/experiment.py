@@ -134,10 +134,7 @@ def initial_params(config, model, mesh, *, dtypes=None):
             _check_scales(config, model, config.model_init)
     if config.get("adapter_init"):
         if any(map(lora.is_factor, host)):
-            raise checkpoints.CheckpointError(
-                f"config.model_init {config.model_init} has adapters of its own, and "
-                f"config.adapter_init names {config.adapter_init}: give one of them."
-            )
+            raise _two_adapters(config)
         adapter = load_host_adapter(config, model)
     random = [n for n in abstract if n not in host and n not in adapter]
     beside = {*random, *adapter}
@@ -145,6 +142,13 @@ def initial_params(config, model, mesh, *, dtypes=None):
     if random:
         params |= _random_params(config, model, random, dtypes, shardings)
     return {n: params[n] for n in abstract}, beside
+
+
+def _two_adapters(config):
+    return checkpoints.CheckpointError(
+        f"{config.model_init} has adapters of its own, and config.adapter_init names "
+        f"{config.adapter_init}: give one of them."
+    )
 
 
 def _random_params(config, model, names, dtypes, shardings):
@@ -195,8 +199,13 @@ def _check_scales(config, model, spec):
 
 def _rules_of_run(spec):
     """config.lora of the workdir `spec`; None if it is no workdir or has none."""
+    return _config_of_run(spec).get("lora") or None
+
+
+def _config_of_run(spec):
+    """config.json of the workdir `spec` as a dict; empty if it is no workdir."""
     found = workdir.split_spec(spec) if isinstance(spec, str) else None
-    return found and (workdir.read_config(found[0]).get("lora") or None)
+    return workdir.read_config(found[0]) if found else {}
 
 
 def load(config, checkpoint):
@@ -222,6 +231,9 @@ def load(config, checkpoint):
     abstract = abstract_params(config, model)
     host = load_host_params(checkpoint, abstract)
     if any(map(lora.is_factor, host)):
+        adapter, its_start = config.get("adapter_init"), _config_of_run(checkpoint)
+        if adapter and its_start.get("adapter_init") != _absolute(adapter):
+            raise _two_adapters(config)
         _check_scales(config, model, checkpoint)
     elif config.get("adapter_init"):
         host |= load_host_adapter(config, model)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from paligemma_med import checkpoints, evaluate, experiment, train
@@ -204,3 +207,80 @@ def test_adapters_of_the_weights_are_not_dropped_silently(finished):
 def test_rules_that_match_nothing_are_refused_at_once():
     with pytest.raises(ValueError, match="'img/haed/kernel' matches nothing that can be adapted"):
         experiment.make_model(tiny.config(lora=[("img/haed/kernel", dict(rank=2))]))
+
+
+# --- adapter_init: from a PEFT folder
+
+
+@pytest.fixture(scope="module")
+def peft_folder(finished, tmp_path_factory):
+    """The adapter of stage 2 as a PEFT folder."""
+    folder = str(tmp_path_factory.mktemp("peft") / "adapter")
+    checkpoints.save_adapter(
+        folder, checkpoints.extract_adapter(RULES, checkpoints.load_params(finished[0]))
+    )
+    return folder
+
+
+def test_training_starts_from_an_adapter_and_takes_its_rules(
+    tiny_data, stage1, finished, peft_folder, tmp_path
+):
+    folder = str(tmp_path / "w")
+    c = stage2(tiny_data, stage1, lora=None, adapter_init=peft_folder, total_steps=1, lr=0.0)
+    train.train(c, folder)
+    before = flat(finished[0])
+    for n, x in flat(folder).items():
+        np.testing.assert_array_equal(x, before[n], err_msg=n)
+    written = checkpoints.workdir.read_config(folder)
+    assert written["adapter_init"] == peft_folder
+    found = experiment.config_from_json(written)
+    specs = experiment.adapted(found, experiment.make_model(found))
+    assert {(s.rank, s.scale) for s in specs.values()} == {(2, 2.0)}
+    experiment.load(found, folder)  # whose adapter began as adapter_init, and is its own since
+
+
+def test_evaluating_base_and_adapter_equals_evaluating_the_run(
+    tiny_data, stage1, finished, peft_folder, tmp_path
+):
+    c = tiny.config(tiny_data, adapter_init=peft_folder)
+    assert evaluate.evaluate(c, stage1, str(tmp_path)) == finished[1]
+
+
+@pytest.mark.parametrize(
+    "rules", [[(RULES[0][0], dict(rank=2, alpha=8))], [("llm/.*", dict(rank=2, alpha=4))]]
+)
+def test_an_adapter_that_differs_from_the_rules_is_refused(stage1, peft_folder, rules):
+    c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
+    with pytest.raises(checkpoints.CheckpointError, match="differs from config.lora at"):
+        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+
+
+def test_dropout_of_an_adapter_may_differ_from_the_rules(stage1, peft_folder):
+    rules = [(RULES[0][0], dict(RULES[0][1], dropout=0.3))]
+    c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
+    experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+
+
+def test_two_adapters_at_once_are_refused(finished, peft_folder):
+    c = tiny.config(model_init=finished[0], lora=RULES, adapter_init=peft_folder)
+    with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
+        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
+        experiment.load(c, finished[0])
+
+
+def test_command_line_puts_an_adapter_on_weights(stage1, finished, peft_folder, tiny_data):
+    """predict --checkpoint --adapter answers as predict --workdir does."""
+    image = os.path.join(str(tiny_data), "..", "x.png")
+    PIL.Image.new("RGB", (40, 40), (9, 99, 200)).save(image)
+    ask = [f"--image={image}", "--question=Is this a CT?"]
+    outs = []
+    for weights in (
+        [f"--workdir={finished[0]}"],
+        [f"--workdir={stage1}", f"--adapter={peft_folder}"],
+    ):
+        command = [sys.executable, "-m", "paligemma_med.predict", *weights, *ask]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outs.append(done.stdout)
+    assert outs[0] == outs[1] and "log-probability" in outs[0]
