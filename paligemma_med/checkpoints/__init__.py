@@ -1,8 +1,9 @@
-"""Where weights come from and go to. `load_params` takes any of the forms and gives one tree."""
+"""Where weights come from and go to. `open_params` takes any of the forms and gives one tree."""
 
 import os
 from collections.abc import Mapping
 
+from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.adapter import (
     Adapter,
     apply_adapter,
@@ -12,11 +13,14 @@ from paligemma_med.checkpoints.adapter import (
     remove_adapter,
     rules_of,
 )
+from paligemma_med.checkpoints.hf import model_config, open_hf, save_hf
+from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import (
     CheckpointError,
     extend_vocab,
     load_npz,
     match_params,
+    open_npz,
     resample_posemb,
     save_npz,
     split_spec,
@@ -28,20 +32,28 @@ from paligemma_med.checkpoints.peft import load_adapter, save_adapter
 __all__ = [
     "Adapter",
     "CheckpointError",
+    "Lazy",
     "apply_adapter",
     "extend_vocab",
     "extract_adapter",
     "insert_adapter",
+    "kind_of",
     "load_adapter",
     "load_init",
     "load_npz",
     "load_params",
     "match_params",
     "merge",
+    "model_config",
+    "open_hf",
+    "open_init",
+    "open_npz",
+    "open_params",
     "remove_adapter",
     "resample_posemb",
     "rules_of",
     "save_adapter",
+    "save_hf",
     "save_npz",
     "split_spec",
     "stack_layers",
@@ -49,55 +61,96 @@ __all__ = [
 ]
 
 _FORMS = (
-    "a big_vision file 'x.npz', a part of one 'x.npz:img', or a workdir of this project (a folder "
-    "with config.json and checkpoints/)"
+    "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face PaliGemma directory, "
+    "an Orbax checkpoint, or a workdir of this project (or one 'workdir@step' of its checkpoints)"
 )
 
 
-def load_params(spec) -> dict:
-    """Reads weights into a nested dict of numpy arrays named as big_vision names them.
+def kind_of(spec) -> str:
+    """Which form of weights `spec` names: "npz", "hf", "orbax" or "workdir".
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      CheckpointError: it is none of them.
+    """
+    spec = os.path.expanduser(os.fspath(spec))
+    if os.path.isdir(spec):
+        entries = set(os.listdir(spec))
+        if {"config.json", "checkpoints"} <= entries:
+            return "workdir"
+        if "adapter_config.json" in entries:
+            raise CheckpointError(
+                f"{spec} holds a PEFT adapter, not weights of a model: name it where adapters are "
+                "taken (config.adapter_init, --adapter)"
+            )
+        if any(e.endswith((".safetensors", ".safetensors.index.json")) for e in entries):
+            return "hf"
+        if "_METADATA" in entries:
+            return "orbax"
+        if any(e.endswith((".bin", ".pt", ".pth")) for e in entries):
+            raise CheckpointError(
+                f"{spec} holds PyTorch pickles, which are never read: save it with "
+                "safe_serialization=True"
+            )
+        raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
+    if "@" in spec:
+        from paligemma_med.checkpoints import workdir  # needs Orbax, which is slow to import
+
+        if workdir.split_spec(spec):
+            return "workdir"
+    path, _ = split_spec(spec)
+    if path.lower().endswith(".npz"):
+        return "npz"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
+    raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
+
+
+def open_params(spec) -> dict:
+    """Opens weights of any form: a nested dict whose leaves are named as big_vision names them.
 
     Args:
-      spec: "x.npz", "x.npz:img" or a workdir.
+      spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
+        or "workdir@step".
 
     Returns:
       {"img": …, "llm": …} (or the subtree asked for), layers stacked on a leading axis; dtypes as
-      stored. Fit it to a model with `match_params`.
+      stored. Leaves are `Lazy`, which np.asarray reads, or already arrays. Fit it to a model with
+      `match_params`, which reads none.
 
     Raises:
       FileNotFoundError: nothing is there.
       CheckpointError: it is none of the accepted forms, or is damaged.
     """
     spec = os.path.expanduser(os.fspath(spec))
-    if os.path.isdir(spec):
-        entries = set(os.listdir(spec))
-        if {"config.json", "checkpoints"} <= entries:
-            from paligemma_med.checkpoints import workdir  # needs Orbax, which is slow to import
+    kind = kind_of(spec)
+    if kind == "npz":
+        return stack_layers(open_npz(spec))
+    if kind == "hf":
+        return open_hf(spec)
+    if kind == "orbax":
+        from paligemma_med.checkpoints import orbax
 
-            return workdir.load_params(spec)
-        if any(e.endswith((".safetensors", ".safetensors.index.json")) for e in entries):
-            raise CheckpointError(
-                f"{spec} looks like a Hugging Face directory, which is not supported yet: "
-                f"expected {_FORMS}"
-            )
-        raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
-    if "@" in spec:
-        from paligemma_med.checkpoints import workdir
+        return stack_layers(orbax.open_orbax(spec))
+    from paligemma_med.checkpoints import workdir
 
-        if workdir.split_spec(spec):
-            return workdir.load_params(spec)
-    path, subtree = split_spec(spec)
-    if path.lower().endswith(".npz"):
-        return stack_layers(load_npz(path, subtree))
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
-    raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
+    return workdir.open_params(spec)
+
+
+def load_params(spec) -> dict:
+    """`open_params`, all read into numpy arrays."""
+    return lazy.read_all(open_params(spec))
+
+
+def open_init(spec) -> dict:
+    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec."""
+    if not isinstance(spec, Mapping):
+        return open_params(spec)
+    if set(spec) != {"img", "llm"}:
+        raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or img and llm")
+    return {part: open_params(path) for part, path in spec.items()}
 
 
 def load_init(spec) -> dict:
-    """`config.model_init`: one spec for `load_params`, or a mapping img=spec, llm=spec."""
-    if not isinstance(spec, Mapping):
-        return load_params(spec)
-    if set(spec) != {"img", "llm"}:
-        raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or img and llm")
-    return {part: load_params(path) for part, path in spec.items()}
+    """`open_init`, all read into numpy arrays."""
+    return lazy.read_all(open_init(spec))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, npz
+from paligemma_med.checkpoints import CheckpointError, Lazy, lazy, npz
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -455,10 +455,11 @@ def test_load_params_hands_a_workdir_on(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     name = "paligemma_med.checkpoints.workdir"
     module = types.ModuleType(name)
-    module.load_params = lambda path: ("read", path)
+    module.open_params = lambda path: {path: np.ones(1)}
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(checkpoints, "workdir", module, raising=False)
-    assert checkpoints.load_params(tmp_path) == ("read", str(tmp_path))
+    assert checkpoints.kind_of(tmp_path) == "workdir"
+    assert checkpoints.load_params(tmp_path).keys() == {str(tmp_path)}
 
 
 def test_load_params_says_what_it_accepts(tmp_path):
@@ -470,10 +471,143 @@ def test_load_params_says_what_it_accepts(tmp_path):
     fails(tmp_path, "folder without weights")
     fails(tmp_path / "nothing", "no weights at", FileNotFoundError)
     fails(write(tmp_path / "w.bin", b"x"), "not a form of weights known")
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    (hub / "config.json").write_text("{}")
-    (hub / "model.safetensors").write_bytes(b"")
-    fails(hub, "Hugging Face directory, which is not supported yet")
+    for name, says in (
+        ("adapter_config.json", "holds a PEFT adapter"),
+        ("pytorch_model.bin", "PyTorch pickles, which are never read"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=says):
+            checkpoints.load_params(tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match="w.npz"):
         checkpoints.load_params(tmp_path / "w.npz")
+
+
+def test_open_init_takes_its_parts_from_different_files(tmp_path):
+    npz.save_npz(tmp_path / "a.npz", tree(1))
+    npz.save_npz(tmp_path / "b.npz", tree(2))
+    spec = dict(img=f"{tmp_path}/a.npz:img", llm=f"{tmp_path}/b.npz:llm")
+    want = dict(img=tree(1)["img"], llm=tree(2)["llm"])
+    opened = checkpoints.open_init(spec)
+    assert all(isinstance(x, Lazy) for x in npz.flatten_tree(opened).values())
+    assert_same(lazy.read_all(opened), want)
+    assert_same(checkpoints.load_init(spec), want)
+    with pytest.raises(ValueError, match="expected a path, or img and llm"):
+        checkpoints.open_init(dict(img="a.npz"))
+
+
+# --- leaves that stay in the file --------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from(["<f4", ">f4", "<f8", "<f2", "<i4", "|u1", "|b1", "bfloat16"]),
+    st.booleans(),
+)
+def test_shape_and_dtype_are_known_before_reading(tmp_path_factory, shape, dtype, fortran):
+    path = tmp_path_factory.mktemp("any") / "w.npz"
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    array = array.astype(BF16 if dtype == "bfloat16" else dtype)
+    np.savez(path, a=np.asfortranarray(array) if fortran else array)
+    leaf = npz.open_npz(path)["a"]
+    back = np.asarray(leaf)
+    assert isinstance(leaf, Lazy) and back.dtype.isnative
+    assert (leaf.shape, leaf.dtype, leaf.nbytes) == (back.shape, back.dtype, back.nbytes)
+    np.testing.assert_array_equal(back, array)
+
+
+def unreadable(tree):
+    """The tree with leaves that know their shape and can't be read."""
+
+    def fail():
+        raise AssertionError("read")
+
+    return {
+        key: unreadable(x) if isinstance(x, dict) else Lazy(x.shape, x.dtype, fail)
+        for key, x in tree.items()
+    }
+
+
+def test_fitting_to_a_model_reads_nothing():
+    params = tree()
+    params["img"]["pos_embedding"] = np.ones((1, 25, 6), np.float32)
+    unrolled = npz.unstack_layers(unreadable(params))
+    fitted = npz.match_params(unrolled, tree())
+    assert all(isinstance(x, Lazy) for x in npz.flatten_tree(fitted).values())
+    shapes = {k: x.shape for k, x in npz.flatten_tree(fitted).items()}
+    assert shapes == {k: x.shape for k, x in npz.flatten_tree(tree()).items()}
+    table = npz.extend_vocab(unreadable(params)["llm"]["embedder"]["input_embedding"], 20)
+    assert table.shape == (20, 4)
+    with pytest.raises(CheckpointError, match="can't shrink"):
+        npz.extend_vocab(unreadable(params)["llm"]["embedder"]["input_embedding"], 3)
+
+
+def test_lazy_and_eager_agree(tmp_path):
+    params = tree()
+    npz.save_npz(tmp_path / "w.npz", npz.unstack_layers(params))
+    opened = npz.open_npz(tmp_path / "w.npz")
+    expected = tree()
+    expected["img"]["pos_embedding"] = np.ones((1, 25, 6))
+    ours = npz.match_params(opened, expected)
+    assert_same(lazy.read_all(ours), npz.match_params(params, expected))
+    table = opened["llm"]["embedder"]["input_embedding"]
+    np.testing.assert_array_equal(
+        npz.extend_vocab(table, 20), npz.extend_vocab(np.asarray(table), 20)
+    )
+    assert_same(
+        lazy.read_all(npz.unstack_layers(npz.stack_layers(opened))),
+        npz.load_npz(tmp_path / "w.npz"),
+    )
+
+
+def test_saving_lazy_leaves_gives_equal_bytes_and_reads_one_at_a_time(tmp_path):
+    params = tree()
+    npz.save_npz(tmp_path / "a.npz", params)
+    reading, done = [], []
+
+    def watched(key, x):
+        def read():
+            reading.append(key)
+            return np.asfortranarray(x)
+
+        return Lazy(x.shape, x.dtype, read)
+
+    flat = {k: watched(k, x) for k, x in npz.flatten_tree(params).items()}
+    npz.save_npz(tmp_path / "b.npz", npz.unflatten_tree(flat), progress=done.append)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert reading == sorted(flat)
+    assert sum(done) == sum(x.nbytes for x in flat.values())
+
+
+def test_large_leaves_are_cast_and_written_in_pieces(tmp_path, monkeypatch):
+    params = {"a": np.random.default_rng(0).normal(size=(33, 7)).astype(np.float32)}
+    npz.save_npz(tmp_path / "a.npz", params, dtype="bfloat16")
+    monkeypatch.setattr(npz, "_PIECE", 20)
+    done = []
+    npz.save_npz(tmp_path / "b.npz", params, dtype="bfloat16", progress=done.append)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert len(done) == 47 and sum(done) == params["a"].nbytes
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    npz.save_npz(tmp_path / "w.npz", tree(1))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    for name in ("new", "w"):
+        with pytest.raises(KeyboardInterrupt):
+            npz.save_npz(tmp_path / f"{name}.npz", tree(2), progress=interrupt)
+    assert os.listdir(tmp_path) == ["w.npz"]
+    assert_same(npz.load_npz(tmp_path / "w.npz"), tree(1))
+
+
+def test_a_file_that_changes_while_in_use_is_an_error(tmp_path):
+    npz.save_npz(tmp_path / "w.npz", {"a": np.ones((2, 3)), "b": np.ones(2)})
+    opened = npz.open_npz(tmp_path / "w.npz")
+    npz.save_npz(tmp_path / "w.npz", {"a": np.ones((3, 2))})
+    with pytest.raises(CheckpointError, match="'params/a' changed while"):
+        np.asarray(opened["a"])
+    with pytest.raises(CheckpointError, match="'params/b' can't be read"):
+        np.asarray(opened["b"])
