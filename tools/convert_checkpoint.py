@@ -1,0 +1,138 @@
+"""Converts weights of any form read here into big_vision's, Hugging Face's, PEFT's or Orbax's.
+
+    python -m tools.convert_checkpoint pt_224.npz out/paligemma --to=hf --dtype=bfloat16
+    python -m tools.convert_checkpoint out/stage2 out/adapter --to=peft
+    python -m tools.convert_checkpoint out/stage2 out/merged --to=hf --merge
+
+The source is an npz file, a Hugging Face or Orbax folder, or a workdir. Weights go from file to
+file one parameter at a time, and what is written appears whole or not at all.
+"""
+
+import os
+
+import jax
+import tqdm
+from absl import app, flags
+
+from paligemma_med import checkpoints
+from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft
+from paligemma_med.experiment import command
+from paligemma_med.models import lora
+
+FORMS = ("npz", "hf", "peft", "orbax")
+
+
+def convert(
+    src, dst, to, *, dtype=None, merge=False, adapter_dir=None, part=None, overwrite=False,
+    base_model=None, key_style="4.52",
+):  # fmt: skip
+    """Reads weights and writes them in another form.
+
+    Args:
+      src: anything `checkpoints.open_params` takes.
+      dst: file or folder to write.
+      to: one of FORMS; "peft" writes the adapters alone.
+      dtype: what floats are cast to; None keeps each as it is.
+      merge: put adapters into the weights that they adapt.
+      adapter_dir: a PEFT adapter that is put beside the weights of `src` first.
+      part: "img" or "llm", to write that part alone.
+      overwrite: replace what is at `dst`, if it is of the same form.
+      base_model: of a PEFT adapter, the name of the Hugging Face model that it belongs to.
+      key_style: of a PEFT adapter, as in `peft.save_adapter`.
+
+    Raises:
+      FileNotFoundError, FileExistsError, CheckpointError: one sentence about what is wrong.
+    """
+    if to == "peft" and merge:
+        raise CheckpointError("merged weights have no adapters left: give --merge or --to=peft")
+    if part and to not in ("npz", "orbax"):
+        raise CheckpointError(f"--to={to} writes whole models: --part is for npz and orbax")
+    if not overwrite and os.path.lexists(dst):
+        raise FileExistsError(f"{dst} exists; pass --overwrite to replace it")
+    params = checkpoints.open_params(src)
+    model, rules = _model_of(src)
+    specs = {}
+    if adapter_dir:
+        params, specs = adapter.insert_adapter(params, peft.load_adapter(adapter_dir))
+    elif merge or to == "peft":
+        specs = _specs_of(src, params, rules)
+    if to == "peft":
+        rules = adapter.rules_of(adapter.Adapter(specs, {}))
+        peft.save_adapter(
+            dst, adapter.extract_adapter(rules, params), base_model=base_model, dtype=dtype,
+            key_style=key_style, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    if merge:
+        params = adapter.merge(params, specs)
+    if part:
+        if part not in params:
+            raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
+        params = {part: params[part]}
+    total = sum(leaf.nbytes for leaf in npz.flatten_tree(params).values())
+    # Without a terminal there is no bar, whose every state would be a line of the log.
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"--to={to}", disable=None) as bar:
+        kw = dict(dtype=dtype, progress=bar.update)
+        if to == "npz":
+            npz.save_npz(dst, params, **kw)
+        elif to == "hf":
+            hf.save_hf(dst, params, img=model[0], llm=model[1], overwrite=overwrite, **kw)
+        else:
+            from paligemma_med.checkpoints import orbax  # slow to import
+
+            orbax.save_orbax(dst, params, overwrite=overwrite, **kw)
+
+
+def _model_of(src):
+    """((img, llm), config.lora) as far as the source records them: None is unknown."""
+    kind = checkpoints.kind_of(src)
+    if kind == "hf":
+        return hf.model_config(os.path.expanduser(src)), None
+    if kind == "workdir":
+        from paligemma_med.checkpoints import workdir
+
+        config = workdir.read_config(workdir.split_spec(src)[0])
+        model = config.get("model") or {}
+        return (model.get("img") or {}, model.get("llm") or {}), config.get("lora")
+    return (None, None), None
+
+
+def _specs_of(src, params, rules):
+    """{Target: Spec} of the adapters in `params`."""
+    if not any(map(lora.is_factor, npz.flatten_tree(params))):
+        raise CheckpointError(f"{src} has no adapters: name one with --adapter")
+    if not rules:
+        raise CheckpointError(
+            f"{src} has adapters, but doesn't record by what they are scaled: convert the workdir "
+            "of the run that trained them"
+        )
+    return adapter.resolve(rules, params)
+
+
+@command
+def main(argv):
+    if len(argv) != 3:
+        raise app.UsageError(f"Give SRC and DST; found {argv[1:]}.")
+    jax.config.update("jax_platforms", "cpu")  # nothing here is for an accelerator
+    v = flags.FLAGS
+    convert(
+        argv[1], os.path.expanduser(argv[2]), v.to, dtype=v.dtype, merge=v.merge,
+        adapter_dir=v.adapter, part=v.part, overwrite=v.overwrite, base_model=v.base_model,
+        key_style=v.key_style,
+    )  # fmt: skip
+    print(f"Wrote {argv[2]}.")
+
+
+if __name__ == "__main__":
+    types = ("bfloat16", "float16", "float32")
+    flags.DEFINE_enum("to", None, FORMS, "Form to write; peft: the adapters alone.", required=True)
+    flags.DEFINE_enum("dtype", None, types, "Type of the weights written; default: as they are.")
+    flags.DEFINE_bool("merge", False, "Put adapters into the weights they adapt.")
+    flags.DEFINE_string("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
+    flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it is of the same form.")
+    flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model beneath.")
+    flags.DEFINE_enum(
+        "key_style", "4.52", tuple(peft.STYLES), "--to=peft: transformers that names are from."
+    )
+    app.run(main)
