@@ -46,6 +46,7 @@ STYLES = {
 }
 
 _ALL_LINEAR = "all-linear"
+_ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern are meant
 
 # Fields that say nothing about what the adapter computes once it is trained.
 _IDLE = frozenset(
@@ -113,9 +114,9 @@ def _read_config(path):
     try:
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing: expected a PEFT adapter's folder") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise npz.CheckpointError(f"{path} is not JSON: {e}") from None
     if not isinstance(config, dict):
         raise npz.CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
@@ -147,7 +148,7 @@ def _read_config(path):
         if not isinstance(pattern, dict) or not all(map(check, pattern.values())):
             refuse(key, "an object of numbers")
         for regex in pattern:
-            _check_regex(path, key, regex)
+            _check_regex(path, key, _ENDS_IN.format(regex))
     for key in ("target_modules", "exclude_modules"):
         names = config.get(key)
         if isinstance(names, str):
@@ -202,6 +203,8 @@ def _modules_in(path, tensors):
             problems.append(f"{key}: unexpected, {module['name']} is the same module")
         elif len(tensor.shape) != 2:
             problems.append(f"{key}: expected a matrix, found shape {tuple(tensor.shape)}")
+        elif not lazy.is_float(tensor.dtype):
+            problems.append(f"{key}: expected floats, found {tensor.dtype}")
         module[match[2]] = tensor
     gaps = [_key(m["name"], f) for m in modules.values() for f in "AB" if f not in m]
     problems += [f"{key}: missing" for key in gaps]
@@ -318,7 +321,7 @@ def _one_spec(path, config, layers):
 def _by_pattern(pattern, name, default):
     """PEFT's rule: of the keys that match the name's end from a dot on, the first counts."""
     for regex, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({regex})$", name):
+        if re.match(_ENDS_IN.format(regex), name):
             return value
     return default
 
@@ -355,14 +358,15 @@ def save_adapter(
       adapter: Adapter.
       base_model: name or path of the Hugging Face model it belongs to, for base_model_name_or_path.
       dtype: floats are cast to it ("float32", "bfloat16", …); None leaves them.
-      key_style: which transformers' names the modules get, a key of STYLES. What loads where, by
-        trial with random adapters on both towers and the projector ("-": PEFT warns of missing
-        keys and goes on without them):
+      key_style: which transformers' names the modules get, a key of STYLES. What
+        `PeftModel.from_pretrained` makes of them, tried with random adapters everywhere in both
+        towers, transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns of missing keys and
+        goes on without them):
 
-          style   transformers <4.52   4.52 to 5.0    5.8 to 5.23
-          "4.41"  any PEFT             PEFT ≥ 0.16    -
-          "4.52"  -                    any PEFT       PEFT ≥ 0.20
-          "5"     -                    -              any PEFT
+          style   transformers < 4.52   4.52 to 5.0   5.8 and later
+          "4.41"  any PEFT              PEFT >= 0.16  PEFT >= 0.20, but not the projector
+          "4.52"  -                     any PEFT      PEFT >= 0.20
+          "5"     -                     -             any PEFT
 
       overwrite: replace an older adapter there.
 
@@ -378,8 +382,11 @@ def save_adapter(
     folder = os.path.expanduser(os.fspath(folder))
     if key_style not in STYLES:
         raise npz.CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(STYLES)}")
-    if not adapter.specs:
-        raise npz.CheckpointError("the adapter adapts nothing: there is nothing to save")
+    if not adapter.specs or set(adapter.specs) != set(adapter.factors):
+        raise npz.CheckpointError(
+            f"the adapter has {len(adapter.specs)} specs and {len(adapter.factors)} pairs of "
+            "factors; expected one or more of both, of the same targets"
+        )
     dtype = lazy.dtype_of(dtype)
     specs = {t: adapter.specs[t] for t in lora.TARGETS if t in adapter.specs}
     config = _make_config(specs, base_model)

@@ -34,7 +34,7 @@ CONFIGS = {
     "regex": dict(target_modules=r".*language_model.*\.(k_proj|down_proj)", r=4),
     "patterns": dict(
         target_modules=LINEAR, r=2, lora_alpha=4,
-        rank_pattern={r"encoder\.layers\.\d+\.self_attn\.q_proj": 5, "v_proj": 1},
+        rank_pattern={r"encoder\.layers\.\d+\.self_attn\.q_proj": 5, "q_proj": 3, "v_proj": 1},
         alpha_pattern={"self_attn.v_proj": 3, "q_proj": 10, "multi_modal_projector.linear": 0.5},
     ),
     "rslora": dict(target_modules=LINEAR, r=4, lora_alpha=3, use_rslora=True),
@@ -142,6 +142,7 @@ def test_an_adapter_of_theirs_gives_its_logits_here(name, config, tmp_path):
         ("gemma2", adapters.ALL, "4.52"),
         ("mqa", [("img/.*query/kernel", dict(rank=3, alpha=9, rslora=True))], "4.52"),
         ("mqa", [("llm/.*", dict(rank=3, alpha=2, rslora=True, dropout=0.3))], "5"),
+        ("mqa", [("img/Trans.*|llm/.*", dict(rank=3, alpha=6))], "4.41"),
     ],
 )
 def test_an_adapter_of_ours_gives_its_logits_there(name, rules, style, tmp_path):
@@ -383,6 +384,7 @@ def refused(folder, match, error=npz.CheckpointError):
         dict(rank_pattern=["q_proj"]),
         dict(alpha_pattern={"q_proj": "x"}),
         dict(alpha_pattern={"(": 1}),
+        dict(alpha_pattern={"(?i)q_proj": 1}),
         dict(target_modules="(", r=3),
         dict(target_modules=[1]),
         dict(target_modules=None),
@@ -508,6 +510,11 @@ def test_factors_that_are_no_matrices(saved):
     refused(saved, "expected a matrix")
 
 
+def test_factors_of_whole_numbers(saved):
+    rewrite(saved, lambda t: t.update({f"{Q0}A.weight": t[f"{Q0}A.weight"].astype("i4")}))
+    refused(saved, "expected floats, found int32")
+
+
 def test_files_that_are_missing_or_damaged(saved, tmp_path):
     weights = saved / peft.WEIGHTS
     whole = weights.read_bytes()
@@ -523,7 +530,10 @@ def test_files_that_are_missing_or_damaged(saved, tmp_path):
     refused(saved, "is not JSON")
     (saved / peft.CONFIG).write_text("[]")
     refused(saved, "expected an object, found list")
+    (saved / peft.CONFIG).write_text("[" * 100_000)
+    refused(saved, "is not JSON")
     refused(tmp_path, "adapter_config.json is missing", FileNotFoundError)
+    refused(weights / "x", "adapter_config.json is missing", FileNotFoundError)
 
 
 def test_what_is_there_is_not_overwritten_by_accident(tmp_path):
@@ -555,5 +565,5 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 def test_arguments_that_mean_nothing(tmp_path):
     with pytest.raises(npz.CheckpointError, match="key_style is '6'"):
         peft.save_adapter(tmp_path / "a", adapters.random_adapter("mqa"), key_style="6")
-    with pytest.raises(npz.CheckpointError, match="adapts nothing"):
+    with pytest.raises(npz.CheckpointError, match="0 specs and 0 pairs"):
         peft.save_adapter(tmp_path / "a", adapter.Adapter({}, {}))
