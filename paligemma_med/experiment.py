@@ -291,16 +291,16 @@ def from_flags():
 
 
 def load_host_params(spec, abstract):
-    """Weights of any form that `checkpoints.load_init` takes, fitted to the model, on the host.
+    """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
     Factors of adapters may be missing, but only all of them at once.
 
     Returns:
-      {name: numpy array}.
+      {name: array, which may still be in its file}.
     """
     if isinstance(spec, ml_collections.ConfigDict):
         spec = spec.to_dict()
-    loaded = checkpoints.load_init(spec)
+    loaded = checkpoints.open_init(spec)
     expected = abstract
     if not any(map(lora.is_factor, npz.flatten_tree(loaded))):
         expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}

@@ -52,6 +52,31 @@ def test_positions_are_resampled_to_the_configs_resolution(weights):
     assert found["img/pos_embedding"].shape == (1, 16, 32)
 
 
+def test_weights_stay_in_their_file_until_they_are_placed(weights):
+    """At 3B, host memory need not hold the whole checkpoint."""
+    path, flat = weights
+    host = experiment.load_host_params(path, flat)
+    assert all(isinstance(x, checkpoints.Lazy) for x in host.values())
+
+
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_model_init_takes_every_form(weights, tmp_path, form):
+    path, flat = weights
+    c = tiny.config(model_init=str(tmp_path / form))
+    if form == "hf":
+        model = c.model.to_dict()
+        img, llm = model["img"], model["llm"]
+        checkpoints.save_hf(c.model_init, checkpoints.open_params(path), img=img, llm=llm)
+    else:
+        from paligemma_med.checkpoints import orbax
+
+        orbax.save_orbax(c.model_init, checkpoints.open_params(path))
+    params, beside = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    assert not beside and params.keys() == flat.keys()
+    for n, x in params.items():
+        np.testing.assert_array_equal(np.asarray(x), flat[n], err_msg=n)
+
+
 def test_weights_of_another_model(weights):
     model = dict(tiny.MODEL, llm=dict(tiny.MODEL["llm"], vocab_size=1152))
     c = tiny.config(model_init=weights[0], model=model)

@@ -181,7 +181,7 @@ def open_params(spec):
     if config.get("model_init"):
         try:
             flat = npz.flatten_tree(
-                getattr(checkpoints, "open_init", checkpoints.load_init)(config["model_init"])
+                checkpoints.open_init(config["model_init"])
             )
         except (FileNotFoundError, npz.CheckpointError) as e:
             raise type(e)(
