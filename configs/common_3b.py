@@ -118,6 +118,7 @@ def stage2(
     model(c, args.res)
     c.model_init = args.stage1 or args.init or None
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
+    c.adapter_init = None  # a PEFT folder to train on from
     c.text_len = text_len
     c.supervised_len = supervised_len
 
