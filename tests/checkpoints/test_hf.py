@@ -3,6 +3,7 @@ generation of names, and each way in which a directory can be wrong."""
 
 import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -146,6 +147,34 @@ def test_relayout_there_and_back_is_the_identity(old, new, group_old, group_new)
     there = hf.relayout(x, old, new, size)
     assert there.shape == hf._shape(new, size)
     np.testing.assert_array_equal(hf.relayout(there, new, old, size), x)
+
+
+@pytest.mark.parametrize("px, count", [(224, 2_923_466_480), (448, 2_924_351_216)])
+def test_the_3b_tree_becomes_the_tensors_of_googles_pages(px, count):
+    flat = npz.flatten_tree(paligemma.abstract_params(paligemma.Model(), image_size=px))
+    rows = hf._rows_of(flat)
+    plan = hf._plan(flat, rows, hf._measure(flat, rows), BF16)
+    shapes = {t.name: t.shape for t in plan}
+    assert len(shapes) == 603
+    assert sum(math.prod(s) for s in shapes.values()) == count
+    tower, text = "vision_tower.vision_model", "language_model.model"
+    for name, shape in {
+        f"{tower}.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
+        f"{tower}.embeddings.position_embedding.weight": ((px // 14) ** 2, 1152),
+        f"{tower}.encoder.layers.26.self_attn.out_proj.weight": (1152, 1152),
+        f"{tower}.encoder.layers.0.mlp.fc1.weight": (4304, 1152),
+        f"{tower}.post_layernorm.bias": (1152,),
+        "multi_modal_projector.linear.weight": (2048, 1152),
+        f"{text}.embed_tokens.weight": (257216, 2048),
+        f"{text}.layers.17.self_attn.k_proj.weight": (256, 2048),
+        f"{text}.layers.17.mlp.down_proj.weight": (2048, 16384),
+        f"{text}.layers.0.post_attention_layernorm.weight": (2048,),
+        f"{text}.norm.weight": (2048,),
+    }.items():
+        assert shapes[name] == shape
+    shards = hf._shards(plan, 2 * 2**30)
+    assert [t for shard in shards for t in shard] == plan
+    assert len(shards) == 3 and all(sum(t.nbytes for t in s) <= 2**31 for s in shards)
 
 
 # --- parity ------------------------------------------------------------------------------------
