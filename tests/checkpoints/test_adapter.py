@@ -113,7 +113,8 @@ def test_merged_logits_equal_the_adapters(name):
 
 def test_every_target_is_merged_into_its_own_kernel():
     """Against W + s·A·B written out from the model's einsums, in float64."""
-    made = adapters.random_adapter("gemma2", adapters.MIXED)
+    rules = [("img/head/kernel", dict(rank=5, alpha=5, rslora=True)), *adapters.MIXED]
+    made = adapters.random_adapter("gemma2", rules)
     _, params = applied("gemma2", made)
     flat = npz.flatten_tree(params)
     merged = npz.flatten_tree(adapter.merge(params, made.specs))
@@ -126,7 +127,8 @@ def test_every_target_is_merged_into_its_own_kernel():
     want = {n: x.astype(np.float64) for n, x in flat.items() if not lora.is_factor(n)}
     for target, spec in made.specs.items():
         a, b = (flat[n].astype(np.float64) for n in lora.factor_names([target]))
-        delta = spec.alpha / spec.rank * np.einsum(sums[target.scope.rpartition("/")[2]], a, b)
+        scale = spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)
+        delta = scale * np.einsum(sums[target.scope.rpartition("/")[2]], a, b)
         at = () if target.index is None else (slice(None), target.index)
         want[target.param][at] += delta
     assert merged.keys() == want.keys()

@@ -322,6 +322,28 @@ def test_patterns_written_match_in_every_version(style, tmp_path):
     assert not check_target_module_exists(config, "lm_head")
 
 
+@pytest.mark.parametrize(
+    "regex",
+    [
+        "q_proj", "proj", "_proj", ".*proj", "self_attn.q_proj", "self_attn", "attn.q_proj",
+        r"layers\.[02]\.self_attn\.q_proj", "layers.2.*", "2.self_attn.q_proj|linear", "tower.*",
+        "model.language_model.layers.2.self_attn.q_proj", "language_model", "",
+    ],
+)  # fmt: skip
+def test_patterns_mean_what_they_mean_in_peft(regex):
+    from peft.utils.other import get_pattern_key
+
+    for style in peft.STYLES.values():
+        for name in (
+            f"{style['language_model']}.layers.2.self_attn.q_proj",
+            f"{style['vision_tower']}.encoder.layers.12.self_attn.q_proj",
+            f"{style['multi_modal_projector']}.linear",
+        ):
+            pattern = {regex: 1, ".*layers.*": 2}
+            want = pattern.get(get_pattern_key(pattern, name), 3)
+            assert peft._by_pattern(pattern, name, 3) == want, name
+
+
 # ---- Errors
 
 
@@ -488,6 +510,10 @@ def test_a_tower_that_is_not_targeted_is_not_missed(tmp_path):
     ):  # fmt: skip
         edit(tmp_path / "adapter", target_modules=target_modules)
         adapters.assert_equal(peft.load_adapter(tmp_path / "adapter"), made)
+    # Nor what would be targeted in some versions only, where the file fits others too.
+    one = r"model\.(language_model|vision_tower\.encoder)\.layers\.\d+\.self_attn\..*"
+    edit(tmp_path / "adapter", target_modules=one)
+    adapters.assert_equal(peft.load_adapter(tmp_path / "adapter"), made)
     edit(tmp_path / "adapter", target_modules=ATTENTION, exclude_modules=".*vision_tower.*")
     adapters.assert_equal(peft.load_adapter(tmp_path / "adapter"), made)
 
