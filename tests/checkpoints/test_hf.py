@@ -275,6 +275,11 @@ def test_dtype_casts_and_mixed_types_are_kept(tmp_path):
     assert_same(hf.open_hf(tmp_path / "mixed"), npz.unflatten_tree(mixed))
     config = json.loads((tmp_path / "mixed/config.json").read_text())
     assert config["torch_dtype"] == "float32"
+    # Neither of two 16-bit types holds the other.
+    halves = {k: v.astype(BF16 if "head" in k else np.float16) for k, v in mixed.items()}
+    hf.save_hf(tmp_path / "halves", npz.unflatten_tree(halves))
+    config = json.loads((tmp_path / "halves/config.json").read_text())
+    assert config["torch_dtype"] == "float32"
 
 
 def test_layers_of_unlike_types_become_float32(tmp_path):
@@ -343,6 +348,9 @@ def test_an_untied_head_is_an_error(tmp_path, monkeypatch):
     opened = hf.open_hf(tmp_path)
     with pytest.raises(CheckpointError, match="lm_head.weight differs from .*embed_tokens.* tied"):
         np.asarray(opened["llm"]["embedder"]["input_embedding"])
+    rewrite(tmp_path, {**tensors, "lm_head.weight": head[:-1]})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(96, 28\).*\(97, 28\)"):
+        hf.open_hf(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["image_token_index", "image_token_id"])
@@ -464,10 +472,17 @@ def test_two_names_of_one_tensor_and_quantised_weights_are_errors(tmp_path):
         hf.open_hf(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    theirs_saved("mqa", folder, max_shard_size="50KB")
+    return folder
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_a_truncated_or_foreign_file_is_one_error(tmp_path_factory, data):
-    folder = sharded()
+def test_a_truncated_or_foreign_file_is_one_error(tmp_path_factory, sharded, data):
+    folder = sharded
     broken = tmp_path_factory.mktemp("broken")
     for file in folder.iterdir():
         (broken / file.name).symlink_to(file)
@@ -482,15 +497,6 @@ def test_a_truncated_or_foreign_file_is_one_error(tmp_path_factory, data):
     with pytest.raises(CheckpointError, match="not a readable safetensors file") as e:
         hf.open_hf(broken)
     assert victim.name in str(e.value) and "\n" not in str(e.value)
-
-
-@functools.cache
-def sharded():
-    import tempfile
-
-    folder = pathlib.Path(tempfile.mkdtemp())
-    theirs_saved("mqa", folder, max_shard_size="50KB")
-    return folder
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/x.safetensors", "a/b.safetensors", 3, ".."])
@@ -518,6 +524,23 @@ def test_an_index_that_differs_from_its_files_is_an_error(tmp_path):
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
         hf.open_hf(tmp_path)
+
+
+def test_one_file_comes_before_an_index_and_others_as_in_transformers(tmp_path):
+    params = theirs_saved("mqa", tmp_path, max_shard_size="50KB")[1]
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    theirs_saved("mqa", tmp_path / "one")
+    os.rename(tmp_path / "one" / "model.safetensors", tmp_path / "model.safetensors")
+    first.write_bytes(b"not looked at")
+    assert_same(hf.open_hf(tmp_path), params)
+    (tmp_path / INDEX).unlink()
+    assert_same(hf.open_hf(tmp_path), params)
+
+
+def test_headers_are_whole_words_as_the_format_wants(tmp_path):
+    ours_saved("gqa", tmp_path / "w", max_shard_bytes=20_000)
+    for file in (tmp_path / "w").glob("*.safetensors"):
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
 
 
 def test_missing_files_are_named(tmp_path):
