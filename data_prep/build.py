@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -27,7 +27,7 @@ from absl import app, flags, logging
 
 from data_prep import files
 from data_prep.files import DataError
-from data_prep.vqa_builder import REPORT_NAME
+from data_prep.vqa_builder import REPORT_NAME, Option
 
 # Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
 # makes its own raw files.
@@ -83,21 +83,32 @@ def _publish(staging: pathlib.Path, data_dir: pathlib.Path, made: pathlib.Path) 
     return final
 
 
-def _already_built(full_name: str, final: pathlib.Path, drawn_with: dict[str, Any]) -> bool:
-    """Says so if it's built; DataError if it was drawn with other settings than asked for."""
+def _already_built(
+    full_name: str,
+    final: pathlib.Path,
+    made_with: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> bool:
+    """Says so if it's built; DataError if it was made with other settings than asked for."""
     if not (final / "dataset_info.json").is_file():
         return False
     report_path = final / REPORT_NAME
     report = files.read_json(report_path) if report_path.is_file() else {}
-    found = {k: report.get("made_with", {}).get(k) for k in drawn_with}
-    if found != drawn_with:
+    # A set built before an option existed is as its default makes it.
+    found = {k: report.get("made_with", {}).get(k, defaults.get(k)) for k in made_with}
+    if found != made_with:
+        other = [k for k in made_with if found[k] != made_with[k]]
         raise DataError(
-            f"{final}: already built with {found}, asked for {drawn_with}; "
-            "pass --overwrite to build it again"
+            f"{final}: already built with {_settings(found, other)}, asked for "
+            f"{_settings(made_with, other)}; pass --overwrite to build it again"
         )
     source = f" from {report['folder']}" if "folder" in report else ""
     print(f"{full_name} is already built at {final}{source}; --overwrite builds it again")
     return True
+
+
+def _settings(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{k}={values[k]}" for k in keys)
 
 
 def _build_one(
@@ -107,20 +118,24 @@ def _build_one(
     data_dir: pathlib.Path,
     overwrite: bool,
     drawn_with: dict[str, Any],
+    options: dict[str, Any],
 ) -> pathlib.Path:
-    builder = module.Builder(data_dir=data_dir, config=config, file_format="array_record")
+    settings = dict(config=config, file_format="array_record", options=options)
+    builder = module.Builder(data_dir=data_dir, **settings)
+    made_with = {**drawn_with, **builder.options}
+    defaults = {k: o.default for k, o in builder.OPTIONS.items()}
     full_name, final = builder.info.full_name, pathlib.Path(builder.data_path)
     # Asked before taking the lock, which a read-only data_dir has no room for, and again after.
-    if not overwrite and _already_built(full_name, final, drawn_with):
+    if not overwrite and _already_built(full_name, final, made_with, defaults):
         return final
     with _staging(data_dir, full_name.replace("/", "-")) as staging:
-        if not overwrite and _already_built(full_name, final, drawn_with):
+        if not overwrite and _already_built(full_name, final, made_with, defaults):
             return final
         start = time.monotonic()
         if manual_dir is None:
             manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **drawn_with)
         print(f"building {full_name} from {manual_dir} ...", flush=True)
-        builder = module.Builder(data_dir=staging, config=config, file_format="array_record")
+        builder = module.Builder(data_dir=staging, **settings)
         # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
@@ -146,6 +161,7 @@ def build(
     overwrite: bool = False,
     num_images: Sequence[int] | None = None,
     seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, pathlib.Path]:
     """Builds one data set, or says that it is built already. Prints what it does.
 
@@ -153,10 +169,11 @@ def build(
       name: a key of `BUILDERS`.
       manual_dir: folder with the released files. `phantom` draws its own if None.
       data_dir: where TFDS data sets are; None: `default_data_dir()`.
-      config: one builder config; None: all of them.
+      config: one builder config; None: all that `manual_dir` has the files for.
       overwrite: build again what is there; the old one stays until the new one is whole.
       num_images: `phantom` only: images in train, validate, test.
-      seed: `phantom` only: seed of the drawings.
+      seed: of the drawings of `phantom`, or of what else the builder draws.
+      options: of the builder's `OPTIONS`; those not given have their default.
 
     Returns:
       {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
@@ -168,6 +185,12 @@ def build(
         raise DataError(f"unknown data set {name!r}; known ones: {', '.join(sorted(BUILDERS))}")
     module = importlib.import_module(BUILDERS[name])
     own = hasattr(module, "make_raw")
+    options = dict(options or {})
+    if "seed" in module.Builder.OPTIONS and seed is not None:
+        options["seed"], seed = seed, None
+    if unknown := [k for k in options if k not in module.Builder.OPTIONS]:
+        known = ", ".join(module.Builder.OPTIONS) or "none"
+        raise DataError(f"{name}: unknown option {', '.join(unknown)}; its options: {known}")
     if not own and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom) only")
     if manual_dir is not None and (num_images is not None or seed is not None):
@@ -184,15 +207,30 @@ def build(
             known = ", ".join(c for c in configs if c) or "none"
             raise DataError(f"{name}: unknown config {config!r}; known ones: {known}")
         configs = [config]
+    elif manual_dir is not None and configs != [None]:
+        there = module.Builder.configs_in(manual_dir)
+        if left := [c for c in configs if c not in there]:
+            print(f"{name}: {manual_dir} has no files for config {', '.join(left)}", flush=True)
+        configs = [c for c in configs if c in there]
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
     drawn_with = {"num_images": list(num_images) if num_images is not None else None, "seed": seed}
     drawn_with = {k: v for k, v in drawn_with.items() if v is not None}
     return {
         f"{name}/{c}" if c else name: _build_one(
-            module, c, manual_dir, data_dir, overwrite, drawn_with
+            module, c, manual_dir, data_dir, overwrite, drawn_with, options
         )
         for c in configs
     }
+
+
+def _options() -> dict[str, tuple[Option, list[str]]]:
+    """All builders' options by name, with the data sets that have them; `seed` has its own flag."""
+    found: dict[str, tuple[Option, list[str]]] = {}
+    for name, module in BUILDERS.items():
+        for key, option in importlib.import_module(module).Builder.OPTIONS.items():
+            if key != "seed":
+                found.setdefault(key, (option, []))[1].append(name)
+    return found
 
 
 def _define_flags() -> None:
@@ -204,7 +242,13 @@ def _define_flags() -> None:
     flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
     flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
     flags.DEFINE_list("num_images", None, "phantom: number of images in train,validate,test.")
-    flags.DEFINE_integer("seed", None, "phantom: seed of the drawings.")
+    flags.DEFINE_integer("seed", None, "Seed of drawings, or of what a data set draws by lot.")
+    # None tells that an option wasn't given, which matters for data sets that don't have it.
+    for key, (option, names) in _options().items():
+        kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+        define = kinds.get(type(option.default), flags.DEFINE_string)
+        default = "" if option.default is None else f" Default: {option.default}."
+        define(key, None, f"{', '.join(names)}: {option.help}{default}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -231,6 +275,7 @@ def main(argv: Sequence[str]) -> None:
             overwrite=flags.FLAGS.overwrite,
             num_images=num_images,
             seed=flags.FLAGS.seed,
+            options={k: v for k in _options() if (v := flags.FLAGS[k].value) is not None},
         )
     except DataError as e:
         sys.exit(f"error: {e}")

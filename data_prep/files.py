@@ -28,6 +28,14 @@ def is_lfs_pointer(content: bytes) -> bool:
     return content[: len(_LFS_HEAD)] == _LFS_HEAD
 
 
+def lfs_message(what: str) -> str:
+    """What to say, behind the file's name, about a git-LFS pointer in place of `what`."""
+    return (
+        f"found a git-LFS pointer, expected {what}; run `git lfs pull` where the folder was "
+        "cloned, or download the file itself"
+    )
+
+
 def _read(path: os.PathLike | str, what: str) -> bytes:
     try:
         content = pathlib.Path(path).read_bytes()
@@ -36,10 +44,7 @@ def _read(path: os.PathLike | str, what: str) -> bytes:
     except OSError as e:
         raise DataError(f"{path}: {what} can't be read ({e.strerror or e})") from None
     if is_lfs_pointer(content):
-        raise DataError(
-            f"{path}: found a git-LFS pointer, expected {what}; run `git lfs pull` where the "
-            "folder was cloned, or download the file itself"
-        )
+        raise DataError(f"{path}: {lfs_message(what)}")
     return content
 
 
@@ -79,11 +84,14 @@ def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
     return pathlib.Path(root).joinpath(*parts)
 
 
-@functools.cache
-def _check_image(path: str, size: int, mtime_ns: int) -> str:
-    # size and mtime are in the cache key so that a file changed on disk is looked at again.
-    del size, mtime_ns
-    content = _read(path, "an image")
+def check_image_bytes(content: bytes, where: str) -> str:
+    """Decodes an image and returns the SHA-256 of its bytes.
+
+    Raises:
+      DataError: a git-LFS pointer, corrupt or truncated; `where` names the file.
+    """
+    if is_lfs_pointer(content):
+        raise DataError(f"{where}: {lfs_message('an image')}")
     try:
         # verify() finds broken chunks and checksums, load() finds truncated pixel data.
         with PIL.Image.open(io.BytesIO(content)) as image:
@@ -93,10 +101,17 @@ def _check_image(path: str, size: int, mtime_ns: int) -> str:
     except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as e:
         reason = re.sub(r" ?<_io\.[^>]*>", "", " ".join(str(e).split()))  # no memory addresses
         raise DataError(
-            f"{path}: not a readable image ({len(content)} bytes; {reason}); "
+            f"{where}: not a readable image ({len(content)} bytes; {reason}); "
             "expected a whole JPEG or PNG file"
         ) from None
     return hashlib.sha256(content).hexdigest()
+
+
+@functools.cache
+def _check_image(path: str, size: int, mtime_ns: int) -> str:
+    # size and mtime are in the cache key so that a file changed on disk is looked at again.
+    del size, mtime_ns
+    return check_image_bytes(_read(path, "an image"), path)
 
 
 def check_image(path: os.PathLike | str) -> str:

@@ -5,6 +5,7 @@ are stored as the bytes of the released file: nothing is decoded and encoded aga
 no TensorFlow for it.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -44,19 +45,43 @@ def boxes_feature() -> tfds.features.Sequence:
     return tfds.features.Sequence({"label": tfds.features.Text(), "bbox": bbox})
 
 
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A setting of a builder, given as `--NAME` to `data_prep.build`.
+
+    default: a bool, int, float or str, whose type the option has; None: text (such as a path) that
+    need not be given. help: one line.
+    """
+
+    default: bool | int | float | str | None
+    help: str
+
+
 class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A GeneratorBasedBuilder that leaves `build_report.json` beside the records.
 
-    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators`, and give the
-    two functions that `data_prep.build` asks for.
+    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators` or while their
+    examples are generated, and give the two functions that `data_prep.build` asks for. They may
+    declare `OPTIONS`; `self.options` has the values, the defaults included.
     """
 
+    OPTIONS: Mapping[str, Option] = {}
     report: Mapping[str, Any] | None = None
+
+    def __init__(self, *, options: Mapping[str, Any] | None = None, **kwargs: Any):
+        self.options = {k: o.default for k, o in self.OPTIONS.items()} | dict(options or {})
+        super().__init__(**kwargs)
+        self._original_state["options"] = self.options  # what a copy in another process gets
 
     @classmethod
     def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
         """Returns `folder` if it looks right at a glance; DataError says what it lacks."""
         raise NotImplementedError
+
+    @classmethod
+    def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
+        """The configs that `folder` has files for: what is built if none is asked for."""
+        return list(cls.builder_configs)
 
     @classmethod
     def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
@@ -65,6 +90,8 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         super()._download_and_prepare(*args, **kwargs)
+        if self.options:
+            self.report = {**self.report, "made_with": self.options}
         # TFDS has pointed data_path at its temporary folder here: report and records appear
         # together or not at all.
         files.write_json(pathlib.Path(self.data_path) / REPORT_NAME, self.report)
