@@ -90,7 +90,9 @@ def stage2(
 
     Args:
       arg: the config's argument string; `defaults` are arguments beyond those of every stage 2.
-      sets: {key: (data set, weight)}; with more than one, a mixture.
+      sets: {key: data set}.
+      mixture: with more than one, a function of the arguments that gives (weights, anneal) as
+        `config.input` has them.
       epochs: default of that argument.
       text_len, supervised_len: tokens of question and answer; positions that have logits.
       choices: what stands behind the question in the prompt.
@@ -128,11 +130,11 @@ def stage2(
     # A few captions run to thousands of characters; what is cut is counted and reported.
     c.input.allow_missing_eos = True
     if len(sets) == 1:
-        ((name, _),) = sets.values()
+        (name,) = sets.values()
         c.input.data = dict(name=name, split="train", **where)
     else:
-        c.input.data = {key: weight for key, (_, weight) in sets.items()}
-        for key, (name, _) in sets.items():
+        c.input.data, c.input.anneal = mixture(args)
+        for key, name in sets.items():
             c.input[key] = dict(data=dict(name=name, split="train", **where))
     c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt)
     c.total_epochs = args.epochs
@@ -142,7 +144,7 @@ def stage2(
     c.schedule = [(".*/lora_[ab]", dict(decay_type="constant")), (".*", None)]
     c.log_training_steps = 20
     c.evals = {}
-    for key, (name, _) in sets.items():
+    for key, name in sets.items():
         c.evals[f"{key}_validate"] = section = common.ml_collections.ConfigDict(
             common.vqa_eval(
                 c, name, "validate", text_len=c.text_len, max_new_tokens=supervised_len,

@@ -23,6 +23,6 @@ def _answer_key(args):
 
 def get_config(arg=None):
     return common_3b.stage2(
-        arg, lambda args: {"pmc_vqa": (f"pmc_vqa/{args.version}", 1.0)}, epochs=4, text_len=192,
+        arg, lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"), epochs=4, text_len=192,
         supervised_len=48, choices=_CHOICES, answer_key=_answer_key, answer="letter", version="v1",
     )  # fmt: skip

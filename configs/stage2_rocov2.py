@@ -13,5 +13,5 @@ from configs import common_3b
 def get_config(arg=None):
     # Answers come from captions: 20 words on average, a few over 200.
     return common_3b.stage2(
-        arg, {"rocov2": ("rocov2/qa", 1.0)}, epochs=7, text_len=256, supervised_len=128
+        arg, dict(rocov2="rocov2/qa"), epochs=7, text_len=256, supervised_len=128
     )

@@ -3,20 +3,31 @@
     python -m paligemma_med.train --config=configs/stage2_rocov2_medpix2.py:stage1=out/stage1 \
         --workdir=out/stage2
 
-Section 4.3 brings a small set of high quality into a large one, and gives no proportions. Here
-`medpix` is the share of MedPix among the examples: by default 0.15, which is about what putting the
-two sets in one pile gives (11,574 of the authors' 77 thousand questions).
-Arguments: medpix, stage1 or init, and the variants that configs/common_3b.py lists and argues.
+Section 4.3 brings a small set of high quality into a large one "incrementally" and gives no
+proportions. Here `medpix` is the share of MedPix among all examples: by default 0.15, which is
+about what putting the two sets in one pile gives (11,574 of the authors' 77 thousand questions).
+With `anneal` (the default) it comes in by thirds of training: none, that share, twice that share.
+Without, the share is constant; both see as many examples of either set.
+Arguments: medpix, anneal, stage1 or init, and the variants that configs/common_3b.py argues.
 """
 
 from configs import common_3b
 
 
-def _sets(args):
-    if not 0 < args.medpix < 1:
-        raise ValueError(f"medpix={args.medpix}: expected a share between 0 and 1.")
-    return {"rocov2": ("rocov2/qa", 1 - args.medpix), "medpix2": ("medpix2/qa", args.medpix)}
+def _mixture(args):
+    if not 0 < args.medpix < (0.5 if args.anneal else 1):
+        raise ValueError(f"medpix={args.medpix}: expected a share above 0, below 0.5 with anneal.")
+
+    def weights(medpix):
+        return dict(rocov2=1 - medpix, medpix2=medpix)
+
+    if not args.anneal:
+        return weights(args.medpix), None
+    return weights(0.0), [(1 / 3, weights(args.medpix)), (2 / 3, weights(2 * args.medpix))]
 
 
 def get_config(arg=None):
-    return common_3b.stage2(arg, _sets, epochs=9, text_len=256, supervised_len=128, medpix=0.15)
+    return common_3b.stage2(
+        arg, dict(rocov2="rocov2/qa", medpix2="medpix2/qa"), mixture=_mixture, epochs=9,
+        text_len=256, supervised_len=128, medpix=0.15, anneal=True,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from paligemma_med import mixture
 from paligemma_med import sharding as sharding_lib
 
 PpFn = Callable[[dict[str, Any], np.random.Generator | None], dict[str, Any]]
@@ -420,6 +421,7 @@ def _clear_error(e: Exception) -> Exception:
 
 
 _KNOWN = {
+    "anneal",
     "data",
     "pp",
     "batch_size",
@@ -446,16 +448,18 @@ class TrainingInput:
         self,
         batches: grain.IterDataset,
         *,
-        num_examples: int,
+        sizes: Mapping[str, int],
+        which: np.ndarray | None,
         batch_size: int,
         start_step: int,
         sharding: jax.sharding.Sharding,
         prefetch: int,
         name: str,
     ):
-        self.num_examples = num_examples
+        self.num_examples = sum(sizes.values())
         self.batch_size = batch_size
-        self.steps_per_epoch = num_examples / batch_size
+        self.steps_per_epoch = self.num_examples / batch_size
+        self._sizes, self._which = sizes, which
         self.step = start_step
         self.stats = {"examples": 0, "truncated": 0, "tokens_cut": 0, "longest_cut": 0}
         self.wait_seconds = 0.0
@@ -497,6 +501,16 @@ class TrainingInput:
             self._report()
         return batch
 
+    def epochs(self) -> dict[str, float]:
+        """How often each set was gone through in the batches so far, from step 0 on, in all
+        processes together: {name: epochs}."""
+        drawn = self.step * self.batch_size
+        if self._which is None:
+            counts = [drawn]
+        else:
+            counts = np.bincount(self._which[:drawn], minlength=len(self._sizes)).tolist()
+        return {name: n / size for (name, size), n in zip(self._sizes.items(), counts)}
+
     def _report(self) -> None:
         new = self.stats["truncated"] - self._reported
         if new:
@@ -534,20 +548,24 @@ def _is_mixture(data: Any) -> bool:
     return isinstance(data, Mapping | ConfigDict) and not isinstance(data.get("name"), str)
 
 
-def _parts(cfg: Mapping[str, Any]) -> list[tuple[Source, str | PpFn, float]]:
-    """(source, pp, weight) of each set that `config.input` draws from."""
+def _phases(cfg: Mapping[str, Any]) -> list[tuple[float, dict[str, float]]]:
+    """Shares of the sets of a mixture over training, as `mixture.check_phases` gives them."""
+    try:
+        return mixture.check_phases(dict(cfg["data"]), cfg.get("anneal"))
+    except ValueError as e:
+        raise InputError(str(e)) from None
+
+
+def _parts(cfg: Mapping[str, Any]) -> dict[str, tuple[Source, str | PpFn]]:
+    """{name: (source, pp)} of each set that `config.input` draws from."""
     if not _is_mixture(cfg["data"]):
         if "pp" not in cfg:
             raise InputError(f"input: 'pp' is missing, found {sorted(cfg)}")
-        return [(open_source(cfg["data"]), cfg["pp"], 1.0)]
-    out = []
-    for name, weight in cfg["data"].items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise InputError(
-                f"input.data.{name}={weight!r}: expected a weight of 0 or more (or one data set, "
-                "dict(name=..., split=...))"
-            )
+        if cfg.get("anneal"):
+            raise InputError("input.anneal is for mixtures, but input.data is one data set")
+        return {cfg["data"]["name"]: (open_source(cfg["data"]), cfg["pp"])}
+    phases, out = _phases(cfg), {}
+    for name in phases[0][1]:
         section = dict(cfg.get(name) or {})
         if unknown := sorted(set(section) - {"data", "pp"}):
             raise InputError(f"input.{name}: unknown keys {unknown}, expected data and pp")
@@ -557,17 +575,29 @@ def _parts(cfg: Mapping[str, Any]) -> list[tuple[Source, str | PpFn, float]]:
                 f"input.data has {name!r}, so input.{name}=dict(data=..., pp=...) is expected; "
                 f"found {sorted(section)}"
             )
-        if weight:
-            out.append((open_source(section["data"]), pp, float(weight)))
-    if not out:
-        raise InputError(f"input.data={dict(cfg['data'])}: expected a weight above 0")
+        if any(shares[name] for _, shares in phases):
+            out[name] = (open_source(section["data"]), pp)
     return out
 
 
 def num_examples(input_cfg: Mapping[str, Any]) -> int:
     """Examples in an epoch of `config.input`: for a mixture, those of all its sets together,
     whatever their weights (as in big_vision)."""
-    return sum(len(source) for source, *_ in _parts(input_cfg))
+    return sum(len(source) for source, _ in _parts(input_cfg).values())
+
+
+class _Selection:
+    """Place in a mixture → (number of the set, place in its endless stream), for Grain."""
+
+    def __init__(self, which: np.ndarray, place: np.ndarray):
+        self.which = which
+        self._place = place
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return int(self.which[index]), int(self._place[index])
 
 
 def training(
@@ -577,15 +607,18 @@ def training(
     mesh: jax.sharding.Mesh | None = None,
     eos_token: int = 1,
     start_step: int = 0,
+    total_steps: int | None = None,
 ) -> TrainingInput:
-    """Endless shuffled batches for `config.input`.
+    """Shuffled batches for `config.input`, without end unless it is a mixture.
 
     input_cfg: data (see `open_source`), pp (a string, or a picklable `fn(data, rng) -> dict`),
-    batch_size (global); for a mixture, data is {name: weight}, and input.<name> has data and pp
-    of each (input.pp where it has none); num_workers=0 processes or else num_threads that run pp,
+    batch_size (global); for a mixture, data is {name: weight}, input.<name> has data and pp of each
+    (input.pp where it has none), and anneal=[(fraction of training, {name: weight}), ...] changes
+    the weights on the way (see `mixture`); num_workers=0 processes or else num_threads that run pp,
     prefetch=2 batches kept on the devices, allow_missing_eos=False. Every epoch is shuffled whole,
     so shuffle_buffer_size is accepted and means nothing.
     seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
+    total_steps: of the whole run; a mixture has to know it.
     mesh: rows are cut along its axis "data"; without a mesh everything is on one device.
     Every process loads only its piece of a batch; the global batch is the same for any number.
     Each batch: key -> jax.Array[batch_size, ...], all that pp leaves except keys starting with "_".
@@ -612,14 +645,18 @@ def training(
         if not isinstance(value, int | np.integer) or not 0 <= value < limit:
             raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
 
-    parts = _parts(cfg)
-    rows = []
-    for i, (source, pp, _) in enumerate(parts):
+    parts, rows, selection = _parts(cfg), [], None
+    for i, (source, pp) in enumerate(parts.values()):
         row = _TrainRow(_Preprocess(pp, source), eos_token, bool(cfg.get("allow_missing_eos")))
         one = grain.MapDataset.source(_WithIndex(source)).seed((int(seed) + _APART * i) % 2**32)
         rows.append(one.shuffle().repeat().random_map(row))
-    # Every stretch of the mixture holds each set in its share, without chance.
-    rows = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, [w for *_, w in parts])
+    if _is_mixture(cfg["data"]):
+        if not total_steps:
+            raise InputError("a mixture needs total_steps, which its shares refer to")
+        phases = [(at, {n: shares[n] for n in parts}) for at, shares in _phases(cfg)]
+        selection = _Selection(*mixture.draw(phases, int(total_steps) * batch_size))
+        rows = [grain.MapDataset.select_from_datasets(rows, selection)]
+    (rows,) = rows
     sharding = _sharding_of(mesh)
     piece, pieces = _process_share(sharding, batch_size)
     # The stream of rows is cut into pieces of batch_size / pieces; this process makes every
@@ -635,12 +672,13 @@ def training(
     )
     return TrainingInput(
         batches,
-        num_examples=sum(len(source) for source, *_ in parts),
+        sizes={name: len(source) for name, (source, _) in parts.items()},
+        which=None if selection is None else selection.which,
         batch_size=batch_size,
         start_step=int(start_step),
         sharding=sharding,
         prefetch=int(numbers["prefetch"]),
-        name=" + ".join(f"{source.name} {source.split}" for source, *_ in parts),
+        name=" + ".join(f"{source.name} {source.split}" for source, _ in parts.values()),
     )
 
 

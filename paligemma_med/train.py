@@ -170,7 +170,7 @@ def train(config, workdir):
     results = {}
     batches = input_pipeline.training(
         config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
-        start_step=first_step,
+        start_step=first_step, total_steps=total_steps,
     )  # fmt: skip
 
     def run_evals(done=()):
@@ -199,6 +199,7 @@ def train(config, workdir):
             if saves or logs:
                 row = _check_metrics(metrics, lost, step, config)
                 row |= progress.measure(step, batches)
+                row |= {f"epochs_of_{name}": n for name, n in batches.epochs().items()}
                 _add_metrics(workdir, step, row)
                 progress.print(row)
             if saves:  # before evals: what fails there costs no training

@@ -545,45 +545,74 @@ def test_config_errors(data, cfg, word):
 # --- Mixtures ---
 
 
-def _mix(data, weights, **kw):
-    """Batches of rows 0..22 ("big") and 100..108 ("small") mixed."""
-    sections = {
-        "big": dict(data=data, pp=_make_pp()),
-        "small": dict(data={**data, "split": "validate"}, pp=_make_pp()),
-    }
-    return _train(weights, **sections, **kw)
+def _mix(data, weights, *, steps, total_steps=None, start_step=0, seed=7, mesh=None, **kw):
+    """Batches of rows 0..22 ("big") and 100..108 ("small") mixed, and the epochs of each."""
+    splits = dict(big="train", small="validate", other="train")
+    sections = {name: dict(data={**data, "split": splits[name]}) for name in weights}
+    cfg = {"data": weights, "pp": _make_pp(), "batch_size": 8, **sections, **kw}
+    total = total_steps or start_step + steps
+    with input_pipeline.training(
+        cfg, seed=seed, mesh=mesh, start_step=start_step, total_steps=total
+    ) as batches:
+        return [next(batches) for _ in range(steps)], batches.epochs()
 
 
-@pytest.mark.parametrize("weights", [(3, 1), (0.85, 0.15), (1, 1), (0.001, 1)])
-def test_each_set_of_a_mixture_has_its_share_of_every_stretch(data, weights):
-    batches = _mix(data, dict(zip(("big", "small"), weights)), steps=30, batch_size=8)
+def test_each_set_of_a_mixture_has_its_share_of_every_stretch(data):
+    batches, epochs = _mix(data, dict(big=0.85, small=0.15), steps=30)
     is_small = np.concatenate([b["number"] for b in batches]) >= 100
-    share = weights[1] / sum(weights)
     drawn = np.cumsum(is_small)
-    assert np.abs(drawn - share * np.arange(1, len(drawn) + 1)).max() <= 1
+    assert np.abs(drawn - 0.15 * np.arange(1, len(drawn) + 1)).max() <= 0.5
+    counts = dict(big=(~is_small).sum() / N_TRAIN, small=is_small.sum() / N_VALID)
+    assert epochs == pytest.approx(counts)
+
+
+def test_annealing_brings_a_set_in_late(data):
+    weights, anneal = (
+        dict(big=1, small=0),
+        [(0.5, dict(big=1, small=1)), (0.75, dict(big=0, small=1))],
+    )
+    batches, _ = _mix(data, weights, anneal=anneal, steps=40)
+    small = [int((b["number"] >= 100).sum()) for b in batches]
+    assert small == [0] * 20 + [4] * 10 + [8] * 10
 
 
 def test_sets_of_a_mixture_are_gone_through_whole_and_each_by_its_own_order(data):
-    numbers = np.concatenate(
-        [b["number"] for b in _mix(data, dict(big=1, small=1), steps=90, batch_size=1)]
-    )
+    batches, _ = _mix(data, dict(big=1, small=1), steps=90, batch_size=1)
+    numbers = np.concatenate([b["number"] for b in batches])
     big, small = numbers[numbers < 100], numbers[numbers >= 100]
     assert sorted(big[:N_TRAIN]) == list(range(N_TRAIN))
     assert all(sorted(small[k : k + 9]) == list(range(100, 109)) for k in (0, 9, 18, 27))
     assert small[:9].tolist() != small[9:18].tolist()
-    same = _train(
-        dict(a=1, b=1), a=dict(data=data), b=dict(data=data), steps=2 * N_TRAIN, batch_size=1
-    )
+    same, _ = _mix(data, dict(big=1, other=1), steps=2 * N_TRAIN, batch_size=1)
     same = [int(b["number"][0]) for b in same]
     assert same[::2] != same[1::2]
 
 
 def test_mixtures_resume_exactly_and_come_from_the_seed(data):
-    weights = dict(big=2, small=1)
-    whole = _mix(data, weights, steps=9)
-    _assert_equal(_mix(data, weights, steps=4, start_step=5), whole[5:])
-    other = _mix(data, weights, steps=9, seed=8)
+    weights, kw = dict(big=2, small=1), dict(anneal=[(0.6, dict(big=1, small=2))], total_steps=9)
+    whole, epochs = _mix(data, weights, steps=9, **kw)
+    later, epochs_later = _mix(data, weights, steps=4, start_step=5, **kw)
+    _assert_equal(later, whole[5:])
+    assert epochs == epochs_later
+    other, _ = _mix(data, weights, steps=9, seed=8, **kw)
     assert any((a["number"] != b["number"]).any() for a, b in zip(whole, other))
+    workers, _ = _mix(data, weights, steps=9, num_workers=2, **kw)
+    _assert_equal(workers, whole)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_pieces_of_processes_make_the_same_mixture(data, monkeypatch, processes):
+    weights = dict(big=2, small=1)
+    whole, _ = _mix(data, weights, steps=6)
+    for process in range(processes):
+        with monkeypatch.context() as patch:
+            share = (process, processes)
+            patch.setattr(input_pipeline, "_process_share", lambda *_, share=share: share)
+            patch.setattr(input_pipeline, "_put", lambda host, *_: host)
+            pieces, _ = _mix(data, weights, steps=6)
+        rows = slice(process * 8 // processes, (process + 1) * 8 // processes)
+        for piece, batch in zip(pieces, whole):
+            np.testing.assert_array_equal(piece["number"], np.asarray(batch["number"])[rows])
 
 
 def test_an_epoch_of_a_mixture_is_all_its_rows(data):
@@ -600,16 +629,22 @@ def test_an_epoch_of_a_mixture_is_all_its_rows(data):
     "cfg, words",
     [
         (dict(data=dict(big=1)), "so input.big=dict.* is expected"),
-        (dict(data=dict(big="1"), big={}), "input.data.big='1': expected a weight"),
-        (dict(data=dict(big=-1), big={}), "expected a weight of 0 or more"),
-        (dict(data=dict(big=0), big=dict(data={})), "expected a weight above 0"),
+        (dict(data=dict(big="1"), big={}), "input.data.big='1'; expected a weight"),
         (dict(data=dict(big=1), big=dict(pq="")), "input.big: unknown keys .*'pq'"),
         (dict(data=dict(big=1), bigg=dict(data={})), "unknown keys.*bigg"),
+        (dict(data=dict(name="x", split="y"), anneal=[(0.5, {})]), "input.anneal is for mixtures"),
+        (dict(data=dict(big=1), big={}, anneal=[(0.5, dict(small=1))]), r"expected \['big'\]"),
     ],
 )
 def test_mixture_errors(cfg, words):
     with pytest.raises(InputError, match=words):
-        input_pipeline.training({"pp": _make_pp(), "batch_size": 8, **cfg}, seed=0)
+        input_pipeline.training({"pp": _make_pp(), "batch_size": 8, **cfg}, seed=0, total_steps=5)
+
+
+def test_a_mixture_must_know_how_long_it_is(data):
+    cfg = dict(data=dict(big=1), big=dict(data=data), pp=_make_pp(), batch_size=8)
+    with pytest.raises(InputError, match="needs total_steps"):
+        input_pipeline.training(cfg, seed=0)
 
 
 def test_waiting_is_measured(data):

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from configs import common
-from paligemma_med import experiment, optim
+from paligemma_med import experiment, mixture, optim
 from paligemma_med.models import lora
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
@@ -157,10 +157,18 @@ def test_wrong_variants_of_stage2(arg):
 
 def test_the_mixture_has_the_share_asked_for():
     c = get_config("stage2_rocov2_medpix2", "medpix=0.4,data_dir=/d")
-    assert c.input.data.to_dict() == dict(rocov2=0.6, medpix2=0.4)
     for key in ("rocov2", "medpix2"):
         assert c.input[key].data.to_dict() == dict(name=f"{key}/qa", split="train", data_dir="/d")
         assert c.evals[f"{key}_validate"].data.split == "validate"
+    plain = get_config("stage2_rocov2_medpix2", "medpix=0.4,anneal=False")
+    for config in (c, plain):
+        phases = mixture.check_phases(dict(config.input.data), config.input.anneal)
+        which, _ = mixture.draw(phases, 3000)
+        assert abs(np.mean(which) - 0.4) < 1e-3, "the share of MedPix over the whole of training"
+    assert [p["medpix2"] for _, p in mixture.check_phases(dict(c.input.data), c.input.anneal)] == (
+        pytest.approx([0, 0.4, 0.8])
+    )
+    assert plain.input.anneal is None
 
 
 def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
