@@ -84,8 +84,9 @@ def lora(which, rank, alpha, dropout):
 
 
 def stage2(
-    arg, sets, *, epochs, text_len, supervised_len, choices="", answer_key="answer", **defaults
-):
+    arg, sets, *, epochs, text_len, supervised_len, choices="", answer_key="answer", mixture=None,
+    **defaults,
+):  # fmt: skip
     """A config of stage 2.
 
     Args:
@@ -97,7 +98,7 @@ def stage2(
       text_len, supervised_len: tokens of question and answer; positions that have logits.
       choices: what stands behind the question in the prompt.
       answer_key: of the answer in the data.
-      sets and answer_key may be functions of the arguments.
+      sets and answer_key may be functions of the arguments, too.
 
     Returns:
       (ConfigDict, the arguments).

@@ -22,7 +22,7 @@ def check_phases(weights, anneal, what="input"):
         on, and has the same names.
 
     Returns:
-      Phases with shares that add up to 1; names in the order of `weights`.
+      Phases with shares that add up to 1; names sorted, since a config doesn't keep their order.
 
     Raises:
       ValueError: a weight that is no number of 0 or more, none above 0, other names, or fractions
@@ -50,7 +50,7 @@ def check_phases(weights, anneal, what="input"):
         total = sum(by_name.values())
         if not total:
             raise ValueError(f"{where}={by_name}; expected a weight above 0")
-        phases.append((float(start), {n: by_name[n] / total for n in weights}))
+        phases.append((float(start), {n: by_name[n] / total for n in sorted(weights)}))
         last = start
     return phases
 
