@@ -1,0 +1,343 @@
+"""Reads question-answer pairs about images: those that MedM's authors released, and our own JSONL.
+
+The authors' files come from scripts that changed on the way: JSON objects one after another without
+a list around them, model output in which questions are marked in four ways, two schemas for ROCO,
+CSV with line breaks inside cells. `read_qa` gives the same rows for all of them and counts what
+each rule kept and why the rest was dropped, since a parser that skips quietly skews a data set.
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep import files
+from data_prep.files import DataError
+from data_prep.ledger import Ledger
+
+# A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `**Q1:** …`, `2. Q: …`.
+_MARK = re.compile(
+    r"""\s*(?:[-*•]\s+|\d+[.)]\s*)?          # a list's bullet or number
+    (?P<bold>\*\*|__)?\s*
+    (?P<kind>Q|A|Question|Answer)\s?(?P<number>\d+)?\s*
+    (?:(?P<closed>(?:\*\*|__)\s*:|:\s*(?:\*\*|__))|:)\s*
+    (?P<text>.*)""",
+    re.VERBOSE,
+)
+_IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|gif|tiff?|bmp|dcm)$", re.IGNORECASE)
+_CHUNK = 1 << 20
+_LONGEST_OBJECT = 1 << 24
+_RAW_KEYS = ("qa_pairs_raw", "qa_pairs")
+_EXPECTED = (
+    "expected rows with image_id, question and answer, or with image_id and one of "
+    "qa_pairs_raw, qa_pairs, qa_pair"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One question and its answer. `rule` is how it was found; `extra` what else the row says."""
+
+    question_id: str
+    image_id: str
+    question: str
+    answer: str
+    rule: str
+    extra: dict[str, str]
+
+    @property
+    def answer_type(self) -> str:
+        """ "OPEN" or "CLOSED": the row's own if it says so, else CLOSED for yes and no."""
+        given = self.extra.get("answer_type", "").strip().upper()
+        return given if given in ("OPEN", "CLOSED") else answer_type(self.answer)
+
+
+def answer_type(answer: str) -> str:
+    """ "CLOSED" if the answer is yes or no and nothing else, else "OPEN"."""
+    return "CLOSED" if answer.strip().strip(".!").lower() in ("yes", "no") else "OPEN"
+
+
+def image_id(name: str) -> str:
+    """`sample/MPX1_synpic2.png` -> `MPX1_synpic2`: without folder and image suffix."""
+    return _IMAGE_SUFFIX.sub("", re.split(r"[/\\]", name.strip())[-1])
+
+
+def parse_pairs(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Finds question-answer pairs in the free text of a language model.
+
+    A blank line ends an answer, unless it has no text yet; so closing remarks are left out.
+
+    Returns:
+      pairs: (question, answer, rule), the rule being the form that the question's mark has:
+        "Q:", "**Q: …**", "**Q:**", "Q1:" (bold or not), or "unmarked" (paragraphs that are a
+        question and an answer in turn, in a text without any mark).
+      rejected: (reason, text) of what looked like a part of a pair and wasn't one.
+    """
+    parts, open_part = [], False  # parts: [kind, rule, lines]
+    for line in text.splitlines():
+        if mark := _MARK.fullmatch(line):
+            kind, content = mark["kind"][0], mark["text"]
+            # `Q: …? A: …` on one line
+            both = re.split(r"(?<=[?*])\s+(?=(?:\*\*)?A\d*:)", content, maxsplit=1)
+            parts.append([kind, _rule(mark), [both[0]]])
+            if kind == "Q" and len(both) == 2:
+                parts.append(["A", "", [_MARK.fullmatch(both[1])["text"]]])
+            open_part = True
+        elif not line.strip():
+            open_part = open_part and not any(part.strip("*_ ") for part in parts[-1][2])
+        elif open_part:
+            parts[-1][2].append(line)
+    if not parts:
+        return _unmarked(text)
+    pairs, rejected, question = [], [], None
+    for kind, rule, lines in parts:
+        content = "\n".join(lines).replace("**", "").replace("__", "").strip()
+        if kind == "Q":
+            if question:
+                rejected.append(("question without an answer", question[0]))
+            question = (" ".join(content.split()), rule)
+        elif question is None:
+            rejected.append(("answer without a question", content))
+        else:
+            pairs.append((question[0], content, question[1]))
+            question = None
+    if question:
+        rejected.append(("question without an answer", question[0]))
+    return pairs, rejected
+
+
+def _rule(mark: re.Match) -> str:
+    if mark["number"]:
+        return "Q1:"
+    if mark["closed"]:
+        return "**Q:**"
+    return "**Q: …**" if mark["bold"] else "Q:"
+
+
+def _unmarked(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # "Here are the pairs:"
+        lines = lines[1:]
+    questions, answers = lines[::2], lines[1::2]
+    in_turn = len(questions) == len(answers) and all(
+        q.endswith("?") and not a.endswith("?") for q, a in zip(questions, answers, strict=True)
+    )
+    if not lines or not in_turn:
+        return [], [("no pair found", " ".join(text.split()))]
+    return [(q, a, "unmarked") for q, a in zip(questions, answers, strict=True)], []
+
+
+def _open(path: pathlib.Path) -> Any:
+    """A text handle that has been looked at: there, not empty, no LFS pointer."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(200)
+    except OSError as e:
+        raise DataError(f"{path}: question-answer pairs can't be read ({e.strerror})") from None
+    if files.is_lfs_pointer(head):
+        raise DataError(f"{path}: {files.lfs_message('question-answer pairs')}")
+    if not head.strip():
+        raise DataError(f"{path}: the file is empty; {_EXPECTED}")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def iter_objects(path: pathlib.Path | str) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON list, of JSON Lines, or of objects that just follow each other.
+
+    Only a list is held in memory as a whole.
+
+    Raises:
+      DataError: not UTF-8, not JSON (with the line), or something else than objects.
+    """
+    path = pathlib.Path(path)
+    with _open(path) as f:
+        if _first_letter(f) == "[":
+            content = files.read_json(path, "question-answer pairs")
+            for i, row in enumerate(content):
+                if not isinstance(row, dict):
+                    raise DataError(f"{path} row {i}: found {row!r:.60}; {_EXPECTED}")
+            yield from content
+            return
+        f.seek(0)
+        yield from _following(f, path)
+
+
+def _first_letter(f: Any) -> str:
+    try:
+        for line in f:
+            if line.strip():
+                return line.strip()[0]
+    except UnicodeDecodeError:
+        pass  # told by whoever reads on
+    return ""
+
+
+def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,\ufeff]*")
+    buffer, line, more = "", 1, True
+    while more or buffer:
+        try:
+            chunk = f.read(_CHUNK)
+        except UnicodeDecodeError as e:
+            raise DataError(f"{path}: not UTF-8 text ({e.reason}); {_EXPECTED}") from None
+        buffer, more, at = buffer + chunk, bool(chunk), 0
+        while (at := space.match(buffer, at).end()) < len(buffer):
+            try:
+                found, end = decoder.raw_decode(buffer, at)
+            except json.JSONDecodeError as e:
+                if more and len(buffer) - at < _LONGEST_OBJECT:
+                    break  # it may go on in the next chunk
+                number = line + buffer.count("\n", 0, e.pos)
+                raise DataError(
+                    f"{path}: not valid JSON at line {number} ({e.msg}); {_EXPECTED}"
+                ) from None
+            except RecursionError:
+                raise DataError(f"{path}: JSON nested too deeply; {_EXPECTED}") from None
+            if not isinstance(found, dict):
+                number = line + buffer.count("\n", 0, at)
+                raise DataError(f"{path} line {number}: found {found!r:.60}; {_EXPECTED}")
+            yield found
+            at = end
+        line += buffer.count("\n", 0, at)
+        buffer = buffer[at:]
+
+
+def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV file with a header; cells may hold line breaks."""
+    with _open(path) as f:
+        reader = csv.reader(f)
+        try:
+            header = next((row for row in reader if any(c.strip() for c in row)), [])
+            header = [c.strip() for c in header]
+            if missing := [k for k in ("image_id", "question", "answer") if k not in header]:
+                raise DataError(
+                    f"{path}: no column {', '.join(missing)} in the header "
+                    f"{','.join(header)!r:.80}; {_EXPECTED}"
+                )
+            for row in reader:
+                if not any(c.strip() for c in row):
+                    continue
+                where = f"line {reader.line_num}"
+                if len(row) != len(header):
+                    ledger.read("records")
+                    ledger.drop("records", "another number of cells than the header", where)
+                    continue
+                # The index column that pandas writes has no name.
+                yield where, {k: v for k, v in zip(header, row, strict=True) if k}
+        except csv.Error as e:
+            raise DataError(f"{path} line {reader.line_num}: not valid CSV ({e})") from None
+        except UnicodeDecodeError as e:
+            raise DataError(f"{path}: not UTF-8 text ({e.reason}); {_EXPECTED}") from None
+
+
+def qa_ledger() -> Ledger:
+    """The books of one file: "records" (objects or rows) and the "pairs" in them, by rule."""
+    return Ledger(("records", "pairs"), ("rule",))
+
+
+def read_qa(path: pathlib.Path | str, ledger: Ledger | None = None) -> Iterator[Pair]:
+    """Yields the question-answer pairs of one file in its order, each once.
+
+    Args:
+      path: `.csv` with a header, or JSON of any form that `iter_objects` reads. Rows are one of
+        {image_id, question, answer, …}           ours, ROCO test, MedM's csv files
+        {image_id, "original caption", qa_pair}   ROCO valid; the caption is the answer
+        {image_id, qa_pairs_raw | qa_pairs, …}    MedPix; pairs in a model's free text
+      ledger: from `qa_ledger`; told of each record and each pair.
+
+    Dropped: pairs with an empty side, pairs that the file has already, what `parse_pairs` rejects.
+    Texts lose surrounding spaces and `**`; questions become one line. A row's `question_id` is
+    kept; without one it is the image id and the pair's number at that image.
+
+    Raises:
+      DataError: unreadable, none of the schemas above, or a given question_id that comes twice.
+    """
+    path = pathlib.Path(path).expanduser()
+    ledger = ledger or qa_ledger()
+    if path.suffix.lower() == ".csv":
+        records = _csv_rows(path, ledger)
+    else:
+        records = ((f"record {i}", r) for i, r in enumerate(iter_objects(path)))
+    per_image, seen, raw_images, given_ids = Counter(), set(), set(), set()
+    for where, record in records:
+        ledger.read("records")
+        image, found, rejected, extra = _pairs_of(record, f"{path} {where}")
+        if not image:
+            ledger.drop("records", "no image id", where)
+            continue
+        if any(k in record for k in _RAW_KEYS):
+            if image in raw_images:
+                ledger.flag("records", "another record of the same image", image)
+            raw_images.add(image)
+        for reason, text in rejected:
+            if reason == "no pair found":
+                ledger.drop("records", reason, image)
+            else:
+                ledger.read("pairs")
+                ledger.drop("pairs", reason, f"{image}: {text[:60]}")
+        if found:
+            ledger.keep("records", {"image_id": image})
+        for question, answer, rule in found:
+            ledger.read("pairs")
+            per_image[image] += 1
+            given = extra.get("question_id", "")
+            question_id = given or f"{image}_{per_image[image]}"
+            if given and given in given_ids:
+                raise DataError(
+                    f"{path} {where}: question_id {given!r} is used before; expected each once"
+                )
+            given_ids.add(given)
+            if "\n" in question.strip():
+                ledger.flag("pairs", "question on several lines, joined", question_id)
+            question = " ".join(question.replace("**", "").split())
+            answer = answer.replace("**", "").strip()
+            if not _has_text(question) or not _has_text(answer):
+                which = "answer" if _has_text(question) else "question"
+                ledger.drop("pairs", f"empty {which}", question_id)
+                continue
+            key = hash((image, question, answer))
+            if key in seen:
+                ledger.drop("pairs", "the same question and answer again", question_id)
+                continue
+            seen.add(key)
+            key = hash((image, question))
+            if key in seen:
+                ledger.flag("pairs", "asked again about the image, other answer", question_id)
+            seen.add(key)
+            if not question.endswith(("?", ".", ":")):
+                ledger.flag("pairs", "question without a question mark", question_id)
+            pair = Pair(question_id, image, question, answer, rule, extra)
+            ledger.keep("pairs", {"image_id": image, "answer_type": pair.answer_type, "rule": rule})
+            yield pair
+
+
+def _has_text(text: str) -> bool:
+    return any(c.isalnum() for c in text)
+
+
+def _pairs_of(record: dict[str, Any], where: str) -> tuple[str, list, list, dict[str, str]]:
+    """(image id, pairs, rejected, other fields as text) of one record."""
+    used = {"image_id", "question", "answer", "qa_pair", "original caption", *_RAW_KEYS}
+    extra = {
+        k: str(v)
+        for k, v in record.items()
+        if k not in used and isinstance(v, (str, int, float)) and not isinstance(v, bool)
+    }
+    text = {k: v if isinstance(v, str) else str(v) for k, v in record.items() if v is not None}
+    image, rejected = image_id(text.get("image_id", "")), []
+    if raw := next((k for k in _RAW_KEYS if k in record), None):
+        pairs, rejected = parse_pairs(text.get(raw, ""))
+        extra.pop("question_id", None)  # one record, several questions
+    elif "qa_pair" in record:
+        pairs = [(text.get("qa_pair", ""), text.get("original caption", ""), "caption")]
+    elif "question" in record and "answer" in record:
+        pairs = [(text.get("question", ""), text.get("answer", ""), "columns")]
+    else:
+        raise DataError(f"{where}: found the keys {', '.join(record)}; {_EXPECTED}")
+    if "image_id" not in record:
+        raise DataError(f"{where}: no image_id in {', '.join(record)}; {_EXPECTED}")
+    return image, pairs, rejected, extra
