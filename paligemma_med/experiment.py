@@ -6,6 +6,7 @@ Every entry point (train, evaluate, predict) starts here, so that they agree on 
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -170,7 +171,7 @@ def load_host_adapter(config, model):
     want, found = adapted(config, model), adapter.specs
     for target in sorted({*want, *found}):
         a, b = (s.get(target) for s in (want, found))
-        if a is None or b is None or (a.rank, a.scale) != (b.rank, b.scale):
+        if a is None or b is None or a.rank != b.rank or not _same_scale(a, b):
             raise checkpoints.CheckpointError(
                 f"config.adapter_init {config.adapter_init} differs from config.lora at "
                 f"{target.name}: found {b}, expected {a}. Without config.lora it sets the ranks."
@@ -190,11 +191,16 @@ def _check_scales(config, model, spec):
     want, found = adapted(config, model), lora.resolve(rules, names)
     for target in want:
         a, b = want[target], found.get(target)
-        if b is not None and a.scale != b.scale:
+        if b is not None and not _same_scale(a, b):
             raise checkpoints.CheckpointError(
                 f"{spec} was trained with {b} at {target.name}, but config.lora has {a}: its "
                 "adapters would be scaled otherwise than in training."
             )
+
+
+def _same_scale(a, b):
+    # PEFT's alpha is rounded where some projections are rank-stabilised and others aren't.
+    return math.isclose(a.scale, b.scale, rel_tol=1e-9)
 
 
 def _rules_of_run(spec):

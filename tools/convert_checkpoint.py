@@ -9,6 +9,7 @@ file one parameter at a time, and what is written appears whole or not at all.
 """
 
 import os
+import sys
 
 import jax
 import tqdm
@@ -70,8 +71,11 @@ def convert(
             raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
         params = {part: params[part]}
     total = sum(leaf.nbytes for leaf in npz.flatten_tree(params).values())
-    # Without a terminal there is no bar, whose every state would be a line of the log.
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"--to={to}", disable=None) as bar:
+    # In a log each state of the bar is a line of its own.
+    every = 0.1 if sys.stderr.isatty() else 10
+    with tqdm.tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"--to={to}", mininterval=every
+    ) as bar:
         kw = dict(dtype=dtype, progress=bar.update)
         if to == "npz":
             npz.save_npz(dst, params, **kw)
