@@ -36,7 +36,8 @@ def lfs_message(what: str) -> str:
     )
 
 
-def _read(path: os.PathLike | str, what: str) -> bytes:
+def read_bytes(path: os.PathLike | str, what: str) -> bytes:
+    """The content of a file. DataError: missing, unreadable, a git-LFS pointer."""
     try:
         content = pathlib.Path(path).read_bytes()
     except FileNotFoundError:
@@ -54,7 +55,7 @@ def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
     Raises:
       DataError: missing, unreadable, a git-LFS pointer, not UTF-8, or not JSON.
     """
-    content = _read(path, what)
+    content = read_bytes(path, what)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -111,7 +112,7 @@ def check_image_bytes(content: bytes, where: str) -> str:
 def _check_image(path: str, size: int, mtime_ns: int) -> str:
     # size and mtime are in the cache key so that a file changed on disk is looked at again.
     del size, mtime_ns
-    return check_image_bytes(_read(path, "an image"), path)
+    return check_image_bytes(read_bytes(path, "an image"), path)
 
 
 def check_image(path: os.PathLike | str) -> str:
