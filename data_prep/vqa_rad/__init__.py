@@ -1,0 +1,1 @@
+"""VQA-RAD: clinicians' questions about 315 radiological images, in both layouts it is found in."""
