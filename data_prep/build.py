@@ -32,9 +32,11 @@ from data_prep.vqa_builder import REPORT_NAME, Option
 # Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
 # makes its own raw files.
 BUILDERS = {
+    "pmc_vqa": "data_prep.pmc_vqa.pmc_vqa_dataset_builder",
     "slake": "data_prep.slake.slake_dataset_builder",
     "phantom": "data_prep.phantom.phantom_dataset_builder",
     "shapes": "data_prep.shapes.shapes_dataset_builder",
+    "vqa_rad": "data_prep.vqa_rad.vqa_rad_dataset_builder",
 }
 
 
@@ -136,6 +138,7 @@ def _build_one(
             manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **drawn_with)
         print(f"building {full_name} from {manual_dir} ...", flush=True)
         builder = module.Builder(data_dir=staging, **settings)
+        builder.cache_dir = data_dir / ".building" / f"{builder.name}-checked"
         # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
@@ -215,12 +218,14 @@ def build(
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
     drawn_with = {"num_images": list(num_images) if num_images is not None else None, "seed": seed}
     drawn_with = {k: v for k, v in drawn_with.items() if v is not None}
-    return {
+    made = {
         f"{name}/{c}" if c else name: _build_one(
             module, c, manual_dir, data_dir, overwrite, drawn_with, options
         )
         for c in configs
     }
+    shutil.rmtree(data_dir / ".building" / f"{name}-checked", ignore_errors=True)
+    return made
 
 
 def _options() -> dict[str, tuple[Option, list[str]]]:

@@ -76,7 +76,14 @@ class Store:
         """Decodes the image; returns the SHA-256 of its bytes. DataError: as `read`, or corrupt."""
         return files.check_image_bytes(self.read(name), self._where(self._find(name) or name))
 
+    def stamp(self, name: str) -> str:
+        """Changes when the file's content does; cheap. The file must be there."""
+        return self._stamp(self._find(name) or name)
+
     def _exists(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def _stamp(self, name: str) -> str:
         raise NotImplementedError
 
     def _read(self, name: str) -> bytes:
@@ -121,6 +128,10 @@ class _Folder(Store):
             return (self.root / name).is_file()
         except OSError:  # such as a name longer than the file system allows
             return False
+
+    def _stamp(self, name: str) -> str:
+        stat = os.stat(self.root / name)
+        return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     def _read(self, name: str) -> bytes:
         try:
@@ -172,6 +183,10 @@ class _Zip(Store):
     def _exists(self, name: str) -> bool:
         self._file()
         return name in self._members
+
+    def _stamp(self, name: str) -> str:
+        member = self._file().getinfo(self._members[name])
+        return f"{member.CRC:08x}-{member.file_size}"
 
     def _read(self, name: str) -> bytes:
         zip_file = self._file()

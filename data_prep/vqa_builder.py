@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_prep import files
+from data_prep.flat_memory import flat_memory
 
 REPORT_NAME = "build_report.json"
 
@@ -67,6 +68,10 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     OPTIONS: Mapping[str, Option] = {}
     report: Mapping[str, Any] | None = None
+    # Set by data_prep.build: whether splits may be Beam transforms, and a folder for what a killed
+    # build leaves to the next one (see CheckedImages).
+    beam: bool = False
+    cache_dir: pathlib.Path | None = None
 
     def __init__(self, *, options: Mapping[str, Any] | None = None, **kwargs: Any):
         self.options = {k: o.default for k, o in self.OPTIONS.items()} | dict(options or {})
@@ -89,7 +94,8 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        super()._download_and_prepare(*args, **kwargs)
+        with flat_memory():
+            super()._download_and_prepare(*args, **kwargs)
         if self.options:
             self.report = {**self.report, "made_with": self.options}
         # TFDS has pointed data_path at its temporary folder here: report and records appear

@@ -1,5 +1,6 @@
 """The build command: records as given, whole or not at all, without network or TensorFlow."""
 
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import tensorflow_datasets as tfds
 from data_prep import build as build_lib
 from data_prep.build import build
 from data_prep.files import DataError
+
+KNOWN = ", ".join(sorted(build_lib.BUILDERS))
 
 
 def _read(data_dir, name, split):
@@ -159,12 +162,13 @@ def test_no_tensorflow_no_torch():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(name="slaek"), "unknown data set 'slaek'; known ones: phantom, shapes, slake"),
+        (dict(name="slaek"), f"unknown data set 'slaek'; known ones: {KNOWN}"),
         (dict(name="slake"), "--manual_dir is needed"),
         (dict(name="slake", manual_dir="/nowhere"), "/nowhere: no such folder"),
         (dict(name="phantom", config="en"), "unknown config 'en'; known ones: none"),
         (dict(name="slake", manual_dir="/x", seed=1), "for drawn data sets"),
         (dict(name="phantom", manual_dir="/x", seed=1), "not with a manual_dir"),
+        (dict(name="slake", options={"x": 1}), "slake: unknown option x; its options: none"),
     ],
 )
 def test_arguments_refused(kwargs, message, tmp_path):
@@ -207,10 +211,26 @@ def test_command_line(slake, tmp_path):
     assert "did you mean" in bad.stderr
 
 
+def test_options_of_the_command_line(slake, tmp_path):
+    options = build_lib._options()
+    for name, (option, names) in options.items():
+        kinds = {type(b.OPTIONS[name].default) for b in map(_builder, names)}
+        assert len(kinds) == 1, f"--{name} has more than one type"
+        assert option.help.endswith(".")
+    shown = _command("--help").stdout
+    assert "--[no]shuffle_choices" in shown and "--validate_fraction" in shown
+    bad = _command("slake", "--manual_dir", slake.write(), "--shuffle_choices")
+    assert bad.stderr == "error: slake: unknown option shuffle_choices; its options: none\n"
+
+
+def _builder(name):
+    return importlib.import_module(build_lib.BUILDERS[name]).Builder
+
+
 def test_command_line_help_and_unknown_name():
     shown = _command("--help")
     assert "Build a data set" in shown.stdout and "Example:" in shown.stdout
     assert "--manual_dir" in shown.stdout
     for args in ((), ("vqa_rat",), ("slake", "phantom")):
         unknown = _command(*args)
-        assert unknown.returncode == 1 and "known ones: phantom, shapes, slake" in unknown.stderr
+        assert unknown.returncode == 1 and f"known ones: {KNOWN}" in unknown.stderr

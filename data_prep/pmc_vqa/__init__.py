@@ -1,0 +1,1 @@
+"""PMC-VQA: multiple-choice questions about figures of open-access articles."""
