@@ -109,6 +109,19 @@ def _already_built(
     return True
 
 
+def _beam_options(arguments: Sequence[str] | None) -> Any:
+    """Beam's options, None without Beam. DataError if it isn't installed."""
+    if arguments is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as e:
+        raise DataError(
+            f"--beam needs Apache Beam ({e}); pip install 'paligemma_med[beam]'"
+        ) from None
+    return PipelineOptions(list(arguments) or ["--runner=DirectRunner"])
+
+
 def _settings(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ", ".join(f"{k}={values[k]}" for k in keys)
 
@@ -121,6 +134,7 @@ def _build_one(
     overwrite: bool,
     drawn_with: dict[str, Any],
     options: dict[str, Any],
+    beam_options: Sequence[str] | None,
 ) -> pathlib.Path:
     settings = dict(config=config, file_format="array_record", options=options)
     builder = module.Builder(data_dir=data_dir, **settings)
@@ -139,12 +153,16 @@ def _build_one(
         print(f"building {full_name} from {manual_dir} ...", flush=True)
         builder = module.Builder(data_dir=staging, **settings)
         builder.cache_dir = data_dir / ".building" / f"{builder.name}-checked"
+        builder.beam = beam_options is not None
         # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_dir=staging / "downloads",
                 download_config=tfds.download.DownloadConfig(
-                    manual_dir=manual_dir, try_download_gcs=False, register_checksums=False
+                    manual_dir=manual_dir,
+                    try_download_gcs=False,
+                    register_checksums=False,
+                    beam_options=_beam_options(beam_options),
                 ),
             )
         final = _publish(staging, data_dir, pathlib.Path(builder.data_path))
@@ -165,6 +183,7 @@ def build(
     num_images: Sequence[int] | None = None,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
+    beam_options: Sequence[str] | None = None,
 ) -> dict[str, pathlib.Path]:
     """Builds one data set, or says that it is built already. Prints what it does.
 
@@ -177,6 +196,8 @@ def build(
       num_images: `phantom` only: images in train, validate, test.
       seed: of the drawings of `phantom`, or of what else the builder draws.
       options: of the builder's `OPTIONS`; those not given have their default.
+      beam_options: None: no Beam. Else the arguments of its pipeline, such as
+        ["--runner=FlinkRunner"]; [] runs it on this machine.
 
     Returns:
       {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
@@ -194,6 +215,10 @@ def build(
     if unknown := [k for k in options if k not in module.Builder.OPTIONS]:
         known = ", ".join(module.Builder.OPTIONS) or "none"
         raise DataError(f"{name}: unknown option {', '.join(unknown)}; its options: {known}")
+    if beam_options is not None:
+        if not module.Builder.CAN_BEAM:
+            raise DataError(f"{name}: small enough to be built without --beam, and only so")
+        _beam_options(beam_options)  # says at once if it isn't installed
     if not own and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom) only")
     if manual_dir is not None and (num_images is not None or seed is not None):
@@ -220,7 +245,7 @@ def build(
     drawn_with = {k: v for k, v in drawn_with.items() if v is not None}
     made = {
         f"{name}/{c}" if c else name: _build_one(
-            module, c, manual_dir, data_dir, overwrite, drawn_with, options
+            module, c, manual_dir, data_dir, overwrite, drawn_with, options, beam_options
         )
         for c in configs
     }
@@ -248,6 +273,12 @@ def _define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
     flags.DEFINE_list("num_images", None, "phantom: number of images in train,validate,test.")
     flags.DEFINE_integer("seed", None, "Seed of drawings, or of what a data set draws by lot.")
+    flags.DEFINE_bool("beam", False, "Build with Apache Beam (extra `beam`), for large sets.")
+    flags.DEFINE_list(
+        "beam_options",
+        None,
+        "With --beam: arguments of its pipeline, such as --runner=FlinkRunner.",
+    )
     # None tells that an option wasn't given, which matters for data sets that don't have it.
     for key, (option, names) in _options().items():
         kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -272,6 +303,9 @@ def main(argv: Sequence[str]) -> None:
             if len(num_images) != 3 or not all(n.strip().isdigit() for n in num_images):
                 raise DataError(f"--num_images={','.join(num_images)}: expected 3 whole numbers")
             num_images = [int(n) for n in num_images]
+        beam_options = flags.FLAGS.beam_options
+        if beam_options is not None and not flags.FLAGS.beam:
+            raise DataError("--beam_options: expected together with --beam")
         build(
             argv[1],
             manual_dir=flags.FLAGS.manual_dir,
@@ -281,6 +315,7 @@ def main(argv: Sequence[str]) -> None:
             num_images=num_images,
             seed=flags.FLAGS.seed,
             options={k: v for k in _options() if (v := flags.FLAGS[k].value) is not None},
+            beam_options=(beam_options or []) if flags.FLAGS.beam else None,
         )
     except DataError as e:
         sys.exit(f"error: {e}")

@@ -68,8 +68,10 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     OPTIONS: Mapping[str, Option] = {}
     report: Mapping[str, Any] | None = None
-    # Set by data_prep.build: whether splits may be Beam transforms, and a folder for what a killed
-    # build leaves to the next one (see CheckedImages).
+    # Whether the builder can give TFDS its splits as Beam transforms (see row_file.generate).
+    CAN_BEAM = False
+    # Set by data_prep.build: whether to do so, and a folder for what a killed build leaves to the
+    # next one (see CheckedImages).
     beam: bool = False
     cache_dir: pathlib.Path | None = None
 

@@ -38,6 +38,7 @@ class Builder(VqaBuilder):
         "Get PMC-VQA (https://huggingface.co/datasets/xmcmic/PMC-VQA) and give the folder with "
         f"{release.EXPECTED}; the zip files needn't be unpacked."
     )
+    CAN_BEAM = True
     OPTIONS = {
         "images": Option(None, "folder or zip file of the images, if not beside the tables."),
         "allow_missing_images": Option(False, "leave out rows whose image is missing or broken."),
