@@ -14,7 +14,7 @@ from unittest import mock
 
 from tensorflow_datasets.core import shuffle
 
-MAX_BYTES = 256 << 20  # of a split's records held in memory
+MAX_BYTES = 64 << 20  # of a split's records held in memory
 _HEAD = struct.Struct("=QQQ")  # the upper and lower half of the key's hash, size of the record
 
 

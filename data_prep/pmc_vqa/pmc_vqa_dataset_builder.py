@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import PIL.Image
 import tensorflow_datasets as tfds
 
-from data_prep import ledger, row_file
+from data_prep import images, ledger, row_file
 from data_prep.image_store import Store
 from data_prep.pmc_vqa import release
 from data_prep.vqa_builder import Option, VqaBuilder, vqa_features
@@ -90,5 +92,10 @@ class Builder(VqaBuilder):
         raise NotImplementedError("Rows come from _split_generators.")
 
 
-def _example(images: Store, row: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    return row["question_id"], {**row, "image": images.read(row["image_id"])}
+def _example(store: Store, row: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    content = store.read(row["image_id"])
+    # Nearly all are plain JPEGs, which their header tells; `convert` would decode them once more.
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        plain = image.format == "JPEG" and image.mode in ("L", "RGB")
+    image = content if plain else images.convert(content, row["image_id"])
+    return row["question_id"], {**row, "image": image}

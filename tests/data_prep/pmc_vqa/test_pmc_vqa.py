@@ -1,9 +1,11 @@
 """PMC-VQA through the build command: zip or folder, both versions, splits, options, leakage."""
 
 import csv
+import io
 import json
 import zipfile
 
+import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
@@ -248,3 +250,15 @@ def test_windows_separators(folder, tmp_path):
     assert found["image_id"] == "images/PMC1000000_F1.jpg"
     with zipfile.ZipFile(folder / "images.zip") as z:
         assert found["image"] == z.read("images/PMC1000000_F1.jpg")
+
+
+def test_images_that_readers_show_differently_become_png(tmp_path):
+    folder = fake.write(tmp_path / "raw", zipped=False)
+    paths = sorted((folder / "images").iterdir())[:2]
+    PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(paths[0], "JPEG")
+    PIL.Image.new("L", (8, 8), 7).save(paths[1], "JPEG")
+    _, splits = make(folder, tmp_path, validate_fraction=0.0)
+    stored = {x["image_id"]: x["image"] for x in splits["train"].values()}
+    assert stored[paths[1].name] == paths[1].read_bytes()
+    with PIL.Image.open(io.BytesIO(stored[paths[0].name])) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
