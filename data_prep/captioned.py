@@ -1,0 +1,78 @@
+"""Images with captions, and what is known about each: what `rocov2`, `roco_v1`, `medpix2` share.
+
+A reader of a release gives `Figure`s by split. Built with config `caption`, each becomes one row
+whose answer is its caption; with config `qa`, it is joined by its id with question-answer pairs
+that somebody made from the captions (`medm_qa.read_qa`).
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from data_prep.files import DataError
+
+SPLITS = ("train", "validate", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One image of a release.
+
+    image_id: unique over all splits.
+    names: file names that its image may have, the likeliest first.
+    features: texts by name; `caption` among them, "" where there is no usable one.
+    no_caption: why there is none; "" if there is.
+    flags: what is worth telling about it.
+    groups: (kind, key) of what must not be in two splits, such as ("case", "MPX1009").
+    """
+
+    image_id: str
+    names: tuple[str, ...]
+    features: dict[str, str]
+    no_caption: str = ""
+    flags: tuple[str, ...] = ()
+    groups: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What a reader found.
+
+    figures: split -> image id -> Figure, in the order of the files; a split may lack.
+    images: split -> folder or zip file in which its images are; None: not there.
+    notes: counts for the report, as JSON can hold them.
+    """
+
+    figures: dict[str, dict[str, Figure]]
+    images: dict[str, pathlib.Path | None]
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def has_text(caption: str) -> bool:
+    """False for what shows nothing: spaces of all kinds, zero-width characters, dots."""
+    return any(c.isalnum() for c in caption)
+
+
+def first_there(folder: pathlib.Path, *names: str) -> pathlib.Path | None:
+    """The first of `names` that exists in `folder`."""
+    return next((p for n in names if (p := folder / n).exists()), None)
+
+
+def add_figure(figures: dict[str, Figure], figure: Figure, where: str) -> None:
+    """Adds it. DataError: its id is taken (`where` names file and row)."""
+    if figure.image_id in figures:
+        raise DataError(f"{where}: id {figure.image_id!r} comes twice; expected each once")
+    figures[figure.image_id] = figure
+
+
+def check_disjoint(release: Release, folder: pathlib.Path) -> None:
+    """DataError if an image id is in two splits."""
+    seen: dict[str, str] = {}
+    for split, figures in release.figures.items():
+        for image_id in figures:
+            if image_id in seen:
+                raise DataError(
+                    f"{folder}: image {image_id!r} is in {seen[image_id]} and {split}; "
+                    "expected it in one split"
+                )
+            seen[image_id] = split
