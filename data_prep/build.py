@@ -26,6 +26,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
 from data_prep import files
+from data_prep import report as report_lib
 from data_prep.files import DataError
 from data_prep.vqa_builder import REPORT_NAME, Option
 
@@ -184,6 +185,7 @@ def build(
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
     beam_options: Sequence[str] | None = None,
+    report: str | os.PathLike | None = None,
 ) -> dict[str, pathlib.Path]:
     """Builds one data set, or says that it is built already. Prints what it does.
 
@@ -198,6 +200,7 @@ def build(
       options: of the builder's `OPTIONS`; those not given have their default.
       beam_options: None: no Beam. Else the arguments of its pipeline, such as
         ["--runner=FlinkRunner"]; [] runs it on this machine.
+      report: folder for `data_prep.report` of what is built, or was already.
 
     Returns:
       {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
@@ -215,6 +218,8 @@ def build(
     if unknown := [k for k in options if k not in module.Builder.OPTIONS]:
         known = ", ".join(module.Builder.OPTIONS) or "none"
         raise DataError(f"{name}: unknown option {', '.join(unknown)}; its options: {known}")
+    if report is not None:
+        report_lib.check_installed()
     if beam_options is not None:
         if not module.Builder.CAN_BEAM:
             raise DataError(f"{name}: small enough to be built without --beam, and only so")
@@ -250,6 +255,9 @@ def build(
         for c in configs
     }
     shutil.rmtree(data_dir / ".building" / f"{name}-checked", ignore_errors=True)
+    if report is not None:
+        report_lib.write(report, made)
+        print(f"report.md, report.json and distributions.png are in {report}")
     return made
 
 
@@ -279,6 +287,7 @@ def _define_flags() -> None:
         None,
         "With --beam: arguments of its pipeline, such as --runner=FlinkRunner.",
     )
+    flags.DEFINE_string("report", None, "Folder for a report of what is built (extra `report`).")
     # None tells that an option wasn't given, which matters for data sets that don't have it.
     for key, (option, names) in _options().items():
         kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -316,6 +325,7 @@ def main(argv: Sequence[str]) -> None:
             seed=flags.FLAGS.seed,
             options={k: v for k in _options() if (v := flags.FLAGS[k].value) is not None},
             beam_options=(beam_options or []) if flags.FLAGS.beam else None,
+            report=flags.FLAGS.report,
         )
     except DataError as e:
         sys.exit(f"error: {e}")

@@ -69,7 +69,7 @@ class Builder(VqaBuilder):
         return self.dataset_info_from_configs(
             features=vqa_features(**texts),
             homepage="https://huggingface.co/datasets/xmcmic/PMC-VQA",
-            license="CC BY-SA (questions); each figure has its article's licence",
+            license="CC BY-SA 4.0 according to the Hub; each figure has its article's licence",
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
