@@ -1,0 +1,1 @@
+"""Configs of the filter: which rules, with which settings."""

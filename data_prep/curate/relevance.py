@@ -1,0 +1,100 @@
+"""Relevance by pathology category: which rows count, and how much more the common ones do.
+
+The paper reinforces the most common pathologies instead of the rare ones, and keeps categories with
+at least 100 cases. A row's category is what the data set says, or is found by key words.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_prep.files import DataError
+
+REINFORCE = ("weight", "repeat", "none")
+CHOICES = ("drop", "keep")
+
+
+class Relevance:
+    """Settings of the step.
+
+    Args:
+      keys: the first of these fields that a row has is its category.
+      keywords: [name, regular expression] pairs, tried in order on a row that has none of `keys`,
+        in its fields `text`.
+      text: these fields.
+      min_cases: cases (case_id, else image_id) that a category must have.
+      below: "drop" or "keep" rows of smaller categories.
+      missing: "drop" or "keep" rows without category.
+      reinforce: "weight" writes a weight beside each row, "repeat" writes rows several times,
+        "none" neither.
+      power, max_weight: the weight is (cases / min_cases) ** power, at least 1 and at most this.
+
+    Raises:
+      DataError: settings that make no sense.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str] = ("category",),
+        keywords: Sequence[Sequence[str]] = (),
+        text: Sequence[str] = ("caption", "question", "answer"),
+        min_cases: int = 100,
+        below: str = "drop",
+        missing: str = "keep",
+        reinforce: str = "weight",
+        power: float = 0.5,
+        max_weight: float = 3.0,
+    ):
+        for name, value, known in (
+            ("below", below, CHOICES),
+            ("missing", missing, CHOICES),
+            ("reinforce", reinforce, REINFORCE),
+        ):
+            if value not in known:
+                raise DataError(f"relevance.{name} is {value!r}; expected {' or '.join(known)}")
+        if min_cases < 1 or power < 0 or max_weight < 1:
+            raise DataError(
+                f"relevance: min_cases {min_cases}, power {power}, max_weight {max_weight}; "
+                "expected at least 1, 0 and 1"
+            )
+        try:
+            self._keywords = [(name, re.compile(text_, re.I)) for name, text_ in keywords]
+        except (re.error, ValueError) as e:
+            raise DataError(f"relevance.keywords: {e}; expected [name, expression] pairs") from None
+        self._keys, self._text = tuple(keys), tuple(text)
+        self.min_cases, self.below, self.missing = min_cases, below, missing
+        self.reinforce, self._power, self._max_weight = reinforce, power, max_weight
+
+    def category(self, row: Mapping[str, Any]) -> str:
+        """The row's category; "" if it has none."""
+        for key in self._keys:
+            if value := str(row.get(key) or "").strip():
+                return value
+        for name, expression in self._keywords:
+            if any(expression.search(str(row.get(field) or "")) for field in self._text):
+                return name
+        return ""
+
+    @staticmethod
+    def case(row: Mapping[str, Any]) -> str:
+        """What is counted: cases, and images where no case is told."""
+        return str(row.get("case_id") or row.get("image_id"))
+
+    def reason(self, category: str, cases: int) -> str | None:
+        """Why rows of a category with so many cases go, or None."""
+        if not category:
+            return "no category" if self.missing == "drop" else None
+        small = self.below == "drop" and cases < self.min_cases
+        return f"{category}: {cases} cases, fewer than {self.min_cases}" if small else None
+
+    def weight(self, category: str, cases: int) -> float:
+        """At least 1; larger for categories with more cases. Rows without category have 1."""
+        if not category or self.reinforce == "none":
+            return 1.0
+        return round(min(self._max_weight, max(1.0, (cases / self.min_cases) ** self._power)), 4)
+
+
+def repeats(weight: float, share: float) -> int:
+    """A whole number that is `weight` on average over `share`, uniform in [0, 1)."""
+    whole = int(weight)
+    return whole + (share < weight - whole)
