@@ -33,7 +33,10 @@ from data_prep.vqa_builder import REPORT_NAME, Option
 # Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
 # makes its own raw files.
 BUILDERS = {
+    "medpix2": "data_prep.medpix2.medpix2_dataset_builder",
     "pmc_vqa": "data_prep.pmc_vqa.pmc_vqa_dataset_builder",
+    "roco_v1": "data_prep.roco_v1.roco_v1_dataset_builder",
+    "rocov2": "data_prep.rocov2.rocov2_dataset_builder",
     "slake": "data_prep.slake.slake_dataset_builder",
     "phantom": "data_prep.phantom.phantom_dataset_builder",
     "shapes": "data_prep.shapes.shapes_dataset_builder",

@@ -12,7 +12,7 @@ import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_prep import files
@@ -224,7 +224,9 @@ def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[st
                 where = f"line {reader.line_num}"
                 if len(row) != len(header):
                     ledger.read("records")
-                    ledger.drop("records", "another number of cells than the header", where)
+                    ledger.drop(
+                        "records", "another number of cells than the header", f"{path.name} {where}"
+                    )
                     continue
                 # The index column that pandas writes has no name.
                 yield where, {k: v for k, v in zip(header, row, strict=True) if k}
@@ -235,37 +237,35 @@ def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[st
 
 
 def qa_ledger() -> Ledger:
-    """The books of one file: "records" (objects or rows) and the "pairs" in them, by rule."""
+    """The books of `read_qa`: "records" (objects or rows) and the "pairs" in them, by rule."""
     return Ledger(("records", "pairs"), ("rule",))
 
 
-def read_qa(path: pathlib.Path | str, ledger: Ledger | None = None) -> Iterator[Pair]:
-    """Yields the question-answer pairs of one file in its order, each once.
+def read_qa(
+    paths: pathlib.Path | str | Sequence[pathlib.Path | str], ledger: Ledger | None = None
+) -> Iterator[Pair]:
+    """Yields the question-answer pairs of one or several files in their order, each once.
 
     Args:
-      path: `.csv` with a header, or JSON of any form that `iter_objects` reads. Rows are one of
+      paths: `.csv` with a header, or JSON of any form that `iter_objects` reads. Rows are one of
         {image_id, question, answer, …}           ours, ROCO test, MedM's csv files
         {image_id, "original caption", qa_pair}   ROCO valid; the caption is the answer
         {image_id, qa_pairs_raw | qa_pairs, …}    MedPix; pairs in a model's free text
       ledger: from `qa_ledger`; told of each record and each pair.
 
-    Dropped: pairs with an empty side, pairs that the file has already, what `parse_pairs` rejects.
+    Dropped: pairs with an empty side, pairs that came before, what `parse_pairs` rejects.
     Texts lose surrounding spaces and `**`; questions become one line. A row's `question_id` is
     kept; without one it is the image id and the pair's number at that image.
 
     Raises:
       DataError: unreadable, none of the schemas above, or a given question_id that comes twice.
     """
-    path = pathlib.Path(path).expanduser()
+    paths = [paths] if isinstance(paths, (str, pathlib.Path)) else paths
     ledger = ledger or qa_ledger()
-    if path.suffix.lower() == ".csv":
-        records = _csv_rows(path, ledger)
-    else:
-        records = ((f"record {i}", r) for i, r in enumerate(iter_objects(path)))
-    per_image, seen, raw_images, given_ids = Counter(), set(), set(), set()
-    for where, record in records:
+    per_image, seen, raw_images, ids = Counter(), set(), set(), set()
+    for where, record in _records(paths, ledger):
         ledger.read("records")
-        image, found, rejected, extra = _pairs_of(record, f"{path} {where}")
+        image, found, rejected, extra = _pairs_of(record, where)
         if not image:
             ledger.drop("records", "no image id", where)
             continue
@@ -284,13 +284,12 @@ def read_qa(path: pathlib.Path | str, ledger: Ledger | None = None) -> Iterator[
         for question, answer, rule in found:
             ledger.read("pairs")
             per_image[image] += 1
-            given = extra.get("question_id", "")
-            question_id = given or f"{image}_{per_image[image]}"
-            if given and given in given_ids:
+            question_id = extra.get("question_id") or f"{image}_{per_image[image]}"
+            if question_id in ids:
                 raise DataError(
-                    f"{path} {where}: question_id {given!r} is used before; expected each once"
+                    f"{where}: question_id {question_id!r} is used before; expected each once"
                 )
-            given_ids.add(given)
+            ids.add(question_id)
             if "\n" in question.strip():
                 ledger.flag("pairs", "question on several lines, joined", question_id)
             question = " ".join(question.replace("**", "").split())
@@ -313,6 +312,18 @@ def read_qa(path: pathlib.Path | str, ledger: Ledger | None = None) -> Iterator[
             pair = Pair(question_id, image, question, answer, rule, extra)
             ledger.keep("pairs", {"image_id": image, "answer_type": pair.answer_type, "rule": rule})
             yield pair
+
+
+def _records(
+    paths: Sequence[pathlib.Path | str], ledger: Ledger
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and place, record) of all files."""
+    for path in (pathlib.Path(p).expanduser() for p in paths):
+        if path.suffix.lower() == ".csv":
+            records = _csv_rows(path, ledger)
+        else:
+            records = ((f"record {i}", r) for i, r in enumerate(iter_objects(path)))
+        yield from ((f"{path} {where}", record) for where, record in records)
 
 
 def _has_text(text: str) -> bool:

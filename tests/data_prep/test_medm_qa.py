@@ -170,7 +170,7 @@ def test_csv_with_line_breaks_commas_and_leading_spaces(tmp_path):
     ]
     assert pairs[1].extra["mode"] == "pre_training" and pairs[1].extra["case_id"] == "C1"
     assert splits["records"]["dropped"] == {
-        "another number of cells than the header": {"count": 1, "first": ["line 6"]}
+        "another number of cells than the header": {"count": 1, "first": ["dataset_sa.csv line 6"]}
     }
     assert splits["pairs"]["dropped"] == {"empty answer": {"count": 1, "first": ["C1_b_2"]}}
 
@@ -180,6 +180,18 @@ def test_csv_with_the_index_column_of_pandas(tmp_path):
     path.write_text(",image_id,case_id,question,answer\n0,C1_a,C1,What?,That.\n")
     (pair,), _ = _read(path)
     assert pair.extra == {"case_id": "C1"} and pair.image_id == "C1_a"
+
+
+def test_several_files_are_one(tmp_path):
+    row = dict(image_id="i", question="Left?", answer="Left")
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (tmp_path / "b.json").write_text(json.dumps([row, row | {"question": "Right?"}]))
+    pairs, splits = _read([tmp_path / "a.jsonl", str(tmp_path / "b.json")])
+    assert [p.question_id for p in pairs] == ["i_1", "i_3"]
+    assert splits["pairs"]["dropped"]["the same question and answer again"]["count"] == 1
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"question_id": "i_2"}))
+    with pytest.raises(DataError, match=r"b.json record 0: question_id 'i_2' is used before"):
+        _read([tmp_path / "a.jsonl", tmp_path / "b.json"])
 
 
 def test_our_own_rows_keep_their_ids_and_types(tmp_path):

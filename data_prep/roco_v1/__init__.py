@@ -1,0 +1,1 @@
+"""ROCO v1: radiological images of open-access articles with captions."""

@@ -1,0 +1,1 @@
+"""ROCOv2: radiological images of open-access articles, captions, UMLS concepts."""
