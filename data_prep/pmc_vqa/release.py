@@ -156,7 +156,8 @@ def _questions(table: pathlib.Path, version: str, blank: bool) -> Iterator[Quest
 
 
 def _find_image(question: Question, images: Store) -> None:
-    if question.image and not question.dropped and not images.has(question.image):
+    question.found = bool(question.image) and images.has(question.image)
+    if not question.found and not question.dropped:
         question.dropped = "image missing"
 
 
@@ -179,16 +180,20 @@ def _refuse_missing(asked: Iterable[RowWriter], images: Store, allow: bool) -> N
 def _check_images(
     asked: Mapping[str, RowWriter], checked: CheckedImages, articles: "_Articles", allow: bool
 ) -> None:
-    """Decodes all images, and learns which articles of train belong together."""
+    """Decodes all images, and learns which articles of train belong together.
+
+    Also those of rows that are dropped: which are may differ between a version's configs, and their
+    validation sets shouldn't.
+    """
     total = sum(writer.count for writer in asked.values())
     every = ((s, row) for s, writer in asked.items() for row in read_rows(writer.path))
     for split, row in progress(every, "checking images", total):
         digest = None
-        if row["image"] and not row["dropped"]:
+        if row["found"]:
             try:
                 digest = checked.check(row["image"])
             except DataError as e:
-                if not allow:
+                if not allow and not row["dropped"]:
                     raise DataError(
                         f"{e} (first used by {row['question_id']}; --allow_missing_images leaves "
                         "such rows out)"

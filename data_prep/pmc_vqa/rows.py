@@ -26,12 +26,14 @@ _REFERS = re.compile(r"\b(of|among) (the following|these)\b|\bthe following (opt
 class Question:
     """One row. `features` are texts; `dropped` says why it can't be used, if so.
 
-    `image` is the path in the table with `/`, `paper` the article's id or the image's name.
+    `image` is the path in the table with `/`, `paper` the article's id or the image's name; `found`
+    tells whether the image is there, also for rows that are dropped.
     """
 
     question_id: str
     image: str = ""
     paper: str = ""
+    found: bool = False
     features: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped: str = ""
     flags: list[str] = dataclasses.field(default_factory=list)

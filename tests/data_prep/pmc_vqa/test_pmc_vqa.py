@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import shutil
 import zipfile
 
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
+from data_prep import files
 from data_prep.build import build
 from data_prep.files import DataError
 from data_prep.pmc_vqa import fake, release
@@ -117,6 +119,48 @@ def test_articles_that_share_an_image_stay_together(tmp_path):
         papers = {x["paper_id"] for x in splits["validate"].values()}
         assert len(papers) in (1, 8)
         assert report["shared"]["image"]["train+validate"]["count"] == 0
+
+
+def test_rows_that_one_config_drops_change_no_split(tmp_path):
+    folder = fake.write(tmp_path / "raw", zipped=False)
+    # Only a row that `v1` drops (an empty option) ties the second article to the third.
+    shutil.copy(folder / "images/PMC1000001_F1.jpg", folder / "images/PMC1000002_F2.jpg")
+    edit(
+        folder / "train.csv",
+        lambda lines: lines[8].__setitem__(6 if lines[8][-1] != "D" else 5, ""),
+    )
+    for seed in range(4):
+        settings = dict(validate_fraction=0.5, seed=seed)
+        papers = [
+            {
+                x["paper_id"]
+                for x in make(folder, tmp_path, config, f"{seed}", **settings)[1]["train"].values()
+            }
+            for config in ("v1", "v1_open")
+        ]
+        assert papers[0] == papers[1]
+        assert ("PMC1000001" in papers[0]) == ("PMC1000002" in papers[0])
+
+
+def test_a_build_started_again_goes_on_behind_the_images_it_checked(folder, tmp_path, monkeypatch):
+    checked = []
+    whole = files.check_image_bytes
+
+    def die_after_twenty(content, where):
+        checked.append(where)
+        if len(checked) == 20:
+            raise KeyboardInterrupt
+        return whole(content, where)
+
+    monkeypatch.setattr(files, "check_image_bytes", die_after_twenty)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, tmp_path)
+    assert not (tmp_path / "d" / "pmc_vqa").exists()
+    report, _ = make(folder, tmp_path)
+    # 48 images: 19 before, the one that was being decoded, and the rest.
+    assert len(checked) == 20 + 48 - 19 and len(set(checked)) == 48
+    monkeypatch.undo()
+    assert make(folder, tmp_path, name="other")[0] == report
 
 
 def test_leakage_of_the_release_is_told(folder, tmp_path, capsys):
