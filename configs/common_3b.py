@@ -98,7 +98,7 @@ def stage2(
       text_len, supervised_len: tokens of question and answer; positions that have logits.
       choices: what stands behind the question in the prompt.
       answer_key: of the answer in the data.
-      sets and answer_key may be functions of the arguments, too.
+      sets, choices and answer_key may be functions of the arguments, too.
 
     Returns:
       (ConfigDict, the arguments).
@@ -115,7 +115,7 @@ def stage2(
     if args.prompt not in _PROMPTS:
         raise ValueError(f"prompt={args.prompt!r}: expected one of {sorted(_PROMPTS)}.")
     sets, answer_key = _call(sets, args), _call(answer_key, args)
-    prompt = _PROMPTS[args.prompt] + choices
+    prompt = _PROMPTS[args.prompt] + _call(choices, args)
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
     model(c, args.res)

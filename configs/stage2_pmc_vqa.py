@@ -5,7 +5,8 @@
 
 The four options stand in the prompt. `answer=letter` (default) trains and scores the letter, one
 token that leaves nothing to interpretation; `answer=text` the option itself, as the paper's ROUGE
-rows would need. `version` is v1 (the paper's 227K pairs) or v2.
+rows would need. `version` is v1 (the paper's 227K pairs) or v2; v1_open and v2_open have the
+questions without their options, and answers as text.
 Arguments: answer, version, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 
@@ -15,7 +16,13 @@ _CHOICES = " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}"
 _ANSWERS = {"letter": "answer_letter", "text": "answer"}
 
 
+def _choices(args):
+    return "" if args.version.endswith("_open") else _CHOICES
+
+
 def _answer_key(args):
+    if args.version.endswith("_open"):
+        return "answer"
     if args.answer not in _ANSWERS:
         raise ValueError(f"answer={args.answer!r}: expected one of {sorted(_ANSWERS)}.")
     return _ANSWERS[args.answer]
@@ -24,5 +31,5 @@ def _answer_key(args):
 def get_config(arg=None):
     return common_3b.stage2(
         arg, lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"), epochs=4, text_len=192,
-        supervised_len=48, choices=_CHOICES, answer_key=_answer_key, answer="letter", version="v1",
+        supervised_len=48, choices=_choices, answer_key=_answer_key, answer="letter", version="v1",
     )  # fmt: skip

@@ -186,6 +186,10 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
         assert pp(c.evals.pmc_vqa_validate.pp_fn)(row())["answer"] == expected
     with pytest.raises(ValueError, match="expected one of"):
         get_config("stage2_pmc_vqa", "answer=number")
+    c = get_config("stage2_pmc_vqa", "version=v2_open")
+    out = pp(c.input.pp)(row())
+    assert tok.to_str(out["text"][out["mask_loss"] > 0].tolist()) == ANSWER
+    assert "option a" not in tok.to_str(out["text"][out["mask_ar"] == 0].tolist())
 
 
 # --- Arguments ---
