@@ -33,6 +33,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
     FEATURES: text features of a figure; TABLES: those of them whose values the report counts.
     """
 
+    CAN_BEAM = True
     FEATURES: Sequence[str] = ()
     TABLES: Sequence[str] = ()
     HOMEPAGE = LICENSE = ""
@@ -62,7 +63,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
         return describe(report)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        names = (*self.FEATURES, "content_type", "qa_rule")
+        names = (*self.FEATURES, "content_type", "qa_rule", "qa_mode")
         return self.dataset_info_from_configs(
             features=vqa_features(**{name: tfds.features.Text() for name in names}),
             homepage=self.HOMEPAGE,
@@ -211,6 +212,7 @@ def _caption_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[Figure, dict[
                 "image_id": figure.image_id,
                 "content_type": "",
                 "qa_rule": "",
+                "qa_mode": "",
             },
         )
 
@@ -241,8 +243,9 @@ def _sort_pairs(
                     "image_id": pair.image_id,
                     "content_type": pair.extra.get("content_type")
                     or pair.extra.get("question_type")
-                    or pair.extra.get("mode", ""),
+                    or medm_qa.question_word(pair.question),
                     "qa_rule": pair.rule,
+                    "qa_mode": pair.extra.get("mode", ""),
                     "split": pair.extra.get("split", ""),
                 }
             )

@@ -28,6 +28,14 @@ _MARK = re.compile(
     (?P<text>.*)""",
     re.VERBOSE,
 )
+_VERBS = set(
+    "is are was were am do does did has have had can could will would should may might must isn't "
+    "aren't doesn't don't".split()
+)
+_REQUESTS = set(
+    "describe explain name list identify discuss summarize summarise provide give tell compare "
+    "outline state define interpret".split()
+)
 _IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|gif|tiff?|bmp|dcm)$", re.IGNORECASE)
 _CHUNK = 1 << 20
 _LONGEST_OBJECT = 1 << 24
@@ -59,6 +67,27 @@ class Pair:
 def answer_type(answer: str) -> str:
     """ "CLOSED" if the answer is yes or no and nothing else, else "OPEN"."""
     return "CLOSED" if answer.strip().strip(".!").lower() in ("yes", "no") else "OPEN"
+
+
+def question_word(question: str) -> str:
+    """What a question begins with, as a type for pairs that come without one.
+
+    "What", "Which", "Where", "When", "Who", "Why", "How", "How many"; "Yes or no" if a verb comes
+    first ("Is there …"); "Describe" for requests; else "Other".
+    """
+    words = re.findall(r"[a-z']+", question.lower())
+    if words and words[0] in _VERBS:
+        return "Yes or no"
+    if words and words[0] in _REQUESTS:
+        return "Describe"
+    for i, word in enumerate(words):
+        if word in ("what's", "whats"):
+            return "What"
+        if word == "how" and words[i + 1 : i + 2] in (["many"], ["much"]):
+            return "How many"
+        if word in ("what", "which", "where", "when", "who", "whose", "why", "how"):
+            return "Who" if word == "whose" else word.capitalize()
+    return "Other"
 
 
 def image_id(name: str) -> str:

@@ -221,13 +221,13 @@ def test_pairs_go_where_the_release_puts_their_image(tmp_path):
     _build(tmp_path, "medpix2", "qa", qa=str(qa))
     (row,) = _read(tmp_path / "d", "medpix2/qa", "train").values()
     assert (row["question"], row["answer"]) == ("What?", "One\nTwo")
-    assert (row["content_type"], row["qa_rule"]) == ("alignment", "columns")
+    assert (row["content_type"], row["qa_mode"], row["qa_rule"]) == ("What", "alignment", "columns")
     report = _report(tmp_path / "d", "medpix2/qa")
     assert list(report["splits"]["train"]["flags"]) == ["in split test of the file of pairs"]
     assert not report["splits"]["validate"]["flags"] and not report["splits"]["test"]["flags"]
     left_out = report["qa"]["splits"]["pairs"]["flags"]["no such image in the release, left out"]
     assert left_out == {"count": 1, "first": ["MPX9_synpic9_1"]}
-    assert report["splits"]["train"]["tables"]["content_type"] == {"alignment": 1}
+    assert report["splits"]["train"]["tables"]["content_type"] == {"What": 1}
 
 
 def test_pairs_of_several_files(tmp_path):
@@ -293,6 +293,20 @@ def test_what_beam_is_given_can_be_sent(tmp_path):
     key, made = example(row)
     assert key == "q" and set(made) == {"question_id", "caption", "image"}
     assert row["file"]  # left as it was
+
+
+@pytest.mark.slow
+def test_same_records_with_beam(tmp_path):
+    pytest.importorskip("apache_beam")
+    roco_fake.write_v2(tmp_path / "raw", zipped=True)
+    roco_fake.write_qa(tmp_path / "raw" / "qa.jsonl")
+    build("rocov2", manual_dir=tmp_path / "raw", data_dir=tmp_path / "plain")
+    build("rocov2", manual_dir=tmp_path / "raw", data_dir=tmp_path / "beam", beam_options=[])
+    for name in ("rocov2/caption", "rocov2/qa"):
+        assert _report(tmp_path / "plain", name) == _report(tmp_path / "beam", name)
+        for split in SPLITS:
+            plain, beam = (_read(tmp_path / d, name, split) for d in ("plain", "beam"))
+            assert list(plain.items()) == list(beam.items())
 
 
 @pytest.mark.real_data

@@ -79,6 +79,25 @@ def test_what_is_no_pair_is_told(text, reason, what):
     assert pairs == ([("Two?", "B", "Q:")] if "Two" in text else [])
 
 
+@pytest.mark.parametrize(
+    "question, word",
+    [
+        ("What is it?", "What"),
+        ("what's that", "What"),
+        ("In which plane was it taken?", "Which"),
+        ("Based on this, how does it form?", "How"),
+        ("How many lesions are there?", "How many"),
+        ("Is there a mass? If so, where?", "Yes or no"),
+        ("Describe what is shown.", "Describe"),
+        ("A patient has pain. Why?", "Why"),
+        ("The diagnosis?", "Other"),
+        ("", "Other"),
+    ],
+)
+def test_question_words(question, word):
+    assert medm_qa.question_word(question) == word
+
+
 def _raw(image, *pairs):
     text = "Here are pairs:\n\n" + "\n\n".join(f"Q: {q}\nA: {a}" for q, a in pairs)
     return {"U_id": "C1", "image_id": image, "qa_pairs_raw": text}
