@@ -69,6 +69,7 @@ class NearDuplicates:
         self._rows: OrderedDict[int, tuple[str, np.ndarray, list[int]]] = OrderedDict()
         self._buckets: dict[int, list[int]] = {}
         self._count = 0
+        self._last: tuple[Any, np.ndarray, list[int]] | None = None  # a row is found, then added
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,6 +82,12 @@ class NearDuplicates:
             for field in self._fields
         ]
         return np.unique(np.concatenate(parts))
+
+    def _look_at(self, row: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
+        if self._last is None or self._last[0] is not row:
+            runs = self._runs(row)
+            self._last = (row, runs, self._buckets_of(row, runs))
+        return self._last[1:]
 
     def _buckets_of(self, row: Mapping[str, Any], runs: np.ndarray) -> list[int]:
         if self._within != "all":
@@ -96,9 +103,9 @@ class NearDuplicates:
 
         Of several rows equally similar, the first.
         """
-        runs = self._runs(row)
+        runs, buckets = self._look_at(row)
         seen, best, name = set(), 0.0, None
-        for bucket in self._buckets_of(row, runs):
+        for bucket in buckets:
             for number in self._buckets.get(bucket, ()):
                 if number not in seen:
                     seen.add(number)
@@ -109,8 +116,7 @@ class NearDuplicates:
 
     def add(self, row: Mapping[str, Any], name: str) -> None:
         """Remembers a row."""
-        runs = self._runs(row)
-        buckets = self._buckets_of(row, runs)
+        runs, buckets = self._look_at(row)
         self._rows[self._count] = (name, runs, buckets)
         for bucket in buckets:
             held = self._buckets.setdefault(bucket, [])

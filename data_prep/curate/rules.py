@@ -183,10 +183,11 @@ def measurement(questions: Sequence[str] = MEASURE_QUESTIONS, values: Sequence[s
 
 # Digits that are names and not amounts: vertebrae, MRI weightings, isotopes, stages, "third rib".
 NAMES_WITH_DIGITS = (
-    r"\b(?:type|grade|stage|segment|class|level|group|zone|phase|category|figure|rib|ribs|vertebrae?)"
+    r"\b(?:type|grade|stage|segment|class|level|group|zone|phase|category|figure|rib|vertebrae?|"
+    r"neurofibromatosis|trisomy|chromosome)
     r"s? \d+[a-d]?\b",
     r"\b\d+(?:st|nd|rd|th)\b",
-    r"\b\d-?d\b",
+    r"\b\d-?d\b|\b\d[- ](?:chamber|vessel|view)\b",
     r"\b\d+m?[- ]?(?:f|tc|ga|in|i|fdg)\b[- ]?",
     r"\b[a-z]+-?\d+(?:[-–/]?[a-z]*\d+)*[a-z*]?\b",
 )
@@ -242,7 +243,7 @@ CHATTER = (
 META = (
     r"\b(?:the|this|that|your) (?:\w+ )?(?:caption|passage|prompt|snippet)\b",
     r"\b(?:mentioned|stated|described|provided|given|according to|as per|based on|in) "
-    r"(?:\w+ ){0,4}?(?:caption|text|context|passage|abstract|disease discussion|"
+    r"(?:\w+ ){0,4}?(?:caption|text|(?:the|provided|given) context(?! of)|passage|abstract|disease discussion|"
     r"case (?:information|description|details|report|discussion))\b",
     r"\b(?:provided|given) (?:medical )?(?:information|description|context|text)\b",
 )

@@ -80,7 +80,7 @@ def test_numbers(answer):
 @pytest.mark.parametrize("answer", [
     "T2-weighted", "T1", "L4-L5", "C5/C6", "L4", "CD20", "IL-6", "18F-FDG", "99mTc", "third rib",
     "3rd rib", "stage 3", "Type 2 diabetes", "grade 3b", "segment 6", "3D", "Two masses",
-    "vertebra 5", "COVID-19", "T12", "L5-S1", "Figure 2",
+    "vertebra 5", "COVID-19", "T12", "L5-S1", "Figure 2", "Trisomy 13", "apical 4-chamber view",
 ])  # fmt: skip
 def test_numbers_keeps_names(answer):
     assert not drops("numbers", answer=answer)
@@ -122,6 +122,7 @@ def test_chatter(text):
 @pytest.mark.parametrize("text", [
     "Surely a cyst", "The greater trochanter", "Here the ureter bends.", "a notebook-like stripe",
     "Is an air bronchogram seen in the image?", "Vitamin A: deficiency", "Great vessels",
+    "in the context of trauma", "In this context it is benign.",
     "The contextual enhancement", "Can I see the apex here?", "A mass", "Captions", "Okay sign",
     "I can see a fracture.",
 ])  # fmt: skip
