@@ -184,7 +184,7 @@ def measurement(questions: Sequence[str] = MEASURE_QUESTIONS, values: Sequence[s
 # Digits that are names and not amounts: vertebrae, MRI weightings, isotopes, stages, "third rib".
 NAMES_WITH_DIGITS = (
     r"\b(?:type|grade|stage|segment|class|level|group|zone|phase|category|figure|rib|vertebrae?|"
-    r"neurofibromatosis|trisomy|chromosome)
+    r"neurofibromatosis|trisomy|chromosome)"
     r"s? \d+[a-d]?\b",
     r"\b\d+(?:st|nd|rd|th)\b",
     r"\b\d-?d\b|\b\d[- ](?:chamber|vessel|view)\b",
@@ -243,7 +243,8 @@ CHATTER = (
 META = (
     r"\b(?:the|this|that|your) (?:\w+ )?(?:caption|passage|prompt|snippet)\b",
     r"\b(?:mentioned|stated|described|provided|given|according to|as per|based on|in) "
-    r"(?:\w+ ){0,4}?(?:caption|text|(?:the|provided|given) context(?! of)|passage|abstract|disease discussion|"
+    r"(?:\w+ ){0,4}?(?:caption|text|(?:the|provided|given) context(?! of)|passage|abstract|"
+    r"disease discussion|"
     r"case (?:information|description|details|report|discussion))\b",
     r"\b(?:provided|given) (?:medical )?(?:information|description|context|text)\b",
 )
