@@ -327,12 +327,13 @@ def read_qa(
                 which = "answer" if _has_text(question) else "question"
                 ledger.drop("pairs", f"empty {which}", question_id)
                 continue
-            key = hash((image, question, answer))
+            again = extra.get("repeat")  # written by data_prep.curate, on purpose
+            key = hash((image, question, answer, again))
             if key in seen:
                 ledger.drop("pairs", "the same question and answer again", question_id)
                 continue
             seen.add(key)
-            key = hash((image, question))
+            key = hash((image, question, again))
             if key in seen:
                 ledger.flag("pairs", "asked again about the image, other answer", question_id)
             seen.add(key)

@@ -1,7 +1,8 @@
 """Relevance by pathology category: which rows count, and how much more the common ones do.
 
-The paper reinforces the most common pathologies instead of the rare ones, and keeps categories with
-at least 100 cases. A row's category is what the data set says, or is found by key words.
+The paper reinforces the most common pathologies instead of the rare ones; its draft keeps MedPix
+locations with at least 100 examples, counted in images. A row's category is what the data set says,
+or is found by key words.
 """
 
 import re
@@ -12,6 +13,7 @@ from data_prep.files import DataError
 
 REINFORCE = ("weight", "repeat", "none")
 CHOICES = ("drop", "keep")
+COUNTED = ("cases", "images")
 
 
 class Relevance:
@@ -22,12 +24,13 @@ class Relevance:
       keywords: [name, regular expression] pairs, tried in order on a row that has none of `keys`,
         in its fields `text`.
       text: these fields.
-      min_cases: cases (case_id, else image_id) that a category must have.
+      min_cases: how many a category must have of what is counted.
+      count: "cases" (case_id, else image_id) or "images".
       below: "drop" or "keep" rows of smaller categories.
       missing: "drop" or "keep" rows without category.
       reinforce: "weight" writes a weight beside each row, "repeat" writes rows several times,
         "none" neither.
-      power, max_weight: the weight is (cases / min_cases) ** power, at least 1 and at most this.
+      power, max_weight: the weight is (count / min_cases) ** power, at least 1 and at most this.
 
     Raises:
       DataError: settings that make no sense.
@@ -39,6 +42,7 @@ class Relevance:
         keywords: Sequence[Sequence[str]] = (),
         text: Sequence[str] = ("caption", "question", "answer"),
         min_cases: int = 100,
+        count: str = "cases",
         below: str = "drop",
         missing: str = "keep",
         reinforce: str = "weight",
@@ -46,6 +50,7 @@ class Relevance:
         max_weight: float = 3.0,
     ):
         for name, value, known in (
+            ("count", count, COUNTED),
             ("below", below, CHOICES),
             ("missing", missing, CHOICES),
             ("reinforce", reinforce, REINFORCE),
@@ -62,7 +67,7 @@ class Relevance:
         except (re.error, ValueError) as e:
             raise DataError(f"relevance.keywords: {e}; expected [name, expression] pairs") from None
         self._keys, self._text = tuple(keys), tuple(text)
-        self.min_cases, self.below, self.missing = min_cases, below, missing
+        self.count, self.min_cases, self.below, self.missing = count, min_cases, below, missing
         self.reinforce, self._power, self._max_weight = reinforce, power, max_weight
 
     def category(self, row: Mapping[str, Any]) -> str:
@@ -75,23 +80,23 @@ class Relevance:
                 return name
         return ""
 
-    @staticmethod
-    def case(row: Mapping[str, Any]) -> str:
-        """What is counted: cases, and images where no case is told."""
-        return str(row.get("case_id") or row.get("image_id"))
+    def counted(self, row: Mapping[str, Any]) -> str:
+        """The id of what a row counts for."""
+        case = row.get("case_id") if self.count == "cases" else None
+        return f"case {case}" if case else f"image {row.get('image_id')}"
 
-    def reason(self, category: str, cases: int) -> str | None:
-        """Why rows of a category with so many cases go, or None."""
+    def reason(self, category: str, n: int) -> str | None:
+        """Why rows of a category with `n` cases (or images) go, or None."""
         if not category:
             return "no category" if self.missing == "drop" else None
-        small = self.below == "drop" and cases < self.min_cases
-        return f"{category}: {cases} cases, fewer than {self.min_cases}" if small else None
+        small = self.below == "drop" and n < self.min_cases
+        return f"{category}: {n} {self.count}, fewer than {self.min_cases}" if small else None
 
-    def weight(self, category: str, cases: int) -> float:
-        """At least 1; larger for categories with more cases. Rows without category have 1."""
+    def weight(self, category: str, n: int) -> float:
+        """At least 1, larger the more of a category there is; 1 for rows without category."""
         if not category or self.reinforce == "none":
             return 1.0
-        return round(min(self._max_weight, max(1.0, (cases / self.min_cases) ** self._power)), 4)
+        return round(min(self._max_weight, max(1.0, (n / self.min_cases) ** self._power)), 4)
 
 
 def repeats(weight: float, share: float) -> int:

@@ -281,7 +281,7 @@ def _finish(
     if relevance:
         for fate in _fates(paths):
             if not fate["reasons"]:
-                case = _digest(relevance.case(fate["row"]))
+                case = _digest(relevance.counted(fate["row"]))
                 cases.setdefault(fate["category"], set()).add(case)
     counts, rows_in, rows_out = _Counts(judge.names), Counter(), Counter()
     parts = [p.with_name(p.name + ".part") for p in (paths.output, paths.drops, paths.report)]
@@ -301,19 +301,21 @@ def _finish(
                 continue
             where["rules_passed"] = judge.names[1:]
             if relevance:
-                where |= {"category": category, "cases": n, "weight": relevance.weight(category, n)}
+                where |= {"category": category, "count": n, "weight": relevance.weight(category, n)}
             for again in range(_repeats(relevance, where, fate["name"])):
                 row = dict(fate["row"])
-                if again and "question_id" in row:
-                    row["question_id"] = f"{row['question_id']}_again{again}"
-                kept.write(_dump({**row, "curation": where | ({"repeat": again} if again else {})}))
+                if again:
+                    row["repeat"] = again
+                    if "question_id" in row:
+                        row["question_id"] = f"{row['question_id']}_again{again}"
+                kept.write(_dump({**row, "curation": where}))
                 counts.written += 1
                 rows_out[category] += 1
         report = _report(counts, judge, sources, config, made_by)
         if relevance:
             report["categories"] = {
                 name or "(none)": {
-                    "cases": len(cases[name]),
+                    relevance.count: len(cases[name]),
                     "rows": rows_in[name],
                     "rows_written": rows_out[name],
                     "weight": relevance.weight(name, len(cases[name])),
@@ -379,9 +381,10 @@ def describe(report: Mapping[str, Any]) -> Sequence[str]:
         lines.append(
             f"{name:24}{r['dropped']:9,}{r['would_drop']:10,}{r['only_this_one']:9,}  {example:.80}"
         )
+    counted = (report["config"].get("relevance") or {}).get("count", "cases")
     for name, c in report.get("categories", {}).items():
         lines.append(
-            f"category {name}: {c['cases']:,} cases, {c['rows']:,} rows, "
+            f"category {name}: {c[counted]:,} {counted}, {c['rows']:,} rows, "
             + (f"weight {c['weight']:g}" if c["rows_written"] else "dropped")
         )
     if read and not kept:

@@ -1,11 +1,12 @@
 """The filter of the paper's Figure 4, as far as its text and MedM's code tell.
 
 Rules against measurements, numbers, history and left-over chatter are what MedM asked of its
-language model; 60 words is its only length limit; 100 cases a category is the paper's. The rest
-(leaks, near duplicates, form, language) it lacks, and its released data shows.
+language model; 60 words is its only length limit. Its draft keeps MedPix locations with at least
+100 examples, which are images: by cases, one of its five would be left. The rest (leaks, near
+duplicates, form, language) it lacks, and its released data shows.
 
-Arguments: min_cases, max_share (of an answer in its question), within (image, case, all: where near
-duplicates are looked for), reinforce (weight, repeat, none).
+Arguments: min_cases; count (images, cases); max_share (of an answer in its question); within
+(image, case, all: where near duplicates are looked for); reinforce (weight, repeat, none).
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +14,13 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Config of `python -m data_prep.curate`; `arg` as in "min_cases=50,within=case"."""
-    args = {"min_cases": "100", "max_share": "0.8", "within": "case", "reinforce": "weight"}
+    args = {
+        "min_cases": "100",
+        "count": "images",
+        "max_share": "0.8",
+        "within": "case",
+        "reinforce": "weight",
+    }
     for item in filter(None, (arg or "").split(",")):
         name, _, value = item.partition("=")
         if name not in args:
@@ -44,8 +51,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         {"rule": "near_duplicate", "within": args["within"], "threshold": 0.8},
     ]
     config.relevance = {
-        "keys": ["category", "location_category"],
+        "keys": ["category", "location"],
         "min_cases": int(args["min_cases"]),
+        "count": args["count"],
         "below": "drop",
         "missing": "keep",
         "reinforce": args["reinforce"],

@@ -16,6 +16,7 @@ from data_prep.curate.configs import paper
 from data_prep.curate.relevance import Relevance, repeats
 from data_prep.curate.run import curate, describe, paths_of
 from data_prep.files import DataError
+from data_prep.medm_qa import read_qa
 
 CONFIG = {
     "rules": [
@@ -129,9 +130,11 @@ def test_repeats(rows_file, tmp_path):
     ids = [r["question_id"] for r in kept]
     assert len(ids) == len(set(ids)) and any(i.endswith("_again1") for i in ids)
     chest = [r for r in kept if r["category"] == "Chest"]
-    originals = [r for r in chest if "repeat" not in r["curation"]]
+    originals = [r for r in chest if "repeat" not in r]
     assert {ids.count(r["question_id"]) for r in originals} == {1}
     assert 2 * len(originals) <= len(chest) <= 3 * len(originals)
+    # A builder's --qa drops what a file says twice, but not what is repeated on purpose.
+    assert [p.question_id for p in read_qa(tmp_path / "kept.jsonl")] == ids
 
 
 def test_repeats_are_right_on_average():
@@ -150,6 +153,9 @@ def test_weight_and_category():
     assert r.category({"question": "Is the cerebrum seen?", "category": ""}) == "Brain"
     assert r.category({"question": "Is it?"}) == "" and r.reason("", 10) == "no category"
     assert r.reason("Chest", 99) == "Chest: 99 cases, fewer than 100" and not r.reason("Chest", 100)
+    row = {"image_id": "x", "case_id": "c"}
+    assert r.counted(row) != r.counted({"image_id": "c"}) != Relevance(count="images").counted(row)
+    assert Relevance(count="images").reason("A", 3) == "A: 3 images, fewer than 100"
     keep = Relevance(below="keep")
     assert keep.reason("Chest", 1) is None and keep.reason("", 1) is None
 
@@ -374,6 +380,7 @@ def test_input_refused(tmp_path, content, message):
     ({"rules": [{"rule": "near_duplicate", "what": 1}]}, "what"),
     ({"rules": [], "relevance": {"below": "x"}}, "relevance.below is 'x'"),
     ({"rules": [], "relevance": {"min_cases": 0}}, "min_cases 0"),
+    ({"rules": [], "relevance": {"count": "rows"}}, "relevance.count is 'rows'"),
     ({"rules": [], "relevance": {"keywords": [["a", "("]]}}, "relevance.keywords"),
     ({"rules": [], "relevance": {"what": 1}}, "what"),
 ])  # fmt: skip
