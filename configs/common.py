@@ -120,6 +120,7 @@ def vqa_eval(
         type="vqa",
         data=dict(name=name, split=split),
         train_data=dict(name=name, split=train_split),
+        **(dict(train_answer=answer) if answer != "answer" else {}),
         pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens),

@@ -352,7 +352,10 @@ def make_evaluators(config, model, tok, mesh, folder=None):
         )
         if train_data := kw.pop("train_data", None):
             source = input_pipeline.open_source(train_data)
-            kw["train_data"] = (source[i] for i in range(len(source)))
+            # To the evaluator the truth is "answer", whatever its key in the data.
+            answer = kw.pop("train_answer", "answer")
+            rows = (source[i] for i in range(len(source)))
+            kw["train_data"] = ({**row, "answer": row[answer]} for row in rows)
         evaluator = module.Evaluator(
             model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
         )

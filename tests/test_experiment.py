@@ -1,11 +1,13 @@
 """From a config to weights and evaluators: what fits, and what each mistake says."""
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, experiment
+from paligemma_med import checkpoints, experiment, input_pipeline
 from paligemma_med.checkpoints import npz
+from paligemma_med.evaluators import vqa
 from tests import tiny
 
 
@@ -128,3 +130,18 @@ def test_evaluators_that_are_none(section, message):
     c = tiny.config(evals=dict(val=section))
     with pytest.raises(ValueError, match=message):
         experiment.make_evaluators(c, None, None, None)
+
+
+def test_training_rows_have_the_answer_that_is_asked_for(tiny_data, monkeypatch):
+    made = {}
+    monkeypatch.setattr(vqa, "Evaluator", lambda *args, train_data, **kw: made.update(
+        rows=list(train_data)
+    ))  # fmt: skip
+    monkeypatch.setattr(input_pipeline, "evaluation", lambda *args, **kw: [])
+    data = dict(name="phantom", split="train[:4]", data_dir=str(tiny_data))
+    section = dict(type="vqa", data=data, train_data=data, pp_fn="", batch_size=1)
+    for extra, key in (({}, "answer"), ({"train_answer": "location"}, "location")):
+        c = ml_collections.ConfigDict(dict(evals=dict(x={**section, **extra})))
+        experiment.make_evaluators(c, None, None, None)
+        source = input_pipeline.open_source(data)
+        assert [r["answer"] for r in made["rows"]] == [source[i][key] for i in range(4)]

@@ -183,7 +183,9 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
         assert said == expected
         seen = tok.to_str(out["text"][out["mask_ar"] == 0].tolist())
         assert "A: option a B: option b C: option c D: option d" in seen
-        assert pp(c.evals.pmc_vqa_validate.pp_fn)(row())["answer"] == expected
+        section = c.evals.pmc_vqa_validate
+        assert pp(section.pp_fn)(row())["answer"] == expected
+        assert row()[section.get("train_answer", "answer")] == expected
     with pytest.raises(ValueError, match="expected one of"):
         get_config("stage2_pmc_vqa", "answer=number")
     c = get_config("stage2_pmc_vqa", "version=v2_open")
