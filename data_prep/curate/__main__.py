@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from data_prep.build import default_data_dir
@@ -26,6 +26,7 @@ from data_prep.files import DataError
 def main(argv: Sequence[str]) -> None:
     """Command line; exits with 1 and one line on bad input, with 130 when stopped by Ctrl-C."""
     values = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)  # TFDS tells what it loads
     try:
         if len(argv) > 1:
             raise DataError(f"unexpected argument {argv[1]!r}; --help shows an example")
