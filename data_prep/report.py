@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import app, flags
+from absl import app, flags, logging
 
 from data_prep import files
 from data_prep.files import DataError
@@ -36,6 +36,7 @@ PANELS = {
     "Body part": ("location_category", "location", "image_organ"),
     "Question type": ("content_type", "question_type"),
 }
+NONE = "(none)"
 FIRST_WORD = "first word of the question"
 _SHOWN = 12  # values of a panel; the rest is one bar
 _BATCH = 512  # texts that are tokenized together
@@ -109,6 +110,7 @@ def describe_set(
     for split in builder.info.splits:
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         splits[split] = _describe_split(source, f"{name} {split}", panels, tokens)
+    _leave_out_empty(panels, splits)
     return {
         "folder": str(folder),
         "build": {**build, "splits": {k: _normal(v) for k, v in build["splits"].items()}},
@@ -122,8 +124,23 @@ def _panels(features: Any) -> dict[str, str]:
     found = {
         title: next((k for k in keys if k in features), None) for title, keys in PANELS.items()
     }
-    found["Question type"] = found["Question type"] or FIRST_WORD
-    return {title: key for title, key in found.items() if key}
+    return {title: key for title, key in found.items() if key} | {FIRST_WORD: FIRST_WORD}
+
+
+def _leave_out_empty(panels: dict[str, str], splits: Mapping[str, Any]) -> None:
+    """A feature that is empty in all examples tells nothing; question types have a substitute."""
+    for title in PANELS:
+        values = {v for split in splits.values() for v in split["tables"].get(title, ())}
+        if values <= {NONE}:
+            panels.pop(title, None)
+            for split in splits.values():
+                split["tables"].pop(title, None)
+    panels.pop(FIRST_WORD)
+    for split in splits.values():
+        words = split["tables"].pop(FIRST_WORD)
+        if "Question type" not in panels:
+            split["tables"]["Question type"] = words
+    panels.setdefault("Question type", FIRST_WORD)
 
 
 def _describe_split(
@@ -161,8 +178,8 @@ def _units(tokens: object) -> Sequence[str]:
 def _value(example: Mapping[str, Any], key: str) -> str:
     if key == FIRST_WORD:
         words = example["question"].decode().split()
-        return words[0].strip(",.:;?!'\"").capitalize() if words else "(none)"
-    return " ".join(example[key].decode().split()) or "(none)"
+        return words[0].strip(",.:;?!'\"").capitalize() if words else NONE
+    return " ".join(example[key].decode().split()) or NONE
 
 
 def summary(counts: Mapping[int, int]) -> dict[str, float]:
@@ -252,7 +269,11 @@ def to_markdown(found: Mapping[str, Any]) -> str:
             "### Lengths\n",
             _table("split, of, mean, median, 95th percentile, longest", rows),
         ]
-        for title, key in r["panels"].items():
+        for title in PANELS:
+            if title not in r["panels"]:
+                parts.append(f"### {title}\n\nNot recorded.\n")
+                continue
+            key = r["panels"][title]
             totals = _over_splits(r, title)
             rows = [
                 (value, _n(n), f"{100 * n / totals.total():.1f} %") for value, n in _shown(totals)
@@ -327,16 +348,17 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _longest(described: Mapping[str, Any]) -> int:
-    return max(len(_shown(_over_splits(described, t))) for t in described["panels"])
+    return max(4, *(len(_shown(_over_splits(described, t))) for t in described["panels"]))
 
 
 def _short(text: str) -> str:
-    text = text if len(text) <= 28 else text[:26].rstrip() + " …"
+    text = text if len(text) <= 36 else text[:34].rstrip() + " …"
     return text.replace("$", r"\$")  # else it would be set as mathematics
 
 
 def main(argv: Sequence[str]) -> None:
     """Command line; exits with 1 and one line on bad input."""
+    logging.set_verbosity(logging.WARNING)  # TFDS logs every file it reads
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:

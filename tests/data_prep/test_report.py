@@ -73,6 +73,20 @@ def test_build_command_makes_one(slake, tmp_path):
     assert run.returncode == 1 and "slake/fr: not built; expected records" in run.stderr
 
 
+def test_features_that_are_always_empty_are_not_drawn(slake, tmp_path):
+    for rows in slake.rows.values():
+        for row in rows:
+            row["modality"] = row["content_type"] = " "
+    made = build("slake", manual_dir=slake.write(), data_dir=tmp_path / "d", config="en")
+    found = report.write(tmp_path / "out", made)["slake/en"]
+    assert found["panels"] == {"Body part": "location", "Question type": report.FIRST_WORD}
+    assert found["splits"]["train"]["tables"] == {
+        "Body part": {"Lung": 4},
+        "Question type": {"What": 2, "Does": 2},
+    }
+    assert "### Modality\n\nNot recorded." in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_lengths():
     assert report.summary({1: 90, 5: 9, 100: 1}) == {
         "mean": 2.35,
