@@ -108,7 +108,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
 def example(store: Store, row: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """(key, TFDS example) of a row that `make_rows` wrote."""
     features = {k: v for k, v in row.items() if k != "file"}
-    content = images.convert(store.read(row["file"]), row["file"])
+    content = images.convert_checked(store.read(row["file"]), row["file"])
     return row["question_id"], {**features, "image": content}
 
 

@@ -54,6 +54,24 @@ def convert(content: bytes, name: str = "image") -> bytes:
     return out.getvalue()
 
 
+def convert_checked(content: bytes, name: str = "image") -> bytes:
+    """As `convert`, for an image that was decoded before and is whole.
+
+    Nearly all are plain JPEG or PNG, which their header tells without decoding them once more.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            plain = image.mode in ("L", "RGB") and "transparency" not in image.info
+            # 24: bits per channel; PIL reads 16-bit colour as 8 bits.
+            if image.format == "PNG":
+                plain = plain and content[24] == 8 and getattr(image, "n_frames", 1) == 1
+            elif image.format != "JPEG":
+                plain = False
+    except Exception:  # `convert` tells what is wrong
+        plain = False
+    return content if plain else convert(content, name)
+
+
 def _decode(content: bytes, name: str) -> tuple[np.ndarray, bool]:
     """uint8[H, W, 3], and whether the bytes can be stored as they are."""
     if is_lfs_pointer(content):

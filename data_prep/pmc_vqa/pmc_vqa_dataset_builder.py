@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import PIL.Image
 import tensorflow_datasets as tfds
 
 from data_prep import images, ledger, row_file
@@ -93,9 +91,5 @@ class Builder(VqaBuilder):
 
 
 def _example(store: Store, row: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    content = store.read(row["image_id"])
-    # Nearly all are plain JPEGs, which their header tells; `convert` would decode them once more.
-    with PIL.Image.open(io.BytesIO(content)) as image:
-        plain = image.format == "JPEG" and image.mode in ("L", "RGB")
-    image = content if plain else images.convert(content, row["image_id"])
+    image = images.convert_checked(store.read(row["image_id"]), row["image_id"])
     return row["question_id"], {**row, "image": image}

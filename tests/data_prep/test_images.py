@@ -35,6 +35,7 @@ def stored(content):
     kept = images.convert(content)
     rgb = np.asarray(PIL.Image.open(io.BytesIO(kept)).convert("RGB"))
     np.testing.assert_array_equal(rgb, images.to_rgb(content))
+    assert images.convert_checked(content) == kept
     return kept, rgb
 
 
