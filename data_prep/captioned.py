@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.files import DataError
 
 SPLITS = ("train", "validate", "test")
+CAPTION_AGAIN = "caption of another image too"  # flag of all but the first that have it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ def ids(split: str, n: int, v2: bool = True) -> list[str]:
     return [f"ROCO_{10 * k + first:05d}" for k in numbers]
 
 
-def caption(i: int) -> str:
+def caption(split: str, i: int) -> str:
     """The caption of the i-th image of a split: some with commas, quotes, spaces, non-ASCII."""
-    text = f"{_WHAT[i % 4]}, finding {i}"
+    text = f"{_WHAT[i % 4]}, {split} finding {i}"
     return (text, f' {text} of 3\u2009mm "as is"', f"{text} (arrow)\xa0", text)[i % 4]
 
 
@@ -43,7 +43,12 @@ def write_v2(folder: pathlib.Path, *, zipped: bool = False, pixels: int = 24) ->
     folder.mkdir(parents=True, exist_ok=True)
     for split, n in SIZES.items():
         names = ids(split, n)
-        _table(folder / f"{split}_captions.csv", "Caption", [caption(i) for i in range(n)], names)
+        _table(
+            folder / f"{split}_captions.csv",
+            "Caption",
+            [caption(split, i) for i in range(n)],
+            names,
+        )
         manual = [_CUIS[i % 4] if i % 5 != 4 else "" for i in range(n)]
         _table(folder / f"{split}_concepts_manual.csv", "CUIs", manual, names)
         both = [";".join(filter(None, (m, "C0856747"))) for m in manual]
@@ -62,7 +67,7 @@ def write_v1(folder: pathlib.Path, *, medm: bool = False, pixels: int = 24) -> p
     """As the data set's repository after its script, or as MedM has the captions."""
     for split, n in SIZES.items():
         names = ids(split, n, v2=False)
-        lines = "".join(f"{k}\t {caption(i)}\n" for i, k in enumerate(names))
+        lines = "".join(f"{k}\t {caption(split, i)}\n" for i, k in enumerate(names))
         files = {f"{k}.jpg": image(k, pixels) for k in names}
         if medm:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,10 @@ def write_qa(path: pathlib.Path, v2: bool = True) -> pathlib.Path:
     with open(path, "w", encoding="utf-8") as f:
         for split, n in SIZES.items():
             for i, name in enumerate(ids(split, n, v2)):
-                for question, answer in ((f"What is {i}?", caption(i)), ("Is it normal?", "No")):
+                for question, answer in (
+                    (f"What is {i}?", caption(split, i)),
+                    ("Is it normal?", "No"),
+                ):
                     row = {"image_id": name, "question": question, "answer": answer}
                     f.write(json.dumps(row) + "\n")
     return path

@@ -13,7 +13,15 @@ import re
 from collections.abc import Iterator
 
 from data_prep import files
-from data_prep.captioned import Figure, Release, add_figure, check_disjoint, first_there, has_text
+from data_prep.captioned import (
+    CAPTION_AGAIN,
+    Figure,
+    Release,
+    add_figure,
+    check_disjoint,
+    first_there,
+    has_text,
+)
 from data_prep.files import DataError
 
 # Split -> what the release calls it, in file and folder names.
@@ -120,7 +128,7 @@ def read_v2(folder: pathlib.Path | str) -> Release:
       DataError: as `check_v2`; a table with another header or a row of another width; an id twice.
     """
     folder = check_v2(folder)
-    figures, images, notes = {}, {}, {}
+    figures, images, notes, captions = {}, {}, {}, set()
     for split, path in captions_v2(folder).items():
         name = path.name.removesuffix("_captions.csv")
         kinds = {kind: _concepts(path.parent, name, kind) for kind in ("", "_manual")}
@@ -128,7 +136,7 @@ def read_v2(folder: pathlib.Path | str) -> Release:
         for where, image_id, caption in _table(path, "Caption"):
             found = {kind: (table or {}).get(image_id, ()) for kind, table in kinds.items()}
             cuis = tuple(dict.fromkeys((*found[""], *found["_manual"])))
-            add_figure(figures[split], _figure(image_id, caption, cuis), where)
+            add_figure(figures[split], _figure(image_id, caption, cuis, captions), where)
         notes[split] = {"captions_file": path.name, **_ids(figures[split])}
         for kind, table in kinds.items():
             if table is None:
@@ -154,7 +162,7 @@ def read_v1(folder: pathlib.Path | str) -> Release:
       DataError: as `check_v1`; an id twice; a file that is not UTF-8.
     """
     folder = check_v1(folder)
-    figures, images, notes = {}, {}, {}
+    figures, images, notes, captions = {}, {}, {}, set()
     for split, path in captions_v1(folder).items():
         links = _dlinks(path.parent)
         table = {
@@ -168,7 +176,8 @@ def read_v1(folder: pathlib.Path | str) -> Release:
                 continue
             # Each caption has a space before it, which is the format and not worth telling.
             caption = caption.removeprefix(" ")
-            figure = _figure(image_id, caption, table.get(image_id, ()), *links.get(image_id, ()))
+            cuis, link = table.get(image_id, ()), links.get(image_id, ())
+            figure = _figure(image_id, caption, cuis, captions, *link)
             add_figure(figures[split], figure, where)
         notes[split] = {"captions_file": path.relative_to(folder).as_posix()}
         if bad:
@@ -181,9 +190,22 @@ def read_v1(folder: pathlib.Path | str) -> Release:
 
 
 def _figure(
-    image_id: str, caption: str, cuis: tuple[str, ...], file: str = "", paper: str = ""
+    image_id: str,
+    caption: str,
+    cuis: tuple[str, ...],
+    captions: set[str],
+    file: str = "",
+    paper: str = "",
 ) -> Figure:
+    """`captions`: those of the figures so far; this one's is added."""
     text = caption.strip()
+    flags = []
+    if has_text(text):
+        if caption != text:
+            flags.append("spaces around the caption")
+        if text in captions:
+            flags.append(CAPTION_AGAIN)
+        captions.add(text)
     named = {
         key: ", ".join(names[c] for c in cuis if c in names)
         for key, names in (("modality", MODALITIES), ("location", LOCATIONS), ("plane", PLANES))
@@ -193,7 +215,7 @@ def _figure(
         (*(image_id + s for s in _SUFFIXES), *([file] if file else [])),
         {"caption": text if has_text(text) else "", "concepts": ";".join(cuis), **named},
         no_caption="" if has_text(text) else "blank caption",
-        flags=("spaces around the caption",) if has_text(text) and caption != text else (),
+        flags=tuple(flags),
         groups=(("paper", paper),) if paper else (),
     )
 

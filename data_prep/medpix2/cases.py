@@ -11,7 +11,15 @@ from collections import Counter
 from typing import Any
 
 from data_prep import files
-from data_prep.captioned import Figure, Release, add_figure, check_disjoint, first_there, has_text
+from data_prep.captioned import (
+    CAPTION_AGAIN,
+    Figure,
+    Release,
+    add_figure,
+    check_disjoint,
+    first_there,
+    has_text,
+)
 from data_prep.files import DataError
 
 SPLITS = {"train": ("train", "train_1", "train_2"), "validate": ("dev",), "test": ("test",)}
@@ -105,7 +113,7 @@ def read_folder(folder: pathlib.Path | str) -> Release:
     """
     folder = check_folder(folder)
     path = _descriptions(folder)
-    cases = _cases(folder / "Case_topic.json")
+    cases, listed = _cases(folder / "Case_topic.json")
     split_of = _split(folder / "splitted_dataset")
     figures: dict[str, dict[str, Figure]] = {split: {} for split in SPLITS}
     without_split, captions = [], Counter()
@@ -137,7 +145,7 @@ def read_folder(folder: pathlib.Path | str) -> Release:
         if not reason:
             captions[features["caption"]] += 1
             if captions[features["caption"]] > 1:
-                flags.append("caption of another image too")
+                flags.append(CAPTION_AGAIN)
         else:
             features["caption"] = ""
         figure = Figure(
@@ -157,6 +165,12 @@ def read_folder(folder: pathlib.Path | str) -> Release:
         "images_by_split": {split: len(found) for split, found in figures.items()},
         "captions_used_again": sum(captions.values()) - len(captions),
     }
+    described = {image for found in figures.values() for image in found} | set(without_split)
+    if strays := sorted(described ^ listed):
+        notes["images_in_only_one_of_the_two_files"] = {
+            "count": len(strays),
+            "first": strays[:10],
+        }
     if without_split:
         notes["images_of_cases_in_no_split"] = {
             "count": len(without_split),
@@ -203,9 +217,10 @@ def _key(row: dict[str, Any], key: str, where: str) -> str:
     return value.strip()
 
 
-def _cases(path: pathlib.Path) -> dict[str, dict[str, str]]:
-    """Case id -> its features."""
+def _cases(path: pathlib.Path) -> tuple[dict[str, dict[str, str]], set[str]]:
+    """Case id -> its features; and the ids of all images that cases list."""
     cases: dict[str, dict[str, str]] = {}
+    listed: set[str] = set()
     for i, row in enumerate(_list(path)):
         where = f"{path} entry {i}"
         case_id = _key(row, "U_id", where)
@@ -217,7 +232,9 @@ def _cases(path: pathlib.Path) -> dict[str, dict[str, str]]:
         cases[case_id] = {k: _text(case, key) for k, key in _CASE.items()} | {
             k: _text(topic, key) for k, key in _TOPIC.items()
         }
-    return cases
+        for kind in ("TAC", "MRI"):  # TAC is Italian for CT
+            listed.update(i for i in row.get(kind) or [] if isinstance(i, str))
+    return cases, listed
 
 
 def _split(folder: pathlib.Path) -> dict[str, str]:

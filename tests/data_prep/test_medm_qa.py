@@ -160,6 +160,20 @@ def test_the_two_schemas_of_roco(tmp_path):
     assert (b.question, b.answer, b.rule) == ("What?", "A scan.", "caption")
 
 
+def test_the_list_with_captions_and_subjects(tmp_path):
+    path = tmp_path / "ours_qa_pairs.json"
+    text = (
+        "Here are the pairs:\n\nQ: Enlarged?\nA: Yes\n\nQ: Where?\n(not asked here)\n\nLet me know!"
+    )
+    row = {"image_id": "C1_a", "split": "Train", "caption": "c", "subject": "CT \u2022 Axial"}
+    path.write_text(json.dumps([row | {"qa_pairs": text}, row | {"qa_pairs": "Sorry."}], indent=4))
+    (pair,), splits = _read(path)
+    assert (pair.question, pair.answer, pair.answer_type) == ("Enlarged?", "Yes", "CLOSED")
+    assert pair.extra == {"split": "Train", "caption": "c", "subject": "CT \u2022 Axial"}
+    assert splits["pairs"]["dropped"]["question without an answer"]["count"] == 1
+    assert splits["records"]["dropped"]["no pair found"] == {"count": 1, "first": ["C1_a"]}
+
+
 def test_questions_of_several_lines_are_joined_and_told(tmp_path):
     path = tmp_path / "qa.jsonl"
     path.write_text(

@@ -1,6 +1,7 @@
 """ROCOv2's and ROCO v1's files with all their quirks, and what the readers refuse."""
 
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_v2_reads_captions_and_concepts(v2):
     assert figures[0].image_id == "ROCOv2_2023_test_000001"
     assert figures[0].names[0] == "ROCOv2_2023_test_000001.jpg"
     assert figures[1].features == {
-        "caption": 'plain film of a hand, finding 1 of 3\u2009mm "as is"',
+        "caption": 'plain film of a hand, test finding 1 of 3\u2009mm "as is"',
         "concepts": "C1306645;C1140618;C1999039;C0856747",
         "modality": "X-ray",
         "location": "Upper extremity",
@@ -64,10 +65,21 @@ def test_v2_counts_gaps_in_the_ids_and_takes_them(v2):
 @pytest.mark.parametrize("blank", ["\u202f", " ", '""', "\u200b\ufeff", " . "])
 def test_v2_a_blank_caption_is_none(v2, blank):
     path = v2 / "valid_captions.csv"
-    _rewrite(path, '"CT of the chest, finding 0"', blank)
+    _rewrite(path, '"CT of the chest, valid finding 0"', blank)
     figure = next(iter(roco_layout.read_v2(v2).figures["validate"].values()))
     assert figure.no_caption == "blank caption"
     assert figure.features["caption"] == "" and not figure.flags
+
+
+def test_captions_used_again_are_flagged_after_the_first(v2):
+    _rewrite(v2 / "test_captions.csv", "MRI of the brain, test", "CT of the chest, test")
+    _rewrite(v2 / "test_captions.csv", "finding 2 (arrow)\xa0", "finding 0")
+    _rewrite(v2 / "valid_captions.csv", "CT of the chest, valid", "CT of the chest, train")
+    figures = roco_layout.read_v2(v2).figures
+    again = [
+        i for f in figures.values() for i, g in f.items() if roco_layout.CAPTION_AGAIN in g.flags
+    ]
+    assert again == ["ROCOv2_2023_valid_000001", "ROCOv2_2023_test_000003"]
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x0b", "\x1c"])
@@ -176,7 +188,7 @@ def test_v1_as_its_repository_has_it(v1):
     }  # fmt: skip
     figure = next(iter(release.figures["test"].values()))
     # The leading space of the format is no space of the caption, and named after its article.
-    assert figure.features["caption"] == "CT of the chest, finding 0" and not figure.flags
+    assert figure.features["caption"] == "CT of the chest, test finding 0" and not figure.flags
     assert figure.features["concepts"] == "C0040405;C0817096"
     assert (figure.features["modality"], figure.features["location"]) == ("CT", "Chest")
     assert figure.names == (
@@ -226,9 +238,12 @@ def test_the_released_captions(real_data):
     assert {s: len(f) for s, f in release.figures.items()} == {"validate": 9904, "test": 9927}
     blank = {s: [i for i, g in f.items() if g.no_caption] for s, f in release.figures.items()}
     assert blank == {"validate": ["ROCOv2_2023_valid_003902"], "test": []}
-    flagged = {s: sum(bool(g.flags) for g in f.values()) for s, f in release.figures.items()}
+    flags = {s: Counter(x for g in f.values() for x in g.flags) for s, f in release.figures.items()}
     # The blank one is told as blank.
-    assert flagged == {"validate": 482, "test": 471}
+    spaces = {s: n["spaces around the caption"] for s, n in flags.items()}
+    assert spaces == {"validate": 482, "test": 471}
+    again = {s: n["caption of another image too"] for s, n in flags.items()}
+    assert again == {"validate": 11, "test": 35}
     assert release.notes["test"]["numbers_left_out"] == 45
     assert release.notes["test"]["last_number"] == 9972
     assert release.images == {"validate": None, "test": real_data / "rocov2" / "test"}

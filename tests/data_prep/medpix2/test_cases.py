@@ -171,6 +171,16 @@ def test_images_of_cases_in_no_split_are_told(tmp_path, content):
     assert len(release.figures["test"]) == 2 and release.notes["descriptions"] == 16
 
 
+def test_images_that_only_cases_or_only_descriptions_have_are_told(tmp_path, content):
+    content["cases"][0]["TAC"].append("MPX1000_synpic7")
+    content["cases"][1]["MRI"] = None
+    release = _read(tmp_path, content)
+    strays = ["MPX1000_synpic7", *fake.images_of("MPX1001")]
+    note = release.notes["images_in_only_one_of_the_two_files"]
+    assert note == {"count": 3, "first": strays}
+    assert "images_in_only_one_of_the_two_files" not in _read(tmp_path, None).notes
+
+
 def _two_splits(content):
     content["uid_list"]["test"].append("MPX1000")
 
@@ -249,6 +259,7 @@ def test_the_released_cases(real_data):
     assert release.notes["cases"] == 671 and release.notes["descriptions"] == 2050
     assert release.notes["cases_by_split"] == {"train": 535, "validate": 67, "test": 69}
     assert release.notes["images_by_split"] == {"train": 1653, "validate": 197, "test": 200}
+    assert "images_in_only_one_of_the_two_files" not in release.notes
     figures = [g for f in release.figures.values() for g in f.values()]
     reasons = [g.no_caption for g in figures if g.no_caption]
     assert reasons.count("placeholder in place of a caption") == 23  # 21, and 2 in progress
