@@ -182,8 +182,8 @@ def read_v1(folder: pathlib.Path | str) -> Release:
         notes[split] = {"captions_file": path.relative_to(folder).as_posix()}
         if bad:
             notes[split]["lines_without_tab"] = {"count": len(bad), "first": bad[:10]}
-        beside = path.parent if (path.parent / "images").is_dir() else folder
-        images[split] = _images(beside, SPLITS[split])
+        beside = first_there(path.parent, "images", "images.zip") if path.parent != folder else None
+        images[split] = beside or _images(folder, SPLITS[split])
     release = Release(figures, images, notes)
     check_disjoint(release, folder)
     return release

@@ -209,6 +209,16 @@ def test_v1_as_medm_has_it(tmp_path):
     assert set(release.images.values()) == {folder / "images"}
 
 
+def test_where_v1_images_are_looked_for(v1):
+    at = v1 / "data" / "test" / "radiology"
+    shutil.rmtree(at / "images")
+    assert roco_layout.read_v1(v1).images["test"] is None
+    (v1 / "test_images.zip").touch()
+    assert roco_layout.read_v1(v1).images["test"] == v1 / "test_images.zip"
+    (at / "images.zip").touch()
+    assert roco_layout.read_v1(v1).images["test"] == at / "images.zip"
+
+
 def test_v1_quotes_mean_nothing_and_lines_without_tab_are_counted(v1):
     path = v1 / "data" / "test" / "radiology" / "captions.txt"
     path.write_text('ROCO_00001\t "a" b "c\n\nand more\nROCO_00002\t d\te"\r\n', newline="")
