@@ -71,11 +71,13 @@ def test_slope():
 
 
 @pytest.mark.parametrize("kind", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
-@pytest.mark.parametrize("center, width", [(40, 400), (0.5, 1), (300.25, 33.5), (-700, 1500)])
+@pytest.mark.parametrize(
+    "center, width", [(40, 400), (0.5, 1), (1, 1), (300.25, 33.5), (-700, 1500)]
+)
 def test_window_is_the_standards(kind, center, width):
     from pydicom.pixels import apply_windowing
 
-    values = np.arange(-1024, 3072, 7, dtype=np.int16)
+    values = np.arange(-1024, 3072, dtype=np.int16)
     ds = pydicom.Dataset()
     ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = center, width, kind
     ds.PhotometricInterpretation, ds.BitsStored, ds.PixelRepresentation = "MONOCHROME2", 16, 0
@@ -109,6 +111,8 @@ def test_monochrome1_is_turned_round_once():
 
 def test_no_window_8_bits_are_kept_and_more_are_stretched():
     assert grey(make(np.array([[7, 100]], np.uint8), bits=8)) == [[7, 100]]
+    rescaled = make(np.array([[0, 50, 100]], np.uint8), bits=8, RescaleSlope=2)
+    assert grey(rescaled) == [[0, 128, 255]]  # not made for a screen
     assert grey(make(np.array([[100, 150, 200]], np.uint16), bits=12)) == [[0, 128, 255]]
     assert grey(make(np.array([[5, 5]], np.uint16), bits=12)) == [[0, 0]]
 

@@ -142,7 +142,7 @@ def test_first_of_several_frames(kind):
     frames = [PIL.Image.fromarray(np.full((4, 4), v, np.uint8)) for v in (40, 200)]
     content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     kept, rgb = stored(content)
-    assert is_plain_png(kept) and (rgb == 40).all()
+    assert kept != content and is_plain_png(kept) and (rgb == 40).all()
 
 
 def test_grey_is_stored_as_grey():
@@ -159,9 +159,11 @@ def bad_files():
         "html": b"<!DOCTYPE html><html>not found</html>",
         "pointer": POINTER,
         "half a png": png[: len(png) // 2],
+        "png without its end": png[:-12],
         "half a jpeg": jpeg[: len(jpeg) // 2],
         "flipped bit": bytes(flipped),
         "floats": encode(np.zeros((3, 3), np.float32), "TIFF"),
+        "too deep": encode(np.full((3, 3), 65536, np.int32), "TIFF"),
         "negative": encode(np.full((3, 3), -5, np.int32), "TIFF"),
         "half a dicom": b"\0" * 128 + b"DICM" + b"\x02\x00\x00\x00UL\x04",
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n",

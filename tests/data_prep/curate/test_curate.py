@@ -91,6 +91,8 @@ def test_every_row_is_kept_or_dropped_with_its_reasons(rows_file, tmp_path):
     for drop in drops:
         assert drop["row"] == rows[drop["number"] - 1]
         assert drop["all_reasons"][0] == [drop["reason"], drop["why"]]
+        compared = drop["reason"] in ("near_duplicate", "category")
+        assert ("near_duplicate" in drop["scores"]) == compared
     by_reason = {}
     for drop in drops:
         by_reason.setdefault(drop["reason"], []).append(drop["number"] - 1)

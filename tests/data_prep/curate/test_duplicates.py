@@ -58,6 +58,13 @@ def test_where_they_are_looked_for(within, found):
         assert (like == "first") == is_found and (similarity == 1) == is_found
 
 
+def test_the_first_of_those_equally_like():
+    near = NearDuplicates(threshold=0.3)
+    for name in ("first", "second"):
+        near.add(row("Where is the mass seen?", "In the liver"), name)
+    assert near.find(row("Where is the mass seen?", "In the liver")) == ("first", 1.0)
+
+
 def test_case_without_a_case_is_the_image():
     near = NearDuplicates(within="case")
     near.add(row("Where is the mass?", image="i1"), "0")

@@ -21,6 +21,7 @@ def drops(rule, **kw):
 @pytest.mark.parametrize("text", ["", "  ", "N/A", "n/a.", "None", "NULL", "...", "--", "**"])
 def test_empty(text):
     assert drops("empty", answer=text)
+    assert drops("empty", question=text)
     assert not drops("empty") and drops("empty", image_id=None)
 
 
@@ -175,6 +176,7 @@ def test_language(text, code):
 @pytest.mark.parametrize("text", [
     "Axial CT of the chest", "Chiari malformation", "Cor pulmonale", "Arc de Triomphe sign",
     "Hutch diverticulum des Blasenhalses", "Mass", "CT", "", "5 µm",
+    "The lesion of the left lobe and la region les vessels",
 ])  # fmt: skip
 def test_language_keeps(text):
     assert not drops("language", answer=text)
