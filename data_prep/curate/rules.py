@@ -321,9 +321,8 @@ def language(
                     return f"{field}: {code}", None
             found = words(text)
             hits = {code: sum(w in own for w in found) for code, own in known.items()}
-            here = max((hits.get(code, 0) for code in allowed), default=0)
             code = max(hits, key=lambda c: (hits[c], c in allowed))
-            if code not in allowed and hits[code] >= min_hits and hits[code] > here:
+            if code not in allowed and hits[code] >= min_hits:
                 return f"{field}: {code}", None
         return PASS
 

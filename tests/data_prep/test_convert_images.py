@@ -1,0 +1,61 @@
+"""The command that makes readable images of others."""
+
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data_prep.convert_images import convert_files
+from data_prep.files import DataError
+from tests.data_prep.test_images import COLOUR, DEEP, encode
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / ".hidden" / "scans"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "plain.png").write_bytes(encode(COLOUR, "PNG"))
+    (folder / "a" / "deep.png").write_bytes(encode(DEEP, "PNG"))
+    (folder / "deep.tif").write_bytes(encode(DEEP, "TIFF"))
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".DS_Store").write_bytes(b"x")
+    return folder
+
+
+def test_folder(scans, tmp_path):
+    written, errors = convert_files([scans], tmp_path / "out")
+    out = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*.*")}
+    assert written == 3 and set(out) == {"a/plain.png", "a/deep.png.png", "deep.tif.png"}
+    assert len(errors) == 1 and "notes.txt: not a readable image" in errors[0]
+    assert out["a/plain.png"].read_bytes() == (scans / "a" / "plain.png").read_bytes()
+    grey = np.asarray(PIL.Image.open(out["deep.tif.png"]))
+    np.testing.assert_array_equal(grey, np.floor(DEEP / 257 + 0.5))
+
+
+def test_names_that_clash_and_places_that_cannot_be_written(scans, tmp_path):
+    with pytest.raises(DataError, match="a/deep.png: more than one input"):
+        convert_files([scans, scans], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="can't be written"):
+        convert_files([scans], tmp_path / "file")
+    written, errors = convert_files([scans / "no.png"], tmp_path / "out")
+    assert written == 0 and "no.png: an image is missing" in errors[0]
+
+
+def test_command(scans, tmp_path):
+    def command(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "data_prep.convert_images", *map(str, args)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    out = f"--output_dir={tmp_path}/out"
+    good = command(scans / "deep.tif", out)
+    assert good.returncode == 0 and "1 images written" in good.stdout and not good.stderr
+    bad = command(scans, out)
+    assert bad.returncode == 1 and bad.stderr.startswith("left out: ") and "3 images" in bad.stdout
+    assert command(out).stderr.startswith("error: no input")
+    assert "--output_dir" in command("--help").stdout
