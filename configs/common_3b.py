@@ -157,6 +157,14 @@ def stage2(
     return c
 
 
+def roco(args):
+    """The ROCO data set that the argument `version` names."""
+    names = {"v1": "roco_v1/qa", "v2": "rocov2/qa"}
+    if args.version not in names:
+        raise ValueError(f"version={args.version!r}: expected one of {sorted(names)}.")
+    return names[args.version]
+
+
 def _call(value, args):
     """A setting that may depend on the arguments."""
     return value(args) if callable(value) else value

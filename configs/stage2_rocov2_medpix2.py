@@ -8,7 +8,8 @@ proportions. Here `medpix` is the share of MedPix among all examples: by default
 about what putting the two sets in one pile gives (11,574 of the authors' 77 thousand questions).
 With `anneal` (the default) it comes in by thirds of training: none, that share, twice that share.
 Without, the share is constant; both see as many examples of either set.
-Arguments: medpix, anneal, stage1 or init, and the variants that configs/common_3b.py argues.
+With `version=v1` the large set is ROCO v1, as in the authors' files.
+Arguments: medpix, anneal, version, stage1 or init, and the variants that configs/common_3b.py argues.
 """
 
 from configs import common_3b
@@ -28,6 +29,7 @@ def _mixture(args):
 
 def get_config(arg=None):
     return common_3b.stage2(
-        arg, dict(rocov2="rocov2/qa", medpix2="medpix2/qa"), mixture=_mixture, epochs=9,
-        text_len=256, supervised_len=128, medpix=0.15, anneal=True,
+        arg, lambda args: dict(rocov2=common_3b.roco(args), medpix2="medpix2/qa"),
+        mixture=_mixture, epochs=9, text_len=256, supervised_len=128, medpix=0.15, anneal=True,
+        version="v2",
     )  # fmt: skip

@@ -174,6 +174,18 @@ def test_the_mixture_has_the_share_asked_for():
     assert plain.input.anneal is None
 
 
+@pytest.mark.parametrize("name", ["stage2_rocov2", "stage2_rocov2_medpix2"])
+def test_roco_v1_in_place_of_v2(name):
+    def roco(c):
+        return (c.input.get("rocov2") or c.input).data.name
+
+    assert roco(get_config(name)) == "rocov2/qa"
+    c = get_config(name, "version=v1")
+    assert roco(c) == c.evals.rocov2_validate.data.name == "roco_v1/qa"
+    with pytest.raises(ValueError, match="version='v3': expected one of"):
+        get_config(name, "version=v3")
+
+
 def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
     tok = get_tokenizer("tiny")
     for arg, expected in (("", "C"), ("answer=text", ANSWER)):
