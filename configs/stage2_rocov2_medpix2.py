@@ -9,7 +9,7 @@ about what putting the two sets in one pile gives (11,574 of the authors' 77 tho
 With `anneal` (the default) it comes in by thirds of training: none, that share, twice that share.
 Without, the share is constant; both see as many examples of either set.
 With `version=v1` the large set is ROCO v1, as in the authors' files.
-Arguments: medpix, anneal, version, stage1 or init, and the variants that configs/common_3b.py argues.
+Arguments: medpix, anneal, version, stage1 or init, and the variants of configs/common_3b.py.
 """
 
 from configs import common_3b
