@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from paligemma_med.checkpoints import CheckpointError, hf, lazy, npz
 from paligemma_med.models import gemma, lora, paligemma
+from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -48,15 +49,6 @@ def ours_saved(name, folder, **kw):
 
 def dicts(case):
     return dict(case["img"], variant=None), dict(case["llm"], variant=None)
-
-
-def assert_same(a, b):
-    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        x, y = np.asarray(a[key]), np.asarray(b[key])
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), key
-        assert x.tobytes() == y.tobytes(), key
 
 
 def tensors_of(folder):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, Lazy, lazy, npz
+from tests.checkpoints.trees import assert_same
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -34,14 +35,6 @@ def tree(seed=0):
         },
         "llm": {"embedder": {"input_embedding": f(11, 4)}, "layers": {"w": f(2, 5, 4)}},
     }
-
-
-def assert_same(a, b):
-    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype, key
-        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 # --- round trips -------------------------------------------------------------------------------

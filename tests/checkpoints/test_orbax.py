@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from paligemma_med.checkpoints import CheckpointError, lazy, npz, orbax
+from tests.checkpoints.trees import assert_same
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -26,15 +27,6 @@ def tree(seed=0):
             "count": np.arange(3, dtype=np.int32),
         },
     }
-
-
-def assert_same(a, b):
-    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        x, y = np.asarray(a[key]), np.asarray(b[key])
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), key
-        assert x.tobytes() == y.tobytes(), key
 
 
 def test_round_trip_is_exact_and_lazy(tmp_path):

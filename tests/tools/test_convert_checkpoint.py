@@ -14,6 +14,7 @@ import pytest
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft, workdir
 from paligemma_med.models import lora, paligemma
+from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 from tools.convert_checkpoint import convert
 
@@ -28,15 +29,6 @@ RULES = [
 @functools.partial(jax.jit, static_argnums=0)
 def logits(model, params, image, text, mask_ar):
     return model.apply({"params": params}, image, text, mask_ar)[0]
-
-
-def assert_same(a, b):
-    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
-    assert a.keys() == b.keys()
-    for key in a:
-        x, y = np.asarray(a[key]), np.asarray(b[key])
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), key
-        assert x.tobytes() == y.tobytes(), key
 
 
 @pytest.fixture(scope="module")
