@@ -40,6 +40,7 @@ BUILDERS = {
     "slake": "data_prep.slake.slake_dataset_builder",
     "phantom": "data_prep.phantom.phantom_dataset_builder",
     "shapes": "data_prep.shapes.shapes_dataset_builder",
+    "shapes_easy": "data_prep.shapes_easy.shapes_easy_dataset_builder",
     "vqa_rad": "data_prep.vqa_rad.vqa_rad_dataset_builder",
 }
 

@@ -18,19 +18,29 @@ from data_prep.files import DataError
 from paligemma_med import checkpoints, evaluate, train
 
 
-def pretrain(config, workdir, output):
-    """Trains `config` in `workdir` and writes its weights to `output` in bfloat16.
+def pretrain(configs, workdir, output):
+    """Trains `configs`, each from what the one before made, and writes weights to `output`.
+
+    Args:
+      configs: ConfigDicts as `configs/tiny_base.py` gives them; their runs are in
+        `workdir`/lesson1, ….
+      output: the .npz file; in bfloat16.
 
     Returns:
-      {name of an eval: its metrics}, of the weights as written, on the evals of the config.
+      {name of an eval: its metrics}, of the weights as written, on the evals of the last config.
     """
-    data = config.input.data
-    build.build(data.name, data_dir=data.get("data_dir"))
-    train.train(config, workdir)
-    params = checkpoints.load_params(workdir)
+    before = None
+    for lesson, config in enumerate(configs, 1):
+        data = config.input.data
+        build.build(data.name, data_dir=data.get("data_dir"))
+        if before:
+            config.model_init = before
+        before = os.path.join(workdir, f"lesson{lesson}")
+        train.train(config, before)
+    params = checkpoints.load_params(before)
     checkpoints.save_npz(output, params, dtype="bfloat16")
     print(f"Wrote {output}, {os.path.getsize(output) / 1e6:.2f} MB.", flush=True)
-    return evaluate.evaluate(config, output, workdir)
+    return evaluate.evaluate(configs[-1], output, workdir)
 
 
 def main(argv):
@@ -38,14 +48,17 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     try:
-        pretrain(values.config, values.workdir, values.output)
+        pretrain([values.lesson1, values.lesson2], values.workdir, values.output)
     except DataError as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
-    config = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "tiny_base.py")
-    config_flags.DEFINE_config_file("config", config, "Experiment.")
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "tiny_base.py")
+    for lesson in (1, 2):
+        config_flags.DEFINE_config_file(
+            f"lesson{lesson}", f"{path}:lesson={lesson}", f"Experiment of lesson {lesson}."
+        )
     flags.DEFINE_string("workdir", "out/tiny_base", "Folder of the run.")
     flags.DEFINE_string("output", "tools/tiny_base.npz", "Where the weights are written.")
     app.run(main)

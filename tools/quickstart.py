@@ -3,8 +3,9 @@
     python -m tools.quickstart
 
 Builds the phantoms (drawn radiology-like images with questions), evaluates the tiny base model on
-them, adapts it, evaluates the adapted model with its controls, asks it about one image, and prints
-a table. Stopped at any point, the same command goes on where it was; --overwrite starts anew.
+them, adapts it in two stages (the projection head, then LoRA in both towers), evaluates after each
+with controls, asks it about one image, and prints a table. Stopped at any point, the same command
+goes on where it was; --overwrite starts anew.
 """
 # The docstring above is what --help prints. Nothing here does the work: each step is the library
 # function behind the command that a user would run for it, and says which one that is.
@@ -24,18 +25,22 @@ from data_prep.files import DataError
 from paligemma_med import evaluate, experiment, input_pipeline, predict, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = "configs/quickstart.py"
 GROUPS = {"closed": "answer_type/CLOSED", "open": "answer_type/OPEN", "overall": "overall"}
 STEPS = 5
+# Of phantoms in train, validate and test: three times the usual train split, since drawing is quick
+# and new pictures teach more than the same ones again.
+NUM_IMAGES = (2700, 120, 150)
 
 
-def run(config, out, *, num_images=None):
+def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
     """Runs the quickstart, or what is left of it.
 
     Args:
-      config: ConfigDict as `configs/quickstart.py` gives it; its data are looked for, and built,
-        in `out`/data.
+      stage1, stage2: ConfigDicts as `configs/quickstart.py` gives them. Their data are looked for,
+        and built, in `out`/data; stage 2 starts from `out`/stage1, whatever its model_init.
       out: folder of everything that is written.
-      num_images: of the phantoms in train, validate and test; None: the default size.
+      num_images: of the phantoms in train, validate and test.
 
     Returns:
       Rows of the table: {row: metrics}, the figures under "model/…" whatever the row.
@@ -44,42 +49,41 @@ def run(config, out, *, num_images=None):
       ValueError: `out` holds a run with other settings.
     """
     out = pathlib.Path(out)
-    base, adapted, data_dir = out / "base", out / "adapted", out / "data"
-    (name, section), *_ = config.evals.items()
-    with config.unlocked():  # configs that come from a flag are locked
-        for data in (config.input.data, section.data, section.train_data):
-            data.data_dir = os.path.abspath(data_dir)
-    _check_same(config, adapted)
-    fresh = config.copy_and_resolve_references  # evaluate and predict put their weights into it
+    base, first, second, data_dir = (out / x for x in ("base", "stage1", "stage2", "data"))
+    place(stage1, stage2, out)
+    _check_same(stage1, first)
+    _check_same(stage2, second)
+    (name, section), *_ = stage2.evals.items()
 
-    _announce(1, "build the data", f"python -m data_prep.build phantom --data_dir {data_dir}")
+    sizes = ",".join(map(str, num_images))
+    _announce(1, "build the data", f"python -m data_prep.build phantom --data_dir {data_dir} "
+              f"--num_images={sizes}")  # fmt: skip
     build.build("phantom", data_dir=data_dir, num_images=num_images)
 
-    _announce(2, "evaluate the base model", "python -m paligemma_med.evaluate --config=… "
-              f"--checkpoint={config.model_init} --out={base}")  # fmt: skip
+    _announce(2, "evaluate the base model",
+              f"python -m paligemma_med.evaluate --config={config_argument(1, out)} "
+              f"--checkpoint={stage1.model_init} --out={base}")  # fmt: skip
     before = _finished(base, name)
-    if before is None:
-        before = evaluate.evaluate(fresh(), config.model_init, str(base))[name]
+    if before is None:  # a copy: evaluate and predict put their weights into the config
+        config = stage1.copy_and_resolve_references()
+        before = evaluate.evaluate(config, stage1.model_init, str(base))[name]
 
-    _announce(3, "adapt it to the data", f"python -m paligemma_med.train --config=… "
-              f"--workdir={adapted}")  # fmt: skip
-    after = train.train(fresh(), str(adapted)).get(name)
+    _announce(3, "stage 1: train the projection head",
+              f"python -m paligemma_med.train --config={config_argument(1, out)} "
+              f"--workdir={first}")  # fmt: skip
+    middle = _train(stage1, first, name)
 
-    _announce(4, "evaluate the adapted model, with controls",
-              f"python -m paligemma_med.evaluate --workdir={adapted}")  # fmt: skip
-    after = after or _finished(adapted, name)
-    if after is None:
-        after = evaluate.evaluate(fresh(), str(adapted), str(adapted))[name]
-    else:
-        print("done by the training run, at its end")
+    _announce(4, "stage 2: train LoRA in both towers",
+              f"python -m paligemma_med.train --config={config_argument(2, out)} "
+              f"--workdir={second}")  # fmt: skip
+    after = _train(stage2, second, name)
 
     image, rows = _example(section.data, out)
-    _announce(5, "ask it about an image", f"python -m paligemma_med.predict --workdir={adapted} "
+    _announce(5, "ask it about an image", f"python -m paligemma_med.predict --workdir={second} "
               f'--image={image} --question="{rows[0]["question"]}"')  # fmt: skip
     questions = [r["question"] for r in rows]
-    answered = predict.predict(
-        fresh(), str(adapted), rows[0]["image"], questions, max_new_tokens=12
-    )
+    config = stage2.copy_and_resolve_references()
+    answered = predict.predict(config, str(second), rows[0]["image"], questions, max_new_tokens=12)
     for row, found in zip(rows, answered):
         answer = found["answers"][0]["answer"]
         print(f"  {row['question']}\n    model: {answer}    truth: {row['answer']}")
@@ -87,8 +91,9 @@ def run(config, out, *, num_images=None):
     results = {
         "base model": before,
         "majority answer per question (no image)": _as_model(after, "majority"),
-        "adapted, images shuffled": _as_model(after, "shuffled_images"),
-        "adapted": after,
+        "after stage 1 (projection head)": middle,
+        "after stage 2 (LoRA in both towers)": after,
+        "after stage 2, images shuffled": _as_model(after, "shuffled_images"),
     }
     table = format_table(results)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
@@ -97,13 +102,38 @@ def run(config, out, *, num_images=None):
         "this table": out / "table.md",
         "data": data_dir,
         "base model": base / "eval" / name,
-        "adapted model": adapted,
-        "its figures": adapted / "eval" / name / "metrics.json",
-        "its answers": adapted / "eval" / name / "predictions.jsonl",
+        "stage 1": first,
+        "stage 2": second,
+        "its figures": second / "eval" / name / "metrics.json",
+        "its answers": second / "eval" / name / "predictions.jsonl",
         "the image asked about": image,
     }.items():
         print(f"{what:<22} {path}")
     return results
+
+
+def place(stage1, stage2, out):
+    """Says in both configs where under `out` their data are, and that stage 2 follows stage 1."""
+    for config in (stage1, stage2):
+        with config.unlocked():  # configs that come from a flag are locked
+            evals = config.evals.values()
+            for data in (config.input.data, *(e[k] for e in evals for k in ("data", "train_data"))):
+                data.data_dir = os.path.abspath(out / "data")
+    with stage2.unlocked():
+        stage2.model_init = os.path.abspath(out / "stage1")
+
+
+def config_argument(stage, out):
+    """What --config of `train` must be to get the config of a stage, if none was given by flag."""
+    init = f",init={out / 'stage1'}" if stage == 2 else ""
+    return f"{CONFIG}:stage={stage}{init},data_dir={out / 'data'}"
+
+
+def _train(config, workdir, name):
+    """Trains what is left to train; gives the metrics of eval `name` at the end."""
+    config = config.copy_and_resolve_references()
+    found = train.train(config, str(workdir)).get(name) or _finished(workdir, name)
+    return found or evaluate.evaluate(config, str(workdir), str(workdir))[name]
 
 
 def format_table(results):
@@ -176,10 +206,10 @@ def main(argv):
     out = pathlib.Path(values.out)
     started = time.monotonic()
     if values.overwrite:
-        for name in ("base", "adapted", "data"):  # its own alone: --out may hold other things
+        for name in ("base", "stage1", "stage2", "data"):  # --out may hold other things
             shutil.rmtree(out / name, ignore_errors=True)
     try:
-        run(values.config, out)
+        run(values.stage1, values.stage2, out)
     except KeyboardInterrupt:
         sys.exit("\nStopped; the same command goes on from here.")
     except (DataError, ValueError) as e:
@@ -188,9 +218,10 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", str(ROOT / "configs" / "quickstart.py"), "Experiment, perhaps with arguments."
-    )
+    for stage in (1, 2):
+        config_flags.DEFINE_config_file(
+            f"stage{stage}", f"{ROOT / CONFIG}:stage={stage}", f"Experiment of stage {stage}."
+        )
     flags.DEFINE_string("out", "quickstart_out", "Folder of everything that is written.")
     flags.DEFINE_bool("overwrite", False, "Delete what an earlier run left there, and start anew.")
     app.run(main)

@@ -1,9 +1,10 @@
-"""Draws pictures of up to three simple shapes on a background, in colour or in grey.
+"""Draws pictures of up to two simple shapes on a background, in colour or in grey.
 
 Nothing medical: these are what the tiny base model is pre-trained on. What it should learn is to
 look, to find a thing in a picture, and to name what and where it is. So each shape has a quadrant
 of the picture to itself and differs clearly from what lies behind, while size, place, turn,
-sharpness, background and noise vary.
+sharpness, background and noise vary. Half of the grey pictures have a background with a structure
+of its own that is the same left and right ("Plates"): there, a shape is what breaks the symmetry.
 
 "left" and "right" are sides of the picture as the viewer sees it.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 SIZE = 64
-SHAPES = ("Circle", "Square", "Triangle", "Ring", "Cross", "Star")
+SHAPES = ("Circle", "Square", "Triangle", "Ring", "Cross", "Star", "Cloud")
 COLOURS = {
     "Red": (0.9, 0.1, 0.1),
     "Green": (0.1, 0.75, 0.15),
@@ -25,8 +26,8 @@ COLOURS = {
 }
 TONES = ("Brighter", "Darker")
 SIZES = ("Large", "Small")
-BACKGROUNDS = ("Plain", "Stripes", "Checks", "Dots")
-MAX_SHAPES = 3
+BACKGROUNDS = ("Plain", "Stripes", "Checks", "Dots", "Plates")
+MAX_SHAPES = 2
 # Half widths of the picture. A shape's centre keeps MARGIN from both middle lines.
 MARGIN = 0.14
 RADII = {"Large": (0.3, 0.38), "Small": (0.16, 0.23)}
@@ -57,11 +58,24 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Any scene: a tenth without shapes, six with one, the rest with two or three."""
-    grey = bool(rng.random() < 0.6)
-    count = int(rng.choice(MAX_SHAPES + 1, p=[0.1, 0.6, 0.18, 0.12]))
+    """Any scene: a third with one shape (rarely none) on a plain ground, two fifths with plates."""
+    kind = rng.choice(["easy", "plates", "other"], p=[0.35, 0.4, 0.25])
+    if kind == "easy":
+        return easy_scene(rng)
+    if kind == "plates":
+        return _scene(rng, True, "Plates", [0.2, 0.7, 0.1])
+    return _scene(rng, bool(rng.random() < 0.8), str(rng.choice(BACKGROUNDS[:4])), [0.1, 0.5, 0.4])
+
+
+def easy_scene(rng: np.random.Generator) -> Scene:
+    """One shape (rarely none) on a plain ground: what a model that can't look yet learns from."""
+    return _scene(rng, bool(rng.random() < 0.8), "Plain", [0.05, 0.95, 0])
+
+
+def _scene(rng, grey, background, shares) -> Scene:
+    """shares: of scenes with no shape, one, two."""
     items = []
-    for quadrant in rng.permutation(4)[:count].tolist():
+    for quadrant in rng.permutation(4)[: rng.choice(MAX_SHAPES + 1, p=shares)].tolist():
         items.append(
             Item(
                 shape=str(rng.choice(SHAPES)),
@@ -71,7 +85,6 @@ def random_scene(rng: np.random.Generator) -> Scene:
                 paint=str(rng.choice(TONES if grey else list(COLOURS))),
             )
         )
-    background = str(rng.choice(BACKGROUNDS, p=[0.55, 0.15, 0.15, 0.15]))
     return Scene(grey, background, tuple(items))
 
 
@@ -88,7 +101,7 @@ def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Roughly how far inside of a shape of radius 1 a point is; negative outside."""
-    if shape == "Circle":
+    if shape in ("Circle", "Cloud"):
         return 1 - np.hypot(x, y)
     if shape == "Ring":
         return 0.27 - np.abs(np.hypot(x, y) - 0.73)
@@ -113,6 +126,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
     """float[SIZE, SIZE] around a middle grey."""
+    if kind == "Plates":
+        return _plates(rng)
     base = rng.uniform(0.35, 0.6)
     image = np.full((SIZE, SIZE), base, np.float32)
     turn = rng.uniform(0, np.pi)
@@ -132,8 +147,65 @@ def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
     return image + 0.03 * _noise(rng, 3)
 
 
+def _soft(distance: np.ndarray, edge: float) -> np.ndarray:
+    """1 where `distance` is positive, 0 where it is negative, about `edge` wide between."""
+    return 1 / (1 + np.exp(np.clip(-4 * distance / edge, -30, 30)))
+
+
+def _plate(x, y, radii, turn, edge, power=2.0):
+    """A diamond (power 1), an oval (2) or nearly a box (6)."""
+    u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    from_centre = (np.abs(u / radii[0]) ** power + np.abs(v / radii[1]) ** power) ** (1 / power)
+    return _soft((1 - from_centre) * min(radii), edge)
+
+
+def _plates(rng: np.random.Generator) -> np.ndarray:
+    """float[SIZE, SIZE]: plates on plates, bars and pairs of plates, mirrored at an upright axis.
+
+    The axis leans and is off the middle a little, and both halves have a smooth texture.
+    """
+    lean, off = rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05, 2)
+    x, y = _X - off[0], _Y - off[1]
+    x, y = np.cos(lean) * x + np.sin(lean) * y, np.cos(lean) * y - np.sin(lean) * x
+    across = np.abs(x)  # the mirror
+    image = np.full((SIZE, SIZE), rng.uniform(0, 0.3), np.float32)
+    radii, power = rng.uniform(0.65, 1.25, 2), rng.choice([1.0, 1.4, 2.0, 3.0, 6.0])
+    for _ in range(rng.integers(1, 4)):
+        plate = _plate(x, y, radii, 0, rng.choice([0.03, 0.08]), power)
+        image += plate * (rng.uniform(0.1, 0.8) - image)
+        radii = radii - rng.uniform(0.03, 0.14)
+    image += _plate(x, y, radii, 0, 0.05, power) * (rng.uniform(0.25, 0.65) - image)
+    if rng.random() < 0.3:
+        bars = np.sin(rng.uniform(8, 14) * (y + rng.uniform(-1, 1) * across) + rng.uniform(0, 6))
+        image += 0.1 * np.clip(bars, 0, 1)
+    for _ in range(rng.integers(0, 5)):  # pairs, mostly thin ones, which no shape is
+        long, thin = rng.uniform(0.12, 0.6), rng.uniform(0.03, 0.12)
+        if rng.random() < 0.25:
+            long, thin = rng.uniform(0.3, 0.6), rng.uniform(0.2, 0.35)
+        place, turn = (rng.uniform(0.05, 0.7), rng.uniform(-0.7, 0.7)), rng.uniform(0, np.pi)
+        edge = rng.uniform(0.03, 0.1)
+        pair = _plate(across - place[0], y - place[1], (long, thin), turn, edge, power)
+        image += pair * rng.uniform(0.5, 1) * (rng.uniform(0.05, 0.9) - image)
+    if rng.random() < 0.4:  # in the middle
+        place, radii = rng.uniform(-0.7, 0.7), rng.uniform(0.04, 0.25, 2)
+        image += _plate(x, y - place, radii, 0, 0.05, power) * (rng.uniform(0.05, 0.95) - image)
+    return np.clip(image + 0.03 * _noise(rng, 3) + 0.03 * _noise(rng, 16), 0, 1)
+
+
 def _radius(rng: np.random.Generator, size: str) -> float:
     return rng.uniform(*RADII[size])
+
+
+def _tone(rng, behind, mask, item, scene) -> float:
+    """A grey clearly on the item's side of what lies behind it."""
+    sign = 1 if item.paint == "Brighter" else -1
+    if scene.background != "Plates":
+        return np.clip(behind.mean() + sign * rng.uniform(0.26, 0.42), 0, 1)
+    around = (behind * mask).sum() / mask.sum()
+    end = 1.0 if sign > 0 else 0.0
+    # Plates may be so bright or dark that little room is left; there, the whole of it is used.
+    far = max(rng.uniform(0.5, 0.9) * abs(end - around), min(0.25, abs(end - around)))
+    return around + sign * far
 
 
 def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[str, list[float]]]]:
@@ -164,13 +236,15 @@ def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[
         turn = rng.uniform(-0.3, 0.3)
         u = (np.cos(turn) * (_X - x) + np.sin(turn) * (_Y - y)) / r
         v = (np.cos(turn) * (_Y - y) - np.sin(turn) * (_X - x)) / r
-        edge = rng.choice([0.03, 0.1])
-        mask = 1 / (1 + np.exp(np.clip(-4 * r * _distance(item.shape, u, v) / edge, -30, 30)))
+        mask = _soft(r * _distance(item.shape, u, v), rng.choice([0.03, 0.1]))
+        if item.shape == "Cloud":  # a wavy outline, hardly an edge, and uneven within
+            outline = 1 + 0.1 * np.cos(np.arctan2(v, u) * rng.integers(2, 5) + rng.uniform(0, 6.3))
+            mask = _soft(r * (outline - np.hypot(u, v)), rng.uniform(0.2, 0.35))
+            mask = mask * np.clip(0.85 + 0.2 * _noise(rng, 14), 0, 1)
         if scene.grey:
             if item.paint not in TONES:
                 raise ValueError(f"a grey picture has no {item.paint!r}; known: {TONES}")
-            step = rng.uniform(0.26, 0.42) * (1 if item.paint == "Brighter" else -1)
-            value = np.repeat(np.clip(behind.mean() + step, 0, 1), 3)
+            value = np.repeat(_tone(rng, behind, mask, item, scene), 3)
         else:
             if item.paint not in COLOURS:
                 raise ValueError(f"unknown colour {item.paint!r}; known: {', '.join(COLOURS)}")

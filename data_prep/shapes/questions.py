@@ -5,6 +5,7 @@ radiology needs (Yes, No, Left, Upper Right, …), the things asked for are not.
 the answers of each wording are used equally often, so that the question alone says little.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ from data_prep.shapes.draw import (
     Scene,
 )
 
+MAX_QUESTIONS = 6  # of a picture, beside its descriptions
 COUNTS = tuple(str(n) for n in range(MAX_SHAPES + 1))
 
 
@@ -39,7 +41,7 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
         *_opens(["What background does this image have?", "Which background was used here?"],
                 scene.background, BACKGROUNDS, "Background"),
         *_yes_no([(f"Does the picture contain {b.lower()}?", b == scene.background)
-                  for b in BACKGROUNDS if b != "Plain"]
+                  for b in BACKGROUNDS if b not in ("Plain", "Plates")]
                  + [("Is the background plain?", scene.background == "Plain"),
                     ("Is this a gray image?", scene.grey)], "Background"),
     ]  # fmt: skip
@@ -51,6 +53,9 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
                   ("Are there shapes in this picture?", bool(items)),
                   ("Is there more than one shape in this image?", len(items) > 1)], "Quantity"),
     ]  # fmt: skip
+    if scene.background == "Plates":
+        yield _yes_no([("Is this image even?", not items),
+                       ("Is anything odd in this picture?", bool(items))], "Evenness")  # fmt: skip
 
     presence, placed = [], []
     for shape in SHAPES:
@@ -64,8 +69,21 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
         for level in LEVELS:
             text = f"Is there {noun} in the {level.lower()} half of this image?"
             placed.append((text, any(i.level == level for i in here)))
+    bright = []
+    for tone in TONES if scene.grey else ():
+        here = [i for i in items if i.paint == tone]
+        noun = f"a {tone.lower()} shape"
+        bright.append((f"Does this image show {noun}?", bool(here)))
+        for side in SIDES:
+            text = f"Is there {noun} on the {side.lower()} side of this image?"
+            bright.append((text, any(i.side == side for i in here)))
+        for level in LEVELS:
+            text = f"Is there {noun} in the {level.lower()} half of this image?"
+            bright.append((text, any(i.level == level for i in here)))
     yield _yes_no(presence, "Presence")
     yield _yes_no(placed, "Presence")
+    if bright:
+        yield _yes_no(bright, "Presence")
 
     for quadrant in QUADRANTS:
         found = next((i.shape for i in items if f"{i.level} {i.side}" == quadrant), "None")
@@ -79,6 +97,8 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
                  "Which shape does this image show?"]  # fmt: skip
         yield _opens(asked, items[0].shape, SHAPES, "Shape")
         yield from _about("the shape", scene, items[0])
+        if scene.background == "Plates":
+            yield from itertools.islice(_about("the odd thing", scene, items[0]), 1)
 
 
 def _about(noun, scene, item) -> Iterator[list[Question]]:
@@ -134,9 +154,11 @@ def descriptions(scene: Scene) -> Iterator[Question]:
 
 
 def ask(rng: np.random.Generator, balancer: Balancer, scene: Scene) -> list[Question]:
-    """About eleven different questions about one picture."""
+    """About eight different questions about one picture."""
     chosen: dict[str, Question] = {}
-    for group in candidates(scene):
+    groups = list(candidates(scene))
+    for i in rng.permutation(len(groups))[:MAX_QUESTIONS]:
+        group = groups[i]
         fresh = [q for q in group if q.text not in chosen]
         if question := balancer.choose(rng, fresh):
             chosen[question.text] = question

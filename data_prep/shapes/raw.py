@@ -13,10 +13,10 @@ from data_prep.shapes.draw import draw, random_scene
 
 __all__ = ["NUM_IMAGES", "SETTINGS_NAME", "SPLITS", "make_raw"]
 
-NUM_IMAGES = (8000, 200, 300)
+NUM_IMAGES = (30000, 200, 300)
 SETTINGS_NAME = "shapes.json"
 # Part of the settings: raise it when drawings or questions change, so that old ones are redone.
-DRAWING = 3
+DRAWING = 5
 
 
 def _pictures(rng: np.random.Generator) -> Iterator[drawn.Picture]:

@@ -11,15 +11,16 @@ import pytest
 
 from configs import quickstart as quickstart_config
 from configs import tiny_base
-from paligemma_med import checkpoints, experiment
+from paligemma_med import checkpoints, experiment, optim
 from paligemma_med.checkpoints import npz
+from paligemma_med.models import lora
 from tools import quickstart
 
 PREDICTION_KEYS = {"question_id", "question", "answer", "predictions", "majority_prediction"}
 
 
 def test_base_fits_the_quickstarts_model_and_is_small():
-    config = quickstart_config.get_config()
+    config = quickstart_config.get_config("stage=1")
     assert os.path.getsize(quickstart_config.BASE) <= 4e6
     params = npz.flatten_tree(checkpoints.load_params(quickstart_config.BASE))
     abstract = experiment.abstract_params(config, experiment.make_model(config))
@@ -35,9 +36,26 @@ def test_quickstart_and_base_are_the_same_model_and_prompt():
         assert adapted[key] == base[key], key
 
 
+def test_stage_1_trains_the_head_and_stage_2_the_adapters_alone():
+    def trained(stage):
+        config = quickstart_config.get_config(f"stage={stage}")
+        names = experiment.abstract_params(config, experiment.make_model(config))
+        return optim.trained_names(config, list(names)), list(names)
+
+    names, everything = trained(1)
+    assert sorted(names) == ["img/head/bias", "img/head/kernel"] and len(everything) > 20
+    names, everything = trained(2)
+    assert set(names) == {n for n in everything if lora.is_factor(n)}
+    towers = {n.split("/")[0] for n in names}
+    assert towers == {"img", "llm"}
+    with pytest.raises(ValueError, match="stage=3: expected 1 or 2"):
+        quickstart_config.get_config("stage=3")
+
+
 def test_configs_take_a_data_dir_everywhere():
-    for module in (quickstart_config, tiny_base):
-        config = module.get_config("data_dir=/some/where,eval=validate")
+    stages = [(quickstart_config, f",stage={stage}") for stage in (1, 2)]
+    for module, stage in (*stages, (tiny_base, "")):
+        config = module.get_config("data_dir=/some/where,eval=validate" + stage)
         (section,) = config.evals.values()
         assert section.data.split == "validate" and section.train_data.split == "train"
         for data in (config.input.data, section.data, section.train_data):
@@ -59,38 +77,59 @@ def test_table():
     assert len({len(line) for line in lines}) == 1
 
 
-def _tiny_config():
-    config = quickstart_config.get_config("epochs=0.5,size=8")
-    config.lock()  # as one that comes from a flag
-    return config
+def _tiny_configs():
+    configs = [quickstart_config.get_config(f"stage={s},epochs=0.5,size=8") for s in (1, 2)]
+    for config in configs:
+        config.lock()  # as one that comes from a flag
+    return configs
 
 
 @pytest.mark.slow
 def test_quickstart_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     sizes = (20, 4, 6)
-    results = quickstart.run(_tiny_config(), tmp_path, num_images=sizes)
+    results = quickstart.run(*_tiny_configs(), tmp_path, num_images=sizes)
     out = capsys.readouterr().out
-    assert len(results) == 4 and results["adapted"]["n"] > 20
+    assert len(results) == 5 and all(m["n"] > 20 for m in results.values())
     table = (tmp_path / "table.md").read_text()
-    assert table in out and table.count("\n") == 6
+    assert table in out and table.count("\n") == 7
     # Every path that it names is there.
     listed = re.findall(r"^\S.{21} (\S+)$", out, flags=re.M)
     listed = [p for p in listed if p.startswith(str(tmp_path))]
-    assert len(listed) == 7 and all(os.path.exists(p) for p in listed)
+    assert len(listed) == 8 and all(os.path.exists(p) for p in listed)
     rows = [json.loads(s) for s in open(next(p for p in listed if p.endswith(".jsonl")))]
-    assert len(rows) == results["adapted"]["n"] and PREDICTION_KEYS <= rows[0].keys()
+    last = results["after stage 2 (LoRA in both towers)"]
+    assert len(rows) == last["n"] and PREDICTION_KEYS <= rows[0].keys()
+    # Stage 2 starts from stage 1, whose weights it leaves as they are.
+    base, first, second = (
+        npz.flatten_tree(checkpoints.load_params(p))
+        for p in (quickstart_config.BASE, str(tmp_path / "stage1"), str(tmp_path / "stage2"))
+    )
+    assert {n for n in base if (base[n] != first[n]).any()} == {"img/head/kernel", "img/head/bias"}
+    assert all((first[n] == second[n]).all() for n in first) and len(second) > len(first)
 
     # A second run trains and evaluates nothing, and says the same.
-    again = quickstart.run(_tiny_config(), tmp_path, num_images=sizes)
+    again = quickstart.run(*_tiny_configs(), tmp_path, num_images=sizes)
     assert again == results
     assert "loss" not in capsys.readouterr().out
-    config = _tiny_config()
-    config.lr = 1e-5
-    with pytest.raises(ValueError, match="other settings.*--overwrite"):
-        quickstart.run(config, tmp_path, num_images=sizes)
+    for stage in (0, 1):
+        configs = _tiny_configs()
+        configs[stage].lr = 1e-5
+        with pytest.raises(ValueError, match=f"stage{stage + 1} holds.*other settings.*--overwr"):
+            quickstart.run(*configs, tmp_path, num_images=sizes)
+
+
+def test_the_commands_it_names_have_the_configs_it_runs(tmp_path):
+    used = [quickstart_config.get_config(f"stage={stage}") for stage in (1, 2)]
+    quickstart.place(*used, tmp_path)
+    for stage, config in enumerate(used, 1):
+        file, _, argument = quickstart.config_argument(stage, tmp_path).partition(":")
+        assert file == "configs/quickstart.py"
+        named = quickstart_config.get_config(argument)
+        assert experiment.config_to_json(named) == experiment.config_to_json(config)
 
 
 def test_help_says_what_it_is():
     command = [sys.executable, "-m", "tools.quickstart", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "python -m tools.quickstart" in done.stdout and "--overwrite" in done.stdout
+    assert "--stage1" in done.stdout and "--stage2" in done.stdout

@@ -54,6 +54,34 @@ def test_a_shape_is_where_and_how_its_scene_says(shape, size, tone):
         assert (w > 0.24 * SIZE) == (size == "Large")
 
 
+def _unevenness(image):
+    """float[SIZE, SIZE / 2]: left half less the mirrored right one, at the best shift of the axis.
+
+    Smoothed; the axis leans, so that even a picture without shapes has some left."""
+    smooth = scipy.ndimage.gaussian_filter(image[..., 0].astype(float), 3)
+    halves = [(np.roll(smooth, d, axis=1)[:, 4:-4], d) for d in range(-4, 5)]
+    flipped = [np.abs(h - h[:, ::-1]) for h, _ in halves]
+    return min(flipped, key=np.mean)
+
+
+def test_plates_are_even_but_for_their_shape():
+    changes, sides = [], []
+    for seed in range(40):
+        side, tone = ("Left", "Right")[seed % 2], TONES[seed // 2 % 2]
+        item = Item("Circle", side, "Upper", "Large", tone)
+        drawn, _ = draw(np.random.default_rng(seed), Scene(True, "Plates", (item,)))
+        empty, none = draw(np.random.default_rng(seed), Scene(True, "Plates", ()))
+        assert none == []
+        changes.append((_unevenness(drawn).mean(), _unevenness(empty).mean()))
+        delta = drawn[..., 0].astype(float) / drawn.mean() - empty[..., 0] / empty.mean()
+        weight = np.abs(scipy.ndimage.uniform_filter(delta, 5))
+        x = (weight**3 * np.arange(SIZE)).sum() / (weight**3).sum()
+        sides.append((x < SIZE / 2) == (side == "Left"))
+    with_shape, without = np.mean(changes, axis=0)
+    assert with_shape > 1.5 * without
+    assert np.mean(sides) > 0.95
+
+
 @pytest.mark.parametrize("colour", COLOURS)
 def test_colours_are_told_apart(colour):
     item = Item("Circle", "Left", "Upper", "Large", colour)
@@ -86,8 +114,8 @@ def _many(n=600):
 
 def test_shapes_of_a_scene_have_quadrants_of_their_own():
     for scene in _many():
-        assert len({(i.side, i.level) for i in scene.items}) == len(scene.items) <= 3
-    assert {len(s.items) for s in _many()} == {0, 1, 2, 3}
+        assert len({(i.side, i.level) for i in scene.items}) == len(scene.items) <= 2
+    assert {len(s.items) for s in _many()} == {0, 1, 2}
 
 
 def test_a_wording_has_one_set_of_answers_and_the_answer_is_in_it():
@@ -118,7 +146,18 @@ def test_answers_agree_with_the_picture():
         "Is this a gray image?": "Yes",
     }.items():
         assert asked[text] == answer, text
-    assert "What color is the ring?" not in asked
+    assert "What color is the ring?" not in asked and "Is this image even?" not in asked
+    scene = dataclasses.replace(scene, background="Plates")
+    asked = {q.text: q.answer for group in questions.candidates(scene) for q in group}
+    for text, answer in {
+        "Is this image even?": "No",
+        "Is anything odd in this picture?": "Yes",
+        "Where in the image is the odd thing?": "Upper Right",
+        "Does this image show a darker shape?": "Yes",
+        "Is there a darker shape on the left side of this image?": "No",
+        "Is there a brighter shape in the upper half of this image?": "No",
+    }.items():
+        assert asked[text] == answer, text
     # Two of a kind: "the ring" would be ambiguous.
     scene = dataclasses.replace(
         scene, items=(*scene.items, Item("Ring", "Left", "Lower", "Large", "Brighter"))
@@ -176,7 +215,7 @@ def test_build_and_balance(small):
     known = [r for r in rows["test"] if r["question"] in used]
     right = [used[r["question"]].most_common(1)[0][0] == r["answer"] for r in known]
     assert np.mean(right) < 0.6  # the question alone says little
-    assert 9 < len(rows["train"]) / 300 < 12
+    assert 6 < len(rows["train"]) / 300 < 9
 
 
 def test_seed_decides_every_byte(tmp_path):
