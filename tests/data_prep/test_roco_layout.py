@@ -102,6 +102,31 @@ def test_v2_quoted_line_breaks_and_crlf(v2):
     assert figures[2].features["concepts"] == "C0024485;C0856747"
 
 
+def test_v2_captions_of_any_length_and_many_concepts(v2):
+    """From one character to 5,330, and 28 concepts of one image, as in the release."""
+    long = "A, " * 1776 + "B."
+    table = v2 / "test_captions.csv"
+    _rewrite(table, '"CT of the chest, test finding 0"', f'"{long}"')
+    _rewrite(table, '"CT of the chest, test finding 4"', "x")
+    cuis = ";".join(f"C{i:07d}" for i in range(28))
+    _rewrite(v2 / "test_concepts.csv", "C0040405;C0856747", cuis)
+    figures = list(roco_layout.read_v2(v2).figures["test"].values())
+    assert len(long) == 5330 and figures[0].features["caption"] == long
+    assert figures[4].features["caption"] == "x"
+    assert figures[0].features["concepts"] == f"{cuis};C0040405"  # the manual one too
+
+
+def test_files_beside_the_captions_are_left_alone(v1, v2):
+    """Licences and overviews of a release say nothing about its rows."""
+    before = [roco_layout.read_v1(v1).figures, roco_layout.read_v2(v2).figures]
+    (v1 / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_00001,PMC1,NO-CC CODE\n")
+    (v2 / "license_information.csv").write_text("ID,licence\n")
+    after = [roco_layout.read_v1(v1).figures, roco_layout.read_v2(v2).figures]
+    assert [{s: list(f) for s, f in x.items()} for x in before] == [
+        {s: list(f) for s, f in x.items()} for x in after
+    ]
+
+
 def test_v2_without_concept_files(v2):
     for path in v2.glob("*_concepts*.csv"):
         path.unlink()
