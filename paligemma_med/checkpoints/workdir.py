@@ -180,9 +180,7 @@ def open_params(spec):
     flat = {}
     if config.get("model_init"):
         try:
-            flat = npz.flatten_tree(
-                checkpoints.open_init(config["model_init"])
-            )
+            flat = npz.flatten_tree(checkpoints.open_init(config["model_init"]))
         except (FileNotFoundError, npz.CheckpointError) as e:
             raise type(e)(
                 f"the weights that {workdir} started from (model_init in its config.json) can't be "
