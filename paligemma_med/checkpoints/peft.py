@@ -400,9 +400,9 @@ def save_adapter(
                 x = np.asarray(x[layer]).T
                 tensors[_key(module, factor)] = np.ascontiguousarray(x, dtype or x.dtype)
     with atomic.folder(folder, replaces=(CONFIG,) if overwrite else None) as temporary:
-        safetensors.numpy.save_file(
-            tensors, os.path.join(temporary, WEIGHTS), metadata={"format": "pt"}
-        )
+        # Not save_file, whose files nobody but their owner may read.
+        with open(os.path.join(temporary, WEIGHTS), "wb") as f:
+            f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

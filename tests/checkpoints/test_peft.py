@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import re
 import warnings
 
@@ -130,6 +131,17 @@ def test_an_adapter_of_theirs_gives_its_logits_here(name, config, tmp_path):
     theirs.save_pretrained(tmp_path)
     made = peft.load_adapter(tmp_path)
     np.testing.assert_allclose(our_logits(name, made), want, rtol=0, atol=TOLERANCE)
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    old = os.umask(0o022)
+    try:
+        peft.save_adapter(tmp_path / "a", adapters.random_adapter("mqa", adapters.ALL))
+    finally:
+        os.umask(old)
+    assert {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {
+        "adapter_config.json": 0o644, "adapter_model.safetensors": 0o644
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
