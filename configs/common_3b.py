@@ -84,7 +84,7 @@ def lora(which, rank, alpha, dropout):
 
 
 def stage2(
-    arg, sets, *, epochs, text_len, supervised_len, choices="", answer_key="answer", mixture=None,
+    arg, sets, *, epochs, text_len, max_new_tokens, choices="", answer_key="answer", mixture=None,
     **defaults,
 ):  # fmt: skip
     """A config of stage 2.
@@ -95,7 +95,8 @@ def stage2(
       mixture: with more than one, a function of the arguments that gives (weights, anneal) as
         `config.input` has them.
       epochs: default of that argument.
-      text_len, supervised_len: tokens of question and answer; positions that have logits.
+      text_len: tokens of question and answer.
+      max_new_tokens: of an answer in evaluations.
       choices: what stands behind the question in the prompt.
       answer_key: of the answer in the data.
       sets, choices and answer_key may be functions of the arguments, too.
@@ -123,7 +124,7 @@ def stage2(
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
     c.adapter_init = None  # a PEFT folder to train on from
     c.text_len = text_len
-    c.supervised_len = supervised_len
+    # No supervised_len: the longest answers fill nearly all of text_len.
 
     where = dict(data_dir=args.data_dir) if args.data_dir else {}
     pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer_key)
@@ -148,7 +149,7 @@ def stage2(
     for key, name in sets.items():
         c.evals[f"{key}_validate"] = section = common.ml_collections.ConfigDict(
             common.vqa_eval(
-                c, name, "validate", text_len=c.text_len, max_new_tokens=supervised_len,
+                c, name, "validate", text_len=c.text_len, max_new_tokens=max_new_tokens,
                 prompt=prompt, answer=answer_key, keep=KEEP, log_epochs=1,
             )
         )  # fmt: skip

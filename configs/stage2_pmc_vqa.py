@@ -31,5 +31,5 @@ def _answer_key(args):
 def get_config(arg=None):
     return common_3b.stage2(
         arg, lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"), epochs=4, text_len=192,
-        supervised_len=48, choices=_choices, answer_key=_answer_key, answer="letter", version="v1",
+        max_new_tokens=48, choices=_choices, answer_key=_answer_key, answer="letter", version="v1",
     )  # fmt: skip
