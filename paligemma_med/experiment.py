@@ -54,6 +54,18 @@ def check_config(config):
             config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))
 
 
+def check_training_config(config):
+    """`check_config`, and what training alone needs; ValueError."""
+    check_config(config)
+    if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
+        raise ValueError(f"config lacks {missing}, which training needs.")
+    size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
+    if size % accum:
+        raise ValueError(
+            f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}."
+        )
+
+
 def make_model(config):
     """The `paligemma.Model` of config.model and config.lora, with activations in config.dtype."""
     model = paligemma.Model(

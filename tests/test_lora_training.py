@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, train
+from paligemma_med import checkpoints, evaluate, experiment, train, train_step
 from paligemma_med.checkpoints import npz
 from paligemma_med.models import lora
 from tests import tiny
@@ -99,7 +99,7 @@ def test_resumed_run_equals_the_straight_one(tiny_data, stage1, finished, tmp_pa
     folder = str(tmp_path / "w")
     rules = [(RULES[0][0], dict(RULES[0][1], dropout=0.2))]
     c = stage2(tiny_data, stage1, lora=rules)
-    jit_step, calls = train.jit_step, []
+    jit_step, calls = train_step.jit_step, []
 
     def jit_and_stop(*args):
         step = jit_step(*args)
@@ -113,7 +113,7 @@ def test_resumed_run_equals_the_straight_one(tiny_data, stage1, finished, tmp_pa
         return stop_at_the_second
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "jit_step", jit_and_stop)
+        patch.setattr(train_step, "jit_step", jit_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train.train(c, folder)
     train.train(c, folder)

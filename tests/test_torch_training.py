@@ -18,7 +18,7 @@ import transformers
 
 from configs import common, quickstart, tiny_base
 from data_prep import build
-from paligemma_med import checkpoints, decode, experiment, input_pipeline, optim, train
+from paligemma_med import checkpoints, decode, experiment, input_pipeline, optim, train, train_step
 from paligemma_med.checkpoints import hf, npz
 from paligemma_med.models import lora
 from tests.checkpoints import adapters
@@ -54,7 +54,7 @@ def our_steps(name, model, params, regex, **kw):
     config.update(kw)
     names = optim.trained_names(config, list(flat))
     tx, lr = optim.make(config, names, total_steps=STEPS, num_examples=9, batch_size=3)
-    step = jax.jit(train.make_train_step(config, model, tx, lr))
+    step = jax.jit(train_step.make_train_step(config, model, tx, lr))
     trained = {n: flat.pop(n) for n in names}
     state, out = tx.init(trained), []
     for i in range(STEPS):

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, losses, optim, sharding, train
+from paligemma_med import (
+    checkpoints,
+    dry_run,
+    evaluate,
+    experiment,
+    losses,
+    optim,
+    sharding,
+    train,
+    train_step,
+)
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.evaluators import vqa
 from tests import tiny
@@ -55,8 +65,8 @@ def steps(c, batches, *, parts=1, rng_step=0):
     params = experiment.place_params(dict(start()), dtypes, places)
     trained = {n: params.pop(n) for n in names}
     tx, rate = optim.make(c, names, total_steps=10, num_examples=80, batch_size=8)
-    opt_state = jax.jit(tx.init, out_shardings=train.opt_shardings(tx, trained, mesh))(trained)
-    step_fn = train.jit_step(train.make_train_step(c, model, tx, rate), tx, trained, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
+    step_fn = train_step.jit_step(train_step.make_train_step(c, model, tx, rate), tx, trained, mesh)
     found = []
     for i, batch in enumerate(batches, rng_step):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -337,7 +347,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     workdir = str(tmp_path / "w")
     c = tiny.config(tiny_data, schedule=HEAD, total_steps=1, evals={})
     with monkeypatch.context() as patch:
-        patch.setattr(train, "jit_step", lambda *_: 1 / 0)
+        patch.setattr(train_step, "jit_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(c, workdir)
     assert os.path.exists(os.path.join(workdir, "base.npz"))
@@ -459,7 +469,7 @@ def test_dry_run_touches_no_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     c = tiny.config("/no/such/folder", schedule=HEAD, frozen_dtype="bfloat16")
     c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
-    figures = train.dry_run(c)
+    figures = dry_run.dry_run(c)
     assert list(tmp_path.iterdir()) == []
     assert figures["trained parameters"] * 2**30 == 4 * (32 * 64 + 64) / 8
     assert figures["optimizer state"] >= 2 * figures["trained parameters"]

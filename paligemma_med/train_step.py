@@ -1,0 +1,100 @@
+"""One optimizer step: what is differentiated, how a batch is split up, and how it is jitted.
+
+`train` runs it and `dry_run` compiles it, so that what is predicted is what runs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from paligemma_med import losses, optim, sharding
+from paligemma_med.checkpoints import npz
+
+
+def make_train_step(config, model, tx, learning_rate):
+    """The function that takes one optimizer step.
+
+    Returns:
+      step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
+      trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
+      mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
+      with respect to `trained` alone. With config.grad_accum_steps the batch is worked through in
+      that many microbatches, whose gradients add up to exactly those of the whole.
+    """
+    accum = config.get("grad_accum_steps") or 1
+    smoothing = config.get("label_smoothing") or 0.0
+    dropout_key = jax.random.key(config.get("seed", 0) + 1)
+
+    def loss_fn(trained, frozen, batch, rng):
+        params = npz.unflatten_tree({**frozen, **trained})
+        # The model reads all but the last token and predicts all but the first.
+        text, mask_ar = batch["text"][:, :-1], batch["mask_ar"][:, :-1]
+        positions, weights, lost = losses.supervised_positions(
+            batch["mask_loss"][:, 1:], config.get("supervised_len")
+        )
+        logits, _ = model.apply(
+            {"params": params}, batch["image"], text, mask_ar, True,
+            logit_positions=positions, rngs={"dropout": rng},
+        )  # fmt: skip
+        labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
+        nll = losses.cross_entropy(logits, labels, smoothing)
+        return jnp.sum(nll * weights * batch["row_weight"][:, None]), lost
+
+    def step(trained, opt_state, frozen, batch, i):
+        rng = jax.random.fold_in(dropout_key, i)
+        weight = losses.row_weights(batch["mask_loss"][:, 1:], config.get("loss_norm", "example"))
+        batch = {**batch, "row_weight": weight}
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if accum == 1:
+            (loss, lost), grads = grad_fn(trained, frozen, batch, rng)
+        else:
+            # Rows are dealt out so that each device keeps its own in every microbatch.
+            micro = jax.tree.map(lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def body(total, x):
+                out = grad_fn(trained, frozen, x[0], x[1])
+                return jax.tree.map(jnp.add, total, out), None
+
+            zero = ((jnp.float32(0), jnp.int32(0)), jax.tree.map(jnp.zeros_like, trained))
+            total, _ = jax.lax.scan(body, zero, (micro, jax.random.split(rng, accum)))
+            (loss, lost), grads = total
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        metrics = {
+            "training_loss": loss,
+            "l2_grads": optim.global_norm(grads),
+            "l2_updates": optim.global_norm(updates),
+            "lr": learning_rate(i),
+            "lost": lost,
+        }
+        trained = jax.tree.map(lambda p, u: p + u, trained, updates)
+        return trained, opt_state, {**metrics, "l2_params": optim.global_norm(trained)}
+
+    return step
+
+
+def opt_shardings(tx, trained, mesh):
+    """Where the optimizer's state lies: moments with their parameter, the rest on every device.
+
+    Args:
+      trained: {name: array, or jax.ShapeDtypeStruct with a sharding}.
+
+    Returns:
+      The tree of `tx.init(trained)`, of shardings.
+    """
+
+    def one(path, leaf):
+        owner = trained.get(getattr(path[-1], "key", None))
+        fits = owner is not None and owner.shape == leaf.shape
+        return owner.sharding if fits else sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trained))
+
+
+def jit_step(step, tx, trained, mesh):
+    """`step` of `make_train_step`, jitted. What it gives back lies as what it got, or the second
+    call would compile anew."""
+    out = (
+        {n: x.sharding for n, x in trained.items()},
+        opt_shardings(tx, trained, mesh),
+        sharding.replicated(mesh),
+    )
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
