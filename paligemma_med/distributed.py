@@ -1,0 +1,199 @@
+"""Several processes of one run: how they start, and what they tell each other.
+
+JAX does the work: `jax.distributed` joins the processes, collectives over all devices carry what
+they exchange. This file holds the few words that the programs need for it. All of them work with
+one process too, and then cost nothing.
+
+A function that is marked "collective" waits for all processes: every process must call it, in the
+same order, from its main thread.
+"""
+
+import json
+import os
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+# Nodes of a cluster come up minutes apart; who is still missing then isn't coming.
+START_TIMEOUT = 300
+# How long a process may be silent before the others take it for dead, and stop. Its heartbeats come
+# from a thread of their own, so that long steps or compilations don't silence it.
+PEER_TIMEOUT = 60
+
+
+# --- Starting ---
+
+
+def define_flags():
+    """The flags of every program that may run in several processes; read by `start`."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for all processes.")
+    flags.DEFINE_integer("num_processes", None, "How many processes run together; 1: none but this")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer("start_timeout", START_TIMEOUT, "Seconds to wait for all to start.")
+    flags.DEFINE_integer("peer_timeout", PEER_TIMEOUT, "Seconds of silence that mean death.")
+
+
+def start_from_flags():
+    """`start` with the flags of `define_flags`."""
+    v = flags.FLAGS
+    start(v.coordinator_address, v.num_processes, v.process_id,
+          start_timeout=v.start_timeout, peer_timeout=v.peer_timeout)  # fmt: skip
+
+
+def start(
+    coordinator=None,
+    num_processes=None,
+    process_id=None,
+    *,
+    start_timeout=START_TIMEOUT,
+    peer_timeout=PEER_TIMEOUT,
+):
+    """Joins the processes of this run. To be called once, before any other use of JAX.
+
+    What isn't given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, and
+    what those don't say is left to JAX's own detection, if a scheduler (SLURM, Open MPI, an indexed
+    Kubernetes job, a TPU pod) says that there is more than one task. Otherwise, and where
+    num_processes is 1, nothing is started and nothing is waited for.
+
+    Raises:
+      ValueError: a setup that can't work, or processes that didn't come.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
+    process_id = _number(process_id, "JAX_PROCESS_ID")
+    if num_processes == 1 or (num_processes is None and not coordinator and not _many_tasks()):
+        if num_processes is None and process_id:
+            raise ValueError(f"process_id is {process_id}, but num_processes isn't given.")
+        return
+    _check(coordinator, num_processes, process_id)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=peer_timeout,
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"{e} JAX found no scheduler that says it: give --coordinator_address, "
+            "--num_processes and --process_id (or --num_processes=1 for a run on its own)."
+        ) from None
+    except jax.errors.JaxRuntimeError as e:
+        raise ValueError(
+            f"the processes of this run didn't find each other within {start_timeout} s (is "
+            "process 0 running, and are the address and the numbers right?): "
+            f"{str(e).splitlines()[0]}"
+        ) from None
+
+
+def _number(value, variable):
+    text = os.environ.get(variable)
+    if value is not None or not text:
+        return value
+    if not text.isdigit():
+        raise ValueError(f"{variable} is {text!r}; expected a whole number.")
+    return int(text)
+
+
+def _check(coordinator, num_processes, process_id):
+    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--coordinator_address is {coordinator!r}; expected host:port.")
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"--num_processes is {num_processes}; expected 1 or more.")
+    if _many_tasks():  # JAX knows the rest.
+        return
+    names = ("--coordinator_address", "--num_processes", "--process_id")
+    given = dict(zip(names, (coordinator, num_processes, process_id)))
+    if missing := [k for k, v in given.items() if v is None]:
+        found = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None)
+        raise ValueError(f"{found} needs {' and '.join(missing)} too (or --num_processes=1).")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id is {process_id} of {num_processes}; they count from 0.")
+
+
+def _many_tasks():
+    """Whether a scheduler that JAX knows started more than one task (it may be that it doesn't say:
+    then JAX finds out)."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+        # SLURM_NTASKS is of the job; an interactive shell in it is a step of one task.
+        return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1)) > 1
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
+    if hosts := env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES"):
+        return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return True
+    from jax._src import cloud_tpu_init  # the only place that knows
+
+    return bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False))
+
+
+# --- Talking ---
+
+
+def is_main():
+    """Whether this is the process that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def to_host(tree):
+    """A tree of arrays → numpy, whole, in every process. Collective.
+
+    What this process has whole isn't sent; the rest is gathered from the devices of all.
+    """
+    return jax.tree.map(_to_host, tree)
+
+
+def _to_host(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def place(array, sharding):
+    """A numpy array that is the same in all processes → a jax.Array of that sharding.
+
+    Each process copies to its devices what they hold of it; unlike `jax.device_put`, nothing is
+    sent to compare the copies.
+    """
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def gather(value):
+    """[value of process 0, of process 1, …] in every process, of JSON-able values. Collective.
+
+    Numpy's scalars and arrays come back as numbers and lists, tuples as lists.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    data = json.dumps(value, default=_plain).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    # Powers of two, so that few sizes are ever compiled.
+    buffer = np.zeros(1 << max(8, int(lengths.max() - 1).bit_length()), np.uint8)
+    buffer[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(buffer)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths)]
+
+
+def _plain(x):
+    if isinstance(x, (np.generic, np.ndarray)):
+        return x.tolist()
+    raise TypeError(f"{type(x).__name__} can't be sent between processes.")
+
+
+def broadcast(value):
+    """The value of process 0 in every process; as `gather`. Collective."""
+    return gather(value if is_main() else None)[0]
+
+
+def barrier(name):
+    """Waits until all processes are here. Collective."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
