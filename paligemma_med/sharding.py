@@ -2,16 +2,29 @@
 
 A config says `mesh = [("data", -1)]` and `sharding_strategy = [(regex, strategy), ...]`, as in
 big_vision. JAX does the distributing; this file only turns those words into `NamedSharding`s.
+
+Strategies, which "|" applies one after the other to what is still whole:
+
+- `replicate`: a copy on every device.
+- `fsdp(axis="data", min_size_to_shard_mb=1)`: the longest dimension that the axis divides, but
+  never that of the layers or of a LoRA rank. A smaller leaf stays whole.
+- `shard_dim(axis, dim, ignore_ndim_error=False)`: that dimension.
+- `tp(axis)`: by the kind of layer. Attention by heads, MLPs by their inner width, the embedding
+  table by vocabulary; everything else stays whole. After Megatron-LM (arXiv 1909.08053).
+
+`tp(axis="model")|fsdp(axis="data")` cuts both ways. Biases and LoRA factors follow their kernel.
 """
 
 import ast
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from paligemma_med.models import lora
 
 DATA_AXIS = "data"
 
@@ -61,63 +74,175 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _replicate(shape: tuple[int, ...], nbytes: int, mesh: Mesh) -> PartitionSpec:
-    del shape, nbytes, mesh
-    return PartitionSpec()
+class Leaf(NamedTuple):
+    """What strategies know of a parameter.
+
+    Attributes:
+      shape, nbytes: its size.
+      letters: a name for each dimension, as in `models/lora.py`: L layers, P parts of a kernel, V
+        vocabulary, R rank; "" if the leaf is none of those known there.
+      kernel: of a LoRA factor, the letters of its kernel; otherwise those of the leaf.
+      stacked: whether the first dimension is that of the layers.
+    """
+
+    shape: tuple[int, ...]
+    nbytes: int
+    letters: str
+    kernel: str
+    stacked: bool
+
+
+def _letters() -> dict[str, tuple[str, str]]:
+    """{name: (letters of its dimensions, its kernel's)} of the leaves that `tp` knows."""
+    out = {"llm/embedder/input_embedding": ("VD", "VD")}
+    for target in lora.TARGETS:
+        layers = "L" if target.stacked else ""
+        kernel = layers + ("P" if target.index is not None else "") + target.kernel
+        out[target.param] = (kernel, kernel)
+        if target.param.endswith("/kernel"):  # of the image tower, whose layers have a bias
+            bias = layers + target.outputs
+            out[f"{target.scope}/bias"] = (bias, bias)
+        out[f"{target.scope}/lora_a"] = (f"{layers}{target.inputs}R", kernel)
+        out[f"{target.scope}/lora_b"] = (f"{layers}R{target.outputs}", kernel)
+    return out
+
+
+_LETTERS = _letters()
+_KERNEL_OF = {f"{t.scope}/{f}": t.param for t in lora.TARGETS for f in lora.FACTORS}
+
+Spec = list[Any]  # of one leaf: an axis, a tuple of axes or None for each dimension
+
+
+def _size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
+    """How many parts an axis, or several together, cut a dimension into."""
+    return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+
+
+def _replicate(spec: Spec, leaf: Leaf, mesh: Mesh) -> tuple[Spec, str]:
+    del leaf, mesh
+    return spec, ""
 
 
 def _fsdp(
-    shape: tuple[int, ...],
-    nbytes: int,
+    spec: Spec,
+    leaf: Leaf,
     mesh: Mesh,
     *,
     axis: str | tuple[str, ...] = DATA_AXIS,
     min_size_to_shard_mb: float = 1,
-) -> PartitionSpec:
-    """Cuts the longest dimension that the axis divides; small or indivisible leaves stay whole."""
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    missing = [a for a in axes if a not in mesh.shape]
-    if missing:
-        raise ValueError(f"fsdp: axis {missing[0]!r} is not in the mesh, it has {list(mesh.shape)}")
-    parts = math.prod(mesh.shape[a] for a in axes)
-    if parts == 1 or nbytes < min_size_to_shard_mb * 2**20:
-        return PartitionSpec()
-    divisible = [i for i, size in enumerate(shape) if size and size % parts == 0]
-    if not divisible:
-        return PartitionSpec()
-    # Of equally long dimensions the last one: the leading one is the layer axis of a scan, and
-    # cutting that would gather the whole stack to read one layer.
-    longest = max(divisible, key=lambda i: (shape[i], i))
-    spec: list[Any] = [None] * len(shape)
-    spec[longest] = axes[0] if len(axes) == 1 else axes
-    return PartitionSpec(*spec)
+) -> tuple[Spec, str]:
+    if _size(axis, mesh) == 1 or leaf.nbytes < min_size_to_shard_mb * 2**20:
+        return spec, ""
+    # A cut through the layers would gather the whole stack to read one of them; a rank is short.
+    never = {0 if leaf.stacked else -1, leaf.letters.find("R")}
+    fits = [
+        i
+        for i, size in enumerate(leaf.shape)
+        if size and size % _size(axis, mesh) == 0 and spec[i] is None and i not in never
+    ]
+    if not fits:
+        return spec, f"no dimension left that {_shown(axis)}={_size(axis, mesh)} divides"
+    return _cut(spec, max(fits, key=lambda i: (leaf.shape[i], i)), axis), ""
 
 
-# Strategy name -> (function, {argument: types it may have}).
-_STRATEGIES: Mapping[str, tuple[Callable[..., PartitionSpec], Mapping[str, tuple[type, ...]]]] = {
-    "replicate": (_replicate, {}),
-    "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float)}),
+def _shard_dim(
+    spec: Spec,
+    leaf: Leaf,
+    mesh: Mesh,
+    *,
+    axis: str | tuple[str, ...],
+    dim: int,
+    ignore_ndim_error: bool = False,
+) -> tuple[Spec, str]:
+    ndim = len(leaf.kernel) or len(leaf.shape)
+    if not -ndim <= dim < ndim:
+        if ignore_ndim_error:
+            return spec, f"it has no dimension {dim}"
+        raise ValueError(f"shard_dim: there is no dimension {dim} in {leaf.shape}")
+    if leaf.letters != leaf.kernel:  # a LoRA factor: that dimension, if it has it
+        dim = leaf.letters.find(leaf.kernel[dim])
+        if dim < 0:
+            return spec, ""
+    dim %= ndim
+    if spec[dim] is not None:
+        raise ValueError(f"shard_dim: dimension {dim} of {leaf.shape} is cut already")
+    if leaf.shape[dim] % _size(axis, mesh):
+        raise ValueError(
+            f"shard_dim: {_shown(axis)}={_size(axis, mesh)} doesn't divide dimension {dim} "
+            f"of {leaf.shape}"
+        )
+    return _cut(spec, dim, axis), ""
+
+
+def _tp(spec: Spec, leaf: Leaf, mesh: Mesh, *, axis: str | tuple[str, ...]) -> tuple[Spec, str]:
+    note = ""
+    if _size(axis, mesh) == 1:
+        return spec, note
+    for i, letter in enumerate(leaf.letters):
+        if letter in "NKFV" and spec[i] is None:
+            if leaf.shape[i] % _size(axis, mesh) == 0:
+                return _cut(spec, i, axis), ""
+            note = f"{_shown(axis)}={_size(axis, mesh)} doesn't divide {letter}={leaf.shape[i]}"
+    return spec, note
+
+
+def _cut(spec: Spec, dim: int, axis: str | tuple[str, ...]) -> Spec:
+    if not isinstance(axis, str) and len(axis) == 1:
+        axis = axis[0]
+    return [*spec[:dim], axis, *spec[dim + 1 :]]
+
+
+def _shown(axis: str | tuple[str, ...]) -> str:
+    return axis if isinstance(axis, str) else "×".join(axis)
+
+
+# Strategy name -> (function, {argument: types it may have}, arguments it must have).
+_STRATEGIES: Mapping[
+    str, tuple[Callable[..., tuple[Spec, str]], Mapping[str, tuple[type, ...]], tuple[str, ...]]
+] = {
+    "replicate": (_replicate, {}, ()),
+    "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float)}, ()),
+    "shard_dim": (
+        _shard_dim,
+        {"axis": (str, tuple), "dim": (int,), "ignore_ndim_error": (bool,)},
+        ("axis", "dim"),
+    ),
+    "tp": (_tp, {"axis": (str, tuple)}, ("axis",)),
 }
 
 
-def parse_strategy(text: str) -> tuple[str, dict[str, Any]]:
-    """'fsdp(axis="data")' -> ("fsdp", {"axis": "data"}). Parsed, never evaluated.
+def parse_strategy(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """'tp(axis="model")|fsdp()' -> [("tp", {"axis": "model"}), ("fsdp", {})]. Never evaluated.
 
-    ValueError: anything but a known strategy name with literal keyword arguments of its own.
+    ValueError: anything but known strategies with literal keyword arguments of their own, or
+    `replicate` together with another.
     """
-    example = """expected 'replicate' or 'fsdp(axis="data", min_size_to_shard_mb=1)'"""
+    example = """expected e.g. 'replicate', 'fsdp(axis="data")' or 'tp(axis="model")|fsdp()'"""
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, AttributeError):
         raise ValueError(f"sharding strategy {text!r} can't be parsed; {example}") from None
+    nodes: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        nodes.insert(0, node.right)
+        node = node.left
+    out = [_parse_one(n, text, example) for n in (node, *nodes)]
+    if len(out) > 1 and any(name == "replicate" for name, _ in out):
+        raise ValueError(f"sharding strategy {text!r}: replicate goes with no other; {example}")
+    return out
+
+
+def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, Any]]:
     call = node if isinstance(node, ast.Call) else None
     name_node = call.func if call else node
     if not isinstance(name_node, ast.Name) or name_node.id not in _STRATEGIES:
-        raise ValueError(f"sharding strategy {text!r} is not known; {example}")
+        raise ValueError(
+            f"sharding strategy {text!r} is not known, there are {list(_STRATEGIES)}; {example}"
+        )
     name = name_node.id
     if call and call.args:
         raise ValueError(f"sharding strategy {text!r}: arguments go by name; {example}")
-    allowed = _STRATEGIES[name][1]
+    _, allowed, needed = _STRATEGIES[name]
     kwargs: dict[str, Any] = {}
     for keyword in call.keywords if call else ():
         if keyword.arg not in allowed:
@@ -125,16 +250,19 @@ def parse_strategy(text: str) -> tuple[str, dict[str, Any]]:
                 f"sharding strategy {text!r}: {name} has no argument {keyword.arg!r}, "
                 f"it has {list(allowed)}"
             )
+        types = allowed[keyword.arg]
         try:
             value = ast.literal_eval(keyword.value)
         except ValueError:
             value = None
-        if not isinstance(value, allowed[keyword.arg]) or isinstance(value, bool):
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(
                 f"sharding strategy {text!r}: {keyword.arg} must be a literal "
-                f"{' or '.join(t.__name__ for t in allowed[keyword.arg])}"
+                f"{' or '.join(t.__name__ for t in types)}"
             )
         kwargs[keyword.arg] = value
+    if missing := [k for k in needed if k not in kwargs]:
+        raise ValueError(f"sharding strategy {text!r}: {name} needs {missing}; {example}")
     return name, kwargs
 
 
@@ -145,16 +273,19 @@ def _leaf_name(path: Sequence[Any]) -> str:
     )
 
 
-def infer_sharding(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
-    """The tree of `NamedSharding` that `config.sharding_strategy` gives the leaves of `tree`.
+def _leaf(name: str, x: Any) -> Leaf:
+    shape = tuple(x.shape)
+    letters, kernel = _LETTERS.get(name, ("", ""))
+    if len(letters) != len(shape):
+        letters = kernel = ""
+    stacked = "/encoderblock/" in name or "/layers/" in name
+    return Leaf(shape, math.prod(shape) * x.dtype.itemsize, letters, kernel, stacked)
 
-    tree: leaves have `.shape` and `.dtype` (arrays or `jax.ShapeDtypeStruct`).
-    strategy: (regex, strategy) pairs; a regex must match the whole "/"-joined name, and the first
-    that does wins. `replicate` keeps a leaf whole on every device.
-    `fsdp(axis="data", min_size_to_shard_mb=1)` cuts its longest divisible dimension when it has at
-    least that many MiB.
-    ValueError: a leaf that no regex matches, or a pair that can't be read.
-    """
+
+def _read_rules(
+    strategy: Sequence[tuple[str, str]], mesh: Mesh
+) -> list[tuple[re.Pattern[str], list[tuple[str, dict[str, Any]]]]]:
+    """The (regex, strategy) pairs, read; ValueError where one is wrong."""
     rules = []
     for pair in strategy:
         if isinstance(pair, str) or len(pair) != 2:
@@ -164,25 +295,83 @@ def infer_sharding(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -
             pattern = re.compile(regex)
         except re.error as e:
             raise ValueError(f"sharding_strategy: regex {regex!r} can't be read: {e}") from None
-        name, kwargs = parse_strategy(text)
-        rules.append((pattern, _STRATEGIES[name][0], kwargs))
+        ops = parse_strategy(text)
+        for op, kwargs in ops:
+            axis = kwargs.get("axis", DATA_AXIS if op == "fsdp" else ())
+            for a in (axis,) if isinstance(axis, str) else axis:
+                if a not in mesh.shape:
+                    raise ValueError(
+                        f"sharding_strategy: {op}: axis {a!r} is not in the mesh, "
+                        f"it has {list(mesh.shape)}"
+                    )
+        rules.append((pattern, ops))
+    return rules
 
+
+def plan(
+    tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh
+) -> dict[str, tuple[NamedSharding, str]]:
+    """`infer_sharding` by name, with a note on what stayed whole though a strategy would cut it.
+
+    {name: (sharding, note or "")}; arguments and errors are those of `infer_sharding`.
+    """
+    rules = _read_rules(strategy, mesh)
+    unused = {pattern.pattern for pattern, _ in rules} - {".*"}
     uncovered: list[str] = []
-
-    def one(path: Sequence[Any], leaf: Any) -> NamedSharding | None:
+    out = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = _leaf_name(path)
-        for pattern, function, kwargs in rules:
-            if pattern.fullmatch(name):
-                shape = tuple(leaf.shape)
-                nbytes = math.prod(shape) * leaf.dtype.itemsize
-                return NamedSharding(mesh, function(shape, nbytes, mesh, **kwargs))
-        uncovered.append(name)
-        return None
-
-    out = jax.tree_util.tree_map_with_path(one, tree)
+        kernel = _KERNEL_OF.get(name, name)
+        found = None
+        for pattern, ops in rules:
+            if pattern.fullmatch(name if "lora" in pattern.pattern else kernel):
+                unused.discard(pattern.pattern)
+                found = found or ops
+        if found is None:
+            uncovered.append(name)
+            continue
+        leaf = _leaf(name, x)
+        spec: Spec = [None] * len(leaf.shape)
+        notes = []
+        for op, kwargs in found:
+            try:
+                spec, note = _STRATEGIES[op][0](spec, leaf, mesh, **kwargs)
+            except ValueError as e:
+                raise ValueError(f"sharding_strategy: {name}: {e}") from None
+            notes.append(note)
+        if not any(spec):
+            spec = []
+        out[name] = (NamedSharding(mesh, PartitionSpec(*spec)), "; ".join(filter(None, notes)))
+    if unused:
+        raise ValueError(
+            f"sharding_strategy: regex {min(unused)!r} matches no parameter; "
+            "a LoRA factor goes by the name of its kernel, unless the regex has 'lora' in it"
+        )
     if uncovered:
         raise ValueError(
             f"sharding_strategy: no rule matches {len(uncovered)} leaves, the first is "
             f"{uncovered[0]!r}; end the list with ('.*', 'replicate')"
         )
     return out
+
+
+def infer_sharding(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
+    """The tree of `NamedSharding` that `config.sharding_strategy` gives the leaves of `tree`.
+
+    tree: leaves have `.shape` and `.dtype` (arrays or `jax.ShapeDtypeStruct`).
+    strategy: (regex, strategy) pairs, strategies as this file's docstring lists them; a regex must
+    match the whole "/"-joined name, and the first that does wins. LoRA factors go by the name of
+    their kernel, so that a rule for it is theirs as well: `tp` cuts of both factors what it cuts of
+    the kernel, `shard_dim` the same dimension where they have it, `fsdp` what it would cut of any
+    leaf of their size. Only a regex with "lora" in it is matched with their own name.
+    ValueError: a leaf that no regex matches, a regex other than ".*" that matches no leaf, an axis
+    that the mesh doesn't have, a dimension that can't be cut, or a pair that can't be read.
+    """
+    found = plan(tree, strategy, mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[_leaf_name(path)][0], tree)
+
+
+def short_spec(sharding: NamedSharding) -> str:
+    """The axis that each dimension is cut along: "-,-,data,model"; "whole" if none is."""
+    spec = sharding.spec
+    return ",".join("-" if a is None else _shown(a) for a in spec) if any(spec) else "whole"

@@ -77,9 +77,20 @@ def test_size_bound_counts_bytes():
 def test_first_full_match_wins():
     mesh = sharding.make_mesh([("data", -1)])
     tree = {"img": {"head": _tree(kernel=(1024, 1024), bias=(2**20,))}}
-    rules = [("img/head/k.*", "replicate"), ("head/.*", "replicate"), (".*", "fsdp()")]
+    rules = [("img/head/k.*", "replicate"), (".*/kernel", "fsdp()"), (".*", "fsdp()")]
     got = sharding.infer_sharding(tree, rules, mesh)["img"]["head"]
     assert got["kernel"].spec == P() and got["bias"].spec == P("data")
+
+
+def test_a_regex_that_matches_nothing_is_a_typo():
+    mesh = sharding.make_mesh([("data", -1)])
+    tree = {"img": {"head": _tree(kernel=(8, 8))}}
+    for regex in ("head/.*", "img/head", "img/head/kernel/lora_a"):
+        with pytest.raises(ValueError, match=f"'{regex}' matches no"):
+            sharding.infer_sharding(tree, [(regex, "fsdp()"), (".*", "fsdp()")], mesh)
+    # What an earlier rule took is matched nonetheless, and ".*" may be left with nothing.
+    rules = [("img/.*", "fsdp()"), (".*kernel", "fsdp()"), (".*", "replicate")]
+    sharding.infer_sharding(tree, rules, mesh)
 
 
 def test_uncovered_leaf_is_named():
