@@ -120,8 +120,11 @@ def param_dtypes(config, names, trained):
 
 def param_shardings(config, abstract, mesh):
     """{name: NamedSharding} by config.sharding_strategy; by default a copy on every device."""
-    rules = config.get("sharding_strategy", [(".*", "replicate")])
-    return sharding.infer_sharding(abstract, rules, mesh)
+    return sharding.infer_sharding(abstract, _sharding_strategy(config), mesh)
+
+
+def _sharding_strategy(config):
+    return config.get("sharding_strategy") or [(".*", "replicate")]
 
 
 def initial_params(config, model, mesh, *, dtypes=None):
@@ -404,18 +407,35 @@ def config_from_json(plain):
     return ml_collections.ConfigDict(plain)
 
 
-def describe_params(config, abstract, trained):
-    """A table of all leaves: name, shape, stored type, trained by which rule or frozen; totals."""
+def describe_params(config, abstract, trained, mesh=None):
+    """A table of all leaves: name, shape, stored type, trained by which rule or frozen, along which
+    axes of the mesh each dimension is cut (and what stayed whole although it was to be cut), bytes
+    on each device; totals.
+
+    Args:
+      abstract: {name: array or jax.ShapeDtypeStruct}.
+      mesh: by default that of config.mesh.
+    """
+    mesh = mesh or make_mesh(config)
     dtypes = param_dtypes(config, abstract, trained)
     rules = optim.schedule_rules(config)
     matched = optim.match_names(abstract, rules, "config.schedule")
-    rows, totals = [], {"trained": 0, "frozen": 0}
+    places = sharding.plan(abstract, _sharding_strategy(config), mesh)
+    rows, totals = [], {"trained": [0, 0], "frozen": [0, 0]}
     for name, leaf in abstract.items():
         state = "trained" if name in trained else "frozen"
-        totals[state] += leaf.size
+        place, note = places[name]
+        here = math.prod(place.shard_shape(leaf.shape)) * dtypes[name].itemsize
+        totals[state][0] += leaf.size
+        totals[state][1] += here
         shape = "×".join(map(str, leaf.shape))
-        rows.append((name, shape, str(dtypes[name]), state, rules[matched[name][0]][0]))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+        cut = sharding.short_spec(place) + (f" ({note})" if note else "")
+        rule = rules[matched[name][0]][0]
+        rows.append((name, shape, str(dtypes[name]), state, rule, cut, f"{here:,} B"))
+    widths = [max(len(r[i]) for r in rows) for i in range(7)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    lines += [f"{n:>15,} parameters {state}" for state, n in totals.items()]
+    lines += [
+        f"{n:>15,} parameters {state}, {size:,} bytes of them on each of {mesh.size} devices"
+        for state, (n, size) in totals.items()
+    ]
     return "\n".join(lines)

@@ -89,7 +89,8 @@ def test_stage1_trains_the_projection_head_alone():
     assert "2,361,344 parameters trained" in table
     assert "2,921,858,800 parameters frozen" in table
     line = next(s for s in table.splitlines() if s.startswith("img/head/kernel"))
-    assert line.split() == ["img/head/kernel", "1152×2048", "float32", "trained", "img/head/.*"]
+    assert line.split()[1:5] == ["1152×2048", "float32", "trained", "img/head/.*"]
+    assert line.split()[5:] == ["-,data", f"{1152 * 2048 * 4 // 8:,}", "B"]
     assert c.input.batch_size == 96 and c.grad_accum_steps == 16
     assert (c.lr, c.wd, c.total_epochs, c.label_smoothing) == (1e-5, 0, 5, 0)
     small = get_config("stage1_slake", "res=224")
