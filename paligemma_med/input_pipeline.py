@@ -12,6 +12,7 @@ told to leave accelerators alone, and hand batches back through shared memory (`
 a few batches; give docker `--shm-size`). With `num_workers=0` a few threads do the same work.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from paligemma_med import mixture
+from paligemma_med import distributed, mixture
 from paligemma_med import sharding as sharding_lib
 
 PpFn = Callable[[dict[str, Any], np.random.Generator | None], dict[str, Any]]
@@ -225,16 +226,25 @@ class _Preprocess:
 
 
 class _TrainRow:
-    """`_Preprocess` for training: arrays alone, and a token to learn to stop at."""
+    """Place in a set -> row: arrays alone, and a token to learn to stop at."""
 
-    def __init__(self, pp: _Preprocess, eos_token: int, allow_missing_eos: bool):
-        self._pp = pp
+    def __init__(
+        self,
+        source: Source,
+        pp: str | PpFn,
+        *,
+        name: str,
+        eos_token: int,
+        allow_missing_eos: bool,
+    ):
+        self._source = source
+        self._pp = _Preprocess(pp, source)
+        self._name = name
         self._eos_token = eos_token
         self._allow_missing_eos = allow_missing_eos
 
-    def __call__(
-        self, item: tuple[int, dict[str, Any]], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        item = int(index), self._source[index]
         arrays, others, cut = self._pp(item, rng)
         if others:
             kept = ", ".join(f'"{k}"' for k in arrays)
@@ -246,6 +256,18 @@ class _TrainRow:
         if not self._allow_missing_eos:
             self._check_eos(arrays, cut, *item)
         return arrays | {"_truncated": np.int32(cut)}
+
+    def label(self, index: int, rng: np.random.Generator) -> str:
+        """The question_id of the row made of the same arguments, or "train[17]" if it has none.
+
+        In a mixture, the name of the set comes before it.
+        """
+        del rng
+        try:
+            label = self._source[index]["question_id"]
+        except (InputError, KeyError):
+            label = f"{self._source.split}[{int(index)}]"
+        return f"{self._name}{label}"
 
     def _check_eos(
         self, arrays: Mapping[str, np.ndarray], cut: int, index: int, record: Mapping[str, Any]
@@ -455,6 +477,8 @@ class TrainingInput:
         sharding: jax.sharding.Sharding,
         prefetch: int,
         name: str,
+        labels: grain.MapDataset,
+        state: Mapping[str, Any],
     ):
         self.num_examples = sum(sizes.values())
         self.batch_size = batch_size
@@ -465,6 +489,8 @@ class TrainingInput:
         self.wait_seconds = 0.0
         self._name = name
         self._reported = 0
+        self._labels = labels
+        self._state = state
 
         def to_devices(
             host: dict[str, np.ndarray],
@@ -510,6 +536,19 @@ class TrainingInput:
         else:
             counts = np.bincount(self._which[:drawn], minlength=len(self._sizes)).tolist()
         return {name: n / size for (name, size), n in zip(self._sizes.items(), counts)}
+
+    def question_ids(self, step: int) -> list[str]:
+        """The question ids of the global batch of any step, in order; found anew, without pp.
+
+        A record without a question_id is called "train[17]"; in a mixture, the name of the set
+        stands before each ("slake:q5").
+        """
+        first = int(step) * self.batch_size
+        return [self._labels[first + i] for i in range(self.batch_size)]
+
+    def state(self) -> dict[str, Any]:
+        """What `training(state=...)` needs to go on here; JSON-able, the same in all processes."""
+        return {**self._state, "next_step": self.step}
 
     def _report(self) -> None:
         new = self.stats["truncated"] - self._reported
@@ -600,6 +639,16 @@ class _Selection:
         return int(self.which[index]), int(self._place[index])
 
 
+def _check_state(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """InputError where a run was left in another `state` than that in which it would go on now."""
+    for key in sorted(now.keys() | state.keys()):
+        if state.get(key) != now.get(key):
+            raise InputError(
+                f"the checkpoint was made with another input: {key} was {state.get(key)} and is "
+                f"now {now.get(key)}; set it back, or start anew in another workdir"
+            )
+
+
 def training(
     input_cfg: Mapping[str, Any],
     *,
@@ -608,6 +657,7 @@ def training(
     eos_token: int = 1,
     start_step: int = 0,
     total_steps: int | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> TrainingInput:
     """Shuffled batches for `config.input`, without end unless it is a mixture.
 
@@ -619,6 +669,8 @@ def training(
     so shuffle_buffer_size is accepted and means nothing.
     seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
     total_steps: of the whole run; a mixture has to know it.
+    state: of `TrainingInput.state` when the run was left; a config that would go on with other
+    batches is refused.
     mesh: rows are cut along its axis "data"; without a mesh everything is on one device.
     Every process loads only its piece of a batch; the global batch is the same for any number.
     Each batch: key -> jax.Array[batch_size, ...], all that pp leaves except keys starting with "_".
@@ -645,18 +697,40 @@ def training(
         if not isinstance(value, int | np.integer) or not 0 <= value < limit:
             raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
 
-    parts, rows, selection = _parts(cfg), [], None
-    for i, (source, pp) in enumerate(parts.values()):
-        row = _TrainRow(_Preprocess(pp, source), eos_token, bool(cfg.get("allow_missing_eos")))
-        one = grain.MapDataset.source(_WithIndex(source)).seed((int(seed) + _APART * i) % 2**32)
-        rows.append(one.shuffle().repeat().random_map(row))
-    if _is_mixture(cfg["data"]):
+    parts, rows, labels, selection = _parts(cfg), [], [], None
+    is_mixture = _is_mixture(cfg["data"])
+    for i, (name, (source, pp)) in enumerate(parts.items()):
+        row = _TrainRow(
+            source,
+            pp,
+            name=f"{name}:" if is_mixture else "",
+            eos_token=eos_token,
+            allow_missing_eos=bool(cfg.get("allow_missing_eos")),
+        )
+        order = grain.MapDataset.range(len(source)).seed((int(seed) + _APART * i) % 2**32)
+        order = order.shuffle().repeat()
+        # At the same depth of the pipeline, both are given the same random numbers.
+        rows.append(order.random_map(row))
+        labels.append(order.random_map(row.label))
+    now = {
+        "next_step": int(start_step),
+        "seed": int(seed),
+        "batch_size": batch_size,
+        "sets": {name: [source.split, len(source)] for name, (source, _) in parts.items()},
+    }
+    if is_mixture:
         if not total_steps:
             raise InputError("a mixture needs total_steps, which its shares refer to")
         phases = [(at, {n: shares[n] for n in parts}) for at, shares in _phases(cfg)]
+        now["mixture"] = [[at, shares] for at, shares in phases]
+        if len(phases) > 1:  # Without annealing, a longer run begins as a shorter one.
+            now["total_steps"] = int(total_steps)
         selection = _Selection(*mixture.draw(phases, int(total_steps) * batch_size))
         rows = [grain.MapDataset.select_from_datasets(rows, selection)]
-    (rows,) = rows
+        labels = [grain.MapDataset.select_from_datasets(labels, selection)]
+    if state is not None:
+        _check_state(state, now)
+    (rows,), (labels,) = rows, labels
     sharding = _sharding_of(mesh)
     piece, pieces = _process_share(sharding, batch_size)
     # The stream of rows is cut into pieces of batch_size / pieces; this process makes every
@@ -679,6 +753,8 @@ def training(
         sharding=sharding,
         prefetch=int(numbers["prefetch"]),
         name=" + ".join(f"{source.name} {source.split}" for source, _ in parts.values()),
+        labels=labels,
+        state=now,
     )
 
 
@@ -713,7 +789,7 @@ class EvalInput:
     """One split in order, in batches of equal size, as often as wanted; made by `evaluation`.
 
     len(): number of examples. num_batches: number of batches.
-    stats: of the last (or running) pass, of the rows of this process: `examples`, `truncated`.
+    stats: of the last (or running) pass, of the rows of all processes: `examples`, `truncated`.
     """
 
     def __init__(
@@ -723,6 +799,7 @@ class EvalInput:
         num_examples: int,
         batch_size: int,
         sharding: jax.sharding.Sharding,
+        piece: int,
         name: str,
     ):
         self.batch_size = batch_size
@@ -731,6 +808,7 @@ class EvalInput:
         self._num_examples = num_examples
         self._batches = batches
         self._sharding = sharding
+        self._piece = piece
         self._name = name
 
     def __len__(self) -> int:
@@ -740,19 +818,44 @@ class EvalInput:
         stats = self.stats = {"examples": 0, "truncated": 0}
         iterator = iter(self._batches)
         try:
-            while True:
-                try:
-                    host, rows, cut = next(iterator)
-                except StopIteration:
-                    break
-                except Exception as e:
-                    error = _clear_error(e)
-                    raise error from error.__cause__
+            for _ in range(self.num_batches):
+                host, rows, cut = self._next(iterator)
                 stats["examples"] += len(cut)
                 stats["truncated"] += sum(c > 0 for c in cut)
                 yield _put(host, self._sharding, self.batch_size), rows
         finally:
             iterator.close()
+        self._report(stats)
+
+    def _next(self, iterator: Iterator[Any]) -> tuple[dict[str, np.ndarray], list, list[int]]:
+        """(arrays of this process, other keys and tokens cut of the rows of all processes).
+
+        An error of one process is told to all, which otherwise would wait for it in vain.
+        """
+        error, host, rows, cut = None, {}, [], []
+        try:
+            host, rows, cut = next(iterator)
+        except Exception as e:
+            error = _clear_error(e)
+        if jax.process_count() > 1:
+            try:
+                text = json.dumps(rows, default=_to_list)
+            except TypeError as e:
+                error, text = InputError(f"the eval pp leaves what can't be sent: {e}"), ""
+            everything = distributed.gather([self._piece, text, cut, error and str(error)])
+            for process, (*_, message) in enumerate(everything):
+                if message and not error:
+                    error = InputError(f"in process {process}: {message}")
+            if not error:
+                # Processes that differ along another axis than "data" hold the same piece.
+                pieces = {piece: (json.loads(text), cut) for piece, text, cut, _ in everything}
+                rows = [row for p in sorted(pieces) for row in pieces[p][0]]
+                cut = [n for p in sorted(pieces) for n in pieces[p][1]]
+        if error:
+            raise error from error.__cause__
+        return host, rows, cut
+
+    def _report(self, stats: Mapping[str, int]) -> None:
         if stats["truncated"]:
             logging.warning(
                 "input %s: %d of %d prompts lost tokens to tolen; a larger text_len keeps them",
@@ -760,6 +863,12 @@ class EvalInput:
                 stats["truncated"],
                 stats["examples"],
             )
+
+
+def _to_list(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a value of type {type(value).__name__}; leave its key out of keep(...)")
 
 
 def evaluation(
@@ -775,8 +884,10 @@ def evaluation(
 
     batch: key -> jax.Array[batch_size, ...], cut along the mesh axis "data", with `_mask`
     bool[batch_size]. The last batch is filled up with copies of its first row, `_mask` False.
-    rows: for each valid row that this process loads (with one process: every valid row, in order) a
-    dict of the keys that are no arrays, such as question_id and answer; the pp's keep() says which.
+    rows: for each valid row of the batch, in order, a dict of the keys that are no arrays, such as
+    question_id and answer; the pp's keep() says which. With several processes, each loads its piece
+    of a batch and is told the rows of the others: text and numbers, with lists for nested arrays.
+    All must then go through the batches together.
     Arguments and errors as in `training`; pp gets no rng, so random ops are refused.
     """
     batch_size = _check_batch_size(batch_size, mesh, "batch_size")
@@ -795,5 +906,6 @@ def evaluation(
         num_examples=len(source),
         batch_size=batch_size,
         sharding=sharding,
+        piece=piece,
         name=f"{source.name} {source.split}",
     )

@@ -1,5 +1,6 @@
 """Input: what is read, that batches depend on seed and step alone, and what each mistake says."""
 
+import concurrent.futures
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -360,6 +362,15 @@ with input_pipeline.training(cfg, seed=7, mesh=mesh) as batches:
         shards = sorted(batch["number"].addressable_shards, key=lambda s: s.index[0].start)
         rows = [[s.index[0].start, *map(int, s.data)] for s in shards]
         print("ROWS", json.dumps(rows), flush=True)
+
+
+def eval_pp(d, rng):
+    return {"number": d["number"], "question_id": d["question_id"]}
+
+
+ids = [[row["question_id"] for row in rows]
+       for _, rows in input_pipeline.evaluation(data, eval_pp, 8, mesh=mesh)]
+print("EVAL", json.dumps(ids), flush=True)
 """
 
 
@@ -388,6 +399,10 @@ def test_real_processes_hold_the_rows_of_the_single_process_batch(data, repo_roo
     for one, two, batch in zip(*steps, expected, strict=True):
         assert [start for start, *_ in one + two] == [0, 2, 4, 6]
         assert [n for _, *rows in one + two for n in rows] == batch["number"].tolist()
+    expected = [_ids(rows) for _, rows in input_pipeline.evaluation(data, _eval_pp, 8)]
+    for out in outs:
+        (line,) = [x for x in out.splitlines() if x.startswith("EVAL")]
+        assert json.loads(line[5:]) == expected
 
 
 def test_truncation_is_counted_and_reported(data, monkeypatch):
@@ -662,6 +677,95 @@ def test_waiting_is_measured(data):
         next(batches)
 
 
+# --- Which questions, and going on ---
+
+
+def test_question_ids_of_any_step_without_pp(data):
+    expected = [[f"q{n}" for n in b["number"]] for b in _train(data, steps=5)]
+    cfg = {"data": data, "pp": _make_pp(fail_on=0), "batch_size": 8}
+    with input_pipeline.training(cfg, seed=7, start_step=3) as batches:
+        assert [batches.question_ids(step) for step in range(5)] == expected
+    other = input_pipeline.training(cfg, seed=8)
+    assert other.question_ids(0) != expected[0]
+
+
+def test_records_without_a_question_id_are_called_by_their_place(data, monkeypatch):
+    source = input_pipeline.open_source(data)
+    places = {int(source[i]["number"]): f"train[{i}]" for i in range(len(source))}
+    expected = [places[int(n)] for n in _train(data, steps=1)[0]["number"]]
+    read = input_pipeline.Source.__getitem__
+
+    def without(self, index):
+        return {k: v for k, v in read(self, index).items() if k != "question_id"}
+
+    monkeypatch.setattr(input_pipeline.Source, "__getitem__", without)
+    cfg = {"data": data, "pp": _make_pp(), "batch_size": 8}
+    assert input_pipeline.training(cfg, seed=7).question_ids(0) == expected
+
+
+def _mixture(data, total_steps=9, **kw):
+    sets = dict(big=dict(data=data), small=dict(data={**data, "split": "validate"}))
+    cfg = {"data": dict(big=2, small=1), "pp": _make_pp(), "batch_size": 8, **sets, **kw}
+    return cfg, dict(seed=7, total_steps=total_steps)
+
+
+def test_question_ids_of_a_mixture_say_the_set(data):
+    cfg, options = _mixture(data)
+    with input_pipeline.training(cfg, **options) as batches:
+        for step in range(4):
+            numbers = [int(n) for n in next(batches)["number"]]
+            expected = [f"{'small' if n >= 100 else 'big'}:q{n}" for n in numbers]
+            assert batches.question_ids(step) == expected
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_goes_on_from_its_state(data, mixed):
+    cfg, options = {"data": data, "pp": _make_pp(), "batch_size": 8}, {"seed": 7}
+    if mixed:
+        cfg, options = _mixture(data)
+    with input_pipeline.training(cfg, **options) as batches:
+        whole = [next(batches) for _ in range(3)]
+        state = json.loads(json.dumps(batches.state()))
+        whole.append(next(batches))
+    assert state["next_step"] == 3 and state["batch_size"] == 8
+    sets = {"big": ["train", N_TRAIN], "small": ["validate", N_VALID]}
+    assert state["sets"] == (sets if mixed else {"tiny_vqa/en": ["train", N_TRAIN]})
+    with input_pipeline.training(cfg, **options, start_step=3, state=state) as batches:
+        _assert_equal([next(batches)], whole[3:])
+        assert batches.state() == {**state, "next_step": 4}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "options", "word"),
+    [
+        ({"batch_size": 4}, {}, "batch_size was 8 and is now 4"),
+        ({}, {"seed": 8}, "seed was 7 and is now 8"),
+        ({}, {"start_step": 2}, "next_step was 3 and is now 2"),
+        ({"data": dict(big=1, small=1)}, {}, "mixture was .*0.66.* and is now .*0.5"),
+        ({"data": dict(big=1, small=0)}, {}, "mixture was|sets was"),
+        ({"big": "train[:9]"}, {}, r"sets was .*\['train', 23\].* is now .*\['train\[:9\]', 9\]"),
+        ({"anneal": [(0.5, dict(big=1, small=2))]}, {}, "mixture was"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_input(data, cfg, options, word):
+    before, at = _mixture(data)
+    state = input_pipeline.training(before, **at, start_step=3).state()
+    # More steps of the same mixture are the same mixture, but not where it is annealed.
+    input_pipeline.training(before, **{**at, "total_steps": 20}, start_step=3, state=state)
+    if "big" in cfg:
+        cfg = {"big": dict(data={**data, "split": cfg["big"]})}
+    options = {**at, "start_step": 3, **options}
+    with pytest.raises(InputError, match=word):
+        input_pipeline.training({**before, **cfg}, **options, state=state)
+
+
+def test_annealing_refers_to_a_length_that_may_not_change(data):
+    cfg, options = _mixture(data, anneal=[(0.5, dict(big=1, small=2))])
+    state = input_pipeline.training(cfg, **options).state()
+    with pytest.raises(InputError, match="total_steps was 9 and is now 20"):
+        input_pipeline.training(cfg, **{**options, "total_steps": 20}, state=state)
+
+
 # --- Evaluation ---
 
 
@@ -727,6 +831,59 @@ def test_evaluation_on_a_mesh_and_with_workers(data):
 def test_evaluation_errors_name_the_row(data):
     with pytest.raises(InputError, match=r"record \d+ \(question_id q4\): pp failed"):
         list(input_pipeline.evaluation(data, _make_pp(fail_on=4), 4))
+
+
+class _Together:
+    """Runs what several processes would do in threads: process p holds piece `shares[p]`."""
+
+    def __init__(self, monkeypatch, shares):
+        self._shares = shares
+        self._local = threading.local()
+        self._barrier = threading.Barrier(len(shares), timeout=20)
+        self._said = [None] * len(shares)
+        monkeypatch.setattr(jax, "process_count", lambda: len(shares))
+        monkeypatch.setattr(input_pipeline, "_put", lambda batch, *_: batch)
+        monkeypatch.setattr(input_pipeline, "_process_share", lambda *_: self._local.share)
+        monkeypatch.setattr(input_pipeline.distributed, "gather", self._gather)
+
+    def _gather(self, value):
+        self._said[self._local.process] = json.dumps(value)
+        self._barrier.wait()
+        said = [json.loads(x) for x in self._said]
+        self._barrier.wait()
+        return said
+
+    def _run(self, process, fn):
+        self._local.process, self._local.share = process, self._shares[process]
+        return fn(process)
+
+    def __call__(self, fn):
+        with concurrent.futures.ThreadPoolExecutor(len(self._shares)) as pool:
+            futures = [pool.submit(self._run, p, fn) for p in range(len(self._shares))]
+            return [f.exception() or f.result() for f in futures]
+
+
+@pytest.mark.parametrize("shares", [[(0, 2), (1, 2)], [(1, 2), (0, 2), (0, 2), (1, 2)]])
+def test_every_process_gets_all_rows_of_an_evaluation_once(data, monkeypatch, shares):
+    whole = [rows for _, rows in input_pipeline.evaluation(data, _eval_pp, 8)]
+
+    def run(process):
+        batches = input_pipeline.evaluation(data, _eval_pp, 8)
+        return [rows for _, rows in batches], batches.stats
+
+    for rows, stats in _Together(monkeypatch, shares)(run):
+        assert json.dumps(rows) == json.dumps(whole, default=np.ndarray.tolist)
+        assert stats == {"examples": N_TRAIN, "truncated": 1}
+
+
+def test_an_error_in_the_rows_of_one_process_ends_all(data, monkeypatch):
+    together = _Together(monkeypatch, [(0, 2), (1, 2)])
+    pp = _make_pp(fail_on=4)
+    errors = together(lambda p: list(input_pipeline.evaluation(data, pp, 8)))
+    assert all(isinstance(e, InputError) and "(question_id q4)" in str(e) for e in errors)
+    assert sum(str(e).startswith("in process ") for e in errors) == 1
+    errors = together(lambda p: list(input_pipeline.evaluation(data, lambda d, _: d, 8)))
+    assert all("type bytes; leave its key out of keep" in str(e) for e in errors)
 
 
 # --- With the project's own pp ---
