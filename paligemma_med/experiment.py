@@ -30,11 +30,12 @@ KEYS = frozenset(
     model model_init lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
     optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
-    label_smoothing loss_norm supervised_len
+    label_smoothing loss_norm supervised_len skip_nonfinite
     mesh sharding_strategy
     log_training_steps log_training_epochs log_training_percent
-    ckpt_steps ckpt_epochs ckpt_percent keep_ckpt
+    ckpt_steps ckpt_epochs ckpt_percent keep_ckpt keep_best
     evals predict_pp
+    tensorboard wandb peak_tflops
     """.split()
 )
 
@@ -282,8 +283,8 @@ def command(main):
             if talkative and flags.FLAGS.verbosity > 0:
                 raise
             sys.exit(f"error: {e}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except KeyboardInterrupt as e:
+            sys.exit(getattr(e, "exit_code", 130))
 
     return run
 

@@ -1,20 +1,84 @@
-"""What a person watches during training: loss, speed, time spent waiting for input, time left."""
+"""What a person watches during training: loss, speed, MFU, time spent waiting for input, time left.
 
+On a terminal that is a bar, drawn on stderr; in a log, one plain line for each logged step, on
+stdout. Process 0 alone shows anything. Evals and checkpoints don't count into the speed.
+"""
+
+import collections
 import contextlib
+import sys
 import time
+
+import jax
+import tqdm
+
+from paligemma_med import distributed
+from paligemma_med import flops as flops_lib
+
+# The metrics that differ between runs that are otherwise equal.
+TIMING = frozenset({"examples_per_second", "input_wait", "eta_seconds", "mfu"})
+
+# The bar's speed is that of the last so many seconds.
+_RECENT = 30.0
 
 
 class Progress:
-    """Speed, waiting time and time left, of training alone: evals and checkpoints don't count."""
+    """Of training alone, in steps; made once the step's FLOPs are known, closed at the end."""
 
-    def __init__(self, first_step, total_steps, batch_size):
+    def __init__(self, first_step, total_steps, batch_size, *, flops=None, peak=None):
+        """
+        Args:
+          flops: `flops.Flops` of one example.
+          peak: FLOP/s that one device could do; None: unknown, then there is no MFU.
+        """
         self._total, self._batch = total_steps, batch_size
-        self._step, self._time, self._wait = first_step, time.monotonic(), 0.0
-        self._first = True
+        self._paused = 0.0
+        self._step, self._time, self._wait = first_step, self._now(), 0.0
+        self._first, self._logged = True, {}
+        self._utilisation = None  # MFU at one example per second
+        if flops and peak:
+            self._utilisation = flops.per_example_model / (peak * jax.device_count())
+        # Steps that were sent off and aren't known to be done, then those done lately.
+        self._sent, self._recent = collections.deque(), collections.deque()
+        self._shown, self._bar = distributed.is_main(), None
+        if flops:
+            self.say(_accounting(flops, peak))
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                total=total_steps, initial=first_step, unit="step", miniters=1, dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+            )  # fmt: skip
+
+    def step(self, step, loss, wait=False):
+        """Moves the bar; to be called after each step. Costs nothing where there is no bar.
+
+        Steps are only sent to the devices, far ahead of what they have done. The bar shows those
+        whose loss is there.
+
+        Args:
+          loss: jax.Array of the step.
+          wait: whether to wait for it (since the caller will anyway), the bar moving meanwhile.
+        """
+        if self._bar is None:
+            return
+        self._sent.append((step, loss))
+        while self._sent and (wait or self._sent[0][1].is_ready()):
+            step, loss = self._sent.popleft()
+            loss = float(loss)
+            now = self._now()
+            self._recent.append((step, now))
+            while len(self._recent) > 2 and now - self._recent[0][1] > _RECENT:
+                self._recent.popleft()
+            self._draw(step, loss)
 
     def measure(self, step, batches):
-        """{examples_per_second, input_wait, eta_seconds} since the last call."""
-        now = time.monotonic()
+        """{examples_per_second, input_wait, eta_seconds, mfu} since the last call; no mfu where it
+        isn't known. The first step's are mostly compilation.
+
+        Args:
+          batches: what has `wait_seconds`, time spent waiting for input so far.
+        """
+        now = self._now()
         seconds = max(now - self._time, 1e-9)
         per_step = seconds / max(step - self._step, 1)
         out = {
@@ -22,6 +86,8 @@ class Progress:
             "input_wait": min(1.0, (batches.wait_seconds - self._wait) / seconds),
             "eta_seconds": per_step * (self._total - step),
         }
+        if self._utilisation:
+            out["mfu"] = out["examples_per_second"] * self._utilisation
         self._step, self._time, self._wait = step, now, batches.wait_seconds
         return out
 
@@ -29,26 +95,75 @@ class Progress:
     def paused(self):
         """What happens in this context isn't counted."""
         start = time.monotonic()
-        yield
-        self._time += time.monotonic() - start
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
 
     def print(self, metrics):
+        """Shows a row of metrics: as a line, unless a bar and nothing else is being watched."""
         first, self._first = self._first, False
+        self._logged = {} if first else metrics
         # The first step is mostly compilation: its speed would mislead.
-        speed = (
-            "compiled and run once"
-            if first
-            else f"{metrics['examples_per_second']:.1f} ex/s  wait {metrics['input_wait']:.0%}  "
-            f"ETA {_clock(metrics['eta_seconds'])}"
-        )
-        print(
-            f"step {self._step}/{self._total}  loss {metrics['training_loss']:.4f}  "
-            f"grad {metrics['l2_grads']:.3g}  lr {metrics['lr']:.2e}  {speed}",
-            flush=True,
-        )
+        speed = "compiled and run once" if first else _speed(metrics)
+        if self._bar is None or not sys.stdout.isatty():
+            self.say(
+                f"step {self._step}/{self._total}  loss {metrics['training_loss']:.4f}  "
+                f"grad {metrics['l2_grads']:.3g}  lr {metrics['lr']:.2e}  {speed}"
+            )
+
+    def say(self, text):
+        """Prints a line, above the bar if there is one, in process 0."""
+        if self._bar is not None:
+            tqdm.tqdm.write(text, file=sys.stdout)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self):
+        """Leaves the bar as it stands. Lines can still be said."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _now(self):
+        return time.monotonic() - self._paused
+
+    def _draw(self, step, loss):
+        speed = "compiled and run once"
+        if len(self._recent) > 1:
+            (first, start), (last, end) = self._recent[0], self._recent[-1]
+            per_step = max(end - start, 1e-9) / (last - first)
+            live = {
+                "examples_per_second": self._batch / per_step,
+                "eta_seconds": per_step * (self._total - step),
+            }
+            if self._utilisation:
+                live["mfu"] = live["examples_per_second"] * self._utilisation
+            speed = _speed({**self._logged, **live})
+        self._bar.set_postfix_str(f"loss {loss:.4f}  {speed}", refresh=False)
+        self._bar.update(step - self._bar.n)
+        if step == self._total:
+            self._bar.refresh()
+
+
+def _speed(metrics):
+    parts = [f"{metrics['examples_per_second']:.1f} images/s"]
+    if "mfu" in metrics:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
+    if "input_wait" in metrics:
+        parts.append(f"wait {metrics['input_wait']:.0%}")
+    return "  ".join([*parts, f"ETA {_clock(metrics['eta_seconds'])}"])
 
 
 def _clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _accounting(flops, peak):
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    cost = f"{flops.per_example_model / 1e12:.3g} TFLOP an example: {flops_lib.ACCOUNTING}"
+    if peak:
+        return f"MFU is of {peak / 1e12:.4g} TFLOP/s each of {devices}, at {cost}."
+    return f"No MFU: the peak of {devices} isn't known (config.peak_tflops sets it). {cost}."

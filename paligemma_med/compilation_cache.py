@@ -1,0 +1,72 @@
+"""JAX's persistent compilation cache in the workdir: a run that is resumed doesn't compile again.
+
+On GPUs it also keeps the kernels the same, which a new compilation would choose anew by timing
+them; so a resumed run stays closer to the one it continues.
+"""
+
+import os
+import zlib
+
+import jax
+from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
+
+from paligemma_med import distributed
+
+
+def start(setting, workdir):
+    """Sets JAX's cache; to be called before anything is compiled.
+
+    Args:
+      setting: config.compilation_cache: True for <workdir>/compilation_cache, False for none, or a
+        folder. Where the environment has JAX_COMPILATION_CACHE_DIR, that counts instead.
+
+    Returns:
+      The folder, or None.
+
+    Raises:
+      ValueError: `setting` is something else.
+    """
+    if not isinstance(setting, bool | str) or setting == "":
+        raise ValueError(
+            f"config.compilation_cache is {setting!r}; expected True, False or a folder."
+        )
+    if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return folder
+    folder = None
+    if setting:
+        name = os.path.join(workdir, "compilation_cache") if setting is True else setting
+        folder = os.path.abspath(os.path.expanduser(name))
+        if distributed.is_main():  # who alone writes entries
+            _remove_cut_entries(folder)
+    if folder != jax.config.jax_compilation_cache_dir:
+        compilation_cache.set_cache_dir(folder)
+        compilation_cache.reset_cache()  # or a folder that is already open would stay
+    return folder
+
+
+def _remove_cut_entries(folder):
+    """Removes entries that a killed process left half written. JAX only warns of them, compiles,
+    and never writes them again: every later start would compile."""
+    if not os.path.isdir(folder):
+        return
+    for entry in os.scandir(folder):
+        if entry.name.endswith("-cache") and not _is_whole(entry.path):
+            logging.warning("%s was cut off, by a process that was killed; removed.", entry.path)
+            os.remove(entry.path)
+
+
+def _is_whole(path):
+    """Whether an entry can be unpacked. JAX packs with zlib, or with zstandard if it's there, whose
+    entries are taken to be whole unless they are empty."""
+    with open(path, "rb") as f:
+        unpack, piece = zlib.decompressobj(), f.read(1 << 20)
+        if piece[:1] != b"\x78":
+            return bool(piece)
+        try:
+            while piece:
+                unpack.decompress(piece)
+                piece = f.read(1 << 20)
+        except zlib.error:
+            return False
+    return unpack.eof

@@ -1,0 +1,174 @@
+"""The rows of metrics.jsonl once more, under the same names, for TensorBoard and Weights & Biases.
+
+Only what the config asks for is imported, and nothing leaves the machine unless config.wandb is
+set. These are views: metrics.jsonl is the record, and training goes on when one of them fails.
+"""
+
+import json
+import os
+import secrets
+import time
+
+from absl import logging
+
+from paligemma_med import distributed, experiment
+
+
+def open_writers(config, workdir, first_step):
+    """What config.tensorboard and config.wandb ask for; of process 0, and nothing in the others.
+
+    Args:
+      config: tensorboard=True writes event files to <workdir>/tensorboard. wandb=True or a dict of
+        arguments of `wandb.init` (project, name, …) logs to W&B; WANDB_MODE and its like count.
+      first_step: steps done so far. TensorBoard forgets those after; W&B's run is gone on with.
+
+    Returns:
+      Writers.
+
+    Raises:
+      ValueError: a package isn't installed, or W&B can't start (a run that is resumed warns, and
+        goes on without).
+    """
+    writers = []
+    if distributed.is_main():
+        if config.get("tensorboard"):
+            writers.append(_TensorBoard(workdir, first_step))
+        if config.get("wandb"):
+            try:
+                writers.append(_Wandb(config, workdir))
+            except _CannotStart as e:
+                if not first_step:
+                    raise
+                logging.warning("%s The run goes on without.", e)
+    return Writers(writers)
+
+
+class Writers:
+    """Several writers as one. One that fails is closed with a warning; the others go on."""
+
+    def __init__(self, writers=()):
+        self._writers = list(writers)
+
+    def write(self, step, metrics):
+        """Adds to the row of `step`; what isn't a number in `metrics` is left out."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        for writer in list(self._writers):
+            try:
+                writer.write(step, numbers)
+            except Exception as e:
+                self._writers.remove(writer)
+                _warn(writer, e)
+                _close(writer)
+
+    def close(self):
+        """Writes what is left and ends; in bounded time."""
+        while self._writers:
+            _close(self._writers.pop())
+
+
+def _close(writer):
+    try:
+        writer.close()
+    except Exception as e:
+        _warn(writer, e)
+
+
+def _warn(writer, error):
+    logging.warning(
+        "%s fails; the run goes on without (metrics.jsonl has everything): %s: %s",
+        writer.name, type(error).__name__, error,
+    )  # fmt: skip
+
+
+class _CannotStart(ValueError):
+    """W&B isn't to be had; the message says why."""
+
+
+class _TensorBoard:
+    """Event files. Written in this thread, row by row: tensorboardX's own SummaryWriter loses its
+    queue when killed, and blocks for good when the disk is full."""
+
+    name = "TensorBoard"
+
+    def __init__(self, workdir, first_step):
+        try:
+            from tensorboardX import event_file_writer
+            from tensorboardX.proto import event_pb2, summary_pb2
+        except ImportError as e:
+            raise ValueError(_missing("tensorboard", e)) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder = os.path.join(workdir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        self._file = event_file_writer.EventsWriter(
+            os.path.join(folder, "events"), f".{time.time_ns()}"
+        )
+        # Says to TensorBoard that later steps of earlier files are void.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(first_step + 1, session_log=start)
+
+    def write(self, step, metrics):
+        values = [self._summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        self._write(step, summary=self._summary(value=values))
+
+    def _write(self, step, **content):
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+class _Wandb:
+    """A run of W&B, whose id is kept in <workdir>/wandb_id.txt.
+
+    Rows carry "step" as a metric, which is every other's axis. W&B's own counter can only grow, so
+    steps that are taken again after a resume would be lost with it.
+    """
+
+    name = "W&B"
+
+    def __init__(self, config, workdir):
+        try:
+            import wandb
+        except ImportError as e:
+            raise ValueError(_missing("wandb", e)) from None
+        if config.wandb is not True and not hasattr(config.wandb, "to_dict"):
+            raise ValueError(
+                f"config.wandb is {config.wandb!r}; expected True or a dict of wandb.init's "
+                "arguments, such as dict(project='x')."
+            )
+        kw = {} if config.wandb is True else config.wandb.to_dict()
+        kw = {"id": _kept_id(workdir), "resume": "allow", "dir": workdir, **kw}
+        if "settings" not in kw and hasattr(wandb.Settings, "finish_timeout"):
+            kw["settings"] = wandb.Settings(finish_timeout=60)
+        try:
+            self._run = wandb.init(config=json.loads(experiment.config_to_json(config)), **kw)
+        except Exception as e:
+            raise _CannotStart(
+                f"config.wandb is set, but W&B doesn't start ({e}): run `wandb login`, or set "
+                "WANDB_MODE=offline."
+            ) from None
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step, metrics):
+        self._run.log({"step": step, **metrics})
+
+    def close(self):
+        self._run.finish()
+
+
+def _kept_id(workdir):
+    path = os.path.join(workdir, "wandb_id.txt")
+    if not os.path.exists(path):
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(secrets.token_hex(4) + "\n")
+        os.replace(path + ".tmp", path)
+    with open(path, encoding="utf-8") as f:
+        return f.read().strip()
+
+
+def _missing(extra, error):
+    return (
+        f"config.{extra} is set, but {error.name} isn't installed: "
+        f"pip install 'paligemma_med[{extra}]', or leave config.{extra} out."
+    )
