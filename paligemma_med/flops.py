@@ -89,7 +89,8 @@ def count(model, trained, *, res, text_len, supervised_len=None):
     }
     trained = set(trained)
     lowest = min((_place(n) for n in trained), default=math.inf)
-    # Where layers are stacked, gradients pass through all of them if any is trained.
+    # Where layers are stacked, all of them count as passed by gradients if any is trained (of the
+    # first, what lies below its own trained weights needn't be).
     backward = {tower: lowest <= _place(stack) for tower, stack in _STACKS.items()}
 
     weights, recompute = 0, 0
