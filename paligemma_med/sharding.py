@@ -16,6 +16,7 @@ Strategies, which "|" applies one after the other to what is still whole:
 """
 
 import ast
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora
+from paligemma_med.models import activations, lora
 
 DATA_AXIS = "data"
 
@@ -375,3 +376,32 @@ def short_spec(sharding: NamedSharding) -> str:
     """The axis that each dimension is cut along: "-,-,data,model"; "whole" if none is."""
     spec = sharding.spec
     return ",".join("-" if a is None else _shown(a) for a in spec) if any(spec) else "whole"
+
+
+def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """A context under which activations lie as `config.sharding_rules` says.
+
+    sharding_rules: (name, mesh axis, axes or None) pairs, names as in `models/activations.py`; the
+    first that fits wins. Functions have to be traced, and called, within the context; without rules
+    it does nothing.
+    ValueError: a pair that can't be read, an unknown name, an axis that the mesh doesn't have.
+    """
+    found = []
+    for pair in config.get("sharding_rules") or ():
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"sharding_rules: {pair!r} is not a (name, mesh axes) pair")
+        name, axes = pair
+        if name not in activations.NAMES:
+            raise ValueError(
+                f"sharding_rules: there is no {name!r}, expected one of {list(activations.NAMES)}"
+            )
+        if axes is not None and not isinstance(axes, str):
+            axes = tuple(axes)
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"sharding_rules: {name}: axis {axis!r} is not in the mesh, "
+                    f"it has {list(mesh.shape)}"
+                )
+        found.append((name, axes))
+    return activations.active((mesh, tuple(found))) if found else contextlib.nullcontext()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_med.models import attention, lora, vit
+from paligemma_med.models.activations import constrain
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 
@@ -117,7 +118,8 @@ class Embedder(nn.Module):
 
     def encode(self, tokens):
         x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
-        return x * jnp.asarray(self.width**0.5, self.dtype)
+        x = x * jnp.asarray(self.width**0.5, self.dtype)
+        return constrain(x, "act_batch", "act_len", "act_emb")
 
     def decode(self, x):
         table = self.table.astype(x.dtype)
@@ -159,6 +161,7 @@ class Attention(nn.Module):
                 (2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw
             )("BTD,2KDH->2BTKH", x)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
+        q, k, v = (constrain(a, "act_batch", "act_len", "act_heads", None) for a in (q, k, v))
 
         probs = None
         if self.mode == "extend":
@@ -216,7 +219,7 @@ class FeedForward(nn.Module):
         linear = self.param("linear", _init(0, 1), (f, d)).astype(x.dtype)
         gate = lora.add(self, x @ gating[0], x, "gating_einsum", "gate")
         up = lora.add(self, x @ gating[1], x, "gating_einsum", "up")
-        y = nn.gelu(gate) * up
+        y = constrain(nn.gelu(gate) * up, "act_batch", "act_len", "act_mlp")
         return lora.add(self, y @ linear, y, "linear", "down")
 
 
@@ -238,12 +241,12 @@ class Block(nn.Module):
         y, probs = Attention(**self.attn, **adapters, name="attn")(y, angles, mask, step)
         if self.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
-        x = x + drop(y)
+        x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
         y = RMSNorm(name="pre_ffw_norm")(x)
         y = FeedForward(self.mlp_dim, **adapters, name="mlp")(y)
         if self.post_norms:
             y = RMSNorm(name="post_ffw_norm")(y)
-        return x + drop(y), probs
+        return constrain(x + drop(y), "act_batch", "act_len", "act_emb"), probs
 
 
 class _Model(nn.Module):
@@ -277,8 +280,9 @@ class _Model(nn.Module):
         return self.embedder.encode(tokens)
 
     def compute_logits(self, pre_logits):
-        """float[..., D] after the final norm → float32[..., V]."""
+        """float[B, T, D] after the final norm → float32[B, T, V]."""
         logits = self.embedder.decode(pre_logits)
+        logits = constrain(logits, "act_batch", "act_len", "act_vocab")
         if cap := self.final_logits_softcap:
             logits = cap * jnp.tanh(logits / cap)
         return logits

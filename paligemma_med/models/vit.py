@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from paligemma_med.models import attention, lora
+from paligemma_med.models.activations import constrain
 
 # width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
 # So400m from arXiv 2305.13035.
@@ -59,6 +60,7 @@ class MlpBlock(nn.Module):
             deterministic=self.deterministic,
         )
         y = nn.gelu(lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x))
+        y = constrain(y, "act_batch", "act_len", "act_mlp")
         return lora.Dense(x.shape[-1], name="Dense_1", **kw)(y)
 
 
@@ -87,9 +89,12 @@ class MultiHeadDotProductAttention(nn.Module):
             deterministic=self.deterministic,
         )
         q, k, v = (
-            lora.Dense((self.num_heads, head), name=name, **kw)(x)
+            constrain(
+                lora.Dense((self.num_heads, head), name=name, **kw)(x),
+                "act_batch", "act_len", "act_heads", None,
+            )
             for name in ("query", "key", "value")
-        )
+        )  # fmt: skip
         y, probs = attention.attend(
             q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture
         )
@@ -116,10 +121,10 @@ class EncoderBlock(nn.Module):
         y, probs = MultiHeadDotProductAttention(
             self.num_heads, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
         )(y)
-        x = x + drop(y)
+        x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = MlpBlock(self.mlp_dim, self.dtype, self.lora, self.deterministic)(y)
-        return x + drop(y), probs
+        return constrain(x + drop(y), "act_batch", "act_len", "act_emb"), probs
 
 
 class Encoder(nn.Module):
@@ -193,7 +198,7 @@ class _Model(nn.Module):
             nn.initializers.normal(stddev=self.width**-0.5),
             (1, x.shape[1], self.width),
         )
-        x = x + pos.astype(x.dtype)
+        x = constrain(x + pos.astype(x.dtype), "act_batch", "act_len", "act_emb")
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x, probs = Encoder(
             depth=self.depth,
