@@ -225,8 +225,16 @@ class _Preprocess:
         return arrays, {k: v for k, v in row.items() if k not in arrays}, cut
 
 
+# So many records that fail one after another are no accident: it's the config, or the disk.
+_TRIES = 10
+
+
 class _TrainRow:
-    """Place in a set -> row: arrays alone, and a token to learn to stop at."""
+    """Place in a set -> (arrays, tokens cut off, records skipped on the way), for training.
+
+    With on_error="skip", a record that can't be read or preprocessed gives way to another one of
+    the set, drawn by the row's own random numbers: so batches still depend on seed and step alone.
+    """
 
     def __init__(
         self,
@@ -234,18 +242,23 @@ class _TrainRow:
         pp: str | PpFn,
         *,
         name: str,
+        in_mixture: bool,
+        on_error: str,
         eos_token: int,
         allow_missing_eos: bool,
     ):
         self._source = source
         self._pp = _Preprocess(pp, source)
         self._name = name
+        self._prefix = f"{name}:" if in_mixture else ""
+        self._skips = on_error == "skip"
         self._eos_token = eos_token
         self._allow_missing_eos = allow_missing_eos
 
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        item = int(index), self._source[index]
-        arrays, others, cut = self._pp(item, rng)
+    def __call__(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], int, list[dict[str, Any]]]:
+        item, (arrays, others, cut), skipped = self._make(int(index), rng)
         if others:
             kept = ", ".join(f'"{k}"' for k in arrays)
             found = ", ".join(f"{k} ({type(v).__name__})" for k, v in others.items())
@@ -255,19 +268,49 @@ class _TrainRow:
             )
         if not self._allow_missing_eos:
             self._check_eos(arrays, cut, *item)
-        return arrays | {"_truncated": np.int32(cut)}
+        return arrays, cut, skipped
+
+    def _make(self, index: int, rng: np.random.Generator) -> tuple[Any, Any, list[dict[str, Any]]]:
+        """((index, record), what pp makes of it, records skipped before it)."""
+        skipped = []
+        while True:
+            record = {}
+            try:
+                record = self._source[index]
+                return (index, record), self._pp((index, record), rng), skipped
+            except InputError as e:
+                # Memory that runs out is no fault of the record; skipping it would change the run.
+                if not self._skips or isinstance(e.__cause__, MemoryError):
+                    raise
+                question_id = record.get("question_id")
+                skipped.append(
+                    {
+                        "set": self._name,
+                        "record": index,
+                        "question_id": None if question_id is None else str(question_id),
+                        "reason": str(e),
+                    }
+                )
+            if len(skipped) == _TRIES:
+                raise InputError(
+                    f"input.on_error='skip', but {_TRIES} records drawn one after another can't be "
+                    f"used; repair the data or input.pp: {skipped[0]['reason']}"
+                )
+            index = int(rng.integers(len(self._source)))
 
     def label(self, index: int, rng: np.random.Generator) -> str:
         """The question_id of the row made of the same arguments, or "train[17]" if it has none.
 
         In a mixture, the name of the set comes before it.
         """
-        del rng
+        index = int(index)
+        if self._skips:  # Only pp can tell whose place another record has taken.
+            (index, _), _, _ = self._make(index, rng)
         try:
             label = self._source[index]["question_id"]
         except (InputError, KeyError):
-            label = f"{self._source.split}[{int(index)}]"
-        return f"{self._name}{label}"
+            label = f"{self._source.split}[{index}]"
+        return f"{self._prefix}{label}"
 
     def _check_eos(
         self, arrays: Mapping[str, np.ndarray], cut: int, index: int, record: Mapping[str, Any]
@@ -296,6 +339,13 @@ class _TrainRow:
                 f"model can't learn where the answer ends: {advice}, or set "
                 "input.allow_missing_eos=True"
             )
+
+
+def _train_batch(
+    rows: Sequence[tuple[dict[str, np.ndarray], int, list[dict[str, Any]]]],
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[dict[str, Any]]]:
+    arrays, cut, skipped = zip(*rows)
+    return _stack(arrays), np.array(cut, np.int32), [one for row in skipped for one in row]
 
 
 def _stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -451,6 +501,7 @@ _KNOWN = {
     "num_threads",
     "prefetch",
     "allow_missing_eos",
+    "on_error",
 }
 # big_vision's keys that say how tf.data should do what is done differently here.
 _IGNORED = {"shuffle_buffer_size", "cache_raw", "num_parallel_calls", "tfdata"}
@@ -462,6 +513,7 @@ class TrainingInput:
     num_examples: in one epoch. steps_per_epoch: float. step: number of the next batch.
     stats: of the batches handed out so far, of the rows that this process loads: `examples`,
     `truncated` (rows that lost tokens), `tokens_cut`, `longest_cut`.
+    num_skipped: records skipped (input.on_error="skip") since step 0, as `skipped` told of them.
     wait_seconds: time spent in `next` waiting for input.
     Close it when it's no longer needed (`close()`, or `with`): it owns threads and processes.
     """
@@ -479,6 +531,7 @@ class TrainingInput:
         name: str,
         labels: grain.MapDataset,
         state: Mapping[str, Any],
+        piece: int,
     ):
         self.num_examples = sum(sizes.values())
         self.batch_size = batch_size
@@ -491,12 +544,15 @@ class TrainingInput:
         self._reported = 0
         self._labels = labels
         self._state = state
+        self._piece = piece
+        self._skipped: list[dict[str, Any]] = []
+        self.num_skipped = state["skipped"]
 
         def to_devices(
-            host: dict[str, np.ndarray],
-        ) -> tuple[dict[str, jax.Array], np.ndarray]:
-            cut = np.array(host.pop("_truncated"))
-            return _put(host, sharding, batch_size), cut
+            made: tuple[dict[str, np.ndarray], np.ndarray, list[dict[str, Any]]],
+        ) -> tuple[dict[str, jax.Array], np.ndarray, list[dict[str, Any]]]:
+            host, cut, skipped = made
+            return _put(host, sharding, batch_size), np.array(cut), skipped
 
         ahead = grain.experimental.ThreadPrefetchIterDataset(
             batches.map(to_devices), prefetch_buffer_size=prefetch
@@ -511,7 +567,7 @@ class TrainingInput:
             raise StopIteration
         start = time.perf_counter()
         try:
-            batch, cut = next(self._iterator)
+            batch, cut, skipped = next(self._iterator)
         except Exception as e:
             error = _clear_error(e)
             self.close()
@@ -522,6 +578,15 @@ class TrainingInput:
         self.stats["truncated"] += int((cut > 0).sum())
         self.stats["tokens_cut"] += int(cut.sum())
         self.stats["longest_cut"] = max(self.stats["longest_cut"], int(cut.max()))
+        for one in skipped:
+            logging.log_first_n(
+                logging.WARNING,
+                "input, step %d: a record is skipped, another takes its place: %s",
+                20,  # All are in the list that `skipped` gives.
+                self.step,
+                one["reason"],
+            )
+            self._skipped.append({"step": self.step, **one})
         self.step += 1
         if int(self.step / self.steps_per_epoch) > int((self.step - 1) / self.steps_per_epoch):
             self._report()
@@ -547,8 +612,25 @@ class TrainingInput:
         return [self._labels[first + i] for i in range(self.batch_size)]
 
     def state(self) -> dict[str, Any]:
-        """What `training(state=...)` needs to go on here; JSON-able, the same in all processes."""
-        return {**self._state, "next_step": self.step}
+        """What `training(state=...)` needs to go on here; JSON-able, the same in all processes.
+
+        What was skipped counts as far as `skipped` has told of it: call that before.
+        """
+        return {**self._state, "next_step": self.step, "skipped": self.num_skipped}
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """The records skipped since the last call, in all processes, by step. Collective.
+
+        Each is a dict(step, set, record, question_id, reason): set is the name of the data set (in
+        a mixture, its name there), record the index in its split, question_id None if it has none.
+        Only batches that were handed out count, so the list is that of these steps in any run.
+        """
+        # Processes that differ along another axis than "data" hold the same piece.
+        pieces = dict(distributed.gather([self._piece, self._skipped]))
+        self._skipped = []
+        new = [one for piece in sorted(pieces) for one in pieces[piece]]
+        self.num_skipped += len(new)
+        return sorted(new, key=lambda one: one["step"])
 
     def _report(self) -> None:
         new = self.stats["truncated"] - self._reported
@@ -641,7 +723,7 @@ class _Selection:
 
 def _check_state(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """InputError where a run was left in another `state` than that in which it would go on now."""
-    for key in sorted(now.keys() | state.keys()):
+    for key in sorted((now.keys() | state.keys()) - {"skipped"}):
         if state.get(key) != now.get(key):
             raise InputError(
                 f"the checkpoint was made with another input: {key} was {state.get(key)} and is "
@@ -665,8 +747,9 @@ def training(
     batch_size (global); for a mixture, data is {name: weight}, input.<name> has data and pp of each
     (input.pp where it has none), and anneal=[(fraction of training, {name: weight}), ...] changes
     the weights on the way (see `mixture`); num_workers=0 processes or else num_threads that run pp,
-    prefetch=2 batches kept on the devices, allow_missing_eos=False. Every epoch is shuffled whole,
-    so shuffle_buffer_size is accepted and means nothing.
+    prefetch=2 batches kept on the devices, allow_missing_eos=False, on_error="error" or "skip":
+    what to do about a record that can't be read or preprocessed (see `_TrainRow`). Every epoch is
+    shuffled whole, so shuffle_buffer_size is accepted and means nothing.
     seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
     total_steps: of the whole run; a mixture has to know it.
     state: of `TrainingInput.state` when the run was left; a config that would go on with other
@@ -675,8 +758,8 @@ def training(
     Every process loads only its piece of a batch; the global batch is the same for any number.
     Each batch: key -> jax.Array[batch_size, ...], all that pp leaves except keys starting with "_".
     InputError, here: a config that can't work. InputError, from `next`: a record that can't be read
-    or preprocessed, non-array keys left by pp, or (unless allowed) a row without a supervised EOS,
-    i.e. no position with text == eos_token and mask_loss > 0.
+    or preprocessed (unless skipped), non-array keys left by pp, or (unless allowed) a row without a
+    supervised EOS, i.e. no position with text == eos_token and mask_loss > 0.
     """
     cfg = dict(input_cfg)
     mixed = set(cfg["data"]) if _is_mixture(cfg.get("data")) else set()
@@ -697,13 +780,19 @@ def training(
         if not isinstance(value, int | np.integer) or not 0 <= value < limit:
             raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
 
+    on_error = cfg.get("on_error", "error")
+    if on_error not in ("error", "skip"):
+        raise InputError(f"input.on_error={on_error!r}: expected 'error' or 'skip'")
+
     parts, rows, labels, selection = _parts(cfg), [], [], None
     is_mixture = _is_mixture(cfg["data"])
     for i, (name, (source, pp)) in enumerate(parts.items()):
         row = _TrainRow(
             source,
             pp,
-            name=f"{name}:" if is_mixture else "",
+            name=name,
+            in_mixture=is_mixture,
+            on_error=on_error,
             eos_token=eos_token,
             allow_missing_eos=bool(cfg.get("allow_missing_eos")),
         )
@@ -730,13 +819,14 @@ def training(
         labels = [grain.MapDataset.select_from_datasets(labels, selection)]
     if state is not None:
         _check_state(state, now)
+    now["skipped"] = int((state or {}).get("skipped", 0))
     (rows,), (labels,) = rows, labels
     sharding = _sharding_of(mesh)
     piece, pieces = _process_share(sharding, batch_size)
     # The stream of rows is cut into pieces of batch_size / pieces; this process makes every
     # pieces-th one. Batches are an index into an endless sequence until here, so starting at a
     # later one costs nothing.
-    batches = rows.batch(batch_size // pieces, drop_remainder=True, batch_fn=_stack)
+    batches = rows.batch(batch_size // pieces, drop_remainder=True, batch_fn=_train_batch)
     batches = batches[int(start_step) * pieces + piece :: pieces]
     batches = _run_ahead(
         batches,
@@ -755,6 +845,7 @@ def training(
         name=" + ".join(f"{source.name} {source.split}" for source, _ in parts.values()),
         labels=labels,
         state=now,
+        piece=piece,
     )
 
 

@@ -549,6 +549,7 @@ def test_a_worker_that_dies_is_reported(data):
         ({"batchsize": 8}, "unknown keys.*batchsize"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"prefetch": "2"}, "prefetch='2'"),
+        ({"on_error": "ignore"}, "input.on_error='ignore': expected 'error' or 'skip'"),
     ],
 )
 def test_config_errors(data, cfg, word):
@@ -675,6 +676,167 @@ def test_waiting_is_measured(data):
         assert 0.2 < batches.wait_seconds < 5
     with pytest.raises(StopIteration):
         next(batches)
+
+
+# --- Records that can't be used ---
+
+
+def _breaks(*numbers):
+    """A pp with random numbers drawn before and after the place where it fails for `numbers`."""
+    good = _make_pp()
+
+    def pp(d, rng):
+        before = rng.random()
+        if int(d["number"]) in numbers:
+            raise OSError("image file is truncated")
+        return {**good(d, rng), "before": np.float32(before)}
+
+    return pp
+
+
+def _skipping(data, pp, *, steps, seed=7, **kw):
+    """Batches, what was skipped in them, and their question ids."""
+    start_step = kw.get("start_step", 0)
+    options = {k: kw.pop(k) for k in ("start_step", "total_steps") if k in kw}
+    cfg = {"data": data, "pp": pp, "batch_size": 8, "on_error": "skip", **kw}
+    with input_pipeline.training(cfg, seed=seed, **options) as batches:
+        made = [next(batches) for _ in range(steps)]
+        ids = [batches.question_ids(start_step + i) for i in range(steps)]
+        return made, batches.skipped(), ids
+
+
+def test_skipped_records_are_replaced_counted_and_listed(data):
+    plain = _train(data, _breaks(), steps=6)
+    batches, skipped, ids = _skipping(data, _breaks(4, 11), steps=6)
+    source = input_pipeline.open_source(data)
+    lost = [(t, int(n)) for t, b in enumerate(plain) for n in b["number"] if n in (4, 11)]
+    assert len(lost) == 4
+    # Replacements may be bad themselves, and then they are listed, too.
+    assert {(s["step"], s["question_id"]) for s in skipped} >= {(t, f"q{n}") for t, n in lost}
+    assert [s["step"] for s in skipped] == sorted(s["step"] for s in skipped)
+    for s in skipped:
+        assert set(s) == {"step", "set", "record", "question_id", "reason"}
+        assert source[s["record"]]["question_id"] == s["question_id"]
+        assert s["reason"].endswith(f"({'question_id ' + s['question_id']}): pp failed: OSError: "
+                                    "image file is truncated")  # fmt: skip
+    for step, (a, b) in enumerate(zip(batches, plain)):
+        good = ~np.isin(b["number"], (4, 11))
+        for key in a:
+            np.testing.assert_array_equal(np.asarray(a[key])[good], np.asarray(b[key])[good])
+        assert not np.isin(a["number"], (4, 11)).any()
+        assert ids[step] == [f"q{n}" for n in a["number"]]
+
+
+def test_nothing_is_skipped_of_sound_data(data):
+    batches, skipped, _ = _skipping(data, _breaks(), steps=6)
+    _assert_equal(batches, _train(data, _breaks(), steps=6))
+    assert skipped == []
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 3}, {"num_workers": 2}, {"prefetch": 0}])
+def test_replacements_come_from_seed_and_step_alone(data, options):
+    bad = range(0, N_TRAIN, 3)
+    batches, skipped, ids = _skipping(data, _breaks(*bad), steps=6, num_threads=1)
+    assert len(skipped) > 15
+    other = _skipping(data, _breaks(*bad), steps=4, start_step=2, **options)
+    _assert_equal(other[0], batches[2:])
+    assert other[1] == [s for s in skipped if s["step"] >= 2]
+    assert other[2] == ids[2:]
+
+
+def test_replacements_in_a_mixture_are_of_the_same_set(data):
+    cfg, options = _mixture(data, pp=_breaks(*range(0, 200, 2)))
+    plain, _ = _mix(data, dict(big=2, small=1), steps=4, total_steps=9)
+    weights = cfg.pop("data")
+    batches, skipped, ids = _skipping(weights, cfg.pop("pp"), steps=4, total_steps=9, **cfg)
+    for a, b in zip(batches, plain):
+        np.testing.assert_array_equal(a["number"] >= 100, b["number"] >= 100)
+        assert (a["number"] % 2 == 1).all()
+    assert {s["set"] for s in skipped} == {"big", "small"}
+    assert all(len(s["question_id"]) > 3 for s in skipped if s["set"] == "small")
+    assert ids[0] == [f"{'small' if n >= 100 else 'big'}:q{n}" for n in batches[0]["number"]]
+
+
+def test_only_records_of_batches_handed_out_count_and_the_count_goes_on(data):
+    cfg = {"data": data, "pp": _breaks(*range(12)), "batch_size": 8, "on_error": "skip"}
+    with input_pipeline.training(cfg | {"prefetch": 5}, seed=7) as batches:
+        assert batches.skipped() == [] and batches.num_skipped == 0
+        counts = []
+        for step in range(3):
+            next(batches)
+            new = batches.skipped()
+            assert new and {s["step"] for s in new} == {step}
+            counts.append(len(new))
+            assert batches.num_skipped == sum(counts)
+            if step == 1:
+                state = batches.state()
+    assert state["skipped"] == sum(counts[:2])
+    with input_pipeline.training(cfg, seed=7, start_step=2, state=state) as batches:
+        next(batches)
+        assert len(batches.skipped()) == counts[2]
+        assert batches.num_skipped == sum(counts)
+
+
+def test_a_run_that_met_an_error_may_go_on_with_skip(data):
+    cfg = {"data": data, "pp": _make_pp(), "batch_size": 8}
+    state = input_pipeline.training(cfg, seed=7).state()
+    input_pipeline.training({**cfg, "on_error": "skip"}, seed=7, state=state)
+
+
+def test_a_record_that_cannot_be_read_is_skipped(data, monkeypatch):
+    read = input_pipeline.Source.__getitem__
+
+    def damaged(self, index):
+        if index == 5:
+            raise InputError(f"{self}, record {index}: can't be read: DATA_LOSS")
+        return read(self, index)
+
+    monkeypatch.setattr(input_pipeline.Source, "__getitem__", damaged)
+    _, skipped, ids = _skipping(data, _make_pp(), steps=3)
+    assert skipped[0]["record"] == 5 and skipped[0]["question_id"] is None
+    assert "DATA_LOSS" in skipped[0]["reason"]
+    assert all(len(set(batch)) > 1 for batch in ids)
+    with pytest.raises(InputError, match="record 5: can't be read: DATA_LOSS"):
+        _train(data, steps=3)
+
+
+def _raises(error):
+    def pp(d, rng):
+        raise error
+
+    return pp
+
+
+@pytest.mark.parametrize(
+    ("pp", "words"),
+    [
+        (_raises(KeyError("imgae")), "10 records drawn one after another .*KeyError: 'imgae'"),
+        (_raises(MemoryError("no room")), "record .*no room"),
+        (_make_pp(eos=False), "no supervised EOS"),
+        (_make_pp(extra=lambda d: {"answer": "left"}), "input.pp leaves keys"),
+    ],
+)
+def test_what_is_no_fault_of_a_record_is_not_skipped(data, pp, words):
+    with pytest.raises(InputError, match=words):
+        _skipping(data, pp, steps=1)
+
+
+def test_images_that_are_damaged_are_skipped(data, monkeypatch):
+    read = input_pipeline.Source.__getitem__
+
+    def damaged(self, index):
+        record = read(self, index)
+        kinds = {3: b"", 8: record["image"][:40], 9: b"GIF89a" + record["image"][6:]}
+        return {**record, "image": kinds.get(int(record["number"]), record["image"])}
+
+    monkeypatch.setattr(input_pipeline.Source, "__getitem__", damaged)
+    pp = 'decode|resize(16)|value_range(-1, 1)|keep("image")'
+    options = dict(steps=4, allow_missing_eos=True, num_threads=1)
+    batches, skipped, _ = _skipping(data, pp, **options)
+    assert {s["question_id"] for s in skipped} == {"q3", "q8", "q9"}
+    assert all(np.isfinite(b["image"]).all() for b in batches)
+    with pytest.raises(InputError, match=r"question_id q[389]\): pp failed"):
+        _train(data, pp, **options)
 
 
 # --- Which questions, and going on ---
@@ -874,6 +1036,14 @@ def test_every_process_gets_all_rows_of_an_evaluation_once(data, monkeypatch, sh
     for rows, stats in _Together(monkeypatch, shares)(run):
         assert json.dumps(rows) == json.dumps(whole, default=np.ndarray.tolist)
         assert stats == {"examples": N_TRAIN, "truncated": 1}
+
+
+@pytest.mark.parametrize("shares", [[(0, 2), (1, 2)], [(1, 2), (0, 2), (0, 2), (1, 2)]])
+def test_every_process_is_told_of_all_skipped_records(data, monkeypatch, shares):
+    pp = _breaks(*range(9))
+    _, skipped, ids = _skipping(data, pp, steps=3)
+    for _, told, said in _Together(monkeypatch, shares)(lambda p: _skipping(data, pp, steps=3)):
+        assert told == skipped and said == ids
 
 
 def test_an_error_in_the_rows_of_one_process_ends_all(data, monkeypatch):
