@@ -5,7 +5,6 @@ them; so a resumed run stays closer to the one it continues.
 """
 
 import os
-import zlib
 
 import jax
 from absl import logging
@@ -48,25 +47,19 @@ def start(setting, workdir):
 def _remove_cut_entries(folder):
     """Removes entries that a killed process left half written. JAX only warns of them, compiles,
     and never writes them again: every later start would compile."""
+    try:
+        from jax._src.compilation_cache import decompress_executable
+    except ImportError:  # Moved in a later JAX: warnings it is.
+        return
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
-        if entry.name.endswith("-cache") and not _is_whole(entry.path):
-            logging.warning("%s was cut off, by a process that was killed; removed.", entry.path)
-            os.remove(entry.path)
-
-
-def _is_whole(path):
-    """Whether an entry can be unpacked. JAX packs with zlib, or with zstandard if it's there, whose
-    entries are taken to be whole unless they are empty."""
-    with open(path, "rb") as f:
-        unpack, piece = zlib.decompressobj(), f.read(1 << 20)
-        if piece[:1] != b"\x78":
-            return bool(piece)
+        if not entry.name.endswith("-cache"):
+            continue
+        with open(entry.path, "rb") as f:
+            packed = f.read()
         try:
-            while piece:
-                unpack.decompress(piece)
-                piece = f.read(1 << 20)
-        except zlib.error:
-            return False
-    return unpack.eof
+            decompress_executable(packed)
+        except Exception as e:  # zlib's or zstandard's
+            logging.warning("%s was cut off, perhaps by a kill; removed (%s).", entry.path, e)
+            os.remove(entry.path)
