@@ -1,84 +1,160 @@
-"""The files of a run beside its checkpoints: config.json, base.npz, metrics.jsonl.
+"""The files of a run beside its checkpoints: config.json, base.npz, base.json, and those that grow
+by a line a step (metrics.jsonl, nonfinite.jsonl, skipped.jsonl).
 
-All are written whole or not at all, or appended line by line and flushed to the disk.
+All are written whole or not at all, or appended line by line and flushed to the disk. With several
+processes the first one writes; all see one folder.
 """
 
 import json
+import math
 import os
 
-import jax
 from absl import logging
 
-from paligemma_med import experiment
-from paligemma_med.checkpoints import npz
+from paligemma_med import distributed, experiment
+from paligemma_med.checkpoints import fingerprint, npz, workdir
+
+_GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 
 
-def own_base(workdir, frozen, beside):
+def keep_model_init(config, folder):
+    """A run that is resumed goes on from the very step of another run that it started from."""
+    if workdir.newest_step(folder) is not None:
+        old = workdir.read_config(folder).get("model_init")
+        init = config.get("model_init")
+        if isinstance(old, str) and isinstance(init, str):
+            init = os.path.abspath(os.path.expanduser(init.removesuffix("@best")))
+            if old.rpartition("@")[0] == init:
+                with config.unlocked():
+                    config.model_init = old
+
+
+def own_base(folder, frozen, beside):
     """Of the frozen leaves, those that model_init doesn't give, as the run has had them from its
     start: {name: array}."""
-    path = os.path.join(workdir, "base.npz")
+    path = os.path.join(folder, "base.npz")
     expected = {n: x for n, x in frozen.items() if n in beside}
     if not expected or not os.path.exists(path):
         return {}
     host = npz.flatten_tree(npz.load_npz(path))
     if host.keys() != expected.keys():
         raise npz.CheckpointError(f"{path} holds other parameters than the config freezes.")
-    return {n: jax.device_put(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
+    return {n: distributed.place(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
 
 
-def start_workdir(workdir, config, base, first_step):
-    """Writes config.json and the frozen leaves that model_init doesn't give; trims metrics after
-    resume."""
+def check_base(folder, config, given, first_step):
+    """Refuses to go on from other weights than the run began with, and notes which those are.
+
+    Args:
+      given: {name: array} of the frozen leaves that model_init gives.
+
+    Raises:
+      npz.CheckpointError: other weights; it names them, and the first leaf that differs.
+    """
+    prints = dict(zip(sorted(given), fingerprint.of_leaves([given[n] for n in sorted(given)])))
+    now = {
+        "model_init": json.loads(experiment.config_to_json(config))["model_init"],
+        "frozen_dtype": config.get("frozen_dtype", "float32"),
+        "fingerprints": prints,
+    }
+    path = os.path.join(folder, "base.json")
+    if first_step and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            then = json.load(f)
+        was = then["fingerprints"]
+        wrong = sorted(n for n in {*prints, *was} if prints.get(n) != was.get(n))
+        if wrong:
+            raise npz.CheckpointError(
+                f"{folder} was trained on the frozen weights {then['model_init']} in "
+                f"{then['frozen_dtype']}; {now['model_init']} in {now['frozen_dtype']} has other "
+                f"ones in {len(wrong)} parameters, the first is {wrong[0]}. Give it back its "
+                "weights, or start anew in another --workdir."
+            )
+    elif prints:
+        write(path, json.dumps(now, indent=1) + "\n")
+    elif os.path.exists(path) and distributed.is_main():
+        os.remove(path)
+
+
+def start(folder, config, base, first_step):
+    """Writes config.json and the frozen leaves that model_init doesn't give; cuts off what lines
+    there are of later steps."""
     text = experiment.config_to_json(config)
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(folder, "config.json")
     if first_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             if f.read() != text:
                 logging.warning("%s differs from the config given; it is overwritten.", path)
-    write_atomically(path, text)
-    path = os.path.join(workdir, "base.npz")
+    distributed.barrier("config.json is read")
+    write(path, text)
+    path = os.path.join(folder, "base.npz")
     if not first_step:  # An older one may stand there, of a run that never made a checkpoint.
-        if base:
-            npz.save_npz(path, npz.unflatten_tree(jax.device_get(base)))
-        elif os.path.exists(path):
-            os.remove(path)
+        base = distributed.to_host(base)
+        if distributed.is_main():
+            if base:
+                npz.save_npz(path, npz.unflatten_tree(base))
+            elif os.path.exists(path):
+                os.remove(path)
     # Steps after the checkpoint are taken again, and would stand twice.
-    metrics = os.path.join(workdir, "metrics.jsonl")
-    if os.path.exists(metrics):
-        with open(metrics, encoding="utf-8") as f:
-            lines = [s for s in f if s.endswith("\n") and json.loads(s)["step"] <= first_step]
-        write_atomically(metrics, "".join(lines))
+    for name in _GROWING:
+        path = os.path.join(folder, name)
+        if distributed.is_main() and os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                lines = [s for s in f if s.endswith("\n") and json.loads(s)["step"] <= first_step]
+            write(path, "".join(lines))
 
 
-def write_atomically(path, text):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+def write(path, text):
+    """Replaces a file as a whole."""
+    if not distributed.is_main():
+        return
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise OSError(f"{path} can't be written: {e.strerror}.") from e
+
+
+def append(folder, name, step, values):
+    """Adds a line to one of the growing files, and sees to it that it is on the disk."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise OSError(f"{path} can't be written: {e.strerror}.") from e
+
+
+def evals_at(folder, step):
+    """Names of the evaluators that have metrics of `step`."""
+    path = os.path.join(folder, "metrics.jsonl")
+    if not os.path.exists(path):
+        return set()
+    with open(path, encoding="utf-8") as f:
+        return {k.partition("/")[0] for line in f for k in _metrics_of(line, step) if "/" in k}
+
+
+def add_metrics(folder, step, metrics):
+    """One object a step: to that of `step`, if there is one already, `metrics` are added. What
+    isn't finite becomes null."""
+    if not distributed.is_main():
+        return
+    metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    path = os.path.join(folder, "metrics.jsonl")
+    if any("/" in k for k in metrics) and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+        if lines and (row := _metrics_of(lines[-1], step)):
+            write(path, "".join(lines[:-1]) + json.dumps({**row, **metrics}) + "\n")
+            return
+    append(folder, "metrics.jsonl", step, metrics)
 
 
 def _metrics_of(line, step):
     row = json.loads(line)
     return row if row["step"] == step else {}
-
-
-def evals_at(workdir, step):
-    """Names of the evaluators that have metrics of `step`."""
-    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
-        return {k.partition("/")[0] for line in f for k in _metrics_of(line, step) if "/" in k}
-
-
-def add_metrics(workdir, step, metrics):
-    """One object a step: to that of `step`, if there is one already, `metrics` are added."""
-    path = os.path.join(workdir, "metrics.jsonl")
-    if any("/" in k for k in metrics) and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = f.readlines()
-        if lines and (row := _metrics_of(lines[-1], step)):
-            write_atomically(path, "".join(lines[:-1]) + json.dumps({**row, **metrics}) + "\n")
-            return
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps({"step": step, **metrics}) + "\n")
-        f.flush()
-        os.fsync(f.fileno())

@@ -6,50 +6,67 @@ checkpoint. With --dry_run nothing is read or written: the step is compiled on a
 its memory printed.
 """
 
-import contextlib
 import functools
-import math
 import os
-import signal
 import sys
-import threading
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import (
+    compilation_cache,
+    distributed,
     dry_run,
     durations,
     experiment,
+    flops,
     input_pipeline,
+    interrupts,
+    metric_writers,
     optim,
+    profiling,
     progress,
     run_files,
     train_step,
 )
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.soundness import Soundness
 
 
-def train(config, workdir):
+def train(config, workdir, *, profile=None):
     """Runs `config` in `workdir` to its end, or on from the newest checkpoint there.
+
+    Args:
+      profile: "10:15" writes a trace of these steps into <workdir>/profile.
 
     Returns:
       {evaluator name: its metrics at the end}.
+
+    Raises:
+      KeyboardInterrupt: stopped by a signal, after a checkpoint of where it was.
     """
+    with interrupts.Signals() as signals:
+        return _train(config, workdir, signals, profile)
+
+
+def _train(config, workdir, signals, profile):
     experiment.check_training_config(config)
-    _keep_model_init(config, workdir)
+    compilation_cache.start(config.get("compilation_cache", True), workdir)
+    run_files.keep_model_init(config, workdir)
     model = experiment.make_model(config)
     tok = experiment.make_tokenizer(config, model)
     mesh = experiment.make_mesh(config)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, workdir)
+    _check_keep_best(config, evaluators)
     os.makedirs(workdir, exist_ok=True)
 
     # --- What is trained, and for how long ---
     abstract = experiment.abstract_params(config, model)
     trained_names = optim.trained_names(config, list(abstract))
-    print(experiment.describe_params(config, abstract, trained_names), flush=True)
+    if distributed.is_main():
+        print(experiment.describe_params(config, abstract, trained_names), flush=True)
     num_examples = input_pipeline.num_examples(config.input)
     to_steps = functools.partial(
         durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size
@@ -63,151 +80,179 @@ def train(config, workdir):
         batch_size=config.input.batch_size,
     )  # fmt: skip
 
-    # --- The state: from a checkpoint, from weights, or random ---
+    writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
+
+    # --- The state: from weights or random, and from a checkpoint where there is one ---
     dtypes = experiment.param_dtypes(config, abstract, trained_names)
     params, beside = experiment.initial_params(config, model, mesh, dtypes=dtypes)
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 1))
-    first_step = checkpoints.latest_step() or 0
-    if first_step:
-        trained, opt_state = checkpoints.restore(first_step, trained, opt_state)
+    checkpoints = workdirs.Checkpoints(
+        workdir, keep=config.get("keep_ckpt", 2), best=workdirs.best_of(workdir, config)
+    )
+    first_step, gone_on = 0, {}
+    if found := checkpoints.restore_newest(trained, opt_state):
+        first_step, trained, opt_state, gone_on = found
         frozen |= run_files.own_base(workdir, frozen, beside)
-        print(f"Resumed from step {first_step} of {total_steps} in {workdir}.", flush=True)
+        _say(f"Resumed from step {first_step} of {total_steps} in {workdir}.")
+    gone_on = gone_on or {}
+    given = {n: x for n, x in frozen.items() if n not in beside}
+    run_files.check_base(workdir, config, given, first_step)
     own_base = {n: x for n, x in frozen.items() if n in beside}
-    run_files.start_workdir(workdir, config, own_base, first_step)
+    run_files.start(workdir, config, own_base, first_step)
 
     # --- The loop ---
     step_fn = train_step.make_train_step(config, model, tx, learning_rate)
     step_fn = train_step.jit_step(step_fn, tx, trained, mesh)
     log_every = to_steps(config, "log_training", default=50)
     save_every = to_steps(config, "ckpt", default=0)
-    bar = progress.Progress(first_step, total_steps, config.input.batch_size)
-    results = {}
+    bar = progress.Progress(
+        first_step, total_steps, config.input.batch_size,
+        flops=flops.count(model, trained_names, res=config.res, text_len=config.text_len,
+                          supervised_len=config.get("supervised_len")),
+        peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
+    )  # fmt: skip
+    trace = profiling.Profile(profile, workdir, first_step=first_step, total_steps=total_steps)
     batches = input_pipeline.training(
         config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
-        start_step=first_step, total_steps=total_steps,
+        start_step=first_step, total_steps=total_steps, state=gone_on.get("input"),
     )  # fmt: skip
+    soundness = Soundness(config, workdir, batches, skipped=gone_on.get("skipped_steps", 0))
+
+    def is_due(name):
+        """Whether this evaluator runs after `step`; always at the end."""
+        every = to_steps(evaluators[name][1], "log", default=None)
+        return step == total_steps or bool(every and step % every == 0)
+
+    def check():
+        soundness.check()
+        for row in batches.skipped():
+            if distributed.is_main():
+                run_files.append(workdir, "skipped.jsonl", row["step"], row)
+
+    def log():
+        row = {k: float(v) for k, v in jax.device_get(metrics).items() if k not in _INTERNAL}
+        if config.get("skip_nonfinite"):
+            row["skipped_steps"] = soundness.skipped
+        if (config.input.get("on_error") or "error") != "error":
+            row["skipped_examples"] = batches.state()["skipped"]
+        row |= bar.measure(step, batches)
+        row |= {f"epochs_of_{name}": n for name, n in batches.epochs().items()}
+        return row
+
+    def record(values):
+        run_files.add_metrics(workdir, step, values)
+        writers.write(step, values)
+
+    def save():
+        run = {"input": batches.state(), "skipped_steps": soundness.skipped}
+        with bar.paused():
+            checkpoints.save(step, trained, opt_state, run)
 
     def run_evals(done=()):
-        for name, (evaluator, when) in evaluators.items():
-            if name not in done and _is_due(step, total_steps, when, to_steps):
-                with bar.paused():
-                    found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
-                results[name] = found
-                run_files.add_metrics(workdir, step, {f"{name}/{k}": v for k, v in found.items()})
-                shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
-                shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
-                print(f"step {step}/{total_steps}  {name}: {shown}", flush=True)
+        for name, (evaluator, _) in evaluators.items():
+            if name in done or not is_due(name):
+                continue
+            with bar.paused():
+                found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
+            results[name] = found
+            with signals.deferred():
+                record({f"{name}/{k}": v for k, v in found.items()})
+            shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
+            shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
+            bar.say(f"step {step}/{total_steps}  {name}: {shown}")
 
-    step, metrics, lost = first_step, {}, []
+    step, metrics, results = first_step, {}, {}
+    best_name = (config.get("keep_best") or {}).get("metric", "").partition("/")[0]
     try:
         if first_step:  # The run may have ended in an eval, after its checkpoint.
             run_evals(done=run_files.evals_at(workdir, first_step))
         while step < total_steps:
             batch = next(batches)
-            with _interrupt_deferred():
+            trace.step(step, metrics)
+            # Stopped in here, a run would have changed its state without having told of it.
+            with signals.deferred():
                 trained, opt_state, metrics = step_fn(trained, opt_state, frozen, batch, step)
                 step += 1
-            lost.append(metrics["lost"])
-            saves = step == total_steps or (save_every and step % save_every == 0)
-            logs = step in (first_step + 1, total_steps) or (log_every and step % log_every == 0)
-            if saves or logs:
-                row = _check_metrics(metrics, lost, step, config)
-                row |= bar.measure(step, batches)
-                row |= {f"epochs_of_{name}": n for name, n in batches.epochs().items()}
-                run_files.add_metrics(workdir, step, row)
-                bar.print(row)
-            if saves:  # before evals: what fails there costs no training
-                with bar.paused():
-                    checkpoints.save(step, trained, opt_state)
+                soundness.add(step, metrics)
+                saves = step == total_steps or (save_every and step % save_every == 0)
+                saves = saves or (best_name and is_due(best_name))
+                logs = saves or step == 1 or (log_every and step % log_every == 0)
+                bar.step(step, metrics["training_loss"], wait=logs)
+                if logs or step == first_step + 1:
+                    check()
+                    row = log()
+                    bar.print(row)
+                if logs:
+                    record(row)
+                if saves:  # before evals: what fails there costs no training
+                    save()
             run_evals()
+            signals.stop_if_agreed(step)
     except KeyboardInterrupt:
+        bar.close()
         if step > first_step:
-            _check_metrics(metrics, lost, step, config)
-            checkpoints.save(step, trained, opt_state)
-        print(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
+            check()
+            save()
+            checkpoints.wait()
+        _say(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
         raise
     finally:
+        bar.close()
+        trace.close(metrics)
         batches.close()
-        checkpoints.wait()
         checkpoints.close()
+        writers.close()
     return results
 
 
-def _keep_model_init(config, workdir):
-    """A run that is resumed goes on from the very step of another run that it started from."""
-    if workdirs.newest_step(workdir) is not None:
-        old = workdirs.read_config(workdir).get("model_init")
-        init = config.get("model_init")
-        if isinstance(old, str) and isinstance(init, str):
-            if old.rpartition("@")[0] == os.path.abspath(os.path.expanduser(init)):
-                with config.unlocked():
-                    config.model_init = old
+# Of a step's metrics, those that are looked at by Soundness alone.
+_INTERNAL = ("lost", "finite")
 
 
-def _is_due(step, total_steps, when, to_steps):
-    """Whether an evaluator whose config section is `when` runs after `step`; always at the end."""
-    every = to_steps(when, "log", default=None)
-    return step == total_steps or bool(every and step % every == 0)
+def _say(text, file=None):
+    if distributed.is_main():
+        print(text, file=file, flush=True)
 
 
-def _check_metrics(metrics, lost, step, config):
-    """A step's metrics as floats, once they are found sound.
-
-    Args:
-      metrics: of the last step. What isn't finite once remains so: the last step tells of all.
-      lost: `lost` of every step since the last call, whose list is then empty.
-    """
-    total = sum(map(int, jax.device_get(lost)))
-    lost.clear()
-    if total:
-        raise ValueError(
-            f"Step {step}: {total} supervised tokens lie beyond config.supervised_len = "
-            f"{config.supervised_len} of their row: raise it."
-        )
-    out = {k: float(v) for k, v in jax.device_get(metrics).items() if k != "lost"}
-    for name in ("training_loss", "l2_grads", "l2_params"):
-        if not math.isfinite(out[name]):
-            raise FloatingPointError(f"Step {step}: {name} is {out[name]}.")
-    return out
-
-
-@contextlib.contextmanager
-def _interrupt_deferred():
-    """Ctrl-C in this context takes effect at its end: in the middle of a step, the old parameters
-    are given away and the new ones not there yet."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
+def _check_keep_best(config, evaluators):
+    """config.keep_best = dict(metric="<evaluator>/<its metric>", mode="max" or "min")."""
+    best = config.get("keep_best")
+    if not best:
         return
-    caught = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if caught:
-        usual(*caught[0])
+    if unknown := sorted(set(best) - {"metric", "mode"}):
+        raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
+    metric, mode = best.get("metric", ""), best.get("mode", "max")
+    name, has_metric, _ = metric.partition("/")
+    if name not in evaluators or not has_metric:
+        raise ValueError(
+            f"config.keep_best.metric is {metric!r}; expected NAME/METRIC, as in "
+            f"'NAME/model/overall/acc', with one of config.evals: {sorted(evaluators)}."
+        )
+    if mode not in ("max", "min"):
+        raise ValueError(f"config.keep_best.mode is {mode!r}; expected 'max' or 'min'.")
 
 
 @experiment.command
 def main(argv):
     del argv
     values = flags.FLAGS
+    distributed.start_from_flags()
     if values.dry_run:
         dry_run.dry_run(values.config)
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:
-        train(values.config, values.workdir)
+        train(values.config, values.workdir, profile=values.profile)
 
 
 if __name__ == "__main__":
     # Here and not above, so that importing this module defines no flags.
     config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
     flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
+    flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")
     flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory, stop.")
     flags.mark_flag_as_required("config")
+    distributed.define_flags()
     app.run(main)

@@ -10,19 +10,15 @@ from paligemma_med import losses, optim, sharding
 from paligemma_med.checkpoints import npz
 
 
-def make_train_step(config, model, tx, learning_rate):
-    """The function that takes one optimizer step.
+def make_loss_fn(config, model):
+    """The function that is differentiated.
 
     Returns:
-      step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
-      trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
-      mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
-      with respect to `trained` alone. With config.grad_accum_steps the batch is worked through in
-      that many microbatches, whose gradients add up to exactly those of the whole.
+      loss_fn(trained, frozen, batch, rng) → (sum of the rows' weighted losses float32[], number of
+      supervised tokens that config.supervised_len cuts off). batch: as in `make_train_step`, and
+      row_weight float32[B] of `losses.row_weights`.
     """
-    accum = config.get("grad_accum_steps") or 1
     smoothing = config.get("label_smoothing") or 0.0
-    dropout_key = jax.random.key(config.get("seed", 0) + 1)
 
     def loss_fn(trained, frozen, batch, rng):
         params = npz.unflatten_tree({**frozen, **trained})
@@ -38,6 +34,24 @@ def make_train_step(config, model, tx, learning_rate):
         labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
         nll = losses.cross_entropy(logits, labels, smoothing)
         return jnp.sum(nll * weights * batch["row_weight"][:, None]), lost
+
+    return loss_fn
+
+
+def make_train_step(config, model, tx, learning_rate):
+    """The function that takes one optimizer step.
+
+    Returns:
+      step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
+      trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
+      mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
+      with respect to `trained` alone. A step whose loss or gradient isn't finite changes nothing,
+      and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
+      that many microbatches, whose gradients add up to exactly those of the whole.
+    """
+    accum = config.get("grad_accum_steps") or 1
+    dropout_key = jax.random.key(config.get("seed", 0) + 1)
+    loss_fn = make_loss_fn(config, model)
 
     def step(trained, opt_state, frozen, batch, i):
         rng = jax.random.fold_in(dropout_key, i)
@@ -57,7 +71,7 @@ def make_train_step(config, model, tx, learning_rate):
             zero = ((jnp.float32(0), jnp.int32(0)), jax.tree.map(jnp.zeros_like, trained))
             total, _ = jax.lax.scan(body, zero, (micro, jax.random.split(rng, accum)))
             (loss, lost), grads = total
-        updates, opt_state = tx.update(grads, opt_state, trained)
+        updates, new_opt_state = tx.update(grads, opt_state, trained)
         metrics = {
             "training_loss": loss,
             "l2_grads": optim.global_norm(grads),
@@ -65,8 +79,13 @@ def make_train_step(config, model, tx, learning_rate):
             "lr": learning_rate(i),
             "lost": lost,
         }
-        trained = jax.tree.map(lambda p, u: p + u, trained, updates)
-        return trained, opt_state, {**metrics, "l2_params": optim.global_norm(trained)}
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["l2_grads"])
+        new = {n: p + updates[n] for n, p in trained.items()}, new_opt_state
+        # One bad step would spoil moments and parameters for good.
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt_state))
+        trained, opt_state = new
+        norm = optim.global_norm(trained)
+        return trained, opt_state, {**metrics, "finite": finite, "l2_params": norm}
 
     return step
 

@@ -20,6 +20,7 @@ from paligemma_med import (
     experiment,
     losses,
     optim,
+    progress,
     sharding,
     train,
     train_step,
@@ -227,8 +228,7 @@ def rows_of(workdir):
 
 
 def without_time(row):
-    timing = ("examples_per_second", "input_wait", "eta_seconds")
-    return {k: v for k, v in row.items() if k not in timing}
+    return {k: v for k, v in row.items() if k not in progress.TIMING}
 
 
 def dropout_config(data):
@@ -363,17 +363,9 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
 def test_not_finite_stops_and_is_not_saved(tiny_data, tmp_path):
     c = tiny.config(tiny_data, lr=1e38, log_training_steps=0, ckpt_steps=2, evals={},
                     optax_name="identity", schedule=dict(decay_type="constant"))  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"Step \d: \w+ is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"Step \d: .*(nan|inf).* on the questions"):
         train.train(c, str(tmp_path / "w"))
     assert os.listdir(tmp_path / "w" / "checkpoints") == []
-
-
-def test_answers_longer_than_supervised_len_are_an_error_on_any_step():
-    """Also on a step that isn't logged, like the first of these two."""
-    lost = [jnp.int32(2), jnp.int32(0)]
-    metrics = {"lost": lost[-1], "training_loss": jnp.float32(1)}
-    with pytest.raises(ValueError, match="Step 2: 2 supervised tokens.*supervised_len = 3 .*raise"):
-        train._check_metrics(metrics, lost, 2, tiny.config(supervised_len=3))
 
 
 @pytest.mark.parametrize(
@@ -408,26 +400,6 @@ def test_tokenizer_with_more_tokens_than_the_model(tiny_data, tmp_path):
         train.train(tiny.config(tiny_data, model=model), str(tmp_path / "w"))
 
 
-@pytest.fixture
-def default_sigint():
-    """Python's own handling of Ctrl-C; a shell starts background jobs with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_interrupt_in_a_step_waits_for_its_end(default_sigint):
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with train._interrupt_deferred():
-            signal.raise_signal(signal.SIGINT)
-            done.append(1)
-    assert done == [1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with train._interrupt_deferred():
-        pass
-
-
 CONFIG_FILE = """
 from tests import tiny
 def get_config(arg=None):
@@ -456,7 +428,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
         finally:
             run.kill()
         assert "the same command goes on from there" in err, err
-        (step,) = map(int, os.listdir(tmp_path / "w" / "checkpoints"))
+        step = max(map(int, os.listdir(tmp_path / "w" / "checkpoints")))
         assert f"Stopped at step {step};" in err
         assert step > last
         last = step

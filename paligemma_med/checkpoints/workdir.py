@@ -2,10 +2,12 @@
 
     <workdir>/config.json           the run's config; says which weights the frozen leaves are
     <workdir>/base.npz              frozen leaves that those weights don't have (random ones)
-    <workdir>/checkpoints/<step>/   trained leaves and optimizer state
+    <workdir>/base.json             fingerprints of the others
+    <workdir>/checkpoints/<step>/   trained leaves, optimizer state, place in the data
+    <workdir>/damaged/<step>/       checkpoints that couldn't be read again, set aside
 
 Frozen leaves aren't written again with every checkpoint: at the 3B size they are 5 GB, and stage 1
-trains 9 MB.
+trains 9 MB. All processes of a run call the methods of `Checkpoints` together, and see one folder.
 """
 
 import json
@@ -13,30 +15,48 @@ import os
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
-from paligemma_med.checkpoints import lazy, npz
+from paligemma_med.checkpoints import fingerprint, lazy, npz
+
+
+class Damaged(npz.CheckpointError):
+    """A checkpoint that can't be read, or whose contents aren't those that were written."""
 
 
 class Checkpoints:
     """The checkpoints of one run; made once, closed at the end (or used in a `with`)."""
 
-    def __init__(self, workdir, *, keep=1):
-        """workdir: created if need be. keep: how many of the newest checkpoints stay."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, workdir, *, keep=1, best=None):
+        """workdir: created if need be. keep: how many of the newest checkpoints stay. best: a
+        function of a list of steps → the one of them that stays as well, or None."""
+        kept = checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Keep(kept, best) if best else kept,
+            create=True,
+            # Of a save that was cut short. Only complete ones have their step for a name.
+            cleanup_tmp_directories=True,
+        )
+        self._workdir = os.path.abspath(workdir)
         self._manager = _manager(workdir, options)
 
     def latest_step(self):
         """int, or None if there is no complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step, trained, opt_state):
-        """Writes trained ({name: array}) and opt_state; returns before all is on disk."""
+    def save(self, step, trained, opt_state, run=None):
+        """Writes trained ({name: array}), opt_state and `run` (anything that JSON can hold);
+        returns before all is on disk. CheckpointError if this or the save before it failed."""
         if self._manager.latest_step() == step:
             return
         items = dict(trained=ocp.args.StandardSave(trained))
         if jax.tree.leaves(opt_state):
             items["opt_state"] = ocp.args.StandardSave(opt_state)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        prints = fingerprint.of_leaves((trained, opt_state))
+        items["run"] = ocp.args.JsonSave({"run": run, "fingerprints": prints})
+        self._or_tell(self._manager.save, step, args=ocp.args.Composite(**items))
 
     def restore(self, step, trained, opt_state):
         """Reads what `save` wrote at `step`.
@@ -46,44 +66,117 @@ class Checkpoints:
             what is expected and where it goes.
 
         Returns:
-          (trained, opt_state).
+          (trained, opt_state, run).
 
         Raises:
           npz.CheckpointError: another set of parameters, other shapes or another optimizer than
             expected.
+          Damaged: it can't be read, or isn't what was written.
         """
-        self._check(step, trained)
+        where = f"{self._manager.directory}/{step}"
+        found = self._read_or_damaged(where, self._manager.item_metadata, step)
+        self._check(where, found, trained, opt_state)
         items = dict(trained=ocp.args.StandardRestore(trained))
         if jax.tree.leaves(opt_state):
             items["opt_state"] = ocp.args.StandardRestore(opt_state)
-        try:
-            out = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except ValueError as e:
-            raise npz.CheckpointError(
-                f"{self._manager.directory}/{step}: the optimizer's state doesn't fit the config's "
-                "optax_name, optax, schedule, wd and grad_clip_norm. Use another --workdir, or the "
-                "config it was made with."
-            ) from e
-        return out["trained"], out.get("opt_state", opt_state)
+        if os.path.exists(os.path.join(where, "run")):  # none before the fingerprints came
+            items["run"] = ocp.args.JsonRestore()
+        args = ocp.args.Composite(**items)
+        out = self._read_or_damaged(where, self._manager.restore, step, args=args)
+        new = out["trained"], out.get("opt_state", opt_state)
+        beside = (out.get("run") or {}) if "run" in items else {}
+        if (prints := beside.get("fingerprints")) and fingerprint.of_leaves(new) != prints:
+            raise Damaged(f"{where}: its numbers are not those that were written.")
+        return *new, beside.get("run")
 
-    def _check(self, step, trained):
-        found = self._manager.item_metadata(step)["trained"]
-        found = {k: tuple(v.shape) for k, v in found.items()}
-        expected = {k: tuple(v.shape) for k, v in trained.items()}
+    def restore_newest(self, trained, opt_state):
+        """`restore` of the newest checkpoint that is sound. Damaged ones are set aside with a
+        warning, and told by their path.
+
+        Returns:
+          (step, trained, opt_state, run), or None where there is no checkpoint at all.
+
+        Raises:
+          npz.CheckpointError: as `restore`, or all checkpoints are damaged.
+        """
+        damaged = []
+        while (step := self.latest_step()) is not None:
+            error, out = "", None
+            try:
+                out = self.restore(step, trained, opt_state)
+            except Damaged as e:
+                error = str(e)
+            if not _anywhere(bool(error)):
+                return step, *out
+            damaged.append(self._set_aside(step))
+            logging.warning("%s It now lies in %s; trying the one before.", error, damaged[-1])
+        if damaged:
+            raise npz.CheckpointError(
+                f"{self._workdir}: no checkpoint can be read; the damaged ones lie in {damaged}. "
+                "Use another --workdir to start from the beginning."
+            )
+        return None
+
+    def _set_aside(self, step):
+        folder = os.path.join(self._workdir, "damaged")
+        os.makedirs(folder, exist_ok=True)
+        name = next(n for i in range(10**6) if not os.path.exists(
+            n := os.path.join(folder, f"{step}" + (f".{i}" if i else ""))))  # fmt: skip
+        _wait_for_all("before a damaged checkpoint is moved")
+        if jax.process_index() == 0:
+            os.rename(os.path.join(self._manager.directory, str(step)), name)
+        _wait_for_all("after a damaged checkpoint was moved")
+        self._manager.reload()
+        return name
+
+    def _check(self, where, metadata, trained, opt_state):
+        """Whether a checkpoint with this metadata is one of this model and this optimizer."""
+        try:
+            found = _shapes(metadata["trained"])
+            found_opt = _shapes(metadata["opt_state"]) if jax.tree.leaves(opt_state) else {}
+        except Exception as e:  # what isn't there, or isn't metadata
+            raise Damaged(f"{where}: its metadata can't be read: {_first_line(e)}") from e
+        expected = _shapes(trained)
         if found != expected:
             wrong = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
             raise npz.CheckpointError(
-                f"{self._manager.directory}/{step}: {len(wrong)} trained parameters differ from "
-                f"the config's, the first is {wrong[0]}: found {found.get(wrong[0])}, expected "
-                f"{expected.get(wrong[0])}. Use another --workdir, or the config it was made with."
+                f"{where}: {len(wrong)} trained parameters differ from the config's, the first is "
+                f"{wrong[0]}: found {found.get(wrong[0])}, expected {expected.get(wrong[0])}. Use "
+                "another --workdir, or the config it was made with."
+            )
+        if found_opt != _shapes(opt_state):
+            raise npz.CheckpointError(
+                f"{where}: the optimizer's state doesn't fit the config's optax_name, optax, "
+                "schedule, wd and grad_clip_norm. Use another --workdir, or the config it was made "
+                "with."
             )
 
+    def _read_or_damaged(self, where, read, *args, **kw):
+        try:
+            return read(*args, **kw)
+        except Exception as e:  # Orbax and TensorStore have no errors of their own
+            raise Damaged(f"{where}: can't be read: {_first_line(e)}") from e
+
+    def _or_tell(self, write, *args, **kw):
+        try:
+            write(*args, **kw)
+        except Exception as e:
+            steps = self._complete_steps()
+            raise npz.CheckpointError(
+                f"{self._manager.directory}: a checkpoint could not be written: {_first_line(e)} "
+                + (f"Those of steps {steps} are intact" if steps else "There is no earlier one")
+                + "; mend the cause (is the disk full?), and the same command goes on from there."
+            ) from e
+
+    def _complete_steps(self):
+        return sorted(int(n) for n in os.listdir(self._manager.directory) if n.isdigit())
+
     def wait(self):
-        """Blocks until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until everything is on disk; CheckpointError if it couldn't be written."""
+        self._or_tell(self._manager.wait_until_finished)
 
     def close(self):
-        self._manager.close()
+        self._or_tell(self._manager.close)
 
     def __enter__(self):
         return self
@@ -92,9 +185,60 @@ class Checkpoints:
         self.close()
 
 
+class _Keep(checkpoint_managers.PreservationPolicy):
+    """What `kept` keeps, and the best one."""
+
+    def __init__(self, kept, best):
+        self._kept, self._best = kept, best
+
+    def should_preserve(self, checkpoints, *, context):
+        kept = self._kept.should_preserve(checkpoints, context=context)
+        best = self._best([c.step for c in checkpoints])
+        return [k or c.step == best for k, c in zip(kept, checkpoints)]
+
+
+def _shapes(tree):
+    """{path: shape} of a tree of arrays or of Orbax's metadata of one."""
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_path(path): tuple(leaf.shape) for path, leaf in paths}
+
+
+def _path(path):
+    # Orbax writes tuples and named tuples as dicts.
+    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
+    return "/".join(map(str, keys))
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}."
+
+
+def _anywhere(flag):
+    """Whether `flag` is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).any())
+
+
+def _wait_for_all(name):
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _check_prints(manager, step, trained):
+    """Damaged, if `trained` isn't what was written."""
+    where = f"{manager.directory}/{step}"
+    if os.path.exists(os.path.join(where, "run")):
+        args = ocp.args.Composite(run=ocp.args.JsonRestore())
+        prints = manager.restore(step, args=args)["run"]["fingerprints"]
+        if fingerprint.of_leaves(trained) != prints[: len(trained)]:
+            raise Damaged(f"{where}: its numbers are not those that were written.")
+
+
 def _manager(workdir, options=None):
     # Without handlers it doesn't know what is in checkpoints that another process wrote.
     handlers = {k: ocp.StandardCheckpointHandler() for k in ("trained", "opt_state")}
+    handlers["run"] = ocp.JsonCheckpointHandler()
     path = os.path.join(os.path.abspath(workdir), "checkpoints")
     return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
@@ -107,24 +251,71 @@ def is_workdir(folder):
 
 
 def split_spec(spec):
-    """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it is no workdir."""
+    """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it is no workdir.
+
+    "out/stage1@best" is the step that the run's config.keep_best has kept.
+    """
     folder = os.path.expanduser(spec)
     if is_workdir(folder):
         return folder, None
     folder, at, step = folder.rpartition("@")
-    return (folder, int(step)) if at and step.isdigit() and is_workdir(folder) else None
+    if not at or not is_workdir(folder):
+        return None
+    if step == "best":
+        return folder, _best_step(folder)
+    return (folder, int(step)) if step.isdigit() else None
+
+
+def best_of(folder, config):
+    """`best` for `Checkpoints`, by config.keep_best; None where that is not set.
+
+    Of steps with equal metrics the first is the best; steps without it aren't looked at.
+    """
+    wanted = config.get("keep_best")
+    if not wanted:
+        return None
+    metric, sign = wanted["metric"], -1 if wanted.get("mode", "max") == "min" else 1
+    path = os.path.join(folder, "metrics.jsonl")
+
+    def best(steps):
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+        if (has := [r for r in rows if "/" in "".join(r)]) and not any(metric in r for r in has):
+            raise ValueError(
+                f"config.keep_best.metric is {metric!r}, but the evaluators give "
+                f"{sorted(k for k in has[-1] if '/' in k)[:8]}, …"
+            )
+        found = {r["step"]: sign * r[metric] for r in rows if metric in r and r["step"] in steps}
+        return max(found, key=found.get, default=None)
+
+    return best
+
+
+def _best_step(folder):
+    best = best_of(folder, read_config(folder))
+    steps = os.listdir(os.path.join(folder, "checkpoints"))
+    step = best([int(n) for n in steps if n.isdigit()]) if best else None
+    if step is None:
+        raise npz.CheckpointError(
+            f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training."
+        )
+    return step
 
 
 def pin(spec):
-    """ "out/stage1" → "out/stage1@120", its newest step; a spec of another kind as it is.
+    """ "out/stage1" → "out/stage1@120", its newest step (or the best one, of "out/stage1@best"); a
+    spec of another kind as it is.
 
     What starts from a run must go on meaning those weights when the run itself goes on.
     """
     found = split_spec(spec)
-    if found is None or found[1] is not None:
+    if found is None:
         return spec
-    step = newest_step(found[0])
-    return spec if step is None else f"{spec}@{step}"
+    folder, step = found
+    step = newest_step(folder) if step is None else step
+    return spec if step is None else f"{folder}@{step}"
 
 
 def newest_step(folder):
@@ -176,6 +367,7 @@ def open_params(spec):
         }
         args = ocp.args.Composite(trained=ocp.args.StandardRestore(target))
         trained = jax.device_get(manager.restore(step, args=args)["trained"])
+        _check_prints(manager, step, trained)
     own_base = os.path.join(workdir, "base.npz")
     flat = {}
     if config.get("model_init"):

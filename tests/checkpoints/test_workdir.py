@@ -126,7 +126,7 @@ def test_restore_puts_state_where_it_is_wanted(tmp_path):
         assert ckpt.latest_step() == 3
         wanted = {"a": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=cut)}
         count = {"count": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)}
-        trained, found = ckpt.restore(3, wanted, {**wanted, **count})
+        trained, found, _ = ckpt.restore(3, wanted, {**wanted, **count})
     assert trained["a"].sharding == found["a"].sharding == cut
     np.testing.assert_array_equal(trained["a"], np.full(16, 4.0))
     tiny.assert_trees_equal(jax.device_get(found), jax.device_get(state))

@@ -1,0 +1,54 @@
+"""A number for the contents of an array, taken where the array lies.
+
+It tells a damaged checkpoint from a sound one (compressed files with a flipped bit can be read
+without complaint), and the weights that a run started from from others. It is a sum of integers, so
+it is the same however an array is cut over devices and processes, and costs one read of it. It
+protects against accidents, not against people.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Odd numbers, one a dimension (and one for the sum of all): a permutation changes the number, too.
+_STRIDES = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
+
+
+def of_leaves(tree):
+    """Fingerprints of the leaves of `tree`, in the order of `jax.tree.leaves`.
+
+    Args:
+      tree: of arrays of 8, 16 or 32 bits a number, wherever they are. Every process of a run calls
+        this together.
+
+    Returns:
+      A list of strings of 16 hexadecimal digits.
+    """
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    if not leaves:
+        return []
+    sums = np.asarray(_sums(tuple(leaves)).addressable_data(0))
+    return [f"{int(a):08x}{int(b):08x}" for a, b in sums]
+
+
+@jax.jit
+def _sums(leaves):
+    return jnp.stack([_sum(x) for x in leaves])
+
+
+def _sum(x):
+    """uint32[2]: the sum of the bits, and that of the bits weighted by their place."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    places = [
+        jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(stride)
+        for i, stride in zip(range(x.ndim), _STRIDES)
+    ]
+    weight = functools.reduce(jnp.add, places, jnp.uint32(1))
+    # Odd weights: a change of any single number changes the product.
+    weighted = bits * (weight * 2 + 1)
+    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(weighted, dtype=jnp.uint32)])

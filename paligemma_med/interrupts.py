@@ -1,0 +1,77 @@
+"""How a run is stopped from outside: Ctrl-C (SIGINT), or SIGTERM from a scheduler.
+
+With one process a signal raises KeyboardInterrupt, but never in the middle of a step, when the old
+parameters are given away and the new ones not there yet. With several, all must stop after the same
+step: JAX's preemption service passes SIGTERM on and agrees on that step, and Ctrl-C is turned into
+SIGTERM. A second Ctrl-C ends a process at once.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+class Signals:
+    """Handles SIGINT and SIGTERM within a `with`, as this file's beginning says.
+
+    Signals that the shell has told to ignore (those of background jobs) stay ignored; in threads
+    other than the main one nothing is handled.
+    """
+
+    def __init__(self):
+        self._several = jax.process_count() > 1
+        self._before, self._caught, self._deferred = {}, None, False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            # With several processes, SIGTERM is JAX's.
+            for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _handle(self, number, frame):
+        del frame
+        again, self._caught = self._caught, self._caught or number
+        if self._several:
+            if again:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self._deferred and not again:
+            self._raise()
+        elif again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _raise(self):
+        raise Terminated if self._caught == signal.SIGTERM else KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """A signal in this context takes effect at its end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._caught and not self._several:
+            self._raise()
+
+    def stop_if_agreed(self, step):
+        """With several processes: raises Terminated if all are to stop after `step`. To be called
+        after every step, by all of them."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            raise Terminated

@@ -1,0 +1,66 @@
+"""What must hold of every training step, looked at whenever metrics are read from the devices.
+
+Loss and gradient must be finite (the step itself leaves the parameters as they were if they aren't)
+and every supervised token must be among the positions that logits are computed at.
+"""
+
+import math
+
+import jax
+
+from paligemma_med import distributed, run_files
+
+
+class Soundness:
+    """Collects a few scalars a step, on the device, and checks them on the host when asked.
+
+    Attributes:
+      skipped: steps so far whose loss or gradient wasn't finite.
+    """
+
+    def __init__(self, config, workdir, batches, *, skipped=0):
+        """skipped: as a checkpoint has it."""
+        self.skipped = skipped
+        self._may_skip = config.get("skip_nonfinite") or 0
+        self._supervised_len = config.get("supervised_len")
+        self._workdir, self._batches = workdir, batches
+        self._steps = {}
+
+    def add(self, step, metrics):
+        """Takes note of the metrics of `step`, without waiting for them."""
+        names = ("finite", "lost", "training_loss", "l2_grads")
+        self._steps[step] = {n: metrics[n] for n in names}
+
+    def check(self):
+        """Looks at all steps since the last call.
+
+        Raises:
+          ValueError: supervised tokens that config.supervised_len leaves out.
+          FloatingPointError: a loss or a gradient that isn't finite, beyond the number of steps
+            that config.skip_nonfinite allows. Each one is written to nonfinite.jsonl before.
+        """
+        steps, self._steps = jax.device_get(self._steps), {}
+        for step, found in steps.items():
+            if found["lost"]:
+                raise ValueError(
+                    f"Step {step}: {int(found['lost'])} supervised tokens lie beyond "
+                    f"config.supervised_len = {self._supervised_len} of their row: raise it."
+                )
+            if not found["finite"]:
+                self._not_finite(step, found)
+
+    def _not_finite(self, step, found):
+        ids = self._batches.question_ids(step - 1)  # batch i makes step i + 1
+        row = {n: float(found[n]) for n in ("training_loss", "l2_grads")}
+        row = {n: x if math.isfinite(x) else str(x) for n, x in row.items()}
+        if distributed.is_main():
+            run_files.append(self._workdir, "nonfinite.jsonl", step, {**row, "question_ids": ids})
+        self.skipped += 1
+        if self.skipped > self._may_skip:
+            shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+            raise FloatingPointError(
+                f"Step {step}: training_loss is {row['training_loss']}, l2_grads is "
+                f"{row['l2_grads']}, on the questions {shown}; all are in "
+                f"{self._workdir}/nonfinite.jsonl. Lower config.lr, set config.grad_clip_norm, or "
+                f"let {self.skipped} or more such steps be skipped with config.skip_nonfinite."
+            )
