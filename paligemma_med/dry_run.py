@@ -1,73 +1,237 @@
 """What a training run would take, before it is run: the train step compiled on abstract arrays.
 
-No weights and no data are touched.
+No weights and no data are touched. Everything is told per device of the config's mesh, which is
+made of the devices of this machine; to see how a config divides over more of them, let the CPU
+stand in for them: JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
+
+A compiler knows its own chip: "temporary" holds for the kind of device it was compiled for. A CPU
+multiplies in float32, and XLA makes room there for casts of whole bfloat16 weights, which a GPU or
+TPU does not need. So on a CPU a bfloat16 config is compiled a second time, in float32 throughout:
+what that takes beside its weights bounds what bfloat16 takes elsewhere.
 """
 
+import dataclasses
 import math
 import time
 
 import jax
 
-from paligemma_med import experiment, optim, sharding, train_step
+from paligemma_med import experiment, flops, optim, sharding, train_step
+
+# A loop that keeps the device busy has one step running and one waiting, each with its batch, and
+# holds one more that has just been fetched.
+_BATCHES_IN_USE = 3
 
 
-def dry_run(config):
-    """Compiles the train step on abstract arrays and prints what it takes; touches no files.
+@dataclasses.dataclass
+class Step:
+    """A train step on abstract arrays, compiled.
 
-    Returns:
-      dict of the printed figures, in GiB per device.
+    Attributes:
+      compiled: jax.stages.Compiled; takes (trained, opt_state, frozen, batch, i).
+      trained, opt_state, frozen, batch: trees of jax.ShapeDtypeStruct with shardings.
+      activations: bytes on a device that the forward pass leaves for the backward pass.
+      model, mesh: of the config.
+      seconds: that compiling took.
     """
-    experiment.check_training_config(config)
-    model = experiment.make_model(config)
-    mesh = experiment.make_mesh(config)
+
+    compiled: jax.stages.Compiled
+    trained: dict
+    opt_state: object
+    frozen: dict
+    batch: dict
+    activations: int
+    model: object
+    mesh: jax.sharding.Mesh
+    seconds: float
+
+
+def compile_step(config):
+    """The `Step` of a config that `experiment.check_training_config` has passed."""
+    model, mesh = experiment.make_model(config), experiment.make_mesh(config)
     abstract = experiment.abstract_params(config, model)
     names = optim.trained_names(config, list(abstract))
-    print(experiment.describe_params(config, abstract, names), flush=True)
+    # How long training takes changes no shape.
     tx, learning_rate = optim.make(
-        config, names, total_steps=10_000, num_examples=10_000, batch_size=config.input.batch_size
+        config, names, total_steps=10**6, num_examples=10**6, batch_size=config.input.batch_size
     )
     dtypes = experiment.param_dtypes(config, abstract, names)
     shardings = experiment.param_shardings(config, abstract, mesh)
-    params = {
+    frozen = {
         n: jax.ShapeDtypeStruct(x.shape, dtypes[n], sharding=shardings[n])
         for n, x in abstract.items()
     }
-    trained = {n: params.pop(n) for n in names}
+    trained = {n: frozen.pop(n) for n in names}
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(tx.init, trained), train_step.opt_shardings(tx, trained, mesh),
     )  # fmt: skip
-    size, length = config.input.batch_size, config.text_len + 1
-    rows = sharding.batch_sharding(mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((size, config.res, config.res, 3), "float32", sharding=rows),
-        **{
-            k: jax.ShapeDtypeStruct((size, length), "int32", sharding=rows)
-            for k in ("text", "mask_ar", "mask_loss")
-        },
-    }
-    started = time.monotonic()
+    batch = abstract_batch(config, config.input.batch_size, sharding.batch_sharding(mesh))
     step = train_step.make_train_step(config, model, tx, learning_rate)
-    step_fn = train_step.jit_step(step, tx, trained, mesh)
-    i = jax.ShapeDtypeStruct((), "int32")
-    compiled = step_fn.lower(trained, opt_state, params, batch, i).compile()
-    memory = compiled.memory_analysis()
+    step = train_step.jit_step(step, tx, trained, mesh)
+    started = time.monotonic()
+    with sharding.rules(config, mesh):
+        i = jax.ShapeDtypeStruct((), "int32")
+        compiled = step.lower(trained, opt_state, frozen, batch, i).compile()
+        seconds = time.monotonic() - started
+        activations = _saved_bytes(config, model, mesh, trained, frozen)
+    return Step(compiled, trained, opt_state, frozen, batch, activations, model, mesh, seconds)
 
-    def gib(tree):
-        shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes) / 2**30
 
-    out = {
-        "frozen parameters": gib(params),
-        "trained parameters": gib(trained),
-        "optimizer state": gib(opt_state),
-        "batch": gib(batch),
-        "compiled: arguments": memory.argument_size_in_bytes / 2**30,
-        "compiled: temporary": memory.temp_size_in_bytes / 2**30,
+def abstract_batch(config, size, where=None):
+    """{key: jax.ShapeDtypeStruct} of a training batch of `size` rows."""
+    shapes = {"image": ((size, config.res, config.res, 3), "float32")}
+    shapes |= {k: ((size, config.text_len + 1), "int32") for k in ("text", "mask_ar", "mask_loss")}
+    return {k: jax.ShapeDtypeStruct(*x, sharding=where) for k, x in shapes.items()}
+
+
+def _saved_bytes(config, model, mesh, trained, frozen):
+    """Bytes of what the backward pass reads of the forward pass, without weights and batch, on one
+    device: of its rows of a microbatch (activations that sharding_rules cut count whole)."""
+    parts = mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
+    rows = max(1, config.input.batch_size // parts)
+    batch = abstract_batch(config, rows)
+    batch["row_weight"] = jax.ShapeDtypeStruct((rows,), "float32")
+    loss_fn = train_step.make_loss_fn(config, model)
+
+    def saved(trained, frozen, batch, rng):
+        loss = lambda x: loss_fn(x, frozen, batch, rng)[0]  # noqa: E731
+        return jax.tree.leaves(jax.vjp(loss, trained)[1])
+
+    plain = [
+        {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()}
+        for tree in (trained, frozen, batch)
+    ]
+    jaxpr = jax.make_jaxpr(saved)(*plain, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
+    given = set(jaxpr.invars)
+    made = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var) and v not in given}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in made)
+
+
+def bytes_on_device(tree):
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def memory(config, step):
+    """{what: bytes on one device} of a run with the compiled `step`; together they are its peak."""
+    found = step.compiled.memory_analysis()
+    batches = 1 + config.input.get("prefetch", 2) + _BATCHES_IN_USE
+    return {
+        "frozen weights": bytes_on_device(step.frozen),
+        "trained weights": bytes_on_device(step.trained),
+        "optimizer state": bytes_on_device(step.opt_state),
+        f"batches ({batches})": batches * bytes_on_device(step.batch),
+        "temporary": found.temp_size_in_bytes,
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
     }
-    devices = jax.devices()
-    print(f"Compiled in {time.monotonic() - started:.0f} s for {len(devices)} × "
-          f"{devices[0].device_kind}; on each, GiB:")  # fmt: skip
-    for name, value in out.items():
-        print(f"  {name:<22} {value:8.3f}")
+
+
+def _temporary_elsewhere(config, mesh):
+    """Bytes that bound what a GPU or TPU needs for "temporary", if this is a CPU that needs more
+    because of bfloat16; else None."""
+    kinds = {str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
+    if mesh.devices.flat[0].platform != "cpu" or kinds == {"float32"}:
+        return None
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.dtype = config.frozen_dtype = "float32"
+    return compile_step(config).compiled.memory_analysis().temp_size_in_bytes
+
+
+def dry_run(config, hbm_gib=None):
+    """Prints what training `config` would take; touches no files of weights or data.
+
+    Args:
+      hbm_gib: memory of a device, in GiB. If this is a CPU, it is taken for that of a GPU or TPU.
+
+    Returns:
+      dict of the printed figures: {what: GiB on one device}, "peak" among them, and
+      "peak_elsewhere" if that differs on a GPU or TPU; "activations", which are a part of
+      "temporary"; "tflops", of a step on all devices together, and "tflops_executed", of what is
+      recomputed, too.
+
+    Raises:
+      ValueError: a config that can't train, or one that doesn't fit in hbm_gib.
+    """
+    experiment.check_training_config(config)
+    model = experiment.make_model(config)
+    abstract = experiment.abstract_params(config, model)
+    names = optim.trained_names(config, list(abstract))
+    print(experiment.describe_params(config, abstract, names), flush=True)
+    step = compile_step(config)
+    parts = memory(config, step)
+    out = {name: size / 2**30 for name, size in parts.items()}
+    out["peak"] = sum(out.values())
+    out["activations"] = step.activations / 2**30
+
+    devices = step.mesh.devices.flat
+    print(
+        f"Compiled in {step.seconds:.0f} s for {len(devices)} × {devices[0].device_kind}; "
+        "on each, GiB:"
+    )
+    for name in parts:
+        print(f"  {name:<18} {out[name]:9.3f}")
+        if name == "temporary":
+            rows = config.input.batch_size // (config.get("grad_accum_steps") or 1)
+            print(f"    activations kept for the backward pass of {rows} examples: "
+                  f"{out['activations']:.3f}")  # fmt: skip
+    print(f"  {'peak':<18} {out['peak']:9.3f}")
+    if (elsewhere := _temporary_elsewhere(config, step.mesh)) is not None:
+        parts["temporary"] = elsewhere = min(elsewhere, parts["temporary"])
+        out["peak_elsewhere"] = sum(parts.values()) / 2**30
+        print(
+            "A CPU casts bfloat16 weights to float32. On a GPU or TPU expect a temporary of at "
+            f"most {elsewhere / 2**30:.3f}, a peak of {out['peak_elsewhere']:.3f}."
+        )
+    out |= _print_flops(config, step, names)
+    if hbm_gib is not None:
+        _check_fit(parts, hbm_gib)
     return out
+
+
+def _print_flops(config, step, names):
+    found = flops.count(
+        step.model, names, res=config.res, text_len=config.text_len,
+        supervised_len=config.get("supervised_len"),
+    )  # fmt: skip
+    tera = config.input.batch_size / 1e12
+    model, executed = (x * tera for x in (found.per_example_model, found.per_example_executed))
+    print(
+        f"TFLOPs of a step: {model:.4g} with weights, {found.per_example_attention * tera:.4g} in "
+        f"attention, {found.per_example_recompute * tera:.4g} computed again: {executed:.4g}. "
+        f"MFU counts the first: {flops.ACCOUNTING}."
+    )
+    devices = step.mesh.devices.flat
+    if peak := flops.peak(devices[0], config.get("peak_tflops")):
+        seconds = executed * 1e12 / peak / len(devices)
+        print(f"At the chip's peak a step would take {seconds:.3g} s.")
+    return {"tflops": model, "tflops_executed": executed}
+
+
+_ADVICE = {
+    "frozen weights": "set config.frozen_dtype='bfloat16', or cut them over more devices with "
+    "config.sharding_strategy (fsdp, tp)",
+    "trained weights": "train fewer (config.lora, config.schedule), or cut them over more devices "
+    "with config.sharding_strategy",
+    "optimizer state": "train fewer (config.lora, config.schedule), or cut it over more devices "
+    "with config.sharding_strategy",
+    "batches": "lower config.input.batch_size or config.input.prefetch",
+    "temporary": "raise config.grad_accum_steps, set config.supervised_len, or keep less with "
+    "remat_policy='nothing_saveable' in config.model.img and .llm",
+}
+
+
+def _check_fit(parts, hbm_gib):
+    peak = sum(parts.values()) / 2**30
+    if peak <= hbm_gib:
+        print(f"Fits: {peak:.2f} of {hbm_gib:g} GiB.")
+        return
+    largest = max(parts, key=parts.get)
+    advice = next((v for k, v in _ADVICE.items() if largest.startswith(k)), "take a larger device")
+    raise ValueError(
+        f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:g}. Its "
+        f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {advice}."
+    )

@@ -15,7 +15,6 @@ import pytest
 
 from paligemma_med import (
     checkpoints,
-    dry_run,
     evaluate,
     experiment,
     losses,
@@ -432,24 +431,3 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
         assert f"Stopped at step {step};" in err
         assert step > last
         last = step
-
-
-# --- Without training ---
-
-
-def test_dry_run_touches_no_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    c = tiny.config("/no/such/folder", schedule=HEAD, frozen_dtype="bfloat16")
-    c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
-    figures = dry_run.dry_run(c)
-    assert list(tmp_path.iterdir()) == []
-    assert figures["trained parameters"] * 2**30 == 4 * (32 * 64 + 64) / 8
-    assert figures["optimizer state"] >= 2 * figures["trained parameters"]
-    # Eight devices, nearly all of it cut in eight, two bytes each.
-    count = sum(x.size for x in experiment.abstract_params(c, experiment.make_model(c)).values())
-    count -= 32 * 64 + 64
-    assert 2 * count / 8 <= figures["frozen parameters"] * 2**30 < 2.2 * count / 8
-    args = figures["frozen parameters"] + figures["trained parameters"] + figures["batch"]
-    assert figures["compiled: arguments"] >= args
-    out = capsys.readouterr().out
-    assert "2,112 parameters trained" in out and "compiled: temporary" in out

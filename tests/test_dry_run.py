@@ -1,0 +1,124 @@
+"""The dry run: sizes that can be counted by hand, what it must not touch, and its verdict.
+
+How near it comes to a run's real peak is measured by `python -m tools.bench.step_memory`.
+"""
+
+import jax
+import pytest
+
+from paligemma_med import dry_run, experiment
+from tests import tiny
+
+HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
+HEAD_SIZE = 32 * 64 + 64
+FSDP = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
+
+
+def config(**kw):
+    """No data there: whatever is read of it would be an error."""
+    return tiny.config("/no/such/folder", schedule=HEAD, sharding_strategy=FSDP, **kw)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """The compiled step of `config()`, on eight devices."""
+    return dry_run.compile_step(config())
+
+
+@pytest.fixture
+def compiled(step, monkeypatch):
+    monkeypatch.setattr(dry_run, "compile_step", lambda config: step)
+
+
+def test_figures(compiled, step, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    c = config()
+    found = dry_run.dry_run(c)
+    assert list(tmp_path.iterdir()) == []
+    gib = 2**30
+    assert found["trained weights"] * gib == 4 * HEAD_SIZE / 8
+    assert found["optimizer state"] >= 2 * found["trained weights"]
+    # Eight devices, nearly all of it cut in eight.
+    count = sum(x.size for x in experiment.abstract_params(c, step.model).values()) - HEAD_SIZE
+    assert 4 * count / 8 <= found["frozen weights"] * gib < 4.4 * count / 8
+    row = 4 * (tiny.RES**2 * 3 + 3 * (tiny.TEXT_LEN + 1))
+    assert found["batches (6)"] * gib == 6 * row * c.input.batch_size / 8
+    whole = ("frozen weights", "trained weights", "optimizer state", "batches (6)", "temporary")
+    whole += ("results", "program")
+    assert found["peak"] == pytest.approx(sum(found[k] for k in whole))
+    # The compiler agrees about what it is given, but for the step's number and unused biases.
+    given = sum(found[k] for k in whole[:3]) * gib + row * c.input.batch_size / 8
+    assert step.compiled.memory_analysis().argument_size_in_bytes == pytest.approx(given, rel=0.01)
+    out = capsys.readouterr().out
+    for text in ("2,112 parameters trained", "temporary", "TFLOPs of a step", "8 × cpu", "4N"):
+        assert text in out
+    assert found["tflops_executed"] > found["tflops"] > 0
+
+
+def test_prefetched_batches_count(step):
+    def batches(c):
+        return next(v for k, v in dry_run.memory(c, step).items() if k.startswith("batches"))
+
+    more = config()
+    more.input.prefetch = 5
+    assert batches(more) * 6 == batches(config()) * 9
+
+
+def test_fits_or_says_what_to_change(compiled, capsys):
+    peak = dry_run.dry_run(config())["peak"]
+    dry_run.dry_run(config(), hbm_gib=peak * 1.01)
+    assert "Fits: 0.0" in capsys.readouterr().out
+    message = r"doesn't fit: 0\.\d+ GiB on each device.* largest part is (temporary|batches).*: .*"
+    with pytest.raises(ValueError, match=message + "config"):
+        dry_run.dry_run(config(), hbm_gib=peak * 0.99)
+
+
+@pytest.mark.parametrize("name", ["frozen weights", "trained weights", "optimizer state"])
+def test_advice_is_about_the_largest_part(name):
+    parts = {"frozen weights": 1, "trained weights": 1, "optimizer state": 1, name: 2**31}
+    with pytest.raises(ValueError, match=f"largest part is {name} with 2.00: .*config.sharding"):
+        dry_run._check_fit(parts, 1.0)
+
+
+def activations(policy="nothing_saveable", schedule=HEAD, depth=3, rows=8, **kw):
+    """Bytes kept for the backward pass on one device, without compiling."""
+    model = {k: dict(v, depth=depth, scan=True, remat_policy=policy) for k, v in tiny.MODEL.items()}
+    c = tiny.config(schedule=schedule, model=model, mesh=[("data", 8)], **kw)
+    c.input.batch_size = rows
+    m = experiment.make_model(c)
+    frozen = dict(experiment.abstract_params(c, m))
+    trained = {n: frozen.pop(n) for n in list(frozen) if schedule is not HEAD or "head" in n}
+    return dry_run._saved_bytes(c, m, experiment.make_mesh(c), trained, frozen)
+
+
+def test_activations_by_hand():
+    """With everything remade, a layer more costs its input: tokens × width floats."""
+    tokens = 4 + tiny.TEXT_LEN
+    assert activations(depth=4) - activations(depth=3) == 4 * tokens * 64
+    everything = dict(decay_type="constant")
+    more = activations(depth=4, schedule=everything) - activations(depth=3, schedule=everything)
+    assert more == 4 * (tokens * 64 + 4 * 32)
+
+
+def test_activations_follow_rows_and_policy():
+    assert activations(rows=32) == pytest.approx(4 * activations(rows=8), rel=0.05)
+    assert activations(rows=32, grad_accum_steps=4) == activations(rows=8)
+    kept = [activations(p) for p in ("nothing_saveable", "dots_saveable", "none")]
+    assert kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.slow
+def test_bfloat16_is_bounded_by_float32_on_a_cpu():
+    found = dry_run.dry_run(config(dtype="bfloat16", frozen_dtype="bfloat16"))
+    assert found["peak_elsewhere"] <= found["peak"]
+    assert "peak_elsewhere" not in dry_run.dry_run(config())
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_told_per_device():
+    whole = dry_run.memory(config(), dry_run.compile_step(config()))
+    c = config(mesh=[("data", 4), ("model", 2)])
+    c.sharding_strategy = [(".*", 'tp(axis="model")')]
+    step = dry_run.compile_step(c)
+    assert jax.tree.leaves(step.frozen)[0].sharding.mesh.shape == {"data": 4, "model": 2}
+    assert whole["frozen weights"] < dry_run.memory(c, step)["frozen weights"]

@@ -1,0 +1,149 @@
+"""What --dry_run foretells of a training step's memory, beside what the step really takes.
+
+    python -m tools.bench.step_memory
+    python -m tools.bench.step_memory --config=configs/stage1_slake.py
+
+Compiles the step as the dry run does, makes random weights and batches, takes a few steps, and
+compares. On a GPU or TPU the device tells its peak. On a CPU it is the growth of the process's
+resident memory from just before the weights are made; each case has a process of its own. Without
+--config: models of 0.6 to 1.5 GB, trained whole, by LoRA and by the head alone.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from paligemma_med import dry_run, experiment, sharding
+
+CONSTANT = dict(decay_type="constant")
+LORA = [("(img/Transformer|llm/layers)/.*", dict(rank=16))]
+FACTORS = [(".*/lora_[ab]", CONSTANT), (".*", None)]
+HEAD = [("img/head/.*", CONSTANT), (".*", None)]
+CASES = {
+    "all": dict(schedule=CONSTANT, depth=4),
+    "all, 4 accumulated": dict(schedule=CONSTANT, depth=4, grad_accum_steps=4),
+    "all, nothing remade": dict(schedule=CONSTANT, depth=4, remat_policy="none"),
+    "lora": dict(schedule=FACTORS, lora=LORA, depth=12),
+    "lora, bfloat16": dict(
+        schedule=FACTORS, lora=LORA, depth=12, dtype="bfloat16", frozen_dtype="bfloat16"
+    ),
+    "head": dict(schedule=HEAD, depth=12),
+}
+
+
+def make_config(depth, remat_policy="nothing_saveable", **kw):
+    """A model of 24 M parameters and 8.5 M more a layer of the language model."""
+    c = ml_collections.ConfigDict()
+    c.res, c.text_len, c.tokenizer, c.supervised_len = 112, 48, "tiny", 16
+    c.model = dict(
+        img=dict(variant="S/14", depth=4, remat_policy=remat_policy),
+        llm=dict(width=1024, depth=depth, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=128,
+                 vocab_size=16_384, remat_policy=remat_policy),
+    )  # fmt: skip
+    c.input = dict(batch_size=16)
+    c.optax_name, c.lr = "scale_by_adam", 1e-4
+    for key, value in kw.items():
+        c[key] = value
+    return c
+
+
+def resident(name):
+    """VmRSS or VmHWM (its peak) of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as f:
+        return int(re.search(rf"{name}:\s+(\d+) kB", f.read())[1]) * 1024
+
+
+def forget_peak():
+    """Gives back what is free, so that growth is growth, and starts the peak anew."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
+        f.write("5")
+
+
+def draw_batch(rng, abstract):
+    """A batch on the devices: answers of a few tokens, images of noise."""
+    rows, length = abstract["text"].shape
+    place = np.arange(length)[None]
+    host = {
+        "image": rng.random(abstract["image"].shape, np.float32) * 2 - 1,
+        "text": rng.integers(3, 200, (rows, length), np.int32),
+        "mask_ar": np.repeat(place >= 20, rows, 0).astype(np.int32),
+        "mask_loss": np.repeat((place >= 20) & (place < 26), rows, 0).astype(np.int32),
+    }
+    return {k: jax.device_put(v, abstract[k].sharding) for k, v in host.items()}
+
+
+def measure(config, steps):
+    """{what: bytes on one device} foretold and found."""
+    experiment.check_training_config(config)
+    step = dry_run.compile_step(config)
+    foretold = dry_run.memory(config, step)
+    batches = next(k for k in foretold if k.startswith("batches"))
+    # No input pipeline here, that would hold batches ready: one in use, one on its way.
+    foretold[batches] = 2 * dry_run.bytes_on_device(step.batch)
+    on_cpu = jax.default_backend() == "cpu"
+    forget_peak()
+    before = resident("VmRSS")
+    params, _ = experiment.initial_params(
+        config, step.model, step.mesh,
+        dtypes={n: x.dtype for n, x in {**step.frozen, **step.trained}.items()},
+    )  # fmt: skip
+    trained = {n: params.pop(n) for n in step.trained}
+    opt_state = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.opt_state
+    )
+    jax.block_until_ready((params, trained, opt_state))
+    start = resident("VmHWM") - before
+    forget_peak()
+    held = resident("VmRSS") - before
+    rng = np.random.default_rng(0)
+    with sharding.rules(config, step.mesh):
+        for i in range(steps):
+            batch = draw_batch(rng, step.batch)
+            trained, opt_state, metrics = step.compiled(
+                trained, opt_state, params, batch, np.int32(i)
+            )
+            jax.block_until_ready(metrics)
+    assert np.isfinite(metrics["training_loss"])
+    found = resident("VmHWM") - before
+    if not on_cpu:
+        found = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return {
+        **foretold, "foretold": sum(foretold.values()), "found": found, "found in making": start,
+        "found held": held,
+    }  # fmt: skip
+
+
+def main(argv):
+    del argv
+    values = flags.FLAGS
+    if values.case or values.config:
+        config = values.config or make_config(**CASES[values.case])
+        print(json.dumps(measure(config, values.steps)))
+        return
+    print("| | state, GB | temporary, GB | foretold, GB | found, GB | found / foretold |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for case in CASES:
+        command = [sys.executable, "-m", "tools.bench.step_memory", f"--case={case}",
+                   f"--steps={values.steps}"]  # fmt: skip
+        out = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        state = sum(v for k, v in out.items() if "weights" in k or "optimizer" in k)
+        row = [f"{x / 1e9:.3f}" for x in (state, out["temporary"], out["foretold"], out["found"])]
+        print(f"| {case} | {' | '.join(row)} | {out['found'] / out['foretold']:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A config instead of the cases of old.")
+    flags.DEFINE_enum("case", None, sorted(CASES), "One case, told as JSON.")
+    flags.DEFINE_integer("steps", 3, "Steps to take.")
+    app.run(main)
