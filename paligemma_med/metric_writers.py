@@ -4,6 +4,7 @@ Only what the config asks for is imported, and nothing leaves the machine unless
 set. These are views: metrics.jsonl is the record, and training goes on when one of them fails.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -58,19 +59,17 @@ class Writers:
             except Exception as e:
                 self._writers.remove(writer)
                 _warn(writer, e)
-                _close(writer)
+                with contextlib.suppress(Exception):  # one warning is enough
+                    writer.close()
 
     def close(self):
         """Writes what is left and ends; in bounded time."""
         while self._writers:
-            _close(self._writers.pop())
-
-
-def _close(writer):
-    try:
-        writer.close()
-    except Exception as e:
-        _warn(writer, e)
+            writer = self._writers.pop()
+            try:
+                writer.close()
+            except Exception as e:
+                _warn(writer, e)
 
 
 def _warn(writer, error):
@@ -129,7 +128,7 @@ class _Wandb:
 
     def __init__(self, config, workdir):
         try:
-            import wandb
+            from wandb import Settings, init  # not `import wandb`: a folder of that name would do
         except ImportError as e:
             raise ValueError(_missing("wandb", e)) from None
         if config.wandb is not True and not hasattr(config.wandb, "to_dict"):
@@ -139,14 +138,14 @@ class _Wandb:
             )
         kw = {} if config.wandb is True else config.wandb.to_dict()
         kw = {"id": _kept_id(workdir), "resume": "allow", "dir": workdir, **kw}
-        if "settings" not in kw and hasattr(wandb.Settings, "finish_timeout"):
-            kw["settings"] = wandb.Settings(finish_timeout=60)
+        if "settings" not in kw and hasattr(Settings(), "finish_timeout"):
+            kw["settings"] = Settings(finish_timeout=60)  # lest an unreachable server hang it
         try:
-            self._run = wandb.init(config=json.loads(experiment.config_to_json(config)), **kw)
+            self._run = init(config=json.loads(experiment.config_to_json(config)), **kw)
         except Exception as e:
             raise _CannotStart(
-                f"config.wandb is set, but W&B doesn't start ({e}): run `wandb login`, or set "
-                "WANDB_MODE=offline."
+                f"config.wandb is set, but W&B doesn't start ({' '.join(str(e).split())}): run "
+                "`wandb login`, or set WANDB_MODE=offline."
             ) from None
         self._run.define_metric("*", step_metric="step")
 
