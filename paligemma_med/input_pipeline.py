@@ -216,7 +216,7 @@ class _Preprocess:
         index, record = item
         try:
             row = self._pp(record, rng)
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # SystemExit would end a thread without a word
             kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
             raise InputError(f"{self.where(index, record)}: pp failed: {kind}{e}") from e
         cut = int(row.get("_truncated", 0))
@@ -434,15 +434,31 @@ def _put(
 # --- Grain ---
 
 
+# Seconds that a worker goes on after SIGTERM.
+_LAST_BATCHES = 60
+
+
 def _worker_init(index: int, count: int) -> None:
     del index, count
     # A worker imports the main module, and JAX with it; it must not take GPU memory or a TPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Ctrl-C reaches the whole group. The main process decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Schedulers send SIGTERM to all processes of a job. The main process may still need batches, to
+    # come to the step after which it stops; it then ends its workers, or they end themselves.
+    signal.signal(signal.SIGTERM, lambda *_: _start_daemon(_exit_later))
     # Grain ends workers when an iterator is closed; a main process that is killed closes nothing,
     # and its workers would wait for ever for room in their queues.
-    threading.Thread(target=_exit_after_parent, daemon=True).start()
+    _start_daemon(_exit_after_parent)
+
+
+def _start_daemon(target: Callable[[], None]) -> None:
+    threading.Thread(target=target, daemon=True).start()
+
+
+def _exit_later() -> None:
+    time.sleep(_LAST_BATCHES)
+    os._exit(1)
 
 
 def _exit_after_parent() -> None:
@@ -780,7 +796,7 @@ def training(
         if not isinstance(value, int | np.integer) or not 0 <= value < limit:
             raise InputError(f"{key}={value!r}: expected a whole number from 0 up to {limit - 1}")
 
-    on_error = cfg.get("on_error", "error")
+    on_error = cfg.get("on_error") or "error"
     if on_error not in ("error", "skip"):
         raise InputError(f"input.on_error={on_error!r}: expected 'error' or 'skip'")
 

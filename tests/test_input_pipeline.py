@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -469,6 +470,13 @@ def test_rows_that_make_no_batch(data, extra, words):
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_pp_that_wants_to_exit_is_an_error(data, prefetch):
+    # In a thread it would end that thread, and training would wait for ever.
+    with pytest.raises(InputError, match="pp failed: SystemExit: 0"):
+        _train(data, lambda d, rng: sys.exit(0), steps=1, prefetch=prefetch)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_pp_errors_name_the_row(data, num_workers):
     with pytest.raises(InputError) as e:
@@ -488,11 +496,13 @@ from paligemma_med import input_pipeline
 
 data = {"name": "tiny_vqa/en", "split": "train", "data_dir": sys.argv[1]}
 cfg = {"data": data, "pp": lambda d, rng: {"x": np.zeros(9)}, "batch_size": 2, "num_workers": 2}
-batches = input_pipeline.training(cfg | {"allow_missing_eos": True}, seed=0)
-for _ in range(4):
-    next(batches)
-print(*[p.pid for p in multiprocessing.active_children()], flush=True)
-time.sleep(100)
+with input_pipeline.training(cfg | {"allow_missing_eos": True}, seed=0) as batches:
+    for _ in range(4):
+        next(batches)
+    print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+    while True:
+        next(batches)
+        time.sleep(0.1)
 """
 
 
@@ -505,26 +515,42 @@ def _alive(pid):
 
 
 @pytest.mark.slow
-def test_workers_go_when_the_main_process_is_killed(data, repo_root):
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),  # as schedulers do
+        (signal.SIGINT, True),  # as a terminal does
+    ],
+)
+def test_workers_go_when_the_main_process_is_ended(data, repo_root, number, to_group):
     main = subprocess.Popen(
         [sys.executable, "-c", _MAIN_WITH_WORKERS, data["data_dir"]],
         env=os.environ | {"PYTHONPATH": str(repo_root)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+    workers = []
     try:
         workers = [int(pid) for pid in main.stdout.readline().split()]
         assert len(workers) == 2 and all(_alive(pid) for pid in workers)
+        (os.killpg if to_group else os.kill)(main.pid, number)
+        _, errors = main.communicate(timeout=20)
+        assert main.returncode == -number
+        assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+        assert "InputError" not in errors
+        deadline = time.monotonic() + 20
+        while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in workers if _alive(pid)]
     finally:
         main.kill()
-        main.wait()
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = [pid for pid in workers if _alive(pid)]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+        for pid in workers:
+            if _alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_worker_that_dies_is_reported(data):
@@ -537,6 +563,29 @@ def test_a_worker_that_dies_is_reported(data):
 
     with pytest.raises(InputError, match="worker process died.*num_workers=0"):
         _train(data, pp, steps=1, num_workers=1)
+
+
+def test_workers_live_through_sigterm_and_their_death_is_an_error(data):
+    cfg = {"data": data, "pp": lambda d, rng: {"x": np.zeros(9)}, "allow_missing_eos": True}
+    with input_pipeline.training({**cfg, "batch_size": 2, "num_workers": 2}, seed=0) as batches:
+        for _ in range(4):
+            next(batches)
+        workers = [p.pid for p in multiprocessing.active_children()]
+        assert len(workers) == 2
+        # A scheduler's notice goes to them too; the batches up to the last checkpoint still come.
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        for _ in range(20):
+            next(batches)
+        os.kill(workers[1], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(InputError, match="worker process died.*exit code -9"):
+            while time.monotonic() < start + 30:
+                next(batches)
+        assert time.monotonic() < start + 24  # Grain waits 25 s for workers that do not end
+        assert not any(_alive(pid) for pid in workers)
+        with pytest.raises(StopIteration):
+            next(batches)
 
 
 @pytest.mark.parametrize(
