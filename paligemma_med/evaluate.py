@@ -10,7 +10,7 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import experiment
+from paligemma_med import experiment, sharding
 from paligemma_med.evaluators import vqa
 
 
@@ -36,7 +36,8 @@ def evaluate(config, checkpoint, out, only=None):
     for name, (evaluator, _) in evaluators.items():
         if only and name not in only:
             continue
-        results[name] = evaluator.run(params)
+        with sharding.rules(config, mesh):
+            results[name] = evaluator.run(params)
         print(f"\n{name} on {checkpoint}\n\n{vqa.format_table(results[name])}", flush=True)
         print(f"\nWritten to {os.path.join(out, 'eval', name)}", flush=True)
     return results

@@ -8,7 +8,7 @@ With --config and --checkpoint instead of --workdir, weights of any form that `l
 import numpy as np
 from absl import app, flags, logging
 
-from paligemma_med import decode, experiment
+from paligemma_med import decode, experiment, sharding
 from paligemma_med.pp import get_preprocess_fn
 
 
@@ -28,7 +28,7 @@ def predict(config, checkpoint, image, questions, **decoding):
     """
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
-    model, tok, _, params = experiment.load(config, checkpoint)
+    model, tok, mesh, params = experiment.load(config, checkpoint)
     pp = get_preprocess_fn(config.predict_pp)
     rows = [pp({"image": image, "question": q}) for q in questions]
     for question, row in zip(questions, rows):
@@ -36,9 +36,10 @@ def predict(config, checkpoint, image, questions, **decoding):
             logging.warning("The prompt lost its last %d tokens: %s", cut, question)
     keys = ("image", "text", "mask_ar", "mask_input")
     batch = {k: np.stack([r[k] for r in rows]) for k in keys}
-    tokens, logprobs = decode.generate(
-        model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
-    )
+    with sharding.rules(config, mesh):
+        tokens, logprobs = decode.generate(
+            model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
+        )
     out = []
     for i, question in enumerate(questions):
         prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist())

@@ -382,12 +382,18 @@ def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextMa
     """A context under which activations lie as `config.sharding_rules` says.
 
     sharding_rules: (name, mesh axis, axes or None) pairs, names as in `models/activations.py`; the
-    first that fits wins. Functions have to be traced, and called, within the context; without rules
-    it does nothing.
+    first that fits wins. By default [("act_batch", "data")], as in big_vision, and it takes that
+    for `fsdp` to be what its name says: from the weights alone the compiler would conclude to cut
+    activations along "data" by width, and to gather the batch instead of a layer's weights.
+    [("act_vocab", "data"), ("act_batch", "data")] cuts logits by vocabulary: then the few rows of
+    logits are sent around, not the embedding table.
+    Functions have to be traced, and called, within the context. An empty list, or a mesh of one
+    device, makes it do nothing.
     ValueError: a pair that can't be read, an unknown name, an axis that the mesh doesn't have.
     """
+    pairs = config.get("sharding_rules")
     found = []
-    for pair in config.get("sharding_rules") or ():
+    for pair in [("act_batch", DATA_AXIS)] if pairs is None else pairs:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"sharding_rules: {pair!r} is not a (name, mesh axes) pair")
         name, axes = pair
@@ -404,4 +410,6 @@ def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextMa
                     f"it has {list(mesh.shape)}"
                 )
         found.append((name, axes))
-    return activations.active((mesh, tuple(found))) if found else contextlib.nullcontext()
+    if not found or mesh.size == 1:
+        return contextlib.nullcontext()
+    return activations.active((mesh, tuple(found)))

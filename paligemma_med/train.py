@@ -28,6 +28,7 @@ from paligemma_med import (
     profiling,
     progress,
     run_files,
+    sharding,
     train_step,
 )
 from paligemma_med.checkpoints import npz
@@ -47,7 +48,8 @@ def train(config, workdir, *, profile=None):
     Raises:
       KeyboardInterrupt: stopped by a signal, after a checkpoint of where it was.
     """
-    with interrupts.Signals() as signals:
+    rules = sharding.rules(config, experiment.make_mesh(config))
+    with interrupts.Signals() as signals, rules:
         return _train(config, workdir, signals, profile)
 
 
@@ -240,7 +242,7 @@ def main(argv):
     values = flags.FLAGS
     distributed.start_from_flags()
     if values.dry_run:
-        dry_run.dry_run(values.config)
+        dry_run.dry_run(values.config, values.hbm_gib)
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:
@@ -252,7 +254,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
     flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
     flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")
-    flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory, stop.")
+    flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and FLOPs, stop.")
+    flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
     flags.mark_flag_as_required("config")
     distributed.define_flags()
     app.run(main)
