@@ -1,0 +1,137 @@
+"""A run that is killed again and again ends as if nothing had happened: same metrics, same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from paligemma_med import checkpoints, progress
+from tests import tiny
+from tools import random_kills
+
+CONFIG = """
+from tests import tiny
+def get_config(arg=None):
+    data, steps = arg.split(",")
+    model = {k: dict(v, dropout=0.1) for k, v in tiny.MODEL.items()}
+    frozen = [("img/embedding/.*", None), (".*", dict(decay_type="cosine", warmup_steps=2))]
+    c = tiny.config(data, model=model, schedule=frozen, frozen_dtype="bfloat16",
+                    total_steps=int(steps), log_training_steps=3, ckpt_steps=5, keep_ckpt=2)
+    c.evals.val.log_steps = EVERY
+    c.evals.val.data.split = "validate[:8]"
+    c.keep_best = dict(metric="val/model/overall/acc")
+    return c
+"""
+EVERY = 20  # steps from one eval to the next
+
+
+def command(folder, data, steps, workdir):
+    config = folder / "killed_config.py"
+    config.write_text(CONFIG.replace("EVERY", str(EVERY)))
+    return [sys.executable, "-m", "paligemma_med.train", f"--config={config}:{data},{steps}",
+            f"--workdir={workdir}"]  # fmt: skip
+
+
+def last_row(workdir):
+    try:
+        with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
+            return json.loads(f.readlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return {"step": 0}
+
+
+def is_saving(workdir):
+    folder = os.path.join(workdir, "checkpoints")
+    return os.path.isdir(folder) and any(not n.isdigit() for n in os.listdir(folder))
+
+
+def is_evaluating(workdir):
+    row = last_row(workdir)
+    return row["step"] and row["step"] % EVERY == 0 and "val/n" not in row
+
+
+def wait_until(condition, process, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def moments(workdir):
+    """A moment of one of four kinds: at any time after the start, some time into training, while a
+    checkpoint is written, or in an eval."""
+
+    def moment(rng: random.Random, start, process):
+        kind = ("start", "training", "saving", "eval")[start % 4]
+        if kind == "start":
+            time.sleep(rng.uniform(0, 10))
+            return
+        before = last_row(workdir)
+        wait_until(lambda: last_row(workdir)["step"] not in (0, before["step"]), process)
+        if kind == "saving":
+            time.sleep(rng.uniform(0, 0.3))
+            wait_until(lambda: is_saving(workdir), process)
+        elif kind == "eval":
+            wait_until(lambda: is_evaluating(workdir), process)
+            time.sleep(rng.uniform(0, 0.2))
+        else:
+            time.sleep(rng.uniform(0, 3))
+
+    return moment
+
+
+def assert_same_run(killed, straight):
+    def rows(workdir, name="metrics.jsonl"):
+        with open(os.path.join(workdir, name), encoding="utf-8") as f:
+            found = [json.loads(line) for line in f]
+        return [{k: v for k, v in r.items() if k not in progress.TIMING} for r in found]
+
+    assert rows(killed) == rows(straight)
+    tiny.assert_trees_equal(checkpoints.load_params(killed), checkpoints.load_params(straight))
+    for name in ("metrics.json", "predictions.jsonl"):
+        a, b = (os.path.join(w, "eval", "val", name) for w in (killed, straight))
+        assert open(a, "rb").read() == open(b, "rb").read()
+
+
+def run(folder, data, steps, repo_root, kills, **kw):
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    popen = dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    straight, killed = str(folder / "straight"), str(folder / "killed")
+    subprocess.run(command(folder, data, steps, straight), check=True, **popen)
+    _, found = random_kills.run(
+        command(folder, data, steps, killed), moment=moments(killed),
+        limit=lambda n: n >= kills, **popen, **kw,
+    )  # fmt: skip
+    assert len(found) == kills
+    assert_same_run(killed, straight)
+    return found
+
+
+def test_killed_while_saving(tiny_data, tmp_path, repo_root):
+    """The quick one: a kill -9 while a checkpoint is written."""
+    steps = 40
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    popen = dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
+    beside = subprocess.Popen(command(tmp_path, tiny_data, steps, straight), **popen)
+
+    def moment(rng, start, process):
+        wait_until(lambda: last_row(killed)["step"] > 5 and is_saving(killed), process)
+
+    _, found = random_kills.run(
+        command(tmp_path, tiny_data, steps, killed), moment=moment, limit=lambda n: n >= 1,
+        signals=[signal.SIGKILL], **popen,
+    )  # fmt: skip
+    assert beside.wait(120) == 0
+    assert [name for name, _ in found] == ["SIGKILL"]
+    assert_same_run(killed, straight)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tiny_data, tmp_path, repo_root):
+    found = run(tmp_path, tiny_data, 600, repo_root, 20)
+    assert {name for name, _ in found} == {"SIGKILL", "SIGTERM", "SIGINT"}
