@@ -16,7 +16,7 @@ from paligemma_med import distributed
 class Profile:
     """A trace of some steps of training; of process 0, and nothing in the others."""
 
-    def __init__(self, steps, workdir, *, first_step, total_steps):
+    def __init__(self, steps, workdir, total_steps):
         """
         Args:
           steps: "first:last" as given to --profile, or None for no trace.
@@ -31,7 +31,7 @@ class Profile:
             if first >= total_steps:
                 raise ValueError(f"--profile={steps} begins after the run's {total_steps} steps.")
             if distributed.is_main():
-                self._range = range(max(first, first_step), min(last, total_steps))
+                self._range = range(first, last)
 
     def step(self, step, last=None):
         """To be called before each step, `step` counting from 0.

@@ -46,7 +46,7 @@ class Progress:
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total_steps, initial=first_step, unit="step", miniters=1, dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+                bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
             )  # fmt: skip
 
     def step(self, step, loss, wait=False):
@@ -140,7 +140,7 @@ class Progress:
             if self._utilisation:
                 live["mfu"] = live["examples_per_second"] * self._utilisation
             speed = _speed({**self._logged, **live})
-        self._bar.set_postfix_str(f"loss {loss:.4f}  {speed}", refresh=False)
+        self._bar.set_description_str(f"loss {loss:.4f}  {speed}", refresh=False)
         self._bar.update(step - self._bar.n)
         if step == self._total:
             self._bar.refresh()

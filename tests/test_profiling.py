@@ -39,13 +39,13 @@ def run(profile, first, last, calls):
     ],
 )
 def test_which_steps(steps, first, total, expected, calls, tmp_path):
-    profile = profiling.Profile(steps, str(tmp_path), first_step=first, total_steps=total)
+    profile = profiling.Profile(steps, str(tmp_path), total)
     assert run(profile, first, total, calls) == expected
 
 
 def test_other_processes_trace_nothing(calls, tmp_path, monkeypatch):
     monkeypatch.setattr(profiling.distributed, "is_main", lambda: False)
-    profile = profiling.Profile("0:2", str(tmp_path), first_step=0, total_steps=2)
+    profile = profiling.Profile("0:2", str(tmp_path), 2)
     assert run(profile, 0, 2, calls) == [0, 1]
 
 
@@ -54,7 +54,7 @@ def test_a_trace_that_cannot_be_written_is_a_warning(calls, tmp_path, monkeypatc
         raise OSError("no space")
 
     monkeypatch.setattr(jax.profiler, "stop_trace", fail)
-    profile = profiling.Profile("0:1", str(tmp_path), first_step=0, total_steps=2)
+    profile = profiling.Profile("0:1", str(tmp_path), 2)
     assert run(profile, 0, 2, calls) == ["start", 0, 1]
     assert "no space" in caplog.text
 
@@ -67,11 +67,11 @@ def test_bad_values(steps):
 
 def test_beyond_the_end(tmp_path):
     with pytest.raises(ValueError, match="--profile=6:8 begins after the run's 6 steps"):
-        profiling.Profile("6:8", str(tmp_path), first_step=0, total_steps=6)
+        profiling.Profile("6:8", str(tmp_path), 6)
 
 
 def test_a_real_trace_has_the_steps_and_what_they_ran(tmp_path):
-    profile = profiling.Profile("1:3", str(tmp_path), first_step=0, total_steps=5)
+    profile = profiling.Profile("1:3", str(tmp_path), 5)
     step = jax.jit(lambda x: (x @ x).sum())
     out = None
     for i in range(5):
