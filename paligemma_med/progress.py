@@ -6,6 +6,7 @@ stdout. Process 0 alone shows anything. Evals and checkpoints don't count into t
 
 import collections
 import contextlib
+import math
 import sys
 import time
 
@@ -40,6 +41,7 @@ class Progress:
             self._utilisation = flops.per_example_model / (peak * jax.device_count())
         # Steps that were sent off and aren't known to be done, then those done lately.
         self._sent, self._recent = collections.deque(), collections.deque()
+        self._last = None
         self._shown, self._bar = distributed.is_main(), None
         if flops:
             self.say(_accounting(flops, peak))
@@ -59,9 +61,12 @@ class Progress:
           loss: jax.Array of the step.
           wait: whether to wait for it (since the caller will anyway), the bar moving meanwhile.
         """
-        if self._bar is None:
-            return
-        self._sent.append((step, loss))
+        self._last = loss
+        if self._bar is not None:
+            self._sent.append((step, loss))
+            self._move(wait)
+
+    def _move(self, wait):
         while self._sent and (wait or self._sent[0][1].is_ready()):
             step, loss = self._sent.popleft()
             loss = float(loss)
@@ -93,7 +98,9 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens in this context isn't counted."""
+        """What happens in this context isn't counted; steps sent off before it still are."""
+        self._move(wait=True)
+        jax.block_until_ready(self._last)
         start = time.monotonic()
         try:
             yield
@@ -124,6 +131,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        self._sent.clear()
 
     def _now(self):
         return time.monotonic() - self._paused
@@ -163,7 +171,12 @@ def _clock(seconds):
 
 def _accounting(flops, peak):
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    cost = f"{flops.per_example_model / 1e12:.3g} TFLOP an example: {flops_lib.ACCOUNTING}"
+    cost = f"{_flops(flops.per_example_model)} an example: {flops_lib.ACCOUNTING}"
     if peak:
-        return f"MFU is of {peak / 1e12:.4g} TFLOP/s each of {devices}, at {cost}."
+        return f"MFU is of {_flops(peak)}/s each of {devices}, at {cost}."
     return f"No MFU: the peak of {devices} isn't known (config.peak_tflops sets it). {cost}."
+
+
+def _flops(number):
+    power = min(int(math.log10(max(number, 1))) // 3, 5)
+    return f"{number / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P')[power]}FLOP"

@@ -156,6 +156,29 @@ def test_bar_shows_the_steps_that_are_done(clock, monkeypatch):
     assert out.getvalue() == ""
 
 
+def test_steps_sent_off_before_a_pause_count(clock, monkeypatch):
+    """An eval waits for them first: without care their time would be taken for its own."""
+
+    def wait(loss):
+        if loss is not None:
+            clock.now += 6
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    bar = progress.Progress(0, 10, 2)
+    bar.step(3, Loss(1))
+    with bar.paused():
+        clock.now += 100
+    assert bar.measure(3, batches())["examples_per_second"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0.5, "0.5 FLOP"), (1.31e7, "13.1 MFLOP"), (9.894e14, "989.4 TFLOP"), (2e18, "2000 PFLOP")],
+)
+def test_units(number, text):
+    assert progress._flops(number) == text
+
+
 def test_bar_has_the_logged_figures_and_no_pauses_in_its_speed(clock, monkeypatch):
     err, out = terminal(monkeypatch)
     bar = progress.Progress(0, 100, 16, flops=FLOPS, peak=96e12 / jax.device_count())
@@ -177,8 +200,13 @@ def test_bar_has_the_logged_figures_and_no_pauses_in_its_speed(clock, monkeypatc
     assert "3/100" in shown(err)
     bar.step(100, Loss(0.5), wait=True)
     assert "100/100" in shown(err)
+    waiting = Loss(0.5)
+    waiting.done = False
+    bar.step(101, waiting)
     bar.close()
     bar.close()
+    with bar.paused():  # what is saved after Ctrl-C
+        pass
     bar.say("the end")
     assert out.getvalue().endswith("the end\n")
 
