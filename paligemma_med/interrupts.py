@@ -70,6 +70,10 @@ class Signals:
         if self._caught and not self._several:
             self._raise()
 
+    def together(self, error):
+        """Whether all processes stop by this KeyboardInterrupt, so that they can still save."""
+        return not self._several or isinstance(error, Terminated)
+
     def stop_if_agreed(self, step):
         """With several processes: raises Terminated if all are to stop after `step`. To be called
         after every step, by all of them."""

@@ -82,6 +82,7 @@ def _train(config, workdir, signals, profile):
         batch_size=config.input.batch_size,
     )  # fmt: skip
 
+    trace = profiling.Profile(profile, workdir, total_steps)
     writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
 
     # --- The state: from weights or random, and from a checkpoint where there is one ---
@@ -115,7 +116,6 @@ def _train(config, workdir, signals, profile):
                           supervised_len=config.get("supervised_len")),
         peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
     )  # fmt: skip
-    trace = profiling.Profile(profile, workdir, first_step=first_step, total_steps=total_steps)
     batches = input_pipeline.training(
         config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
         start_step=first_step, total_steps=total_steps, state=gone_on.get("input"),
@@ -192,9 +192,9 @@ def _train(config, workdir, signals, profile):
                     save()
             run_evals()
             signals.stop_if_agreed(step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         bar.close()
-        if step > first_step:
+        if step > first_step and signals.together(e):
             check()
             save()
             checkpoints.wait()

@@ -431,3 +431,27 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
         assert f"Stopped at step {step};" in err
         assert step > last
         last = step
+
+
+def test_accumulation_holds_no_second_copy_of_the_frozen_weights():
+    """Compiled: as much scratch memory as one microbatch needs, and the sums of gradients."""
+    llm = dict(variant="gemma_mu", depth=4, width=128, mlp_dim=2048)
+    model = dict(img=dict(variant="mu/16"), llm=llm)  # layers stacked, as at the true size
+
+    def scratch(rows, accum):
+        c = tiny.config(model=model, schedule=HEAD, grad_accum_steps=accum, mesh=[("data", -1)])
+        model_ = experiment.make_model(c)
+        abstract = experiment.abstract_params(c, model_)
+        names = optim.trained_names(c, list(abstract))
+        frozen = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in abstract.items()}
+        trained = {n: frozen.pop(n) for n in names}
+        tx, rate = optim.make(c, names, total_steps=10, num_examples=80, batch_size=rows)
+        step = jax.jit(train_step.make_train_step(c, model_, tx, rate), donate_argnums=(0, 1))
+        args = trained, jax.eval_shape(tx.init, trained), frozen, tiny.batch(rows), 0
+        size = sum(x.size * 4 for x in frozen.values())
+        return step.lower(*args).compile().memory_analysis().temp_size_in_bytes, size
+
+    one, size = scratch(4, 1)
+    four, _ = scratch(16, 4)
+    assert size > 10 * 2**20
+    assert four - one < 0.1 * size
