@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med import distributed
+
 PAD_TOKEN = 0
 _KEYS = ("image", "text", "mask_ar", "mask_input")
 
@@ -35,6 +37,9 @@ def generate(
     eos_token=1,
 ):
     """Continues prompts.
+
+    In a run of several processes all of them call it with the same global batch, whose arrays may
+    be spread over them; so are those that come back (`distributed.to_host`).
 
     Compiled once for each model, batch shape, `max_new_tokens` and `num_samples`, and for greedy or
     sampling; changing temperature, top_p, seed or eos_token compiles nothing.
@@ -128,20 +133,20 @@ def _check_batch(batch, params):
         if batch.get(key) is not None and batch[key].shape != text.shape[:1]:
             raise ValueError(f"{key} has shape {batch[key].shape}; expected ({text.shape[0]},).")
 
-    # In a run of several processes each holds a part only; then the other processes' are trusted.
-    if all(getattr(batch[k], "is_fully_addressable", True) for k in _KEYS[1:]):
-        mask = _as_bool(np.asarray(batch["mask_input"]))
-        if np.any(bad := (~mask[:, :-1] & mask[:, 1:]).any(axis=1)):
-            raise ValueError(
-                f"mask_input of row {bad.argmax()} has a 1 after a 0; "
-                "expected the prompt first, padding after it."
-            )
-        tokens, known = np.asarray(batch["text"])[mask], vocab_size(params)
-        if known and np.any(unknown := (tokens < 0) | (tokens >= known)):
-            raise ValueError(
-                f"text holds token {tokens[unknown][0]}, but the model's vocabulary has {known}: "
-                "the tokenizer is not the model's."
-            )
+    # Every process looks at all rows: should one alone give up, the others would wait for it.
+    text, mask = distributed.to_host((batch["text"], batch["mask_input"]))
+    mask = _as_bool(mask)
+    if np.any(bad := (~mask[:, :-1] & mask[:, 1:]).any(axis=1)):
+        raise ValueError(
+            f"mask_input of row {bad.argmax()} has a 1 after a 0; "
+            "expected the prompt first, padding after it."
+        )
+    tokens, known = text[mask], vocab_size(params)
+    if known and np.any(unknown := (tokens < 0) | (tokens >= known)):
+        raise ValueError(
+            f"text holds token {tokens[unknown][0]}, but the model's vocabulary has {known}: "
+            "the tokenizer is not the model's."
+        )
     return {k: batch[k] for k in _KEYS}
 
 

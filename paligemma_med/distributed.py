@@ -10,6 +10,8 @@ same order, from its main thread.
 
 import json
 import os
+import re
+import sys
 
 import jax
 import numpy as np
@@ -130,6 +132,63 @@ def _many_tasks():
     from jax._src import cloud_tpu_init  # the only place that knows
 
     return bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False))
+
+
+# --- Ending ---
+
+
+def is_alone():
+    """Whether this run has one process; unlike jax.process_count, asks no device."""
+    return not jax.distributed.is_initialized()
+
+
+def leave(status):
+    """`sys.exit(status)`; of several processes without waiting for the others.
+
+    At an orderly end JAX waits until all are there. Where one alone fails, it would wait for others
+    that are waiting for it.
+    """
+    if is_alone():
+        sys.exit(status)
+    if isinstance(status, str):
+        print(f"process {jax.process_index()}: {status}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
+
+
+# What XLA's errors speak of when another process is gone, on CPUs, GPUs and in the coordinator.
+_LOST = re.compile(
+    r"gloo|nccl|coordination|heartbeat|closed by peer|connection re|UNAVAILABLE|DEADLINE_EXCEEDED",
+    re.IGNORECASE,
+)
+_told = False
+
+
+def tell_if_peer_lost(error):
+    """Whether an error means that another process of this run is gone; if so, says it on stderr.
+
+    Said once. To be called before anything that could wait for that process.
+    """
+    global _told
+    causes, e = [], error
+    while e is not None:
+        causes.append(e)
+        e = e.__cause__ or e.__context__
+    lost = [e for e in causes if isinstance(e, jax.errors.JaxRuntimeError) and _LOST.search(str(e))]
+    if is_alone() or not lost:
+        return False
+    if not _told:
+        print(
+            f"process {jax.process_index()}: error: another process of this run has ended or can't "
+            "be reached, so this one stops too. Start all of them again with the same command: "
+            "training goes on from its newest checkpoint. "
+            f"({str(lost[-1]).splitlines()[0][:200]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        _told = True
+    return True
 
 
 # --- Talking ---

@@ -3,14 +3,15 @@
     python -m paligemma_med.evaluate --workdir=out/s1          (a run: its own config and weights)
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
 
-Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/eval/<name>/.
+Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/eval/<name>/. In
+several processes (docs/clusters.md) the first one prints and writes.
 """
 
 import os
 
 from absl import app, flags
 
-from paligemma_med import experiment, sharding
+from paligemma_med import distributed, experiment, sharding
 from paligemma_med.evaluators import vqa
 
 
@@ -38,6 +39,8 @@ def evaluate(config, checkpoint, out, only=None):
             continue
         with sharding.rules(config, mesh):
             results[name] = evaluator.run(params)
+        if not distributed.is_main():
+            continue
         print(f"\n{name} on {checkpoint}\n\n{vqa.format_table(results[name])}", flush=True)
         print(f"\nWritten to {os.path.join(out, 'eval', name)}", flush=True)
     return results
@@ -46,6 +49,7 @@ def evaluate(config, checkpoint, out, only=None):
 @experiment.command
 def main(argv):
     del argv
+    distributed.start_from_flags()
     config, checkpoint = experiment.from_flags()
     out = flags.FLAGS.out or flags.FLAGS.workdir
     if out is None:

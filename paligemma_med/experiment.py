@@ -5,11 +5,13 @@ Every entry point (train, evaluate, predict) starts here, so that they agree on 
 
 import functools
 import importlib
+import inspect
 import json
 import math
 import os
 import re
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,14 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from paligemma_med import checkpoints, input_pipeline, optim, sharding
+from paligemma_med import (
+    checkpoints,
+    config_values,
+    distributed,
+    input_pipeline,
+    optim,
+    sharding,
+)
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models import lora, paligemma
 from paligemma_med.pp import tokenizer
@@ -27,7 +36,7 @@ from paligemma_med.pp import tokenizer
 KEYS = frozenset(
     """
     seed res text_len tokenizer
-    model model_init lora adapter_init dtype frozen_dtype attn_impl
+    model model_init resample_posemb lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
     optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
     label_smoothing loss_norm supervised_len skip_nonfinite compilation_cache
@@ -41,15 +50,15 @@ KEYS = frozenset(
 
 
 def check_config(config):
-    """Refuses configs with unknown or missing keys; ValueError names them.
+    """Refuses configs with unknown or missing keys, or values that can't be meant; ValueError.
 
     A config with adapter_init and no lora of its own is given the adapter's, since only together
     with its ranks and scales do the factors mean something.
     """
-    if unknown := sorted(set(config) - KEYS):
-        raise ValueError(f"config has unknown keys {unknown}; known are {sorted(KEYS)}.")
+    config_values.check_keys(config, KEYS, "config")
     if missing := [k for k in ("model", "res", "text_len", "tokenizer") if k not in config]:
         raise ValueError(f"config lacks {missing}.")
+    config_values.check(config)
     if config.get("adapter_init") and not config.get("lora"):
         with config.unlocked():
             config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))
@@ -60,10 +69,24 @@ def check_training_config(config):
     check_config(config)
     if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
         raise ValueError(f"config lacks {missing}, which training needs.")
+    if "batch_size" not in config.input:
+        raise ValueError(f"config.input lacks 'batch_size', found {sorted(config.input)}.")
     size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"config.input.batch_size is {size!r}; expected a whole number above 0.")
     if size % accum:
         raise ValueError(
             f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}."
+        )
+    mesh = make_mesh(config)
+    shards = sharding.batch_sharding(mesh).mesh.shape[sharding.DATA_AXIS]
+    if size % (accum * shards):
+        more = -(-size // (accum * shards)) * accum * shards
+        what = f"{accum} microbatches (config.grad_accum_steps) on " if accum > 1 else ""
+        raise ValueError(
+            f"config.input.batch_size = {size} doesn't divide into {what}{shards} devices along "
+            f'the mesh axis "{sharding.DATA_AXIS}"; {more} does'
+            + (", or fewer accumulated steps." if accum > 1 else ".")
         )
 
 
@@ -75,8 +98,24 @@ def make_model(config):
         lora=config.get("lora") or (),
         **config.model.to_dict(),
     )
-    adapted(config, model)  # refuses rules that match nothing
+    _check_attention(config)
+    try:
+        adapted(config, model)  # refuses rules that match nothing
+        abstract_params(config, model)
+    except TypeError as e:
+        raise ValueError(f"config.model can't be built: {e}") from e
     return model
+
+
+def _check_attention(config):
+    """cuDNN's kernels are a GPU's; elsewhere they fail while tracing."""
+    sections = {"config": config, **{f"config.model.{k}": v for k, v in config.model.items()}}
+    for where, section in sections.items():
+        if section.get("attn_impl") == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError(
+                f"{where}.attn_impl is 'cudnn', which needs an NVIDIA GPU, but the devices here "
+                f"are {jax.default_backend()}: set it to 'xla'."
+            )
 
 
 def adapted(config, model):
@@ -99,7 +138,10 @@ def make_tokenizer(config, model):
 
 def make_mesh(config):
     """The device mesh of config.mesh; by default all devices along "data"."""
-    return sharding.make_mesh(config.get("mesh", [("data", -1)]))
+    mesh = config.get("mesh") or [("data", -1)]
+    if isinstance(mesh, str) or any(isinstance(x, str) or len(x) != 2 for x in mesh):
+        raise ValueError(f'config.mesh is {mesh!r}; expected pairs like [("data", -1)].')
+    return sharding.make_mesh(mesh)
 
 
 def abstract_params(config, model):
@@ -146,7 +188,7 @@ def initial_params(config, model, mesh, *, dtypes=None):
     dtypes = dtypes or param_dtypes(config, abstract, abstract)
     host, adapter = {}, {}
     if config.get("model_init"):
-        host = load_host_params(config.model_init, abstract)
+        host = load_host_params(config.model_init, abstract, config.get("resample_posemb"))
         if any(map(lora.is_factor, host)):
             _check_scales(config, model, config.model_init)
     if config.get("adapter_init"):
@@ -251,7 +293,7 @@ def load(config, checkpoint):
     model, mesh = make_model(config), make_mesh(config)
     tok = make_tokenizer(config, model)
     abstract = abstract_params(config, model)
-    host = load_host_params(checkpoint, abstract)
+    host = load_host_params(checkpoint, abstract, config.get("resample_posemb"))
     if any(map(lora.is_factor, host)):
         adapter, its_start = config.get("adapter_init"), _config_of_run(checkpoint)
         if adapter and its_start.get("adapter_init") != _absolute(adapter):
@@ -279,12 +321,23 @@ def command(main):
             logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
         try:
             main(argv)
-        except (ValueError, OSError, FloatingPointError) as e:
-            if talkative and flags.FLAGS.verbosity > 0:
-                raise
-            sys.exit(f"error: {e}")
+        except app.UsageError:
+            raise
         except KeyboardInterrupt as e:
-            sys.exit(getattr(e, "exit_code", 130))
+            code = getattr(e, "exit_code", None)
+            if code is None:  # not agreed upon with other processes
+                distributed.leave(130)
+            sys.exit(code)
+        except Exception as e:
+            known = isinstance(e, ValueError | OSError | FloatingPointError)
+            if distributed.tell_if_peer_lost(e):
+                distributed.leave(1)
+            if (talkative and flags.FLAGS.verbosity > 0) or not known:
+                if distributed.is_alone():
+                    raise
+                traceback.print_exc()
+                distributed.leave(1)
+            distributed.leave(f"error: {e}")
 
     return run
 
@@ -298,6 +351,7 @@ def define_source_flags():
     flags.DEFINE_string("workdir", None, "Folder of a run.")
     flags.DEFINE_string("checkpoint", None, "Weights of any form; default: the workdir's newest.")
     flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
+    distributed.define_flags()
 
 
 def from_flags():
@@ -312,17 +366,25 @@ def from_flags():
     return config, values.checkpoint or values.workdir
 
 
-def load_host_params(spec, abstract):
+def load_host_params(spec, abstract, resample_posemb=False):
     """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
     Factors of adapters may be missing, but only all of them at once.
 
+    Args:
+      resample_posemb: take position embeddings of another resolution, and resample them.
+
     Returns:
       {name: array, which may still be in its file}.
+
+    Raises:
+      checkpoints.CheckpointError: the weights don't fit the model.
     """
     if isinstance(spec, ml_collections.ConfigDict):
         spec = spec.to_dict()
     loaded = checkpoints.open_init(spec)
+    if not resample_posemb:
+        _check_resolution(spec, npz.flatten_tree(loaded), abstract)
     expected = abstract
     if not any(map(lora.is_factor, npz.flatten_tree(loaded))):
         expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
@@ -333,12 +395,32 @@ def load_host_params(spec, abstract):
     return npz.flatten_tree(fitted)
 
 
+def _check_resolution(spec, loaded, abstract):
+    """The image tower has learned its positions on a grid of one size. Resampled to another, they
+    work less well until they are trained on: a mistake, unless it's asked for."""
+    name = "img/pos_embedding"
+    found, expected = (getattr(x.get(name), "shape", ()) for x in (loaded, abstract))
+    if len(found) != 3 or len(expected) != 3 or found[1] == expected[1]:
+        return
+    patch = abstract["img/embedding/kernel"].shape[0]
+    has, wants = (f"{math.isqrt(shape[1]) * patch}" for shape in (found, expected))
+    raise checkpoints.CheckpointError(
+        f"{spec} was made for images of {has} px ({found[1]} positions), but config.res = {wants} "
+        f"has {expected[1]}: set res={has} (config.res, and resize({has}) in the pp strings), take "
+        "weights of that resolution, or set config.resample_posemb=True to have the position "
+        "embeddings resampled."
+    )
+
+
 def place_params(host, dtypes, shardings):
-    """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one."""
+    """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one.
+
+    Of several processes each reads the weights, and copies to its devices what they hold of them.
+    """
     out = {}
     for name in list(host):
         array = np.asarray(host.pop(name)).astype(dtypes[name])
-        out[name] = jax.device_put(array, shardings[name])
+        out[name] = distributed.place(array, shardings[name])
     return out
 
 
@@ -350,7 +432,7 @@ def make_evaluators(config, model, tok, mesh, folder=None):
     """
     out = {}
     for name, section in (config.get("evals") or {}).items():
-        kw = {k: v for k, v in section.to_dict().items() if not _WHEN.fullmatch(k)}
+        kw = {k: v for k, v in section.to_dict().items() if k not in config_values.WHEN}
         kind = kw.pop("type")
         if not re.fullmatch(r"\w+", kind):
             raise ValueError(f"config.evals.{name}.type is {kind!r}; expected a module name.")
@@ -361,26 +443,41 @@ def make_evaluators(config, model, tok, mesh, folder=None):
                 raise
             raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
         outdir = os.path.join(folder, "eval", name) if folder else None
-        if missing := [k for k in ("data", "pp_fn", "batch_size") if k not in kw]:
-            raise ValueError(f"config.evals.{name} lacks {missing}.")
-        inputs = input_pipeline.evaluation(
-            kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh
-        )
-        if train_data := kw.pop("train_data", None):
-            source = input_pipeline.open_source(train_data)
-            # To the evaluator the truth is "answer", whatever its key in the data.
-            answer = kw.pop("train_answer", "answer")
-            rows = (source[i] for i in range(len(source)))
-            kw["train_data"] = ({**row, "answer": row[answer]} for row in rows)
-        evaluator = module.Evaluator(
-            model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
-        )
+        known = {*_EVAL_KEYS, *_arguments(module.Evaluator)} - {"inputs", "total", "outdir"}
+        config_values.check_keys(section, known, f"config.evals.{name}")
+        try:
+            inputs = input_pipeline.evaluation(
+                kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh
+            )
+            if train_data := kw.pop("train_data", None):
+                kw["train_data"] = _answered(train_data, kw.pop("train_answer", "answer"))
+            evaluator = module.Evaluator(
+                model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
+            )
+        except ValueError as e:
+            raise ValueError(f"config.evals.{name}: {e}") from e
         out[name] = (evaluator, section)
     return out
 
 
-# Keys of an evals section that say when it runs rather than what.
-_WHEN = re.compile(r"log_(steps|epochs|examples|percent)|skip_first")
+_EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer",
+              *config_values.WHEN)  # fmt: skip
+
+
+def _arguments(evaluator):
+    """Names of the keyword arguments that an evaluator takes."""
+    found = inspect.signature(evaluator).parameters.values()
+    return [p.name for p in found if p.kind == p.KEYWORD_ONLY]
+
+
+def _answered(train_data, answer):
+    """Rows of the training split, one by one; to the evaluator the truth is "answer", whatever its
+    key in the data."""
+    source = input_pipeline.open_source(train_data)
+    if answer not in source.features:
+        raise ValueError(f"train_answer={answer!r}: {source} has no such key, only "
+                         f"{sorted(source.features)}")  # fmt: skip
+    return ({**source[i], "answer": source[i][answer]} for i in range(len(source)))
 
 
 def config_to_json(config):

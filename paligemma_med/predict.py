@@ -8,7 +8,7 @@ With --config and --checkpoint instead of --workdir, weights of any form that `l
 import numpy as np
 from absl import app, flags, logging
 
-from paligemma_med import decode, experiment, sharding
+from paligemma_med import decode, distributed, experiment, sharding
 from paligemma_med.pp import get_preprocess_fn
 
 
@@ -40,11 +40,12 @@ def predict(config, checkpoint, image, questions, **decoding):
         tokens, logprobs = decode.generate(
             model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
         )
+    tokens, logprobs = distributed.to_host((tokens, logprobs))
     out = []
     for i, question in enumerate(questions):
         prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist())
         answers = [
-            dict(answer=tok.to_str(np.asarray(t).tolist()), logprob=float(np.sum(p)))
+            dict(answer=tok.to_str(t.tolist()), logprob=float(np.sum(p)))
             for t, p in zip(tokens[i], logprobs[i], strict=True)
         ]
         out.append(dict(question=question, prompt=prompt, answers=answers))
@@ -55,6 +56,7 @@ def predict(config, checkpoint, image, questions, **decoding):
 def main(argv):
     del argv
     values = flags.FLAGS
+    distributed.start_from_flags()
     config, checkpoint = experiment.from_flags()
     try:
         with open(values.image, "rb") as f:
@@ -62,7 +64,8 @@ def main(argv):
     except OSError as e:
         raise app.UsageError(f"--image {values.image}: {e.strerror}.") from None
     decoding = {k: values[k].value for k in _DECODING}
-    for row in predict(config, checkpoint, image, values.question, **decoding):
+    rows = predict(config, checkpoint, image, values.question, **decoding)
+    for row in rows if distributed.is_main() else ():
         print(row["question"])
         for answer in row["answers"]:
             print(f"  {answer['answer']}   (log-probability {answer['logprob']:.2f})")

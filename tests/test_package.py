@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": (),
     "pp": (),
     "checkpoints": ("models",),
-    "evaluators": ("models", "decode", "pp"),
+    "evaluators": ("models", "decode", "pp", "distributed"),
     "saliency": ("models", "decode", "pp"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
