@@ -477,7 +477,8 @@ def _answered(train_data, answer):
     if answer not in source.features:
         raise ValueError(f"train_answer={answer!r}: {source} has no such key, only "
                          f"{sorted(source.features)}")  # fmt: skip
-    return ({**source[i], "answer": source[i][answer]} for i in range(len(source)))
+    rows = (source[i] for i in range(len(source)))
+    return ({**row, "answer": row[answer]} for row in rows)
 
 
 def config_to_json(config):

@@ -1,0 +1,151 @@
+"""What a config's values must be, as far as they can be judged by themselves.
+
+A wrong one would otherwise fail later, in words that aren't about it: a text where a number belongs
+in the middle of tracing, a misspelt key of a tower as a missing argument. Each mistake is one
+sentence that names the key, what was found and what is expected.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_collections
+
+from paligemma_med import durations, losses
+from paligemma_med.models import attention, gemma, vit
+
+
+def check_keys(section, known, where):
+    """ValueError if a mapping has keys that aren't `known`, with the nearest ones that are."""
+    unknown = sorted(set(section) - set(known))
+    if unknown:
+        near = [difflib.get_close_matches(key, known, n=1) for key in unknown]
+        hint = ", ".join(repr(n[0]) for n in near if n)
+        hint = f" (did you mean {hint}?)" if hint else ""
+        raise ValueError(
+            f"{where} has unknown keys {unknown}{hint}; known are {', '.join(sorted(known))}."
+        )
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_whole(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_mapping(x):
+    """Whether x is a dict or a ConfigDict."""
+    return isinstance(x, Mapping | ml_collections.ConfigDict)
+
+
+def _is_float_type(x):
+    try:
+        return jnp.issubdtype(jnp.dtype(x), jnp.floating)
+    except TypeError:
+        return False
+
+
+# What is expected, in words, and whether a value is that.
+_POSITIVE_WHOLE = ("a whole number, 1 or more", lambda x: _is_whole(x) and x >= 1)
+_POSITIVE = ("a number above 0", lambda x: _is_number(x) and x > 0)
+_NOT_NEGATIVE = ("a number, 0 or more", lambda x: _is_number(x) and x >= 0)
+_SHARE = ("a number from 0 up to below 1", lambda x: _is_number(x) and 0 <= x < 1)
+_FLOAT_TYPE = ("a type like 'float32' or 'bfloat16'", _is_float_type)
+_SEED = ("a whole number from 0 up to 2**32 - 1", lambda x: _is_whole(x) and 0 <= x < 2**32)
+_TEXT = ("a string", lambda x: isinstance(x, str))
+_SECTION = ("a dict", is_mapping)
+_YES_NO = ("True or False", lambda x: isinstance(x, bool))
+
+
+def _one_of(names):
+    return " or ".join(map(repr, names)), lambda x: x in names
+
+
+_CONFIG = {
+    "seed": _SEED,
+    "res": _POSITIVE_WHOLE,
+    "text_len": _POSITIVE_WHOLE,
+    "tokenizer": _TEXT,
+    "model": _SECTION,
+    "dtype": _FLOAT_TYPE,
+    "frozen_dtype": _FLOAT_TYPE,
+    "attn_impl": _one_of(attention.IMPLEMENTATIONS),
+    "resample_posemb": _YES_NO,
+    "input": _SECTION,
+    **{f"total_{unit}": _POSITIVE for unit in ("steps", "epochs", "examples")},
+    "optax_name": _TEXT,
+    "optax": _SECTION,
+    "lr": _NOT_NEGATIVE,
+    "wd": _NOT_NEGATIVE,
+    "grad_clip_norm": _POSITIVE,
+    "grad_accum_steps": _POSITIVE_WHOLE,
+    "label_smoothing": _SHARE,
+    "loss_norm": _one_of(losses.NORMS),
+    "supervised_len": _POSITIVE_WHOLE,
+    "keep_ckpt": _POSITIVE_WHOLE,
+    "evals": _SECTION,
+    "predict_pp": _TEXT,
+    "peak_tflops": _POSITIVE,
+}
+_NEVER_NONE = ("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr")
+_TOWER = {
+    "width": _POSITIVE_WHOLE,
+    "depth": _POSITIVE_WHOLE,
+    "mlp_dim": _POSITIVE_WHOLE,
+    "num_heads": _POSITIVE_WHOLE,
+    "num_kv_heads": _POSITIVE_WHOLE,
+    "head_dim": _POSITIVE_WHOLE,
+    "vocab_size": _POSITIVE_WHOLE,
+    "num_classes": _POSITIVE_WHOLE,
+    "dropout": _SHARE,
+    "scan": _YES_NO,
+    "dtype": _FLOAT_TYPE,
+    "attn_impl": _one_of(attention.IMPLEMENTATIONS),
+}
+_PRED_KW = {
+    "max_new_tokens": _POSITIVE_WHOLE,
+    "num_samples": _POSITIVE_WHOLE,
+    "temperature": _NOT_NEGATIVE,
+    "top_p": ("a number above 0, up to 1", lambda x: _is_number(x) and 0 < x <= 1),
+    "seed": _SEED,
+    "eos_token": ("a token's number", lambda x: _is_whole(x) and x >= 0),
+}
+# Keys of an evals section that say when it runs rather than what.
+WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")
+_EVAL = {"type": _TEXT, "data": _SECTION, "pp_fn": _TEXT, "batch_size": _POSITIVE_WHOLE}
+
+
+def _check_values(section, rules, where):
+    for key, (expected, fits) in rules.items():
+        if key not in section or (section[key] is None and key not in _NEVER_NONE):
+            continue
+        if not fits(section[key]):
+            raise ValueError(f"{where}.{key} is {section[key]!r}; expected {expected}.")
+
+
+def check(config):
+    """ValueError where a value, or a key of a section, can't be meant."""
+    _check_values(config, _CONFIG, "config")
+    check_keys(config.model, ("img", "llm"), "config.model")
+    made = {"img": vit.Model(), "llm": gemma.Model(variant="gemma_mu")}
+    for tower, section in config.model.items():
+        where = f"config.model.{tower}"
+        if not is_mapping(section):
+            raise ValueError(f"{where} is {section!r}; expected a dict.")
+        known = {f.name for f in dataclasses.fields(made[tower])} - {"parent", "name", "lora"}
+        check_keys(section, known | {"variant"}, where)
+        _check_values(section, _TOWER, where)
+    for name, section in (config.get("evals") or {}).items():
+        where = f"config.evals.{name}"
+        if not is_mapping(section):
+            raise ValueError(f"{where} is {section!r}; expected a dict.")
+        if missing := [key for key in _EVAL if key not in section]:
+            raise ValueError(f"{where} lacks {missing}.")
+        _check_values(section, _EVAL, where)
+        if pred_kw := section.get("pred_kw"):
+            check_keys(pred_kw, _PRED_KW, f"{where}.pred_kw")
+            _check_values(pred_kw, _PRED_KW, f"{where}.pred_kw")
