@@ -97,41 +97,47 @@ def assert_same_run(killed, straight):
         assert open(a, "rb").read() == open(b, "rb").read()
 
 
-def run(folder, data, steps, repo_root, kills, **kw):
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
-    popen = dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def run(folder, data, steps, repo_root, kills, kw):
+    """Trains undisturbed and under kills, and compares. kw: function of the workdir → further
+    arguments of `random_kills.run`."""
     straight, killed = str(folder / "straight"), str(folder / "killed")
-    subprocess.run(command(folder, data, steps, straight), check=True, **popen)
-    _, found = random_kills.run(
-        command(folder, data, steps, killed), moment=moments(killed),
-        limit=lambda n: n >= kills, **popen, **kw,
-    )  # fmt: skip
+    beside = subprocess.Popen(command(folder, data, steps, straight), **popen(folder, repo_root))
+    try:
+        _, found = random_kills.run(
+            command(folder, data, steps, killed), limit=lambda n: n >= kills,
+            **popen(folder, repo_root), **kw(killed),
+        )  # fmt: skip
+        assert beside.wait(300) == 0
+    except Exception:
+        print((folder / "stderr.txt").read_text()[-5000:])
+        raise
+    finally:
+        beside.kill()
     assert len(found) == kills
     assert_same_run(killed, straight)
     return found
 
 
+def popen(folder, repo_root):
+    """One device, as an empty XLA_FLAGS gives; what is said on stderr is kept for failures."""
+    log = open(folder / "stderr.txt", "a")
+    env = {**os.environ, "XLA_FLAGS": ""}
+    return dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=log)
+
+
 def test_killed_while_saving(tiny_data, tmp_path, repo_root):
     """The quick one: a kill -9 while a checkpoint is written."""
-    steps = 40
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
-    popen = dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
-    beside = subprocess.Popen(command(tmp_path, tiny_data, steps, straight), **popen)
 
-    def moment(rng, start, process):
-        wait_until(lambda: last_row(killed)["step"] > 5 and is_saving(killed), process)
+    def kw(killed):
+        def moment(rng, start, process):
+            wait_until(lambda: last_row(killed)["step"] > 5 and is_saving(killed), process)
 
-    _, found = random_kills.run(
-        command(tmp_path, tiny_data, steps, killed), moment=moment, limit=lambda n: n >= 1,
-        signals=[signal.SIGKILL], **popen,
-    )  # fmt: skip
-    assert beside.wait(120) == 0
-    assert [name for name, _ in found] == ["SIGKILL"]
-    assert_same_run(killed, straight)
+        return dict(moment=moment, signals=[signal.SIGKILL])
+
+    run(tmp_path, tiny_data, 40, repo_root, 1, kw)
 
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tiny_data, tmp_path, repo_root):
-    found = run(tmp_path, tiny_data, 600, repo_root, 20)
+    found = run(tmp_path, tiny_data, 600, repo_root, 20, lambda killed: {"moment": moments(killed)})
     assert {name for name, _ in found} == {"SIGKILL", "SIGTERM", "SIGINT"}

@@ -4,8 +4,8 @@
         python -m paligemma_med.train --config=configs/slake_mini.py --workdir=out/disturbed
 
 It stands in for a scheduler that takes machines away: what is trained under it must come out as if
-nothing had happened. Signals are drawn from SIGKILL, SIGTERM and SIGINT; after the first it waits
-until the process has gone, and starts it anew. After --for seconds nothing is killed any more.
+nothing had happened. Signals are drawn from SIGKILL, SIGTERM and SIGINT; when the process has gone,
+it is started anew. After --for seconds nothing is killed any more.
 """
 
 import random
@@ -37,7 +37,7 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
       RuntimeError: a process that didn't end within `grace` of a signal, or that ended by itself
         with an error.
     """
-    rng, kills = random.Random(seed), []
+    rng, kills, deck = random.Random(seed), [], []
     while True:
         started = time.monotonic()
         process = subprocess.Popen(command, **popen)
@@ -50,7 +50,9 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
                 if process.returncode:
                     raise RuntimeError(f"the command ended with status {process.returncode}.")
                 return process.returncode, kills
-            kind = rng.choice(signals)
+            # Each signal as often as the others, in random order.
+            deck = deck or rng.sample(signals, len(signals))
+            kind = deck.pop()
             process.send_signal(kind)
             try:
                 process.wait(grace)
