@@ -116,6 +116,7 @@ _PRED_KW = {
 }
 # Keys of an evals section that say when it runs rather than what.
 WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")
+_INPUT = {"data": _SECTION, "batch_size": _POSITIVE_WHOLE}
 _EVAL = {"type": _TEXT, "data": _SECTION, "pp_fn": _TEXT, "batch_size": _POSITIVE_WHOLE}
 
 
@@ -130,6 +131,10 @@ def _check_values(section, rules, where):
 def check(config):
     """ValueError where a value, or a key of a section, can't be meant."""
     _check_values(config, _CONFIG, "config")
+    if "input" in config:
+        if missing := [key for key in _INPUT if key not in config.input]:
+            raise ValueError(f"config.input lacks {missing}, found {sorted(config.input)}.")
+        _check_values(config.input, _INPUT, "config.input")
     check_keys(config.model, ("img", "llm"), "config.model")
     made = {"img": vit.Model(), "llm": gemma.Model(variant="gemma_mu")}
     for tower, section in config.model.items():

@@ -11,7 +11,7 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import distributed, experiment, sharding
+from paligemma_med import distributed, experiment, preflight, sharding
 from paligemma_med.evaluators import vqa
 
 
@@ -29,6 +29,8 @@ def evaluate(config, checkpoint, out, only=None):
     """
     if unknown := sorted(set(only or []) - set(config.get("evals") or {})):
         raise ValueError(f"config.evals has no {unknown}; it has {sorted(config.evals)}.")
+    experiment.check_config(config)
+    preflight.check_evals(config, experiment.make_model(config))
     model, tok, mesh, params = experiment.load(config, checkpoint)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, out)
     if not evaluators:

@@ -69,11 +69,7 @@ def check_training_config(config):
     check_config(config)
     if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
         raise ValueError(f"config lacks {missing}, which training needs.")
-    if "batch_size" not in config.input:
-        raise ValueError(f"config.input lacks 'batch_size', found {sorted(config.input)}.")
     size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"config.input.batch_size is {size!r}; expected a whole number above 0.")
     if size % accum:
         raise ValueError(
             f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}."

@@ -545,6 +545,7 @@ class TrainingInput:
         sharding: jax.sharding.Sharding,
         prefetch: int,
         name: str,
+        rows: Mapping[str, grain.MapDataset],
         labels: grain.MapDataset,
         state: Mapping[str, Any],
         piece: int,
@@ -558,6 +559,7 @@ class TrainingInput:
         self.wait_seconds = 0.0
         self._name = name
         self._reported = 0
+        self._rows = rows
         self._labels = labels
         self._state = state
         self._piece = piece
@@ -607,6 +609,10 @@ class TrainingInput:
         if int(self.step / self.steps_per_epoch) > int((self.step - 1) / self.steps_per_epoch):
             self._report()
         return batch
+
+    def first_rows(self) -> dict[str, dict[str, np.ndarray]]:
+        """{name: a row} of each data set, as pp makes it for training; loads no batch."""
+        return {name: rows[0][0] for name, rows in self._rows.items()}
 
     def epochs(self) -> dict[str, float]:
         """How often each set was gone through in the batches so far, from step 0 on, in all
@@ -817,6 +823,7 @@ def training(
         # At the same depth of the pipeline, both are given the same random numbers.
         rows.append(order.random_map(row))
         labels.append(order.random_map(row.label))
+    rows_of = dict(zip(parts, rows))
     now = {
         "next_step": int(start_step),
         "seed": int(seed),
@@ -859,6 +866,7 @@ def training(
         sharding=sharding,
         prefetch=int(numbers["prefetch"]),
         name=" + ".join(f"{source.name} {source.split}" for source, _ in parts.values()),
+        rows=rows_of,
         labels=labels,
         state=now,
         piece=piece,

@@ -33,7 +33,10 @@ def match_names(names, rules, what):
         the catch-all ".*" may be idle).
     """
     patterns = []
-    for regex, value in rules:
+    for rule in rules:
+        if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"{what}: {rule!r} is no (regex, value) pair.")
+        regex, value = rule
         try:
             patterns.append((re.compile(regex), value))
         except re.error as e:
@@ -56,7 +59,17 @@ def match_names(names, rules, what):
 def schedule_rules(config):
     """config.schedule as [(regex, dict or None), …]; a single dict is meant for everything."""
     schedule = config.get("schedule", dict(decay_type="constant"))
-    return schedule if isinstance(schedule, list | tuple) else [(".*", schedule)]
+    rules = schedule if isinstance(schedule, list | tuple) else [(".*", schedule)]
+    for rule in rules:
+        if isinstance(rule, list | tuple) and len(rule) != 2:
+            continue  # `match_names` says so
+        value = rule[1] if isinstance(rule, list | tuple) else rule
+        if value is not None and not hasattr(value, "keys"):
+            raise ValueError(
+                f"config.schedule has {value!r}; expected dict(decay_type=…), or None to freeze, "
+                "for all parameters or in (regex, …) pairs."
+            )
+    return rules
 
 
 def trained_names(config, names):
@@ -119,7 +132,7 @@ def make_schedule(schedule, *, total_steps, num_examples, batch_size):
 
 def _make_tx(name, kw):
     """optax.NAME(**kw)"""
-    factory = getattr(optax, str(name), None)
+    factory = getattr(optax, name, None)
     if name.startswith("_") or not callable(factory):
         raise ValueError(
             f"optax_name is {name!r}; expected a transformation in optax, like 'scale_by_adam'."
@@ -128,6 +141,16 @@ def _make_tx(name, kw):
         return factory(**kw)
     except TypeError as e:
         raise ValueError(f"optax_name {name!r} doesn't take config.optax {dict(kw)}: {e}.") from e
+
+
+def _multipliers(config, key, names, default):
+    """`match_names` of config.lr_mults or config.wd_mults, whose values must be numbers."""
+    rules = config.get(key, default) or []
+    found = match_names(names, rules, f"config.{key}")
+    for rule in rules:
+        if isinstance(rule[1], bool) or not isinstance(rule[1], int | float):
+            raise ValueError(f"config.{key}: {rule[0]!r} has {rule[1]!r}; expected a number.")
+    return found
 
 
 def make(config, names, *, total_steps, num_examples, batch_size):
@@ -148,11 +171,9 @@ def make(config, names, *, total_steps, num_examples, batch_size):
         schedules.setdefault(i, make_schedule(schedule, **kw))
     label = {n: chosen[n][0] for n in names}
 
-    lr_mults = match_names(names, config.get("lr_mults") or [], "config.lr_mults")
+    lr_mults = _multipliers(config, "lr_mults", names, [])
     wd = config.get("wd") or 0.0
-    wd_mults = match_names(
-        names, config.get("wd_mults", [(".*/kernel$", 1.0)]) if wd else [], "config.wd_mults"
-    )
+    wd_mults = _multipliers(config, "wd_mults", names, [(".*/kernel$", 1.0)] if wd else [])
 
     def scale(mult):  # a factor per leaf
         return optax.stateless(lambda g, _: {n: g[n] * mult(n) for n in g})

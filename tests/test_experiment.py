@@ -47,10 +47,12 @@ def test_towers_from_two_places(weights):
     assert f"{path}:img" in plain
 
 
-def test_positions_are_resampled_to_the_configs_resolution(weights):
+def test_positions_are_resampled_to_the_configs_resolution_if_asked(weights):
     c = tiny.config(model_init=weights[0], res=64)
     abstract = experiment.abstract_params(c, experiment.make_model(c))
-    found = experiment.load_host_params(c.model_init, abstract)
+    with pytest.raises(checkpoints.CheckpointError, match="images of 32 px .*config.res = 64"):
+        experiment.load_host_params(c.model_init, abstract)
+    found = experiment.load_host_params(c.model_init, abstract, resample_posemb=True)
     assert found["img/pos_embedding"].shape == (1, 16, 32)
 
 

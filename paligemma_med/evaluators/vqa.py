@@ -40,7 +40,7 @@ from paligemma_med.evaluators import stats
 
 CONTROLS = ("majority", "shuffled_images")
 FIGURES = ("acc", "acc_strict", "acc_set")
-_NEEDED = ("question_id", "question", "answer", "answer_type")
+NEEDED = ("question_id", "question", "answer", "answer_type")
 
 
 # --- When two answers are equal ---
@@ -310,7 +310,7 @@ def _check_rows(batch, rows):
         raise ValueError(f"_mask is {valid} for {len(rows)} rows; expected the valid ones first.")
     for row in rows:
         where = f"question {row.get('question_id')!r}"
-        if missing := [k for k in _NEEDED if k not in row]:
+        if missing := [k for k in NEEDED if k not in row]:
             raise ValueError(
                 f"{where} has no {missing[0]!r}, found {sorted(row)}; "
                 "add it to the keep(...) of pp_fn."
@@ -368,9 +368,9 @@ class _Images:
 def _training_rows(train_data):
     rows = []
     for row in train_data:
-        if missing := [k for k in _NEEDED if k not in row]:
+        if missing := [k for k in NEEDED if k not in row]:
             raise ValueError(f"a row of train_data has no {missing[0]!r}, found {sorted(row)}.")
-        rows.append({k: row[k] for k in _NEEDED})  # not its image
+        rows.append({k: row[k] for k in NEEDED})  # not its image
     return rows
 
 

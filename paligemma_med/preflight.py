@@ -1,0 +1,147 @@
+"""Whether a run can start: what its config names is there and fits, before weights are read.
+
+Opens data sets and checkpoints, reads a record of each set and no weights, and traces the
+optimizer: a few seconds, however large the model. What a config's values can be at all is
+`config_values`' to say; this file needs the files.
+"""
+
+import importlib
+
+import jax
+
+from paligemma_med import durations, experiment, input_pipeline, optim
+from paligemma_med import pp as pp_lib
+
+
+def check(config, model, tok, mesh):
+    """Raises ValueError or OSError, in one sentence, for a run that would fail later.
+
+    Args:
+      config: that `experiment.check_training_config` has passed.
+      model, tok, mesh: of the config.
+    """
+    abstract = experiment.abstract_params(config, model)
+    names = optim.trained_names(config, list(abstract))
+    total_steps = _check_durations(config)
+    _check_optimizer(config, {n: abstract[n] for n in names}, total_steps)
+    experiment.param_shardings(config, abstract, mesh)
+    _check_training_rows(config, abstract, tok, mesh, total_steps)
+    check_evals(config, model)
+    if config.get("predict_pp"):
+        _build_pp(config.predict_pp, "config.predict_pp")
+    if config.get("model_init"):
+        experiment.load_host_params(config.model_init, abstract, config.get("resample_posemb"))
+
+
+def check_evals(config, model):
+    """Raises ValueError for config.evals whose pp strings give what can't be evaluated on."""
+    abstract = experiment.abstract_params(config, model)
+    for name, section in (config.get("evals") or {}).items():
+        _check_eval_row(config, name, section, abstract)
+
+
+def _check_durations(config):
+    """Number of steps; all durations are sound."""
+    kw = dict(
+        num_examples=input_pipeline.num_examples(config.input), batch_size=config.input.batch_size
+    )
+    total_steps = durations.to_steps(config, "total", **kw)
+    if total_steps is None:
+        raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
+    for name in ("log_training", "ckpt"):
+        durations.to_steps(config, name, total_steps=total_steps, **kw)
+    for name, section in (config.get("evals") or {}).items():
+        try:
+            durations.to_steps(section, "log", total_steps=total_steps, **kw)
+        except ValueError as e:
+            raise ValueError(f"config.evals.{name}: {e}") from None
+    return total_steps
+
+
+def _check_optimizer(config, trained, total_steps):
+    """Takes an abstract step."""
+    tx, _ = optim.make(
+        config, list(trained), total_steps=total_steps, num_examples=1,
+        batch_size=config.input.batch_size,
+    )  # fmt: skip
+    try:
+        jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), trained)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"optax.{config.optax_name} can't take a step with config.optax = "
+            f"{dict(config.get('optax') or {})}: {e}"
+        ) from e
+
+
+def _check_training_rows(config, abstract, tok, mesh, total_steps):
+    try:
+        with input_pipeline.training(
+            config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
+            total_steps=total_steps,
+        ) as batches:  # fmt: skip
+            rows = batches.first_rows()
+    except input_pipeline.InputError:
+        raise
+    except ValueError as e:  # a pp string that can't be read doesn't know whose it is
+        raise ValueError(f"config.input, pp: {e}") from e
+    for name, row in rows.items():
+        what = f"input.pp of {name}"
+        _check_arrays(row, ("image", "text", "mask_ar", "mask_loss"), what)
+        _check_image(config, row, what)
+        if len(row["text"]) != config.text_len + 1:
+            raise ValueError(
+                f"{what} gives text of length {len(row['text'])}, but config.text_len = "
+                f"{config.text_len} asks for {config.text_len + 1}, one more than the model reads: "
+                f"set config.text_len = {len(row['text']) - 1}, or the length given to tolen."
+            )
+        _check_tokens(row, abstract, what)
+
+
+def _check_eval_row(config, name, section, abstract):
+    what = f"config.evals.{name}.pp_fn"
+    source = input_pipeline.open_source(section.data)
+    try:
+        row = _build_pp(section.pp_fn, what)(source[0])
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{what} on record 0 of {source}: {e}") from e
+    module = importlib.import_module(f"paligemma_med.evaluators.{section.type}")
+    _check_arrays(row, ("image", "text", "mask_ar", "mask_input"), what)
+    if missing := [k for k in getattr(module, "NEEDED", ()) if k not in row]:
+        raise ValueError(
+            f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...)."
+        )
+    _check_image(config, row, what)
+    _check_tokens(row, abstract, what)
+
+
+def _build_pp(text, what):
+    try:
+        return pp_lib.get_preprocess_fn(text)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{what}: {e}") from e
+
+
+def _check_arrays(row, needed, what):
+    if missing := [k for k in needed if k not in row]:
+        raise ValueError(
+            f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...)."
+        )
+
+
+def _check_image(config, row, what):
+    found, expected = row["image"].shape, (config.res, config.res, 3)
+    if found != expected:
+        raise ValueError(
+            f"{what} gives images of shape {found}, but config.res = {config.res} asks for "
+            f"{expected}: write resize({config.res}) there."
+        )
+
+
+def _check_tokens(row, abstract, what):
+    rows = abstract["llm/embedder/input_embedding"].shape[0]
+    largest = int(row["text"].max())
+    if largest >= rows:
+        raise ValueError(
+            f"{what} gives token {largest}, but the model has {rows} rows: tok(model=…) there must "
+            "name config.tokenizer."
+        )
