@@ -25,6 +25,7 @@ from paligemma_med import (
     interrupts,
     metric_writers,
     optim,
+    preflight,
     profiling,
     progress,
     run_files,
@@ -62,6 +63,7 @@ def _train(config, workdir, signals, profile):
     mesh = experiment.make_mesh(config)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, workdir)
     _check_keep_best(config, evaluators)
+    preflight.check(config, model, tok, mesh)
     os.makedirs(workdir, exist_ok=True)
 
     # --- What is trained, and for how long ---
