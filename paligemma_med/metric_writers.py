@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import sys
 import time
 
 from absl import logging
@@ -91,8 +92,9 @@ class _TensorBoard:
 
     def __init__(self, workdir, first_step):
         try:
-            from tensorboardX import event_file_writer
-            from tensorboardX.proto import event_pb2, summary_pb2
+            with _without_torch():
+                from tensorboardX import event_file_writer
+                from tensorboardX.proto import event_pb2, summary_pb2
         except ImportError as e:
             raise ValueError(_missing("tensorboard", e)) from None
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
@@ -115,6 +117,20 @@ class _TensorBoard:
 
     def close(self):
         self._file.close()
+
+
+@contextlib.contextmanager
+def _without_torch():
+    """tensorboardX imports PyTorch where it finds it, for tensors that it never gets here. That
+    takes seconds, and PyTorch's CUDA libraries may not be those that JAX needs."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class _Wandb:

@@ -1,5 +1,6 @@
 """TensorBoard and W&B: the same rows, gone on with after a resume, and never in training's way."""
 
+import json
 import os
 import pathlib
 import struct
@@ -8,7 +9,7 @@ import types
 
 import pytest
 
-from paligemma_med import metric_writers
+from paligemma_med import metric_writers, progress, train
 from tests import tiny
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
@@ -86,6 +87,26 @@ def test_tensorboard_has_the_rows(tmp_path):
     }
     writers.close()
     assert os.listdir(tmp_path) == ["tensorboard"]
+
+
+def test_tensorboard_brings_no_torch(tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    metric_writers.open_writers(tiny.config(tensorboard=True), str(tmp_path), 0).close()
+    assert "torch" not in sys.modules
+    monkeypatch.setitem(sys.modules, "torch", "loaded")
+    metric_writers.open_writers(tiny.config(tensorboard=True), str(tmp_path), 0).close()
+    assert sys.modules["torch"] == "loaded"
+
+
+def test_a_run_writes_the_same_rows_everywhere(tiny_data, tmp_path):
+    c = tiny.config(tiny_data, total_steps=3, tensorboard=True, evals={}, peak_tflops=0.01)
+    train.train(c, str(tmp_path), profile="1:2")
+    rows = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3] and progress.TIMING < set(rows[0])
+    expected = {(k, r["step"]): v for r in rows for k, v in r.items() if k != "step"}
+    assert scalars(tmp_path / "tensorboard") == pytest.approx(expected, rel=1e-6)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_tensorboard_forgets_what_a_resumed_run_takes_again(tmp_path):
