@@ -1,7 +1,7 @@
 """What must hold of every training step, looked at whenever metrics are read from the devices.
 
-Loss and gradient must be finite (the step itself leaves the parameters as they were if they aren't)
-and every supervised token must be among the positions that logits are computed at.
+Loss, gradient and update must be finite (the step itself leaves the parameters as they were if they
+aren't), and every supervised token must be among the positions that logits are computed at.
 """
 
 import math
@@ -11,11 +11,14 @@ import jax
 from paligemma_med import distributed, run_files
 
 
+_NORMS = ("training_loss", "l2_grads", "l2_updates")
+
+
 class Soundness:
     """Collects a few scalars a step, on the device, and checks them on the host when asked.
 
     Attributes:
-      skipped: steps so far whose loss or gradient wasn't finite.
+      skipped: steps so far whose loss, gradient or update wasn't finite.
     """
 
     def __init__(self, config, workdir, batches, *, skipped=0):
@@ -28,7 +31,7 @@ class Soundness:
 
     def add(self, step, metrics):
         """Takes note of the metrics of `step`, without waiting for them."""
-        names = ("finite", "lost", "training_loss", "l2_grads")
+        names = ("finite", "lost", *_NORMS)
         self._steps[step] = {n: metrics[n] for n in names}
 
     def check(self):
@@ -36,7 +39,7 @@ class Soundness:
 
         Raises:
           ValueError: supervised tokens that config.supervised_len leaves out.
-          FloatingPointError: a loss or a gradient that isn't finite, beyond the number of steps
+          FloatingPointError: a loss, a gradient or an update that isn't finite, beyond the number of steps
             that config.skip_nonfinite allows. Each one is written to nonfinite.jsonl before.
         """
         steps, self._steps = jax.device_get(self._steps), {}
@@ -51,16 +54,16 @@ class Soundness:
 
     def _not_finite(self, step, found):
         ids = self._batches.question_ids(step - 1)  # batch i makes step i + 1
-        row = {n: float(found[n]) for n in ("training_loss", "l2_grads")}
+        row = {n: float(found[n]) for n in _NORMS}
         row = {n: x if math.isfinite(x) else str(x) for n, x in row.items()}
         if distributed.is_main():
             run_files.append(self._workdir, "nonfinite.jsonl", step, {**row, "question_ids": ids})
         self.skipped += 1
         if self.skipped > self._may_skip:
             shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+            values = ", ".join(f"{n} is {row[n]}" for n in _NORMS)
             raise FloatingPointError(
-                f"Step {step}: training_loss is {row['training_loss']}, l2_grads is "
-                f"{row['l2_grads']}, on the questions {shown}; all are in "
+                f"Step {step}: {values}, on the questions {shown}; all are in "
                 f"{self._workdir}/nonfinite.jsonl. Lower config.lr, set config.grad_clip_norm, or "
                 f"let {self.skipped} or more such steps be skipped with config.skip_nonfinite."
             )

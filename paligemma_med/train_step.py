@@ -45,8 +45,8 @@ def make_train_step(config, model, tx, learning_rate):
       step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
       trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
       mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
-      with respect to `trained` alone. A step whose loss or gradient isn't finite changes nothing,
-      and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
+      with respect to `trained` alone. A step whose loss, gradient or update isn't finite changes
+      nothing, and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
       that many microbatches, whose gradients add up to exactly those of the whole.
     """
     accum = config.get("grad_accum_steps") or 1
@@ -79,7 +79,9 @@ def make_train_step(config, model, tx, learning_rate):
             "lr": learning_rate(i),
             "lost": lost,
         }
-        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["l2_grads"])
+        # A norm is finite only if all of its leaf is.
+        norms = metrics["l2_grads"] + metrics["l2_updates"]
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms)
         new = {n: p + updates[n] for n, p in trained.items()}, new_opt_state
         # One bad step would spoil moments and parameters for good.
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt_state))

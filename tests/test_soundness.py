@@ -16,7 +16,8 @@ class Batches:
 
 def metrics(finite=True, lost=0, loss=1.0):
     return {"finite": jnp.asarray(finite), "lost": jnp.int32(lost),
-            "training_loss": jnp.float32(loss), "l2_grads": jnp.float32(2)}  # fmt: skip
+            "training_loss": jnp.float32(loss), "l2_grads": jnp.float32(2),
+            "l2_updates": jnp.float32(3)}  # fmt: skip
 
 
 def rows(folder):
@@ -41,7 +42,13 @@ def test_not_finite_names_step_and_questions(tmp_path):
     s.add(3, metrics())
     with pytest.raises(FloatingPointError, match="Step 2: training_loss is nan.*q1a, q1b;"):
         s.check()
-    expected = {"step": 2, "training_loss": "nan", "l2_grads": 2.0, "question_ids": ["q1a", "q1b"]}
+    expected = {
+        "step": 2,
+        "training_loss": "nan",
+        "l2_grads": 2.0,
+        "l2_updates": 3.0,
+        "question_ids": ["q1a", "q1b"],
+    }
     assert rows(tmp_path) == [expected]
 
 

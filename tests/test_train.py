@@ -367,6 +367,38 @@ def test_not_finite_stops_and_is_not_saved(tiny_data, tmp_path):
     assert os.listdir(tmp_path / "w" / "checkpoints") == []
 
 
+def test_a_step_that_is_not_finite_can_be_skipped(tiny_data, tmp_path, monkeypatch):
+    """As if it had not been taken, but for its number: the third of these six is spoilt."""
+    make = train_step.make_train_step
+
+    def spoilt(*args):
+        step = make(*args)
+
+        def run(trained, opt_state, frozen, batch, i):
+            bad = jnp.where(i == 2, jnp.nan, 1.0)
+            return step(trained, opt_state, frozen, {**batch, "image": batch["image"] * bad}, i)
+
+        return run
+
+    monkeypatch.setattr(train_step, "make_train_step", spoilt)
+    c = tiny.config(tiny_data, evals={}, log_training_steps=2, ckpt_steps=1)
+    with pytest.raises(FloatingPointError, match="Step 3: training_loss is nan"):
+        train.train(c, str(tmp_path / "stops"))
+    assert max(os.listdir(tmp_path / "stops" / "checkpoints")) == "2"
+    c.skip_nonfinite = 1
+    train.train(c, str(tmp_path / "stops"))  # goes on where it stopped
+    train.train(c, str(tmp_path / "straight"))
+    rows = rows_of(tmp_path / "straight")
+    assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 1, 1, 1]
+    assert [r["training_loss"] is None for r in rows] == [r["step"] == 3 for r in rows]
+    assert rows[2]["l2_params"] == rows[1]["l2_params"] != rows[3]["l2_params"]
+    (bad,) = map(json.loads, (tmp_path / "straight" / "nonfinite.jsonl").read_text().splitlines())
+    assert bad["step"] == 3 and len(bad["question_ids"]) == 16
+    tiny.assert_trees_equal(
+        *(checkpoints.load_params(str(tmp_path / n)) for n in ("stops", "straight"))
+    )
+
+
 @pytest.mark.parametrize(
     "kw, message",
     [
