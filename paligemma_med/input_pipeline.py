@@ -10,6 +10,10 @@ which JAX has threads. A program that asks for them must therefore guard its ent
 (`if __name__ == "__main__": app.run(main)`): each worker imports the main module again. They are
 told to leave accelerators alone, and hand batches back through shared memory (`/dev/shm` must hold
 a few batches; give docker `--shm-size`). With `num_workers=0` a few threads do the same work.
+
+Faults: a record that can't be used ends the run, naming it, or with `on_error="skip"` gives way to
+another and is listed. A worker that dies ends it within seconds. In an evaluation no question may
+be skipped, and an error in one process is raised in all of them.
 """
 
 import json
@@ -604,7 +608,9 @@ class TrainingInput:
                 self.step,
                 one["reason"],
             )
-            self._skipped.append({"step": self.step, **one})
+            # Workers hand dicts back with their keys in another order.
+            keys = ("set", "record", "question_id", "reason")
+            self._skipped.append({"step": self.step, **{k: one[k] for k in keys}})
         self.step += 1
         if int(self.step / self.steps_per_epoch) > int((self.step - 1) / self.steps_per_epoch):
             self._report()
