@@ -132,8 +132,8 @@ def _train(config, workdir, signals, profile):
     def check():
         soundness.check()
         for row in batches.skipped():
-            if distributed.is_main():
-                run_files.append(workdir, "skipped.jsonl", row["step"], row)
+            if distributed.is_main():  # batch i makes step i + 1
+                run_files.append(workdir, "skipped.jsonl", row.pop("step") + 1, row)
 
     def log():
         row = {k: float(v) for k, v in jax.device_get(metrics).items() if k not in _INTERNAL}
