@@ -165,7 +165,8 @@ def dry_run(config, hbm_gib=None):
     parts = memory(config, step)
     out = {name: size / 2**30 for name, size in parts.items()}
     out["peak"] = sum(out.values())
-    out["activations"] = step.activations / 2**30
+    # XLA may find that it can make some of them anew.
+    out["activations"] = min(step.activations, parts["temporary"]) / 2**30
 
     devices = step.mesh.devices.flat
     print(
@@ -176,7 +177,7 @@ def dry_run(config, hbm_gib=None):
         print(f"  {name:<18} {out[name]:9.3f}")
         if name == "temporary":
             rows = config.input.batch_size // (config.get("grad_accum_steps") or 1)
-            print(f"    activations kept for the backward pass of {rows} examples: "
+            print(f"    activations kept for the backward pass of {rows} examples: at most "
                   f"{out['activations']:.3f}")  # fmt: skip
     print(f"  {'peak':<18} {out['peak']:9.3f}")
     if (elsewhere := _temporary_elsewhere(config, step.mesh)) is not None:

@@ -63,4 +63,4 @@ if __name__ == "__main__":
     experiment.define_source_flags()
     flags.DEFINE_string("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
-    app.run(main)
+    app.run(main, flags_parser=experiment.parse_flags)

@@ -338,6 +338,24 @@ def command(main):
     return run
 
 
+def parse_flags(argv):
+    """`flags_parser` of the programs' app.run: a wrong --config=… or --config.key=… is told in a
+    line, which absl and ml_collections tell by their tracebacks."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        # What get_config raised stands at the end of its traceback.
+        last = str(e).strip().splitlines()[-1].strip()
+        sys.exit(f"error: {last.removeprefix('ValueError: ') if 'Traceback' in str(e) else e}")
+    except AttributeError as e:
+        key = str(e).strip("\"'").partition("'")[0]
+        given = [a for a in argv if a.startswith("--config.") and key in a.partition("=")[0]]
+        sys.exit(
+            f"error: {given[0] if given else '--config.…'}: the config has no {key!r} there. Flags "
+            "change only what its file sets; add the key to the file, or mend its name."
+        )
+
+
 def define_source_flags():
     """--config, --workdir, --checkpoint of the programs that answer questions; see `from_flags`.
 

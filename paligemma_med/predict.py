@@ -82,4 +82,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 0.0, "0 gives the most probable answer.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
     flags.DEFINE_integer("seed", 0, "Seed of the samples.")
-    app.run(main)
+    app.run(main, flags_parser=experiment.parse_flags)

@@ -260,4 +260,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
     flags.mark_flag_as_required("config")
     distributed.define_flags()
-    app.run(main)
+    app.run(main, flags_parser=experiment.parse_flags)
