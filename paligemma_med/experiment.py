@@ -347,12 +347,14 @@ def parse_flags(argv):
         # What get_config raised stands at the end of its traceback.
         last = str(e).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ') if 'Traceback' in str(e) else e}")
-    except AttributeError as e:
-        key = str(e).strip("\"'").partition("'")[0]
-        given = [a for a in argv if a.startswith("--config.") and key in a.partition("=")[0]]
+    except (AttributeError, KeyError) as e:
+        paths = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
+        found = [p for p in paths if set(p.split(".")[1:]) & set(re.findall(r"\w+", str(e)))]
+        near = re.search(r'Did you mean "(\w+)"', str(e))
         sys.exit(
-            f"error: {given[0] if given else '--config.…'}: the config has no {key!r} there. Flags "
-            "change only what its file sets; add the key to the file, or mend its name."
+            f"error: {found[0] if found else '--config.…'}: the config has no such key"
+            + (f" (did you mean {near[1]!r}?)" if near else "")
+            + ". Flags change only what its file sets; mend the name, or add the key to the file."
         )
 
 

@@ -238,8 +238,13 @@ def test_tokens_of_another_tokenizer(tiny_data, tmp_path, monkeypatch):
     "argv, sentence",
     [
         (["--config=configs/stage1_slake.py:ress=3"], "argument 'ress' is unknown; known are"),
-        (["--config.nosuch=3"], "--config.nosuch=3: the config has no 'nosuch' there"),
-        (["--config.model.llm.wdth=3"], "--config.model.llm.wdth=3: the config has no 'wdth'"),
+        (["--config.nosuch=3"], "--config.nosuch: the config has no such key. Flags"),
+        (["--config.lrr=3"], r"--config.lrr: the config has no such key (did you mean 'lr'?)"),
+        (
+            ["--config.modl.llm.x=3"],
+            "--config.modl.llm.x: the config has no such key (did you mean",
+        ),
+        (["--config.lr.x=3"], "--config.lr.x: the config has no such key"),
         (["--config.lr=abc"], "flag --config.lr=abc: could not convert string to float"),
         (["--cnfig=x"], "Unknown command line flag 'cnfig'. Did you mean: config"),
     ],
