@@ -37,11 +37,11 @@ def define_flags():
     flags.DEFINE_integer("peer_timeout", PEER_TIMEOUT, "Seconds of silence that mean death.")
 
 
-def start_from_flags():
+def start_from_flags(**kw):
     """`start` with the flags of `define_flags`."""
     v = flags.FLAGS
     start(v.coordinator_address, v.num_processes, v.process_id,
-          start_timeout=v.start_timeout, peer_timeout=v.peer_timeout)  # fmt: skip
+          start_timeout=v.start_timeout, peer_timeout=v.peer_timeout, **kw)  # fmt: skip
 
 
 def start(
@@ -51,6 +51,7 @@ def start(
     *,
     start_timeout=START_TIMEOUT,
     peer_timeout=PEER_TIMEOUT,
+    awaits_sigterm=True,
 ):
     """Joins the processes of this run. To be called once, before any other use of JAX.
 
@@ -58,6 +59,9 @@ def start(
     what those don't say is left to JAX's own detection, if a scheduler (SLURM, Open MPI, an indexed
     Kubernetes job, a TPU pod) says that there is more than one task. Otherwise, and where
     num_processes is 1, nothing is started and nothing is waited for.
+
+    awaits_sigterm: whether SIGTERM becomes a notice for all processes, which must then ask for it
+    (`interrupts.Signals`), and ends none by itself.
 
     Raises:
       ValueError: a setup that can't work, or processes that didn't come.
@@ -70,6 +74,7 @@ def start(
             raise ValueError(f"process_id is {process_id}, but num_processes isn't given.")
         return
     _check(coordinator, num_processes, process_id)
+    jax.config.update("jax_enable_preemption_service", awaits_sigterm)
     try:
         jax.distributed.initialize(
             coordinator,

@@ -51,7 +51,7 @@ def evaluate(config, checkpoint, out, only=None):
 @experiment.command
 def main(argv):
     del argv
-    distributed.start_from_flags()
+    distributed.start_from_flags(awaits_sigterm=False)
     config, checkpoint = experiment.from_flags()
     out = flags.FLAGS.out or flags.FLAGS.workdir
     if out is None:

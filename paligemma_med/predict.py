@@ -56,7 +56,7 @@ def predict(config, checkpoint, image, questions, **decoding):
 def main(argv):
     del argv
     values = flags.FLAGS
-    distributed.start_from_flags()
+    distributed.start_from_flags(awaits_sigterm=False)
     config, checkpoint = experiment.from_flags()
     try:
         with open(values.image, "rb") as f:

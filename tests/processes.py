@@ -1,0 +1,170 @@
+"""What tests of several processes share: how they are started, and what each of them runs."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paligemma_med import decode, distributed, experiment, input_pipeline, sharding
+from paligemma_med.evaluators import vqa
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NUM_QUESTIONS, EVAL_BATCH = 13, 8
+
+
+def free_port():
+    """A port that was free just now."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(module, args, *, num, devices=1):
+    """Starts `python -m module args` as `num` processes of one run, of `devices` devices each.
+
+    Returns:
+      [subprocess.Popen]; with num=1 one on its own.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags}
+    port, out = free_port(), []
+    for i in range(num):
+        place = [f"--coordinator_address=localhost:{port}", f"--num_processes={num}",
+                 f"--process_id={i}"]  # fmt: skip
+        out.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, args), *(place if num > 1 else [])],
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )  # fmt: skip
+        )
+    return out
+
+
+def finish(started, timeout=300):
+    """[(exit code, stdout, stderr)] of processes; none is left behind."""
+    try:
+        return [(p.returncode, *said) for p in started if (said := p.communicate(timeout=timeout))]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def run(module, args, **kw):
+    """`start` and `finish`; all must end well."""
+    done = finish(start(module, args, **kw))
+    for i, (code, out, err) in enumerate(done):
+        assert code == 0, (
+            f"process {i} of {module} ended with {code}:\n{out[-2000:]}\n{err[-4000:]}"
+        )
+    return done
+
+
+class Tokenizer:
+    """Says tokens as numbers."""
+
+    vocab_size, eos_token = 1024, 1
+
+    def to_str(self, tokens, stop_at_eos=True):
+        return " ".join(str(int(t)) for t in tokens)
+
+
+@jax.jit
+def _answer(image, text, row_id):
+    pixels = jnp.round(100 * jnp.mean(image, axis=(1, 2, 3))).astype(jnp.int32)
+    tokens = jnp.stack([pixels, jnp.sum(text, axis=1), row_id.astype(jnp.int32) % 997], axis=1)
+    return jnp.abs(tokens)[:, None] + 2
+
+
+def answers(model, params, batch, **kw):
+    """In place of `decode.generate`: three tokens that depend on image, prompt and question."""
+    del model, params, kw
+    tokens = _answer(batch["image"], batch["text"], batch["row_id"])
+    return tokens, tokens / 8
+
+
+def evaluate(data_dir, outdir, mesh):
+    """The vqa evaluator on a split whose size no batch divides, with `answers` for a model."""
+    val = tiny.config(data_dir).evals.val
+    data = {**val.data.to_dict(), "split": f"validate[:{NUM_QUESTIONS}]"}
+    inputs = input_pipeline.evaluation(data, val.pp_fn, EVAL_BATCH, mesh=mesh)
+    evaluator = vqa.Evaluator(
+        None, Tokenizer(), inputs=inputs, total=NUM_QUESTIONS, outdir=outdir,
+        pred_kw=dict(max_new_tokens=3), controls=("shuffled_images",),
+    )  # fmt: skip
+    real, decode.generate = decode.generate, answers
+    try:
+        return evaluator.run({})
+    finally:
+        decode.generate = real
+
+
+def batches(data_dir, mesh):
+    """The first two training batches: sums over their rows, by key."""
+    with input_pipeline.training(tiny.config(data_dir).input, seed=3, mesh=mesh) as inputs:
+        found = [distributed.to_host(next(inputs)) for _ in range(2)]
+    return [{k: v.reshape(len(v), -1).sum(axis=1).tolist() for k, v in b.items()} for b in found]
+
+
+def _words():
+    """What the functions of `distributed` give in this process."""
+    me, count = jax.process_index(), jax.process_count()
+    mesh = sharding.make_mesh([("data", count), ("model", -1)])
+
+    def spec(*axes):
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    host = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
+    whole = {s: distributed.place(host, spec(*s)) for s in [("data",), (None, "model"), ()]}
+    # Each process's own copy, so that it shows whose rows came from where.
+    own = distributed.to_host(distributed.place(host + 1000 * me, spec("data")))
+    placed = experiment.place_params(
+        {"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")}
+    )["w"]
+    return dict(
+        to_host=[np.array_equal(distributed.to_host(x), host) for x in whole.values()],
+        owners=(own[:, 0] // 1000).astype(int).tolist(),
+        place_params=[str(placed.dtype), placed.addressable_shards[0].data.shape,
+                      distributed.to_host(placed).astype(int).tolist()],
+        gather=distributed.gather({"me": me, "text": "é" * 300 * me, "n": np.int64(me)}),
+        broadcast=distributed.broadcast([me, None]),
+        is_main=distributed.is_main(),
+    )  # fmt: skip
+
+
+@experiment.command
+def main(argv):
+    """What the two processes of `test_distributed` do: data_dir, out folder, how it ends."""
+    _, data_dir, out, ending = argv
+    distributed.start_from_flags(awaits_sigterm=False)
+    me = jax.process_index()
+    found = _words()
+    mesh = sharding.make_mesh([("data", -1)])
+    found["metrics"] = evaluate(data_dir, os.path.join(out, "eval"), mesh)
+    found["batches"] = batches(data_dir, mesh)
+    distributed.barrier("done")
+    with open(os.path.join(out, f"{me}.json"), "w", encoding="utf-8") as f:
+        json.dump(found, f)
+    if ending == "well":
+        return
+    if me == 1:
+        raise ValueError("mine alone.")
+    while True:
+        distributed.gather(me)
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    distributed.define_flags()
+    app.run(main)
