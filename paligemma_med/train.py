@@ -173,7 +173,7 @@ def _train(config, workdir, signals, profile):
         if first_step:  # The run may have ended in an eval, after its checkpoint.
             run_evals(done=run_files.evals_at(workdir, first_step))
         while step < total_steps:
-            batch = next(batches)
+            batch, before = next(batches), metrics
             trace.step(step, metrics)
             # Stopped in here, a run would have changed its state without having told of it.
             with signals.deferred():
@@ -192,6 +192,8 @@ def _train(config, workdir, signals, profile):
                     record(row)
                 if saves:  # before evals: what fails there costs no training
                     save()
+            # Two steps sent off keep the devices busy; each one more would hold a batch there.
+            jax.block_until_ready(before)
             run_evals()
             signals.stop_if_agreed(step)
     except KeyboardInterrupt as e:
