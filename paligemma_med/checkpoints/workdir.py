@@ -14,6 +14,7 @@ import json
 import os
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -361,12 +362,13 @@ def open_params(spec):
                 f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: "
                 "has the run gone on since?"
             )
+        # Numpy arrays ask for numpy arrays: whole, in every process. These hold no memory.
         target = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype)
+            k: np.broadcast_to(np.zeros((), v.dtype), v.shape)
             for k, v in manager.item_metadata(step)["trained"].items()
         }
         args = ocp.args.Composite(trained=ocp.args.StandardRestore(target))
-        trained = jax.device_get(manager.restore(step, args=args)["trained"])
+        trained = manager.restore(step, args=args)["trained"]
         _check_prints(manager, step, trained)
     own_base = os.path.join(workdir, "base.npz")
     flat = {}
