@@ -13,7 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import decode, experiment, optim, sharding, train_step
+from paligemma_med import (
+    decode,
+    evaluate,
+    experiment,
+    optim,
+    predict,
+    sharding,
+    train,
+    train_step,
+)
+from paligemma_med.models import activations
+from paligemma_med.pp.tokenizer import get_tokenizer
 from tests import tiny
 
 DEPTH, ROWS, WIDTH, VOCAB = 3, 24, 64, 1024
@@ -206,6 +217,14 @@ def gathers_stack(found):
     return any(s.kind != "all-reduce" and s.shape[:1] == (DEPTH,) and s.size > 999 for s in found)
 
 
+def holds_stack(run):
+    """Whether a device ever has all layers of a kernel, however it came by them."""
+    shapes = {run.frozen[n].shape for n in kernels(run) if "kv_einsum" not in n}
+    lists = (",".join(map(str, shape)) for shape in shapes)
+    text = run.compiled.as_text()
+    return any(f"[{dims}]" in text for dims in lists)
+
+
 def sends_batch(found):
     """Whether all rows' activations meet on one device in a loop over layers."""
     return any(s.in_loop and ROWS in s.shape for s in found)
@@ -223,7 +242,7 @@ def kernels(run):
 def test_fsdp_gathers_a_layer_at_a_time():
     run = run_of("fsdp", True)
     found = sent(run.compiled)
-    assert not gathers_stack(found) and not sends_batch(found)
+    assert not gathers_stack(found) and not holds_stack(run) and not sends_batch(found)
     for backward in (False, True):
         gathered = {
             s.size for s in found if s.in_loop and s.kind == "all-gather" and s.backward == backward
@@ -233,6 +252,12 @@ def test_fsdp_gathers_a_layer_at_a_time():
     reduced = {s.size for s in found if s.in_loop and s.kind in ("all-reduce", "reduce-scatter")}
     factors = {x.size // DEPTH for x in run.trained.values()}
     assert reduced >= factors or reduced >= {n // 8 for n in factors}
+
+
+def test_one_device_holds_it_all():
+    """So that what others don't hold is known to be looked for rightly."""
+    run = run_of("one", True)
+    assert holds_stack(run) and not sent(run.compiled)
 
 
 def test_tp_sums_each_sublayer_and_gathers_nothing():
@@ -250,7 +275,7 @@ def test_tp_sums_each_sublayer_and_gathers_nothing():
 def test_fsdp_and_tp_together():
     run = run_of("fsdp_tp", True)
     found = sent(run.compiled)
-    assert not gathers_stack(found) and not sends_batch(found)
+    assert not gathers_stack(found) and not holds_stack(run) and not sends_batch(found)
     gathered = {s.size for s in found if s.in_loop and s.kind == "all-gather"}
     for name, size in kernels(run).items():  # of each the half that the model axis leaves
         assert (size if "kv_einsum" in name else size // 2) in gathered, name
@@ -333,3 +358,32 @@ def test_table_tells_how_each_leaf_is_cut():
         if n in trained
     )
     assert f"parameters trained, {per_device:,} bytes of them on each of 8 devices" in table
+
+
+# --- The programs ---
+
+
+def test_programs_run_under_the_rules(monkeypatch, tmp_path, tiny_data):
+    seen = []
+
+    class Evaluator:
+        def run(self, params):
+            seen.append(activations.active.value)
+            return {}
+
+    def generate(*args, **kw):
+        Evaluator().run(None)
+        return np.zeros((1, 1, 1)), np.zeros((1, 1, 1))
+
+    c = tiny.config(tiny_data)
+    mesh, tok = experiment.make_mesh(c), get_tokenizer("tiny")
+    monkeypatch.setattr(train, "_train", lambda *args: Evaluator().run(None))
+    monkeypatch.setattr(experiment, "load", lambda *args: (None, tok, mesh, None))
+    monkeypatch.setattr(experiment, "make_evaluators", lambda *args: {"val": (Evaluator(), None)})
+    monkeypatch.setattr(evaluate.vqa, "format_table", lambda results: "")
+    monkeypatch.setattr(decode, "generate", generate)
+    train.train(c, tmp_path)
+    evaluate.evaluate(c, "weights", tmp_path)
+    predict.predict(c, "weights", np.zeros((32, 32, 3), np.uint8), ["what is it ?"])
+    assert seen == [(mesh, (("act_batch", "data"),))] * 3
+    assert activations.active.value is None
