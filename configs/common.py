@@ -18,6 +18,11 @@ SEPARATOR = "\n"
 EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type")
 
 
+# Settings of the training loop at their defaults: written out in every config, since the command
+# line changes only what a config has. docs/training.md says what they mean.
+LOOP = dict(keep_ckpt=2, skip_nonfinite=0, tensorboard=False, wandb=False, compilation_cache=True)
+
+
 def parse_arg(arg, **defaults):
     """ "res=224,batch_size=8" → ConfigDict of `defaults` with those values; types as the defaults'.
 

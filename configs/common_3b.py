@@ -65,6 +65,7 @@ def model(c, res):
 def recipe(c, micro, accum, lr):
     """Optimizer, batch and mesh of both stages (table 3)."""
     c.input.batch_size = micro * accum
+    c.input.on_error = "error"
     c.grad_accum_steps = accum
     c.optax_name = "scale_by_adam"
     c.lr = lr
@@ -73,6 +74,7 @@ def recipe(c, micro, accum, lr):
     c.mesh = [("data", -1)]
     c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
     c.ckpt_epochs = 1
+    c.update(common.LOOP)
 
 
 def lora(which, rank, alpha, dropout):

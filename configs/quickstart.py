@@ -40,6 +40,7 @@ def get_config(arg=None):
         pp=common.train_pp(c.res, c.text_len, c.tokenizer),
         batch_size=args.size,
         num_threads=1,
+        on_error="error",
     )
     c.predict_pp = common.eval_pp(c.res, 64, c.tokenizer, keep=())
     c.total_epochs = args.epochs or EPOCHS[args.stage]
@@ -58,6 +59,7 @@ def get_config(arg=None):
 
     c.log_training_steps = 50
     c.ckpt_percent = 0.25
+    c.update(common.LOOP)
     name = f"phantom_{args.eval}"
     c.evals = {}
     c.evals[name] = common.vqa_eval(

@@ -45,6 +45,7 @@ def get_config(arg=None):
         batch_size=args.size,
         allow_missing_eos=True,
         num_threads=1,
+        on_error="error",
     )
     c.predict_pp = common.eval_pp(c.res, 64, c.tokenizer, keep=())
     c.total_epochs = args.epochs
@@ -61,6 +62,7 @@ def get_config(arg=None):
 
     c.log_training_steps = 50
     c.ckpt_epochs = 1
+    c.update(common.LOOP)
     c.evals = {}
     c.evals[f"slake_en_{args.eval}"] = common.vqa_eval(
         c, "slake/en", args.eval, text_len=36, max_new_tokens=48, log_percent=args.every

@@ -47,6 +47,7 @@ def get_config(arg=None):
         pp=common.train_pp(c.res, c.text_len, c.tokenizer),
         batch_size=args.size,
         num_threads=1,
+        on_error="error",
     )
     c.predict_pp = common.eval_pp(c.res, 64, c.tokenizer, keep=())
     # Descriptions hold more to learn than a yes: each token counts the same.
@@ -63,6 +64,7 @@ def get_config(arg=None):
 
     c.log_training_steps = 50
     c.ckpt_percent = 0.1
+    c.update(common.LOOP)
     name = f"{data}_{args.eval}"
     c.evals = {}
     c.evals[name] = common.vqa_eval(
