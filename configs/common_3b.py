@@ -73,7 +73,7 @@ def recipe(c, micro, accum, lr):
     c.label_smoothing = 0.0
     c.mesh = [("data", -1)]
     c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
-    c.ckpt_epochs = 1
+    c.ckpt_epochs = 1.0
     c.update(common.LOOP)
 
 

@@ -61,7 +61,7 @@ def get_config(arg=None):
     c.schedule = dict(decay_type="cosine", warmup_percent=0.1)
 
     c.log_training_steps = 50
-    c.ckpt_epochs = 1
+    c.ckpt_epochs = 1.0
     c.update(common.LOOP)
     c.evals = {}
     c.evals[f"slake_en_{args.eval}"] = common.vqa_eval(
