@@ -64,17 +64,25 @@ def start(
     (`interrupts.Signals`), and ends none by itself.
 
     Raises:
-      ValueError: a setup that can't work, or processes that didn't come.
+      ValueError: a setup that can't work. Where the others don't come, JAX aborts the process.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
     process_id = _number(process_id, "JAX_PROCESS_ID")
-    if num_processes == 1 or (num_processes is None and not coordinator and not _many_tasks()):
-        if num_processes is None and process_id:
-            raise ValueError(f"process_id is {process_id}, but num_processes isn't given.")
+    nothing_said = (coordinator or None, num_processes, process_id) == (None, None, None)
+    if num_processes == 1 or (nothing_said and not _many_tasks()):
         return
     _check(coordinator, num_processes, process_id)
     jax.config.update("jax_enable_preemption_service", awaits_sigterm)
+    # Said before, since JAX aborts processes that wait in vain or lose another one.
+    which = "" if process_id is None else f"process {process_id} of {num_processes}: "
+    where = f" at {coordinator}" if coordinator else ""
+    print(
+        f"{which}waiting for the other processes of this run{where}, for {start_timeout} s. Should "
+        f"one of them end later, this one does within {peer_timeout} s; the same command goes on.",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         jax.distributed.initialize(
             coordinator,
@@ -87,12 +95,6 @@ def start(
         raise ValueError(
             f"{e} JAX found no scheduler that says it: give --coordinator_address, "
             "--num_processes and --process_id (or --num_processes=1 for a run on its own)."
-        ) from None
-    except jax.errors.JaxRuntimeError as e:
-        raise ValueError(
-            f"the processes of this run didn't find each other within {start_timeout} s (is "
-            "process 0 running, and are the address and the numbers right?): "
-            f"{str(e).splitlines()[0]}"
         ) from None
 
 

@@ -51,7 +51,7 @@ def start(module, args, *, num, devices=1):
     return out
 
 
-def finish(started, timeout=300):
+def finish(started, timeout=900):
     """[(exit code, stdout, stderr)] of processes; none is left behind."""
     try:
         return [(p.returncode, *said) for p in started if (said := p.communicate(timeout=timeout))]
