@@ -204,6 +204,9 @@ def _train(config, workdir, signals, profile):
             checkpoints.wait()
         _say(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
         raise
+    except Exception as e:
+        distributed.tell_if_peer_lost(e)  # now: what is closed below may wait for it
+        raise
     finally:
         bar.close()
         trace.close(metrics)
