@@ -85,11 +85,16 @@ def abstract_batch(config, size, where=None):
     return {k: jax.ShapeDtypeStruct(*x, sharding=where) for k, x in shapes.items()}
 
 
+def _rows(config, mesh):
+    """Examples that a device works on at a time."""
+    parts = mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
+    return max(1, config.input.batch_size // parts)
+
+
 def _saved_bytes(config, model, mesh, trained, frozen):
     """Bytes of what the backward pass reads of the forward pass, without weights and batch, on one
     device: of its rows of a microbatch (activations that sharding_rules cut count whole)."""
-    parts = mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
-    rows = max(1, config.input.batch_size // parts)
+    rows = _rows(config, mesh)
     batch = abstract_batch(config, rows)
     batch["row_weight"] = jax.ShapeDtypeStruct((rows,), "float32")
     loss_fn = train_step.make_loss_fn(config, model)
@@ -176,9 +181,8 @@ def dry_run(config, hbm_gib=None):
     for name in parts:
         print(f"  {name:<18} {out[name]:9.3f}")
         if name == "temporary":
-            rows = config.input.batch_size // (config.get("grad_accum_steps") or 1)
-            print(f"    activations kept for the backward pass of {rows} examples: at most "
-                  f"{out['activations']:.3f}")  # fmt: skip
+            print(f"    activations kept for the backward pass of {_rows(config, step.mesh)} "
+                  f"examples: at most {out['activations']:.3f}")  # fmt: skip
     print(f"  {'peak':<18} {out['peak']:9.3f}")
     if (elsewhere := _temporary_elsewhere(config, step.mesh)) is not None:
         parts["temporary"] = elsewhere = min(elsewhere, parts["temporary"])

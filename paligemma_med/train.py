@@ -150,7 +150,7 @@ def _train(config, workdir, signals, profile):
         writers.write(step, values)
 
     def save():
-        run = {"input": batches.state(), "skipped_steps": soundness.skipped}
+        run = {"input": {**batches.state(), "next_step": step}, "skipped_steps": soundness.skipped}
         with bar.paused():
             checkpoints.save(step, trained, opt_state, run)
 

@@ -407,7 +407,6 @@ def test_a_step_that_is_not_finite_can_be_skipped(tiny_data, tmp_path, monkeypat
         (dict(total_epochs=1), "Only one of"),
         (dict(grad_accum_steps=3), "batch_size = 16 doesn't divide by config.grad_accum_steps = 3"),
         (dict(tokenizer='gemma(model="/no/such/file")'), "/no/such/file"),
-        (dict(evals=dict(val=dict(type="vqb"))), "there is no evaluator 'vqb'"),
         (dict(schedule=[("img/.*", None)]), "config.schedule says nothing about"),
     ],
 )
