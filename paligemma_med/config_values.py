@@ -132,8 +132,6 @@ def check(config):
     """ValueError where a value, or a key of a section, can't be meant."""
     _check_values(config, _CONFIG, "config")
     if "input" in config:
-        if missing := [key for key in _INPUT if key not in config.input]:
-            raise ValueError(f"config.input lacks {missing}, found {sorted(config.input)}.")
         _check_values(config.input, _INPUT, "config.input")
     check_keys(config.model, ("img", "llm"), "config.model")
     made = {"img": vit.Model(), "llm": gemma.Model(variant="gemma_mu")}

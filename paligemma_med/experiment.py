@@ -69,6 +69,8 @@ def check_training_config(config):
     check_config(config)
     if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
         raise ValueError(f"config lacks {missing}, which training needs.")
+    if "batch_size" not in config.input:
+        raise ValueError(f"config.input lacks ['batch_size'], found {sorted(config.input)}.")
     size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
     if size % accum:
         raise ValueError(

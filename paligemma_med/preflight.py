@@ -42,6 +42,8 @@ def check_evals(config, model):
 
 def _check_durations(config):
     """Number of steps; all durations are sound."""
+    if "data" not in config.input:
+        raise ValueError(f"config.input lacks ['data'], found {sorted(config.input)}.")
     kw = dict(
         num_examples=input_pipeline.num_examples(config.input), batch_size=config.input.batch_size
     )
