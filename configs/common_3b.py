@@ -73,6 +73,8 @@ def recipe(c, micro, accum, lr):
     c.label_smoothing = 0.0
     c.mesh = [("data", -1)]
     c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
+    # Logits by vocabulary: the embedding table, 1 GB, then stays in its parts.
+    c.sharding_rules = [("act_vocab", "data"), ("act_batch", "data")]
     c.ckpt_epochs = 1.0
     c.update(common.LOOP)
 

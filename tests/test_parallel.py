@@ -35,12 +35,15 @@ MODEL = dict(
 LORA = [(".*/query/kernel|.*/(kv|attn_vec)_einsum/w|.*/linear", dict(rank=4))]
 QUICKLY = {"xla_backend_optimization_level": 0}  # of LLVM; what is sent is decided before
 FSDP = 'fsdp(axis="data", min_size_to_shard_mb=0)'
-MESHES = {  # name: (mesh, strategy)
-    "one": ([("data", 1)], "replicate"),
-    "fsdp": ([("data", 8)], FSDP),
-    "fsdp_tp": ([("data", 4), ("model", 2)], f'tp(axis="model")|{FSDP}'),
-    "tp": ([("data", 1), ("model", 8)], 'tp(axis="model")'),
+BY_VOCAB = [("act_vocab", "data"), ("act_batch", "data")]
+MESHES = {  # name: (mesh, strategy, rules)
+    "one": ([("data", 1)], "replicate", None),
+    "fsdp": ([("data", 8)], FSDP, None),
+    "fsdp_vocab": ([("data", 8)], FSDP, BY_VOCAB),
+    "fsdp_tp": ([("data", 4), ("model", 2)], f'tp(axis="model")|{FSDP}', None),
+    "tp": ([("data", 1), ("model", 8)], 'tp(axis="model")', None),
 }
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Run(NamedTuple):
@@ -53,13 +56,14 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def make_config(mesh, strategy, *, lora=True, **kw):
+def make_config(mesh, strategy, rules=None, *, lora=True):
     # Keys' biases have no gradient but rounding, which Adam with a small eps takes for a signal.
     all_of = [(".*", dict(decay_type="constant"))]
     return tiny.config(
         model=MODEL, mesh=mesh, lora=LORA if lora else None, lr=1e-2, optax=dict(eps=1e-4),
         schedule=[(".*/lora_[ab]", all_of[0][1]), (".*", None)] if lora else all_of,
-        sharding_strategy=[(".*", strategy)] if isinstance(strategy, str) else strategy, **kw,
+        sharding_strategy=[(".*", strategy)] if isinstance(strategy, str) else strategy,
+        sharding_rules=rules,
     )  # fmt: skip
 
 
@@ -115,8 +119,8 @@ def losses_of(name, lora):
 # --- Losses ---
 
 
-@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "tp"])
+@pytest.mark.parametrize("lora", [True, SLOW(False)])
+@pytest.mark.parametrize("name", ["fsdp", SLOW("fsdp_vocab"), "fsdp_tp", "tp"])
 def test_losses_are_those_of_one_device(name, lora):
     one = losses_of("one", lora)
     assert np.ptp(one) > 0.1, "nothing was learned, so nothing is compared"
@@ -289,8 +293,7 @@ def test_fsdp_with_logits_cut_by_vocabulary_leaves_the_table_where_it_is():
     def gathers_table(found):
         return any(s.kind == "all-gather" and s.size == VOCAB * WIDTH for s in found)
 
-    rules = [("act_vocab", "data"), ("act_batch", "data")]
-    found = sent(start(make_config(*MESHES["fsdp"], sharding_rules=rules)).compiled)
+    found = sent(run_of("fsdp_vocab", True).compiled)
     assert not gathers_table(found) and not gathers_stack(found) and not sends_batch(found)
     assert gathers_table(sent(run_of("fsdp", True).compiled))
 
@@ -304,7 +307,7 @@ def test_the_checks_see_a_layer_axis_that_is_cut():
 
 def test_the_checks_see_a_batch_that_is_gathered():
     """What XLA makes of fsdp when activations are left to it."""
-    assert sends_batch(sent(forward(make_config(*MESHES["fsdp"], lora=False, sharding_rules=[]))))
+    assert sends_batch(sent(forward(make_config([("data", 8)], FSDP, [], lora=False))))
 
 
 # --- Answers ---
@@ -329,9 +332,7 @@ def answers(name):
     return jax.device_get(out)
 
 
-@pytest.mark.parametrize(
-    "name", ["fsdp_tp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp", "tp"))]
-)
+@pytest.mark.parametrize("name", [SLOW("fsdp"), SLOW("fsdp_vocab"), "fsdp_tp", SLOW("tp")])
 def test_answers_are_those_of_one_device(name):
     tokens, logprobs = answers("one")
     assert len(np.unique(tokens)) > 20
