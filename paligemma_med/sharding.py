@@ -82,7 +82,8 @@ class Leaf(NamedTuple):
       shape, nbytes: its size.
       letters: a name for each dimension, as in `models/lora.py`: L layers, P parts of a kernel, V
         vocabulary, R rank; "" if the leaf is none of those known there.
-      kernel: of a LoRA factor, the letters of its kernel; otherwise those of the leaf.
+      kernel: of a LoRA factor that a rule for its kernel takes, the letters of that; otherwise
+        those of the leaf.
       stacked: whether the first dimension is that of the layers.
     """
 
@@ -188,9 +189,11 @@ def _tp(spec: Spec, leaf: Leaf, mesh: Mesh, *, axis: str | tuple[str, ...]) -> t
 
 
 def _cut(spec: Spec, dim: int, axis: str | tuple[str, ...]) -> Spec:
-    if not isinstance(axis, str) and len(axis) == 1:
-        axis = axis[0]
-    return [*spec[:dim], axis, *spec[dim + 1 :]]
+    axes = (axis,) if isinstance(axis, str) else axis
+    for used in spec:
+        if common := {*axes} & {*((used,) if isinstance(used, str) else used or ())}:
+            raise ValueError(f"axis {min(common)!r} would cut two of its dimensions")
+    return [*spec[:dim], axes[0] if len(axes) == 1 else tuple(axes), *spec[dim + 1 :]]
 
 
 def _shown(axis: str | tuple[str, ...]) -> str:
@@ -325,16 +328,19 @@ def plan(
         kernel = _KERNEL_OF.get(name, name)
         found = None
         for pattern, ops in rules:
-            if pattern.fullmatch(name if "lora" in pattern.pattern else kernel):
+            own = "lora" in pattern.pattern
+            if pattern.fullmatch(name if own else kernel):
                 unused.discard(pattern.pattern)
-                found = found or ops
+                found = found or (ops, own)
         if found is None:
             uncovered.append(name)
             continue
         leaf = _leaf(name, x)
+        if found[1]:
+            leaf = leaf._replace(kernel=leaf.letters)
         spec: Spec = [None] * len(leaf.shape)
         notes = []
-        for op, kwargs in found:
+        for op, kwargs in found[0]:
             try:
                 spec, note = _STRATEGIES[op][0](spec, leaf, mesh, **kwargs)
             except ValueError as e:

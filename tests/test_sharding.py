@@ -133,13 +133,14 @@ def test_bad_strategy_is_quoted(text):
 
 def test_bad_pairs_and_axis():
     mesh = sharding.make_mesh([("data", -1)])
-    tree = _tree(a=(8,))
+    tree = _tree(a=(8,), b=(8, 8))
     for rules, word in [
         (["replicate"], "pair"),
         ([("(", "replicate")], "regex"),
         ([(".*", 'fsdp(axis="model")')], "model"),
         ([(".*", 'fsdp()|tp(axis=("data", "nodel"))')], "nodel"),
         ([(".*", 'shard_dim(axis="data", dim=1)')], "a: shard_dim: there is no dimension 1"),
+        ([(".*", 'shard_dim(axis="data", dim=0)|fsdp(min_size_to_shard_mb=0)')], "b: axis 'data'"),
         ([(".*", 'fsdp(min_size_to_shard_mb=0)|shard_dim(axis="data", dim=-1)')], "cut already"),
     ]:
         with pytest.raises(ValueError, match=word):
@@ -234,7 +235,9 @@ def test_shard_dim_of_kernels_and_their_factors():
     tree = shapes()
     with pytest.raises(ValueError, match="Dense_1/lora_a.*divide dimension 0"):
         sharding.plan(tree, rules, mesh)
-    rules[3] = (".*/Dense_1/lora_a", 'shard_dim(axis="model", dim=1)')
+    # A rule with "lora" in it counts the factor's own dimensions.
+    rules[3] = (".*/Dense_1/lora_a", 'shard_dim(axis="model", dim=-2)')
+    rules.insert(0, ("llm/.*/v/lora_b", 'shard_dim(axis="model", dim=1)'))
     found = sharding.plan(tree, rules, mesh)
     block = "img/Transformer/encoderblock/MlpBlock_0"
     assert {n: sharding.short_spec(s) for n, (s, _) in found.items() if any(s.spec)} == {
@@ -246,6 +249,7 @@ def test_shard_dim_of_kernels_and_their_factors():
         f"{block}/Dense_0/kernel": "-,-,data",
         f"{block}/Dense_0/lora_b": "-,-,data",
         f"{block}/Dense_1/lora_a": "-,model,-",
+        "llm/layers/attn/kv_einsum/v/lora_b": "-,model,-,-",
     }
     assert found[f"{block}/Dense_0/bias"][1] == "it has no dimension 2"
 
