@@ -38,6 +38,9 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
         with an error.
     """
     rng, kills, deck = random.Random(seed), [], []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell ignores it for background jobs, and what they start would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         started = time.monotonic()
         process = subprocess.Popen(command, **popen)
