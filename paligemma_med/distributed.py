@@ -16,6 +16,9 @@ import sys
 import jax
 import numpy as np
 from absl import flags
+
+# Only there do these two stand: the process's number, and whether this is a Cloud TPU machine.
+from jax._src import cloud_tpu_init, distributed
 from jax.experimental import multihost_utils
 
 # Nodes of a cluster come up minutes apart; who is still missing then isn't coming.
@@ -112,6 +115,8 @@ def _check(coordinator, num_processes, process_id):
         raise ValueError(f"--coordinator_address is {coordinator!r}; expected host:port.")
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes is {num_processes}; expected 1 or more.")
+    if None not in (process_id, num_processes) and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id is {process_id} of {num_processes}; they count from 0.")
     if _many_tasks():  # JAX knows the rest.
         return
     names = ("--coordinator_address", "--num_processes", "--process_id")
@@ -119,8 +124,6 @@ def _check(coordinator, num_processes, process_id):
     if missing := [k for k, v in given.items() if v is None]:
         found = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None)
         raise ValueError(f"{found} needs {' and '.join(missing)} too (or --num_processes=1).")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id is {process_id} of {num_processes}; they count from 0.")
 
 
 def _many_tasks():
@@ -136,8 +139,6 @@ def _many_tasks():
         return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return True
-    from jax._src import cloud_tpu_init  # the only place that knows
-
     return bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False))
 
 
@@ -158,10 +159,15 @@ def leave(status):
     if is_alone():
         sys.exit(status)
     if isinstance(status, str):
-        print(f"process {jax.process_index()}: {status}", file=sys.stderr)
+        print(f"{_this()}: {status}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 1)
+
+
+def _this():
+    # jax.process_index would start the devices, which may be what failed, and wait for the others.
+    return f"process {distributed.global_state.process_id}"
 
 
 # What XLA's errors speak of when another process is gone, on CPUs, GPUs and in the coordinator.
@@ -187,7 +193,7 @@ def tell_if_peer_lost(error):
         return False
     if not _told:
         print(
-            f"process {jax.process_index()}: error: another process of this run has ended or can't "
+            f"{_this()}: error: another process of this run has ended or can't "
             "be reached, so this one stops too. Start all of them again with the same command: "
             "training goes on from its newest checkpoint. "
             f"({str(lost[-1]).splitlines()[0][:200]})",
