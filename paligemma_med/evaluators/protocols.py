@@ -1,0 +1,395 @@
+"""Protocols of the field, one function each: what exactly a reported accuracy counts.
+
+Tables can't be compared where "accuracy" means a substring here and a letter there. Each function
+states its rule, where it comes from, and what it gets wrong. They work on strings and lists alone:
+`scoring` makes figures of them.
+
+Several runs       accuracy_over_runs, distinct_answers, nonrobust, penalised
+Multiple choice    letter, closest_option, most_likely_option, qa_score
+Closed and open    exact_match, token_f1, token_recall, llava_med_closed, llava_med_f1
+
+The originals, as read: microsoft/LLaVA-Med v1.0.0 (b9a98a7) llava/eval/run_eval.py and
+eval_metrics/; xiaoman-zhang/PMC-VQA 1678ec2 src/MedVInT_TD/test.py; OpenGVLab/Multi-Modality-Arena
+bd2999a MedicalEval/Question-answering_Score/utils/medicalqa.py.
+"""
+
+import collections
+import difflib
+import math
+import re
+import string
+import unicodedata
+
+import numpy as np
+
+from paligemma_med.evaluators import answers
+
+# --- Several runs of the same questions ---
+
+
+def accuracy_over_runs(correct):
+    """Mean accuracy of R runs and its standard deviation over them, the paper's "mean ± sd".
+
+      a_r = mean over questions of correct[q][r];  mean = Σ a_r / R;
+      sd = sqrt(Σ (a_r - mean)² / (R - 1))
+
+    The sd says how much sampling answers anew moves the score of *these* questions, and nothing
+    about other questions: with 200 of them that error is another 3 points, see `stats`. Divided by
+    R - 1 (the paper, papers/001 section 5, doesn't say by what; R would give 0.89 of it for R = 5).
+
+    Args:
+      correct: [Q][R] bools or numbers in [0, 1]; run r is answer r of every question.
+
+    Returns:
+      (mean, sd); sd is NaN for a single run.
+
+    Raises:
+      ValueError: no questions, no runs, or not as many runs for each question.
+    """
+    runs = _table(correct, "correct").mean(axis=0)
+    sd = float(runs.std(ddof=1)) if len(runs) > 1 else math.nan
+    return float(runs.mean()), sd
+
+
+def distinct_answers(predictions, form=answers.normalise):
+    """How many different answers each question got.
+
+    Args:
+      predictions: [Q][R] answers.
+      form: function of an answer that gives what is compared; None compares them as they are
+        (letters, numbers of choices; None, "no answer", counts as an answer of its own).
+
+    Returns:
+      int[Q], 1 to R.
+    """
+    form = form or (lambda answer: answer)
+    return np.array([len({form(answer) for answer in row}) for row in predictions], np.int64)
+
+
+def nonrobust(predictions, threshold=3, form=answers.normalise):
+    """Which questions are answered non-robustly: with `threshold` different answers or more.
+
+    The paper (papers/001, 5): "non-robust if the model produces different answers in three or more
+    out of five inferences". Read here as three different ones among the five. (The other reading,
+    three answers that differ from the most frequent one, calls 2 + 3 non-robust, although only two
+    answers were ever given.)
+
+    Args:
+      predictions, form: as in `distinct_answers`.
+      threshold: at least so many different answers.
+
+    Returns:
+      bool[Q].
+    """
+    return distinct_answers(predictions, form) >= threshold
+
+
+def penalised(correct, predictions, reading="item", threshold=3, form=answers.normalise):
+    """Accuracy over runs, docked for non-robust questions: "we penalize the accuracy by one point"
+    (papers/001, 5), of which there are two readings.
+
+    item     a non-robust question loses its own point: it counts as wrong in every run.
+    total    every non-robust question takes one percentage point off the whole score, at least 0:
+             mean - 0.01 · (number of non-robust questions). The sd stays.
+
+    "item" is the default. It doesn't depend on how many questions there are, where "total" weighs a
+    question n / 100 times what it is worth (200 questions: twice; 1,061: ten times) and reaches 0
+    soon: near chance on four choices, 82 % of questions are non-robust when sampled at temperature
+    1 (of uniform answers), so that the paper's 33 % on PMC-VQA can't have been docked in that way.
+    And "item" stays an accuracy, with an interval: the share of questions that are right *and*
+    robustly so.
+
+    Args:
+      correct: [Q][R] as in `accuracy_over_runs`.
+      predictions, threshold, form: as in `nonrobust`.
+      reading: "item" or "total".
+
+    Returns:
+      (mean, sd).
+
+    Raises:
+      ValueError: an unknown reading; shapes that differ.
+    """
+    if reading not in ("item", "total"):
+        raise ValueError(f"reading is {reading!r}; expected 'item' or 'total'.")
+    correct = _table(correct, "correct")
+    if [len(row) for row in predictions] != [correct.shape[1]] * len(correct):
+        raise ValueError(
+            f"predictions aren't {correct.shape} as correct is; expected [Q][R] of both."
+        )
+    bad = nonrobust(predictions, threshold, form)
+    if reading == "item":
+        return accuracy_over_runs(np.where(bad[:, None], 0.0, correct))
+    mean, sd = accuracy_over_runs(correct)
+    return max(0.0, mean - 0.01 * int(bad.sum())), sd
+
+
+def _table(values, name):
+    lengths = {len(row) for row in values}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"{name} has {len(values)} questions of {sorted(lengths)} runs; expected one question "
+            "or more, each with as many runs, one or more."
+        )
+    return np.asarray(values, np.float64)
+
+
+# --- Multiple choice ---
+
+
+def letter(text, choices):
+    """The letter that an answer names, or None where it names none, or more than one.
+
+    Understood, in either case: "B", "(b)", "B." alone; "B: text", "B) text", "b. text", "B - text"
+    at the start of a line; "B text" if `text` is choice B; "(B)" anywhere; "option B", "I choose
+    B", "it is B"; and, before all others, "the answer is B", "Answer: (b)". Not taken for letters:
+    the article ("A large mass"), names ("hepatitis B"), what is denied ("not option B", "option B
+    is wrong"). "A or B", "A, B", "A: yes, B: no" name two.
+
+    An answer that gives a choice's text without its letter names none: see `closest_option`. The
+    scripts of the field search the text for the nearest of "A".."D" by difflib and so make a letter
+    of anything (PMC-VQA's MedVInT_TE takes "Both" for B).
+
+    Args:
+      text: what the model said.
+      choices: the choices' texts, in order: letters A, B, ….
+
+    Returns:
+      "A", "B", … or None.
+
+    Raises:
+      ValueError: fewer than two choices, or more than 26.
+    """
+    last = letter_of(_count(choices) - 1)
+    capital, small = f"[A-{last}]", f"[a-{last.lower()}]"
+    either = f"[A-{last}a-{last.lower()}]"
+    # Within a sentence a small letter may be the article; it counts before punctuation or the end.
+    within = rf"[(\[]?(?:({capital})(?![\w'’]|-\w)|({small})(?=\s*(?:[)\].:,;!?]|$)))"
+    text = re.sub(r'[*`"“”]', "", unicodedata.normalize("NFKC", text)).strip()
+
+    if m := re.fullmatch(rf"[(\[]?\s*({either})\s*[)\]]?\s*[.:,;!?]*", text):
+        return m[1].upper()
+    if m := re.match(rf"({either})\s+(\S.*)", text, re.DOTALL):
+        choice = choices[ord(m[1].upper()) - ord("A")]
+        if answers.normalise(m[2]) == _unlabelled(choice):
+            return m[1].upper()
+
+    says = r"(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*"
+    kind = r"(?:(?:the\s+)?(?:option|choice|letter)\s*)?"
+    verbs = "option|choice|letter|choose|chose|pick|select|go with|think"
+    either_or = rf"\s*[)\].:]?\s*(?:,|/|&|\bor\b|\band\b)\s*{kind}{within}"
+    for patterns in (
+        [rf"(?i:\banswer{says}{kind}){within}"],
+        [
+            rf"^\s*[(\[]?({either})(?:\s*[)\]:]|\.(?=\s|$)|\s+-\s)",
+            rf"[(\[]({either})[)\]]",
+            rf"(?i:\b(?:{verbs}){says}{kind}){within}",
+            rf"(?i:\b(?:it|that)(?:\s+is|['’]s)\s+{kind}){within}",
+            # Alone this names nothing; beside another it contradicts: "A: yes, B: no".
+            rf"(?<=[\s,;])({capital})\s*[):]",
+        ],
+    ):
+        found = [m for p in patterns for m in re.finditer(p, text, re.MULTILINE)]
+        found = [m for m in found if not _denied(text, m)]
+        if any(re.match(either_or, text[m.end() :]) for m in found):
+            return None
+        if found:
+            named = {next(filter(None, m.groups())).upper() for m in found}
+            return named.pop() if len(named) == 1 else None
+    return None
+
+
+def _denied(text, m):
+    """Whether a mention of a letter is of one that is *not* the answer."""
+    before = r"\b(?:not|than|instead of|neither|nor|except|excluding)\s+(?:the\s+)?[(\[]?$"
+    after = r"[)\].:]?\s*(?:is|was|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)"
+    return bool(
+        re.search(before, text[: m.start()], re.IGNORECASE)
+        or re.match(after, text[m.end() :], re.IGNORECASE)
+    )
+
+
+def closest_option(text, choices):
+    """The number of the choice that an answer's text is nearest to, or None if to none.
+
+    An answer equal to a choice is that choice: `answers.normalise` of both, without a label such as
+    "B:" at the front. Otherwise the one of the highest difflib ratio (matching characters, twice,
+    over the characters of both), the first among equals; None if all ratios are 0.
+
+    The ratio is that of PMC-VQA's own script (find_most_similar_index), which compares the texts
+    as they are, and only the last character generated. It always decides, so a question's chance
+    level isn't 1 in 4: a long choice is near to much.
+
+    Args:
+      text: what the model said.
+      choices: the choices' texts, in order.
+
+    Returns:
+      0, 1, … or None.
+
+    Raises:
+      ValueError: fewer than two choices, or more than 26.
+    """
+    _count(choices)
+    said, options = _unlabelled(text), [_unlabelled(choice) for choice in choices]
+    return options.index(said) if said in options else _most_similar(options, said)
+
+
+def most_likely_option(logprobs, lengths=None):
+    """The number of the choice that the model finds likeliest, whatever it would say itself.
+
+      argmax_c log p(choice c | image, question), the sum over the choice's tokens, EOS included;
+      with lengths: the same over the number of tokens
+
+    The sum is the probability of saying just that and favours short choices; per token favours long
+    ones, whose later tokens follow from the earlier. The latter is GPT-3's rule (T. Brown et al.,
+    2005.14165, 2.4) and, as the smallest mean loss, the "prefix-based score" of OmniMedVQA (Y. Hu
+    et al., CVPR 2024, 2402.09181). Report which.
+
+    Args:
+      logprobs: [C] sums of log-probabilities, such as a row's option_logprobs.
+      lengths: [C] numbers of tokens, or None for the sum.
+
+    Returns:
+      0, 1, …; the first among equals.
+
+    Raises:
+      ValueError: fewer than two choices, NaN, a length below 1 or too few of them.
+    """
+    _count(logprobs)
+    scores = np.asarray(logprobs, np.float64)
+    if np.isnan(scores).any():
+        raise ValueError(f"logprobs has NaN: {list(logprobs)}.")
+    if lengths is not None:
+        if len(lengths) != len(scores) or min(lengths) < 1:
+            raise ValueError(f"lengths is {list(lengths)}; expected {len(scores)} of 1 or more.")
+        scores = scores / np.asarray(lengths)
+    return int(scores.argmax())
+
+
+def qa_score(prediction, choices, answer):
+    """OmniMedVQA's question-answering score: is the choice nearest to the text the right one?
+
+    Like `closest_option`, but verbatim as its script does it: case, blanks and labels count, and no
+    exact match goes first. An answer that resembles no choice at all, such as an empty one, is
+    wrong. Its prompt lists the choices as a Python list and asks for one of them.
+    Y. Hu et al., CVPR 2024, 2402.09181; MedicalEval in utils/medicalqa.py.
+
+    Args:
+      prediction: what the model said.
+      choices: the choices' texts, in order.
+      answer: the text of the right one.
+
+    Returns:
+      bool.
+
+    Raises:
+      ValueError: an answer that isn't among the choices.
+    """
+    _count(choices)
+    if answer not in choices:
+        raise ValueError(f"the answer {answer!r} isn't among the choices {list(choices)}.")
+    nearest = _most_similar(choices, prediction)
+    return nearest is not None and choices[nearest] == answer
+
+
+def letter_of(i):
+    """0 → "A", 1 → "B", …"""
+    return string.ascii_uppercase[i]
+
+
+def _most_similar(options, text):
+    # The order of the two texts matters to difflib; it is that of the originals.
+    ratios = [difflib.SequenceMatcher(None, option, text).ratio() for option in options]
+    return ratios.index(max(ratios)) if max(ratios) > 0 else None
+
+
+def _unlabelled(text):
+    """Normalised, without "B:", "(B)", "B." at the front."""
+    return answers.normalise(re.sub(r"^\s*(?:\([A-Za-z]\)|[A-Za-z]\s*[:)]|[A-Z]\.\s)\s*", "", text))
+
+
+def _count(choices):
+    if not 2 <= len(choices) <= 26:
+        raise ValueError(f"there are {len(choices)} choices; expected 2 to 26.")
+    return len(choices)
+
+
+# --- Closed and open answers ---
+
+
+def exact_match(prediction, answer):
+    """Equality after `answers.normalise`: the tables' `acc`."""
+    return answers.normalise(prediction) == answers.normalise(answer)
+
+
+def token_f1(prediction, answer):
+    """SQuAD's F1: the harmonic mean of token precision and recall.
+
+      common = Σ_w min(count in prediction, count in answer)
+      F1 = 2 · common / (tokens of prediction + tokens of answer)
+
+    over the words of `answers.squad`. If either has no words left, 1.0 if both, else 0.0.
+    P. Rajpurkar et al., EMNLP 2016 (1606.05250); that case as in SQuAD 2.0's script (1806.03822).
+
+    Returns:
+      float, 0 to 1.
+    """
+    common, said, true = _overlap(prediction, answer)
+    return 2 * common / (said + true) if said and true else float(said == true)
+
+
+def token_recall(prediction, answer):
+    """The share of the answer's tokens that the prediction has, each counted as often as it occurs:
+    common / (tokens of answer), see `token_f1`. Repeating or listing everything raises it, so it
+    means little without precision; `llava_med_f1` is what others report by this name.
+
+    Returns:
+      float, 0 to 1; for an answer without words 1.0 if the prediction has none either, else 0.0.
+    """
+    common, said, true = _overlap(prediction, answer)
+    return common / true if true else float(said == 0)
+
+
+def _overlap(prediction, answer):
+    said, true = (collections.Counter(answers.squad(x).split()) for x in (prediction, answer))
+    return (said & true).total(), said.total(), true.total()
+
+
+def llava_med_closed(prediction, answer):
+    """LLaVA-Med's accuracy of closed questions: the answer is a substring of the prediction.
+
+    After `answers.llava_med` of both: right if "yes" or "no" occurs in the prediction *and* the
+    answer does. What follows from it: "No, it is not normal" is right for "normal", and for "no" so
+    is any text with "normal" or "know"; "yes and no" is always right; an answer other than yes and
+    no, of which SLAKE's closed questions have many, is wrong unless "no" turns up somewhere. Use it
+    beside others' figures of that name, not instead of `exact_match`.
+    C. Li et al., NeurIPS 2023 (2306.00890), 5; evaluate() in run_eval.py.
+
+    Returns:
+      bool.
+    """
+    said, true = answers.llava_med(prediction), answers.llava_med(answer)
+    return ("yes" in said or "no" in said) and true in said
+
+
+def llava_med_f1(prediction, answer):
+    """LLaVA-Med's (f1, precision, recall) of open questions; its tables give the recall.
+
+    Over the words of `answers.llava_med`. A word of both counts as often as the *prediction* has
+    it, a word of the answer alone as often as the answer has it:
+      precision = tp / (tp + fp);  recall = tp / (tp + fn);  f1 = 2 · precision · recall / (both)
+    So repeating a right word raises recall: "left left left" has 3/4 of "left lung", where
+    `token_recall` gives 1/2. All are 0.0 if either has no words.
+    C. Li et al., NeurIPS 2023 (2306.00890), 5; calculate_f1score in evaluate_metrics.py.
+
+    Returns:
+      (float, float, float), 0 to 1.
+    """
+    said, true = (collections.Counter(answers.llava_med(x).split()) for x in (prediction, answer))
+    tp = sum(n for word, n in said.items() if word in true)
+    if not tp:
+        return 0.0, 0.0, 0.0
+    fn = sum(n for word, n in true.items() if word not in said)
+    precision, recall = tp / said.total(), tp / (tp + fn)
+    return 2 * precision * recall / (precision + recall), precision, recall
