@@ -3,6 +3,11 @@
 How near it comes to a run's real peak is measured by `python -m tools.bench.step_memory`.
 """
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -122,3 +127,14 @@ def test_tensor_parallelism_is_told_per_device():
     step = dry_run.compile_step(c)
     assert jax.tree.leaves(step.frozen)[0].sharding.mesh.shape == {"data": 4, "model": 2}
     assert whole["frozen weights"] < dry_run.memory(c, step)["frozen weights"]
+
+
+@pytest.mark.slow
+def test_a_real_run_takes_what_was_foretold(repo_root):
+    """The benchmark's case of full fine-tuning: 1 GB of state, 1 GB more in a step."""
+    command = [sys.executable, "-m", "tools.bench.step_memory", "--case=all", "--steps=2"]
+    env = {**os.environ, "XLA_FLAGS": ""}  # one device
+    run = subprocess.run(command, cwd=repo_root, env=env, check=True, stdout=subprocess.PIPE)
+    out = json.loads(run.stdout)
+    assert out["temporary"] > 0.3 * out["foretold"] > 0.3 * 2**30
+    assert 0.9 < out["found"] / out["foretold"] < 1.1
