@@ -3,8 +3,10 @@
     python -m paligemma_med.evaluate --workdir=out/s1          (a run: its own config and weights)
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
 
-Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/eval/<name>/. In
-several processes (docs/clusters.md) the first one prints and writes.
+Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/eval/<name>/. Killed
+and started again, the same command goes on after the last batch; what is finished for the same
+weights and settings isn't asked again. In several processes (docs/clusters.md) the first one
+prints and writes.
 """
 
 import os
@@ -12,10 +14,10 @@ import os
 from absl import app, flags
 
 from paligemma_med import distributed, experiment, preflight, sharding
-from paligemma_med.evaluators import vqa
+from paligemma_med.evaluators import scoring
 
 
-def evaluate(config, checkpoint, out, only=None):
+def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
     """Runs config.evals on `checkpoint` and prints a table for each.
 
     Args:
@@ -23,44 +25,67 @@ def evaluate(config, checkpoint, out, only=None):
       checkpoint: anything `checkpoints.load_params` takes.
       out: folder for eval/<name>/.
       only: names of the evals to run, or None for all.
+      controls: of all evals; None leaves them what the config says; "all" is all that there are,
+        except where a config names its own.
+      resume: whether to take what an earlier start has left.
 
     Returns:
       {name: {metric: value}}.
     """
     if unknown := sorted(set(only or []) - set(config.get("evals") or {})):
         raise ValueError(f"config.evals has no {unknown}; it has {sorted(config.evals)}.")
+    _set_controls(config, controls)
     experiment.check_config(config)
     preflight.check_evals(config, experiment.make_model(config))
     model, tok, mesh, params = experiment.load(config, checkpoint)
-    evaluators = experiment.make_evaluators(config, model, tok, mesh, out)
+    evaluators = experiment.make_evaluators(config, model, tok, mesh, out, checkpoint)
     if not evaluators:
         raise ValueError("config.evals is empty: there is nothing to evaluate.")
     results = {}
     for name, (evaluator, _) in evaluators.items():
         if only and name not in only:
             continue
+        evaluator.resume = resume
         with sharding.rules(config, mesh):
             results[name] = evaluator.run(params)
         if not distributed.is_main():
             continue
-        print(f"\n{name} on {checkpoint}\n\n{vqa.format_table(results[name])}", flush=True)
+        print(f"\n{name} on {checkpoint}\n\n{scoring.format_table(results[name])}", flush=True)
         print(f"\nWritten to {os.path.join(out, 'eval', name)}", flush=True)
     return results
+
+
+def _set_controls(config, controls):
+    """Puts them into the sections of config.evals; majorities need a training split."""
+    if controls is None:
+        return
+    for section in (config.get("evals") or {}).values():
+        if controls == "all" and "controls" in section:
+            continue
+        names = scoring.CONTROLS if controls == "all" else controls
+        if controls == "all" and not section.get("train_data"):
+            names = [c for c in names if not c.startswith("majority")]
+        with section.unlocked():
+            section.controls = list(names)
 
 
 @experiment.command
 def main(argv):
     del argv
+    values = flags.FLAGS
     distributed.start_from_flags(awaits_sigterm=False)
     config, checkpoint = experiment.from_flags()
-    out = flags.FLAGS.out or flags.FLAGS.workdir
+    out = values.out or values.workdir
     if out is None:
         raise app.UsageError("--out is needed with --checkpoint.")
-    evaluate(config, checkpoint, out, flags.FLAGS.only)
+    controls = "all" if values.controls == ["all"] else values.controls
+    evaluate(config, checkpoint, out, values.only, controls, values.resume)
 
 
 if __name__ == "__main__":
     experiment.define_source_flags()
     flags.DEFINE_string("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
+    flags.DEFINE_list("controls", ["all"], f"Some of {', '.join(scoring.CONTROLS)}, or all.")
+    flags.DEFINE_bool("resume", True, "Go on with what an earlier start has left.")
     app.run(main, flags_parser=experiment.parse_flags)

@@ -4,12 +4,14 @@ Every entry point (train, evaluate, predict) starts here, so that they agree on 
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import traceback
 
@@ -20,6 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import paligemma_med
 from paligemma_med import (
     checkpoints,
     config_values,
@@ -28,7 +31,7 @@ from paligemma_med import (
     optim,
     sharding,
 )
-from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.checkpoints import fingerprint, npz, workdir
 from paligemma_med.models import lora, paligemma
 from paligemma_med.pp import tokenizer
 
@@ -442,11 +445,11 @@ def place_params(host, dtypes, shardings):
     return out
 
 
-def make_evaluators(config, model, tok, mesh, folder=None):
+def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
     """{name: (evaluator, its section of the config)} for config.evals.
 
     Evaluators are `paligemma_med.evaluators.<type>.Evaluator`; what they write goes to
-    <folder>/eval/<name>.
+    <folder>/eval/<name>, and names `checkpoint` as the weights' origin, by default the folder.
     """
     out = {}
     for name, section in (config.get("evals") or {}).items():
@@ -460,15 +463,18 @@ def make_evaluators(config, model, tok, mesh, folder=None):
             if e.name != f"paligemma_med.evaluators.{kind}":
                 raise
             raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
-        outdir = os.path.join(folder, "eval", name) if folder else None
-        known = {*_EVAL_KEYS, *_arguments(module.Evaluator)} - {"inputs", "total", "outdir"}
+        arguments = {*_arguments(module.Evaluator)}
+        known = {*_EVAL_KEYS, *arguments} - _GIVEN
         config_values.check_keys(section, known, f"config.evals.{name}")
+        if "about" in arguments:
+            kw["about"] = functools.partial(_about, dict(kw, type=kind), checkpoint or folder)
+        outdir = os.path.join(folder, "eval", name) if folder else None
         try:
             inputs = input_pipeline.evaluation(
                 kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh
             )
             if train_data := kw.pop("train_data", None):
-                kw["train_data"] = _answered(train_data, kw.pop("train_answer", "answer"))
+                kw["train_data"] = _Answered(train_data, kw.pop("train_answer", "answer"))
             evaluator = module.Evaluator(
                 model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
             )
@@ -480,6 +486,7 @@ def make_evaluators(config, model, tok, mesh, folder=None):
 
 _EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer",
               *config_values.WHEN)  # fmt: skip
+_GIVEN = {"inputs", "total", "outdir", "about"}  # by make_evaluators
 
 
 def _arguments(evaluator):
@@ -488,15 +495,41 @@ def _arguments(evaluator):
     return [p.name for p in found if p.kind == p.KEYWORD_ONLY]
 
 
-def _answered(train_data, answer):
-    """Rows of the training split, one by one; to the evaluator the truth is "answer", whatever its
-    key in the data."""
-    source = input_pipeline.open_source(train_data)
-    if answer not in source.features:
-        raise ValueError(f"train_answer={answer!r}: {source} has no such key, only "
-                         f"{sorted(source.features)}")  # fmt: skip
-    rows = (source[i] for i in range(len(source)))
-    return ({**row, "answer": row[answer]} for row in rows)
+def _about(section, checkpoint, params):
+    """What is evaluated, for metrics.json: split, data (what was opened), section (of the config),
+    fingerprint (of the weights), versions, checkpoint, command. Collective."""
+    flat = npz.flatten_tree(params)
+    names = sorted(flat)
+    prints = fingerprint.of_leaves([flat[n] for n in names])
+    data = input_pipeline.open_source(section["data"]).about()
+    return dict(
+        split=f"{data['name']}/{data['version']} {data['split']}",
+        data=data,
+        section=section,
+        fingerprint=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest()[:32],
+        versions=dict(paligemma_med=paligemma_med.__version__, jax=jax.__version__),
+        checkpoint=checkpoint and _absolute(checkpoint),
+        command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),
+    )
+
+
+class _Answered:
+    """Rows of the training split, their texts alone, one by one and as often as wanted; to the
+    evaluator the truth is "answer", whatever its key in the data."""
+
+    _KEYS = ("question_id", "question", "answer_type")
+
+    def __init__(self, train_data, answer):
+        self._source, self._answer = input_pipeline.open_source(train_data), answer
+        for key in (answer, *self._KEYS):
+            if key not in self._source.features:
+                what = f"train_answer={answer!r}" if key == answer else "train_data"
+                raise ValueError(f"{what}: {self._source} has no {key!r}, only "
+                                 f"{sorted(self._source.features)}")  # fmt: skip
+
+    def __iter__(self):
+        for row in self._source.columns((self._answer, *self._KEYS)):
+            yield {**row, "answer": row[self._answer]}
 
 
 def config_to_json(config):

@@ -116,9 +116,28 @@ class Source:
         images = [k for k, f in self.features.items() if isinstance(f, tfds.features.Image)]
         decoders = {k: tfds.decode.SkipDecoding() for k in images}
         self._records = builder.as_data_source(split, decoders=decoders)
+        parts = [f for s in split.split("+") for f in _instructions(builder, s.strip())]
+        self._about = {
+            "name": name,
+            "version": str(builder.version),
+            "split": split,
+            "examples": len(self._records),
+            "bytes": sum(os.path.getsize(f.filename) for f in parts),
+        }
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def about(self) -> dict[str, Any]:
+        """What was opened: name, version, split, examples, and the size of the split's files."""
+        return dict(self._about)
+
+    def columns(self, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The records in order with these keys alone. Nothing else of them is decoded or held."""
+        features = tfds.features.FeaturesDict({k: self.features[k] for k in keys})
+        for i in range(len(self)):
+            record = self._records.data_source[i]
+            yield _to_numpy_and_text(features.deserialize_example_np(record), features)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
@@ -911,6 +930,7 @@ class EvalInput:
 
     len(): number of examples. num_batches: number of batches.
     stats: of the last (or running) pass, of the rows of all processes: `examples`, `truncated`.
+    cut: tokens that each row of the latest batch lost to `tolen`.
     """
 
     def __init__(
@@ -926,6 +946,7 @@ class EvalInput:
         self.batch_size = batch_size
         self.num_batches = math.ceil(num_examples / batch_size)
         self.stats = {"examples": 0, "truncated": 0}
+        self.cut: list[int] = []
         self._num_examples = num_examples
         self._batches = batches
         self._sharding = sharding
@@ -941,6 +962,7 @@ class EvalInput:
         try:
             for _ in range(self.num_batches):
                 host, rows, cut = self._next(iterator)
+                self.cut = cut
                 stats["examples"] += len(cut)
                 stats["truncated"] += sum(c > 0 for c in cut)
                 yield _put(host, self._sharding, self.batch_size), rows

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import distributed, sharding
+from paligemma_med.evaluators import vqa
 from tests import processes
 
 # --- Starting ---
@@ -251,6 +252,7 @@ def test_train_and_evaluate_in_two_processes(alone, tmp_path):
     processes.run("paligemma_med.train", [config, f"--workdir={tmp_path}/w"], num=2)
     assert_runs_agree(one, tmp_path / "w")
     args = [f"--workdir={tmp_path}/w", f"--out={tmp_path}/again"]
+    args.append(f"--controls={','.join(vqa.CONTROLS)}")
     done = processes.run("paligemma_med.evaluate", args, num=2)
     assert "| exact match, %" in done[0][1] and not done[1][1].replace("[Gloo]", "").count("|")
     assert rows_of(tmp_path / "again/eval/val") == rows_of(tmp_path / "w/eval/val")

@@ -8,6 +8,8 @@ import pytest
 
 from paligemma_med import evaluate, experiment
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.evaluators import scoring
+from paligemma_med.evaluators.results import read_metrics, read_rows
 from tests import tiny
 
 
@@ -30,8 +32,15 @@ def test_tables_and_files(run, tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("val", "test"):
         assert f"{name} on {workdir}" in out
-        with open(tmp_path / "eval" / name / "metrics.json", encoding="utf-8") as f:
-            assert json.load(f) == results[name]
+        metrics, about = read_metrics(tmp_path / "eval" / name / "metrics.json")
+        assert (
+            metrics
+            == results[name]
+            == scoring.summarise(read_rows(tmp_path / "eval" / name / "predictions.jsonl"))
+        )
+        assert about["checkpoint"] == f"{workdir}@2" and about["command"].startswith("python")
+        assert about["section"]["data"]["split"] in about["split"]
+        assert about["section"]["type"] == "vqa" and about["protocol"] == "vqa"
         with open(tmp_path / "eval" / name / "predictions.jsonl", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
         assert len(rows) == results[name]["n"]

@@ -92,9 +92,7 @@ def assert_same_run(killed, straight):
 
     assert rows(killed) == rows(straight)
     tiny.assert_trees_equal(checkpoints.load_params(killed), checkpoints.load_params(straight))
-    for name in ("metrics.json", "predictions.jsonl"):
-        a, b = (os.path.join(w, "eval", "val", name) for w in (killed, straight))
-        assert open(a, "rb").read() == open(b, "rb").read()
+    tiny.assert_same_eval(*(os.path.join(w, "eval", "val") for w in (killed, straight)))
 
 
 def run(folder, data, steps, repo_root, kills, kw):

@@ -26,6 +26,7 @@ from paligemma_med import (
 )
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.evaluators import vqa
+from paligemma_med.evaluators.results import read_metrics
 from tests import tiny
 
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
@@ -261,9 +262,9 @@ def test_workdir(finished):
         assert names <= set(row) and "lost" not in row
         assert ("val/model/overall/acc" in row) == (row["step"] in (3, 6))
     assert [r["lr"] for r in rows[:3]] == pytest.approx([0, 5e-4, 1e-3])
-    with open(os.path.join(workdir, "eval", "val", "metrics.json"), encoding="utf-8") as f:
-        metrics = json.load(f)
+    metrics, about = read_metrics(os.path.join(workdir, "eval", "val", "metrics.json"))
     assert metrics == results["val"]
+    assert about["checkpoint"] == workdir and len(about["fingerprint"]) == 32
     assert metrics == {k[4:]: v for k, v in rows[-1].items() if k.startswith("val/")}
     with open(os.path.join(workdir, "eval", "val", "predictions.jsonl"), encoding="utf-8") as f:
         assert len(f.readlines()) == metrics["n"] > 0
@@ -294,9 +295,7 @@ def test_resumed_run_equals_the_straight_one(finished, tmp_path, monkeypatch, ca
     expected = [without_time(r) for r in rows_of(straight)]
     assert [without_time(r) for r in rows_of(workdir)] == expected
     tiny.assert_trees_equal(checkpoints.load_params(workdir), checkpoints.load_params(straight))
-    for name in ("metrics.json", "predictions.jsonl"):
-        a, b = (os.path.join(w, "eval", "val", name) for w in (straight, workdir))
-        assert open(a, "rb").read() == open(b, "rb").read()
+    tiny.assert_same_eval(*(os.path.join(w, "eval", "val") for w in (straight, workdir)))
 
 
 def test_evaluating_the_workdir_gives_the_metrics_of_training(finished, tmp_path):

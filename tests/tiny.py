@@ -10,6 +10,7 @@ from configs import common
 from data_prep import build
 from paligemma_med import experiment
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.evaluators import results
 
 MODEL = dict(
     img=dict(variant="mu/16", scan=False, remat_policy="none"),
@@ -88,6 +89,19 @@ def write_workdir(folder, c):
         weights = {n: rng.normal(0, 0.1, x.shape).astype("float32") for n, x in abstract.items()}
         checkpoints.save(2, weights, {})
         checkpoints.wait()
+
+
+def assert_same_eval(a, b):
+    """Two folders of an evaluation: the same predictions to the byte, the same figures of the same,
+    though it lay elsewhere."""
+    found = []
+    for folder in (a, b):
+        metrics, about = results.read_metrics(os.path.join(folder, "metrics.json"))
+        about = {k: v for k, v in about.items() if k not in ("checkpoint", "command")}
+        with open(os.path.join(folder, "predictions.jsonl"), "rb") as f:
+            found.append((f.read(), metrics, about))
+        assert about["fingerprint"]
+    assert found[0] == found[1]
 
 
 def assert_trees_equal(a, b):

@@ -10,7 +10,6 @@ goes on where it was; --overwrite starts anew.
 # The docstring above is what --help prints. Nothing here does the work: each step is the library
 # function behind the command that a user would run for it, and says which one that is.
 
-import json
 import os
 import pathlib
 import shutil
@@ -23,6 +22,7 @@ from ml_collections import config_flags
 from data_prep import build
 from data_prep.files import DataError
 from paligemma_med import evaluate, experiment, input_pipeline, predict, train
+from paligemma_med.evaluators import results as evaluations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
@@ -177,7 +177,7 @@ def _announce(step, what, command):
 def _finished(workdir, name):
     """Metrics that an earlier run left, or None. They are written last, and whole."""
     path = workdir / "eval" / name / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return evaluations.read_metrics(path)[0] if path.is_file() else None
 
 
 def _check_same(config, workdir):

@@ -1,0 +1,189 @@
+"""The files of an evaluation: what is there while it runs, how it goes on, and what it leaves.
+
+While it runs, predictions.part.jsonl grows by a line a batch, flushed to the disk. Its first line
+says what is evaluated: weights, data, settings. Started again, an evaluation of the same takes the
+batches that are there and goes on after them; of anything else, it starts anew. At the end
+predictions.jsonl and metrics.json are written, each whole or not at all, and the part is removed.
+The result is the same to the byte as without an interruption.
+
+In a run of several processes the first one reads and writes, and tells the others.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+from paligemma_med import distributed
+
+PART = "predictions.part.jsonl"
+PREDICTIONS = "predictions.jsonl"
+METRICS = "metrics.json"
+
+
+def digest(values):
+    """sha256 of a sequence of JSON-able values, in hexadecimal digits."""
+    sha = hashlib.sha256()
+    for value in values:
+        sha.update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def split_hash(rows):
+    """Which questions were asked: a digest of their ids, images' ids, texts and answers, in order.
+
+    Two figures are of the same split if these are equal; from rows of predictions.jsonl.
+    """
+    keys = ("question_id", "image_id", "question", "answer")
+    return digest([row.get(key) for key in keys] for row in rows)
+
+
+def prompt_hash(rows):
+    """How they were asked: a digest of the prompts as the model read them, in order."""
+    return digest(row["prompt"] for row in rows)
+
+
+def read_rows(path):
+    """The rows of a predictions.jsonl; ValueError names a line that can't be read."""
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}, line {number}: expected a JSON object: {e}.") from None
+    return rows
+
+
+def read_metrics(path):
+    """(figures {name: number}, about {…}) of a metrics.json; about is {} in one that has none."""
+    with open(path, encoding="utf-8") as f:
+        metrics = json.load(f)
+    about = metrics.pop("about", {})
+    return metrics, about
+
+
+def write(folder, rows, metrics, about):
+    """Writes predictions.jsonl and metrics.json, and removes what there is of a part."""
+    if not distributed.is_main():
+        return
+    folder = pathlib.Path(folder)
+    _write(folder / PREDICTIONS, "".join(map(_line, rows)))
+    _write(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
+    (folder / PART).unlink(missing_ok=True)
+
+
+def finished(folder, identity):
+    """The rows of an evaluation of `identity` that is complete in `folder`, or None. Collective."""
+    rows = None
+    if distributed.is_main():
+        folder = pathlib.Path(folder)
+        try:
+            about = read_metrics(folder / METRICS)[1]
+            # A part is removed last.
+            if not (folder / PART).exists() and _is_of(about, identity):
+                rows = read_rows(folder / PREDICTIONS)
+        except (OSError, ValueError, AttributeError):
+            pass
+    return distributed.broadcast(rows)
+
+
+def _is_of(about, identity):
+    return all(key in about and about[key] == x for key, x in plain(identity, "about").items())
+
+
+class Part:
+    """The batches of an evaluation that is under way.
+
+    Attributes:
+      found: {(name of the pass, number of the batch): [row, …]} that an earlier start left.
+    """
+
+    def __init__(self, folder, identity, resume=True):
+        """Opens the file, or begins it. Collective.
+
+        Args:
+          folder: that of the evaluation; None keeps nothing.
+          identity: JSON-able dict, of all that the answers depend on.
+          resume: False takes nothing from an earlier start.
+        """
+        self.found, self._file = {}, None
+        if folder is None:
+            return
+        path = pathlib.Path(folder) / PART
+        found = []
+        if distributed.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = plain(identity, "about")
+            sound, found = _read(path, header) if resume else (0, [])
+            if not sound:
+                _write(path, _line(header))
+            else:
+                os.truncate(path, sound)
+            self._file = open(path, "a", encoding="utf-8")
+            if n := sum(len(rows) for name, _, rows in found if name == "model"):
+                print(f"{path}: goes on after {n} questions.", file=sys.stderr, flush=True)
+        self.found = {(name, i): rows for name, i, rows in distributed.broadcast(found)}
+
+    def add(self, name, batch, rows):
+        """Keeps the rows of a batch; they are on the disk when this returns."""
+        if self._file is not None:
+            self._file.write(_line([name, batch, rows]))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self):
+        if self._file is not None:
+            self._file.close()
+
+
+def _read(path, header):
+    """(length of what is sound, [[pass, batch, rows], …]) of a part with that header; 0 if it is
+    another's, or isn't there. A last line that was cut off is left out."""
+    found, sound = [], 0
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                value = json.loads(line) if line.endswith(b"\n") else None
+                if value is None or (not sound and value != header):
+                    break
+                if sound:
+                    name, batch, rows = value
+                    found.append([name, batch, rows])
+                sound += len(line)
+    except (OSError, ValueError, TypeError):
+        pass
+    return sound, found
+
+
+def plain(value, what):
+    """A value as it comes back from a JSON file, numpy's numbers and arrays as numbers and lists;
+    ValueError, which begins with `what`, names a type that can't be written."""
+
+    def default(x):
+        if isinstance(x, np.generic | np.ndarray):
+            return x.tolist()
+        raise ValueError(
+            f"{what} has a value of type {type(x).__name__}, which can't be written to "
+            "predictions.jsonl; leave its key out of the keep(...) of pp_fn."
+        )
+
+    return json.loads(json.dumps(value, default=default))
+
+
+def _line(value):
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _write(path, text):
+    """Whole or not at all: under another name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(partial, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
