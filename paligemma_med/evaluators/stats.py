@@ -46,7 +46,7 @@ def wilson(k, n, z=1.96):
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def wilson_clustered(correct, clusters, z=1.96):
+def wilson_clustered(correct, clusters=None, z=1.96):
     """Wilson's interval for an accuracy whose questions share images.
 
     The n answers count as n / design_effect independent ones: the effective sample size of Rao and
@@ -78,7 +78,7 @@ def wilson_clustered(correct, clusters, z=1.96):
     return wilson(min(p * n_effective, n_effective), n_effective, z)
 
 
-def design_effect(values, clusters):
+def design_effect(values, clusters=None):
     """By how much sharing images inflates the variance of a mean; at least 1.
 
       [C/(C-1) · Σ_c (Σ_{i in c} (x_i - x̄))²] / [n/(n-1) · Σ_i (x_i - x̄)²]

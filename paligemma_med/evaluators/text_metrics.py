@@ -1,0 +1,267 @@
+"""Overlap of answers with the truth: BLEU, ROUGE, CIDEr, METEOR, similarity of embeddings.
+
+They are here because others report them. What they can't do: an answer that echoes the question
+scores as well as the paper's model (reference/medm.md, 4), "no mass" is close to "mass", and a
+one-word answer is all or nothing. Read them beside the controls.
+
+Each function takes N predictions and N answers (one reference each) and gives one number a row;
+`score` makes the figures of a corpus as well. All are fractions, 0 to 1, except CIDEr, 0 to 10.
+"""
+
+import collections
+import math
+import re
+
+import numpy as np
+
+ROUGES = ("rouge1", "rouge2", "rougeL")
+
+
+def score(predictions, answers, embed=None, meteor_too=False):
+    """All text metrics of N answers.
+
+    Args:
+      predictions, answers: N strings each.
+      embed: as for `embedding_similarity`; None leaves it out.
+      meteor_too: METEOR as well, which needs WordNet: see `meteor`.
+
+    Returns:
+      (rows {name: float[N]}, corpus {name: float}), names bleu, rouge1, rouge2, rougeL, cider and
+      as asked meteor, embedding. A corpus' figure is the mean of its rows, except for bleu, whose
+      counts are added up before they are divided.
+
+    Raises:
+      ValueError: as the single functions.
+    """
+    rows = {"bleu": sentence_bleu(predictions, answers), **rouge(predictions, answers)}
+    rows["cider"] = cider(predictions, answers)
+    if meteor_too:
+        rows["meteor"] = meteor(predictions, answers)
+    if embed is not None:
+        rows["embedding"] = embedding_similarity(predictions, answers, embed)
+    corpus = {name: float(np.mean(values)) for name, values in rows.items()}
+    return rows, corpus | {"bleu": corpus_bleu(predictions, answers)}
+
+
+def corpus_bleu(predictions, answers):
+    """BLEU-4 of a corpus by sacrebleu with its defaults (13a tokens, case counts, exp smoothing).
+
+      BP · exp(Σ_{n=1..4} ln p_n / 4), BP = min(1, exp(1 - length of answers / of predictions))
+    with p_n the clipped n-gram precision over all rows. A corpus of answers of one or two words has
+    no 4-grams at all and scores 0. K. Papineni et al., ACL 2002; M. Post, WMT 2018 (1804.08771).
+
+    Returns:
+      float, 0 to 1: sacrebleu's score / 100.
+
+    Raises:
+      ValueError: no rows, lengths that differ, something that isn't a string.
+    """
+    predictions, answers = _texts(predictions, answers)
+    return _bleu().corpus_score(predictions, [answers]).score / 100
+
+
+def sentence_bleu(predictions, answers):
+    """BLEU of each row by sacrebleu, as its sentence_bleu: `corpus_bleu`'s settings, and of n-grams
+    only the orders that the prediction is long enough for.
+
+    Returns:
+      float[N], 0 to 1.
+
+    Raises:
+      ValueError: as `corpus_bleu`.
+    """
+    predictions, answers = _texts(predictions, answers)
+    bleu = _bleu(effective_order=True)
+    return np.array([bleu.sentence_score(p, [a]).score / 100 for p, a in zip(predictions, answers)])
+
+
+def _bleu(**settings):
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(**settings)
+
+
+def rouge(predictions, answers):
+    """ROUGE-1, -2 and -L F-measures by rouge-score, with Porter's stemmer.
+
+    ROUGE-1, -2: overlap of words and of pairs of words; ROUGE-L: of the longest common subsequence;
+    each F = 2PR / (P + R). The package keeps only a-z and 0-9, so texts in other scripts score 0.
+    C.-Y. Lin, Text Summarization Branches Out, 2004. The paper's ROUGE-S, -M and -L are 1, 2 and L
+    by their size (reference/medm.md, 4).
+
+    Returns:
+      {"rouge1": float[N], "rouge2": …, "rougeL": …}, 0 to 1.
+
+    Raises:
+      ValueError: as `corpus_bleu`.
+    """
+    from rouge_score import rouge_scorer
+
+    predictions, answers = _texts(predictions, answers)
+    scorer = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
+    found = [scorer.score(a, p) for p, a in zip(predictions, answers)]
+    return {name: np.array([row[name].fmeasure for row in found]) for name in ROUGES}
+
+
+def tokens(text):
+    """Words of a text for `cider` and `meteor`.
+
+    Lower case, no punctuation but within a word or before a number ("x-ray", "1.5", ".5", "-50"
+    stay whole). On 500 answers of SLAKE these are the words of the tokenizer that the COCO
+    evaluation uses; of 500 MedPix captions 433 have the same, the others differ by
+    its way with brackets ("-lrb-"), signs and abbreviations.
+    """
+    return re.findall(r"(?:(?<!\w)-?\.?(?=\d))?\w+(?:[-'’./,]\w+)*", text.lower())
+
+
+def cider(predictions, answers, tokenise=tokens):
+    """CIDEr of each row, in the form (CIDEr-D) that the COCO captioning evaluation reports.
+
+    With g_n(x)[w] = (count of n-gram w in x) · (ln N - ln max(1, df(w))), df(w) the number of
+    answers that have w:
+      10 · mean_{n=1..4} Σ_w min(g_n(p)[w], g_n(a)[w]) · g_n(a)[w] / (|g_n(p)| · |g_n(a)|)
+         · exp(-(l_p - l_a)² / (2 · 6²))
+    a norm of 0 giving 0; l is the number of bigrams, words less one. R. Vedantam et al., CVPR 2015
+    (1411.5726); equal to CiderScorer of pycocoevalcap 1.2 on the same tokens.
+
+    N-grams weigh by how rare they are among *these* answers, so it can't be compared between
+    splits; an n-gram in all answers weighs nothing. A right answer of one word gets 2.5 at most, as
+    it has no longer n-grams.
+
+    Args:
+      predictions, answers: N strings each.
+      tokenise: string → words. The COCO evaluation uses Stanford's tokenizer, which needs Java.
+
+    Returns:
+      float[N], 0 to 10.
+
+    Raises:
+      ValueError: as `corpus_bleu`.
+    """
+    predictions, answers = _texts(predictions, answers)
+    said = [_ngrams(tokenise(p)) for p in predictions]
+    true = [_ngrams(tokenise(a)) for a in answers]
+    df = collections.Counter(w for counts in true for w in counts)
+    log_n = math.log(len(answers))
+
+    def vector(counts):
+        """{n-gram: weight}, norm for each n, number of bigrams."""
+        weights = {w: m * (log_n - math.log(max(1, df[w]))) for w, m in counts.items()}
+        squares = np.zeros(4)
+        for w, x in weights.items():
+            squares[len(w) - 1] += x * x
+        return weights, np.sqrt(squares), sum(m for w, m in counts.items() if len(w) == 2)
+
+    scores = []
+    for p, a in zip(said, true):
+        (of_p, norm_p, length_p), (of_a, norm_a, length_a) = vector(p), vector(a)
+        dots = np.zeros(4)
+        for w, x in of_p.items():
+            dots[len(w) - 1] += min(x, of_a.get(w, 0.0)) * of_a.get(w, 0.0)
+        norms = norm_p * norm_a
+        cosines = np.divide(dots, norms, out=np.zeros(4), where=norms > 0)
+        scores.append(10 * cosines.mean() * math.exp(-((length_p - length_a) ** 2) / 72))
+    return np.array(scores)
+
+
+def _ngrams(words):
+    return collections.Counter(
+        tuple(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)
+    )
+
+
+def meteor(predictions, answers, wordnet=None, tokenise=tokens):
+    """METEOR of each row by NLTK: words matched by form, stem, and WordNet's synonyms.
+
+      F · (1 - 0.5 · (chunks / matches)³), F = P · R / (0.9 · P + 0.1 · R)
+    S. Banerjee and A. Lavie, ACL 2005 workshop; the parameters are those of M. Denkowski and
+    A. Lavie that NLTK defaults to. Not METEOR 1.5, whose paraphrase tables and Java it doesn't use;
+    COCO's figures of that name are higher.
+
+    WordNet has to be on this machine, where NLTK looks (corpora/wordnet in a folder that NLTK_DATA
+    names, or after python -m nltk.downloader wordnet). Nothing is downloaded.
+
+    Args:
+      predictions, answers: N strings each.
+      wordnet: an object with synsets(word) as NLTK's; None: NLTK's own.
+      tokenise: string → words.
+
+    Returns:
+      float[N], 0 to 1.
+
+    Raises:
+      ValueError: no WordNet found; and as `corpus_bleu`.
+    """
+    from nltk.translate.meteor_score import single_meteor_score
+
+    predictions, answers = _texts(predictions, answers)
+    if wordnet is None:
+        wordnet = _wordnet()
+        if wordnet is None:
+            raise ValueError(
+                "METEOR needs WordNet, which NLTK doesn't find; expected a folder corpora/wordnet "
+                "in one that NLTK_DATA names."
+            )
+    return np.array(
+        [
+            float(single_meteor_score(tokenise(a), tokenise(p), wordnet=wordnet))
+            for p, a in zip(predictions, answers)
+        ]
+    )
+
+
+def has_wordnet():
+    """Whether `meteor` can be computed on this machine."""
+    return _wordnet() is not None
+
+
+def _wordnet():
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return wordnet
+
+
+def embedding_similarity(predictions, answers, embed):
+    """Cosine of the embeddings of prediction and answer.
+
+    Which model embeds is the caller's choice and part of the figure's name. Similarities of one
+    model can't be compared with another's, and many rate opposites as near.
+
+    Args:
+      predictions, answers: N strings each.
+      embed: function of a list of strings that gives float[N, D].
+
+    Returns:
+      float[N], -1 to 1; 0 where an embedding is 0.
+
+    Raises:
+      ValueError: not one finite vector a text; and as `corpus_bleu`.
+    """
+    predictions, answers = _texts(predictions, answers)
+    vectors = np.asarray(embed(predictions + answers), np.float64)
+    n = len(answers)
+    if vectors.ndim != 2 or len(vectors) != 2 * n or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"embed gave {vectors.shape} for {2 * n} texts; expected finite [{2 * n}, D]."
+        )
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors / np.where(norms > 0, norms, 1)
+    return np.sum(vectors[:n] * vectors[n:], axis=1)
+
+
+def _texts(predictions, answers):
+    predictions, answers = list(predictions), list(answers)
+    if len(predictions) != len(answers) or not answers:
+        raise ValueError(
+            f"there are {len(predictions)} predictions and {len(answers)} answers; expected as "
+            "many, one or more."
+        )
+    for i, text in enumerate(predictions + answers):
+        if not isinstance(text, str):
+            kind = "answer" if i >= len(answers) else "prediction"
+            raise ValueError(f"{kind} {i % len(answers)} is {text!r}; expected a string.")
+    return predictions, answers
