@@ -1,0 +1,54 @@
+"""The forms in which answers are compared."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paligemma_med.evaluators import answers
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("The Heart.", "heart"),
+        ("an X-ray of the chest", "xray of chest"),
+        ("a  b\tc", "b c"),
+        ("theory and anatomy", "theory and anatomy"),
+        ("don't", "dont"),
+        ("3.5 cm", "35 cm"),
+        ("The.", ""),
+    ],
+)
+def test_squad(text, form):
+    assert answers.squad(text) == form
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("Yes.", "yes"),
+        ("The left lung", "left lung"),
+        ("X-ray", "x ray"),  # no blank beside it: a blank in its place
+        ("x - ray", "x ray"),
+        ("chest X-ray - frontal", "chest xray frontal"),  # one has a blank beside it: none stays
+        ("lung,heart", "lung heart"),
+        ("lung, heart", "lung heart"),
+        ("1,000 and X-ray", "1000 and xray"),
+        ("Two, or none", "2 or 0"),
+        ("3.5 cm.", "3.5 cm"),
+        ("a", ""),
+    ],
+)
+def test_llava_med(text, form):
+    """Worked by its rules; equal to upstream's normalize_word on SLAKE's and MedPix' 19,806 texts
+    when it was written."""
+    assert answers.llava_med(text) == form
+
+
+@given(st.text())
+def test_forms_are_normal_forms(text):
+    for form in (answers.squad, answers.llava_med):
+        once = form(text)
+        assert once == " ".join(once.split())
+        assert form(f"  {text} ") == once or form is answers.llava_med
+    assert answers.squad(answers.squad(text)) == answers.squad(text)
