@@ -1,0 +1,115 @@
+"""Has a language model judge the answers of an evaluation, through any OpenAI-compatible server.
+
+    python -m tools.judge out/eval/slake_en_test --protocol=binary --model=gpt-4o-2024-08-06
+    python -m tools.judge out/eval/slake_en_test --protocol=pefomed5 --model=qwen \
+        --base_url=http://127.0.0.1:8000/v1 --structured --human=labels.csv
+
+Reads predictions.jsonl and writes judgements.jsonl and judge.json beside it. Every reply is kept in
+judge_cache.jsonl there: stopped at any point, the same command goes on where it was, and nothing is
+asked twice. The key is read from OPENAI_API_KEY alone. --dry_run asks nothing and shows a prompt.
+"""
+
+import json
+import pathlib
+import sys
+
+import tqdm
+from absl import app, flags
+
+from paligemma_med.evaluators import judge, judge_client, results
+from paligemma_med.experiment import command
+
+
+def settings_from(text, structured, protocol):
+    """--settings and --structured as a dict; ValueError says what is wrong with them."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"--settings is {text!r}; expected a JSON object: {e}.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--settings is {text!r}; expected a JSON object.")
+    if structured:
+        settings["response_format"] = judge.schema(judge.PROTOCOLS[protocol].scores)
+    return settings
+
+
+def dry_run(folder, protocol, *, model, num_questions, cache, **kw):
+    """Prints how much there is to ask, and the first of it."""
+    folder = pathlib.Path(folder)
+    rows = judge.choose(results.read_rows(folder / results.PREDICTIONS), num_questions)
+    lines, requests = judge.plan(rows, protocol, model=model, **kw)
+    with judge_client.Cache(cache or folder / judge.CACHE) as opened:
+        there = sum(opened.score(key) is not None for key in requests)
+    for message in next(iter(requests.values()))(0):
+        print(f"--- {message['role']}\n{message['content']}\n")
+    print(
+        f"--- {len(rows):,} questions, {sum(len(x['keys']) for x in lines):,} answers, "
+        f"{len(requests):,} different texts; {there:,} are judged, {len(requests) - there:,} "
+        "would be asked."
+    )
+
+
+@command
+def main(argv):
+    if len(argv) != 2:
+        raise app.UsageError(f"Give the folder of one evaluation; found {argv[1:]}.")
+    v = flags.FLAGS
+    kw = dict(
+        model=v.model,
+        num_questions=v.num_questions,
+        cache=v.cache,
+        who=tuple(v.who),
+        samples=1 if v.samples == "first" else None,
+        settings=settings_from(v.settings, v.structured, v.protocol),
+    )
+    if v.dry_run:
+        dry_run(argv[1], v.protocol, **kw)
+        return
+    # In a log each state of the bar is a line of its own.
+    every = 0.1 if sys.stderr.isatty() else 30
+    with tqdm.tqdm(desc="judge", unit=" texts", mininterval=every) as bar:
+        entry = judge.judge_folder(
+            argv[1],
+            v.protocol,
+            human=v.human,
+            price_in=v.price_in,
+            price_out=v.price_out,
+            base_url=v.base_url,
+            concurrency=v.concurrency,
+            requests_per_minute=v.requests_per_minute,
+            timeout=v.timeout,
+            max_replies=v.max_replies,
+            retry_unusable=v.retry_unjudged,
+            progress=bar.update,
+            **kw,
+        )
+    print(judge.format_table(entry))
+    if entry["faults"]:
+        print("Faults got over: " + ", ".join(f"{n} {k}" for k, n in entry["faults"].items()) + ".")
+    print(f"Written to {argv[1]}: {judge.JUDGEMENTS}, {judge.SUMMARY}.")
+
+
+if __name__ == "__main__":
+    names = tuple(judge.PROTOCOLS)
+    flags.DEFINE_enum("protocol", "binary", names, "Criterion; docs/judge.md has their sources.")
+    flags.DEFINE_string("model", None, "The judge, as the server calls it.", required=True)
+    flags.DEFINE_string("base_url", None, "Server, http(s)://…/v1; default: OpenAI's own.")
+    flags.DEFINE_enum("samples", "all", ("all", "first"), "Which answers of a question to judge.")
+    flags.DEFINE_list("who", ["model"], "Whose answers: model, and controls of the predictions.")
+    flags.DEFINE_integer("num_questions", None, "Judge so many, chosen by their ids; default: all.")
+    flags.DEFINE_string("human", None, "CSV question_id,label[,sample] to compare the judge with.")
+    flags.DEFINE_string("cache", None, "File of replies; default: judge_cache.jsonl in the folder.")
+    flags.DEFINE_string(
+        "settings", "{}", "JSON of request arguments, on top of temperature 0 and max_tokens 32; "
+        'null takes one away: {"max_tokens": null, "max_completion_tokens": 2000}.'
+    )  # fmt: skip
+    flags.DEFINE_bool("structured", False, "Ask the server to hold replies to a JSON schema.")
+    flags.DEFINE_integer("concurrency", 8, "Requests under way at a time.", lower_bound=1)
+    flags.DEFINE_float("requests_per_minute", None, "Begin at most so many; default: no limit.")
+    flags.DEFINE_float("timeout", 60.0, "Seconds for a reply.")
+    flags.DEFINE_integer("max_replies", 4, "Unusable replies before an answer stays unjudged.")
+    flags.DEFINE_bool("retry_unjudged", False, "Ask again what earlier runs left unjudged.")
+    flags.DEFINE_float("price_in", None, "Price of a million prompt tokens.")
+    flags.DEFINE_float("price_out", None, "Price of a million completion tokens.")
+    flags.DEFINE_bool("dry_run", False, "Ask nothing; show what would be asked.")
+    app.run(main)
