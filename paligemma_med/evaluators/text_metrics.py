@@ -220,7 +220,7 @@ def _wordnet():
 
     try:
         wordnet.ensure_loaded()
-    except LookupError:
+    except (LookupError, OSError):  # no such folder; one that lacks files
         return None
     return wordnet
 
