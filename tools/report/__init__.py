@@ -1,0 +1,10 @@
+"""Reports on evaluations: python -m tools.report WORKDIR… writes report.md and report.html.
+
+evaluations    what a workdir's eval/ holds, and whether metrics.json follows from it
+sections       what a report says about each evaluation and each pair
+paper          the paper's tables, published figures beside ours
+contamination  prompts in answers, answers that ignore the image; also in others' files
+plots          accuracies and reliability as SVG
+pictures       images from the built data set
+blocks         what a report is made of, and its two forms
+"""

@@ -1,0 +1,127 @@
+"""Reports on evaluations, as Markdown and as one HTML page that needs nothing else.
+
+    python -m tools.report out/a out/b --out=out/report
+    python -m tools.report out/a --foreign=inference_results.xlsx
+
+Reads eval/*/predictions.jsonl of each workdir, makes every figure anew, and says where
+metrics.json differs. Writes report.md (with figures/) and report.html: the paper's tables with our
+figures beside them, accuracies with controls and intervals, paired tests, plots, worst questions.
+"""
+# The docstring above is what --help prints.
+
+import functools
+import os
+import pathlib
+
+from absl import app, flags
+
+from paligemma_med.experiment import command
+from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
+
+
+def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
+    """The report as a list of `blocks.Section`.
+
+    Args:
+      workdirs: see `evaluations.load_all`.
+      compare: two of the workdirs; () compares each with the first.
+      foreign: other people's files of predictions.
+      data_dir: where data sets are built, for images; None: as the config says.
+      num_questions: how many questions to show of each kind.
+
+    Raises:
+      ValueError: what can't be read.
+    """
+    found = evaluations.load_all(workdirs)
+
+    @functools.cache
+    def lookup(key):
+        return pictures.Lookup(dict(key), data_dir)
+
+    def lookup_of(e):
+        return lookup(tuple((k, v) for k, v in sorted(e.data.items()) if isinstance(v, str)))
+
+    out = [sections.overview(found)] if found else []
+    if found:
+        out.append(
+            paper.section(
+                found, sections.judge_entry, lambda e: lookup_of(e).column("location")
+            )
+        )  # fmt: skip
+    for a, b in _pairs(found, workdirs, compare):
+        out.append(sections.compare(a, b))
+    for e in found:
+        out += sections.of_evaluation(e, lookup_of(e), num_questions)
+    for path in foreign:
+        title = f"Contamination: {pathlib.Path(path).name}"
+        out.append(contamination.section(title, contamination.read(path)))
+    return [*out, sections.about_measures()]
+
+
+def _pairs(found, workdirs, compare):
+    """[(a, b)]: evaluations of the same name in two runs."""
+    if compare:
+        wanted = [[e for e in found if _belongs(e, path)] for path in compare]
+        for path, evaluated in zip(compare, wanted):
+            if not evaluated:
+                raise ValueError(f"--compare names {path}, which isn't among {list(workdirs)}.")
+        first, others = wanted[0], wanted[1:]
+    else:
+        runs = list(dict.fromkeys(e.run for e in found))
+        by_run = [[e for e in found if e.run == run] for run in runs]
+        first, others = (by_run[0], by_run[1:]) if by_run else ([], [])
+    return [(a, b) for other in others for b in other for a in first if a.name == b.name]
+
+
+def _belongs(e, path):
+    folder = pathlib.Path(path).resolve()
+    return e.folder.resolve() == folder or e.folder.resolve().parent.parent == folder
+
+
+def write(title, made, out):
+    """Writes report.md, figures/ and report.html into the folder `out`."""
+    out = pathlib.Path(out)
+    markdown, figures = blocks.to_markdown(title, made)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for name, svg in figures.items():
+        _write(out / "figures" / name, plots.standalone(svg))
+    _write(out / "report.md", markdown)
+    _write(out / "report.html", blocks.to_html(title, made))
+
+
+def _write(path, text):
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@command
+def main(argv):
+    f = flags.FLAGS
+    if len(argv) < 2 and not f.foreign:
+        raise app.UsageError("name at least one WORKDIR, or --foreign.")
+    if f.compare and len(f.compare) != 2:
+        raise app.UsageError("--compare takes two workdirs: --compare=out/a,out/b.")
+    workdirs = list(dict.fromkeys([*argv[1:], *(f.compare or [])]))
+    made = make(
+        workdirs, compare=f.compare or (), foreign=f.foreign, data_dir=f.data_dir,
+        num_questions=f.questions,
+    )  # fmt: skip
+    out = f.out or os.path.join(workdirs[0] if workdirs else ".", "report")
+    write(f.title, made, out)
+    for section in made:
+        for block in section.blocks:
+            if block.kind == "warning":
+                print(f"warning: {section.title}: {block.text}")
+    print(f"Written: {os.path.join(out, 'report.md')} and {os.path.join(out, 'report.html')}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "Folder to write to; default: report/ in the first workdir.")
+    flags.DEFINE_list("compare", None, "Two workdirs: the second against the first.")
+    flags.DEFINE_list("foreign", [], "Others' files of predictions: .xlsx, .csv, .json, .jsonl.")
+    flags.DEFINE_string("data_dir", None, "Where the data sets are built, for images.")
+    flags.DEFINE_integer("questions", 8, "Questions to show of each kind.", lower_bound=0)
+    flags.DEFINE_string("title", "Evaluation report", "Title of the report.")
+    app.run(main)

@@ -1,0 +1,156 @@
+"""What a report is made of, and its two forms: Markdown and one HTML page.
+
+A report is a list of `Section`s of blocks. Both forms are made from the same blocks, so they can't
+say different things. All texts are data (questions and answers come from models and strangers):
+they are escaped in both, and nothing in them is taken for markup.
+"""
+
+import base64
+import dataclasses
+import pathlib
+import re
+
+import jinja2
+
+
+@dataclasses.dataclass
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind = "text"
+
+
+@dataclasses.dataclass
+class Warning:
+    """A paragraph that nobody should miss."""
+
+    text: str
+    kind = "warning"
+
+
+@dataclasses.dataclass
+class Table:
+    """head: titles; rows: lists of texts. The first `left` columns hold words, the others numbers.
+    notes: lines below it. published: numbers of columns that aren't ours."""
+
+    head: list
+    rows: list
+    caption: str = ""
+    notes: list = dataclasses.field(default_factory=list)
+    left: int = 1
+    published: tuple = ()
+    kind = "table"
+
+
+@dataclasses.dataclass
+class Figure:
+    """An SVG drawn by `plots`; alt: what it shows, in words."""
+
+    svg: str
+    caption: str
+    alt: str
+    kind = "figure"
+
+
+@dataclasses.dataclass
+class Question:
+    """A question with what was answered.
+
+    answers: [(text, right or not or None, remark)]; image: bytes of a JPEG, or None.
+    """
+
+    title: str
+    prompt: str
+    truth: str
+    answers: list
+    image: bytes | None = None
+    kind = "question"
+
+    @property
+    def data_uri(self):
+        return "data:image/jpeg;base64," + base64.b64encode(self.image).decode()
+
+
+@dataclasses.dataclass
+class Section:
+    """A heading and what stands below it; level 2 or 3."""
+
+    title: str
+    blocks: list
+    level: int = 2
+
+    @property
+    def anchor(self):
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
+
+
+def to_html(title, sections):
+    """The report as one page that needs nothing from anywhere."""
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    env = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return env.get_template("page.html.jinja").render(title=title, sections=sections)
+
+
+def to_markdown(title, sections, figures="figures"):
+    """→ (the report in Markdown, {file name: SVG} to be put into the folder `figures`).
+
+    Images of questions are in the HTML page alone.
+    """
+    lines, files = [f"# {escape(title)}", ""], {}
+    for section in sections:
+        lines += ["#" * section.level + " " + escape(section.title), ""]
+        for block in section.blocks:
+            if block.kind == "text":
+                lines += [escape(block.text), ""]
+            elif block.kind == "warning":
+                lines += [f"> **Warning.** {escape(block.text)}", ""]
+            elif block.kind == "table":
+                lines += _table(block)
+            elif block.kind == "figure":
+                name = f"{len(files) + 1:02d}.svg"
+                files[name] = block.svg
+                lines += [f"![{escape(block.alt)}]({figures}/{name})", "", escape(block.caption)]
+                lines += [""]
+            else:
+                lines += _question(block)
+    return "\n".join(lines).rstrip() + "\n", files
+
+
+def _table(block):
+    lines = [f"**{escape(block.caption)}**", ""] if block.caption else []
+    rows = [[escape(cell) for cell in row] for row in [block.head, *block.rows]]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(block.head))]
+
+    def line(row):
+        cells = [
+            cell.ljust(w) if i < block.left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * w if i < block.left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines += [line(rows[0]), line(rule), *map(line, rows[1:]), ""]
+    for note in block.notes:
+        lines += [escape(note), ""]
+    return lines
+
+
+def _question(block):
+    lines = [f"- **{escape(block.title)}**", f"  - prompt: {escape(block.prompt)}"]
+    lines += [f"  - truth: {escape(block.truth)}"]
+    for text, right, remark in block.answers:
+        sign = {True: "right", False: "wrong", None: "answer"}[right]
+        lines.append(f"  - {sign}: {escape(text)}" + (f" ({escape(remark)})" if remark else ""))
+    return [*lines, ""]
+
+
+def escape(text):
+    """A text that Markdown shows as it is, on one line, also in a table's cell."""
+    text = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", str(text))
+    # Blocks begin with these; a dot or minus within a line is harmless and stays readable.
+    text = re.sub(r"^(\s*)([-+]|\d+[.)])(?=\s)", r"\1\\\2", text)
+    return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ⏎ ", text.strip()) or " "

@@ -1,0 +1,266 @@
+"""Signs that figures don't measure what they seem to, in our predictions and in others' files.
+
+Two are known from the released predictions of the paper's authors (reference/medm.md, 4 and 6): the
+prompt stands in each answer and is scored with it, and the answers were generated without the
+image. Neither shows in an average of ROUGE; both show here.
+"""
+
+import collections
+import csv
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from paligemma_med.evaluators import answers, protocols, scoring, text_metrics
+from tools.report import blocks
+
+# Columns of others' files, in any case: the authors' Excel sheet, their JSON, and usual names.
+NAMES = {
+    "question": ("question", "prompt"),
+    "prediction": ("predicted_answer", "generated answer", "generated_answer", "prediction",
+                   "generation", "output"),
+    "answer": ("label", "answer", "ground_truth", "ground truth", "truth"),
+    "image": ("image id", "image_id", "image"),
+}  # fmt: skip
+_MAX_ROWS = 1_000_000
+
+
+def read(path):
+    """Rows of a foreign file of predictions.
+
+    Excel (.xlsx, first sheet), .csv, .jsonl, or .json as a list of objects or as pandas writes it
+    ({column: {row: value}}). Columns are found by name, see NAMES; the authors' files have "Image
+    ID", "Question", "Generated Answer", "Label", or question, predicted_answer, answer.
+
+    Returns:
+      [dict(question, prediction, answer, image)]; image is None where it can't be told apart, as in
+      the authors' sheet, which has the address of a Python object in its place.
+
+    Raises:
+      ValueError: another kind of file, nothing in it, a column that is missing.
+    """
+    path = pathlib.Path(path)
+    table = _table(path)
+    if not table:
+        raise ValueError(f"{path} has no rows.")
+    columns = {str(key).strip().lower(): key for row in table[:100] for key in row}
+    where = {
+        k: next((columns[n] for n in names if n in columns), None) for k, names in NAMES.items()
+    }
+    for key, column in where.items():
+        if column is None and key != "image":
+            raise ValueError(
+                f"{path} has no column for the {key}: found {sorted(columns)}, expected one of "
+                f"{list(NAMES[key])}."
+            )
+    rows = []
+    for row in table:
+        values = {k: row.get(column) if column else None for k, column in where.items()}
+        if all(v is None for v in values.values()):
+            continue  # an empty line at the end of a sheet
+        image = values.pop("image")
+        known = image is not None and not re.match(r"<[\w.]+ image mode=.* at 0x", str(image))
+        texts = {k: "" if v is None else str(v) for k, v in values.items()}
+        rows.append({**texts, "image": str(image) if known else None})
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
+
+
+def _table(path):
+    kind = path.suffix.lower()
+    if kind == ".xlsx":
+        return _excel(path)
+    if kind not in (".csv", ".json", ".jsonl"):
+        raise ValueError(f"{path}: expected a .xlsx, .csv, .json or .jsonl file.")
+    text = path.read_text(encoding="utf-8-sig")
+    if kind == ".csv":
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    try:
+        if kind == ".jsonl":
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            found = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON: {e}.") from None
+    if isinstance(found, dict) and found and all(isinstance(v, dict) for v in found.values()):
+        keys = next(iter(found.values()))
+        found = [{c: column.get(key) for c, column in found.items()} for key in keys]
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ValueError(f"{path}: expected a list of objects, or columns as pandas writes them.")
+    return found
+
+
+def _excel(path):
+    try:
+        import openpyxl
+    except ImportError:
+        raise ValueError(f"{path} needs pip install 'paligemma_med[report]'") from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as e:  # a zip error, a KeyError, … by what is wrong with it
+        raise ValueError(f"{path} can't be read as an Excel file: {e}.") from None
+    lines = book.worksheets[0].iter_rows(values_only=True, max_row=_MAX_ROWS)
+    head = next(lines, None) or ()
+    return [{str(k): v for k, v in zip(head, line) if k is not None} for line in lines]
+
+
+def ours(evaluation):
+    """Rows of the same form from an evaluation, its first answers; with the image's key."""
+    return [
+        dict(
+            question=row["question"], prediction=row["predictions"][0], answer=row["answer"],
+            image=str(row.get("image_key") or row.get("image_id") or "") or None,
+        )
+        for row in evaluation.rows
+    ]  # fmt: skip
+
+
+def examine(rows):
+    """What can be counted.
+
+    Returns dict(
+      n,
+      with_prompt: predictions that hold their question (of three words or more), as text;
+      starts_with_prompt: those that begin with it, a few words such as "answer en" before it;
+      repeated: questions asked of two images or more, and repeated_rows: how often in all,
+      always_same: of the repeated ones, those that always got one and the same answer,
+      truth_same: those whose true answer is always the same; a model that looks should not be far
+        from it, one that is blind to images answers all of them always the same,
+      right, constant_right: right answers among repeated_rows, and those of the best single answer
+        to each question, chosen with the truth at hand,
+      images_known: whether images could be told apart).
+    """
+    # By the very string: another spelling is another prompt, and may have another answer.
+    by_question = collections.defaultdict(list)
+    for row in rows:
+        by_question[row["question"]].append(row)
+    known = all(row["image"] is not None for row in rows)
+    repeated = []
+    for members in by_question.values():
+        if known and len({row["image"] for row in members}) < 2 or len(members) < 2:
+            continue
+        repeated.append(members)
+    out = dict(n=len(rows), images_known=known, questions=len(by_question))
+    out["with_prompt"] = sum(_holds(row) for row in rows)
+    out["starts_with_prompt"] = sum(bool(prompt_of(row)) for row in rows)
+    out["repeated"] = len(repeated)
+    out["repeated_rows"] = sum(map(len, repeated))
+    answered = [[answers.normalise(stripped(row)) for row in members] for members in repeated]
+    true = [[answers.normalise(row["answer"]) for row in members] for members in repeated]
+    out["always_same"] = sum(len(set(x)) == 1 for x in answered)
+    out["truth_same"] = sum(len(set(x)) == 1 for x in true)
+    out["right"] = sum(a == t for x, y in zip(answered, true) for a, t in zip(x, y))
+    out["constant_right"] = sum(max(collections.Counter(y).values()) for y in true)
+    return out
+
+
+def _holds(row):
+    question = answers.normalise(row["question"])
+    return len(question.split()) >= 3 and question in answers.normalise(row["prediction"])
+
+
+def prompt_of(row):
+    """The part of a prediction that is its prompt: up to the end of the question, if no more than
+    three words stand before that; "" if it doesn't begin so."""
+    question = row["question"].strip()
+    at = row["prediction"].find(question) if len(question.split()) >= 2 else -1
+    before = row["prediction"][: max(at, 0)]
+    return before + question if at >= 0 and len(before.split()) <= 3 else ""
+
+
+def stripped(row):
+    """The prediction without its prompt."""
+    return row["prediction"][len(prompt_of(row)) :].strip()
+
+
+def scores(rows):
+    """{what is scored: {metric: mean}}: predictions as they stand, without the prompt, and what a
+    model that sees no image could say: the prompt, the question."""
+    truths = [row["answer"] for row in rows]
+    variants = {
+        "predictions as given": [row["prediction"] for row in rows],
+        "without the prompt": [stripped(row) for row in rows],
+        "the prompt alone": [prompt_of(row) or row["question"] for row in rows],
+        "the question alone": [row["question"] for row in rows],
+    }
+    if variants["predictions as given"] == variants["without the prompt"]:
+        del variants["without the prompt"], variants["the prompt alone"]
+    out = {}
+    for name, said in variants.items():
+        rouge = text_metrics.rouge(said, truths)
+        out[name] = {
+            "exact match": np.mean([scoring.score(s, t)["acc"] for s, t in zip(said, truths)]),
+            "token F1": np.mean([protocols.token_f1(s, t) for s, t in zip(said, truths)]),
+            "ROUGE-1": rouge["rouge1"].mean(),
+            "ROUGE-2": rouge["rouge2"].mean(),
+            "ROUGE-L": rouge["rougeL"].mean(),
+        }
+    return out
+
+
+def section(title, rows, level=2, extra=()):
+    """What `examine` and `scores` found, as a `Section`; extra: more blocks for its end."""
+    found = examine(rows)
+    n, repeated = found["n"], found["repeated"]
+    parts = []
+    if found["starts_with_prompt"] > n / 100:
+        parts.append(
+            blocks.Warning(
+                f"{_share(found['starts_with_prompt'], n)} of the predictions begin with the "
+                "prompt. Scored as they stand, these figures reward the prompt's words."
+            )
+        )
+    # One question asked of two images may well have one answer; ten such questions hardly.
+    blind = repeated and found["always_same"] == repeated and found["truth_same"] < repeated
+    if blind and repeated >= 5:
+        parts.append(
+            blocks.Warning(
+                f"All {repeated:,} questions that were asked of several images got one and the "
+                f"same answer each, though the truth differs in {repeated - found['truth_same']:,} "
+                "of them: the answers do not depend on the image."
+            )
+        )
+    table = [
+        ["answers that hold the text of their question", _share(found["with_prompt"], n)],
+        ["answers that begin with the prompt", _share(found["starts_with_prompt"], n)],
+        ["questions asked more than once, of different images", f"{repeated:,}"],
+    ]
+    if repeated:
+        table += [
+            ["· always answered the same", _share(found["always_same"], repeated)],
+            ["· by a majority answer, which sees no image", _share(repeated, repeated)],
+            ["· whose true answer is always the same", _share(found["truth_same"], repeated)],
+            [
+                f"right among these {found['repeated_rows']:,} answers",
+                _share(found["right"], found["repeated_rows"]),
+            ],
+            [
+                "· by the best single answer to each question",
+                _share(found["constant_right"], found["repeated_rows"]),
+            ],
+        ]
+    notes = []
+    if not found["images_known"]:
+        notes.append("The file doesn't tell images apart; each row is taken for one of its own.")
+    parts.append(blocks.Table(["sign", "found"], table, "Signs of contamination", notes))
+    means = scores(rows)
+    metrics = list(next(iter(means.values())))
+    parts.append(
+        blocks.Table(
+            ["scored text", *metrics],
+            [[name, *(f"{values[m]:.3f}" for m in metrics)] for name, values in means.items()],
+            "What an answer without the image would score",
+            [
+                "Means over all rows. Where the question alone comes near to the predictions, the "
+                "metric measures the question."
+            ],
+        )
+    )
+    return blocks.Section(title, [*parts, *extra], level)
+
+
+def _share(k, n):
+    return f"{k:,} of {n:,} ({100 * k / n:.1f} %)" if n else "none"

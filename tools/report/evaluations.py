@@ -1,0 +1,207 @@
+"""What a workdir's eval/ holds, and whether its metrics.json follows from its predictions.
+
+Every figure of a report is made from predictions.jsonl by `scoring.summarise`, never taken from
+metrics.json; the latter is only compared.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from paligemma_med.evaluators import results, scoring
+
+NEEDED = ("question_id", "question", "prompt", "answer", "answer_type", "predictions", "correct")
+# Not told by predictions.jsonl of earlier versions.
+_COUNTS = ("truncated", "unfinished")
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """One eval/<name>/ of a run.
+
+    run: short name of the workdir; name: of the evaluation; rows: of predictions.jsonl; metrics:
+    made from them; stored: what metrics.json says; about: what it says about the run; section: of
+    the config; config: the run's config.json, or {}; problems: sentences.
+    """
+
+    run: str
+    name: str
+    folder: pathlib.Path
+    rows: list
+    metrics: dict
+    stored: dict
+    about: dict
+    section: dict
+    config: dict
+    problems: list
+
+    @property
+    def label(self):
+        return f"{self.run}, {self.name}"
+
+    @property
+    def data(self):
+        """dict(name=…, split=…) of the data set, as far as it is known."""
+        return self.about.get("data") or self.section.get("data") or {}
+
+    @property
+    def samples(self):
+        return len(self.rows[0]["predictions"])
+
+    @property
+    def controls(self):
+        return scoring.controls_of(self.rows)
+
+    @property
+    def clusters(self):
+        """What questions share: the image's digest, or its id; None if neither is known."""
+        for key in ("image_key", "image_id"):
+            if all(row.get(key) is not None for row in self.rows):
+                return [str(row[key]) for row in self.rows]
+        return None
+
+    @property
+    def protocol(self):
+        """How the answers came about, in words."""
+        kw = self.section.get("pred_kw") or {}
+        temperature = kw.get("temperature", 0)
+        how = "greedy" if not temperature else f"temperature {temperature:g}"
+        if kw.get("beams", 1) > 1:
+            how = f"beam search of {kw['beams']}"
+        count = "1 answer" if self.samples == 1 else f"{self.samples} answers"
+        return f"{count} a question, {how}"
+
+
+def load_all(paths):
+    """The evaluations below these workdirs, as a list.
+
+    Args:
+      paths: workdirs with eval/<name>/predictions.jsonl, or single folders of an evaluation.
+
+    Raises:
+      ValueError: a path without evaluations, or files that can't be read.
+    """
+    paths = [pathlib.Path(path) for path in paths]
+    labels = [path.resolve().name for path in paths]
+    evaluations = []
+    for path, label in zip(paths, labels):
+        run = label if labels.count(label) == 1 else str(path)
+        if (path / results.PREDICTIONS).is_file():
+            # eval/<name> of a workdir, most likely.
+            workdir = path.resolve().parent.parent
+            run = workdir.name if path.resolve().parent.name == "eval" else run
+            evaluations.append(load(path, run, _config(workdir)))
+            continue
+        folders = sorted(p.parent for p in path.glob(f"eval/*/{results.PREDICTIONS}"))
+        if not folders:
+            raise ValueError(
+                f"{path} has no eval/*/{results.PREDICTIONS}; expected a workdir in which "
+                "paligemma_med.evaluate or train has run."
+            )
+        config = _config(path)
+        evaluations += [load(folder, run, config) for folder in folders]
+    return evaluations
+
+
+def load(folder, run, config):
+    """One evaluation, checked.
+
+    Raises:
+      ValueError: predictions.jsonl is empty or lacks a key.
+    """
+    path = folder / results.PREDICTIONS
+    rows = results.read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} is empty; expected a line a question.")
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in NEEDED if not isinstance(row, dict) or key not in row]:
+            raise ValueError(f"{path}, line {number}: has no {missing[0]!r}; expected {NEEDED}.")
+        if len(row["predictions"]) != len(rows[0]["predictions"]) or not row["predictions"]:
+            raise ValueError(
+                f"{path}, line {number}: {len(row['predictions'])} predictions; expected "
+                f"{len(rows[0]['predictions'])} as in the first line, one or more."
+            )
+    stored, about = {}, {}
+    problems = _wrong_flags(rows)
+    try:
+        stored, about = results.read_metrics(folder / results.METRICS)
+    except FileNotFoundError:
+        problems.append("there is no metrics.json")
+    except (ValueError, AttributeError) as e:
+        problems.append(f"metrics.json can't be read: {e}")
+    protocol = about.get("protocol", "vqa")
+    if protocol not in scoring.PROTOCOLS:
+        problems.append(f"metrics.json has the protocol {protocol!r}, which is unknown here")
+        protocol = "vqa"
+    metrics = scoring.summarise(rows, protocol, groups=tuple(about.get("groups", scoring.GROUPS)))
+    problems += differences(stored, metrics) if stored else []
+    problems += _wrong_hashes(rows, about)
+    section = about.get("section") or (config.get("evals") or {}).get(folder.name) or {}
+    return Evaluation(
+        run, folder.name, folder, rows, metrics, stored, about, section, config, problems
+    )
+
+
+def differences(stored, metrics):
+    """What metrics.json says that its predictions don't, as sentences; at most a few of a kind."""
+    wrong, ends, unknown = [], [], []
+    for name, value in stored.items():
+        if name not in metrics:
+            if name not in _COUNTS:
+                unknown.append(name)
+        elif not _same(value, metrics[name]):
+            sentence = f"{name} is {value}, from the predictions {metrics[name]}"
+            (ends if name.endswith(("_low", "_high")) else wrong).append(sentence)
+    out = []
+    if wrong:
+        out.append(_some("metrics.json does NOT follow from predictions.jsonl", wrong))
+    if ends:
+        out.append(
+            _some("intervals in metrics.json differ (of another version of this program?)", ends)
+        )
+    if unknown:
+        out.append(_some("metrics.json has figures that can't be made from predictions", unknown))
+    return out
+
+
+def _same(a, b):
+    if not isinstance(a, int | float) or isinstance(a, bool):
+        return False
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(a) and math.isnan(b))
+
+
+def _some(what, found, shown=3):
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"{what}: {'; '.join(found[:shown])}{more}"
+
+
+def _wrong_flags(rows):
+    """Whether "correct…" of each row follows from its texts."""
+    wrong = []
+    for row in rows:
+        for who in ("model", *scoring.controls_of(rows)):
+            prefix = "" if who == "model" else f"{who}_"
+            true = scoring.correct(scoring.texts(row, who)[0], row["answer"], prefix)
+            # Choices are scored by their own rule.
+            if "choices" not in row and any(row.get(key) != x for key, x in true.items()):
+                wrong.append(f"question {row['question_id']} ({who})")
+    what = "marks in predictions.jsonl do NOT follow from its answers"
+    return [_some(what, wrong)] if wrong else []
+
+
+def _wrong_hashes(rows, about):
+    made = dict(split_hash=results.split_hash, prompt_hash=results.prompt_hash)
+    return [
+        f"the {key} in metrics.json is NOT that of predictions.jsonl"
+        for key, function in made.items()
+        if key in about and about[key] != function(rows)
+    ]
+
+
+def _config(workdir):
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

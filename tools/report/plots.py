@@ -1,0 +1,140 @@
+"""Plots as SVG, drawn without a display.
+
+Colours are those of Okabe and Ito (readable with any colour vision), and each series has a marker
+of its own besides. Text and axes are drawn in `currentColor`, so that they follow the page, light
+or dark.
+"""
+
+import io
+import zlib
+
+from paligemma_med.evaluators import scoring
+
+_INK = "#123456"  # stands for currentColor
+STYLES = {
+    "model": ("#0072B2", "o"),
+    "majority": ("#E69F00", "s"),
+    "majority_type": ("#CC79A7", "D"),
+    "echo": ("#999999", "X"),
+    "shuffled_images": ("#D55E00", "^"),
+    "blank_image": ("#009E73", "v"),
+    "noise_image": ("#56B4E9", "P"),
+}
+
+
+def accuracies(metrics, groups, who):
+    """Accuracies with their 95 % intervals, a line for each group.
+
+    Args:
+      metrics: of `scoring.summarise`.
+      groups: names of groups, such as "content_type/Organ".
+      who: "model" and controls.
+
+    Returns:
+      str, an SVG.
+    """
+    figure, (axes,) = _figure(7.2, 1.2 + 0.16 * len(groups) * (1 + len(who)))
+    for i, name in enumerate(who):
+        colour, marker = STYLES[name]
+        y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
+        acc, low, high = (
+            [100 * metrics[f"{name}/{group}/{figure}"] for group in groups]
+            for figure in ("acc", "acc_low", "acc_high")
+        )
+        # A bootstrap may put its end on the other side of the figure by rounding.
+        error = [
+            [max(0, a - end) for a, end in zip(acc, low)],
+            [max(0, end - a) for a, end in zip(acc, high)],
+        ]
+        axes.errorbar(
+            acc, y, xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1.2,
+            label=scoring.TITLES.get(name, name),
+        )  # fmt: skip
+    titles = [group.partition("/")[2] or group for group in groups]
+    axes.set_yticks(
+        range(len(groups)), [f"{t} ({_n(metrics, g):,})" for t, g in zip(titles, groups)]
+    )
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("exact match, %")
+    axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
+    _legend(axes, min(4, len(who)))
+    return _svg(figure)
+
+
+def _n(metrics, group):
+    return metrics["n"] if group == "overall" else metrics[f"n/{group}"]
+
+
+def reliability(panels):
+    """Confidence against accuracy, one panel each.
+
+    Args:
+      panels: [(title, [(confidence, accuracy, low, high, n), …])], one tuple a bin.
+
+    Returns:
+      str, an SVG.
+    """
+    figure, all_axes = _figure(3.7 * len(panels), 3.6, len(panels))
+    for axes, (title, bins) in zip(all_axes, panels):
+        axes.plot([0, 100], [0, 100], color="#888888", linewidth=1, linestyle="--")
+        x, y, low, high = ([100 * b[i] for b in bins] for i in range(4))
+        error = [[a - end for a, end in zip(y, low)], [end - a for a, end in zip(y, high)]]
+        colour, marker = STYLES["model"]
+        axes.errorbar(x, y, yerr=error, fmt=marker, color=colour, capsize=2, linewidth=1.2)
+        for a, b, (*_, n) in zip(x, y, bins):
+            axes.annotate(
+                f"{n:,}", (a, b), xytext=(5, -9), textcoords="offset points", fontsize=7,
+                color=_INK,
+            )  # fmt: skip
+        axes.set_xlim(-3, 103)
+        axes.set_ylim(-3, 103)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("confidence, %")
+        axes.set_ylabel("right, %")
+    return _svg(figure)
+
+
+def _figure(width, height, columns=1):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("tools.report needs pip install 'paligemma_med[report]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.patch.set_visible(False)
+        for spine in ax.spines.values():
+            spine.set_color(_INK)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(colors=_INK, labelcolor=_INK, labelsize=9)
+        ax.xaxis.label.set_color(_INK)
+        ax.yaxis.label.set_color(_INK)
+        ax.title.set_color(_INK)
+    figure.patch.set_visible(False)
+    return figure, axes
+
+
+def _legend(axes, columns):
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=9,
+        labelcolor=_INK, borderaxespad=0.2, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def _svg(figure):
+    import matplotlib
+
+    out = io.StringIO()
+    # Names in the file must not collide with those of other plots on the page, nor change.
+    salt = str(zlib.crc32(repr([a.get_title() + str(a.dataLim) for a in figure.axes]).encode()))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def standalone(svg):
+    """The same as a file of its own, readable on any page."""
+    head = '<?xml version="1.0" encoding="utf-8"?>\n'
+    return head + svg.replace("<svg ", '<svg style="color:#222;background:#fff" ', 1)

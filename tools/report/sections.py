@@ -1,0 +1,463 @@
+"""What a report says about each evaluation, and about two that answered the same questions."""
+
+import collections
+import json
+import math
+
+import numpy as np
+
+from paligemma_med.evaluators import answers, judge, results, scoring, stats
+from tools.report import blocks, contamination, plots
+
+_PERCENT = (*scoring.FIGURES, "acc_low", "acc_high", "acc_mean", "acc_sd", "nonrobust",
+            "acc_penalised_item", "acc_penalised_total")  # fmt: skip
+_BINS = 10
+
+
+def overview(evaluations):
+    """Which runs, on which questions, by which weights and command; and what is wrong with them."""
+    parts = []
+    for e in evaluations:
+        parts += [blocks.Warning(f"{e.label}: {problem}.") for problem in e.problems]
+    rows = []
+    for e in evaluations:
+        hashes = {
+            "split_hash": results.split_hash(e.rows),
+            "prompt_hash": results.prompt_hash(e.rows),
+        }
+        split = e.about.get("split") or " ".join(
+            str(e.data[k]) for k in ("name", "split") if e.data.get(k)
+        )
+        images = len(set(e.clusters)) if e.clusters else None
+        rows.append([
+            e.run, e.name, split or "unknown", e.protocol,
+            f"{len(e.rows):,}", "?" if images is None else f"{images:,}",
+            *(h[:12] for h in hashes.values()), str(e.about.get("fingerprint") or "?")[:12],
+        ])  # fmt: skip
+    head = ["run", "evaluation", "split", "protocol", "questions", "images", "split hash"]
+    head += ["prompt hash", "weights"]
+    notes = [
+        f"{e.label}: {e.about['command']}" for e in evaluations if isinstance(
+            e.about.get("command"), str)
+    ]  # fmt: skip
+    notes.append(
+        "Equal split hashes: the same questions, images' ids and answers in the same order. "
+        "Weights: their fingerprint; ? where metrics.json doesn't say."
+    )
+    parts.append(blocks.Table(head, rows, "Evaluations", notes, left=4))
+    return blocks.Section("What was evaluated", parts)
+
+
+def about_measures():
+    """How to read the figures."""
+    texts = [
+        "Exact match: equal to the truth after lower-casing, spacing of commas and final "
+        "punctuation; nothing else. Strict: lower case only. Any order: a list's parts may be "
+        "swapped. With several answers a question, the first counts unless it says otherwise.",
+        "Intervals are of 95 %, Wilson's for accuracies; those that say clustered allow for "
+        "questions that share an image.",
+        "Controls: majority answer, the most frequent training answer to the same question (no "
+        "image needed); majority of type, to any question of its answer type; question echoed, the "
+        "question as the answer; images shuffled, grey image, noise image: the same model and "
+        "prompts with another question's image, mid-grey, or noise. A model that isn't above these "
+        "has not been shown to use the image.",
+        "Non-robust: three different answers or more among a question's samples. Penalised by "
+        "item: such a question counts as wrong. Penalised in total: each takes a percentage point "
+        "off the score. The paper's words allow for both.",
+    ]
+    return blocks.Section("How to read this", [blocks.Text(text) for text in texts])
+
+
+# --- One evaluation ---
+
+
+def of_evaluation(e, lookup, num_questions=8):
+    """The sections on one evaluation.
+
+    Args:
+      e: `Evaluation`.
+      lookup: `pictures.Lookup` of its data set.
+      num_questions: how many worst and how many least robust questions to show.
+    """
+    top = [blocks.Warning(f"{problem}.") for problem in e.problems]
+    top.append(accuracy_table(e))
+    groups = [g for g in _groups(e) if e.metrics.get(f"n/{g}", 1)]
+    who = ["model", *e.controls]
+    top.append(
+        blocks.Figure(
+            plots.accuracies(e.metrics, groups, who),
+            "Exact match with 95 % intervals; number of questions in brackets.",
+            f"Accuracy of {', '.join(scoring.TITLES.get(w, w) for w in who)} by group; the "
+            "numbers are in the table above.",
+        )
+    )
+    for block in (runs_table(e), further_table(e), controls_table(e), judge_table(e)):
+        if block:
+            top.append(block)
+    out = [blocks.Section(e.label, top), reliability(e)]
+    for title, rows, note in (
+        ("Worst answers", worst(e, num_questions), _WORST),
+        ("Least robust questions", least_robust(e, num_questions), _LEAST),
+    ):
+        shown = [blocks.Text(note.format(samples=e.samples))]
+        if e.samples == 1 and title.startswith("Least"):
+            shown = [blocks.Text("Not run: robustness needs several answers a question.")]
+        elif not rows:
+            shown = [blocks.Text("None.")]
+        elif lookup.note:
+            shown.append(blocks.Text(f"Without images: {lookup.note}."))
+        shown += [question_block(e, row, lookup) for row in rows]
+        out.append(blocks.Section(f"{title}: {e.label}", shown, 3))
+    title = f"Does it look at the image? {e.label}"
+    out.append(contamination.section(title, contamination.ours(e), 3, _unmoved(e)))
+    return out
+
+
+_WORST = (
+    "Wrong in most of their samples, and of these the ones of which the model was surest: the "
+    "probability that it gave to its answer stands behind each."
+)
+_LEAST = "The questions with the most different answers among {samples}."
+
+
+def _groups(e):
+    found = [name.removeprefix("n/") for name in e.metrics if name.startswith("n/")]
+    return ["overall", *found]
+
+
+def accuracy_table(e):
+    """Exact match by group, the model beside its controls."""
+    who = ["model", *e.controls]
+    rows = []
+    for group in _groups(e):
+        key, _, value = group.partition("/")
+        n = e.metrics["n"] if group == "overall" else e.metrics[f"n/{group}"]
+        cells = [_interval(e.metrics, name, group) for name in who]
+        rows.append([value and key.replace("_", " "), value or key, *cells, f"{n:,}"])
+    for figure, title in (("acc_strict", "strict"), ("acc_set", "any order")):
+        cells = [f"{100 * e.metrics[f'{name}/overall/{figure}']:.1f}" for name in who]
+        rows.append(["", f"overall, {title}", *cells, f"{e.metrics['n']:,}"])
+    head = ["", "exact match, %", *(scoring.TITLES.get(name, name) for name in who), "n"]
+    return blocks.Table(head, rows, f"{e.protocol}; 95 % interval in brackets", left=2)
+
+
+def _interval(metrics, who, group):
+    acc, low, high = (100 * metrics[f"{who}/{group}/{f}"] for f in ("acc", "acc_low", "acc_high"))
+    return f"{acc:.1f} ({low:.1f}–{high:.1f})"
+
+
+def runs_table(e):
+    """Means over runs and robustness, where there are several samples."""
+    names = {
+        "acc_mean": "mean over runs", "acc_sd": "sd over runs", "nonrobust": "non-robust",
+        "acc_penalised_item": "penalised by item", "acc_penalised_total": "penalised in total",
+    }  # fmt: skip
+    found = [f for f in names if f"model/overall/{f}" in e.metrics]
+    if not found:
+        return None
+    rows = []
+    for group in _groups(e):
+        values = [e.metrics.get(f"model/{group}/{f}") for f in found]
+        if None not in values:
+            rows.append([group.partition("/")[2] or group, *(_percent(v) for v in values)])
+    head = ["exact match, %", *(names[f] for f in found)]
+    return blocks.Table(head, rows, f"{e.samples} runs")
+
+
+def _percent(value):
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def further_table(e):
+    """Whatever else `scoring` gives over all questions, by the names that it uses."""
+    who = ["model", *e.controls]
+    found = collections.defaultdict(dict)
+    for name, value in e.metrics.items():
+        parts = name.split("/")
+        if len(parts) == 3 and parts[1] == "overall" and parts[2] not in _PERCENT:
+            found[parts[2]][parts[0]] = value
+    if not found:
+        return None
+    rows = []
+    for figure, values in found.items():
+        if figure.endswith(("_low", "_high")):
+            continue
+        cells = []
+        for name in who:
+            text = f"{values[name]:.3f}" if name in values else "–"
+            ends = [found.get(f"{figure}_{end}", {}).get(name) for end in ("low", "high")]
+            cells.append(text if None in ends else f"{text} ({ends[0]:.3f}–{ends[1]:.3f})")
+        rows.append([figure, *cells])
+    head = ["figure, as a fraction", *(scoring.TITLES.get(name, name) for name in who)]
+    return blocks.Table(head, rows, f"Further figures ({e.about.get('protocol', 'vqa')})")
+
+
+def controls_table(e):
+    """Whether the model is above each control on the same questions."""
+    model = [row["correct"] for row in e.rows]
+    rows = []
+    for c in e.controls:
+        theirs = [row[f"{c}_correct"] for row in e.rows]
+        rows.append([scoring.TITLES.get(c, c), *paired(theirs, model, e.clusters)])
+    if not rows:
+        return None
+    return blocks.Table(
+        ["against", *_PAIRED], rows, "The model against its controls", [_PAIRED_NOTE]
+    )
+
+
+_PAIRED = ("gain, points (95 %)", "p, bootstrap", "only this right", "only the other",
+           "p, McNemar", "needed")  # fmt: skip
+_PAIRED_NOTE = (
+    "Paired on the same questions. The bootstrap draws images, not questions, where images can be "
+    "told apart. McNemar's test is exact and takes questions for independent. Needed: questions "
+    "that show a gain as large as this one (at 5 %, with 80 % power) in a paired test, more the "
+    "more questions share an image."
+)
+
+
+def paired(a, b, clusters):
+    """Cells of b's gain over a: list of texts as `_PAIRED` names them."""
+    gain, low, high, p = stats.paired_bootstrap(a, b, clusters)
+    only_a, only_b, exact = stats.mcnemar(a, b)
+    both = (np.mean(a), np.mean(b))
+    difference = np.asarray(b, float) - np.asarray(a, float)
+    effect = stats.design_effect(difference, clusters)
+    n = stats.needed(*both, (only_a + only_b) / len(a), design_effect=effect)
+    ends = "–" if math.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [
+        f"{100 * gain:+.1f} ({ends})", _p(p), f"{only_b:,}", f"{only_a:,}", _p(exact),
+        "∞" if math.isinf(n) else f"{n:,}",
+    ]  # fmt: skip
+
+
+def _p(p):
+    return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def judge_entry(e, prompt="binary_v1"):
+    """The part of judge.json with the paper's criterion, or None; one about other predictions than
+    those that stand there never counts."""
+    return next((x for x in judgements(e) if str(x.get("prompt", "")).startswith(prompt)), None)
+
+
+def judgements(e):
+    """All parts of judge.json that are about these predictions."""
+    path = e.folder / results.PREDICTIONS
+    summary = judge.read_summary(e.folder)
+    if not summary:
+        return []
+    content = judge.hashlib.sha256(path.read_bytes()).hexdigest()
+    return [x for x in summary.values() if x.get("predictions_sha256") == content]
+
+
+def judge_table(e):
+    """What language models said of the answers, as far as they were asked."""
+    rows, notes = [], []
+    for entry in judgements(e):
+        m = entry["metrics"]
+        for key in [k.removesuffix("/mean") for k in m if k.endswith("/mean")]:
+            who, _, group = key.partition("/")
+            if group != "overall":
+                continue
+            values = {f: m.get(f"{key}/{f}") for f in ("mean", "mean_low", "mean_high", "sd")}
+            mean, low, high, sd = ("–" if v is None else f"{v:.3f}" for v in values.values())
+            rows.append([
+                f"{entry.get('model')}, {entry.get('prompt')}", scoring.TITLES.get(who, who),
+                f"{mean} ({low}–{high})", sd, f"{m[f'{key}/unjudged']:,}", f"{m[f'{key}/n']:,}",
+            ])  # fmt: skip
+        prompt = judge.PROMPTS / str(entry.get("prompt"))
+        if prompt.parent == judge.PROMPTS and prompt.is_file():
+            notes.append(f"{prompt.name}: {prompt.read_text('utf-8')}")
+        if entry.get("agreement"):
+            notes.append(f"Agreement with human labels: {json.dumps(entry['agreement'])}.")
+    if len(judge.read_summary(e.folder)) > len(judgements(e)):
+        notes.append("judge.json has verdicts on other predictions than these; they are left out.")
+    if not rows and not notes:
+        return None
+    head = ["judge", "of", "mean score (95 %)", "sd over runs", "unjudged", "verdicts"]
+    return blocks.Table(head, rows, "Language models as judges", notes, left=2)
+
+
+# --- Confidence ---
+
+
+def reliability(e):
+    """Confidence against accuracy: of the first answer by its probability, and of the most frequent
+    one by the share of samples that agree."""
+    panels, notes = [], []
+    if all(row.get("logprobs") for row in e.rows):
+        confidence = [math.exp(min(0.0, row["logprobs"][0])) for row in e.rows]
+        right = [row["correct"] for row in e.rows]
+        panels.append(("probability of the first answer", bins(confidence, right)))
+        notes.append(f"expected calibration error by probability {_ece(panels[-1][1]):.3f}")
+    if e.samples > 1:
+        confidence, right = [], []
+        for row in e.rows:
+            said = [answers.normalise(text) for text in row["predictions"]]
+            common, count = collections.Counter(said).most_common(1)[0]
+            confidence.append(count / len(said))
+            right.append(common == answers.normalise(row["answer"]))
+        panels.append((f"agreement of {e.samples} answers", bins(confidence, right)))
+        notes.append(f"by agreement {_ece(panels[-1][1]):.3f}")
+    title = f"Reliability: {e.label}"
+    if not panels:
+        return blocks.Section(title, [blocks.Text("Not run: there are no log-probabilities.")], 3)
+    caption = (
+        "Confidence (mean of its tenth) against the share that is right, with 95 % Wilson "
+        "intervals and the number of questions; on the dashed line confidence would be right. "
+        f"Mean distance weighted by questions: {', '.join(notes)}."
+    )
+    alt = "; ".join(
+        f"{name}: " + ", ".join(f"{100 * b[0]:.0f} % sure, {100 * b[1]:.0f} % right" for b in found)
+        for name, found in panels
+    )
+    table = blocks.Table(
+        ["confidence", "from", "to", "mean, %", "right, %", "95 %", "n"],
+        [
+            [name, *_tenth(b), f"{100 * b[0]:.1f}", f"{100 * b[1]:.1f}",
+             f"{100 * b[2]:.1f}–{100 * b[3]:.1f}", f"{b[4]:,}"]
+            for name, found in panels for b in found
+        ],
+    )  # fmt: skip
+    return blocks.Section(title, [blocks.Figure(plots.reliability(panels), caption, alt), table], 3)
+
+
+def bins(confidence, right):
+    """[(mean confidence, accuracy, low, high, n)] of those tenths of [0, 1] that have any; a tenth
+    holds its upper end."""
+    members = collections.defaultdict(list)
+    for c, r in zip(confidence, right):
+        members[_bin(c)].append((c, r))
+    out = []
+    for _, found in sorted(members.items()):
+        hits, n = sum(r for _, r in found), len(found)
+        low, high = stats.wilson(hits, n)
+        out.append((sum(c for c, _ in found) / n, hits / n, low, high, n))
+    return out
+
+
+def _bin(confidence):
+    # Rounded, since a mean of 0.2s may be 0.20000000000000004.
+    return min(_BINS - 1, max(0, math.ceil(round(confidence * _BINS, 9)) - 1))
+
+
+def _tenth(b):
+    i = _bin(b[0])
+    return f"{i / _BINS:.1f}", f"{(i + 1) / _BINS:.1f}"
+
+
+def _ece(found):
+    total = sum(b[4] for b in found)
+    return sum(b[4] * abs(b[0] - b[1]) for b in found) / total
+
+
+# --- Questions ---
+
+
+def _hits(row):
+    return [answers.normalise(p) == answers.normalise(row["answer"]) for p in row["predictions"]]
+
+
+def worst(e, count):
+    """The rows that are wrong most often, the surest first; none that is right in every sample."""
+    rows = [row for row in e.rows if not row["correct"] and not all(_hits(row))]
+    rows.sort(
+        key=lambda row: (
+            np.mean(_hits(row)), -(row.get("logprobs") or [-math.inf])[0], str(row["question_id"])
+        )
+    )  # fmt: skip
+    return rows[:count]
+
+
+def least_robust(e, count):
+    """The rows with the most different answers, two or more."""
+    different = {id(row): len({answers.normalise(p) for p in row["predictions"]}) for row in e.rows}
+    rows = [row for row in e.rows if different[id(row)] > 1]
+    rows.sort(key=lambda row: (-different[id(row)], np.mean(_hits(row)), str(row["question_id"])))
+    return rows[:count]
+
+
+def question_block(e, row, lookup):
+    """A question with its image, prompt, truth and answers."""
+    texts = row["predictions"]
+    logprobs = row.get("logprobs") or []
+    remarks = [f"p = {math.exp(min(0.0, x)):.3f}" for x in logprobs]
+    remarks += [""] * (len(texts) - len(remarks))
+    return blocks.Question(
+        f"{row['question_id']}: {row['question']}", row["prompt"], row["answer"],
+        list(zip(texts, _hits(row), remarks)), lookup.image(row["question_id"]),
+    )  # fmt: skip
+
+
+def _unmoved(e):
+    """Answers that stay when the image is replaced, where that was run."""
+    rows = []
+    for who in scoring.IMAGE_CONTROLS:
+        if who not in e.controls:
+            continue
+        same = [
+            answers.normalise(scoring.texts(row, who)[0])
+            == answers.normalise(row["predictions"][0])
+            for row in e.rows
+        ]
+        right = [s and row["correct"] for s, row in zip(same, e.rows)]
+        shares = (f"{100 * np.mean(x):.1f}" for x in (same, right))
+        rows.append([scoring.TITLES.get(who, who), *shares])
+    if not rows:
+        return [blocks.Text("Not run: answers with other images (controls=all runs them).")]
+    head = ["image replaced by", "answer unchanged, %", "unchanged and right, %"]
+    note = "First answers. When answers are sampled, some change by chance alone."
+    return [blocks.Table(head, rows, "Answers that don't depend on the image", [note])]
+
+
+# --- Two evaluations ---
+
+
+def compare(a, b):
+    """b against a on the questions that both answered, as a `Section`."""
+    in_a = {str(row["question_id"]): row for row in a.rows}
+    pairs = [(in_a[q], row) for row in b.rows if (q := str(row["question_id"])) in in_a]
+    changed = sum(x["answer"] != y["answer"] or x["question"] != y["question"] for x, y in pairs)
+    parts = []
+    if not pairs or changed:
+        what = (
+            "no question ids" if not pairs else f"ids, but {changed:,} other questions or answers"
+        )
+        parts.append(blocks.Warning(f"They share {what}: there is nothing to compare."))
+        return blocks.Section(f"{b.label} against {a.label}", parts)
+    if len(pairs) < max(len(a.rows), len(b.rows)):
+        parts.append(
+            blocks.Warning(
+                f"Not the same split: {len(a.rows):,} and {len(b.rows):,} questions, of which "
+                f"{len(pairs):,} are in both and compared here."
+            )
+        )
+    groups = collections.OrderedDict(overall=pairs)
+    for key in scoring.GROUPS:
+        for value in sorted({str(y[key]) for _, y in pairs if y.get(key)}):
+            groups[value] = [p for p in pairs if str(p[1].get(key)) == value]
+    clusters = dict(zip((str(row["question_id"]) for row in b.rows), b.clusters or []))
+    rows = []
+    for name, members in groups.items():
+        mine = [clusters[str(y["question_id"])] for _, y in members] if clusters else None
+        both = [[row["correct"] for row in side] for side in zip(*members)]
+        rates = [f"{100 * np.mean(x):.1f}" for x in both]
+        rows.append([name, *rates, *paired(*both, mine), f"{len(members):,}"])
+    head = ["exact match, %", a.run, b.run, *_PAIRED, "n"]
+    notes = [_PAIRED_NOTE]
+    if len(rows) > 1:
+        notes.append(f"{len(rows)} tests: by chance alone one in 20 falls below 0.05.")
+    parts.append(blocks.Table(head, rows, "Paired on the same questions", notes))
+    if a.samples > 1 and b.samples > 1:
+        shares = [[float(np.mean(_hits(row))) for row in side] for side in zip(*pairs)]
+        mine = [clusters[str(y["question_id"])] for _, y in pairs] if clusters else None
+        gain, low, high, p = stats.paired_bootstrap(*shares, mine)
+        parts.append(
+            blocks.Text(
+                f"Over all samples: {100 * np.mean(shares[0]):.1f} and "
+                f"{100 * np.mean(shares[1]):.1f} %, a gain of {100 * gain:+.1f} points "
+                f"({100 * low:+.1f} to {100 * high:+.1f}), p = {_p(p)}."
+            )
+        )
+    return blocks.Section(f"{b.label} against {a.label}", parts)
