@@ -115,7 +115,7 @@ MISTAKES = [
     (("ckpt_steps", -1), "ckpt_steps is -1; expected a number, zero or more"),
     (("evals.val.log_steps", "x"), "config.evals.val: log_steps is 'x'"),
     (("evals.val.type", "vq"), "config.evals.val.type: there is no evaluator 'vq'"),
-    (("evals.val.train_answer", "anser"), "config.evals.val: train_answer='anser'.*no such key"),
+    (("evals.val.train_answer", "anser"), "val: train_answer='anser'.* only .'answer'"),
     (("evals.val.pred_kw.max_new_tokens", 0), "max_new_tokens is 0; expected a whole number"),
     (("input.num_workers", "4"), "num_workers='4': expected a whole number"),
     (("optax_name", "adamm"), "optax_name is 'adamm'; expected a transformation in optax"),
