@@ -1,7 +1,8 @@
 """Every figure of an evaluation, from the rows of its predictions.jsonl.
 
 The evaluators and `tools.report` call the same function, so a figure can't differ from what the
-predictions say. It knows no model and no file.
+predictions say. It knows no model and no file. What a single figure means stands with its function
+in `answers`, `protocols`, `text_metrics` and `stats`.
 
 A figure is called `{who}/{group}/{figure}`.
 
@@ -10,19 +11,38 @@ group    "overall", "answer_type/CLOSED", "content_type/Organ", "modality/CT", �
 figure   acc         equal after `answers.normalise`; the figure of the tables
          acc_strict  equal but for case and blanks around: the usual "exact match"
          acc_set     as acc, but the parts of a comma-separated answer may come in any order
-         acc_low, acc_high   95 % of acc, Wilson's interval
-         Of several samples of a question the first counts. Where there are several:
-         acc_mean, acc_sd    mean over the runs, and the runs' standard deviation; run i is sample i
-                             of every question
-         nonrobust           share of questions whose samples are three different answers or more
-         acc_penalised_item, acc_penalised_total   acc_mean, docked for those by either reading
-Then n (questions), `n/{group}`, n_images, truncated (prompts that lost tokens) and unfinished (the
-model's answers, all samples, without EOS within max_new_tokens).
+         and by protocol:
+         closed           llava_closed
+         open             f1, recall, llava_recall, rouge1, rouge2, rougeL, cider, bleu (of the
+                          corpus), bleu_rows (mean over questions)
+         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name
+                          none); where choices were scored, acc_likelihood and acc_likelihood_token
+
+Each is that of the first sample of a question. Behind it may stand
+
+_low, _high       its 95 % interval: of acc Wilson's, for independent questions; of the others an
+                  interval that keeps questions on one image together, Wilson's for shares of
+                  questions, the bootstrap for the rest. bleu has none.
+_cluster_low, _cluster_high   of acc: the same, with questions on one image kept together
+_mean, _sd        where there are several samples: mean over the runs, and their standard deviation;
+                  run i is sample i of every question
+_mean_low, _mean_high   of acc: 95 % of the mean, with questions on one image kept together
+
+Where there are several samples also nonrobust (share of questions with three different answers or
+more), acc_penalised_item and acc_penalised_total (acc_mean docked for those, by either reading of
+`protocols.penalised`; in multiple choice it's the letters that differ and are docked, if the truth
+is one).
+
+Beside those: n (questions), `n/{group}`, images (different ones), and, where the rows tell,
+truncated (prompts that lost tokens) and unfinished (the model's answers, all samples, without EOS
+within max_new_tokens).
 """
+
+import functools
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, stats
+from paligemma_med.evaluators import answers, protocols, stats, text_metrics
 
 # What needs no model: the most frequent answer in training, to the same question and to any
 # question of the same answer type; the question itself as the answer.
@@ -38,9 +58,14 @@ _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.
 FIGURES = tuple(_FORMS)
 
 
+@functools.lru_cache(1 << 16)
+def _scores(prediction, answer):
+    return tuple(form(prediction) == form(answer) for form in _FORMS.values())
+
+
 def score(prediction, answer):
     """{figure: bool} for the three figures."""
-    return {k: form(prediction) == form(answer) for k, form in _FORMS.items()}
+    return dict(zip(_FORMS, _scores(prediction, answer)))
 
 
 def correct(prediction, answer, prefix=""):
@@ -83,17 +108,25 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}; expected one of {list(PROTOCOLS)}.")
     columns = ("model", *(controls_of(rows) if controls is None else controls))
-    members = {"overall": rows}
+    members = {"overall": np.arange(len(rows))}
     for key in groups:
-        for value in sorted({str(row[key]) for row in rows if row.get(key)}):
-            members[f"{key}/{value}"] = [row for row in rows if str(row.get(key)) == value]
-    metrics = {"n": len(rows)}
+        values = np.array([str(row.get(key) or "") for row in rows])
+        members |= {f"{key}/{v}": np.flatnonzero(values == v) for v in sorted({*values} - {""})}
+    clusters = np.array([cluster(row) for row in rows])
+    tables = {who: _values(rows, who, protocol) for who in columns}
+    metrics = {"n": len(rows), "images": len({*clusters})}
     for group, inside in members.items():
         if group != "overall":
             metrics[f"n/{group}"] = len(inside)
+        picked = [rows[i] for i in inside]
         for who in columns:
-            found = _figures(inside, who)
+            values = {k: v[inside] for k, v in tables[who].items()}
+            found = _figures(values, clusters[inside])
+            if protocol == "open":
+                found |= _corpus_bleu(picked, who)
+            found |= _robustness(picked, who, protocol, values)
             metrics |= {f"{who}/{group}/{figure}": x for figure, x in found.items()}
+        metrics |= _bootstrapped(tables, columns, group, inside, clusters[inside])
     for name, count in (("tokens_cut", lambda x: x > 0), ("unfinished", int)):
         if name in rows[0]:
             key = {"tokens_cut": "truncated"}.get(name, name)
@@ -101,15 +134,149 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
     return metrics
 
 
-def _figures(rows, who):
-    prefix = "" if who == "model" else f"{who}_"
-    out = {}
-    for figure in FIGURES:
-        key = prefix + figure.replace("acc", "correct")
-        out[figure] = float(np.mean([row[key] for row in rows]))
-    hits = sum(row[f"{prefix}correct"] for row in rows)
-    out["acc_low"], out["acc_high"] = stats.wilson(hits, len(rows))
+def cluster(row):
+    """What questions have in common that share an image: its digest, else its id."""
+    return str(row.get("image_key") or row.get("image_id") or row["question_id"])
+
+
+# --- Values: float[questions, samples] of each figure ---
+
+# Figures that aren't shares of questions: their intervals are the bootstrap's.
+MEANS = ("f1", "recall", "llava_recall", *text_metrics.ROUGES, "cider", "bleu_rows")
+
+
+def _values(rows, who, protocol):
+    said = [texts(row, who) for row in rows]
+    if len(lengths := {len(x) for x in said}) != 1:
+        raise ValueError(
+            f"questions have {sorted(lengths)} samples of {who}; expected as many for each."
+        )
+    pairs = [[(text, row["answer"]) for text in x] for x, row in zip(said, rows)]
+
+    def each(function):
+        return np.array([[function(*pair) for pair in x] for x in pairs], float)
+
+    out = dict(zip(_FORMS, np.moveaxis(each(_scores), -1, 0)))
+    if protocol == "closed":
+        out["llava_closed"] = each(protocols.llava_med_closed)
+    elif protocol == "open":
+        out["f1"] = each(protocols.token_f1)
+        out["recall"] = each(protocols.token_recall)
+        out["llava_recall"] = each(lambda *pair: protocols.llava_med_f1(*pair)[2])
+        out |= _overlaps(pairs)
+    elif protocol == "multiple_choice":
+        out |= _choices(rows, said, who)
     return out
+
+
+def _overlaps(pairs):
+    """Text metrics, each pair of texts looked at once."""
+    unique = sorted({pair for x in pairs for pair in x})
+    place = {pair: i for i, pair in enumerate(unique)}
+    index = np.array([[place[pair] for pair in x] for x in pairs])
+    found = text_metrics.rouge(*zip(*unique))
+    found["bleu_rows"] = text_metrics.sentence_bleu(*zip(*unique))
+    out = {name: values[index] for name, values in found.items()}
+    # Words count by how rare they are among the answers to *all* questions.
+    runs = [text_metrics.cider(*zip(*run)) for run in zip(*pairs)]
+    return out | {"cider": np.stack(runs, axis=1)}
+
+
+def _corpus_bleu(rows, who):
+    true = [row["answer"] for row in rows]
+    runs = [text_metrics.corpus_bleu(run, true) for run in zip(*(texts(row, who) for row in rows))]
+    return {"bleu": runs[0]} | (_runs("bleu", np.array([runs])) if len(runs) > 1 else {})
+
+
+def _choices(rows, said, who):
+    for row in rows:
+        if missing := [k for k in ("choices", "answer_letter") if not row.get(k)]:
+            raise ValueError(
+                f"question {row['question_id']!r} has no {missing[0]!r}, which the protocol "
+                f"multiple_choice needs; found {sorted(row)}."
+            )
+    right = [ord(row["answer_letter"]) - ord("A") for row in rows]
+    letters = _letters(rows, said)
+    out = dict(
+        acc_letter=[[x == row["answer_letter"] for x in xs] for xs, row in zip(letters, rows)],
+        no_letter=[[x is None for x in xs] for xs in letters],
+        acc_text=[
+            [protocols.closest_option(x, row["choices"]) == i for x in xs]
+            for xs, row, i in zip(said, rows, right)
+        ],
+        qa_score=[
+            [protocols.qa_score(x, row["choices"], row["choices"][i]) for x in xs]
+            for xs, row, i in zip(said, rows, right)
+        ],
+    )
+    prefix = "" if who == "model" else f"{who}_"
+    if f"{prefix}option_logprobs" in rows[0]:
+        for name, per_token in (("acc_likelihood", False), ("acc_likelihood_token", True)):
+            chosen = [
+                protocols.most_likely_option(
+                    row[f"{prefix}option_logprobs"], row["option_tokens"] if per_token else None
+                )
+                for row in rows
+            ]
+            out[name] = [[i == j] for i, j in zip(chosen, right)]
+    return {k: np.array(v, float) for k, v in out.items()}
+
+
+def _letters(rows, said):
+    return [[protocols.letter(x, row["choices"]) for x in xs] for xs, row in zip(said, rows)]
+
+
+# --- Figures of a group ---
+
+
+def _figures(values, clusters):
+    out = {}
+    for name, x in values.items():
+        out[name] = float(x[:, 0].mean())
+        if name == "acc":
+            out["acc_low"], out["acc_high"] = stats.wilson(int(x[:, 0].sum()), len(x))
+            low, high = stats.wilson_clustered(x[:, 0], clusters)
+            out["acc_cluster_low"], out["acc_cluster_high"] = low, high
+        elif name not in MEANS and name not in FIGURES:
+            out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], clusters)
+        if x.shape[1] > 1:
+            out |= _runs(name, x)
+    if (x := values["acc"]).shape[1] > 1:
+        low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
+        out["acc_mean_low"], out["acc_mean_high"] = low, high
+    return out
+
+
+def _runs(name, values):
+    mean, sd = protocols.accuracy_over_runs(values)
+    return {f"{name}_mean": mean, f"{name}_sd": sd}
+
+
+def _robustness(rows, who, protocol, values):
+    said, form, hits = [texts(row, who) for row in rows], answers.normalise, values["acc"]
+    if hits.shape[1] == 1:
+        return {}
+    if protocol == "multiple_choice" and all(r["answer"] == r["answer_letter"] for r in rows):
+        said, form, hits = _letters(rows, said), None, values["acc_letter"]
+    out = {"nonrobust": float(protocols.nonrobust(said, form=form).mean())}
+    for reading in ("item", "total"):
+        found, _ = protocols.penalised(hits, said, reading, form=form)
+        out[f"acc_penalised_{reading}"] = found
+    return out
+
+
+def _bootstrapped(tables, columns, group, inside, clusters):
+    """Intervals of all means of a group, from the same draws of images."""
+    names = [(who, k) for who in columns for k in tables[who] if k in MEANS]
+    if not names:
+        return {}
+    values = np.stack([tables[who][k][inside, 0] for who, k in names], axis=1)
+    ends = zip(("low", "high"), stats.bootstrap(values, clusters))
+    found = {
+        f"{who}/{group}/{k}_{end}": float(x) for end, xs in ends for (who, k), x in zip(names, xs)
+    }
+    # Of one image there is none.
+    return {k: x for k, x in found.items() if np.isfinite(x)}
 
 
 # --- Table ---
@@ -125,26 +292,64 @@ TITLES = {
 }
 
 
+# Figures of all questions, in lines of their own below the groups.
+_LINES = {
+    "acc_strict": "strict",
+    "acc_set": "any order",
+    "llava_closed": "LLaVA-Med's closed",
+    "acc_letter": "by letter",
+    "no_letter": "no letter",
+    "acc_text": "by nearest text",
+    "qa_score": "QA-score",
+    "acc_likelihood": "by likelihood",
+    "acc_likelihood_token": "by likelihood a token",
+    "f1": "F1",
+    "recall": "recall",
+    "llava_recall": "LLaVA-Med's recall",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "cider": "CIDEr × 100",
+    "nonrobust": "not robust",
+    "acc_penalised_item": "penalised, by question",
+    "acc_penalised_total": "penalised, in total",
+}
+
+
 def format_table(metrics):
-    """Figures of `summarise` as a Markdown table: percent and 95 % interval."""
+    """Figures of `summarise` as a Markdown table: percent, and 95 % in brackets, with questions on
+    one image kept together. Of several runs the mean and ± their standard deviation."""
     columns = [who for who in TITLES if f"{who}/overall/acc" in metrics]
     groups = [("overall", metrics["n"])]
     groups += [(k.removeprefix("n/"), n) for k, n in metrics.items() if k.startswith("n/")]
 
-    def cell(who, group):
-        acc, low, high = (
-            100 * metrics[f"{who}/{group}/{figure}"] for figure in ("acc", "acc_low", "acc_high")
-        )
-        return f"{acc:.1f} ({low:.1f}–{high:.1f})"
+    def cell(who, group, figure):
+        def number(ending=""):
+            x = metrics.get(f"{who}/{group}/{figure}{ending}")
+            return None if x is None else f"{100 * x:.1f}"
 
+        if number() is None:
+            return ""
+        text, ends = number(), "_cluster" if figure == "acc" else ""
+        if number("_mean"):
+            text, ends = f"{number('_mean')} ± {number('_sd')}", "_mean"
+        low, high = number(f"{ends}_low"), number(f"{ends}_high")
+        return text + (f" ({low}–{high})" if low else "")
+
+    runs = any(k.endswith("_sd") for k in metrics)
     table = [["exact match, %", *(TITLES[who] for who in columns), "n"]]
     for group, n in groups:
         title = group.partition("/")[2] or group
-        table.append([title, *(cell(who, group) for who in columns), f"{n:,}"])
-    for figure, title in (("acc_strict", "overall, strict"), ("acc_set", "overall, any order")):
-        values = (f"{100 * metrics[f'{who}/overall/{figure}']:.1f}" for who in columns)
-        table.append([title, *values, f"{metrics['n']:,}"])
-    return to_markdown(table)
+        table.append([title, *(cell(who, group, "acc") for who in columns), f"{n:,}"])
+    for figure, title in _LINES.items():
+        cells = [cell(who, "overall", figure) for who in columns]
+        if any(cells):
+            table.append([f"overall, {title}", *cells, f"{metrics['n']:,}"])
+    notes = f"In brackets 95 %, by {metrics['images']:,} images." + (
+        " ±: standard deviation over runs." if runs else ""
+    )
+    return to_markdown(table) + "\n\n" + notes
 
 
 def to_markdown(table):

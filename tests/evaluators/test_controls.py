@@ -51,7 +51,7 @@ def test_majority_of_slake(real_data):
     majority = controls.majority_answers(train[::-1])
     for row in test:
         row["majority_prediction"] = controls.majority_answer(majority, row)
-        row |= scoring.correct("", row["answer"])
+        row["predictions"] = [""]
         row |= scoring.correct(row["majority_prediction"], row["answer"], "majority_")
     metrics = scoring.summarise(test, controls=["majority"])
     assert metrics["n"] == 1061

@@ -245,11 +245,14 @@ def test_controls_are_optional(monkeypatch, tmp_path):
 def test_table(monkeypatch):
     answer_with(monkeypatch, look)
     names = ("majority", "shuffled_images")
-    table = scoring.format_table(make_evaluator(controls=names).run({})).splitlines()
+    *table, gap, note = scoring.format_table(make_evaluator(controls=names).run({})).splitlines()
+    assert gap == "" and note == "In brackets 95 %, by 3 images."
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in table]
     assert len({len(line) for line in table}) == 1
     assert cells[0] == ["exact match, %", "model", "majority answer", "images shuffled", "n"]
-    assert cells[2] == ["overall", "100.0 (56.6–100.0)", "20.0 (3.6–62.4)", "40.0 (11.8–76.9)", "5"]
+    assert [c.partition(" ")[0] for c in cells[2]] == ["overall", "100.0", "20.0", "40.0", "5"]
+    low, high = stats.wilson_clustered([0, 1, 0, 0, 0], [0, 1, 1, 2, 2])
+    assert cells[2][2] == f"20.0 ({100 * low:.1f}–{100 * high:.1f})"
     assert [row[0] for row in cells[3:]] == [
         "CLOSED", "OPEN", "Modality", "Organ", "overall, strict", "overall, any order",
     ]  # fmt: skip
