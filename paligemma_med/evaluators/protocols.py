@@ -146,9 +146,9 @@ def letter(text, choices):
     the article ("A large mass"), names ("hepatitis B"), what is denied ("not option B", "option B
     is wrong"). "A or B", "A, B", "A: yes, B: no" name two.
 
-    An answer that gives a choice's text without its letter names none: see `closest_option`. The
-    scripts of the field search the text for the nearest of "A".."D" by difflib and so make a letter
-    of anything (PMC-VQA's MedVInT_TE takes "Both" for B).
+    An answer that gives a choice's text without its letter names none, also if that begins with one
+    ("C. difficile"): see `closest_option`. The scripts of the field take the nearest of "A".."D" by
+    difflib and so make a letter of anything (PMC-VQA's MedVInT_TE takes "Both" for B).
 
     Args:
       text: what the model said.
@@ -169,32 +169,35 @@ def letter(text, choices):
 
     if m := re.fullmatch(rf"[(\[]?\s*({either})\s*[)\]]?\s*[.:,;!?]*", text):
         return m[1].upper()
-    if m := re.match(rf"({either})\s+(\S.*)", text, re.DOTALL):
-        choice = choices[ord(m[1].upper()) - ord("A")]
-        if answers.normalise(m[2]) == _unlabelled(choice):
-            return m[1].upper()
+    options, said = _unlabelled(choices), answers.normalise(text)
+    if said in options:
+        return None
+    for i, option in enumerate(options):
+        if said == answers.normalise(f"{letter_of(i)} {option}"):
+            return letter_of(i)
 
     says = r"(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*"
     kind = r"(?:(?:the\s+)?(?:option|choice|letter)\s*)?"
     verbs = "option|choice|letter|choose|chose|pick|select|go with|think"
+    # "C. text" is a label, unless choices begin so themselves: "C. difficile", "E. coli".
+    period = r"|\.(?=\s|$)" if not any(re.match(r"[a-z]\. ", o) for o in options) else ""
     either_or = rf"\s*[)\].:]?\s*(?:,|/|&|\bor\b|\band\b)\s*{kind}{within}"
-    for patterns in (
-        [rf"(?i:\banswer{says}{kind}){within}"],
-        [
-            rf"^\s*[(\[]?({either})(?:\s*[)\]:]|\.(?=\s|$)|\s+-\s)",
-            rf"[(\[]({either})[)\]]",
-            rf"(?i:\b(?:{verbs}){says}{kind}){within}",
-            rf"(?i:\b(?:it|that)(?:\s+is|['’]s)\s+{kind}){within}",
-            # Alone this names nothing; beside another it contradicts: "A: yes, B: no".
-            rf"(?<=[\s,;])({capital})\s*[):]",
-        ],
-    ):
+    strong = [rf"(?i:\banswer{says}{kind}){within}"]
+    weak = [
+        rf"^\s*[(\[]?({either})(?:\s*[)\]:]{period}|\s+-\s)",
+        rf"[(\[]({either})[)\]]",
+        rf"(?i:\b(?:{verbs}){says}{kind}){within}",
+        rf"(?i:\b(?:it|that)(?:\s+is|['’]s)\s+{kind}){within}",
+    ]
+    for patterns in (strong, weak):
         found = [m for p in patterns for m in re.finditer(p, text, re.MULTILINE)]
         found = [m for m in found if not _denied(text, m)]
         if any(re.match(either_or, text[m.end() :]) for m in found):
             return None
         if found:
             named = {next(filter(None, m.groups())).upper() for m in found}
+            if patterns is weak:  # further labels contradict: "A: yes, B: no"
+                named |= set(re.findall(rf"(?<=[\s,;])({capital})\s*[):]", text))
             return named.pop() if len(named) == 1 else None
     return None
 
@@ -213,8 +216,9 @@ def closest_option(text, choices):
     """The number of the choice that an answer's text is nearest to, or None if to none.
 
     An answer equal to a choice is that choice: `answers.normalise` of both, without a label such as
-    "B:" at the front. Otherwise the one of the highest difflib ratio (matching characters, twice,
-    over the characters of both), the first among equals; None if all ratios are 0.
+    "B:" at the front of the answer, or of every choice. Otherwise the one of the highest difflib
+    ratio (twice the matching characters over the characters of both), the first among equals; None
+    if all ratios are 0.
 
     The ratio is that of PMC-VQA's own script (find_most_similar_index), which compares the texts
     as they are, and only the last character generated. It always decides, so a question's chance
@@ -231,8 +235,11 @@ def closest_option(text, choices):
       ValueError: fewer than two choices, or more than 26.
     """
     _count(choices)
-    said, options = _unlabelled(text), [_unlabelled(choice) for choice in choices]
-    return options.index(said) if said in options else _most_similar(options, said)
+    options, bare = _unlabelled(choices), answers.normalise(re.sub(_LABEL, "", text))
+    for said in (answers.normalise(text), bare):
+        if said in options:
+            return options.index(said)
+    return _most_similar(options, bare)
 
 
 def most_likely_option(logprobs, lengths=None):
@@ -304,9 +311,16 @@ def _most_similar(options, text):
     return ratios.index(max(ratios)) if max(ratios) > 0 else None
 
 
-def _unlabelled(text):
-    """Normalised, without "B:", "(B)", "B." at the front."""
-    return answers.normalise(re.sub(r"^\s*(?:\([A-Za-z]\)|[A-Za-z]\s*[:)]|[A-Z]\.\s)\s*", "", text))
+# "B:", "(B)", "B)", "B. " at the front of a choice or an answer.
+_LABEL = r"^\s*\(?([A-Za-z])(?:\s*[:)]|\.\s)\s*"
+
+
+def _unlabelled(choices):
+    """The choices' texts, normalised, without their labels if each has its own."""
+    found = [re.match(_LABEL, choice) for choice in choices]
+    if not all(m and m[1].upper() == letter_of(i) for i, m in enumerate(found)):
+        found = [None] * len(choices)
+    return [answers.normalise(c[m.end() :] if m else c) for c, m in zip(choices, found)]
 
 
 def _count(choices):

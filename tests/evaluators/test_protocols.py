@@ -140,6 +140,8 @@ CHOICES = ["pneumonia", "large mass", "hepatitis B", "normal"]
         ("The answer is a large mass", None),
         ("large mass", None),
         ("hepatitis B", None),
+        ("most likely (hepatitis B)", None),
+        ("this is hepatitis B: chronic", None),
         ("A-P view", None),
         ("C.T. scan", None),
         ("I don't know", None),
