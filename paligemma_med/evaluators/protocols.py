@@ -70,9 +70,8 @@ def nonrobust(predictions, threshold=3, form=answers.normalise):
     """Which questions are answered non-robustly: with `threshold` different answers or more.
 
     The paper (papers/001, 5): "non-robust if the model produces different answers in three or more
-    out of five inferences". Read here as three different ones among the five. (The other reading,
-    three answers that differ from the most frequent one, calls 2 + 3 non-robust, although only two
-    answers were ever given.)
+    out of five inferences". Read here as three different ones among the five. (Another reading,
+    three that differ from the most frequent one, would spare 3 + 1 + 1, and nothing else.)
 
     Args:
       predictions, form: as in `distinct_answers`.

@@ -88,9 +88,13 @@ def test_runs_in_any_order_and_penalties_only_take(table, random):
 
 
 def test_how_often_guessing_is_nonrobust():
-    """The 82 % of `penalised`: five uniform letters of four."""
+    """The 82 % of `penalised`, five uniform letters of four; and by how the readings of
+    `nonrobust` differ."""
     five = np.stack(np.unravel_index(np.arange(4**5), (4,) * 5), axis=1)
     assert protocols.nonrobust(five.tolist(), form=None).mean() == pytest.approx(840 / 1024)
+    counts = np.sort([np.bincount(row, minlength=4) for row in five])[:, ::-1]
+    differs = protocols.nonrobust(five.tolist(), form=None) != (5 - counts[:, 0] >= 3)
+    assert differs.any() and (counts[differs] == [3, 1, 1, 0]).all()
 
 
 # --- Multiple choice ---
