@@ -56,7 +56,8 @@ def wilson_clustered(correct, clusters=None, z=1.96):
     are; they are then taken for fully alike, n² / Σ m² independent ones with m answers an image.
 
     Args:
-      correct: [Q] bools, or shares in [0, 1] (means over several runs).
+      correct: [Q] bools, or shares in [0, 1] (means over several runs, which vary less than bools;
+        the interval is then wider than it need be).
       clusters: [Q] anything hashable, such as image keys; None: no two answers belong together.
       z: as in `wilson`.
 
