@@ -4,6 +4,7 @@ evaluations    what a workdir's eval/ holds, and whether metrics.json follows fr
 sections       what a report says about each evaluation and each pair
 paper          the paper's tables, published figures beside ours
 contamination  prompts in answers, answers that ignore the image; also in others' files
+figures        numbers of scoring as texts
 plots          accuracies and reliability as SVG
 pictures       images from the built data set
 blocks         what a report is made of, and its two forms

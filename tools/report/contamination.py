@@ -223,6 +223,19 @@ def section(title, rows, level=2, extra=()):
                 "of them: the answers do not depend on the image."
             )
         )
+    means = scores(rows)
+    metrics = list(next(iter(means.values())))
+    given, echo = means["predictions as given"], means["the question alone"]
+    echo = means.get("the prompt alone", echo)
+    if echo["ROUGE-1"] > max(0.1, 0.9 * given["ROUGE-1"]):
+        parts.append(
+            blocks.Warning(
+                "Repeating the prompt, without image or model, scores "
+                f"{echo['ROUGE-1']:.3f} / {echo['ROUGE-2']:.3f} / {echo['ROUGE-L']:.3f} in "
+                f"ROUGE-1/2/L; the predictions as given score {given['ROUGE-1']:.3f} / "
+                f"{given['ROUGE-2']:.3f} / {given['ROUGE-L']:.3f}."
+            )
+        )
     table = [
         ["answers that hold the text of their question", _share(found["with_prompt"], n)],
         ["answers that begin with the prompt", _share(found["starts_with_prompt"], n)],
@@ -246,8 +259,6 @@ def section(title, rows, level=2, extra=()):
     if not found["images_known"]:
         notes.append("The file doesn't tell images apart; each row is taken for one of its own.")
     parts.append(blocks.Table(["sign", "found"], table, "Signs of contamination", notes))
-    means = scores(rows)
-    metrics = list(next(iter(means.values())))
     parts.append(
         blocks.Table(
             ["scored text", *metrics],

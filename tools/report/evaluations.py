@@ -5,11 +5,12 @@ metrics.json; the latter is only compared.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
 
-from paligemma_med.evaluators import results, scoring
+from paligemma_med.evaluators import judge, results, scoring
 
 NEEDED = ("question_id", "question", "prompt", "answer", "answer_type", "predictions", "correct")
 # Not told by predictions.jsonl of earlier versions.
@@ -22,7 +23,8 @@ class Evaluation:
 
     run: short name of the workdir; name: of the evaluation; rows: of predictions.jsonl; metrics:
     made from them; stored: what metrics.json says; about: what it says about the run; section: of
-    the config; config: the run's config.json, or {}; problems: sentences.
+    the config; config: the run's config.json, or {}; verdicts: parts of judge.json about these
+    predictions, their "metrics" made anew from judgements.jsonl; problems: sentences.
     """
 
     run: str
@@ -34,6 +36,7 @@ class Evaluation:
     about: dict
     section: dict
     config: dict
+    verdicts: list
     problems: list
 
     @property
@@ -43,7 +46,17 @@ class Evaluation:
     @property
     def data(self):
         """dict(name=…, split=…) of the data set, as far as it is known."""
-        return self.about.get("data") or self.section.get("data") or {}
+        return self.about.get("data") or self.section.get("data") or self._data_by_name()
+
+    def _data_by_name(self):
+        """Earlier versions keep no section of an evaluation that the command line renamed: where
+        the config calls one "x_validate" by its split, this is "x_test" by its own."""
+        stem, _, split = self.name.rpartition("_")
+        for name, section in (self.config.get("evals") or {}).items():
+            data = section.get("data") or {}
+            if stem and name == f"{stem}_{data.get('split')}":
+                return {**data, "split": split}
+        return {}
 
     @property
     def samples(self):
@@ -137,9 +150,21 @@ def load(folder, run, config):
     metrics = scoring.summarise(rows, protocol, groups=tuple(about.get("groups", scoring.GROUPS)))
     problems += differences(stored, metrics) if stored else []
     problems += _wrong_hashes(rows, about)
+    verdicts, wrong = _verdicts(folder, rows)
+    problems += wrong
     section = about.get("section") or (config.get("evals") or {}).get(folder.name) or {}
     return Evaluation(
-        run, folder.name, folder, rows, metrics, stored, about, section, config, problems
+        run,
+        folder.name,
+        folder,
+        rows,
+        metrics,
+        stored,
+        about,
+        section,
+        config,
+        verdicts,
+        problems,
     )
 
 
@@ -166,7 +191,7 @@ def differences(stored, metrics):
 
 
 def _same(a, b):
-    if not isinstance(a, int | float) or isinstance(a, bool):
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b)):
         return False
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(a) and math.isnan(b))
 
@@ -183,8 +208,7 @@ def _wrong_flags(rows):
         for who in ("model", *scoring.controls_of(rows)):
             prefix = "" if who == "model" else f"{who}_"
             true = scoring.correct(scoring.texts(row, who)[0], row["answer"], prefix)
-            # Choices are scored by their own rule.
-            if "choices" not in row and any(row.get(key) != x for key, x in true.items()):
+            if any(row.get(key) != x for key, x in true.items()):
                 wrong.append(f"question {row['question_id']} ({who})")
     what = "marks in predictions.jsonl do NOT follow from its answers"
     return [_some(what, wrong)] if wrong else []
@@ -197,6 +221,28 @@ def _wrong_hashes(rows, about):
         for key, function in made.items()
         if key in about and about[key] != function(rows)
     ]
+
+
+def _verdicts(folder, rows):
+    """→ (parts of judge.json about these rows, with figures made anew; problems)."""
+    out, problems = [], []
+    try:
+        summary, lines = judge.read_summary(folder), judge.read_judgements(folder)
+        content = hashlib.sha256((folder / results.PREDICTIONS).read_bytes()).hexdigest()
+        for version, entry in summary.items():
+            if entry.get("predictions_sha256") != content:
+                problems.append(f"the verdicts of {version} are on other predictions; left out")
+                continue
+            mine = [line for line in lines if line.get("judge") == version]
+            metrics = judge.summarise(mine, rows, entry["protocol"])
+            stored = {k: v for k, v in entry["metrics"].items() if v is not None}
+            if differ := [k for k, v in stored.items() if not _same(v, metrics.get(k))]:
+                what = f"judge.json does NOT follow from judgements.jsonl ({version})"
+                problems.append(_some(what, differ))
+            out.append({**entry, "metrics": metrics})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        problems.append(f"judge.json or judgements.jsonl can't be read: {e!r}")
+    return out, problems
 
 
 def _config(workdir):

@@ -5,10 +5,12 @@ Question Answering" (Shourya, Dumontier, Sun). Protocols differ, so each table s
 a figure here is comparable with one there only as far as these lines agree.
 """
 
+import math
+
 import numpy as np
 
 from paligemma_med.evaluators import scoring, text_metrics
-from tools.report import blocks
+from tools.report import blocks, figures
 
 NOT_RUN = "not run"
 # Controls that stand beside ours: what the question alone gives, and the same model not looking.
@@ -130,16 +132,11 @@ def _rows(evaluations, answer_type=None):
 
 
 def accuracy(rows, who="model"):
-    """Percent as text: "79.1 (75.2–82.9)", of several runs "79.1 ± 0.8 (75.2–82.9)"."""
+    """Exact match as `figures.as_text` has it, of these rows alone."""
     if not rows or (who != "model" and who not in scoring.controls_of(rows)):
         return NOT_RUN
-    controls = [] if who == "model" else [who]
-    m = scoring.summarise(rows, controls=controls, groups=())
-    m = {name.rpartition("/")[2]: x for name, x in m.items() if name.startswith(f"{who}/overall/")}
-    ends = f"({100 * m['acc_low']:.1f}–{100 * m['acc_high']:.1f})"
-    if "acc_mean" in m:
-        return f"{100 * m['acc_mean']:.1f} ± {100 * m['acc_sd']:.1f} {ends}"
-    return f"{100 * m['acc']:.1f} {ends}"
+    metrics = scoring.summarise(rows, controls=[] if who == "model" else [who], groups=())
+    return figures.as_text(metrics, who, "overall")
 
 
 def _said(dataset, run, found):
@@ -186,7 +183,7 @@ def _verdicts(found, judged):
         return ""
     m = {k.rpartition("/")[2]: x for k, x in parts[0]["metrics"].items()
          if k.startswith("model/overall/")}  # fmt: skip
-    if m.get("mean") is None:
+    if m.get("mean") is None or math.isnan(m["mean"]):
         return "; judge: none"
     sd = f" ± {100 * m['sd']:.1f}" if m.get("sd") is not None else ""
     ends = "" if m.get("mean_low") is None else (
@@ -196,7 +193,7 @@ def _verdicts(found, judged):
 
 
 def _title(run, who):
-    return f"{run}: {scoring.TITLES.get(who, who)}"
+    return f"{run}: {figures.title_of(who)}"
 
 
 def _table2(by_run, locations):
@@ -238,7 +235,7 @@ def _table45(title, published, by_run, judged, stage1):
     for run, evaluations in by_run.items():
         if has_stage1(evaluations[0].config) != stage1:
             continue
-        for dataset in published:
+        for dataset in SETS:
             found = find(evaluations, dataset)
             for who in ("model", *TEXT_CONTROLS) if found else ():
                 column = _text_column(found, who, judged)

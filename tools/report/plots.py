@@ -8,7 +8,7 @@ or dark.
 import io
 import zlib
 
-from paligemma_med.evaluators import scoring
+from tools.report import figures
 
 _INK = "#123456"  # stands for currentColor
 STYLES = {
@@ -22,48 +22,40 @@ STYLES = {
 }
 
 
-def accuracies(metrics, groups, who):
+def accuracies(metrics, who):
     """Accuracies with their 95 % intervals, a line for each group.
 
     Args:
       metrics: of `scoring.summarise`.
-      groups: names of groups, such as "content_type/Organ".
       who: "model" and controls.
 
     Returns:
       str, an SVG.
     """
-    figure, (axes,) = _figure(7.2, 1.2 + 0.16 * len(groups) * (1 + len(who)))
+    groups = figures.groups_of(metrics)
+    figure, (axes,) = _figure(7.2, 1.1 + len(groups) * (0.14 + 0.11 * len(who)))
     for i, name in enumerate(who):
         colour, marker = STYLES[name]
+        found = [figures.of_figure(metrics, name, group) for group, *_ in groups]
         y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
-        acc, low, high = (
-            [100 * metrics[f"{name}/{group}/{figure}"] for group in groups]
-            for figure in ("acc", "acc_low", "acc_high")
-        )
-        # A bootstrap may put its end on the other side of the figure by rounding.
+        acc = [100 * value for value, *_ in found]
+        # An interval may end on the other side of the figure by rounding.
         error = [
-            [max(0, a - end) for a, end in zip(acc, low)],
-            [max(0, end - a) for a, end in zip(acc, high)],
+            [max(0, a - 100 * low) for a, (_, _, low, _) in zip(acc, found)],
+            [max(0, 100 * high - a) for a, (_, _, _, high) in zip(acc, found)],
         ]
         axes.errorbar(
-            acc, y, xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1.2,
-            label=scoring.TITLES.get(name, name),
+            acc, y, xerr=error, fmt=marker, color=colour, markersize=4.5, capsize=1.5,
+            linewidth=1.2, label=figures.title_of(name),
         )  # fmt: skip
-    titles = [group.partition("/")[2] or group for group in groups]
-    axes.set_yticks(
-        range(len(groups)), [f"{t} ({_n(metrics, g):,})" for t, g in zip(titles, groups)]
-    )
+    titles = [f"{value} ({n:,})" for _, _, value, n in groups]
+    axes.set_yticks(range(len(groups)), titles, parse_math=False)
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.set_xlim(-2, 102)
     axes.set_xlabel("exact match, %")
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
     _legend(axes, min(4, len(who)))
     return _svg(figure)
-
-
-def _n(metrics, group):
-    return metrics["n"] if group == "overall" else metrics[f"n/{group}"]
 
 
 def reliability(panels):

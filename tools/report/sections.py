@@ -6,11 +6,9 @@ import math
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, judge, results, scoring, stats
-from tools.report import blocks, contamination, plots
+from paligemma_med.evaluators import answers, results, scoring, stats
+from tools.report import blocks, contamination, figures, plots
 
-_PERCENT = (*scoring.FIGURES, "acc_low", "acc_high", "acc_mean", "acc_sd", "nonrobust",
-            "acc_penalised_item", "acc_penalised_total")  # fmt: skip
 _BINS = 10
 
 
@@ -54,8 +52,9 @@ def about_measures():
         "Exact match: equal to the truth after lower-casing, spacing of commas and final "
         "punctuation; nothing else. Strict: lower case only. Any order: a list's parts may be "
         "swapped. With several answers a question, the first counts unless it says otherwise.",
-        "Intervals are of 95 %, Wilson's for accuracies; those that say clustered allow for "
-        "questions that share an image.",
+        "Intervals are of 95 %: Wilson's for shares of questions, a bootstrap for other means, "
+        "both with questions on one image kept together; where images are unknown, as if "
+        "independent.",
         "Controls: majority answer, the most frequent training answer to the same question (no "
         "image needed); majority of type, to any question of its answer type; question echoed, the "
         "question as the answer; images shuffled, grey image, noise image: the same model and "
@@ -80,18 +79,17 @@ def of_evaluation(e, lookup, num_questions=8):
       num_questions: how many worst and how many least robust questions to show.
     """
     top = [blocks.Warning(f"{problem}.") for problem in e.problems]
-    top.append(accuracy_table(e))
-    groups = [g for g in _groups(e) if e.metrics.get(f"n/{g}", 1)]
-    who = ["model", *e.controls]
-    top.append(
+    who = figures.who_of(e)
+    top += [
+        accuracy_table(e),
         blocks.Figure(
-            plots.accuracies(e.metrics, groups, who),
+            plots.accuracies(e.metrics, who),
             "Exact match with 95 % intervals; number of questions in brackets.",
-            f"Accuracy of {', '.join(scoring.TITLES.get(w, w) for w in who)} by group; the "
-            "numbers are in the table above.",
-        )
-    )
-    for block in (runs_table(e), further_table(e), controls_table(e), judge_table(e)):
+            f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in "
+            "the table above.",
+        ),
+    ]
+    for block in (further_table(e), controls_table(e), judge_table(e)):
         if block:
             top.append(block)
     out = [blocks.Section(e.label, top), reliability(e)]
@@ -120,76 +118,35 @@ _WORST = (
 _LEAST = "The questions with the most different answers among {samples}."
 
 
-def _groups(e):
-    found = [name.removeprefix("n/") for name in e.metrics if name.startswith("n/")]
-    return ["overall", *found]
-
-
 def accuracy_table(e):
     """Exact match by group, the model beside its controls."""
-    who = ["model", *e.controls]
-    rows = []
-    for group in _groups(e):
-        key, _, value = group.partition("/")
-        n = e.metrics["n"] if group == "overall" else e.metrics[f"n/{group}"]
-        cells = [_interval(e.metrics, name, group) for name in who]
-        rows.append([value and key.replace("_", " "), value or key, *cells, f"{n:,}"])
-    for figure, title in (("acc_strict", "strict"), ("acc_set", "any order")):
-        cells = [f"{100 * e.metrics[f'{name}/overall/{figure}']:.1f}" for name in who]
-        rows.append(["", f"overall, {title}", *cells, f"{e.metrics['n']:,}"])
-    head = ["", "exact match, %", *(scoring.TITLES.get(name, name) for name in who), "n"]
-    return blocks.Table(head, rows, f"{e.protocol}; 95 % interval in brackets", left=2)
-
-
-def _interval(metrics, who, group):
-    acc, low, high = (100 * metrics[f"{who}/{group}/{f}"] for f in ("acc", "acc_low", "acc_high"))
-    return f"{acc:.1f} ({low:.1f}–{high:.1f})"
-
-
-def runs_table(e):
-    """Means over runs and robustness, where there are several samples."""
-    names = {
-        "acc_mean": "mean over runs", "acc_sd": "sd over runs", "nonrobust": "non-robust",
-        "acc_penalised_item": "penalised by item", "acc_penalised_total": "penalised in total",
-    }  # fmt: skip
-    found = [f for f in names if f"model/overall/{f}" in e.metrics]
-    if not found:
-        return None
-    rows = []
-    for group in _groups(e):
-        values = [e.metrics.get(f"model/{group}/{f}") for f in found]
-        if None not in values:
-            rows.append([group.partition("/")[2] or group, *(_percent(v) for v in values)])
-    head = ["exact match, %", *(names[f] for f in found)]
-    return blocks.Table(head, rows, f"{e.samples} runs")
-
-
-def _percent(value):
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+    who = figures.who_of(e)
+    rows = [
+        [key, value, *(figures.as_text(e.metrics, name, group) for name in who), f"{n:,}"]
+        for group, key, value, n in figures.groups_of(e.metrics)
+    ]
+    head = ["", "exact match, %", *map(figures.title_of, who), "n"]
+    notes = ["95 % in brackets; questions on one image are kept together."]
+    if e.samples > 1:
+        notes.append("Mean over runs ± their standard deviation; a control has as many as it ran.")
+    return blocks.Table(head, rows, e.protocol, notes, left=2)
 
 
 def further_table(e):
-    """Whatever else `scoring` gives over all questions, by the names that it uses."""
-    who = ["model", *e.controls]
-    found = collections.defaultdict(dict)
-    for name, value in e.metrics.items():
-        parts = name.split("/")
-        if len(parts) == 3 and parts[1] == "overall" and parts[2] not in _PERCENT:
-            found[parts[2]][parts[0]] = value
-    if not found:
-        return None
-    rows = []
-    for figure, values in found.items():
-        if figure.endswith(("_low", "_high")):
-            continue
-        cells = []
-        for name in who:
-            text = f"{values[name]:.3f}" if name in values else "–"
-            ends = [found.get(f"{figure}_{end}", {}).get(name) for end in ("low", "high")]
-            cells.append(text if None in ends else f"{text} ({ends[0]:.3f}–{ends[1]:.3f})")
-        rows.append([figure, *cells])
-    head = ["figure, as a fraction", *(scoring.TITLES.get(name, name) for name in who)]
-    return blocks.Table(head, rows, f"Further figures ({e.about.get('protocol', 'vqa')})")
+    """Whatever else `scoring` gives over all questions."""
+    who = figures.who_of(e)
+    found = [
+        [figures.TITLES.get(name, name), *(
+            figures.as_text(e.metrics, w, "overall", name) for w in who
+        )]
+        for name in figures.names(e.metrics) if name != "acc"
+    ]  # fmt: skip
+    head = ["all questions, %", *map(figures.title_of, who)]
+    title = f"Other figures, protocol {e.about.get('protocol', 'vqa')}"
+    notes = ["95 % in brackets, where there is an interval; questions on one image kept together."]
+    if e.samples > 1:
+        notes.append("Mean over runs ± their standard deviation; the interval is the first run's.")
+    return blocks.Table(head, found, title, notes)
 
 
 def controls_table(e):
@@ -198,7 +155,7 @@ def controls_table(e):
     rows = []
     for c in e.controls:
         theirs = [row[f"{c}_correct"] for row in e.rows]
-        rows.append([scoring.TITLES.get(c, c), *paired(theirs, model, e.clusters)])
+        rows.append([figures.title_of(c), *paired(theirs, model, e.clusters)])
     if not rows:
         return None
     return blocks.Table(
@@ -235,45 +192,31 @@ def _p(p):
     return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def judge_entry(e, prompt="binary_v1"):
-    """The part of judge.json with the paper's criterion, or None; one about other predictions than
-    those that stand there never counts."""
-    return next((x for x in judgements(e) if str(x.get("prompt", "")).startswith(prompt)), None)
-
-
-def judgements(e):
-    """All parts of judge.json that are about these predictions."""
-    path = e.folder / results.PREDICTIONS
-    summary = judge.read_summary(e.folder)
-    if not summary:
-        return []
-    content = judge.hashlib.sha256(path.read_bytes()).hexdigest()
-    return [x for x in summary.values() if x.get("predictions_sha256") == content]
+def judge_entry(e, protocol="binary"):
+    """The part of judge.json with the paper's criterion, or None."""
+    return next((x for x in e.verdicts if x["protocol"] == protocol), None)
 
 
 def judge_table(e):
     """What language models said of the answers, as far as they were asked."""
     rows, notes = [], []
-    for entry in judgements(e):
+    for entry in e.verdicts:
         m = entry["metrics"]
-        for key in [k.removesuffix("/mean") for k in m if k.endswith("/mean")]:
-            who, _, group = key.partition("/")
-            if group != "overall":
-                continue
-            values = {f: m.get(f"{key}/{f}") for f in ("mean", "mean_low", "mean_high", "sd")}
-            mean, low, high, sd = ("–" if v is None else f"{v:.3f}" for v in values.values())
-            rows.append([
-                f"{entry.get('model')}, {entry.get('prompt')}", scoring.TITLES.get(who, who),
-                f"{mean} ({low}–{high})", sd, f"{m[f'{key}/unjudged']:,}", f"{m[f'{key}/n']:,}",
-            ])  # fmt: skip
-        prompt = judge.PROMPTS / str(entry.get("prompt"))
-        if prompt.parent == judge.PROMPTS and prompt.is_file():
-            notes.append(f"{prompt.name}: {prompt.read_text('utf-8')}")
+        for who in [k.partition("/")[0] for k in m if k.endswith("/overall/mean")]:
+            values = {
+                f: m.get(f"{who}/overall/{f}") for f in ("mean", "mean_low", "mean_high", "sd")
+            }
+            mean, low, high, sd = (
+                "–" if v is None or math.isnan(v) else f"{v:.3f}" for v in values.values()
+            )
+            counts = (f"{m[f'{who}/overall/{f}']:,}" for f in ("unjudged", "n"))
+            name = f"{entry.get('model')}, {entry['protocol']}"
+            rows.append([name, figures.title_of(who), f"{mean} ({low}–{high})", sd, *counts])
+        digest = str(entry.get("prompt_digest"))[:12]
+        notes.append(f"Prompt {entry.get('prompt')} ({digest}): {entry.get('prompt_text')}")
         if entry.get("agreement"):
             notes.append(f"Agreement with human labels: {json.dumps(entry['agreement'])}.")
-    if len(judge.read_summary(e.folder)) > len(judgements(e)):
-        notes.append("judge.json has verdicts on other predictions than these; they are left out.")
-    if not rows and not notes:
+    if not rows:
         return None
     head = ["judge", "of", "mean score (95 %)", "sd over runs", "unjudged", "verdicts"]
     return blocks.Table(head, rows, "Language models as judges", notes, left=2)
@@ -403,7 +346,7 @@ def _unmoved(e):
         ]
         right = [s and row["correct"] for s, row in zip(same, e.rows)]
         shares = (f"{100 * np.mean(x):.1f}" for x in (same, right))
-        rows.append([scoring.TITLES.get(who, who), *shares])
+        rows.append([figures.title_of(who), *shares])
     if not rows:
         return [blocks.Text("Not run: answers with other images (controls=all runs them).")]
     head = ["image replaced by", "answer unchanged, %", "unchanged and right, %"]
@@ -457,7 +400,7 @@ def compare(a, b):
             blocks.Text(
                 f"Over all samples: {100 * np.mean(shares[0]):.1f} and "
                 f"{100 * np.mean(shares[1]):.1f} %, a gain of {100 * gain:+.1f} points "
-                f"({100 * low:+.1f} to {100 * high:+.1f}), p = {_p(p)}."
+                f"({100 * low:+.1f} to {100 * high:+.1f}), p {_p(p)}."
             )
         )
     return blocks.Section(f"{b.label} against {a.label}", parts)
