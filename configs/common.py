@@ -15,7 +15,9 @@ PROMPT = "answer en {question}"
 SEPARATOR = "\n"
 
 # What evaluators need to know of each question, beside the arrays.
-EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type")
+EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type",
+             "modality", "location")  # fmt: skip
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 # Settings of the training loop at their defaults: written out in every config, since the command
@@ -118,9 +120,15 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="ans
 
 def vqa_eval(
     c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, train_split="train",
-    batch_size=64, keep=EVAL_KEYS, answer="answer", **kw,
+    batch_size=64, keep=EVAL_KEYS, answer="answer", samples=1, temperature=None, **kw,
 ):  # fmt: skip
-    """An evals section: exact match on a split of data set `name`, with its controls."""
+    """An evals section: exact match on a split of data set `name`, with its controls.
+
+    Several `samples` of each question are drawn at `temperature` (by default 1) and give a mean and
+    a standard deviation over runs; a single one is the most probable answer.
+    """
+    if temperature is None:
+        temperature = 1.0 if samples > 1 else 0.0
     return dict(
         type="vqa",
         data=dict(name=name, split=split),
@@ -128,6 +136,45 @@ def vqa_eval(
         **(dict(train_answer=answer) if answer != "answer" else {}),
         pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
         batch_size=batch_size,
-        pred_kw=dict(max_new_tokens=max_new_tokens),
+        pred_kw=dict(max_new_tokens=max_new_tokens, num_samples=samples, temperature=temperature),
         **kw,
     )
+
+
+def closed_eval(c, name, split, *, samples=5, **kw):
+    """The paper's protocol for closed questions: five samples at temperature 1, mean and standard
+    deviation over runs, and which questions are not robust; beside it LLaVA-Med's closed metric.
+
+    Arguments as of `vqa_eval`. The figures of answer_type/CLOSED are those of closed questions.
+    """
+    return vqa_eval(c, name, split, samples=samples, protocol="closed", **kw)
+
+
+def open_eval(c, name, split, *, samples=1, **kw):
+    """Open questions by overlap of words: F1, recall, BLEU, ROUGE, CIDEr, with their controls.
+
+    Arguments as of `vqa_eval`. An echo of the question scores well in some of these.
+    """
+    return vqa_eval(c, name, split, samples=samples, protocol="open", **kw)
+
+
+def multiple_choice_eval(
+    c, name, split, *, samples=5, choices=CHOICES, keep=EVAL_KEYS, answer="answer_letter",
+    options=None, **kw,
+):  # fmt: skip
+    """Multiple choice by letter, by the nearest text, and by the likelihood of each choice; five
+    samples at temperature 1 as in the paper.
+
+    Args:
+      choices: keys of the data that hold the choices' texts, in order. The data has answer_letter.
+      answer: key of what the model was trained to say: the letter or, "answer", the choice.
+      options: what is scored as a continuation of the prompt, "letter" or "text"; by default what
+        `answer` is; "" scores nothing.
+      Others as of `vqa_eval`. `prompt` must show the choices.
+    """
+    if options is None:
+        options = "letter" if answer == "answer_letter" else "text"
+    return vqa_eval(
+        c, name, split, samples=samples, keep=(*keep, *choices, "answer_letter"), answer=answer,
+        protocol="multiple_choice", choices=choices, options=options, **kw,
+    )  # fmt: skip

@@ -27,6 +27,8 @@ micro, accum
 epochs   the paper gives none for stage 2. Defaults are where the curves of validation loss in the
          authors' article end or are lowest: ROCO 7, MedPix 4, both 9, PMC-VQA 4.
 lr       1e-5, table 3.
+samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
+         temperature 1 here (it names none).
 
 Table 3 also has: constant schedule, label smoothing 0, weight decay 0, fp16. Here frozen weights
 and activations are bfloat16, which has float32's range, and what is trained stays float32.
@@ -34,7 +36,9 @@ and activations are bfloat16, which has float32's range, and what is trained sta
 
 from configs import common
 
-KEEP = ("question_id", "image_id", "question", "answer", "answer_type")
+KEEP = ("question_id", "image_id", "question", "answer", "answer_type", "modality", "location",
+        "location_category")  # fmt: skip
+_EVALS = {"open": common.open_eval, "multiple_choice": common.multiple_choice_eval}
 
 _TOWERS = "img/Transformer/.*"
 _LORA = {
@@ -89,6 +93,7 @@ def lora(which, rank, alpha, dropout):
 
 def stage2(
     arg, sets, *, epochs, text_len, max_new_tokens, choices="", answer_key="answer", mixture=None,
+    protocol="open",
     **defaults,
 ):  # fmt: skip
     """A config of stage 2.
@@ -103,7 +108,8 @@ def stage2(
       max_new_tokens: of an answer in evaluations.
       choices: what stands behind the question in the prompt.
       answer_key: of the answer in the data.
-      sets, choices and answer_key may be functions of the arguments, too.
+      protocol: of evaluations, "open" or "multiple_choice".
+      sets, choices, answer_key and protocol may be functions of the arguments, too.
 
     Returns:
       (ConfigDict, the arguments).
@@ -111,7 +117,7 @@ def stage2(
     args = common.parse_arg(
         arg, stage1="", init="", res=448, lora="attention", rank=8, alpha=32.0, dropout=0.05,
         prompt="en", norm="example", clip=1.0, micro=6, accum=16, epochs=float(epochs), lr=1e-5,
-        seed=0, data_dir="", **defaults,
+        samples=1, seed=0, data_dir="", **defaults,
     )  # fmt: skip
     if args.stage1 and args.init:
         raise ValueError(
@@ -152,9 +158,9 @@ def stage2(
     c.evals = {}
     for key, name in sets.items():
         c.evals[f"{key}_validate"] = section = common.ml_collections.ConfigDict(
-            common.vqa_eval(
+            _EVALS[_call(protocol, args)](
                 c, name, "validate", text_len=c.text_len, max_new_tokens=max_new_tokens,
-                prompt=prompt, answer=answer_key, keep=KEEP, log_epochs=1,
+                prompt=prompt, answer=answer_key, keep=KEEP, samples=args.samples, log_epochs=1,
             )
         )  # fmt: skip
         for data in (section.data, section.train_data):

@@ -5,7 +5,9 @@
         --config=configs/slake_mini.py:eval=test
 
 Meant for two CPU cores and an hour. Settings were chosen on `validate`; see docs/slake_mini.md.
-Arguments: epochs, res, eval (the split that evaluations use), seed, lr, drop.
+Arguments: epochs, res, eval (the split that evaluations use), samples (of each question in an
+evaluation: more than one are drawn at temperature 1), protocol (vqa, closed or open), seed, lr,
+drop.
 """
 
 from configs import common
@@ -14,7 +16,7 @@ from configs import common
 def get_config(arg=None):
     args = common.parse_arg(
         arg, epochs=30.0, res=128, eval="validate", seed=0, lr=1e-3, drop=0.1, wd=0.1, size=32,
-        area=60, every=0.5,
+        area=60, every=0.5, samples=1, protocol="vqa",
     )  # fmt: skip
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
@@ -65,6 +67,7 @@ def get_config(arg=None):
     c.update(common.LOOP)
     c.evals = {}
     c.evals[f"slake_en_{args.eval}"] = common.vqa_eval(
-        c, "slake/en", args.eval, text_len=36, max_new_tokens=48, log_percent=args.every
-    )
+        c, "slake/en", args.eval, text_len=36, max_new_tokens=48, samples=args.samples,
+        protocol=args.protocol, log_percent=args.every,
+    )  # fmt: skip
     return c

@@ -28,8 +28,13 @@ def _answer_key(args):
     return _ANSWERS[args.answer]
 
 
+def _protocol(args):
+    return "open" if args.version.endswith("_open") else "multiple_choice"
+
+
 def get_config(arg=None):
     return common_3b.stage2(
         arg, lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"), epochs=4, text_len=192,
-        max_new_tokens=48, choices=_choices, answer_key=_answer_key, answer="letter", version="v1",
+        max_new_tokens=48, choices=_choices, answer_key=_answer_key, protocol=_protocol,
+        answer="letter", version="v1",
     )  # fmt: skip

@@ -52,7 +52,8 @@ IMAGE_CONTROLS = ("shuffled_images", "blank_image", "noise_image")
 CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
 PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
 # Keys of a row by whose values questions are told apart in the tables.
-GROUPS = ("answer_type", "content_type", "modality", "location")
+GROUPS = ("answer_type", "content_type", "modality", "location", "location_category")
+MAX_VALUES = 30  # a key with more values than this is a description, not a group
 
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
 FIGURES = tuple(_FORMS)
@@ -95,7 +96,7 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
       rows: dicts of predictions.jsonl, one or more.
       protocol: one of PROTOCOLS.
       controls: those to give figures of; None: all that the rows hold.
-      groups: keys of a row; those that rows lack are left out.
+      groups: keys of a row; those that rows lack are left out, or have many values of.
 
     Returns:
       {name: number}.
@@ -111,7 +112,9 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
     members = {"overall": np.arange(len(rows))}
     for key in groups:
         values = np.array([str(row.get(key) or "") for row in rows])
-        members |= {f"{key}/{v}": np.flatnonzero(values == v) for v in sorted({*values} - {""})}
+        names = sorted({*values} - {""})
+        if len(names) <= MAX_VALUES:
+            members |= {f"{key}/{v}": np.flatnonzero(values == v) for v in names}
     clusters = np.array([cluster(row) for row in rows])
     tables = {who: _values(rows, who, protocol) for who in columns}
     metrics = {"n": len(rows), "images": len({*clusters})}

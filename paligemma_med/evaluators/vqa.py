@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from paligemma_med import decode, distributed
-from paligemma_med.evaluators import answers, controls, results, scoring
+from paligemma_med.evaluators import answers, controls, protocols, results, scoring
 
 # Those of a config that says nothing: one pass more than the model's own.
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")
@@ -51,6 +51,7 @@ class Evaluator:
         controls=CONTROLS,
         protocol="vqa",
         choices=(),
+        options="",
         groups=scoring.GROUPS,
         outdir=None,
         shuffle_seed=0,
@@ -73,6 +74,8 @@ class Evaluator:
           protocol: one of scoring.PROTOCOLS.
           choices: keys of a row that hold the texts of its choices A, B, …, which the row then has
             as `choices`; it must have `answer_letter`, too.
+          options: "letter" or "text": what of each choice is scored as a continuation of the
+            prompt; "" scores nothing.
           groups: keys of a row by whose values the figures are broken down.
           outdir: where to write; None writes nothing.
           shuffle_seed: of the images' permutation.
@@ -91,9 +94,12 @@ class Evaluator:
         for what, names, known in (
             ("controls", controls, scoring.CONTROLS),
             ("protocol", [protocol], scoring.PROTOCOLS),
+            ("options", [options], ("", "letter", "text")),
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{what} has {unknown[0]!r}; expected some of {list(known)}.")
+        if options and not choices:
+            raise ValueError(f"options={options!r} scores choices, but choices names no keys.")
         if train_data is None and (lost := [c for c in controls if c.startswith("majority")]):
             raise ValueError(f"the {lost[0]} control needs train_data, found None.")
         self.tokenizer = tokenizer
@@ -104,7 +110,8 @@ class Evaluator:
         self._total = total
         self._pred_kw = {"max_new_tokens": 32, **(pred_kw or {})}
         self._controls = tuple(c for c in scoring.CONTROLS if c in controls)
-        self._protocol, self._choices, self._groups = protocol, tuple(choices), tuple(groups)
+        self._protocol, self._groups = protocol, tuple(groups)
+        self._choices, self._options = tuple(choices), options
         self._shuffle_seed, self._noise_seed = shuffle_seed, noise_seed
         self._train_data, self._majority = train_data, None
         self._about = about
@@ -124,8 +131,10 @@ class Evaluator:
             where there are any, predictions (one a sample), logprobs (the log-probability of each,
             EOS included), unfinished (samples without EOS), tokens_cut (tokens that the prompt
             lost; where the input counts them), correct, correct_strict, correct_set (of the first
-            sample). Then for each control {control}_prediction (majority, majority_type, echo) or
-            {control}_predictions and {control}_logprobs, and {control}_correct, …_strict, …_set;
+            sample); where choices are scored, option_logprobs and option_tokens (log-probability
+            and number of tokens of each, EOS included). Then for each control {control}_prediction
+            (majority, majority_type, echo) or {control}_predictions, {control}_logprobs and
+            {control}_option_logprobs, and {control}_correct, …_strict, …_set;
             shuffled_images_image_id.
 
         Raises:
@@ -134,6 +143,7 @@ class Evaluator:
         """
         self._check_vocabulary(params)
         about = self._about(params) if self._about else {}
+        about = about and {**about, "controls": self._controls}
         identity = {k: v for k, v in about.items() if k not in ("checkpoint", "command")}
         resume = bool(identity) and self.resume
         rows = results.finished(self.outdir, identity) if resume and self.outdir else None
@@ -247,7 +257,7 @@ class Evaluator:
         where = where if isinstance(where, _Place) else _Place(where)
         found = self._ask(params, {**batch, "image": where.put(image)}, rows)
         for row, said in zip(rows, found):
-            del said["unfinished"]
+            said = {k: v for k, v in said.items() if k not in ("unfinished", "option_tokens")}
             row |= {f"{who}_{k}": v for k, v in said.items()}
             row |= scoring.correct(said["predictions"][0], row["answer"], f"{who}_")
 
@@ -261,7 +271,7 @@ class Evaluator:
         tokens, logprobs = (x[: len(rows)] for x in distributed.to_host((tokens, logprobs)))
         # What is scored are new tokens alone; `generate` never gives the prompt's back.
         assert tokens.shape[1:] == (kw.get("num_samples", 1), kw["max_new_tokens"])
-        return [
+        out = [
             dict(
                 predictions=[self.tokenizer.to_str(sample) for sample in samples],
                 logprobs=[round(float(x), 6) for x in totals],
@@ -269,6 +279,20 @@ class Evaluator:
             )
             for samples, totals in zip(tokens, logprobs.sum(axis=-1))
         ]
+        if self._options:
+            found = self._option_scores(params, batch, rows)
+            for said, logprobs, lengths in zip(out, *found):
+                said["option_logprobs"] = [round(x, 6) for x in logprobs]
+                said["option_tokens"] = lengths
+        return out
+
+    def _option_scores(self, params, batch, rows):
+        from paligemma_med.evaluators import options
+
+        choices = [row["choices"] for row in rows]
+        if self._options == "letter":
+            choices = [[protocols.letter_of(i) for i in range(len(x))] for x in choices]
+        return options.score(self._model, params, batch, choices, self.tokenizer)
 
     def _questions(self, batch, rows, pixels):
         """What is known of each valid row before it is asked: the first keys of its line."""

@@ -91,7 +91,7 @@ def answer_with(monkeypatch, answer, samples=1):
 def look(prompt, pixel, sample=0):
     """A good model: looks at the image for the modality, says yes otherwise."""
     names = {0.1: "ct", 0.2: "MR.", 0.3: "x-ray"}
-    return names[pixel] if "modality" in prompt else "yes"
+    return names.get(pixel, "film") if "modality" in prompt else "yes"
 
 
 def make_evaluator(**kw):
