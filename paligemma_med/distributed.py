@@ -14,6 +14,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -99,6 +100,18 @@ def start(
             f"{e} JAX found no scheduler that says it: give --coordinator_address, "
             "--num_processes and --process_id (or --num_processes=1 for a run on its own)."
         ) from None
+    _meet()
+
+
+def _meet():
+    """A first collective, while all are here: connections over CPUs are made at the first one, and
+    given up if the others come to it 30 s later, as they may after compiling something large."""
+    count = jax.device_count()
+    if jax.process_count() > 1:
+        mesh = jax.make_mesh((count,), ("all",))
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
+        jax.block_until_ready(jax.jit(jnp.sum)(place(np.zeros(count, np.float32), where)))
+        barrier("started")
 
 
 def _number(value, variable):

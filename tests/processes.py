@@ -33,8 +33,6 @@ def start(module, args, *, num, devices=1):
       [subprocess.Popen]; with num=1 one on its own.
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
-    # By default who compiles 30 s longer than the others is given up, as happens on busy machines.
-    flags += " --xla_cpu_collective_timeout_seconds=600"
     env = {**os.environ, "XLA_FLAGS": flags}
     port, out = free_port(), []
     for i in range(num):
