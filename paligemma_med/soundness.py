@@ -1,7 +1,8 @@
 """What must hold of every training step, looked at whenever metrics are read from the devices.
 
-Loss, gradient and update must be finite (the step itself leaves the parameters as they were if they
-aren't), and every supervised token must be among the positions that logits are computed at.
+Loss and gradient must be finite (the step itself leaves the parameters as they were if not), so
+must the parameters, and every supervised token must be among the positions that logits are computed
+at.
 """
 
 import math
@@ -11,14 +12,14 @@ import jax
 from paligemma_med import distributed, run_files
 
 
-_NORMS = ("training_loss", "l2_grads", "l2_updates")
+_NORMS = ("training_loss", "l2_grads", "l2_params")
 
 
 class Soundness:
     """Collects a few scalars a step, on the device, and checks them on the host when asked.
 
     Attributes:
-      skipped: steps so far whose loss, gradient or update wasn't finite.
+      skipped: steps so far whose loss or gradient wasn't finite.
     """
 
     def __init__(self, config, workdir, batches, *, skipped=0):
@@ -39,8 +40,9 @@ class Soundness:
 
         Raises:
           ValueError: supervised tokens that config.supervised_len leaves out.
-          FloatingPointError: a loss, a gradient or an update that isn't finite, beyond the number of steps
-            that config.skip_nonfinite allows. Each one is written to nonfinite.jsonl before.
+          FloatingPointError: parameters that aren't finite; a loss or a gradient that isn't, beyond
+            the number of steps that config.skip_nonfinite allows. Each of these is written to
+            nonfinite.jsonl before.
         """
         steps, self._steps = jax.device_get(self._steps), {}
         for step, found in steps.items():
@@ -51,6 +53,11 @@ class Soundness:
                 )
             if not found["finite"]:
                 self._not_finite(step, found)
+            elif not math.isfinite(found["l2_params"]):
+                raise FloatingPointError(
+                    f"Step {step}: l2_params is {found['l2_params']}: the update was too large. "
+                    "Lower config.lr."
+                )
 
     def _not_finite(self, step, found):
         ids = self._batches.question_ids(step - 1)  # batch i makes step i + 1

@@ -45,8 +45,8 @@ def make_train_step(config, model, tx, learning_rate):
       step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
       trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
       mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
-      with respect to `trained` alone. A step whose loss, gradient or update isn't finite changes
-      nothing, and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
+      with respect to `trained` alone. A step whose loss or gradient isn't finite changes nothing,
+      and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
       that many microbatches, whose gradients add up to exactly those of the whole.
     """
     accum = config.get("grad_accum_steps") or 1
@@ -71,23 +71,30 @@ def make_train_step(config, model, tx, learning_rate):
             zero = ((jnp.float32(0), jnp.int32(0)), jax.tree.map(jnp.zeros_like, trained))
             total, _ = jax.lax.scan(body, zero, (micro, jax.random.split(rng, accum)))
             (loss, lost), grads = total
-        updates, new_opt_state = tx.update(grads, opt_state, trained)
+        l2_grads = optim.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(l2_grads)
+
+        def update(trained, opt_state):
+            updates, opt_state = tx.update(grads, opt_state, trained)
+            trained = {n: p + updates[n] for n, p in trained.items()}
+            return trained, opt_state, optim.global_norm(updates)
+
+        def leave(trained, opt_state):
+            return trained, opt_state, jnp.float32(0)
+
+        # One bad step would spoil moments and parameters for good. A choice between two branches,
+        # since one made leaf by leaf holds old and new state at once.
+        trained, opt_state, l2_updates = jax.lax.cond(finite, update, leave, trained, opt_state)
         metrics = {
             "training_loss": loss,
-            "l2_grads": optim.global_norm(grads),
-            "l2_updates": optim.global_norm(updates),
+            "l2_grads": l2_grads,
+            "l2_updates": l2_updates,
+            "l2_params": optim.global_norm(trained),
             "lr": learning_rate(i),
             "lost": lost,
+            "finite": finite,
         }
-        # A norm is finite only if all of its leaf is.
-        norms = metrics["l2_grads"] + metrics["l2_updates"]
-        finite = jnp.isfinite(loss) & jnp.isfinite(norms)
-        new = {n: p + updates[n] for n, p in trained.items()}, new_opt_state
-        # One bad step would spoil moments and parameters for good.
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt_state))
-        trained, opt_state = new
-        norm = optim.global_norm(trained)
-        return trained, opt_state, {**metrics, "finite": finite, "l2_params": norm}
+        return trained, opt_state, metrics
 
     return step
 

@@ -14,10 +14,10 @@ class Batches:
         return [f"q{step}a", f"q{step}b"]
 
 
-def metrics(finite=True, lost=0, loss=1.0):
+def metrics(finite=True, lost=0, loss=1.0, params=3):
     return {"finite": jnp.asarray(finite), "lost": jnp.int32(lost),
             "training_loss": jnp.float32(loss), "l2_grads": jnp.float32(2),
-            "l2_updates": jnp.float32(3)}  # fmt: skip
+            "l2_params": jnp.float32(params)}  # fmt: skip
 
 
 def rows(folder):
@@ -46,7 +46,7 @@ def test_not_finite_names_step_and_questions(tmp_path):
         "step": 2,
         "training_loss": "nan",
         "l2_grads": 2.0,
-        "l2_updates": 3.0,
+        "l2_params": 3.0,
         "question_ids": ["q1a", "q1b"],
     }
     assert rows(tmp_path) == [expected]
@@ -65,3 +65,11 @@ def test_some_may_be_skipped_also_across_restarts(tmp_path):
     with pytest.raises(FloatingPointError, match="let 3 or more such steps be skipped"):
         s.check()
     assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_parameters_that_are_not_finite_always_stop(tmp_path):
+    """A step can't be skipped any more whose update has spoilt them."""
+    s = Soundness(tiny.config(skip_nonfinite=9), str(tmp_path), Batches())
+    s.add(1, metrics(params=jnp.inf))
+    with pytest.raises(FloatingPointError, match="Step 1: l2_params is inf.*Lower config.lr"):
+        s.check()

@@ -361,7 +361,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
 def test_not_finite_stops_and_is_not_saved(tiny_data, tmp_path):
     c = tiny.config(tiny_data, lr=1e38, log_training_steps=0, ckpt_steps=2, evals={},
                     optax_name="identity", schedule=dict(decay_type="constant"))  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"Step \d: .*(nan|inf).* on the questions"):
+    with pytest.raises(FloatingPointError, match=r"Step \d: \w+ is (nan|inf)"):
         train.train(c, str(tmp_path / "w"))
     assert os.listdir(tmp_path / "w" / "checkpoints") == []
 
