@@ -11,7 +11,6 @@ import jax
 
 from paligemma_med import distributed, run_files
 
-
 _NORMS = ("training_loss", "l2_grads", "l2_params")
 
 
