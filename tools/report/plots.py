@@ -6,7 +6,7 @@ or dark.
 """
 
 import io
-import zlib
+import re
 
 from tools.report import figures
 
@@ -22,10 +22,11 @@ STYLES = {
 }
 
 
-def accuracies(metrics, who):
+def accuracies(name, metrics, who):
     """Accuracies with their 95 % intervals, a line for each group.
 
     Args:
+      name: tells this plot from others on the page.
       metrics: of `scoring.summarise`.
       who: "model" and controls.
 
@@ -34,9 +35,9 @@ def accuracies(metrics, who):
     """
     groups = figures.groups_of(metrics)
     figure, (axes,) = _figure(7.2, 1.1 + len(groups) * (0.14 + 0.11 * len(who)))
-    for i, name in enumerate(who):
-        colour, marker = STYLES[name]
-        found = [figures.of_figure(metrics, name, group) for group, *_ in groups]
+    for i, column in enumerate(who):
+        colour, marker = STYLES[column]
+        found = [figures.of_figure(metrics, column, group) for group, *_ in groups]
         y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
         acc = [100 * value for value, *_ in found]
         # An interval may end on the other side of the figure by rounding.
@@ -46,7 +47,7 @@ def accuracies(metrics, who):
         ]
         axes.errorbar(
             acc, y, xerr=error, fmt=marker, color=colour, markersize=4.5, capsize=1.5,
-            linewidth=1.2, label=figures.title_of(name),
+            linewidth=1.2, label=figures.title_of(column),
         )  # fmt: skip
     titles = [f"{value} ({n:,})" for _, _, value, n in groups]
     axes.set_yticks(range(len(groups)), titles, parse_math=False)
@@ -55,13 +56,14 @@ def accuracies(metrics, who):
     axes.set_xlabel("exact match, %")
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
     _legend(axes, min(4, len(who)))
-    return _svg(figure)
+    return _svg(figure, name)
 
 
-def reliability(panels):
+def reliability(name, panels):
     """Confidence against accuracy, one panel each.
 
     Args:
+      name: as above.
       panels: [(title, [(confidence, accuracy, low, high, n), …])], one tuple a bin.
 
     Returns:
@@ -84,7 +86,7 @@ def reliability(panels):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("confidence, %")
         axes.set_ylabel("right, %")
-    return _svg(figure)
+    return _svg(figure, name)
 
 
 def _figure(width, height, columns=1):
@@ -114,16 +116,17 @@ def _legend(axes, columns):
     )  # fmt: skip
 
 
-def _svg(figure):
+def _svg(figure, name):
     import matplotlib
 
     out = io.StringIO()
-    # Names in the file must not collide with those of other plots on the page, nor change.
-    salt = str(zlib.crc32(repr([a.get_title() + str(a.dataLim) for a in figure.axes]).encode()))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+    # What is referred to in the file gets a name by the salt: it must not be that of another plot
+    # on the page, nor change from run to run. Nothing refers to the other names.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
+    return svg.replace(_INK, "currentColor")
 
 
 def standalone(svg):

@@ -83,7 +83,7 @@ def of_evaluation(e, lookup, num_questions=8):
     top += [
         accuracy_table(e),
         blocks.Figure(
-            plots.accuracies(e.metrics, who),
+            plots.accuracies(f"accuracies {e.label}", e.metrics, who),
             "Exact match with 95 % intervals; number of questions in brackets.",
             f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in "
             "the table above.",
@@ -121,10 +121,11 @@ _LEAST = "The questions with the most different answers among {samples}."
 def accuracy_table(e):
     """Exact match by group, the model beside its controls."""
     who = figures.who_of(e)
-    rows = [
-        [key, value, *(figures.as_text(e.metrics, name, group) for name in who), f"{n:,}"]
-        for group, key, value, n in figures.groups_of(e.metrics)
-    ]
+    rows, above = [], None
+    for group, key, value, n in figures.groups_of(e.metrics):
+        cells = [figures.as_text(e.metrics, name, group) for name in who]
+        rows.append(["" if key == above else key, value, *cells, f"{n:,}"])
+        above = key
     head = ["", "exact match, %", *map(figures.title_of, who), "n"]
     notes = ["95 % in brackets; questions on one image are kept together."]
     if e.samples > 1:
@@ -263,7 +264,9 @@ def reliability(e):
             for name, found in panels for b in found
         ],
     )  # fmt: skip
-    return blocks.Section(title, [blocks.Figure(plots.reliability(panels), caption, alt), table], 3)
+    return blocks.Section(
+        title, [blocks.Figure(plots.reliability(title, panels), caption, alt), table], 3
+    )
 
 
 def bins(confidence, right):
