@@ -2,6 +2,7 @@
 tampering are said loudly, and a page needs nothing from outside."""
 
 import html.parser
+import importlib.util
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from tools.report import (
     plots,
     sections,
 )
-from tools.report.__main__ import make, write
+from tools.report.__main__ import check_installed, make, write
 
 HOSTILE = (
     '<script>alert(1)</script> | *x* [a](http://evil.example/) `b`\n# c <img src="//e.example/x">'
@@ -580,6 +581,14 @@ def test_written_files_are_whole_and_refer_to_each_other(tmp_path):
     for name in re.findall(r"\]\((figures/[^)]+)\)", markdown):
         assert (tmp_path / "out" / name).read_text().startswith("<?xml")
     assert (tmp_path / "out" / "report.html").read_text().endswith("</html>")
+
+
+@pytest.mark.parametrize("name", ["jinja2", "matplotlib", "openpyxl"])
+def test_a_missing_extra_is_named(monkeypatch, name):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == name else find(x))
+    with pytest.raises(ValueError, match=f"needs {name}; pip install 'paligemma_med.report.'"):
+        check_installed()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ figures beside them, accuracies with controls and intervals, paired tests, plots
 # The docstring above is what --help prints.
 
 import functools
+import importlib.util
 import os
 import pathlib
 
@@ -17,6 +18,13 @@ from absl import app, flags
 
 from paligemma_med.experiment import command
 from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
+
+
+def check_installed():
+    """ValueError if something of the extra `report` is missing: better now than in an hour."""
+    for name in ("jinja2", "matplotlib", "openpyxl"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tools.report needs {name}; pip install 'paligemma_med[report]'")
 
 
 def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
@@ -103,6 +111,7 @@ def main(argv):
         raise app.UsageError("name at least one WORKDIR, or --foreign.")
     if f.compare and len(f.compare) != 2:
         raise app.UsageError("--compare takes two workdirs: --compare=out/a,out/b.")
+    check_installed()
     workdirs = list(dict.fromkeys([*argv[1:], *(f.compare or [])]))
     made = make(
         workdirs, compare=f.compare or (), foreign=f.foreign, data_dir=f.data_dir,

@@ -10,8 +10,6 @@ import dataclasses
 import pathlib
 import re
 
-import jinja2
-
 
 @dataclasses.dataclass
 class Text:
@@ -87,6 +85,8 @@ class Section:
 
 def to_html(title, sections):
     """The report as one page that needs nothing from anywhere."""
+    import jinja2
+
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

@@ -94,10 +94,8 @@ def _table(path):
 
 
 def _excel(path):
-    try:
-        import openpyxl
-    except ImportError:
-        raise ValueError(f"{path} needs pip install 'paligemma_med[report]'") from None
+    import openpyxl
+
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as e:  # a zip error, a KeyError, … by what is wrong with it

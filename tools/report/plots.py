@@ -90,10 +90,8 @@ def reliability(name, panels):
 
 
 def _figure(width, height, columns=1):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("tools.report needs pip install 'paligemma_med[report]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for ax in axes:
@@ -125,7 +123,7 @@ def _svg(figure, name):
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
     return svg.replace(_INK, "currentColor")
 
 
