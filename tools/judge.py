@@ -68,6 +68,11 @@ def main(argv):
     # In a log each state of the bar is a line of its own.
     every = 0.1 if sys.stderr.isatty() else 30
     with tqdm.tqdm(desc="judge", unit=" texts", mininterval=every) as bar:
+
+        def settled(total):
+            bar.total = total
+            bar.update()
+
         entry = judge.judge_folder(
             argv[1],
             v.protocol,
@@ -80,7 +85,7 @@ def main(argv):
             timeout=v.timeout,
             max_replies=v.max_replies,
             retry_unusable=v.retry_unjudged,
-            progress=bar.update,
+            progress=settled,
             **kw,
         )
     print(judge.format_table(entry))

@@ -218,6 +218,7 @@ def judge(rows, protocol, *, model, cache, who=("model",), samples=None, setting
     tokens = judge_client.totals(cache, requests)
     about = dict(
         protocol=protocol, scores=list(spec.scores), source=spec.source, model=model,
+        server=judge_client.server_of(client.get("base_url")),
         answered_by=sorted({r["model"] for k in requests for r in cache.replies(k) if r["model"]}),
         prompt=prompt.name, prompt_digest=prompt.digest,
         prompt_text=f"{prompt.system}\n=====\n{prompt.user}", settings=settings,

@@ -7,8 +7,10 @@ without a usable reply stays without one. `judge` says what is asked and how rep
 
 import asyncio
 import collections
+import concurrent.futures
 import dataclasses
 import email.utils
+import errno
 import fcntl
 import ipaddress
 import json
@@ -52,7 +54,7 @@ class Cache:
         """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self.path, self._records = path, {}
-        self._file = open(path, "a+b")
+        self._file = open(path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -67,24 +69,18 @@ class Cache:
             raise
 
     def _read(self):
-        self._file.seek(0)
         sound = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                # By kind as well: True == 1 in Python, and isn't a score.
-                good = record["score"] is None or type(record["score"]) is int
-                good = good and isinstance(record["key"], str) and _is_usage(record["usage"])
-            except (ValueError, TypeError, KeyError):
-                good = False
-            if not good:
-                raise ValueError(
-                    f"{self.path}, line {number}: found {line[:60]!r}; expected a judge's reply."
-                )
-            self._records.setdefault(record["key"], []).append(record)
-            sound += len(line)
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                if (record := _read_line(line)) is None:
+                    raise ValueError(
+                        f"{self.path}, line {number}: found {line[:60]!r}; expected a judge's "
+                        "reply."
+                    )
+                self._records.setdefault(record["key"], []).append(record)
+                sound += len(line)
         self._file.truncate(sound)
 
     def replies(self, key):
@@ -96,11 +92,16 @@ class Cache:
         return next((r["score"] for r in self.replies(key) if r["score"] is not None), None)
 
     def add(self, record):
-        """Appends a record; it is on the disk when this returns."""
-        line = json.dumps(record, ensure_ascii=True) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends a record; it is on the disk when this returns, or not at all (OSError)."""
+        line = (json.dumps(record) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) < len(line):  # so a full disk begins
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            self._file.truncate(size)  # half a line would spoil the next
+            raise OSError(f"{self.path} can't be written: {e.strerror}.") from e
         self._records.setdefault(record["key"], []).append(record)
 
     def close(self):
@@ -112,6 +113,18 @@ class Cache:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _read_line(line):
+    """A line of the cache as a record, or None if it is of another form."""
+    try:
+        record = json.loads(line)
+        score, usage = record["score"], record["usage"]
+        # By kind: True == 1 in Python, and isn't a score.
+        good = isinstance(record["key"], str) and (score is None or type(score) is int)
+        return record if good and _is_usage(usage) else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def totals(cache, keys):
@@ -139,8 +152,14 @@ def totals(cache, keys):
 
 
 def ask_all(requests, read, cache, **kw):
-    """`ask_all_async` for callers that have no event loop."""
-    return asyncio.run(ask_all_async(requests, read, cache, **kw))
+    """`ask_all_async` for callers that aren't coroutines; works in notebooks, too."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(ask_all_async(requests, read, cache, **kw))
+    # A loop can't wait for another in its own thread.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask_all, requests, read, cache, **kw).result()
 
 
 async def ask_all_async(
@@ -186,7 +205,7 @@ async def ask_all_async(
       max_wait: s that a Retry-After may ask for; a longer one ends the run.
       backoff: s before the second try.
       retry_unusable: count replies of this run alone, so that what was given up is asked again.
-      progress: called after each request that is settled.
+      progress: called with their number after each request that is settled.
 
     Returns:
       ({key: why it has no score}, Counter of faults by kind).
@@ -200,7 +219,7 @@ async def ask_all_async(
     openai = _import_openai()
     settings = check_settings(settings or {})
     _check_limits(concurrency, requests_per_minute, timeout, max_replies, max_faults)
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+    base_url = server_of(base_url)
     api_key = find_key(base_url, api_key)
     clean = _cleaner(api_key)
     state = _State(replies=sum(len(cache.replies(key)) for key in requests))
@@ -262,16 +281,17 @@ async def ask_all_async(
             if state.stop:
                 return
             if progress:
-                progress()
+                progress(len(missing))
 
-    pending = iter([key for key in requests if cache.score(key) is None])
+    missing = [key for key in requests if cache.score(key) is None]
+    pending = iter(missing)
     # Its own retries would hide what a reply took.
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
     async with client:
         # At a stop replies under way are waited for: they are paid for.
         await asyncio.gather(*(worker() for _ in range(concurrency)))
     if state.stop:
-        raise ServerError(f"{base_url or 'api.openai.com'}: {state.stop}.")
+        raise ServerError(f"{base_url}: {state.stop}.")
     return unjudged, faults
 
 
@@ -436,6 +456,11 @@ def _check_limits(concurrency, requests_per_minute, timeout, max_replies, max_fa
             raise ValueError(f"{name} is {value!r}; expected a number above 0.")
 
 
+def server_of(base_url=None):
+    """The address that is asked: base_url, or OPENAI_BASE_URL, or OpenAI's own."""
+    return base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+
 def find_key(base_url, api_key=None):
     """The key to send: that given, or OPENAI_API_KEY, or none to a server on this machine.
 
@@ -443,14 +468,12 @@ def find_key(base_url, api_key=None):
       ValueError: no key for a server elsewhere; a base_url that is no http(s) address, or that
         holds a password, which would end up in files.
     """
-    host = "api.openai.com"
-    if base_url:
-        parts = urllib.parse.urlsplit(base_url)
-        host = parts.hostname or ""
-        if parts.scheme not in ("http", "https") or not host:
-            raise ValueError(f"base_url is {base_url!r}; expected http(s)://host/v1.")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("base_url holds a password or a query; expected http(s)://host/v1.")
+    parts = urllib.parse.urlsplit(base_url)
+    host = parts.hostname or ""
+    if parts.username or parts.password or parts.query:
+        raise ValueError("base_url holds a password or a query; expected http(s)://host/v1.")
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"base_url is {base_url!r}; expected http(s)://host/v1.")
     if key := api_key or os.environ.get("OPENAI_API_KEY"):
         return key
     if _is_loopback(host):

@@ -4,6 +4,7 @@ The servers are those of `judge_servers`: a fake judge for the quick tests, a sm
 the slow one, and the proxy with faults before both.
 """
 
+import asyncio
 import csv
 import json
 import math
@@ -465,7 +466,7 @@ def test_the_key_is_in_no_file_and_no_log(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "base_url, says",
     [
-        (None, "OPENAI_API_KEY is not set"),
+        ("https://api.openai.com/v1", "OPENAI_API_KEY is not set"),
         ("https://elsewhere.org/v1", "expected a key for elsewhere.org"),
         ("127.0.0.1:8000/v1", "expected http"),
         ("http://me:pw@127.0.0.1/v1", "holds a password"),
@@ -532,6 +533,33 @@ def test_a_strange_line_in_the_cache_is_named(tmp_path, line):
     (tmp_path / "cache").write_text(line + "\n")
     with pytest.raises(ValueError, match="cache, line 1"):
         judge_client.Cache(tmp_path / "cache")
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    record = dict(key="k", score=1, usage=None, model=None)
+    with judge_client.Cache(tmp_path / "cache") as cache:
+        cache.add(record)
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="cache can't be written"):
+            patch.setattr(os, "fsync", full)
+            cache.add({**record, "key": "l"})
+        assert cache.score("l") is None
+        cache.add({**record, "key": "m"})
+    with judge_client.Cache(tmp_path / "cache") as cache:
+        assert [cache.score(k) for k in "klm"] == [1, None, 1]
+
+
+def test_it_runs_where_a_loop_runs(tmp_path):
+    """As in a notebook."""
+
+    async def cell():
+        with FakeJudge() as server:
+            return ask(server, tmp_path)
+
+    assert asyncio.run(cell())[0][0]["scores"] == [1]
 
 
 def test_a_score_off_the_scale_in_the_cache_is_refused(tmp_path):
