@@ -75,8 +75,9 @@ class Model(nn.Module):
         return ztxt, {"llm/ztxt": ztxt}
 
     def embed_image_and_text(
-        self, image, text, *, input_mask=None, mask_ar=None, train=False, capture_attention=False
-    ):
+        self, image, text, *, input_mask=None, mask_ar=None, zimg=None, train=False,
+        capture_attention=False,
+    ):  # fmt: skip
         """Image tokens followed by text, as one embedded sequence.
 
         Args:
@@ -84,12 +85,15 @@ class Model(nn.Module):
           text: int32[B, T].
           input_mask: bool[B, T], False on padding; by default all text is valid.
           mask_ar: int32[B, T] as in `make_attn_mask`; by default all text is causal.
+          zimg: float[B, tokens, D] from `embed_image`, in place of `image`.
           train: switches dropout on.
 
         Returns:
           ((x float[B, S, D], input_mask bool[B, S], mask_ar int32[B, S]), out-dict).
         """
-        zimg, out_img = self.embed_image(image, train, capture_attention)
+        out_img = {}
+        if zimg is None:
+            zimg, out_img = self.embed_image(image, train, capture_attention)
         ztxt, out_txt = self.embed_text(text, train)
         if input_mask is None:
             input_mask = jnp.ones(text.shape, bool)
