@@ -26,7 +26,7 @@ def overview(evaluations):
         split = e.about.get("split") or " ".join(
             str(e.data[k]) for k in ("name", "split") if e.data.get(k)
         )
-        images = len(set(e.clusters)) if e.clusters else None
+        images = len(set(e.clusters)) if any(map(_has_image, e.rows)) else None
         rows.append([
             e.run, e.name, split or "unknown", e.protocol,
             f"{len(e.rows):,}", "?" if images is None else f"{images:,}",
@@ -44,6 +44,10 @@ def overview(evaluations):
     )
     parts.append(blocks.Table(head, rows, "Evaluations", notes, left=4))
     return blocks.Section("What was evaluated", parts)
+
+
+def _has_image(row):
+    return bool(row.get("image_key") or row.get("image_id"))
 
 
 def about_measures():
@@ -362,8 +366,8 @@ def _unmoved(e):
 
 def compare(a, b):
     """b against a on the questions that both answered, as a `Section`."""
-    in_a = {str(row["question_id"]): row for row in a.rows}
-    pairs = [(in_a[q], row) for row in b.rows if (q := str(row["question_id"])) in in_a]
+    in_a = {_key(row): row for row in a.rows}
+    pairs = [(in_a[_key(row)], row) for row in b.rows if _key(row) in in_a]
     changed = sum(x["answer"] != y["answer"] or x["question"] != y["question"] for x, y in pairs)
     parts = []
     if not pairs or changed:
@@ -383,10 +387,9 @@ def compare(a, b):
     for key in scoring.GROUPS:
         for value in sorted({str(y[key]) for _, y in pairs if y.get(key)}):
             groups[value] = [p for p in pairs if str(p[1].get(key)) == value]
-    clusters = dict(zip((str(row["question_id"]) for row in b.rows), b.clusters or []))
     rows = []
     for name, members in groups.items():
-        mine = [clusters[str(y["question_id"])] for _, y in members] if clusters else None
+        mine = [scoring.cluster(y) for _, y in members]
         both = [[row["correct"] for row in side] for side in zip(*members)]
         rates = [f"{100 * np.mean(x):.1f}" for x in both]
         rows.append([name, *rates, *paired(*both, mine), f"{len(members):,}"])
@@ -397,7 +400,7 @@ def compare(a, b):
     parts.append(blocks.Table(head, rows, "Paired on the same questions", notes))
     if a.samples > 1 and b.samples > 1:
         shares = [[float(np.mean(_hits(row))) for row in side] for side in zip(*pairs)]
-        mine = [clusters[str(y["question_id"])] for _, y in pairs] if clusters else None
+        mine = [scoring.cluster(y) for _, y in pairs]
         gain, low, high, p = stats.paired_bootstrap(*shares, mine)
         parts.append(
             blocks.Text(
@@ -407,3 +410,8 @@ def compare(a, b):
             )
         )
     return blocks.Section(f"{b.label} against {a.label}", parts)
+
+
+def _key(row):
+    """What makes a question the same one; in dialogues it can be asked at several places."""
+    return tuple(str(row.get(key)) for key in ("question_id", "dialogue_id", "turn"))
