@@ -110,12 +110,15 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="ans
         _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
         _op("masked_concat", ["prefix", "septok"], outkey="text",
             mask_ar=[0, 0], mask_input=[1, 1]),
-        _op("tolen", text_len, pad_value=0, key="text"),
-        _op("tolen", text_len, pad_value=1, key="mask_ar"),
-        _op("tolen", text_len, pad_value=0, key="mask_input"),
+        *_prompt_lengths(text_len),
         *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
         _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
     ])  # fmt: skip
+
+
+def _prompt_lengths(text_len):
+    pads = dict(text=0, mask_ar=1, mask_input=0)
+    return [_op("tolen", text_len, pad_value=pad, key=key) for key, pad in pads.items()]
 
 
 def vqa_eval(
@@ -138,6 +141,41 @@ def vqa_eval(
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens, num_samples=samples, temperature=temperature),
         **kw,
+    )
+
+
+def dialogue_eval(
+    c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw
+):  # fmt: skip
+    """Dialogues of several `turns` on one image, questions and answers in the history of the next;
+    see `paligemma_med.evaluators.dialogue`.
+
+    Arguments as of `vqa_eval`; text_len is that of the whole prompt, history included.
+    """
+    section = vqa_eval(
+        c, name, split, text_len=text_len, prompt=prompt, answer=answer, protocol=protocol,
+        controls=("majority", "majority_type", "echo"), **kw,
+    )  # fmt: skip
+    turn = [
+        _op("strfmt", prompt, outkey="prefix"),
+        _op("tok", model=c.tokenizer, key="prefix"),
+        _op("tok", model=c.tokenizer, key="septok", text=SEPARATOR),
+    ]
+    history_pp = [
+        *turn,
+        _op("copy", inkey="answer", outkey="suffix"),
+        _op("tok", model=c.tokenizer, key="suffix"),
+        _op("masked_concat", ["prefix", "septok", "suffix", "septok"], outkey="text"),
+    ]
+    prompt_pp = [
+        *turn,
+        _op("tok", model=c.tokenizer, key="bos", text="", bos="yes"),
+        _op("masked_concat", ["bos", "history", "prefix", "septok"], outkey="text",
+            mask_ar=[0] * 4, mask_input=[1] * 4),
+        *_prompt_lengths(text_len),
+    ]  # fmt: skip
+    return section | dict(
+        type="dialogue", turns=turns, prompt_pp="|".join(prompt_pp), history_pp="|".join(history_pp)
     )
 
 

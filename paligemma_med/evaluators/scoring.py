@@ -50,9 +50,11 @@ TEXT_CONTROLS = ("majority", "majority_type", "echo")
 # The same model and prompts with other images: another question's, mid-grey, noise.
 IMAGE_CONTROLS = ("shuffled_images", "blank_image", "noise_image")
 CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
+# Other ways of asking the same: see `dialogue`.
+HISTORIES = ("true_history", "single_turn")
 PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
 # Keys of a row by whose values questions are told apart in the tables.
-GROUPS = ("answer_type", "content_type", "modality", "location", "location_category")
+GROUPS = ("turn", "answer_type", "content_type", "modality", "location", "location_category")
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
 
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
@@ -86,7 +88,7 @@ def texts(row, who):
 
 def controls_of(rows):
     """The controls that rows of predictions.jsonl hold, in the order of the tables."""
-    return tuple(c for c in CONTROLS if rows and f"{c}_correct" in rows[0])
+    return tuple(c for c in (*CONTROLS, *HISTORIES) if rows and f"{c}_correct" in rows[0])
 
 
 def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
@@ -292,6 +294,8 @@ TITLES = {
     "shuffled_images": "images shuffled",
     "blank_image": "grey image",
     "noise_image": "noise image",
+    "true_history": "true history",
+    "single_turn": "single turn",
 }
 
 
