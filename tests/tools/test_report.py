@@ -269,7 +269,8 @@ def test_ids_in_plots_do_not_collide_and_follow_the_page(tmp_path):
 
 def test_markdown_escapes():
     assert blocks.escape("a|b <i> *c* \n# d") == r"a\|b \<i\> \*c\* ⏎ \# d"
-    assert blocks.escape("- a") == r"\- a" and blocks.escape("1. a") == r"\1. a"
+    assert blocks.escape("- a") == r"\- a" and blocks.escape("1. a") == r"1\. a"
+    assert blocks.escape("---") == r"\---" and blocks.escape("1.5 cm") == "1.5 cm"
     assert blocks.escape("") == " "
 
 

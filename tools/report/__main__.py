@@ -98,9 +98,9 @@ def write(title, made, out):
 
 
 def _write(path, text):
-    """Whole or not at all."""
+    """Whole or not at all. Halves of characters, which JSON can hold, become question marks."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, path)
 
 

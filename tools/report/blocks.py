@@ -152,5 +152,6 @@ def escape(text):
     """A text that Markdown shows as it is, on one line, also in a table's cell."""
     text = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", str(text))
     # Blocks begin with these; a dot or minus within a line is harmless and stays readable.
-    text = re.sub(r"^(\s*)([-+]|\d+[.)])(?=\s)", r"\1\\\2", text)
+    text = re.sub(r"^(\s*)([-+=])", r"\1\\\2", text)
+    text = re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text)
     return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ⏎ ", text.strip()) or " "
