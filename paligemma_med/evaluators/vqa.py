@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from paligemma_med import decode, distributed
-from paligemma_med.evaluators import answers, controls, protocols, results, scoring
+from paligemma_med.evaluators import answers, controls, options, protocols, results, scoring
 
 # Those of a config that says nothing: one pass more than the model's own.
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")
@@ -287,8 +287,6 @@ class Evaluator:
         return out
 
     def _option_scores(self, params, batch, rows):
-        from paligemma_med.evaluators import options
-
         choices = [row["choices"] for row in rows]
         if self._options == "letter":
             choices = [[protocols.letter_of(i) for i in range(len(x))] for x in choices]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import decode, sharding
-from paligemma_med.evaluators import results, scoring, stats, vqa
+from paligemma_med.evaluators import options, results, scoring, stats, vqa
 from paligemma_med.models import paligemma
 from paligemma_med.pp.tokenizer import get_tokenizer
 
@@ -304,6 +304,9 @@ def test_bad_rows(monkeypatch, change, message):
     "kw, message",
     [
         (dict(controls=("blank",)), "controls has 'blank'"),
+        (dict(protocol="vqb"), "protocol has 'vqb'; expected some of"),
+        (dict(options="words"), "options has 'words'; expected some of"),
+        (dict(options="letter"), "options='letter' scores choices, but choices names no keys"),
         (dict(train_data=None), "needs train_data"),
     ],
 )
@@ -356,6 +359,113 @@ def test_with_a_model_and_a_mesh(tmp_path):
         assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
         assert a["shuffled_images_predictions"] == b["shuffled_images_predictions"]
         assert a["shuffled_images_logprobs"] != a["logprobs"]  # the image is read
+
+
+CHOICES = dict(choice_a="CT", choice_b="MR scan", choice_c="X-Ray film", choice_d="none")
+
+
+def choice_questions(**change):
+    return [
+        question(i, image, "Which modality? A: CT B: MR scan …", letter, "CLOSED",
+                 answer_letter=letter, **CHOICES) | change
+        for i, (image, letter) in enumerate([("ct", "A"), ("mr", "B"), ("xr", "C")])
+    ]  # fmt: skip
+
+
+def test_multiple_choice_with_a_model(tmp_path):
+    model, params = make_model()
+    kw = dict(
+        protocol="multiple_choice", choices=tuple(CHOICES), train_data=TRAIN, outdir=tmp_path,
+        controls=("majority", "blank_image"), pred_kw=dict(max_new_tokens=3, num_samples=2),
+    )  # fmt: skip
+
+    def run(options, batch_size=3):
+        inputs = list(make_inputs(choice_questions(), batch_size, size=8))
+        evaluator = vqa.Evaluator(model, "tiny", inputs=inputs, options=options, **kw)
+        return evaluator.run(params), results.read_rows(tmp_path / "predictions.jsonl")
+
+    metrics, rows = run("text")
+    batch = next(make_inputs(choice_questions(), 3, size=8))[0]
+    texts = [list(CHOICES.values())] * 3
+    sums, lengths = options.score(model, params, batch, texts, TOKENIZER)
+    for row, a, b in zip(rows, sums, lengths, strict=True):
+        assert row["choices"] == texts[0] and not set(CHOICES) & set(row)
+        assert row["option_logprobs"] == pytest.approx(a, abs=1e-5) and row["option_tokens"] == b
+        assert "blank_image_option_tokens" not in row
+        assert row["blank_image_option_logprobs"] != row["option_logprobs"]
+    right = [np.argmax(a) == "ABC".index(row["answer_letter"]) for a, row in zip(sums, rows)]
+    assert metrics["model/overall/acc_likelihood"] == np.mean(right)
+    assert "majority/overall/acc_likelihood" not in metrics
+    assert "majority/overall/acc_letter" in metrics
+    assert scoring.summarise(rows, "multiple_choice") == metrics
+
+    _, letters = run("letter", batch_size=2)
+    sums, _ = options.score(model, params, batch, [list("ABCD")] * 3, TOKENIZER)
+    for row, a in zip(letters, sums, strict=True):
+        assert row["option_logprobs"] == pytest.approx(a, abs=1e-4)
+    assert not [k for row in run("")[1] for k in row if "option" in k]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(answer_letter="E"), "'q0' has the answer_letter 'E'; expected one of ABCD"),
+    (dict(answer_letter=""), "the answer_letter ''; expected"),
+    (dict(answer_letter=None), "'q0' has no 'answer_letter'"),
+    (dict(choice_c=None), "'q0' has no 'choice_c'"),
+])  # fmt: skip
+def test_choices_that_are_none(monkeypatch, change, message):
+    answer_with(monkeypatch, look)
+    rows = [{k: v for k, v in row.items() if v is not None} for row in choice_questions(**change)]
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(inputs=list(make_inputs(rows)), choices=tuple(CHOICES)).run({})
+
+
+def test_other_images(monkeypatch, tmp_path):
+    """Grey is grey, noise is an image's own; the prompts stay."""
+    names = ("blank_image", "noise_image")
+    calls = answer_with(monkeypatch, look)
+    metrics = make_evaluator(inputs=make_inputs(batch_size=5), controls=names, train_data=None,
+                             outdir=tmp_path).run({})  # fmt: skip
+    own, blank, noise = (c["image"] for c in calls)
+    assert not blank.any() and blank.shape == own.shape and blank.dtype == np.float32
+    same = np.array([[np.array_equal(a, b) for a in noise] for b in noise])
+    ids = [row["image_id"] for row in QUESTIONS]
+    np.testing.assert_array_equal(same, [[a == b for a in ids] for b in ids])
+    for key in ("text", "mask_ar", "mask_input", "_mask", "row_id"):
+        np.testing.assert_array_equal(calls[0][key], calls[1][key])
+        np.testing.assert_array_equal(calls[0][key], calls[2][key])
+    assert metrics["blank_image/answer_type/CLOSED/acc"] == 1.0
+    assert metrics["blank_image/answer_type/OPEN/acc"] == 0.0
+    rows = results.read_rows(tmp_path / "predictions.jsonl")
+    assert rows[0]["blank_image_predictions"] == ["film"]
+    # In other batches it's the same noise; with another seed another.
+    calls.clear()
+    make_evaluator(inputs=make_inputs(QUESTIONS[3:]), controls=names[1:]).run({})
+    np.testing.assert_array_equal(calls[1]["image"], noise[3:])
+    calls.clear()
+    make_evaluator(controls=names[1:], noise_seed=1).run({})
+    assert not np.array_equal(calls[1]["image"], noise[:2])
+
+
+def test_what_else_is_kept_is_written(monkeypatch, tmp_path):
+    """Other keys of a row, numbers of the batch, and what a prompt lost."""
+    answer_with(monkeypatch, look)
+    rows = [row | dict(modality="CT", phrases=["a", "b"]) for row in QUESTIONS]
+
+    class Inputs(list):
+        @property
+        def cut(self):  # of the latest batch
+            return [0, 3]
+
+    inputs = Inputs(
+        (batch | {"slice": np.arange(2) + i, "boxes": np.zeros((2, 4))}, given)
+        for i, (batch, given) in enumerate(make_inputs(rows))
+    )
+    metrics = make_evaluator(inputs=inputs, outdir=tmp_path).run({})
+    rows = results.read_rows(tmp_path / "predictions.jsonl")
+    assert [r["slice"] for r in rows] == [0, 1, 1, 2, 2] and "boxes" not in rows[0]
+    assert [r["tokens_cut"] for r in rows] == [0, 3, 0, 3, 0] and metrics["truncated"] == 2
+    assert rows[4]["modality"] == "CT" and rows[4]["phrases"] == ["a", "b"]
+    assert metrics["n/modality/CT"] == 5
 
 
 def test_tokenizer_of_another_model():
