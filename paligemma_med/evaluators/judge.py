@@ -535,7 +535,9 @@ def format_table(entry):
         mean, low, high, sd = map(number, figure.values())
         counts = (f"{metrics[f'{name}/{k}']:,}" for k in ("unjudged", "n"))
         said = scoring.TITLES[who]
-        table.append([f"{said}, {title}", f"{mean} ({low}–{high})", sd, *counts])
+        if figure["mean_low"] is not None:
+            mean += f" ({low}–{high})"
+        table.append([f"{said}, {title}", mean, sd, *counts])
     tokens, used = entry["tokens"], entry["cost"]
     lines = [scoring.to_markdown(table), ""]
     lines += [

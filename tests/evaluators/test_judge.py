@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from paligemma_med.evaluators import judge, judge_client, stats
 from tests.evaluators import judge_servers
 from tests.evaluators.judge_servers import FakeJudge, Proxy, fenced, name_of
+from tools import judge as tool
 
 pytest.importorskip("openai")
 
@@ -737,6 +738,35 @@ def test_the_tables_are_markdown(tmp_path):
     assert "| model, overall | 50.0 (50.0–50.0) |" in re.sub(" +", " ", table)
     assert "2 texts, 2 replies, 0 of them unusable" in table and "cost 0.00" in table
     assert "Human labels: 2 compared, 50.0 % equal, Cohen's kappa 0.000." in table
+
+
+def test_a_table_without_verdicts(tmp_path):
+    folder = write_rows(tmp_path / "eval", [row(0, ["lung"])])
+    with FakeJudge(lambda texts: "no idea") as server:
+        entry = judge.judge_folder(folder, "pefomed5", base_url=server.url, **QUICK)
+    json.dumps(entry, allow_nan=False)
+    table = re.sub(" +", " ", judge.format_table(entry))
+    assert "| model, overall | – | – | 1 | 1 |" in table and "4 of them unusable" in table
+
+
+def test_a_dry_run_asks_nothing_and_shows_all(tmp_path, capsys):
+    folder = write_rows(tmp_path / "eval", many_rows(6))
+    tool.dry_run(folder, "binary_question", model="m", num_questions=4, cache=None, samples=1)
+    said = capsys.readouterr().out
+    assert "4 questions, 4 answers, 4 different texts; 0 are judged, 4 would be asked" in said
+    assert "BEGIN question" in said and "lung 0" in said
+
+
+def test_settings_are_json():
+    assert tool.settings_from('{"top_p": 0.5}', False, "binary") == {"top_p": 0.5}
+    form = tool.settings_from("{}", True, "pefomed5")["response_format"]
+    allowed = form["json_schema"]["schema"]["properties"]["score"]["enum"]
+    assert allowed == [0, 1, 2, 3, 4]
+    for wrong in ("[]", "top_p=1", "7"):
+        with pytest.raises(ValueError, match="expected a JSON object"):
+            tool.settings_from(wrong, False, "binary")
+    kept = judge_client.check_settings({"max_tokens": None, "temperature": 0.0})
+    assert kept == {"temperature": 0.0}
 
 
 # --- A real model ---
