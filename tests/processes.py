@@ -93,18 +93,32 @@ def answers(model, params, batch, **kw):
     return tokens, tokens / 8
 
 
-def evaluate(data_dir, outdir, mesh):
-    """The vqa evaluator on a split whose size no batch divides, with `answers` for a model."""
+class Killed(BaseException):
+    """Ends an evaluation as a kill does."""
+
+
+def evaluate(data_dir, outdir, mesh, dies_at=None):
+    """The vqa evaluator on a split whose size no batch divides, with `answers` for a model, which
+    is killed in its n-th answer. → its figures, and how many batches it was asked."""
     val = tiny.config(data_dir).evals.val
     data = {**val.data.to_dict(), "split": f"validate[:{NUM_QUESTIONS}]"}
     inputs = input_pipeline.evaluation(data, val.pp_fn, EVAL_BATCH, mesh=mesh)
     evaluator = vqa.Evaluator(
         None, Tokenizer(), inputs=inputs, total=NUM_QUESTIONS, outdir=outdir,
-        pred_kw=dict(max_new_tokens=3), controls=("shuffled_images",),
+        pred_kw=dict(max_new_tokens=3), controls=("shuffled_images", "noise_image"),
+        about=lambda params: {"fingerprint": "of answers"},
     )  # fmt: skip
-    real, decode.generate = decode.generate, answers
+    asked = []
+
+    def generate(*args, **kw):
+        if len(asked) == dies_at:
+            raise Killed
+        asked.append(args)
+        return answers(*args, **kw)
+
+    real, decode.generate = decode.generate, generate
     try:
-        return evaluator.run({})
+        return evaluator.run({}), len(asked)
     finally:
         decode.generate = real
 
@@ -150,7 +164,7 @@ def main(argv):
     me = jax.process_index()
     found = _words()
     mesh = sharding.make_mesh([("data", -1)])
-    found["metrics"] = evaluate(data_dir, os.path.join(out, "eval"), mesh)
+    found["metrics"], found["asked"] = evaluate(data_dir, os.path.join(out, "eval"), mesh)
     found["batches"] = batches(data_dir, mesh)
     distributed.barrier("done")
     with open(os.path.join(out, f"{me}.json"), "w", encoding="utf-8") as f:

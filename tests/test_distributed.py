@@ -158,6 +158,9 @@ def rows_of(folder):
 def test_two_processes(tiny_data, tmp_path):
     """All at once, since starting costs most: what they exchange, batches, an eval, and one that
     fails alone."""
+    with pytest.raises(processes.Killed):
+        mesh = sharding.make_mesh([("data", 8)])
+        processes.evaluate(tiny_data, tmp_path / "eval", mesh, dies_at=5)
     args = [tiny_data, tmp_path, "badly", "--peer_timeout=20"]
     begin = time.monotonic()
     done = processes.finish(processes.start("tests.processes", args, num=2, devices=2))
@@ -186,7 +189,9 @@ def test_two_processes(tiny_data, tmp_path):
     # As one process has it.
     mesh = sharding.make_mesh([("data", 8)])
     assert found["batches"] == processes.batches(tiny_data, mesh)
-    assert found["metrics"] == processes.evaluate(tiny_data, tmp_path / "one", mesh)
+    metrics, asked = processes.evaluate(tiny_data, tmp_path / "one", mesh)
+    assert found["metrics"] == metrics
+    assert (asked, found["asked"]) == (6, 1)  # they went on after what was killed
     rows = rows_of(tmp_path / "eval")
     assert rows == rows_of(tmp_path / "one")
     ids = [row["question_id"] for row in rows]
