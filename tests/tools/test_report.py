@@ -63,13 +63,14 @@ def rows(count=12, samples=5, wrong=lambda i: i % 3 == 0, **kw):
 def save(folder, made, name="slake_test", data="slake/en", split="test", config=None, **about):
     """A workdir with one evaluation, as `evaluate` leaves it."""
     section = dict(pred_kw=dict(num_samples=len(made[0]["predictions"]), temperature=1.0))
-    about = dict(
-        protocol="vqa", groups=list(scoring.GROUPS), split_hash=results.split_hash(made),
+    about = {"protocol": "vqa", **about}
+    about |= dict(
+        groups=list(scoring.GROUPS), split_hash=results.split_hash(made),
         prompt_hash=results.prompt_hash(made), data=dict(name=data, split=split), section=section,
-        split=f"{data} {split}", command="python -m paligemma_med.evaluate", **about,
+        split=f"{data} {split}", command="python -m paligemma_med.evaluate",
     )  # fmt: skip
     out = folder / "eval" / name
-    results.write(out, made, scoring.summarise(made), about)
+    results.write(out, made, scoring.summarise(made, about["protocol"]), about)
     (folder / "config.json").write_text(json.dumps(config or {"evals": {}}))
     return out
 
@@ -154,6 +155,32 @@ def test_figures_of_several_runs_are_means_with_clustered_intervals():
     assert figures.as_text(single, "echo", "overall") == "–"
     assert set(figures.names(single)) == {"acc", "acc_strict", "acc_set"}
     assert {"nonrobust", "acc_penalised_item"} < set(figures.names(metrics))
+
+
+def test_multiple_choice_is_told_by_its_letters(tmp_path):
+    choices = dict(choices=["CT", "MRI", "X-ray", "PET"], answer_letter="B")
+    made = [
+        # By exact match all but the first would be wrong.
+        row(0, ["B"] * 3, "B", **choices),
+        row(1, ["B: MRI", "(b)", "The answer is B"], "B", **choices),
+        row(2, ["A", "C: X-ray", "B"], "B", **choices),
+        row(3, ["A or B", "A", "A"], "B", **choices),
+    ]
+    folder = save(tmp_path / "a", made, name="pmc", data="pmc_vqa/v1", protocol="multiple_choice")
+    sections_ = report(tmp_path / "a")[0]
+    assert not warnings(sections_)
+    # Right: all three of 0 and 1, one of 2.
+    cells = table(sections_, "3 answers a question, temperature 1")
+    assert cells["overall"]["model"].startswith("58.3 ± 14.4 (")
+    assert table(sections_, "Table 1")["PMC-VQA (Short)"]["a: model"].startswith("58.3 ± 14.4 (")
+    assert table(sections_, "Table 1")["PMC-VQA (Short)"]["a: model"].endswith(", by letter")
+    (e,) = evaluations.load_all([folder])
+    assert [r["question_id"] for r in sections.worst(e, 9)] == ["q3", "q2"]
+    # Three letters; none and A. "B: MRI" and "(b)" are no different answers.
+    assert [r["question_id"] for r in sections.least_robust(e, 9)] == ["q2", "q3"]
+    by_text = row(0, ["it is MRI", "CT"], "MRI", **choices)
+    assert figures.rule_of([by_text]) == "acc_text"
+    assert figures.hits(by_text, "acc_text") == [True, False]
 
 
 # --- Metrics that don't follow ---

@@ -5,12 +5,14 @@ metrics.json; the latter is only compared.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import pathlib
 
 from paligemma_med.evaluators import judge, results, scoring
+from tools.report import figures
 
 NEEDED = ("question_id", "question", "prompt", "answer", "answer_type", "predictions", "correct")
 # Not told by predictions.jsonl of earlier versions.
@@ -61,6 +63,13 @@ class Evaluation:
     @property
     def samples(self):
         return len(self.rows[0]["predictions"])
+
+    @functools.cached_property
+    def rule(self):
+        """How its right answers are told, see `figures.RULES`."""
+        return (
+            figures.rule_of(self.rows) if self.about.get("protocol") == "multiple_choice" else "acc"
+        )
 
     @property
     def controls(self):

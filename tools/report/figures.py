@@ -4,7 +4,7 @@ One rule for tables and plots: of several runs their mean, else the first sample
 the one that keeps questions on one image together, where there is one.
 """
 
-from paligemma_med.evaluators import scoring
+from paligemma_med.evaluators import answers, protocols, scoring
 
 # What `scoring` calls a figure → how it's called here; others keep their names.
 TITLES = {
@@ -32,6 +32,38 @@ TITLES = {
     "acc_penalised_total": "penalised in total",
 }
 _ENDINGS = ("_low", "_high", "_mean", "_sd")
+
+
+# How right answers are told: by exact match; in multiple choice by the letter that is named if the
+# truth is one, else by the nearest choice.
+RULES = {"acc": "exact match", "acc_letter": "by letter", "acc_text": "by nearest choice"}
+
+
+def rule_of(rows):
+    """The one of RULES that these rows of predictions.jsonl ask for."""
+    if not rows or not all(row.get("choices") and row.get("answer_letter") for row in rows):
+        return "acc"
+    letters = all(row["answer"] == row["answer_letter"] for row in rows)
+    return "acc_letter" if letters else "acc_text"
+
+
+def forms(row, rule="acc", who="model"):
+    """The answers to a question, in the form in which two count as the same."""
+    said = scoring.texts(row, who)
+    if rule == "acc_letter":
+        return [protocols.letter(text, row["choices"]) for text in said]
+    return [answers.normalise(text) for text in said]
+
+
+def hits(row, rule="acc", who="model"):
+    """Which of the answers to a question are right: list of bools."""
+    if rule == "acc":
+        return [said == answers.normalise(row["answer"]) for said in forms(row, rule, who)]
+    if rule == "acc_letter":
+        return [said == row["answer_letter"] for said in forms(row, rule, who)]
+    right = ord(row["answer_letter"]) - ord("A")
+    choices = row["choices"]
+    return [protocols.closest_option(x, choices) == right for x in scoring.texts(row, who)]
 
 
 def who_of(evaluation):

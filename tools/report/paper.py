@@ -132,11 +132,15 @@ def _rows(evaluations, answer_type=None):
 
 
 def accuracy(rows, who="model"):
-    """Exact match as `figures.as_text` has it, of these rows alone."""
+    """What is right as `figures.as_text` has it, of these rows alone; multiple choice by letter or
+    nearest choice."""
     if not rows or (who != "model" and who not in scoring.controls_of(rows)):
         return NOT_RUN
-    metrics = scoring.summarise(rows, controls=[] if who == "model" else [who], groups=())
-    return figures.as_text(metrics, who, "overall")
+    rule = figures.rule_of(rows)
+    protocol = "vqa" if rule == "acc" else "multiple_choice"
+    metrics = scoring.summarise(rows, protocol, [] if who == "model" else [who], groups=())
+    text = figures.as_text(metrics, who, "overall", rule)
+    return text if rule == "acc" else f"{text}, {figures.RULES[rule]}"
 
 
 def _said(dataset, run, found):
@@ -170,8 +174,9 @@ def _table1(by_run, judged):
 
 
 _OURS = (
-    "exact match after normalisation, all questions of the split, 95 % interval in brackets; ± is "
-    "the standard deviation over runs where there are several answers a question. "
+    "exact match after normalisation (multiple choice: as it says), all questions of the split, "
+    "95 % interval in brackets; ± is the standard deviation over runs where there are several "
+    "answers a question. "
     '"Judge" is the language model\'s 0/1 verdict, where it was run.'
 )
 

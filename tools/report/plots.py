@@ -19,16 +19,20 @@ STYLES = {
     "shuffled_images": ("#D55E00", "^"),
     "blank_image": ("#009E73", "v"),
     "noise_image": ("#56B4E9", "P"),
+    "true_history": ("#009E73", "D"),
+    "single_turn": ("#E69F00", "v"),
 }
+_OTHER = ("#777777", "*")
 
 
-def accuracies(name, metrics, who):
+def accuracies(name, metrics, who, rule="acc"):
     """Accuracies with their 95 % intervals, a line for each group.
 
     Args:
       name: tells this plot from others on the page.
       metrics: of `scoring.summarise`.
       who: "model" and controls.
+      rule: the figure to draw, one of `figures.RULES`.
 
     Returns:
       str, an SVG.
@@ -36,8 +40,8 @@ def accuracies(name, metrics, who):
     groups = figures.groups_of(metrics)
     figure, (axes,) = _figure(7.2, 1.1 + len(groups) * (0.14 + 0.11 * len(who)))
     for i, column in enumerate(who):
-        colour, marker = STYLES[column]
-        found = [figures.of_figure(metrics, column, group) for group, *_ in groups]
+        colour, marker = STYLES.get(column, _OTHER)
+        found = [figures.of_figure(metrics, column, group, rule) for group, *_ in groups]
         y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
         acc = [100 * value for value, *_ in found]
         # An interval may end on the other side of the figure by rounding.
@@ -53,7 +57,7 @@ def accuracies(name, metrics, who):
     axes.set_yticks(range(len(groups)), titles, parse_math=False)
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.set_xlim(-2, 102)
-    axes.set_xlabel("exact match, %")
+    axes.set_xlabel(f"{figures.RULES[rule]}, %")
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
     _legend(axes, min(4, len(who)))
     return _svg(figure, name)

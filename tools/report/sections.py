@@ -87,8 +87,9 @@ def of_evaluation(e, lookup, num_questions=8):
     top += [
         accuracy_table(e),
         blocks.Figure(
-            plots.accuracies(f"accuracies {e.label}", e.metrics, who),
-            "Exact match with 95 % intervals; number of questions in brackets.",
+            plots.accuracies(f"accuracies {e.label}", e.metrics, who, e.rule),
+            f"{figures.RULES[e.rule].capitalize()}, with 95 % intervals; number of questions in "
+            "brackets.",
             f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in "
             "the table above.",
         ),
@@ -127,10 +128,10 @@ def accuracy_table(e):
     who = figures.who_of(e)
     rows, above = [], None
     for group, key, value, n in figures.groups_of(e.metrics):
-        cells = [figures.as_text(e.metrics, name, group) for name in who]
+        cells = [figures.as_text(e.metrics, name, group, e.rule) for name in who]
         rows.append(["" if key == above else key, value, *cells, f"{n:,}"])
         above = key
-    head = ["", "exact match, %", *map(figures.title_of, who), "n"]
+    head = ["", f"{figures.RULES[e.rule]}, %", *map(figures.title_of, who), "n"]
     notes = ["95 % in brackets; questions on one image are kept together."]
     if e.samples > 1:
         notes.append("Mean over runs ± their standard deviation; a control has as many as it ran.")
@@ -144,7 +145,7 @@ def further_table(e):
         [figures.TITLES.get(name, name), *(
             figures.as_text(e.metrics, w, "overall", name) for w in who
         )]
-        for name in figures.names(e.metrics) if name != "acc"
+        for name in figures.names(e.metrics) if name != e.rule
     ]  # fmt: skip
     head = ["all questions, %", *map(figures.title_of, who)]
     title = f"Other figures, protocol {e.about.get('protocol', 'vqa')}"
@@ -156,10 +157,10 @@ def further_table(e):
 
 def controls_table(e):
     """Whether the model is above each control on the same questions."""
-    model = [row["correct"] for row in e.rows]
+    model = _first(e)
     rows = []
     for c in e.controls:
-        theirs = [row[f"{c}_correct"] for row in e.rows]
+        theirs = _first(e, c)
         rows.append([figures.title_of(c), *paired(theirs, model, e.clusters)])
     if not rows:
         return None
@@ -236,16 +237,16 @@ def reliability(e):
     panels, notes = [], []
     if all(row.get("logprobs") for row in e.rows):
         confidence = [math.exp(min(0.0, row["logprobs"][0])) for row in e.rows]
-        right = [row["correct"] for row in e.rows]
+        right = _first(e)
         panels.append(("probability of the first answer", bins(confidence, right)))
         notes.append(f"expected calibration error by probability {_ece(panels[-1][1]):.3f}")
     if e.samples > 1:
         confidence, right = [], []
         for row in e.rows:
-            said = [answers.normalise(text) for text in row["predictions"]]
+            said = figures.forms(row, e.rule)
             common, count = collections.Counter(said).most_common(1)[0]
             confidence.append(count / len(said))
-            right.append(common == answers.normalise(row["answer"]))
+            right.append(figures.hits(row, e.rule)[said.index(common)])
         panels.append((f"agreement of {e.samples} answers", bins(confidence, right)))
         notes.append(f"by agreement {_ece(panels[-1][1]):.3f}")
     title = f"Reliability: {e.label}"
@@ -305,27 +306,30 @@ def _ece(found):
 # --- Questions ---
 
 
-def _hits(row):
-    return [answers.normalise(p) == answers.normalise(row["answer"]) for p in row["predictions"]]
+def _first(e, who="model"):
+    """Whether the first answer of each question is right."""
+    return [figures.hits(row, e.rule, who)[0] for row in e.rows]
 
 
 def worst(e, count):
-    """The rows that are wrong most often, the surest first; none that is right in every sample."""
-    rows = [row for row in e.rows if not row["correct"] and not all(_hits(row))]
-    rows.sort(
-        key=lambda row: (
-            np.mean(_hits(row)), -(row.get("logprobs") or [-math.inf])[0], str(row["question_id"])
-        )
-    )  # fmt: skip
-    return rows[:count]
+    """The rows whose first answer is wrong: those wrong most often first, of these the surest."""
+
+    def order(row):
+        surest = (row.get("logprobs") or [-math.inf])[0]
+        return np.mean(figures.hits(row, e.rule)), -surest, str(row["question_id"])
+
+    rows = [row for row in e.rows if not figures.hits(row, e.rule)[0]]
+    return sorted(rows, key=order)[:count]
 
 
 def least_robust(e, count):
     """The rows with the most different answers, two or more."""
-    different = {id(row): len({answers.normalise(p) for p in row["predictions"]}) for row in e.rows}
-    rows = [row for row in e.rows if different[id(row)] > 1]
-    rows.sort(key=lambda row: (-different[id(row)], np.mean(_hits(row)), str(row["question_id"])))
-    return rows[:count]
+
+    def order(row):
+        count = len({*figures.forms(row, e.rule)})
+        return -count, np.mean(figures.hits(row, e.rule)), str(row["question_id"])
+
+    return sorted((row for row in e.rows if order(row)[0] < -1), key=order)[:count]
 
 
 def question_block(e, row, lookup):
@@ -336,7 +340,7 @@ def question_block(e, row, lookup):
     remarks += [""] * (len(texts) - len(remarks))
     return blocks.Question(
         f"{row['question_id']}: {row['question']}", row["prompt"], row["answer"],
-        list(zip(texts, _hits(row), remarks)), lookup.image(row["question_id"]),
+        list(zip(texts, figures.hits(row, e.rule), remarks)), lookup.image(row["question_id"]),
     )  # fmt: skip
 
 
@@ -351,7 +355,7 @@ def _unmoved(e):
             == answers.normalise(row["predictions"][0])
             for row in e.rows
         ]
-        right = [s and row["correct"] for s, row in zip(same, e.rows)]
+        right = [s and r for s, r in zip(same, _first(e))]
         shares = (f"{100 * np.mean(x):.1f}" for x in (same, right))
         rows.append([figures.title_of(who), *shares])
     if not rows:
@@ -390,16 +394,18 @@ def compare(a, b):
     rows = []
     for name, members in groups.items():
         mine = [scoring.cluster(y) for _, y in members]
-        both = [[row["correct"] for row in side] for side in zip(*members)]
+        both = [[figures.hits(row, b.rule)[0] for row in side] for side in zip(*members)]
         rates = [f"{100 * np.mean(x):.1f}" for x in both]
         rows.append([name, *rates, *paired(*both, mine), f"{len(members):,}"])
-    head = ["exact match, %", a.run, b.run, *_PAIRED, "n"]
+    head = [f"{figures.RULES[b.rule]}, %", a.run, b.run, *_PAIRED, "n"]
     notes = [_PAIRED_NOTE]
     if len(rows) > 1:
         notes.append(f"{len(rows)} tests: by chance alone one in 20 falls below 0.05.")
     parts.append(blocks.Table(head, rows, "Paired on the same questions", notes))
     if a.samples > 1 and b.samples > 1:
-        shares = [[float(np.mean(_hits(row))) for row in side] for side in zip(*pairs)]
+        shares = [
+            [float(np.mean(figures.hits(row, b.rule))) for row in side] for side in zip(*pairs)
+        ]
         mine = [scoring.cluster(y) for _, y in pairs]
         gain, low, high, p = stats.paired_bootstrap(*shares, mine)
         parts.append(
