@@ -1,6 +1,7 @@
 """The evals of a config on weights: tables, files, and the arguments that name them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,64 @@ def test_only_some(run, tmp_path):
     workdir, config = run
     assert set(evaluate.evaluate(config, workdir, str(tmp_path), only=["test"])) == {"test"}
     assert not (tmp_path / "eval" / "val").exists()
+
+
+def test_all_controls_but_where_a_config_names_its_own(run, tmp_path, capsys):
+    workdir, config = run
+    config = config.copy_and_resolve_references()
+    config.evals.own = {**config.evals.test.to_dict(), "controls": ["echo"]}
+    config.evals.bare = {k: v for k, v in config.evals.test.to_dict().items() if k != "train_data"}
+    names = ["test", "own", "bare"]
+
+    def found(**kw):
+        results = evaluate.evaluate(config, workdir, str(tmp_path), only=names, **kw)
+        columns = {k.split("/")[0] for name in names for k in results[name]} & {*scoring.TITLES}
+        by_name = {
+            name: [w for w in scoring.TITLES if f"{w}/overall/acc" in results[name]]
+            for name in names
+        }
+        return columns, by_name
+
+    columns, by_name = found(controls="all")
+    assert columns == {"model", *scoring.CONTROLS}
+    assert by_name["test"] == list(scoring.TITLES)[: len(scoring.CONTROLS) + 1]
+    assert by_name["own"] == ["model", "echo"]
+    assert (
+        not [w for w in by_name["bare"] if "majority" in w]
+        and "grey image" in capsys.readouterr().out
+    )
+    # The same again asks nothing; other controls do.
+    found(controls="all")
+    assert capsys.readouterr().err.count("is there for these weights") == 3
+    columns, _ = found(controls=["blank_image"])
+    assert columns == {"model", "blank_image"}
+    err = capsys.readouterr().err
+    assert "is there" not in err
+    found(controls=["blank_image"], resume=False)
+    assert "is there" not in capsys.readouterr().err
+
+
+def test_other_weights_start_anew(run, tmp_path, capsys):
+    """What is finished is of these weights, wherever they lie; of others it's asked again."""
+    workdir, config = run
+    evaluate.evaluate(config, workdir, str(tmp_path), only=["test"])
+    about = [read_metrics(tmp_path / "eval/test/metrics.json")[1]]
+    shutil.copytree(workdir, tmp_path / "copy")
+    evaluate.evaluate(config, str(tmp_path / "copy"), str(tmp_path), only=["test"])
+    assert "is there for these weights" in capsys.readouterr().err
+    about.append(read_metrics(tmp_path / "eval/test/metrics.json")[1])
+    assert about[0]["fingerprint"] == about[1]["fingerprint"]
+    assert about[0]["checkpoint"] != about[1]["checkpoint"]
+    other = config.copy_and_resolve_references()
+    other.seed = 1
+    other.model_init = None
+    tiny.write_workdir(tmp_path / "other", other, seed=1)
+    evaluate.evaluate(config, str(tmp_path / "other"), str(tmp_path), only=["test"])
+    assert "is there" not in capsys.readouterr().err
+    about.append(read_metrics(tmp_path / "eval/test/metrics.json")[1])
+    assert about[1]["fingerprint"] != about[2]["fingerprint"]
+    for key in ("split_hash", "prompt_hash", "section", "data", "versions", "controls"):
+        assert about[0][key] == about[2][key]
 
 
 def test_unknown_or_no_evals(run, tmp_path):

@@ -78,13 +78,13 @@ def batch(rows=8, length=13, vocab=1024, seed=0):
     }
 
 
-def write_workdir(folder, c):
+def write_workdir(folder, c, seed=0):
     """A workdir as `train` leaves it, with random weights and no training."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(experiment.config_to_json(c))
     abstract = experiment.abstract_params(c, experiment.make_model(c))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with workdirs.Checkpoints(folder) as checkpoints:
         weights = {n: rng.normal(0, 0.1, x.shape).astype("float32") for n, x in abstract.items()}
         checkpoints.save(2, weights, {})
