@@ -339,6 +339,17 @@ def test_the_test_split_stands_for_a_data_set_and_a_mixture_needs_both(tmp_path)
     assert {e.name for e in found} == {"roco", "medpix"}
 
 
+def test_a_run_evaluated_elsewhere_is_described_where_its_weights_lie(tmp_path):
+    save(tmp_path / "a", rows(3), config=dict(input=dict(data=dict(name="slake/en"))))
+    save(tmp_path / "b", rows(3), checkpoint=f"{tmp_path}/a@20")
+    (tmp_path / "b" / "config.json").unlink()
+    save(tmp_path / "c", rows(3), checkpoint=f"{tmp_path}/weights.npz")
+    (e,) = evaluations.load_all([tmp_path / "b"])
+    assert paper.has_stage1(e.config)
+    assert not paper.has_stage1(evaluations.load_all([tmp_path / "c"])[0].config)
+    assert paper.has_stage1(dict(model_init="out/stage1")) and not paper.has_stage1({})
+
+
 def test_every_published_figure_is_the_papers():
     # By hand from the paper, read line by line: Tables 1, 2, 4 and 5.
     flat = " ".join(str(x) for t in (paper.TABLE1, paper.TABLE2) for r in t for x in r)

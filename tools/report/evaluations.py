@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 
 from paligemma_med.evaluators import judge, results, scoring
 from tools.report import figures
@@ -89,7 +90,8 @@ class Evaluation:
         if kw.get("beams", 1) > 1:
             how = f"beam search of {kw['beams']}"
         count = "1 answer" if self.samples == 1 else f"{self.samples} answers"
-        return f"{count} a question, {how}"
+        name = self.about.get("protocol")
+        return f"{count} a question, {how}" + (f", protocol {name}" if name else "")
 
 
 def load_all(paths):
@@ -158,6 +160,9 @@ def load(folder, run, config):
     problems += _wrong_hashes(rows, about)
     verdicts, wrong = _verdicts(folder, rows)
     problems += wrong
+    # Evaluated into a folder of its own, a run is described where its weights lie.
+    if not config and about.get("checkpoint"):
+        config = _config(pathlib.Path(re.sub(r"@\d+$", "", str(about["checkpoint"]))))
     section = about.get("section") or (config.get("evals") or {}).get(folder.name) or {}
     return Evaluation(
         run,
