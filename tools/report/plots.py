@@ -59,7 +59,7 @@ def accuracies(name, metrics, who, rule="acc"):
     axes.set_xlim(-2, 102)
     axes.set_xlabel(f"{figures.RULES[rule]}, %")
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
-    _legend(axes, min(4, len(who)))
+    _legend(axes, min(3, len(who)))
     return _svg(figure, name)
 
 
