@@ -301,17 +301,16 @@ def summarise(judgements, rows, protocol):
     """
     scores = PROTOCOLS[protocol].scores
     by_id = {row["question_id"]: row for row in rows}
-    groups = collections.defaultdict(list)
-    for line in judgements:
-        row = by_id[line["question_id"]]
-        groups[line["who"], "overall"].append((line, row))
-        for key in scoring.GROUPS:
-            if row.get(key):
-                groups[line["who"], f"{key}/{row[key]}"].append((line, row))
+    pairs = [(line, by_id[line["question_id"]]) for line in judgements]
+    groups = {"overall": pairs}
+    for key in scoring.GROUPS:
+        for value in sorted({str(row[key]) for _, row in pairs if row.get(key)}):
+            groups[f"{key}/{value}"] = [pair for pair in pairs if str(pair[1].get(key)) == value]
     out = {}
-    for (who, group), members in groups.items():
-        figures = _figures(members, scores)
-        out |= {f"{who}/{group}/{name}": x for name, x in figures.items()}
+    for group, members in groups.items():
+        for who in dict.fromkeys(line["who"] for line, _ in members):
+            figures = _figures([pair for pair in members if pair[0]["who"] == who], scores)
+            out |= {f"{who}/{group}/{name}": x for name, x in figures.items()}
     return out
 
 
