@@ -119,17 +119,18 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
             members |= {f"{key}/{v}": np.flatnonzero(values == v) for v in names}
     clusters = np.array([cluster(row) for row in rows])
     tables = {who: _values(rows, who, protocol) for who in columns}
+    compared = {who: _compared(rows, who, protocol) for who in columns}
     metrics = {"n": len(rows), "images": len({*clusters})}
     for group, inside in members.items():
         if group != "overall":
             metrics[f"n/{group}"] = len(inside)
-        picked = [rows[i] for i in inside]
         for who in columns:
             values = {k: v[inside] for k, v in tables[who].items()}
             found = _figures(values, clusters[inside])
             if protocol == "open":
-                found |= _corpus_bleu(picked, who)
-            found |= _robustness(picked, who, protocol, values)
+                found |= _corpus_bleu(values[_BLEU_COUNTS])
+            said, name = compared[who]
+            found |= _robustness([said[i] for i in inside], values[name])
             metrics |= {f"{who}/{group}/{figure}": x for figure, x in found.items()}
         metrics |= _bootstrapped(tables, columns, group, inside, clusters[inside])
     for name, count in (("tokens_cut", lambda x: x > 0), ("unfinished", int)):
@@ -146,6 +147,7 @@ def cluster(row):
 
 # --- Values: float[questions, samples] of each figure ---
 
+_BLEU_COUNTS = "counts of n-grams"  # int[questions, samples, 10], no figure itself
 # Figures that aren't shares of questions: their intervals are the bootstrap's.
 MEANS = ("f1", "recall", "llava_recall", *text_metrics.ROUGES, "cider", "bleu_rows")
 
@@ -180,17 +182,11 @@ def _overlaps(pairs):
     place = {pair: i for i, pair in enumerate(unique)}
     index = np.array([[place[pair] for pair in x] for x in pairs])
     found = text_metrics.rouge(*zip(*unique))
-    found["bleu_rows"] = text_metrics.sentence_bleu(*zip(*unique))
+    found["bleu_rows"], found[_BLEU_COUNTS] = text_metrics.bleu_counts(*zip(*unique))
     out = {name: values[index] for name, values in found.items()}
     # Words count by how rare they are among the answers to *all* questions.
     runs = [text_metrics.cider(*zip(*run)) for run in zip(*pairs)]
     return out | {"cider": np.stack(runs, axis=1)}
-
-
-def _corpus_bleu(rows, who):
-    true = [row["answer"] for row in rows]
-    runs = [text_metrics.corpus_bleu(run, true) for run in zip(*(texts(row, who) for row in rows))]
-    return {"bleu": runs[0]} | (_runs("bleu", np.array([runs])) if len(runs) > 1 else {})
 
 
 def _choices(rows, said, who):
@@ -237,6 +233,8 @@ def _letters(rows, said):
 def _figures(values, clusters):
     out = {}
     for name, x in values.items():
+        if name == _BLEU_COUNTS:
+            continue
         out[name] = float(x[:, 0].mean())
         if name == "acc":
             out["acc_low"], out["acc_high"] = stats.wilson(int(x[:, 0].sum()), len(x))
@@ -257,16 +255,25 @@ def _runs(name, values):
     return {f"{name}_mean": mean, f"{name}_sd": sd}
 
 
-def _robustness(rows, who, protocol, values):
-    said, form, hits = [texts(row, who) for row in rows], answers.normalise, values["acc"]
+def _corpus_bleu(counts):
+    runs = [text_metrics.bleu_of_counts(counts[:, i]) for i in range(counts.shape[1])]
+    return {"bleu": runs[0]} | (_runs("bleu", np.array([runs])) if len(runs) > 1 else {})
+
+
+def _compared(rows, who, protocol):
+    """([question][sample] of what makes answers different, the figure that goes with it)."""
+    said = [texts(row, who) for row in rows]
+    if protocol == "multiple_choice" and all(r["answer"] == r["answer_letter"] for r in rows):
+        return _letters(rows, said), "acc_letter"
+    return [[answers.normalise(x) for x in xs] for xs in said], "acc"
+
+
+def _robustness(said, hits):
     if hits.shape[1] == 1:
         return {}
-    if protocol == "multiple_choice" and all(r["answer"] == r["answer_letter"] for r in rows):
-        said, form, hits = _letters(rows, said), None, values["acc_letter"]
-    out = {"nonrobust": float(protocols.nonrobust(said, form=form).mean())}
+    out = {"nonrobust": float(protocols.nonrobust(said, form=None).mean())}
     for reading in ("item", "total"):
-        found, _ = protocols.penalised(hits, said, reading, form=form)
-        out[f"acc_penalised_{reading}"] = found
+        out[f"acc_penalised_{reading}"], _ = protocols.penalised(hits, said, reading, form=None)
     return out
 
 

@@ -75,6 +75,32 @@ def sentence_bleu(predictions, answers):
     return np.array([bleu.sentence_score(p, [a]).score / 100 for p, a in zip(predictions, answers)])
 
 
+def bleu_counts(predictions, answers):
+    """`sentence_bleu` of each row, and what `corpus_bleu` adds up: for corpora of many subsets.
+
+    Returns:
+      (float[N], int[N, 10]): the columns are right n-grams and all n-grams of order 1 to 4, the
+      prediction's length, the answer's.
+
+    Raises:
+      ValueError: as `corpus_bleu`.
+    """
+    predictions, answers = _texts(predictions, answers)
+    bleu = _bleu(effective_order=True)
+    found = [bleu.sentence_score(p, [a]) for p, a in zip(predictions, answers)]
+    counts = [[*x.counts, *x.totals, x.sys_len, x.ref_len] for x in found]
+    return np.array([x.score / 100 for x in found]), np.array(counts)
+
+
+def bleu_of_counts(counts):
+    """`corpus_bleu` of rows of which `bleu_counts` gave int[N, 10]."""
+    from sacrebleu.metrics import BLEU
+
+    *grams, said, true = np.sum(counts, axis=0).tolist()
+    found = BLEU.compute_bleu(grams[:4], grams[4:], said, true, smooth_method="exp")
+    return found.score / 100
+
+
 def _bleu(**settings):
     from sacrebleu.metrics import BLEU
 

@@ -4,10 +4,13 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.evaluators import answers, scoring, stats, text_metrics
+
+SENTENCES = ("no", "", "a mass in the left lung", "the left lung has a mass of 2 cm.", "Left lung,",
+             "there is a mass in the left lung and one in the liver")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -218,3 +221,12 @@ def test_multiple_choice_by_text():
 def test_mistakes(rows, protocol, message):
     with pytest.raises(ValueError, match=message):
         scoring.summarise(rows, protocol)
+
+
+@given(st.lists(st.tuples(st.sampled_from(SENTENCES), st.sampled_from(SENTENCES)), min_size=1))
+@settings(max_examples=25, deadline=None)
+def test_bleu_of_counts_is_that_of_the_corpus(pairs):
+    said, true = zip(*pairs)
+    rows, counts = text_metrics.bleu_counts(said, true)
+    assert text_metrics.bleu_of_counts(counts) == text_metrics.corpus_bleu(said, true)
+    assert rows.tolist() == text_metrics.sentence_bleu(said, true).tolist()
