@@ -119,10 +119,11 @@ def main(argv):
     )  # fmt: skip
     out = f.out or os.path.join(workdirs[0] if workdirs else ".", "report")
     write(f.title, made, out)
-    for section in made:
-        for block in section.blocks:
-            if block.kind == "warning":
-                print(f"warning: {section.title}: {block.text}")
+    said = []
+    for text in (b.text for section in made for b in section.blocks if b.kind == "warning"):
+        if not any(earlier.endswith(text) for earlier in said):  # an evaluation's own comes twice
+            said.append(text)
+            print(f"warning: {text}")
     print(f"Written: {os.path.join(out, 'report.md')} and {os.path.join(out, 'report.html')}")
 
 
