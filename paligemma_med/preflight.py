@@ -108,7 +108,9 @@ def _check_eval_row(config, name, section, abstract):
         raise ValueError(f"{what} on record 0 of {source}: {e}") from e
     module = importlib.import_module(f"paligemma_med.evaluators.{section.type}")
     _check_arrays(row, ("image", "text", "mask_ar", "mask_input"), what)
-    if missing := [k for k in getattr(module, "NEEDED", ()) if k not in row]:
+    choices = tuple(section.get("choices") or ())
+    needed = (*getattr(module, "NEEDED", ()), *choices, *(["answer_letter"] if choices else []))
+    if missing := [k for k in needed if k not in row]:
         raise ValueError(
             f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...)."
         )

@@ -1018,6 +1018,20 @@ def _eval_pp(d, rng):
     }
 
 
+def test_columns_are_those_of_whole_records(data):
+    source = input_pipeline.open_source(data)
+    keys = ("question_id", "answer")
+    rows = list(source.columns(keys))
+    assert rows == [{k: source[i][k] for k in keys} for i in range(len(source))]
+    assert all(isinstance(v, str) for row in rows for v in row.values())
+    assert rows == list(source.columns(keys)) and len(rows) == source.about()["examples"]
+    part = input_pipeline.open_source({**data, "split": "train[:3]"})
+    assert list(part.columns(keys)) == rows[:3]
+    about = part.about()
+    assert (about["name"], about["split"]) == (data["name"], "train[:3]")
+    assert about["version"] and about["bytes"] > 0
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 23, 32])
 def test_evaluation_goes_through_the_split_once_in_order(data, batch_size):
     source = input_pipeline.open_source(data)

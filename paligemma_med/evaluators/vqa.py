@@ -85,7 +85,8 @@ class Evaluator:
             the same as one that was killed; without it nothing is ever gone on with.
 
         Raises:
-          ValueError: an unknown control or protocol, or a control without what it needs.
+          ValueError: an unknown control or protocol, or a control without what it needs; several
+            samples at temperature 0.
         """
         if isinstance(tokenizer, str):
             from paligemma_med.pp.tokenizer import get_tokenizer
@@ -98,6 +99,12 @@ class Evaluator:
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{what} has {unknown[0]!r}; expected some of {list(known)}.")
+        kw = {"max_new_tokens": 32, **(pred_kw or {})}
+        if kw.get("num_samples", 1) > 1 and not kw.get("temperature"):
+            raise ValueError(
+                f"pred_kw has num_samples={kw['num_samples']} at temperature 0, which are all the "
+                "same answer and would pass for robust; set pred_kw.temperature."
+            )
         if options and not choices:
             raise ValueError(f"options={options!r} scores choices, but choices names no keys.")
         if train_data is None and (lost := [c for c in controls if c.startswith("majority")]):
@@ -108,7 +115,7 @@ class Evaluator:
         self._model = model
         self._inputs = inputs
         self._total = total
-        self._pred_kw = {"max_new_tokens": 32, **(pred_kw or {})}
+        self._pred_kw = kw
         self._controls = tuple(c for c in scoring.CONTROLS if c in controls)
         self._protocol, self._groups = protocol, tuple(groups)
         self._choices, self._options = tuple(choices), options

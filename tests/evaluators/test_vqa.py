@@ -305,6 +305,7 @@ def test_bad_rows(monkeypatch, change, message):
     [
         (dict(controls=("blank",)), "controls has 'blank'"),
         (dict(protocol="vqb"), "protocol has 'vqb'; expected some of"),
+        (dict(pred_kw=dict(num_samples=5)), "num_samples=5 at temperature 0.*set pred_kw.temp"),
         (dict(options="words"), "options has 'words'; expected some of"),
         (dict(options="letter"), "options='letter' scores choices, but choices names no keys"),
         (dict(train_data=None), "needs train_data"),
@@ -376,7 +377,8 @@ def test_multiple_choice_with_a_model(tmp_path):
     model, params = make_model()
     kw = dict(
         protocol="multiple_choice", choices=tuple(CHOICES), train_data=TRAIN, outdir=tmp_path,
-        controls=("majority", "blank_image"), pred_kw=dict(max_new_tokens=3, num_samples=2),
+        controls=("majority", "blank_image"),
+        pred_kw=dict(max_new_tokens=3, num_samples=2, temperature=1.0),
     )  # fmt: skip
 
     def run(options, batch_size=3):
