@@ -1,8 +1,9 @@
 """Several questions on one image, one after another: does a model keep its answers apart, or up?
 
-Benchmarks ask each question for itself; people go on asking. Here questions of a split that follow
-one another on one image become a dialogue of k turns, and every turn's prompt holds the turns
-before it: question and answer of each in the form that training gives them, then the new question.
+Benchmarks ask each question for itself; people go on asking. Here k questions of a split on one
+image, in the order of their ids, become a dialogue of k turns, and every turn's prompt holds the
+turns before it: question and answer of each in the form that training gives them, then the new
+question.
 Three ways of asking stand side by side, over the same questions:
 
   model         the history holds the model's own answers: a dialogue as it would happen.
@@ -18,14 +19,17 @@ Images are encoded once a dialogue, whatever the turns and ways (`decode.encode_
 are each read anew, as image tokens see the prompt in a prefix-LM. Of several samples the first goes
 into the history.
 
-All else (files, resume, several processes, figures, the controls that are texts) is `vqa`'s.
+All else (files, resume, several processes, figures, the controls that are texts) is `vqa`'s. As
+there for the shuffled control, the split's images wait in a temporary folder.
 """
 
+import math
 import zlib
 
 import numpy as np
 
 from paligemma_med import decode, distributed
+from paligemma_med.evaluators import controls as controls_lib
 from paligemma_med.evaluators import scoring, vqa
 from paligemma_med.pp import get_preprocess_fn
 
@@ -64,14 +68,13 @@ class Evaluator(vqa.Evaluator):
         """Takes what to ask and how; `configs.common.dialogue_eval` writes the pp strings.
 
         Args:
-          inputs: as for `vqa.Evaluator`; questions on one image must follow one another and have
-            an image_id.
+          inputs: as for `vqa.Evaluator`; image_id says which questions are on one image.
           prompt_pp: pp of a row's texts and "history" int32[n], the tokens of the turns before
             (none at turn 1); gives text, mask_ar, mask_input of one length.
           history_pp: pp of a row's texts, the answer given in place of the true one; gives "text",
             the tokens of this turn in the history of later ones.
-          turns: k. Of an image's n questions in a row, n // k dialogues are made of k consecutive
-            ones each; questions that are left over are not asked.
+          turns: k. Of an image's n questions, sorted by question_id, n // k dialogues are made of k
+            consecutive ones each; questions that are left over are not asked.
           dialogue_seed: which ones are left over is drawn for each image by this and its id.
           Others: as for `vqa.Evaluator`. controls: some of scoring.TEXT_CONTROLS.
 
@@ -94,17 +97,23 @@ class Evaluator(vqa.Evaluator):
         self._turns, self._dialogue_seed = turns, dialogue_seed
 
     def _all_rows(self, params, part, folder):
-        del folder
-        rows = []
-        for i, (place, size, dialogues) in enumerate(self._batches()):
+        rows, images = [], controls_lib.Images(folder)
+        place, size, lines = self._read(images)
+        dialogues = [turns for of_image in lines.values() for turns in self._cut(of_image)]
+        if not dialogues:
+            raise ValueError(
+                f"no image of the split has {self._turns} questions: there are no dialogues."
+            )
+        for i in range(math.ceil(len(dialogues) / size)):
+            some = dialogues[i * size : (i + 1) * size]
             asked = [
                 line | dict(dialogue_id=turns[0]["question_id"], turn=t)
-                for _, turns in dialogues
+                for turns in some
                 for t, line in enumerate(turns, 1)
             ]
             done = vqa._same_questions(part.found.get(("model", i)), asked)
             if done is None:
-                said = self._hold(params, place, size, dialogues)
+                said = self._hold(params, place, size, images, some)
                 done = [line | more for line, more in zip(asked, said, strict=True)]
                 for row in done:
                     row |= scoring.correct(row["predictions"][0], row["answer"])
@@ -112,72 +121,55 @@ class Evaluator(vqa.Evaluator):
                     self._add_text(who, done)
                 part.add("model", i, done)
             rows += done
-        if not rows:
-            raise ValueError(
-                f"no image has {self._turns} questions that follow one another in the split: "
-                "there are no dialogues. Ask for fewer turns, or order the data by image."
-            )
         return rows
 
     # --- Which dialogues ---
 
-    def _batches(self):
-        """(where arrays go: key → vqa._Place, batch size, [(pixels, lines of k turns), …])."""
-        place, size, ready, group = None, 0, [], []
-        with self._progress("dialogues", self._total) as progress:
+    def _read(self, images):
+        """Goes through the split → (where arrays go: key → vqa._Place, batch size, image_id → the
+        first keys of its questions' lines); pixels are added to `images`."""
+        place, size, lines = None, 0, {}
+        with self._progress("reading", self._total) as progress:
             for batch, given in self._inputs:
                 vqa._check_rows(batch, given)
                 place = {k: vqa._Place(batch[k]) for k in ("image", *_TEXT)}
                 size = batch["text"].shape[0]
                 pixels = distributed.to_host(batch["image"])
                 for i, line in enumerate(self._questions(batch, given, pixels)):
-                    # Those of the question asked by itself.
+                    images.add(pixels[i], line["image_key"], given[i])
+                    # Those are of the question asked by itself.
                     line = {k: v for k, v in line.items() if k not in ("prompt", "tokens_cut")}
-                    if line["image_id"] is None:
-                        raise ValueError(
-                            f"question {line['question_id']!r} has no 'image_id', which says what "
-                            "belongs together; add it to the keep(...) of pp_fn."
-                        )
-                    if group and group[-1][1]["image_id"] != line["image_id"]:
-                        ready += self._cut(group)
-                        group = []
-                    # One copy of the image serves all of its questions.
-                    same = group and group[-1][1]["image_key"] == line["image_key"]
-                    group.append((group[-1][0] if same else pixels[i].copy(), line))
-                while len(ready) >= size:
-                    yield place, size, ready[:size]
-                    ready = ready[size:]
+                    lines.setdefault(line["image_id"], []).append(line)
                 progress.update(len(given))
-        ready += self._cut(group)
-        for i in range(0, len(ready), size or 1):
-            yield place, size, ready[i : i + size]
+        return place, size, lines
 
-    def _cut(self, group):
-        """The dialogues of an image's questions [(pixels, line), …]."""
-        if len(group) < self._turns:
+    def _cut(self, lines):
+        """The dialogues of an image's questions, each a list of k lines."""
+        lines = sorted(lines, key=lambda line: controls_lib._natural(str(line["question_id"])))
+        if len(lines) < self._turns:
             return []
-        spare = len(group) % self._turns
         # By the image alone, so that it has the same dialogues in any part of a split.
-        key = zlib.crc32(str(group[0][1]["image_id"]).encode())
-        first = np.random.default_rng([self._dialogue_seed, key]).integers(spare + 1)
-        starts = range(first, len(group) - self._turns + 1, self._turns)
-        return [(group[i][0], [line for _, line in group[i : i + self._turns]]) for i in starts]
+        key = zlib.crc32(str(lines[0]["image_id"]).encode())
+        rng = np.random.default_rng([self._dialogue_seed, key])
+        first = rng.integers(len(lines) % self._turns + 1)
+        starts = range(first, len(lines) - self._turns + 1, self._turns)
+        return [lines[i : i + self._turns] for i in starts]
 
     # --- Asking ---
 
-    def _hold(self, params, place, size, dialogues):
+    def _hold(self, params, place, size, images, dialogues):
         """What is said in dialogues: a dict for each turn of each, dialogue by dialogue."""
         fill = [*range(len(dialogues)), *[0] * (size - len(dialogues))]
-        image = place["image"].put(np.stack([dialogues[i][0] for i in fill]))
+        image = np.stack([images.load(dialogues[i][0]["image_key"]) for i in fill])
         batch = dict(
-            zimg=decode.encode_images(self._model, params, image),
+            zimg=decode.encode_images(self._model, params, place["image"].put(image)),
             _mask=np.arange(size) < len(dialogues),
         )
         none = np.zeros(0, np.int32)
         history = {who: [none] * len(dialogues) for who in ("model", *scoring.HISTORIES)}
         out = [[{} for _ in range(self._turns)] for _ in dialogues]
         for t in range(self._turns):
-            lines = [turns[t] for _, turns in dialogues]
+            lines = [turns[t] for turns in dialogues]
             for who, before in history.items():
                 if t and who == "single_turn":
                     before = [none] * len(dialogues)

@@ -175,6 +175,9 @@ def test_which_dialogues(monkeypatch, tmp_path):
     # The same image has the same ones without the others, and in other batches.
     assert dialogues("b", inputs=make_inputs(ROWS[8:], 4)) == usual[2:]
     assert dialogues("c", inputs=make_inputs(batch_size=5)) == usual
+    # They need not lie together: records of a data set are in no order.
+    mixed = [ROWS[i] for i in np.random.default_rng(0).permutation(len(ROWS))]
+    assert sorted(dialogues("d", inputs=make_inputs(mixed))) == sorted(usual)
     drawn = {dialogues(f"s{seed}", dialogue_seed=seed)[2][0] for seed in range(8)}
     assert drawn == {"q8", "q9"}
 
@@ -195,7 +198,9 @@ def test_killed_it_goes_on(monkeypatch, tmp_path):
 
 def test_the_first_sample_goes_on(monkeypatch, tmp_path):
     answer_with(monkeypatch, lambda prompt, pixel, sample: f"s{sample}")
-    make_evaluator(outdir=tmp_path, pred_kw=dict(num_samples=2, max_new_tokens=8)).run({})
+    make_evaluator(
+        outdir=tmp_path, pred_kw=dict(num_samples=2, temperature=1.0, max_new_tokens=8)
+    ).run({})
     second = rows_of(tmp_path)[1]
     assert second["predictions"] == ["s0", "s1"] == second["true_history_predictions"]
     assert "\ns0\n" in second["prompt"] and "s1" not in second["prompt"]
@@ -214,8 +219,8 @@ def test_a_prompt_that_is_cut_is_counted(monkeypatch, tmp_path):
     [
         (dict(turns=1), "turns is 1; expected 2 or more"),
         (dict(controls=("blank_image",)), "controls has 'blank_image'"),
-        (dict(turns=7), "no image has 7 questions that follow one another"),
-        (dict(inputs=[]), "no image has 3 questions"),
+        (dict(turns=7), "no image of the split has 7 questions"),
+        (dict(inputs=[]), "no image of the split has 3 questions"),
         (
             dict(
                 inputs=[
