@@ -10,6 +10,7 @@ import pytest
 
 from configs import common
 from paligemma_med import experiment, mixture, optim
+from paligemma_med.evaluators import vqa
 from paligemma_med.models import lora
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
@@ -199,12 +200,41 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
         section = c.evals.pmc_vqa_validate
         assert pp(section.pp_fn)(row())["answer"] == expected
         assert row()[section.get("train_answer", "answer")] == expected
+        assert section.protocol == "multiple_choice"
+        assert section.options == ("letter" if arg == "" else "text")
+        assert {*section.choices, "answer_letter"} <= pp(section.pp_fn)(row()).keys()
     with pytest.raises(ValueError, match="expected one of"):
         get_config("stage2_pmc_vqa", "answer=number")
     c = get_config("stage2_pmc_vqa", "version=v2_open")
     out = pp(c.input.pp)(row())
     assert tok.to_str(out["text"][out["mask_loss"] > 0].tolist()) == ANSWER
     assert "option a" not in tok.to_str(out["text"][out["mask_ar"] == 0].tolist())
+    assert c.evals.pmc_vqa_validate.protocol == "open"
+    c = get_config("stage2_pmc_vqa", "samples=5")
+    assert c.evals.pmc_vqa_validate.pred_kw.num_samples == 5
+    assert c.evals.pmc_vqa_validate.pred_kw.temperature == 1.0
+
+
+@pytest.mark.parametrize("section, samples, keys", [
+    (common.vqa_eval, 1, set()),
+    (common.closed_eval, 5, set()),
+    (common.open_eval, 1, set()),
+    (common.multiple_choice_eval, 5, {*common.CHOICES, "answer_letter"}),
+])  # fmt: skip
+def test_evaluations_by_protocol(section, samples, keys):
+    """What a section says, the evaluator takes; what it keeps is there."""
+    c = common.ml_collections.ConfigDict(dict(res=32, tokenizer="tiny"))
+    made = section(c, "x", "test", text_len=40, max_new_tokens=4)
+    given = {k: v for k, v in made.items()
+             if k not in ("type", "data", "train_data", "train_answer", "pp_fn", "batch_size")}  # fmt: skip
+    vqa.Evaluator(None, "tiny", inputs=[], train_data=[], **given)
+    kw = made["pred_kw"]
+    assert (kw["num_samples"], kw["temperature"]) == (samples, float(samples > 1))
+    out = pp(made["pp_fn"])(row(modality="CT"))
+    assert {*vqa.NEEDED, "image_id", "modality", *keys} <= out.keys()
+    assert section(c, "x", "test", text_len=40, max_new_tokens=4, samples=3, temperature=0.2)[
+        "pred_kw"
+    ] == dict(max_new_tokens=4, num_samples=3, temperature=0.2)
 
 
 # --- Arguments ---
