@@ -225,8 +225,8 @@ def test_evaluations_by_protocol(section, samples, keys):
     """What a section says, the evaluator takes; what it keeps is there."""
     c = common.ml_collections.ConfigDict(dict(res=32, tokenizer="tiny"))
     made = section(c, "x", "test", text_len=40, max_new_tokens=4)
-    given = {k: v for k, v in made.items()
-             if k not in ("type", "data", "train_data", "train_answer", "pp_fn", "batch_size")}  # fmt: skip
+    opened = ("type", "data", "train_data", "train_answer", "pp_fn", "batch_size")
+    given = {k: v for k, v in made.items() if k not in opened}
     vqa.Evaluator(None, "tiny", inputs=[], train_data=[], **given)
     kw = made["pred_kw"]
     assert (kw["num_samples"], kw["temperature"]) == (samples, float(samples > 1))
