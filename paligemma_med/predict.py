@@ -71,7 +71,7 @@ def main(argv):
             print(f"  {answer['answer']}   (log-probability {answer['logprob']:.2f})")
 
 
-_DECODING = ("max_new_tokens", "num_samples", "temperature", "top_p", "seed")
+_DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")
 
 if __name__ == "__main__":
     experiment.define_source_flags()
@@ -80,6 +80,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
     flags.DEFINE_integer("num_samples", 1, "Answers for each question.")
     flags.DEFINE_float("temperature", 0.0, "0 gives the most probable answer.")
+    flags.DEFINE_integer("top_k", 0, "Sampling from so many of the most probable tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
     flags.DEFINE_integer("seed", 0, "Seed of the samples.")
     app.run(main, flags_parser=experiment.parse_flags)

@@ -2,6 +2,7 @@
 beam search of transformers."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from paligemma_med import decode, sharding
 from paligemma_med.evaluators import options as options_lib
 from paligemma_med.models import paligemma
 from paligemma_med.pp.tokenizer import get_tokenizer
+from tests import processes
 from tests.models import hf
 
 IMG = dict(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=(4, 4))
@@ -710,3 +712,14 @@ def test_bad_beams(kw, message):
         decode.beam_search(
             model, params, make_batch([3]), **{"beams": 2, "max_new_tokens": 2, **kw}
         )
+
+
+@pytest.mark.slow
+def test_two_processes_decode_as_one(tmp_path):
+    for num in (1, 2):
+        processes.run("tests.decode_processes", [tmp_path], num=num)
+    alone, *each = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("alone", 0, 1))
+    assert len(alone) == 8
+    for found in each:
+        for a, b in zip(alone, found, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)

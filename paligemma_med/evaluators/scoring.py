@@ -354,7 +354,7 @@ def format_table(metrics):
     runs = any(k.endswith("_sd") for k in metrics)
     table = [["exact match, %", *(TITLES[who] for who in columns), "n"]]
     for group, n in groups:
-        title = group.partition("/")[2] or group
+        title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
         table.append([title, *(cell(who, group, "acc") for who in columns), f"{n:,}"])
     for figure, title in _LINES.items():
         cells = [cell(who, "overall", figure) for who in columns]

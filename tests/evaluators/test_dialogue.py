@@ -127,7 +127,8 @@ def test_histories_and_accuracy_by_turn(monkeypatch, tmp_path):
             assert metrics[f"{who}/turn/{turn}/acc"] == want
     assert metrics["n/turn/2"] == 3 and metrics["n"] == 9
     assert metrics == scoring.summarise(rows)  # as tools.report does it
-    assert "single turn" in scoring.format_table(metrics)
+    table = scoring.format_table(metrics)
+    assert "single turn" in table and "| turn 2 " in table
     # Two batches of two dialogues each, the last filled up: three images, of which a is in two.
     assert encoded == [2, 2]
 
