@@ -147,3 +147,8 @@ def test_training_rows_have_the_answer_that_is_asked_for(tiny_data, monkeypatch)
         experiment.make_evaluators(c, None, None, None)
         source = input_pipeline.open_source(data)
         assert [r["answer"] for r in made["rows"]] == [source[i][key] for i in range(4)]
+        assert all(isinstance(x, str) for r in made["rows"] for x in r.values())  # no images
+    section["train_answer"] = "answr"
+    c = ml_collections.ConfigDict(dict(evals=dict(x=section)))
+    with pytest.raises(ValueError, match="config.evals.x: train_answer='answr': .* has no 'answr'"):
+        experiment.make_evaluators(c, None, None, None)
