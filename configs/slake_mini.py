@@ -6,8 +6,8 @@
 
 Meant for two CPU cores and an hour. Settings were chosen on `validate`; see docs/slake_mini.md.
 Arguments: epochs, res, eval (the split that evaluations use), samples (of each question in an
-evaluation: more than one are drawn at temperature 1), protocol (vqa, closed or open), seed, lr,
-drop.
+evaluation: more than one are drawn at temperature 1), protocol (vqa, closed or open), turns (of
+dialogues, an evaluation of its own; 0: none), seed, lr, drop.
 """
 
 from configs import common
@@ -16,7 +16,7 @@ from configs import common
 def get_config(arg=None):
     args = common.parse_arg(
         arg, epochs=30.0, res=128, eval="validate", seed=0, lr=1e-3, drop=0.1, wd=0.1, size=32,
-        area=60, every=0.5, samples=1, protocol="vqa",
+        area=60, every=0.5, samples=1, protocol="vqa", turns=0,
     )  # fmt: skip
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
@@ -70,4 +70,9 @@ def get_config(arg=None):
         c, "slake/en", args.eval, text_len=36, max_new_tokens=48, samples=args.samples,
         protocol=args.protocol, log_percent=args.every,
     )  # fmt: skip
+    if args.turns:
+        c.evals[f"slake_en_{args.eval}_dialogues"] = common.dialogue_eval(
+            c, "slake/en", args.eval, turns=args.turns, text_len=48 * args.turns, max_new_tokens=48,
+            samples=args.samples, protocol=args.protocol, log_percent=args.every,
+        )  # fmt: skip
     return c
