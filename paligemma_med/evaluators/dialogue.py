@@ -15,7 +15,7 @@ true_history, wrong answers are carried on. A true history can also give an answ
 CT?" after "Which modality?"), so its gain is no gain in seeing. A model that was trained on single
 questions has never seen a history; that is what is measured then.
 
-Images are encoded once a dialogue, whatever the turns and ways (`decode.encode_images`). Prompts
+An image is encoded once, whatever its dialogues, turns and ways (`decode.encode_images`). Prompts
 are each read anew, as image tokens see the prompt in a prefix-LM. Of several samples the first goes
 into the history.
 
@@ -104,6 +104,8 @@ class Evaluator(vqa.Evaluator):
             raise ValueError(
                 f"no image of the split has {self._turns} questions: there are no dialogues."
             )
+        keys = [turns[0]["image_key"] for turns in dialogues]
+        encoded = self._encoder(params, place["image"], size, images, list(dict.fromkeys(keys)))
         for i in range(math.ceil(len(dialogues) / size)):
             some = dialogues[i * size : (i + 1) * size]
             asked = [
@@ -113,7 +115,7 @@ class Evaluator(vqa.Evaluator):
             ]
             done = vqa._same_questions(part.found.get(("model", i)), asked)
             if done is None:
-                said = self._hold(params, place, size, images, some)
+                said = self._hold(params, place, size, encoded, some)
                 done = [line | more for line, more in zip(asked, said, strict=True)]
                 for row in done:
                     row |= scoring.correct(row["predictions"][0], row["answer"])
@@ -157,12 +159,31 @@ class Evaluator(vqa.Evaluator):
 
     # --- Asking ---
 
-    def _hold(self, params, place, size, images, dialogues):
+    def _encoder(self, params, place, size, images, order):
+        """A function from keys of images to their tokens float[len(keys), P, D]. They are encoded
+        `size` at a time, in the order in which they will be asked for, and kept until then."""
+        cache = {}
+
+        def encoded(keys):
+            while missing := [key for key in keys if key not in cache]:
+                for key in {*cache} - {*keys}:  # the order is past them
+                    del cache[key]
+                start = order.index(missing[0])
+                ahead = order[start : start + size]
+                pixels = [images.load(key) for key in ahead]
+                pixels = np.stack(pixels + pixels[:1] * (size - len(ahead)))
+                tokens = decode.encode_images(self._model, params, place.put(pixels))
+                cache.update(zip(ahead, distributed.to_host(tokens)))
+            return np.stack([cache[key] for key in keys])
+
+        return encoded
+
+    def _hold(self, params, place, size, encoded, dialogues):
         """What is said in dialogues: a dict for each turn of each, dialogue by dialogue."""
         fill = [*range(len(dialogues)), *[0] * (size - len(dialogues))]
-        image = np.stack([images.load(dialogues[i][0]["image_key"]) for i in fill])
+        zimg = encoded([dialogues[i][0]["image_key"] for i in fill])
         batch = dict(
-            zimg=decode.encode_images(self._model, params, place["image"].put(image)),
+            zimg=place["image"].put(zimg),
             _mask=np.arange(size) < len(dialogues),
         )
         none = np.zeros(0, np.int32)

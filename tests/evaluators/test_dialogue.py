@@ -55,11 +55,12 @@ def make_inputs(rows=ROWS, batch_size=2):
 
 
 def answer_with(monkeypatch, answer, samples=1, dies_at=None):
-    """`answer(prompt, pixel, sample) -> str` in place of the model. → (prompts, rows encoded)."""
+    """`answer(prompt, pixel, sample) -> str` in place of the model. → (prompts, images encoded)."""
     prompts, encoded = [], []
 
     def encode_images(model, params, image):
-        encoded.append(len(image))
+        names = {value: name for name, value in VALUES.items()}
+        encoded.append([names[round(float(x.mean()), 3)] for x in image])
         return image.mean(axis=(1, 2, 3))[:, None, None]
 
     def generate(model, params, batch, *, max_new_tokens, num_samples=1, eos_token, **kw):
@@ -129,8 +130,16 @@ def test_histories_and_accuracy_by_turn(monkeypatch, tmp_path):
     assert metrics == scoring.summarise(rows)  # as tools.report does it
     table = scoring.format_table(metrics)
     assert "single turn" in table and "| turn 2 " in table
-    # Two batches of two dialogues each, the last filled up: three images, of which a is in two.
-    assert encoded == [2, 2]
+    # Three dialogues on two images, two at a time.
+    assert encoded == [["a", "c"]]
+
+
+def test_images_are_encoded_once(monkeypatch):
+    _, encoded = answer_with(monkeypatch, carried_on)
+    rows = [row(i, "abcd"[i % 4], "organ") for i in range(24)]
+    make_evaluator(inputs=make_inputs(rows, 3), turns=2).run({})
+    # Four images with three dialogues each, three at a time; the last batch is filled up.
+    assert encoded == [["a", "b", "c"], ["d", "d", "d"]]
 
 
 def test_what_is_asked_first_is_the_same_whatever_the_history(monkeypatch):
