@@ -52,6 +52,7 @@ def _is_float_type(x):
 # What is expected, in words, and whether a value is that.
 _POSITIVE_WHOLE = ("a whole number, 1 or more", lambda x: _is_whole(x) and x >= 1)
 _POSITIVE = ("a number above 0", lambda x: _is_number(x) and x > 0)
+_WHOLE = ("a whole number, 0 or more", lambda x: _is_whole(x) and x >= 0)
 _NOT_NEGATIVE = ("a number, 0 or more", lambda x: _is_number(x) and x >= 0)
 _SHARE = ("a number from 0 up to below 1", lambda x: _is_number(x) and 0 <= x < 1)
 _FLOAT_TYPE = ("a type like 'float32' or 'bfloat16'", _is_float_type)
@@ -86,7 +87,9 @@ _CONFIG = {
     "label_smoothing": _SHARE,
     "loss_norm": _one_of(losses.NORMS),
     "supervised_len": _POSITIVE_WHOLE,
+    "skip_nonfinite": _WHOLE,
     "keep_ckpt": _POSITIVE_WHOLE,
+    "tensorboard": _YES_NO,
     "evals": _SECTION,
     "predict_pp": _TEXT,
     "peak_tflops": _POSITIVE,

@@ -83,8 +83,11 @@ def start(folder, config, base, first_step):
     path = os.path.join(folder, "config.json")
     if first_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            if f.read() != text:
-                logging.warning("%s differs from the config given; it is overwritten.", path)
+            if changed := _changes(json.load(f), json.loads(text)):
+                logging.warning(
+                    "The config isn't the one this run began with; it goes on with the new one: %s",
+                    "; ".join(changed),
+                )
     distributed.barrier("config.json is read")
     write(path, text)
     path = os.path.join(folder, "base.npz")
@@ -102,6 +105,19 @@ def start(folder, config, base, first_step):
             with open(path, encoding="utf-8", errors="replace") as f:
                 lines = [s for s in f if s.endswith("\n") and json.loads(s)["step"] <= first_step]
             write(path, "".join(lines))
+
+
+def _changes(was, now, where="config"):
+    """["config.lr was 0.001 and is now 0.01", …] of two configs as JSON has them."""
+    if was == now:
+        return []
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        text = f"{where} was {was!r} and is now {now!r}"
+        return [text if len(text) < 200 else f"{where} is another"]
+    out = []
+    for key in sorted({*was, *now}):
+        out += _changes(was.get(key), now.get(key), f"{where}.{key}")
+    return out
 
 
 def write(path, text):

@@ -6,6 +6,7 @@ checkpoint. With --dry_run nothing is read or written: the step is compiled on a
 its memory printed.
 """
 
+import difflib
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from paligemma_med import (
     compilation_cache,
+    config_values,
     distributed,
     dry_run,
     durations,
@@ -105,7 +107,11 @@ def _train(config, workdir, signals, profile):
     given = {n: x for n, x in frozen.items() if n not in beside}
     run_files.check_base(workdir, config, given, first_step)
     own_base = {n: x for n, x in frozen.items() if n in beside}
-    run_files.start(workdir, config, own_base, first_step)
+    if first_step > total_steps:
+        raise ValueError(
+            f"{workdir} is at step {first_step} already, but by the config the run has only "
+            f"{total_steps} steps: set its length back, or use another --workdir."
+        )
 
     # --- The loop ---
     step_fn = train_step.make_train_step(config, model, tx, learning_rate)
@@ -166,10 +172,12 @@ def _train(config, workdir, signals, profile):
             shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
             shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
             bar.say(f"step {step}/{total_steps}  {name}: {shown}")
+            _check_best_metric(config, name, found)
 
     step, metrics, results = first_step, {}, {}
     best_name = (config.get("keep_best") or {}).get("metric", "").partition("/")[0]
     try:
+        run_files.start(workdir, config, own_base, first_step)  # now that nothing is refused
         if first_step:  # The run may have ended in an eval, after its checkpoint.
             run_evals(done=run_files.evals_at(workdir, first_step))
         while step < total_steps:
@@ -230,6 +238,10 @@ def _check_keep_best(config, evaluators):
     best = config.get("keep_best")
     if not best:
         return
+    if not config_values.is_mapping(best):
+        raise ValueError(
+            f"config.keep_best is {best!r}; expected dict(metric='NAME/METRIC', mode='max')."
+        )
     if unknown := sorted(set(best) - {"metric", "mode"}):
         raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
     metric, mode = best.get("metric", ""), best.get("mode", "max")
@@ -241,6 +253,19 @@ def _check_keep_best(config, evaluators):
         )
     if mode not in ("max", "min"):
         raise ValueError(f"config.keep_best.mode is {mode!r}; expected 'max' or 'min'.")
+
+
+def _check_best_metric(config, evaluator, found):
+    """Whether what this evaluator found has config.keep_best.metric, if it's one of its own."""
+    metric = (config.get("keep_best") or {}).get("metric", "")
+    name, _, key = metric.partition("/")
+    if name == evaluator and key not in found:
+        near = difflib.get_close_matches(key, found) or list(found)[:8]
+        raise ValueError(
+            f"config.keep_best.metric is {metric!r}, but {name} gives no {key!r}; it has "
+            f"{', '.join(map(repr, near))} and others (eval/{name}/metrics.json). Mend it, and the "
+            "same command goes on."
+        )
 
 
 @experiment.command

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,50 @@ def test_workdir_of_another_config(finished):
     with pytest.raises(checkpoints.CheckpointError, match="optimizer"):
         train.train(other, workdir)
     assert len(rows_of(workdir)) == 6
+
+
+def test_a_run_that_is_refused_keeps_its_config(finished):
+    workdir, c, *_ = finished
+    path = os.path.join(workdir, "config.json")
+    with open(path, encoding="utf-8") as f:
+        before = f.read()
+    refused = {
+        "seed": (4, "seed was 3 and is now 4"),
+        "total_steps": (5, "at step 6 already, but by the config the run has only 5 steps"),
+    }
+    for key, (value, message) in refused.items():
+        other = c.copy_and_resolve_references()
+        other[key] = value
+        with pytest.raises(ValueError, match=message):
+            train.train(other, workdir)
+        with open(path, encoding="utf-8") as f:
+            assert f.read() == before
+
+
+def test_what_changed_in_the_config_is_told(finished, tmp_path, caplog):
+    straight, c, *_ = finished
+    workdir = str(tmp_path / "w")
+    shutil.copytree(straight, workdir)
+    other = c.copy_and_resolve_references()
+    other.lr = 2e-3
+    other.evals.val.pred_kw.max_new_tokens = 5
+    train.train(other, workdir)
+    assert (
+        "goes on with the new one: config.evals.val.pred_kw.max_new_tokens was 4 and is now 5; "
+        "config.lr was 0.001 and is now 0.002"
+    ) in caplog.text
+
+
+def test_a_best_metric_that_no_eval_gives(tiny_data, tmp_path):
+    """Told after the first eval; mended, the run goes on from there."""
+    c = tiny.config(tiny_data, keep_best=dict(metric="val/model/overall/ac"))
+    message = "val gives no 'model/overall/ac'; it has 'model/overall/acc'"
+    with pytest.raises(ValueError, match=message):
+        train.train(c, str(tmp_path))
+    assert [r["step"] for r in rows_of(tmp_path)] == [1, 2, 3]
+    c.keep_best.metric = "val/model/overall/acc"
+    train.train(c, str(tmp_path))
+    assert [r["step"] for r in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_path, monkeypatch):
