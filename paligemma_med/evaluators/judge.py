@@ -293,7 +293,8 @@ def summarise(judgements, rows, protocol):
         n               verdicts asked for: questions times samples
         unjudged        of these, without a score; they are in none of the next
         mean            of the scores: accuracy of a 0/1 protocol, WASM of pefomed5. NaN if none
-        mean_low, mean_high   95 %, bootstrap over images
+        mean_low, mean_high   95 %, verdicts on one image kept together: Wilson's of a 0/1 protocol,
+                        else the bootstrap
         mean_worst, mean_best   were all unjudged of the lowest or highest score
         runs, sd        samples a question, and the standard deviation (ddof 1) of the runs' means;
                         run i is sample i of every question; sd from two runs on
@@ -320,8 +321,9 @@ def _figures(members, scores):
     values = [s for s, _ in found]
     missing, total = len(asked) - len(found), sum(values)
     out = dict(n=len(asked), unjudged=missing, mean=total / len(values) if values else math.nan)
+    interval = stats.wilson_clustered if tuple(scores) == (0, 1) else stats.bootstrap
     out["mean_low"], out["mean_high"] = (
-        stats.bootstrap(values, [image for _, image in found]) if values else (math.nan, math.nan)
+        interval(values, [image for _, image in found]) if values else (math.nan, math.nan)
     )
     out["mean_worst"] = (total + missing * scores[0]) / len(asked)
     out["mean_best"] = (total + missing * scores[-1]) / len(asked)

@@ -601,7 +601,7 @@ def test_figures_by_hand():
     assert g["sd"] == pytest.approx(math.sqrt((2 / 3 - 1 / 3) ** 2 + (1 / 3) ** 2))
     assert (g["mean_worst"], g["mean_best"]) == (2 / 6, 3 / 6)
     assert (g["count_0"], g["count_1"]) == (3, 2)
-    assert (g["mean_low"], g["mean_high"]) == stats.bootstrap(
+    assert (g["mean_low"], g["mean_high"]) == stats.wilson_clustered(
         [1, 0, 1, 0, 0], ["k0", "k0", "k0", "k1", "k1"]
     )
     assert f["model/answer_type/CLOSED/mean"] == 0.5  # q0
@@ -617,6 +617,20 @@ def test_wasm_is_the_weighted_mean():
     assert "model/overall/sd" not in f
 
 
+def test_a_few_verdicts_that_agree_are_not_sure():
+    rows = [row(i, ["x"]) for i in range(4)]  # q0 and q1 are on one image, q2 and q3 on another
+    f = judge.summarise(lines_of([[1]] * 4), rows, "binary")
+    low, high = f["model/overall/mean_low"], f["model/overall/mean_high"]
+    assert (low, high) == (pytest.approx(1 / (1 + 1.96**2 / 2)), 1)
+
+
+def test_wasm_has_a_bootstrap_interval():
+    rows = [row(i, ["x"]) for i in range(4)]
+    f = judge.summarise(lines_of([[4], [1], [3], [0]]), rows, "pefomed5")
+    ends = f["model/overall/mean_low"], f["model/overall/mean_high"]
+    assert ends == stats.bootstrap([4, 1, 3, 0], ["k0", "k0", "k1", "k1"])
+
+
 def test_nothing_judged_has_no_mean(tmp_path):
     f = judge.summarise(lines_of([[None]]), [row(0, ["x"])], "binary")
     assert math.isnan(f["model/overall/mean"]) and f["model/overall/mean_best"] == 1
@@ -630,7 +644,7 @@ def test_samples_of_an_image_do_not_narrow_the_interval():
     once = judge.summarise(lines_of([[v] for v in verdicts]), rows, "binary")
     often = judge.summarise(lines_of([[v] * 5 for v in verdicts]), rows, "binary")
     for name in ("mean_low", "mean_high"):
-        assert often[f"model/overall/{name}"] == pytest.approx(once[f"model/overall/{name}"])
+        assert often[f"model/overall/{name}"] == pytest.approx(once[f"model/overall/{name}"], 0.01)
 
 
 def write_labels(path, rows):
@@ -746,7 +760,7 @@ def test_the_tables_are_markdown(tmp_path):
             folder, "binary", base_url=server.url, human=path, price_in=1.0, price_out=1.0, **QUICK
         )
     table = judge.format_table(json.loads(json.dumps(entry)))
-    assert "| model, overall | 50.0 (50.0–50.0) |" in re.sub(" +", " ", table)
+    assert "| model, overall | 50.0 (21.5–78.5) |" in re.sub(" +", " ", table)
     assert "2 texts, 2 replies, 0 of them unusable" in table and "cost 0.00" in table
     assert "Human labels: 2 compared, 50.0 % equal, Cohen's kappa 0.000." in table
 
