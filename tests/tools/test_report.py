@@ -376,7 +376,9 @@ def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     digest = judge.hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
     entry = dict(
         protocol="binary", model="m", prompt="binary_v1.txt", prompt_text="Is it right?",
-        predictions_sha256=digest, metrics=judge.summarise(lines, made, "binary"),
+        predictions_sha256=digest, metrics=judge.summarise(lines, made, "binary"), cost=0.5,
+        tokens=dict(replies=7, unusable=1, prompt_tokens=1200, completion_tokens=30),
+        agreement=dict(n=5, unjudged=1, agree=0.8, kappa=None, table=[[1, 1, 4], [0, 1, 1]]),
     )  # fmt: skip
     entry["metrics"] = {k: v for k, v in entry["metrics"].items() if math.isfinite(v)}
     (folder / "judge.json").write_text(json.dumps({"v": entry}))
@@ -384,7 +386,10 @@ def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     assert not warnings(sections_)
     assert "judge 100.0" in table(sections_, "Table 1")["SLAKE (Closed)"]["a: model"]
     assert "6 unjudged" in table(sections_, "Table 1")["SLAKE (Closed)"]["a: model"]
-    assert "Is it right?" in markdown
+    assert "Is it right?" in markdown and "m, binary, 0 to 1" in markdown
+    assert "7 replies, 1 of them unusable; 1,200 + 30 tokens, cost 0.5000." in markdown
+    said = "Human labels: 5 compared, 1 unjudged; 80.0 % equal, Cohen's kappa not defined."
+    assert said in markdown
     entry["metrics"]["model/overall/mean"] = 0.5
     (folder / "judge.json").write_text(json.dumps({"v": entry}))
     assert "does NOT follow from judgements.jsonl" in warnings(report(tmp_path / "a")[0])[0]
@@ -412,6 +417,28 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     assert table(other, "Paired on the same")["overall"]["gain, points (95 %)"].startswith("-16.7")
     with pytest.raises(ValueError, match="--compare names"):
         report(tmp_path / "a", compare=(tmp_path / "a", tmp_path / "c"))
+
+
+def test_two_evaluations_of_other_names_are_compared_when_asked_for(tmp_path):
+    one = save(tmp_path / "a", rows(), name="slake_test[:12]")
+    two = save(tmp_path / "b", rows(wrong=lambda i: i in (0, 1)))
+    made, *_ = report(one, two, compare=(one, two))
+    assert table(made, "Paired on the same questions")["overall"]["b"] == "83.3"
+    save(tmp_path / "b", rows(), name="slake_validate")
+    with pytest.raises(ValueError, match="no evaluation of one name.*slake_validate"):
+        report(tmp_path / "a", tmp_path / "b", compare=(tmp_path / "a", tmp_path / "b"))
+
+
+def test_runs_that_were_asked_in_other_ways_are_told_apart(tmp_path):
+    save(tmp_path / "a", rows(samples=1))
+    save(tmp_path / "b", [r | dict(prompt=f"Q: {r['question']}") for r in rows(samples=5)])
+    made, markdown, *_ = report(tmp_path / "a", tmp_path / "b")
+    (text,) = warnings(made)
+    assert "a, 1 answer a question, temperature 1; b, 5 answers a question, temperature 1" in text
+    assert "Their prompts differ." in markdown
+    save(tmp_path / "b", rows(samples=1), protocol="open")
+    made, markdown, *_ = report(tmp_path / "a", tmp_path / "b")
+    assert not warnings(made) and "prompts differ" not in markdown
 
 
 def test_different_questions_are_not_compared(tmp_path):

@@ -67,7 +67,8 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
 
 
 def _pairs(found, workdirs, compare):
-    """[(a, b)]: evaluations of the same name in two runs."""
+    """[(a, b)]: evaluations of the same name in two runs; two single ones whatever their names,
+    if they were asked for."""
     if compare:
         wanted = [[e for e in found if _belongs(e, path)] for path in compare]
         for path, evaluated in zip(compare, wanted):
@@ -78,7 +79,16 @@ def _pairs(found, workdirs, compare):
         runs = list(dict.fromkeys(e.run for e in found))
         by_run = [[e for e in found if e.run == run] for run in runs]
         first, others = (by_run[0], by_run[1:]) if by_run else ([], [])
-    return [(a, b) for other in others for b in other for a in first if a.name == b.name]
+    pairs = [(a, b) for other in others for b in other for a in first if a.name == b.name]
+    if compare and not pairs:
+        if [len(x) for x in wanted] != [1, 1]:
+            names = " and ".join(str([e.name for e in x]) for x in wanted)
+            raise ValueError(
+                f"--compare: {' and '.join(map(str, compare))} have no evaluation of one name, but "
+                f"{names}; name the folders of two evaluations."
+            )
+        pairs = [(wanted[0][0], wanted[1][0])]
+    return pairs
 
 
 def _belongs(e, path):

@@ -1,12 +1,11 @@
 """What a report says about each evaluation, and about two that answered the same questions."""
 
 import collections
-import json
 import math
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, results, scoring, stats
+from paligemma_med.evaluators import answers, judge, results, scoring, stats
 from tools.report import blocks, contamination, figures, plots
 
 _BINS = 10
@@ -207,7 +206,7 @@ def judge_table(e):
     """What language models said of the answers, as far as they were asked."""
     rows, notes = [], []
     for entry in e.verdicts:
-        m = entry["metrics"]
+        m, scores = entry["metrics"], judge.PROTOCOLS[entry["protocol"]].scores
         for who in [k.partition("/")[0] for k in m if k.endswith("/overall/mean")]:
             values = {
                 f: m.get(f"{who}/overall/{f}") for f in ("mean", "mean_low", "mean_high", "sd")
@@ -216,12 +215,28 @@ def judge_table(e):
                 "–" if v is None or math.isnan(v) else f"{v:.3f}" for v in values.values()
             )
             counts = (f"{m[f'{who}/overall/{f}']:,}" for f in ("unjudged", "n"))
-            name = f"{entry.get('model')}, {entry['protocol']}"
+            name = f"{entry.get('model')}, {entry['protocol']}, {scores[0]} to {scores[-1]}"
             rows.append([name, figures.title_of(who), f"{mean} ({low}–{high})", sd, *counts])
         digest = str(entry.get("prompt_digest"))[:12]
         notes.append(f"Prompt {entry.get('prompt')} ({digest}): {entry.get('prompt_text')}")
-        if entry.get("agreement"):
-            notes.append(f"Agreement with human labels: {json.dumps(entry['agreement'])}.")
+        if (tokens := entry.get("tokens")) and "replies" in tokens:
+            cost = entry.get("cost")
+            notes.append(
+                f"{tokens['replies']:,} replies, {tokens['unusable']:,} of them unusable; "
+                f"{tokens['prompt_tokens']:,} + {tokens['completion_tokens']:,} tokens"
+                + ("." if cost is None else f", cost {cost:.4f}.")
+            )
+        if found := entry.get("agreement"):
+            kappas = (("kappa", "Cohen's kappa"), ("kappa_quadratic", "quadratic kappa"))
+            said = [f"{100 * (found['agree'] or 0):.1f} % equal"] + [
+                f"{title} " + ("not defined" if found[k] is None else f"{found[k]:.3f}")
+                for k, title in kappas
+                if k in found
+            ]
+            notes.append(
+                f"Human labels: {found['n']:,} compared, {found['unjudged']:,} unjudged; "
+                f"{', '.join(said)}."
+            )
     if not rows:
         return None
     head = ["judge", "of", "mean score (95 %)", "sd over runs", "unjudged", "verdicts"]
@@ -387,6 +402,16 @@ def compare(a, b):
                 f"{len(pairs):,} are in both and compared here."
             )
         )
+    ways = [e.protocol.partition(", protocol")[0] for e in (a, b)]
+    if ways[0] != ways[1]:
+        parts.append(
+            blocks.Warning(
+                f"Not asked in the same way: {a.run}, {ways[0]}; {b.run}, {ways[1]}. First answers "
+                "are compared, and a sampled one is right less often than the most probable one."
+            )
+        )
+    if any(x["prompt"] != y["prompt"] for x, y in pairs):
+        parts.append(blocks.Text("Their prompts differ."))
     groups = collections.OrderedDict(overall=pairs)
     for key in scoring.GROUPS:
         for value in sorted({str(y[key]) for _, y in pairs if y.get(key)}):
