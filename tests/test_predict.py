@@ -97,6 +97,9 @@ def test_help_and_mistakes(run, repo_root):
     assert done.returncode != 0
     assert "--image /no/such.png: No such file or directory." in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    done = program(repo_root, f"--workdir={workdir}", "--image=x.png", question, "--num_samples=3")
+    assert done.returncode != 0
+    assert "--num_samples=3 at --temperature=0 is one answer so many" in done.stdout + done.stderr
 
 
 def test_the_programs_define_no_flags_when_imported(repo_root):
