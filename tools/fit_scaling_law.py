@@ -333,6 +333,7 @@ def main(argv):
     ]
     result = fit(*(np.concatenate(column) for column in zip(*parts)))
     print(to_markdown(result))
+    print(f"L is the column {f.loss}, D is {f.d_scale:g} · {f.d}.")
 
 
 def _number(text):

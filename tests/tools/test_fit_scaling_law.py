@@ -140,3 +140,4 @@ def test_the_program_fits_two_runs(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "| alpha | 0.12 |" in run.stdout and "| E | 1.2 |" in run.stdout
+    assert "L is the column training_loss, D is 1000 · step." in run.stdout
