@@ -393,6 +393,9 @@ def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     entry["metrics"]["model/overall/mean"] = 0.5
     (folder / "judge.json").write_text(json.dumps({"v": entry}))
     assert "does NOT follow from judgements.jsonl" in warnings(report(tmp_path / "a")[0])[0]
+    entry["metrics"] |= {"model/overall/mean": 1.0, "model/overall/mean_low": 0.1}
+    (folder / "judge.json").write_text(json.dumps({"v": entry}))
+    assert "intervals in judge.json differ" in warnings(report(tmp_path / "a")[0])[0]
     entry["predictions_sha256"] = "0"
     (folder / "judge.json").write_text(json.dumps({"v": entry}))
     sections_ = report(tmp_path / "a")[0]

@@ -247,9 +247,14 @@ def _verdicts(folder, rows):
             mine = [line for line in lines if line.get("judge") == version]
             metrics = judge.summarise(mine, rows, entry["protocol"])
             stored = {k: v for k, v in entry["metrics"].items() if v is not None}
-            if differ := [k for k, v in stored.items() if not _same(v, metrics.get(k))]:
+            differ = [k for k, v in stored.items() if not _same(v, metrics.get(k))]
+            ends = [k for k in differ if k.endswith(("_low", "_high"))]
+            if wrong := [k for k in differ if k not in ends]:
                 what = f"judge.json does NOT follow from judgements.jsonl ({version})"
-                problems.append(_some(what, differ))
+                problems.append(_some(what, wrong))
+            if ends:
+                what = "intervals in judge.json differ (of another version of this program?)"
+                problems.append(_some(f"{what} ({version})", ends))
             out.append({**entry, "metrics": metrics})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         problems.append(f"judge.json or judgements.jsonl can't be read: {e!r}")
