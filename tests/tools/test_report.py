@@ -403,6 +403,25 @@ def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     assert "judge" not in table(sections_, "Table 1")["SLAKE (Closed)"]["a: model"]
 
 
+def test_what_did_not_fit_is_a_warning(tmp_path):
+    made = rows(6, tokens_cut=0, unfinished=0)
+    save(tmp_path / "a", made)
+    assert not warnings(report(tmp_path / "a")[0])
+    made[1] |= dict(tokens_cut=3, unfinished=2)
+    save(tmp_path / "a", made)
+    assert warnings(report(tmp_path / "a")[0]) == [
+        "1 of 6 prompts lost tokens: they didn't fit.",
+        "2 of 30 answers were cut off at max_new_tokens.",
+    ]
+
+
+def test_llava_meds_closed_metric_is_of_closed_questions(tmp_path):
+    save(tmp_path / "a", rows(6), protocol="closed")
+    cells = table(report(tmp_path / "a")[0], "Other figures")
+    # Of q1, q3, q5 the second is wrong.
+    assert cells["LLaVA-Med's closed, 3 closed questions"]["model"].startswith("66.7 ± 0.0")
+
+
 # --- Two runs ---
 
 

@@ -81,7 +81,7 @@ def of_evaluation(e, lookup, num_questions=8):
       lookup: `pictures.Lookup` of its data set.
       num_questions: how many worst and how many least robust questions to show.
     """
-    top = [blocks.Warning(f"{problem}.") for problem in e.problems]
+    top = [blocks.Warning(f"{problem}.") for problem in [*e.problems, *cut_short(e)]]
     who = figures.who_of(e)
     top += [
         accuracy_table(e),
@@ -115,6 +115,17 @@ def of_evaluation(e, lookup, num_questions=8):
     return out
 
 
+def cut_short(e):
+    """Sentences about prompts and answers that did not fit."""
+    truncated, unfinished = (e.metrics.get(key, 0) for key in ("truncated", "unfinished"))
+    said, out = len(e.rows) * e.samples, []
+    if truncated:
+        out.append(f"{truncated:,} of {len(e.rows):,} prompts lost tokens: they didn't fit")
+    if unfinished:
+        out.append(f"{unfinished:,} of {said:,} answers were cut off at max_new_tokens")
+    return out
+
+
 _WORST = (
     "Wrong in most of their samples, and of these the ones of which the model was surest: the "
     "probability that it gave to its answer stands behind each."
@@ -138,14 +149,15 @@ def accuracy_table(e):
 
 
 def further_table(e):
-    """Whatever else `scoring` gives over all questions."""
-    who = figures.who_of(e)
-    found = [
-        [figures.TITLES.get(name, name), *(
-            figures.as_text(e.metrics, w, "overall", name) for w in who
-        )]
-        for name in figures.names(e.metrics) if name != e.rule
-    ]  # fmt: skip
+    """Whatever else `scoring` gives over all questions; closed ones where it's made for those."""
+    who, found = figures.who_of(e), []
+    for name in figures.names(e.metrics):
+        title, group = figures.TITLES.get(name, name), "overall"
+        if name == "llava_closed" and "n/answer_type/CLOSED" in e.metrics:
+            group = "answer_type/CLOSED"
+            title += f", {e.metrics[f'n/{group}']:,} closed questions"
+        if name != e.rule:
+            found.append([title, *(figures.as_text(e.metrics, w, group, name) for w in who)])
     head = ["all questions, %", *map(figures.title_of, who)]
     title = f"Other figures, protocol {e.about.get('protocol', 'vqa')}"
     notes = ["95 % in brackets, where there is an interval; questions on one image kept together."]
