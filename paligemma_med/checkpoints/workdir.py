@@ -211,7 +211,12 @@ def _path(path):
 
 
 def _first_line(error):
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}."
+    """The first line of a message; of a long one its two ends, since TensorStore's causes stand at
+    the end."""
+    text = (str(error) or "no message").splitlines()[0].rstrip(". ")
+    if len(text) > 400:
+        text = f"{text[:160]} … {text[-240:]}"
+    return f"{type(error).__name__}: {text}."
 
 
 def _anywhere(flag):

@@ -290,6 +290,7 @@ def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, repo_root):
                          capture_output=True, text=True, timeout=120)  # fmt: skip
     assert "could not be written" in run.stdout, run.stdout + run.stderr
     assert "steps [1] are intact" in run.stdout and "disk full" in run.stdout
+    assert "File too large" in run.stdout  # the cause stands at the end of a long message
     with workdir.Checkpoints(tmp_path, keep=2) as ckpt:
         step, found, *_ = ckpt.restore_newest({"w": jnp.zeros(100)}, {})
     assert step == 1 and np.abs(found["w"]).max() > 0
