@@ -275,6 +275,8 @@ def main(argv):
     distributed.start_from_flags()
     if values.dry_run:
         dry_run.dry_run(values.config, values.hbm_gib)
+    elif values.hbm_gib is not None:
+        raise ValueError("--hbm_gib is for --dry_run alone: give both, or leave it out.")
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:

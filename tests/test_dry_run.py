@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 
-from paligemma_med import dry_run, experiment
+from paligemma_med import dry_run, experiment, train
 from tests import tiny
 
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
@@ -76,6 +77,15 @@ def test_fits_or_says_what_to_change(compiled, capsys):
     message = r"doesn't fit: 0\.\d+ GiB on each device.* largest part is (temporary|batches).*: .*"
     with pytest.raises(ValueError, match=message + "config"):
         dry_run.dry_run(config(), hbm_gib=peak * 0.99)
+
+
+def test_hbm_gib_without_dry_run(monkeypatch):
+    """It would be a run, when a look at what it takes was meant."""
+    values = types.SimpleNamespace(dry_run=False, hbm_gib=24.0, workdir="w", config=None)
+    monkeypatch.setattr(train.flags, "FLAGS", values)
+    monkeypatch.setattr(train.distributed, "start_from_flags", lambda: None)
+    with pytest.raises(ValueError, match="--hbm_gib is for --dry_run alone"):
+        train.main.__wrapped__([])
 
 
 @pytest.mark.parametrize("name", ["frozen weights", "trained weights", "optimizer state"])
