@@ -7,6 +7,7 @@ stdout. Process 0 alone shows anything. Evals and checkpoints don't count into t
 import collections
 import contextlib
 import math
+import os
 import sys
 import time
 
@@ -45,7 +46,7 @@ class Progress:
         self._shown, self._bar = distributed.is_main(), None
         if flops:
             self.say(_accounting(flops, peak))
-        if self._shown and sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty() and _has_width(sys.stderr):
             self._bar = tqdm.tqdm(
                 total=total_steps, initial=first_step, unit="step", miniters=1, dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
@@ -152,6 +153,14 @@ class Progress:
         self._bar.update(step - self._bar.n)
         if step == self._total:
             self._bar.refresh()
+
+
+def _has_width(terminal):
+    """Whether a bar can be drawn there; some containers' terminals are zero columns wide."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except OSError:  # not known
+        return True
 
 
 def _speed(metrics):

@@ -1,6 +1,7 @@
 """What a person watches: the figures, the lines of a log, the bar of a terminal."""
 
 import io
+import os
 import types
 
 import jax
@@ -57,6 +58,18 @@ def batches(wait=0.0):
 
 def row(bar, step, inputs):
     return {"training_loss": 1.5, "l2_grads": 0.25, "lr": 1e-3, **bar.measure(step, inputs)}
+
+
+def test_a_terminal_without_width_gets_lines(monkeypatch):
+    """As containers have them: a bar of zero columns would show nothing."""
+    err, out = terminal(monkeypatch)
+    monkeypatch.setattr(err, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((0, 0)))
+    bar = progress.Progress(0, 4, 8)
+    bar.step(1, Loss(1.5))
+    bar.print(row(bar, 1, batches()))
+    bar.close()
+    assert "step 1/4  loss 1.5" in out.getvalue() and not err.getvalue()
 
 
 def shown(screen):
