@@ -26,12 +26,13 @@ _low, _high       its 95 % interval: of acc Wilson's, for independent questions;
 _cluster_low, _cluster_high   of acc: the same, with questions on one image kept together
 _mean, _sd        where there are several samples: mean over the runs, and their standard deviation;
                   run i is sample i of every question
-_mean_low, _mean_high   of acc: 95 % of the mean, with questions on one image kept together
+_mean_low, _mean_high   95 % of that mean, with questions on one image kept together; of those
+                  figures that have one of the first sample
 
 Where there are several samples also nonrobust (share of questions with three different answers or
-more), acc_penalised_item and acc_penalised_total (acc_mean docked for those, by either reading of
-`protocols.penalised`; in multiple choice it's the letters that differ and are docked, if the truth
-is one).
+more), acc_penalised_item (both with _low and _high, images kept together) and acc_penalised_total
+(acc_mean docked for those, by either reading of `protocols.penalised`; in multiple choice it's the
+letters that differ and are docked, if the truth is one).
 
 Beside those: n (questions), `n/{group}`, images (different ones), and, where the rows tell,
 truncated (prompts that lost tokens) and unfinished (the model's answers, all samples, without EOS
@@ -130,7 +131,7 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
             if protocol == "open":
                 found |= _corpus_bleu(values[_BLEU_COUNTS])
             said, name = compared[who]
-            found |= _robustness([said[i] for i in inside], values[name])
+            found |= _robustness([said[i] for i in inside], values[name], clusters[inside])
             metrics |= {f"{who}/{group}/{figure}": x for figure, x in found.items()}
         metrics |= _bootstrapped(tables, columns, group, inside, clusters[inside])
     for name, count in (("tokens_cut", lambda x: x > 0), ("unfinished", int)):
@@ -244,9 +245,9 @@ def _figures(values, clusters):
             out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], clusters)
         if x.shape[1] > 1:
             out |= _runs(name, x)
-    if (x := values["acc"]).shape[1] > 1:
-        low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
-        out["acc_mean_low"], out["acc_mean_high"] = low, high
+        if x.shape[1] > 1 and name not in MEANS and name not in ("acc_strict", "acc_set"):
+            low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
+            out[f"{name}_mean_low"], out[f"{name}_mean_high"] = low, high
     return out
 
 
@@ -268,12 +269,16 @@ def _compared(rows, who, protocol):
     return [[answers.normalise(x) for x in xs] for xs in said], "acc"
 
 
-def _robustness(said, hits):
+def _robustness(said, hits, clusters):
     if hits.shape[1] == 1:
         return {}
-    out = {"nonrobust": float(protocols.nonrobust(said, form=None).mean())}
+    bad = protocols.nonrobust(said, form=None)
+    out = {"nonrobust": float(bad.mean())}
     for reading in ("item", "total"):
         out[f"acc_penalised_{reading}"], _ = protocols.penalised(hits, said, reading, form=None)
+    shares = dict(nonrobust=bad, acc_penalised_item=np.where(bad, 0.0, hits.mean(axis=1)))
+    for name, x in shares.items():
+        out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x, clusters)
     return out
 
 
@@ -282,11 +287,14 @@ def _bootstrapped(tables, columns, group, inside, clusters):
     names = [(who, k) for who in columns for k in tables[who] if k in MEANS]
     if not names:
         return {}
-    values = np.stack([tables[who][k][inside, 0] for who, k in names], axis=1)
-    ends = zip(("low", "high"), stats.bootstrap(values, clusters))
-    found = {
-        f"{who}/{group}/{k}_{end}": float(x) for end, xs in ends for (who, k), x in zip(names, xs)
-    }
+    values = {}
+    for who, k in names:
+        x = tables[who][k][inside]
+        values[f"{who}/{group}/{k}"] = x[:, 0]
+        if x.shape[1] > 1:
+            values[f"{who}/{group}/{k}_mean"] = x.mean(axis=1)
+    ends = zip(("low", "high"), stats.bootstrap(np.stack([*values.values()], axis=1), clusters))
+    found = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
     # Of one image there is none.
     return {k: x for k, x in found.items() if np.isfinite(x)}
 
@@ -357,12 +365,19 @@ def format_table(metrics):
         title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
         table.append([title, *(cell(who, group, "acc") for who in columns), f"{n:,}"])
     for figure, title in _LINES.items():
-        cells = [cell(who, "overall", figure) for who in columns]
+        group, n = "overall", metrics["n"]
+        if figure == "llava_closed" and "n/answer_type/CLOSED" in metrics:
+            group, n = "answer_type/CLOSED", metrics["n/answer_type/CLOSED"]
+        cells = [cell(who, group, figure) for who in columns]
         if any(cells):
-            table.append([f"overall, {title}", *cells, f"{metrics['n']:,}"])
+            table.append([f"{group.rpartition('/')[2]}, {title}", *cells, f"{n:,}"])
     notes = f"In brackets 95 %, by {metrics['images']:,} images." + (
         " ±: standard deviation over runs." if runs else ""
     )
+    if truncated := metrics.get("truncated"):
+        notes += f" {truncated:,} prompts lost tokens: they didn't fit."
+    if unfinished := metrics.get("unfinished"):
+        notes += f" {unfinished:,} answers were cut off at max_new_tokens."
     return to_markdown(table) + "\n\n" + notes
 
 

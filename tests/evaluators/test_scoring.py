@@ -158,6 +158,43 @@ def test_closed_by_others_rule():
     assert middle == pytest.approx(2 / 3) and low < middle < high
 
 
+def test_closed_by_others_rule_is_shown_of_closed_questions():
+    rows = [row(0, "no", ["I know"]), row(1, "no", ["I know"]) | dict(answer_type="CLOSED")]
+    text = scoring.format_table(scoring.summarise(rows, "closed"))
+    (line,) = [x for x in text.splitlines() if "LLaVA-Med's closed" in x]
+    assert line.startswith("| CLOSED, ") and line.endswith(" 1 |")
+
+
+def test_means_over_runs_have_intervals_of_their_own():
+    choices = ["CT", "MRI"]
+    rows = [
+        row(0, "A", ["A", "B"], "x", choices=choices, answer_letter="A"),
+        row(1, "B", ["B", "A"], "x", choices=choices, answer_letter="B"),
+        row(2, "A", ["A", "A"], "y", choices=choices, answer_letter="A"),
+    ]
+    found = scoring.summarise(rows, "multiple_choice")
+    ends = [found[f"model/overall/acc_letter_mean{end}"] for end in ("_low", "_high")]
+    assert tuple(ends) == stats.wilson_clustered([0.5, 0.5, 1], ["x", "x", "y"])
+    assert ends[1] < found["model/overall/acc_letter_high"] == 1  # the first run is all right
+    found = scoring.summarise(rows, "open")
+    ends = [found[f"model/overall/f1_mean{end}"] for end in ("_low", "_high")]
+    assert tuple(ends) == stats.bootstrap([0.5, 0.5, 1], ["x", "x", "y"])
+
+
+def test_robustness_has_intervals():
+    rows = [row(0, "a", ["a", "a", "a"], "x"), row(1, "a", ["a", "b", "c"], "y")]
+    found = scoring.summarise(rows)
+    for name in ("nonrobust", "acc_penalised_item"):
+        ends = tuple(found[f"model/overall/{name}{end}"] for end in ("_low", "_high"))
+        assert found[f"model/overall/{name}"] == 0.5 and ends == stats.wilson(1, 2)
+
+
+def test_what_did_not_fit_is_said():
+    rows = [row(0, "a", ["a"], tokens_cut=2, unfinished=1)]
+    text = scoring.format_table(scoring.summarise(rows))
+    assert "1 prompts lost tokens" in text and "1 answers were cut off" in text
+
+
 def test_open():
     rows = [
         row(0, "left lung", ["the left lung", "left"], image="x"),

@@ -87,10 +87,7 @@ def groups_of(metrics):
 
 
 def of_figure(metrics, who, group, figure="acc"):
-    """(value, sd over runs or None, low or None, high or None), or None if there is no such.
-
-    Of figures other than acc only the first run's interval is known.
-    """
+    """(value, sd over runs or None, low or None, high or None), or None if there is no such."""
 
     def get(ending):
         return metrics.get(f"{who}/{group}/{figure}{ending}")
@@ -99,7 +96,7 @@ def of_figure(metrics, who, group, figure="acc"):
         return None
     several = get("_mean") is not None
     value, sd = (get("_mean"), get("_sd")) if several else (get(""), None)
-    for kind in (["_mean"] if several else []) + ["_cluster", ""]:
+    for kind in ["_mean"] if several else ["_cluster", ""]:
         if get(f"{kind}_low") is not None:
             return value, sd, get(f"{kind}_low"), get(f"{kind}_high")
     return value, sd, None, None

@@ -162,7 +162,7 @@ def further_table(e):
     title = f"Other figures, protocol {e.about.get('protocol', 'vqa')}"
     notes = ["95 % in brackets, where there is an interval; questions on one image kept together."]
     if e.samples > 1:
-        notes.append("Mean over runs ± their standard deviation; the interval is the first run's.")
+        notes.append("Mean over runs ± their standard deviation.")
     return blocks.Table(head, found, title, notes)
 
 
