@@ -56,7 +56,8 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
 
 
 def _set_controls(config, controls):
-    """Puts them into the sections of config.evals; majorities need a training split."""
+    """Puts them into the sections of config.evals; majorities need a training split, and dialogues
+    have no other images."""
     if controls is None:
         return
     for section in (config.get("evals") or {}).values():
@@ -65,6 +66,8 @@ def _set_controls(config, controls):
         names = scoring.CONTROLS if controls == "all" else controls
         if controls == "all" and not section.get("train_data"):
             names = [c for c in names if not c.startswith("majority")]
+        if section.get("type") == "dialogue":
+            names = [c for c in names if c not in scoring.IMAGE_CONTROLS]
         with section.unlocked():
             section.controls = list(names)
 

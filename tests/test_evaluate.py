@@ -52,6 +52,14 @@ def test_tables_and_files(run, tmp_path, capsys):
     assert "images shuffled" in out and "majority answer" in out
 
 
+def test_dialogues_take_no_other_images(run):
+    config = run[1].copy_and_resolve_references()
+    config.evals.test.type = "dialogue"
+    evaluate._set_controls(config, ["echo", "shuffled_images"])
+    assert config.evals.test.controls == ["echo"]
+    assert config.evals.val.controls == ["echo", "shuffled_images"]
+
+
 def test_only_some(run, tmp_path):
     workdir, config = run
     assert set(evaluate.evaluate(config, workdir, str(tmp_path), only=["test"])) == {"test"}
