@@ -117,7 +117,7 @@ def _write(path, text):
 @command
 def main(argv):
     f = flags.FLAGS
-    if len(argv) < 2 and not f.foreign:
+    if len(argv) < 2 and not f.foreign and not f.compare:
         raise app.UsageError("name at least one WORKDIR, or --foreign.")
     if f.compare and len(f.compare) != 2:
         raise app.UsageError("--compare takes two workdirs: --compare=out/a,out/b.")

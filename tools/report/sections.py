@@ -81,7 +81,7 @@ def of_evaluation(e, lookup, num_questions=8):
       lookup: `pictures.Lookup` of its data set.
       num_questions: how many worst and how many least robust questions to show.
     """
-    top = [blocks.Warning(f"{problem}.") for problem in [*e.problems, *cut_short(e)]]
+    top = [blocks.Warning(f"{problem}.") for problem in e.problems] + cut_short(e)
     who = figures.who_of(e)
     top += [
         accuracy_table(e),
@@ -116,13 +116,16 @@ def of_evaluation(e, lookup, num_questions=8):
 
 
 def cut_short(e):
-    """Sentences about prompts and answers that did not fit."""
+    """What is to be said about prompts and answers that did not fit."""
     truncated, unfinished = (e.metrics.get(key, 0) for key in ("truncated", "unfinished"))
     said, out = len(e.rows) * e.samples, []
     if truncated:
-        out.append(f"{truncated:,} of {len(e.rows):,} prompts lost tokens: they didn't fit")
+        text = f"{truncated:,} of {len(e.rows):,} prompts lost tokens: they didn't fit."
+        out.append(blocks.Warning(text))
     if unfinished:
-        out.append(f"{unfinished:,} of {said:,} answers were cut off at max_new_tokens")
+        # At temperature 1 a few always run on.
+        kind = blocks.Warning if unfinished > said / 100 else blocks.Text
+        out.append(kind(f"{unfinished:,} of {said:,} answers were cut off at max_new_tokens."))
     return out
 
 
