@@ -6,6 +6,7 @@ tests start in subprocesses run under them too.
 
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -60,3 +61,12 @@ def tiny_data(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("tfds")
     tiny.build_data(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Lets go of what a file's tests compiled. Each program takes dozens of memory maps, of which
+    Linux gives a process 65,530; beyond them compiling aborts."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
