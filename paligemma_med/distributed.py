@@ -173,9 +173,15 @@ def leave(status):
         sys.exit(status)
     if isinstance(status, str):
         print(f"{_this()}: {status}", file=sys.stderr)
+    leave_at_once(status if isinstance(status, int) else 1)
+
+
+def leave_at_once(status):
+    """Ends this process without Python's own end, at which threads of XLA can crash that a signal
+    has interrupted in compiling. What is open must have been closed before."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    os._exit(status)
 
 
 def _this():

@@ -326,9 +326,9 @@ def command(main):
             raise
         except KeyboardInterrupt as e:
             code = getattr(e, "exit_code", None)
-            if code is None:  # not agreed upon with other processes
-                distributed.leave(130)
-            sys.exit(code)
+            if code is not None and not distributed.is_alone():  # agreed upon by all
+                sys.exit(code)
+            distributed.leave_at_once(code or 130)
         except Exception as e:
             known = isinstance(e, ValueError | OSError | FloatingPointError)
             if distributed.tell_if_peer_lost(e):
