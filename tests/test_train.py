@@ -390,7 +390,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     workdir = str(tmp_path / "w")
     c = tiny.config(tiny_data, schedule=HEAD, total_steps=1, evals={})
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "jit_step", lambda *_: 1 / 0)
+        patch.setattr(train.Soundness, "add", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(c, workdir)
     assert os.path.exists(os.path.join(workdir, "base.npz"))
