@@ -15,7 +15,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import string
@@ -477,8 +476,10 @@ def judge_folder(
     }
     lines = [x for x in read_judgements(folder) if x.get("judge") in others]
     lines += [{"judge": version, **line} for line in judgements]
-    _write(folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    _write(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")
+    results.write_whole(
+        folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+    )
+    results.write_whole(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")
     return entry
 
 
@@ -506,16 +507,6 @@ def read_judgements(folder):
 def _plain(figures):
     """What isn't finite as None: NaN is no JSON."""
     return {k: x if math.isfinite(x) else None for k, x in figures.items()}
-
-
-def _write(path, text):
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def format_table(entry):

@@ -71,8 +71,8 @@ def write(folder, rows, metrics, about):
     if not distributed.is_main():
         return
     folder = pathlib.Path(folder)
-    _write(folder / PREDICTIONS, "".join(map(_line, rows)))
-    _write(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
+    write_whole(folder / PREDICTIONS, "".join(map(_line, rows)))
+    write_whole(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
     (folder / PART).unlink(missing_ok=True)
 
 
@@ -120,7 +120,7 @@ class Part:
             header = plain(identity, "about")
             sound, found = _read(path, header) if resume else (0, [])
             if not sound:
-                _write(path, _line(header))
+                write_whole(path, _line(header))
             else:
                 os.truncate(path, sound)
             self._file = open(path, "a", encoding="utf-8")
@@ -178,8 +178,8 @@ def _line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _write(path, text):
-    """Whole or not at all: under another name first, then renamed."""
+def write_whole(path, text):
+    """Writes a file whole or not at all: under another name first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(partial, "w", encoding="utf-8") as f:
