@@ -1,0 +1,359 @@
+"""Headless Chromium for tests of our pages, spoken to over its DevTools protocol.
+
+The protocol runs over a pair of pipes (`--remote-debugging-pipe`): no port, no web socket, nothing
+but the standard library. A page's complaints (console errors, exceptions, what its content policy
+refused) and the addresses that it asked for are collected, so that a test can say
+
+    with chromium.browser(tmp_path) as page:
+        page.open(tmp_path / "report.html")
+        page.click("#token-3")
+        assert page.js("document.title") == "…"
+        assert page.problems == [] and page.outside == []
+
+Tests carry `@chromium.needed`, which skips them with a reason where there is no Chromium
+(Debian: `apt-get install chromium`; PALIGEMMA_MED_CHROMIUM names another binary). No test needs the
+network, and host names do not resolve.
+"""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import select
+import shutil
+import signal
+import time
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+TIMEOUT = 60  # s, for anything: eight programs may share two cores
+LOCAL = ("file:", "data:", "blob:", "about:")
+_FLAGS = """
+    --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
+    --no-default-browser-check --disable-extensions --disable-background-networking --disable-sync
+    --disable-component-update --disable-default-apps --disable-domain-reliability --mute-audio
+    --hide-scrollbars --force-color-profile=srgb --force-device-scale-factor=1
+    --remote-debugging-pipe
+""".split()
+_KEYS = {  # name -> (code, virtual key, text)
+    "Enter": ("Enter", 13, "\r"),
+    "Tab": ("Tab", 9, ""),
+    "Escape": ("Escape", 27, ""),
+    " ": ("Space", 32, " "),
+    "ArrowLeft": ("ArrowLeft", 37, ""),
+    "ArrowUp": ("ArrowUp", 38, ""),
+    "ArrowRight": ("ArrowRight", 39, ""),
+    "ArrowDown": ("ArrowDown", 40, ""),
+    "Home": ("Home", 36, ""),
+    "End": ("End", 35, ""),
+}
+_SHIFT = 8
+
+
+def find():
+    """Path of a Chromium, or None."""
+    if named := os.environ.get("PALIGEMMA_MED_CHROMIUM"):
+        return shutil.which(named)
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+needed = pytest.mark.skipif(
+    find() is None, reason="no chromium here (apt-get install chromium, or PALIGEMMA_MED_CHROMIUM)"
+)
+
+
+@contextlib.contextmanager
+def browser(folder, *, width=1280, height=900):
+    """A `Page` in a Chromium of its own, which ends with the block.
+
+    Args:
+      folder: takes the profile (removed at the end), the log and downloads, each in its own place.
+    """
+    folder = pathlib.Path(folder)
+    profile = folder / ".chromium"
+    profile.mkdir(parents=True, exist_ok=True)
+    pid, to, of = _start(profile, f"--window-size={width},{height}", folder / "chromium.log")
+    try:
+        yield Page(_Pipe(to, of, folder / "chromium.log"), folder, width, height)
+    finally:
+        os.close(to)
+        os.close(of)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # its own group: renderers end with it
+        os.waitpid(pid, 0)
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+def _start(profile, size, log):
+    """(pid, file to write to, file to read from). Chromium reads at 3 and writes at 4."""
+    its_in, to = map(_high, os.pipe())
+    of, its_out = map(_high, os.pipe())
+    command = [find(), *_FLAGS, size, f"--user-data-dir={profile}",
+               "--host-resolver-rules=MAP * ~NOTFOUND", "about:blank"]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "DBUS_SESSION_BUS_ADDRESS"}
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+        (os.POSIX_SPAWN_DUP2, its_in, 3),
+        (os.POSIX_SPAWN_DUP2, its_out, 4),
+    ]
+    pid = os.posix_spawn(command[0], command, env, file_actions=actions, setpgroup=0)
+    os.close(its_in)
+    os.close(its_out)
+    return pid, to, of
+
+
+def _high(fd):
+    """The same file at a number that 3 and 4 can't clash with."""
+    out = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16)
+    os.close(fd)
+    return out
+
+
+class _Pipe:
+    """Messages: JSON, each ended by a zero byte."""
+
+    def __init__(self, to, of, log):
+        self._to, self._of, self._log = to, of, log
+        self._buffer, self._waiting = b"", []
+
+    def send(self, message):
+        data = json.dumps(message).encode() + b"\0"
+        while data:
+            data = data[os.write(self._to, data) :]
+
+    def receive(self, until):
+        """The next message, or None at the time `until`."""
+        while not self._waiting:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._of], [], [], left)[0]:
+                return None
+            data = os.read(self._of, 1 << 20)
+            if not data:
+                raise RuntimeError(f"chromium ended:\n{self._log.read_text(errors='replace')}")
+            *whole, self._buffer = (self._buffer + data).split(b"\0")
+            self._waiting += map(json.loads, whole)
+        return self._waiting.pop(0)
+
+
+class Page:
+    """One tab. Attributes after `open`:
+
+    problems: str each: console errors and warnings, exceptions, refusals by the content policy.
+    requests: all addresses asked for, the page's own first.
+    outside: those of them that are no local file, data or blob: what would leave the machine.
+    """
+
+    def __init__(self, pipe, folder, width, height):
+        self._pipe, self._count, self._session = pipe, 0, None
+        self._folder, self._loaded = folder, False
+        self.problems, self.requests = [], []
+        targets = self._call("Target.getTargets")["targetInfos"]
+        tab = next(t["targetId"] for t in targets if t["type"] == "page")
+        attached = self._call("Target.attachToTarget", targetId=tab, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+        self.resize(width, height)
+
+    # What a test asks for.
+
+    def open(self, path):
+        """Opens a file (or an address that has a scheme) and waits until it is loaded."""
+        address = str(path)
+        if "://" not in address and not address.startswith(LOCAL):
+            address = pathlib.Path(path).resolve().as_uri()
+        self.problems, self.requests, self._loaded = [], [], False
+        said = self._call("Page.navigate", url=address)
+        if said.get("errorText"):
+            raise RuntimeError(f"{address}: {said['errorText']}")
+        self._until(lambda: self._loaded, f"{address} to load")
+
+    @property
+    def outside(self):
+        return [url for url in self.requests if not url.startswith(LOCAL)]
+
+    def js(self, expression):
+        """The value of an expression in the page, as JSON carries it; promises are awaited.
+
+        The protocol evaluates it: the page's content policy, which forbids eval, stays in force.
+        """
+        said = self._call("Runtime.evaluate", expression=expression, returnByValue=True,
+                          awaitPromise=True)  # fmt: skip
+        if "exceptionDetails" in said:
+            raise RuntimeError(f"{expression}: {_exception(said['exceptionDetails'])}")
+        return said["result"].get("value")
+
+    def wait(self, expression, timeout=TIMEOUT):
+        """Waits until an expression is true."""
+        self._until(lambda: self.js(f"!!({expression})"), expression, timeout)
+
+    def text(self, selector):
+        """The visible text of the first element; RuntimeError if there is none."""
+        return self.js(f"{_element(selector)}.innerText")
+
+    def count(self, selector):
+        return self.js(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+    def center(self, selector):
+        """(x, y) of its middle in the window, after scrolling there."""
+        x, y, width, height = self.box(selector)
+        return x + width / 2, y + height / 2
+
+    def box(self, selector):
+        """(x, y, width, height) in the window, after scrolling there."""
+        return self.js(
+            f"(() => {{const e = {_element(selector)};"
+            "e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});"
+            "const r = e.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; })()"
+        )
+
+    def click(self, selector, *, at=(0.5, 0.5), shift=False):
+        """A real click of the mouse into an element; `at` in fractions of its width and height."""
+        x, y, width, height = self.box(selector)
+        self.drag([(x + at[0] * width, y + at[1] * height)], shift=shift)
+
+    def drag(self, points, *, shift=False):
+        """Presses the mouse at the first point of the window, moves along, lets go at the last."""
+        held = dict(button="left", clickCount=1, modifiers=_SHIFT if shift else 0)
+
+        def mouse(kind, x, y, **kw):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **kw)
+
+        mouse("mouseMoved", *points[0], modifiers=held["modifiers"])
+        mouse("mousePressed", *points[0], **held)
+        for point in points[1:]:
+            mouse("mouseMoved", *point, buttons=1, **held)
+        mouse("mouseReleased", *points[-1], **held)
+
+    def key(self, name, *, shift=False):
+        """Presses a key where the focus is: a name of `_KEYS`, or a character."""
+        code, number, text = _KEYS.get(name, (name, ord(name.upper()[0]), name))
+        same = dict(key=name, code=code, windowsVirtualKeyCode=number,
+                    modifiers=_SHIFT if shift else 0)  # fmt: skip
+        down = dict(type="keyDown", text=text) if text else dict(type="rawKeyDown")
+        self._call("Input.dispatchKeyEvent", **down, **same)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **same)
+
+    def write(self, text):
+        """Types text where the focus is."""
+        self._call("Input.insertText", text=text)
+
+    def set(self, selector, value):
+        """Sets the value of a field, list or slider, and tells the page as a user's change does."""
+        self.js(
+            f"(() => {{const e = {_element(selector)};"
+            f"e.value = {json.dumps(value)};"
+            "for (const t of ['input', 'change'])"
+            " e.dispatchEvent(new Event(t, {bubbles: true}));})()"
+        )
+
+    def focused(self):
+        """What has the focus: "tag#id.class"."""
+        return self.js(
+            "(e => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') +"
+            " [...e.classList].map(c => '.' + c).join(''))(document.activeElement)"
+        )
+
+    def resize(self, width, height):
+        """Size of the window in CSS pixels."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                   deviceScaleFactor=1, mobile=False)  # fmt: skip
+
+    def emulate(self, *, dark=None, reduced_motion=None, media=""):
+        """Preferences of the user; media="print" shows the page as it would be printed."""
+        features = {
+            "prefers-color-scheme": {True: "dark", False: "light"}.get(dark, ""),
+            "prefers-reduced-motion": {True: "reduce"}.get(reduced_motion, ""),
+        }
+        self._call("Emulation.setEmulatedMedia", media=media,
+                   features=[dict(name=k, value=v) for k, v in features.items()])  # fmt: skip
+
+    def screenshot(self, path, *, whole=True):
+        """A PNG of the window, or of the whole page."""
+        said = self._call("Page.captureScreenshot", captureBeyondViewport=whole, format="png",
+                          **(dict(clip=self._whole()) if whole else {}))  # fmt: skip
+        pathlib.Path(path).write_bytes(base64.b64decode(said["data"]))
+
+    def downloads(self):
+        """Lets the page save files; → the folder where they arrive."""
+        folder = self._folder / "downloads"
+        folder.mkdir(exist_ok=True)
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        return folder
+
+    def downloaded(self, timeout=TIMEOUT):
+        """Waits for a whole file in that folder, takes it → (name, bytes)."""
+        folder, found = self._folder / "downloads", []
+
+        def arrived():
+            found[:] = [p for p in folder.iterdir() if p.suffix not in (".crdownload", ".tmp")]
+            return found
+
+        self._until(arrived, "a download", timeout)
+        data = found[0].read_bytes()
+        found[0].unlink()
+        return found[0].name, data
+
+    # The protocol.
+
+    def _whole(self):
+        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
+        return dict(x=0, y=0, width=size["width"], height=size["height"], scale=1)
+
+    def _call(self, method, **params):
+        self._count += 1
+        message = dict(id=self._count, method=method, params=params)
+        if self._session and not method.startswith(("Target.", "Browser.")):
+            message["sessionId"] = self._session
+        self._pipe.send(message)
+        until = time.monotonic() + TIMEOUT
+        while (said := self._pipe.receive(until)) is not None:
+            if said.get("id") == self._count:
+                if "error" in said:
+                    raise RuntimeError(f"{method}: {said['error']['message']}")
+                return said["result"]
+            self._heard(said)
+        raise TimeoutError(f"chromium didn't answer {method} in {TIMEOUT} s")
+
+    def _until(self, is_so, what, timeout=TIMEOUT):
+        until = time.monotonic() + timeout
+        while not is_so():
+            if time.monotonic() > until:
+                raise TimeoutError(f"waited {timeout} s for {what}")
+            if said := self._pipe.receive(min(until, time.monotonic() + 0.02)):
+                self._heard(said)
+
+    def _heard(self, message):
+        params = message.get("params", {})
+        match message.get("method"):
+            case "Page.loadEventFired":
+                self._loaded = True
+            case "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+            case "Network.webSocketCreated":
+                self.requests.append(params["url"])
+            case "Runtime.exceptionThrown":
+                self.problems.append(_exception(params["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning", "assert"):
+                said = [str(a.get("value", a.get("description"))) for a in params["args"]]
+                self.problems.append(f"console.{params['type']}: {' '.join(said)}")
+            case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
+                entry = params["entry"]
+                self.problems.append(f"{entry['source']}: {entry['text']} {entry.get('url', '')}")
+
+
+def _element(selector):
+    quoted = json.dumps(selector)
+    return (
+        f"(document.querySelector({quoted}) || (() => {{throw new Error("
+        f"'no element ' + {quoted})}})())"
+    )
+
+
+def _exception(details):
+    return details.get("exception", {}).get("description") or details["text"]
