@@ -1,0 +1,65 @@
+"""One unit of work: a row of a source and a template. What its reply depends on is in its key.
+
+Replies are the expensive part. A backend puts each into the journal under its unit's key; all that
+follows is made of the journal. What the parts of this package tell each other:
+
+  A record of the journal (a line of F.journal) is {"key", "score" (usable pairs, None where there
+  are none), "reply" (whole), "finish" ("stop", "length", "too_long", or what a server says),
+  "usage" ([prompt, completion] tokens or None), "model" (as a server calls it, else None), "time",
+  "problem" (why it can't be used, "" if it can), "seconds" (its share of the time it took),
+  "versions" ({package: version}), "system_fingerprint" (of a server, or None)}.
+
+  A backend is `answer(units, journal, ..., progress)`: it asks for each unit that isn't `settled`
+  and adds what comes, `progress(replies, tokens)` after each step.
+
+  `about` is what a whole run has in common: {"model", "weights" (fingerprint, "" for a server),
+  "backend", "settings" (of decoding), "seed", "pairs", "examples" (digest, "" without)}.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+from tools.synthesize_qa import templates
+from tools.synthesize_qa.sources import Row
+from tools.synthesize_qa.templates import Template
+
+MAX_REPLIES = 2  # the second with the reason why the first couldn't be used
+TOO_LONG = "too_long"  # finish of a unit whose prompt has no room in the model; asked never again
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A row and a template. number: from 0 in source order. key: 64 hexadecimal digits."""
+
+    number: int
+    key: str
+    row: Row
+    template: Template
+    pairs: int
+    examples: tuple[dict, ...] = ()
+
+    def messages(self, attempt: int = 0, problem: str = "") -> list[dict[str, str]]:
+        """The chat messages that ask for its reply; see `templates.messages`."""
+        return templates.messages(
+            self.template, self.row, self.pairs, attempt, problem, self.examples
+        )
+
+
+def settled(records) -> bool:
+    """Whether a unit with these records isn't asked (again)."""
+    return (
+        len(records) >= MAX_REPLIES
+        or any(r["score"] is not None for r in records)
+        or any(r["finish"] == TOO_LONG for r in records)
+    )
+
+
+def digest(value) -> str:
+    """SHA-256 of a JSON-able value, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def key_of(row: Row, template: Template, about: dict) -> str:
+    """What a reply depends on: the row, the template, the model and how it decodes."""
+    return digest([row.digest, template.digest, about])
