@@ -27,6 +27,8 @@ micro, accum
 epochs   the paper gives none for stage 2. Defaults are where the curves of validation loss in the
          authors' article end or are lowest: ROCO 7, MedPix 4, both 9, PMC-VQA 4.
 lr       1e-5, table 3.
+letters  False (default). True, for sets of synthesised multiple choice alone: the four options stand
+         in the prompt, and the letter is the answer (MedPix and ROCO; stage2_pmc_vqa always does).
 samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
          temperature 1 here (it names none).
 
@@ -51,6 +53,15 @@ _LORA = {
     "figure": [("img/.*|llm/layers/.*", True)],
     "llm": [("llm/layers/attn/.*", True)],
 }
+# What stands behind a question with options in the prompt.
+SHOWN = " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}"
+# For `stage2`: the argument `letters`, and what it changes.
+LETTERS = dict(
+    letters=False,
+    choices=lambda args: SHOWN if args.letters else "",
+    answer_key=lambda args: "answer_letter" if args.letters else "answer",
+    protocol=lambda args: "multiple_choice" if args.letters else "open",
+)
 _PROMPTS = {"en": common.PROMPT, "bare": "answer {question}"}
 
 

@@ -12,12 +12,11 @@ Arguments: answer, version, stage1 or init, and the variants that configs/common
 
 from configs import common_3b
 
-_CHOICES = " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}"
 _ANSWERS = {"letter": "answer_letter", "text": "answer"}
 
 
 def _choices(args):
-    return "" if args.version.endswith("_open") else _CHOICES
+    return "" if args.version.endswith("_open") else common_3b.SHOWN
 
 
 def _answer_key(args):

@@ -5,7 +5,7 @@
 
 Data: `rocov2/qa`, or with `version=v1` `roco_v1/qa`: what the paper calls ROCO v2.0 is v1 by the
 ids in the authors' files.
-Arguments: version, stage1 or init, and the variants that configs/common_3b.py lists and argues.
+Arguments: version, letters, stage1 or init, and the variants that configs/common_3b.py lists and argues.
 """
 
 from configs import common_3b
@@ -15,5 +15,5 @@ def get_config(arg=None):
     # Answers come from captions: 20 words on average, a few over 200.
     return common_3b.stage2(
         arg, lambda args: dict(rocov2=common_3b.roco(args)), epochs=7, text_len=256,
-        max_new_tokens=128, version="v2",
+        max_new_tokens=128, version="v2", **common_3b.LETTERS,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from data_prep.vqa_builder import Option, VqaBuilder, vqa_features
 
 CAPTION_QUESTION = "Describe this image."
 QA_FILES = ("qa.jsonl", "qa.json", "qa.csv", "qa_pairs_generated_all.json")
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d", "answer_letter")
 _EXAMPLES = 3
 # MedM's csv files name the split their authors made; ours are the release's.
 _THEIR_SPLITS = {"train": "train", "valid": "validate", "validation": "validate", "test": "test"}
@@ -39,7 +40,16 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
     HOMEPAGE = LICENSE = ""
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="caption", description="One row per image and caption"),
-        tfds.core.BuilderConfig(name="qa", description="Question-answer pairs made from them"),
+        # A version of its own, so that captions needn't be built again.
+        tfds.core.BuilderConfig(
+            name="qa",
+            version=tfds.core.Version("1.1.0"),
+            release_notes={
+                "1.0.0": "First version.",
+                "1.1.0": "choice_a to choice_d and answer_letter, for multiple choice.",
+            },
+            description="Question-answer pairs made from them",
+        ),
     ]
     OPTIONS = {
         "qa": Option(None, f"file(s,) of question-answer pairs; else {QA_FILES[0]} in manual_dir."),
@@ -64,6 +74,8 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         names = (*self.FEATURES, "content_type", "qa_rule", "qa_mode")
+        if self.builder_config.name == "qa":
+            names += CHOICES
         return self.dataset_info_from_configs(
             features=vqa_features(**{name: tfds.features.Text() for name in names}),
             homepage=self.HOMEPAGE,
@@ -234,8 +246,12 @@ def _sort_pairs(
                 unknown = unknown or pair.image_id
                 books.flag("pairs", "no such image in the release, left out", pair.question_id)
                 continue
+            choices, problem = _choices(pair)
+            if problem:
+                books.flag("pairs", f"choices left out, {problem}", pair.question_id)
             writers[split_of[pair.image_id]].write(
                 {
+                    **choices,
                     "question": pair.question,
                     "answer": pair.answer,
                     "answer_type": pair.answer_type,
@@ -261,6 +277,25 @@ def _sort_pairs(
     }
     files = [str(pathlib.Path(p).expanduser().resolve()) for p in qa]
     return rows, {"files": files, **books.to_report()}
+
+
+def _choices(pair: medm_qa.Pair) -> tuple[dict[str, str], str]:
+    """({key of CHOICES: text}, what is wrong with them or ""); all "" without four good ones."""
+    found = {key: pair.extra.get(key, "").strip() for key in CHOICES}
+    *options, letter = found.values()
+    letter = found["answer_letter"] = letter.upper()
+    nothing = dict.fromkeys(CHOICES, "")
+    if not any(options):
+        return nothing, "a letter without choices" if letter else ""
+    if not all(options):
+        return nothing, "fewer than four"
+    if len({" ".join(o.lower().split()) for o in options}) < len(options):
+        return nothing, "two alike"
+    if letter not in tuple("ABCD"):
+        return nothing, "no letter A to D"
+    if options["ABCD".index(letter)] != pair.answer:
+        return nothing, "the letter's isn't the answer"
+    return found, ""
 
 
 def _pair_rows(

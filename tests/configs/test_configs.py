@@ -188,6 +188,17 @@ def test_roco_v1_in_place_of_v2(name):
         get_config(name, "version=v3")
 
 
+@pytest.mark.parametrize("name", ["stage2_medpix2", "stage2_rocov2"])
+def test_letters_are_asked_for_where_wanted(name):
+    plain, letters = get_config(name), get_config(name, "letters")
+    pmc = get_config("stage2_pmc_vqa")
+    for a, b in zip(letters.evals.values(), pmc.evals.values()):
+        assert (a.protocol, a.choices, a.options) == (b.protocol, b.choices, b.options)
+    assert "{choice_d}" in letters.input.pp and "inkey='answer_letter'" in letters.input.pp
+    assert letters.predict_pp == pmc.predict_pp.replace("192", "256")
+    assert "choice" not in str(plain) and "answer_letter" not in str(plain)
+
+
 def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
     tok = get_tokenizer("tiny")
     for arg, expected in (("", "C"), ("answer=text", ANSWER)):

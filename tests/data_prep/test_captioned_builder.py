@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import captioned_builder, image_store, roco_fake
+from data_prep import captioned_builder, image_store, medm_qa, roco_fake
 from data_prep.build import build
 from data_prep.files import DataError
 from data_prep.medpix2 import fake as medpix_fake
@@ -33,7 +33,8 @@ def _read(data_dir, name, split):
 
 
 def _report(data_dir, name):
-    return json.loads((data_dir / name / "1.0.0" / "build_report.json").read_text())
+    (path,) = (data_dir / name).glob("1.*/build_report.json")
+    return json.loads(path.read_text())
 
 
 def _build(tmp_path, name, config="caption", **options):
@@ -258,6 +259,47 @@ def test_qa_needs_pairs_and_captions_take_none(tmp_path):
     assert "--qa=FILE" in _message(tmp_path, "rocov2", "qa")
     assert "--config=qa" in _message(tmp_path, "rocov2", "caption", qa="x.jsonl")
     assert "x.jsonl" in _message(tmp_path, "rocov2", "qa", qa="x.jsonl")
+
+
+GOOD = dict(choice_a="CT", choice_b="MR", choice_c="A film", choice_d="Ultrasound")
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_multiple_choice_goes_through(tmp_path, name):
+    write, write_qa, _ = MAKE[name]
+    write(tmp_path / "raw")
+    plain = next(medm_qa.read_qa(write_qa(tmp_path / "plain.jsonl")))
+    row = dict(image_id=plain.image_id, question="Modality?", answer="MR", **GOOD)
+    wrong = {
+        "none": dict.fromkeys(GOOD, "") | {"answer_letter": ""},
+        "a letter without choices": dict.fromkeys(GOOD, ""),
+        "fewer than four": {"choice_d": " "},
+        "two alike": {"choice_d": "ct"},
+        "no letter A to D": {"answer_letter": "E"},
+        "the letter's isn't the answer": {"answer_letter": "A"},
+    }
+    rows = [dict(row, question_id="good", answer_letter="b")]
+    rows += [
+        dict(row, **{"question": f"{k}?", "question_id": k, "answer_letter": "B", **change})
+        for k, change in wrong.items()
+    ]
+    qa = tmp_path / "qa.jsonl"
+    qa.write_text("\n".join(map(json.dumps, rows)) + "\n" + (tmp_path / "plain.jsonl").read_text())
+    _build(tmp_path, name, "qa", qa=str(qa))
+    keys = captioned_builder.CHOICES
+    made = _read(tmp_path / "d", f"{name}/qa", "train")
+    assert {k: made["good"][k] for k in keys} == {**GOOD, "answer_letter": "B"}
+    assert made["good"]["question"] == "Modality?" and made["good"]["answer"] == "MR"
+    assert len(made) > len(rows)  # the plain ones are there, too
+    for key, found in made.items():
+        if key != "good":
+            assert [found[k] for k in keys] == [""] * 5, key
+    flags = _report(tmp_path / "d", f"{name}/qa")["qa"]["splits"]["pairs"]["flags"]
+    told = {k.partition("choices left out, ")[2]: v["first"] for k, v in flags.items()}
+    assert {k: told[k] for k in wrong if k != "none"} == {k: [k] for k in wrong if k != "none"}
+    assert "none" not in str(told)
+    _build(tmp_path, name)
+    assert not set(keys) & set(next(iter(_read(tmp_path / "d", name, "train").values())))
 
 
 @pytest.mark.parametrize("bad", ["../../secret", "/etc/passwd", "..\\..\\secret", "C:\\secret"])
