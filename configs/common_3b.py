@@ -27,7 +27,7 @@ micro, accum
 epochs   the paper gives none for stage 2. Defaults are where the curves of validation loss in the
          authors' article end or are lowest: ROCO 7, MedPix 4, both 9, PMC-VQA 4.
 lr       1e-5, table 3.
-letters  False (default). True, for sets of synthesised multiple choice alone: the four options stand
+letters  False (default). True, for sets of synthesised multiple choice alone: the options stand
          in the prompt, and the letter is the answer (MedPix and ROCO; stage2_pmc_vqa always does).
 samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
          temperature 1 here (it names none).

@@ -5,7 +5,7 @@
 
 Data: `rocov2/qa`, or with `version=v1` `roco_v1/qa`: what the paper calls ROCO v2.0 is v1 by the
 ids in the authors' files.
-Arguments: version, letters, stage1 or init, and the variants that configs/common_3b.py lists and argues.
+Arguments: version, letters, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 
 from configs import common_3b
