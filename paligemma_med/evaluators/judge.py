@@ -204,7 +204,7 @@ def judge(rows, protocol, *, model, cache, who=("model",), samples=None, setting
                                 settings=settings)  # fmt: skip
     before = judge_client.totals(cache, requests)
     why, faults = judge_client.ask_all(
-        requests, lambda reply: parse(reply, spec.scores), cache, model=model, settings=settings,
+        requests, lambda _, reply: parse(reply, spec.scores), cache, model=model, settings=settings,
         **client,
     )  # fmt: skip
     for line in judgements:

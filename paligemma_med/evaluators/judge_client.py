@@ -1,8 +1,9 @@
-"""Asks an OpenAI-compatible server many small questions, each until there is a usable reply.
+"""Asks an OpenAI-compatible server many questions, each until there is a usable reply.
 
 What it sees to: no reply is lost, since each is on the disk before the next step is taken; none is
 paid for twice, since what is on the disk isn't asked again; nothing is made up, since a question
-without a usable reply stays without one. `judge` says what is asked and how replies are read.
+without a usable reply stays without one. What is asked and how replies are read is the caller's:
+`judge`, and tools/synthesize_qa.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ SETTINGS = (
     "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop",
     "response_format", "reasoning_effort", "frequency_penalty", "presence_penalty", "extra_body",
 )  # fmt: skip
-KEPT_CHARACTERS = 2000  # of a reply; a usable one is short
+KEPT_CHARACTERS = 2000  # of a judge's reply; a usable one is short
 
 
 class ServerError(OSError):
@@ -222,6 +223,9 @@ async def ask_all_async(
     backoff=1.0,
     retry_unusable=False,
     progress=None,
+    settings_of=None,
+    note=None,
+    kept_characters=KEPT_CHARACTERS,
 ):
     """Gets a usable reply to each request that the cache has none of.
 
@@ -232,7 +236,7 @@ async def ask_all_async(
 
     Args:
       requests: {key: function from the attempt's number, 0 up, to messages}.
-      read: function from a reply's text to a score, or None where it is unusable.
+      read: function from a key and a reply's text to a score, or None where it is unusable.
       cache: a `Cache`.
       model: as the server calls it.
       base_url: of the server, ".../v1"; None: OPENAI_BASE_URL, or OpenAI's own.
@@ -248,6 +252,10 @@ async def ask_all_async(
       backoff: s before the second try.
       retry_unusable: count replies of this run alone, so that what was given up is asked again.
       progress: called with their number after each request that is settled.
+      settings_of: function from key and attempt to settings of one request, on top of `settings`.
+      note: function from key, attempt, the record and the server's completion to what else the
+        record is to hold.
+      kept_characters: of a reply; None: all.
 
     Returns:
       ({key: why it has no score}, Counter of faults by kind).
@@ -264,22 +272,23 @@ async def ask_all_async(
     base_url = server_of(base_url)
     api_key = find_key(base_url, api_key)
     clean = _cleaner(api_key)
-    state = _State(replies=sum(len(cache.replies(key)) for key in requests))
+    state = _State(replies=sum(map(cache.count, requests)))
     pace = _Pace(requests_per_minute, state)
     unjudged, faults = {}, collections.Counter()
 
     async def one(key):
-        had = len(cache.replies(key)) if retry_unusable else 0
+        had = cache.count(key) if retry_unusable else 0
         in_a_row = 0
-        while (attempt := len(cache.replies(key))) < had + max_replies:
+        while (attempt := cache.count(key)) < had + max_replies:
             await pace.turn()
             if state.stop:
                 return
             messages = requests[key](attempt)
+            own = check_settings(settings_of(key, attempt)) if settings_of else {}
             try:
                 async with asyncio.timeout(timeout):
                     completion = await client.chat.completions.create(
-                        model=model, messages=messages, **settings
+                        model=model, messages=messages, **settings | own
                     )
                 record = _record(key, completion)
             except _FAULTS + (openai.APIError,) as e:
@@ -311,8 +320,9 @@ async def ask_all_async(
                 continue
             in_a_row = state.given_up = 0
             state.replies += 1
-            score = read(record["reply"])
-            cache.add({**record, "score": score, "reply": clean(record["reply"])[:KEPT_CHARACTERS]})
+            score = read(key, record["reply"])
+            record |= dict(score=score, reply=clean(record["reply"])[:kept_characters])
+            cache.add(record | (note(key, attempt, record, completion) if note else {}))
             if score is not None:
                 return
         unjudged[key] = f"no usable reply in {attempt}"
@@ -473,7 +483,7 @@ def _import_openai():
         import openai
     except ImportError:
         raise ValueError(
-            "the judge needs the openai package: pip install 'paligemma_med[judge]'."
+            "servers are asked through the openai package: pip install 'paligemma_med[judge]'."
         ) from None
     return openai
 

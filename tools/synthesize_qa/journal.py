@@ -5,39 +5,29 @@ what is dropped, files) is derived from them as often as one likes. It is the ju
 append-only file of JSON lines, one process's at a time, on the disk before the next step is taken,
 a last line or batch that a crash cut off dropped. Both backends write it.
 
-A line has at least
-
-    key         of the unit, that is source row × template × model × settings (`run`)
-    score       number of usable pairs in the reply; None where there is none
-    reply       the whole text
-    finish      why it ended: "stop", "length", …
-    usage       [prompt tokens, completion tokens], or None where the server didn't say
-    model       as the backend calls it
-    time        s since 1970
-
-and for people who read it row_id, template, attempt and seconds. A unit is settled by its first
-reply with pairs in it, or by MAX_REPLIES without.
+`units` says what a line holds.
 """
 
 import glob
 import re
 
 from paligemma_med.evaluators.judge_client import Cache
+from tools.synthesize_qa import write
 
-MAX_REPLIES = 2  # the second is told what was wrong with the first
 WHAT = "a reply in a journal of tools.synthesize_qa"
 
 
 def path_of(output, shard=None):
-    """The journal of an output file: F.journal, that of shard (i, n) F.journal.i-of-n."""
-    return f"{output}.journal" + (f".{shard[0]}-of-{shard[1]}" if shard else "")
+    """The journal of an output file: of qa.jsonl qa.journal, that of shard (i, n)
+    qa.journal.i-of-n."""
+    return str(write.paths_of(output).journal) + (f".{shard[0]}-of-{shard[1]}" if shard else "")
 
 
 def paths_of(output):
     """All journals of an output file that there are: its own, then those of shards by n and i."""
-    found = []
-    for path in glob.glob(glob.escape(f"{output}.journal") + "*"):
-        if shard := re.fullmatch(r"(?:\.(\d+)-of-(\d+))?", path.removeprefix(f"{output}.journal")):
+    own, found = path_of(output), []
+    for path in glob.glob(glob.escape(own) + "*"):
+        if shard := re.fullmatch(r"(?:\.(\d+)-of-(\d+))?", path.removeprefix(own)):
             found.append(([int(x or 0) for x in shard.groups()[::-1]], path))
     return [path for _, path in sorted(found)]
 
@@ -88,13 +78,3 @@ class Journals:
 
     def __exit__(self, *_):
         self.close()
-
-
-def is_settled(journal, key):
-    """Whether nothing is to be asked about a unit any more."""
-    return journal.score(key) is not None or journal.count(key) >= MAX_REPLIES
-
-
-def answer_of(records):
-    """Of a unit's records (index, the one that counts), or None if none can be used."""
-    return next(((i, r) for i, r in enumerate(records) if r["score"] is not None), None)

@@ -1,0 +1,114 @@
+"""The server backend: any OpenAI-compatible server answers units, many of them at a time.
+
+vLLM, Ollama, llama.cpp, or a service: the way to several GPUs and to models that don't fit here.
+What is done about faults, limits and keys is `judge_client`'s; here is what a request of a unit
+is. A unit whose requests find no reply at all stays without one, and the next run asks again.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from paligemma_med.evaluators import judge_client
+from paligemma_med.evaluators.judge_client import ServerError
+from tools.synthesize_qa import units as units_lib
+
+__all__ = ["ServerError", "answer", "seed_of"]
+
+
+def seed_of(seed: int, key: str, attempt: int) -> int:
+    """The seed of a request, 0 up to 2^31: another one for each unit and attempt, the same in
+    whatever order they are asked."""
+    text = json.dumps([seed, key, attempt]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+
+
+def answer(
+    units: Iterable[units_lib.Unit],
+    journal: Any,
+    model: str,
+    read: Callable[[str, str], Any],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **client: Any,
+) -> dict[str, Any]:
+    """Has a server answer all units that aren't settled; each reply is on the disk as it comes.
+
+    Args:
+      units: see `units`.
+      journal: see `journal`; replies are added to it.
+      model: as the server calls it.
+      read: (text, kind) → `parse.Reply`.
+      settings: arguments of the requests, some of `judge_client.SETTINGS`.
+      seed: a seed made of it goes with each request; None: none, for servers that refuse it.
+      progress: called with the number of replies and of new tokens after each reply. A unit whose
+        first reply can't be used is asked once more, so that there may be more replies than units.
+      client: further arguments of `judge_client.ask_all`: base_url, concurrency, timeout, ….
+
+    Returns:
+      {"unanswered": {key: why} of units that aren't settled (faults; a server that refused them),
+      "faults": {kind: how often}}.
+
+    Raises:
+      ServerError: there is no use in asking on; what came is kept.
+      ValueError: settings, limits or an address that can't be; no key; openai isn't installed.
+    """
+    open_units = {u.key: u for u in units if not units_lib.settled(journal.replies(u.key))}
+    versions = {"openai": _version()}
+    before = time.monotonic()
+
+    def messages(key, attempt):
+        earlier = journal.replies(key)
+        return open_units[key].messages(attempt, earlier[-1]["problem"] if earlier else "")
+
+    @functools.lru_cache(1)  # the score and the note are of the same reply
+    def reply_of(key, text):
+        return read(text, open_units[key].template.kind)
+
+    def note(key, attempt, record, completion):
+        nonlocal before
+        now = time.monotonic()
+        seconds, before = now - before, now
+        tokens = record["usage"][1] if record["usage"] else 0
+        if progress:
+            progress(1, tokens)
+        unit, said = open_units[key], getattr(completion, "system_fingerprint", None)
+        return dict(
+            problem=reply_of(key, record["reply"]).problem,
+            attempt=attempt,
+            row_id=unit.row.row_id,
+            template=f"{unit.template.name}_v{unit.template.version}",
+            seconds=round(seconds, 4),
+            versions=versions,
+            system_fingerprint=said[:200] if isinstance(said, str) else None,
+        )
+
+    why, faults = judge_client.ask_all(
+        {key: functools.partial(messages, key) for key in open_units},
+        lambda key, text: len(reply_of(key, text).pairs) or None,
+        journal,
+        model=model,
+        settings=dict(settings or {}),
+        settings_of=lambda key, attempt: {
+            "seed": None if seed is None else seed_of(seed, key, attempt)
+        },
+        note=note,
+        kept_characters=None,
+        max_replies=units_lib.MAX_REPLIES,
+        **client,
+    )
+    left = {k: text for k, text in why.items() if journal.count(k) < units_lib.MAX_REPLIES}
+    return {"unanswered": left, "faults": dict(faults)}
+
+
+def _version():
+    try:
+        return importlib.metadata.version("openai")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
