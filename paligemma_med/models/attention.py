@@ -3,6 +3,15 @@
 `attend` is used by the image tower and by the language model on whole sequences; `attend_cached`
 is the decoding step, in which several samples of one prompt read the same prefix cache.
 
+Probabilities leave a tower by `capture_attention`: False; True, of all layers at once; or a *fold*,
+which reads a layer's probabilities where they arise, so that no more than one layer's are held. A
+fold is a hashable object with
+
+    init(batch, heads, length) -> state               any tree of arrays, carried over the layers
+    step(state, probs float32[B, N, S, S]) -> (state, out)     outs are stacked along the layers
+
+and a tower then gives (last state, stacked outs) in place of the probabilities.
+
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads,
 G query heads per key/value head (N = K·G), H width of a head, R samples of one prompt,
 M key positions that belong to one sample.
@@ -18,7 +27,7 @@ MASKED = -(2.0**127)
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
-def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False):
+def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False, perturb=None):
     """Softmax attention with grouped key/value heads.
 
     Args:
@@ -30,6 +39,7 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
       impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture).
       capture: also return the probabilities.
+      perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it.
 
     Returns:
       (float[B, T, N, H] in the type of v, probabilities float32[B, N, T, S] or None).
@@ -41,7 +51,7 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attn_impl is {impl!r}; expected one of {IMPLEMENTATIONS}.")
     if impl == "cudnn":
-        if capture:
+        if capture or perturb is not None:
             raise ValueError(
                 "Attention can't be captured under attn_impl='cudnn', whose fused kernel never "
                 "holds the probabilities: use attn_impl='xla'."
@@ -60,6 +70,8 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1)
+    if perturb is not None:
+        probs = probs + perturb.reshape(probs.shape)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])
     if capture:
@@ -99,6 +111,30 @@ def attend_cached(q, prefix, new, *, scale, softcap=None):
     out = jnp.einsum("BRKGS,BSKH->BRKGH", p_prefix, pv.astype(q.dtype))
     out += jnp.einsum("BRKGM,BRMKH->BRKGH", p_new, nv.astype(q.dtype))
     return out.reshape(q.shape)
+
+
+def start_fold(capture, batch, heads, length):
+    """State of `capture_attention` before the first layer; None unless it is a fold."""
+    return None if isinstance(capture, bool) else capture.init(batch, heads, length)
+
+
+def fold_layer(capture, state, probs):
+    """(state, what a layer gives to be stacked) of the probabilities of a layer, None or float32[B,
+    N, S, S]."""
+    return (state, probs) if isinstance(capture, bool) else capture.step(state, probs)
+
+
+def end_folds(capture, state, stacked):
+    """What a tower gives for its attention after the last layer."""
+    return stacked if isinstance(capture, bool) else (state, stacked)
+
+
+def perturbation(module):
+    """The variable "probs" of the collection "perturbations", float32[B, N, T, S], where it is
+    given, else None: it is never made by itself (`paligemma.perturbations`)."""
+    if module.has_variable("perturbations", "probs"):
+        return module.get_variable("perturbations", "probs")
+    return None
 
 
 def _cap(logits, softcap):

@@ -140,7 +140,7 @@ class Attention(nn.Module):
     softcap: float | None
     attn_impl: str
     mode: str
-    capture: bool
+    capture: bool | object
     cache_dtype: str | None
     new_len: int
     num_samples: int
@@ -171,7 +171,7 @@ class Attention(nn.Module):
                 self._prefill(k, v)
             y, probs = attention.attend(
                 q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.attn_impl,
-                capture=self.capture,
+                capture=self.capture is not False, perturb=attention.perturbation(self),
             )  # fmt: skip
         out = Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
         return out("BTNH,NHD->BTD", y), probs
@@ -224,7 +224,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. As a scan body: (carry float[B, T, D], …) → (carry, probabilities)."""
+    """One decoder layer. As a scan body: (carry, …) → (carry, probabilities or a fold's out), the
+    carry being (float[B, T, D], a fold's state or None)."""
 
     mlp_dim: int
     post_norms: bool
@@ -234,11 +235,13 @@ class Block(nn.Module):
     lora: tuple
 
     @nn.compact
-    def __call__(self, x, angles, mask, step):
+    def __call__(self, carry, angles, mask, step):
+        x, state = carry
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = RMSNorm(name="pre_attention_norm")(x)
         adapters = dict(lora=self.lora, deterministic=self.deterministic)
         y, probs = Attention(**self.attn, **adapters, name="attn")(y, angles, mask, step)
+        state, probs = attention.fold_layer(self.attn["capture"], state, probs)
         if self.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
@@ -246,7 +249,7 @@ class Block(nn.Module):
         y = FeedForward(self.mlp_dim, **adapters, name="mlp")(y)
         if self.post_norms:
             y = RMSNorm(name="post_ffw_norm")(y)
-        return constrain(x + drop(y), "act_batch", "act_len", "act_emb"), probs
+        return (constrain(x + drop(y), "act_batch", "act_len", "act_emb"), state), probs
 
 
 class _Model(nn.Module):
@@ -294,10 +297,12 @@ class _Model(nn.Module):
           x: float[B, T, D] from `embed_tokens` or the image tower.
           mask: bool[B, T, T], True where a query (rows) may see a key.
           train: switches dropout on (needs a "dropout" rng).
-          capture_attention: return the probabilities of every layer and head.
+          capture_attention: return the probabilities of every layer and head (True), or what a
+            fold makes of them (`attention`).
 
         Returns:
-          (float[B, T, D] after the final norm, float32[layers, B, N, T, T] or None).
+          (float[B, T, D] after the final norm, float32[layers, B, N, T, T], or (last state, stacked
+          outs) of a fold, or None).
         """
         positions = jnp.arange(x.shape[1])[None]
         return self._layers(x, positions, mask, train=train, capture=capture_attention)
@@ -355,7 +360,8 @@ class _Model(nn.Module):
         block = vit.stacked(
             Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0}
         )
-        x, probs = block(
+        state = attention.start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
+        (x, state), probs = block(
             name="layers",
             mlp_dim=self.mlp_dim,
             post_norms=self.post_norms,
@@ -375,8 +381,8 @@ class _Model(nn.Module):
                 new_len=new_len,
                 num_samples=num_samples,
             ),
-        )(x, rope_angles(positions, self.head_dim), mask, step)
-        return self.final_norm(x), probs
+        )((x, state), rope_angles(positions, self.head_dim), mask, step)
+        return self.final_norm(x), attention.end_folds(capture, state, probs)
 
 
 def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)

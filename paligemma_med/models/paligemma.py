@@ -119,18 +119,27 @@ class Model(nn.Module):
           logit_positions: int32[B, P] text positions to compute logits at; by default all. Only
             the supervised ones are needed in training, and T × V floats are a step's largest array.
           capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
-            "llm/attn" float32[layers, B, heads, S, S] to the out-dict.
+            "llm/attn" float32[layers, B, heads, S, S] to the out-dict. A fold (see `attention`)
+            adds (last state, stacked outs) instead; a pair is for the image tower and the language
+            model, each of them False, True or a fold.
 
         Returns:
           (float32[B, T or P, V] logits, out-dict). Logits at t predict the token at t + 1.
+
+        To differentiate by the probabilities, give `apply` the collection of `perturbations`.
         """
+        of_img, of_llm = (
+            capture_attention
+            if isinstance(capture_attention, tuple)
+            else (capture_attention, capture_attention)
+        )
         (x, input_mask, mask_ar), out = self.embed_image_and_text(
-            image, text, mask_ar=mask_ar, train=train, capture_attention=capture_attention
+            image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
         )
         mask = make_attn_mask(input_mask, mask_ar)
-        pre_logits, probs = self._llm(x, mask, train=train, capture_attention=capture_attention)
+        pre_logits, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
         out["attn_mask"], out["llm/pre_logits"] = mask, pre_logits
-        if capture_attention:
+        if of_llm is not False:
             out["llm/attn"] = probs
         of_text = pre_logits[:, x.shape[1] - text.shape[1] :]
         if logit_positions is not None:
@@ -153,6 +162,32 @@ def _frozen(value):
     if hasattr(value, "items"):
         return FrozenDict({k: _frozen(v) for k, v in value.items()})
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def perturbations(img=None, llm=None):
+    """The collection whose arrays are added to the attention's probabilities of all layers.
+
+    Zeros change nothing; the gradient by them is the gradient by the probabilities:
+
+        model.apply({"params": params, "perturbations": perturbations(llm=zeros)}, …)
+
+    Args:
+      img: float32[layers, B, heads, patches, patches], or None for none.
+      llm: float32[layers, B, heads, S, S], or None.
+    """
+    out = {}
+    if img is not None:
+        attn = {"MultiHeadDotProductAttention_0": {"probs": img}}
+        out["img"] = {"Transformer": {"encoderblock": attn}}
+    if llm is not None:
+        out["llm"] = {"layers": {"attn": {"probs": llm}}}
+    return out
+
+
+def patch_grid(model, image):
+    """(rows, columns) of patches of float[…, height, width, 3]."""
+    patch = vit.Model(**{"variant": "So400m/14", **model.img}).patch_size
+    return tuple(side // p for side, p in zip(image.shape[-3:-1], patch, strict=True))
 
 
 def init_params(model, rng, *, image_size):

@@ -70,7 +70,7 @@ class MultiHeadDotProductAttention(nn.Module):
     num_heads: int
     dtype: str
     attn_impl: str
-    capture: bool
+    capture: bool | object
     lora: tuple
     deterministic: bool
 
@@ -96,35 +96,39 @@ class MultiHeadDotProductAttention(nn.Module):
             for name in ("query", "key", "value")
         )  # fmt: skip
         y, probs = attention.attend(
-            q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture
-        )
+            q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture is not False,
+            perturb=attention.perturbation(self),
+        )  # fmt: skip
         return lora.Dense(width, axis=(-2, -1), name="out", **kw)(y), probs
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm layer. As a scan body: (carry float[B, T, D], None) → (carry, probabilities)."""
+    """One pre-norm layer. As a scan body: (carry, None) → (carry, probabilities or a fold's out),
+    the carry being (float[B, T, D], a fold's state or None)."""
 
     mlp_dim: int
     num_heads: int
     dropout: float
     dtype: str
     attn_impl: str
-    capture: bool
+    capture: bool | object
     lora: tuple
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, carry, _):
+        x, state = carry
         # Submodules are named as linen numbers them in big_vision: LayerNorm_0, MlpBlock_0, …
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y, probs = MultiHeadDotProductAttention(
             self.num_heads, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
         )(y)
+        state, probs = attention.fold_layer(self.capture, state, probs)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = MlpBlock(self.mlp_dim, self.dtype, self.lora, self.deterministic)(y)
-        return constrain(x + drop(y), "act_batch", "act_len", "act_emb"), probs
+        return (constrain(x + drop(y), "act_batch", "act_len", "act_emb"), state), probs
 
 
 class Encoder(nn.Module):
@@ -143,7 +147,8 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, *, deterministic, capture):
         block = stacked(EncoderBlock, self.depth, self.scan, self.remat_policy)
-        x, probs = block(
+        state = attention.start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
+        (x, state), probs = block(
             name="encoderblock",
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
@@ -153,7 +158,8 @@ class Encoder(nn.Module):
             capture=capture,
             lora=self.lora,
             deterministic=deterministic,
-        )(x, None)
+        )((x, state), None)
+        probs = attention.end_folds(capture, state, probs)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x), probs
 
 
@@ -213,7 +219,7 @@ class _Model(nn.Module):
             name="Transformer",
         )(x, deterministic=not train, capture=capture_attention)
         out = {"encoded": x}
-        if capture_attention:
+        if capture_attention is not False:
             out["attn"] = probs
         if self.num_classes:
             x = lora.Dense(
@@ -239,7 +245,8 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
 
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
-      dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention)).
+      dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention, or what
+      a fold gives: see `attention`)).
     """
     kw = {**(decode_variant(variant) if variant else {}), **kw}
     if isinstance(kw.get("patch_size"), int):
@@ -266,7 +273,7 @@ def stacked(block, depth, scan, remat_policy, variable_axes=None):
         block = nn.remat(block, prevent_cse=not scan, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0, **(variable_axes or {})},
+        variable_axes={"params": 0, "perturbations": 0, **(variable_axes or {})},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=depth,

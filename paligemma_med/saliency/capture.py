@@ -1,0 +1,142 @@
+"""The attention of an answer in one teacher-forced pass, whole or as it streams by.
+
+`attention` returns every layer's probabilities: at 448 px and the shapes of the 3B model, 2.4 GB.
+`streamed` reads each layer's where they arise, keeps the answer's rows and the rollout, and never
+holds more than one layer's probabilities.
+
+Axis letters: B batch, L layers, N heads, S positions, P patches, T text positions, R tokens of the
+answer, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paligemma_med.models import paligemma
+from paligemma_med.saliency import raw, rollout
+
+MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
+
+
+class Attention(NamedTuple):
+    """llm float32[L, B, N, S, S]; img float32[layers, B, heads, P, P]; logprobs float32[B, T]."""
+
+    llm: np.ndarray
+    img: np.ndarray
+    logprobs: np.ndarray
+
+
+class Streamed(NamedTuple):
+    """rows float32[L, N, R, S]; rollout float32[R, S]; img_rollout float32[P, P]; mass
+    float32[L, N, R, 3] on image, prompt and answer; logprobs float32[R]."""
+
+    rows: np.ndarray
+    rollout: np.ndarray
+    img_rollout: np.ndarray
+    mass: np.ndarray
+    logprobs: np.ndarray
+
+
+def attention(model, params, batch):
+    """All probabilities of both towers.
+
+    Args:
+      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
+      params: its parameters.
+      batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T]; other keys are ignored.
+
+    Returns:
+      `Attention`. logprobs at t is log p(text[t] | image, text before t), 0 at t = 0.
+
+    Raises:
+      ValueError: under "cudnn".
+    """
+    arrays = {k: batch[k] for k in ("image", "text", "mask_ar")}
+    return Attention(*jax.device_get(_attention(model, params, arrays)))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _attention(model, params, batch):
+    logits, out = model.apply({"params": params}, **batch, capture_attention=True)
+    logprobs = _logprobs(logits[:, :-1], batch["text"][:, 1:])
+    return out["llm/attn"], out["img/attn"], jnp.pad(logprobs, ((0, 0), (1, 0)))
+
+
+def _logprobs(logits, tokens):
+    """float32[B, T, V], int[B, T] → float32[B, T]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+class Rows:
+    """A fold (see `models.attention`): keeps some queries' rows, and rolls attention out.
+
+    State: dict(layer int32[], rolled float32[S, S], queries). Outs: float32[N, R, S]. Batch of one.
+    """
+
+    def __init__(self, queries=None, *, fuse="mean", discard=0.0, start_layer=0):
+        self.queries, self.kw = queries, dict(fuse=fuse, discard=discard)
+        self.start_layer = start_layer
+
+    def init(self, batch, heads, length):
+        if batch != 1:
+            raise ValueError(f"The batch has {batch} rows; expected one.")
+        rolled = jnp.eye(length, dtype=jnp.float32)
+        return dict(layer=jnp.int32(0), rolled=rolled, queries=self.queries)
+
+    def step(self, state, probs):
+        probs, rolled = probs[0], state["rolled"]
+        goes = state["layer"] >= self.start_layer
+        rolled = jnp.where(goes, rollout.step(rolled, probs, **self.kw), rolled)
+        rows = None if state["queries"] is None else probs[:, state["queries"]]
+        return {**state, "layer": state["layer"] + 1, "rolled": rolled}, rows
+
+
+def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0):
+    """The answer's attention, and rollout of both towers, in little memory.
+
+    Args:
+      model, params, batch: as `attention` takes them; B = 1 (`sequence.make`).
+      queries: int[R] positions that predict the answer's tokens, in text: P ≤ query < S − 1.
+      fuse, discard: as `rollout.fused` takes them, for both towers.
+      start_layer: first layer of the language model in the rollout; the image tower's is 0.
+
+    Returns:
+      `Streamed`.
+
+    Raises:
+      ValueError: under "cudnn", for B other than 1, queries outside of the text, bad arguments of
+        the rollout.
+    """
+    queries = np.asarray(queries, np.int32)
+    arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
+    padded = np.pad(queries, (0, -queries.size % MULTIPLE), mode="edge")
+    kw = dict(fuse=fuse, discard=float(discard), start_layer=int(start_layer))
+    rows, rolled, img_rolled, logprobs = jax.device_get(
+        _streamed(model, params, arrays, padded, **kw)
+    )
+    patches, count = len(img_rolled), queries.size
+    prompt = slice(patches, patches + int(np.sum(arrays["mask_ar"] == 0)))
+    rows = rows[:, :, :count]
+    return Streamed(
+        rows, rolled[:count], img_rolled, raw.mass(rows, patches, prompt), logprobs[:count]
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
+def _streamed(model, params, batch, queries, *, fuse, discard, start_layer):
+    """`streamed` without its checks and its mass."""
+    kw = dict(fuse=fuse, discard=discard)
+    folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
+    patches = np.prod(paligemma.patch_grid(model, batch["image"]))
+    at = queries - patches
+    logits, out = model.apply(
+        {"params": params}, **batch, logit_positions=at[None], capture_attention=folds
+    )
+    state, rows = out["llm/attn"]
+    rollout.check_start_layer(start_layer, len(rows))
+    logprobs = _logprobs(logits, batch["text"][:, at + 1])[0]
+    return rows, state["rolled"][queries], out["img/attn"][0]["rolled"], logprobs

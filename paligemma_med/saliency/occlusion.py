@@ -1,0 +1,231 @@
+"""Occlusion: what the answer loses when a part of the image is replaced.
+
+A check that knows nothing of attention or gradients: the model is asked again, and only what it
+says counts. A replaced part is not a missing part: every fill is a picture of its own, and the
+model may react to the fill. So there are four fills, and a finding that one alone shows is weak.
+
+Introduced by Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks"
+(arXiv 1311.2901), section 4.2, there with a grey square; here drops are of log-probability, and a
+cell is replaced exactly, without overlap.
+
+Axis letters: H, W pixels; h, w cells; B images; R response tokens; T text positions.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+import scipy.sparse
+import scipy.sparse.linalg
+
+FILLS = ("blur", "mean", "blank", "inpaint")
+_BUCKET = 8  # response tokens: so few lengths, so few programs are compiled
+
+
+def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32):
+    """Drop of each response token's log-probability when a cell of the image is replaced.
+
+      map[r, y, x] = log p(token r | image) - log p(token r | image with cell (y, x) replaced)
+
+    Positive where the token needs what is there; negative where the token gets likelier without.
+
+    Args:
+      score: float32[B, H, W, 3] → float32[B, R]; see `scorer`.
+      image: float[H, W, 3] in [-1, 1], as the model sees it.
+      grid: (rows, columns) of patches that the image tower cuts it into.
+      cell: side of an occluded square in patches; at the right and lower edge it may be cut.
+      fill: one of FILLS; see `fill_image`.
+      batch_size: images a pass. Every pass has as many: the last is filled up.
+
+    Returns:
+      float32[R, h, w]: with cell=1 the grid itself, else its rows and columns over cell, rounded
+      up.
+
+    Raises:
+      ValueError: a cell, fill, grid or image that can't be.
+    """
+    rows, columns = bands(image.shape[:2], grid, cell)
+    patch = image.shape[0] // grid[0]
+    filling = None if fill == "inpaint" else fill_image(image, None, fill, patch)
+
+    def images():
+        yield image
+        for row in rows:
+            for column in columns:
+                yield replace(image, row[:, None] & column, fill, patch, filling=filling)
+
+    scores = in_batches(score, images(), batch_size)
+    return (scores[0] - scores[1:]).T.reshape(-1, len(rows), len(columns))
+
+
+def region(score, image, mask, *, fill="blur", patch=16):
+    """The response tokens' log-probabilities before and after a given region is replaced.
+
+    Args:
+      score, image, fill: as in `occlusion`.
+      mask: bool[H, W] of the image as the model sees it; True is replaced.
+      patch: side of a patch in pixels, which sets the width of the blur.
+
+    Returns:
+      (before float32[R], after float32[R]).
+    """
+    return tuple(score(np.stack([image, replace(image, mask, fill, patch)])))
+
+
+def bands(size, grid, cell=1):
+    """(bool[h, H], bool[w, W]): the pixels of each row and column of cells of `cell` × `cell`
+    patches. The mask of cell (y, x) is rows[y][:, None] & columns[x].
+
+    Args:
+      size: (H, W) in pixels.
+      grid: (rows, columns) of patches. Pixels that don't fill a patch belong to none, as in the
+        image tower.
+    """
+    if not (isinstance(cell, int) and cell >= 1):
+        raise ValueError(f"cell is {cell!r}; expected a whole number of patches, 1 or more.")
+    out = []
+    for pixels, patches in zip(size, grid, strict=True):
+        if not 1 <= patches <= pixels:
+            raise ValueError(f"grid is {tuple(grid)}; expected 1 to {tuple(size)} patches.")
+        number = np.arange(pixels) // (pixels // patches)
+        number = np.where(number < patches, number // cell, -1)
+        out.append(number == np.arange(-(-patches // cell))[:, None])
+    return tuple(out)
+
+
+def replace(image, mask, fill="blur", patch=16, *, filling=None):
+    """float32[H, W, 3]: the image with the pixels of a bool[H, W] mask replaced; see `fill_image`.
+
+    Args:
+      filling: float[H, W, 3] to take them from, where it is at hand.
+
+    Raises:
+      ValueError: a mask of another shape or type, or an unknown fill.
+    """
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.shape != image.shape[:2]:
+        raise ValueError(
+            f"the mask is {mask.dtype}{list(mask.shape)}; expected bool{list(image.shape[:2])}, "
+            "the image as the model sees it."
+        )
+    filling = fill_image(image, mask, fill, patch) if filling is None else filling
+    return np.where(mask[..., None], filling, np.asarray(image, np.float32))
+
+
+def fill_image(image, mask, fill="blur", patch=16):
+    """What stands in a mask's place, float32[H, W, 3]; its other pixels mean nothing.
+
+    blur     the image under a Gaussian of standard deviation `patch`: rough brightness stays,
+             structure goes. Nothing that the model hasn't seen elsewhere: few edges arise.
+    mean     the image's mean colour.
+    blank    mid-grey, 0: what `evaluators.controls` gives for no image.
+    inpaint  the harmonic function of the surrounding pixels (each new pixel the mean of its four
+             neighbours): a smooth membrane, without anything of what was there. Where all is
+             masked, the same as blank.
+    """
+    image = np.asarray(image, np.float32)
+    if fill == "blur":
+        return scipy.ndimage.gaussian_filter(image, (patch, patch, 0), mode="nearest")
+    if fill == "mean":
+        return np.broadcast_to(image.mean((0, 1)), image.shape)
+    if fill == "blank":
+        return np.zeros_like(image)
+    if fill == "inpaint":
+        return _membrane(image, mask)
+    raise ValueError(f"fill is {fill!r}; expected one of {FILLS}.")
+
+
+def _membrane(image, mask):
+    """Solves the discrete Laplace equation on the masked pixels; beyond the image's edge there are
+    no neighbours, so nothing flows there."""
+    if mask.all():
+        return np.zeros_like(image)
+    out = image.copy()
+    ys, xs = np.nonzero(mask)
+    if not len(ys):
+        return out
+    number = np.full(mask.shape, -1)
+    number[ys, xs] = here = np.arange(len(ys))
+    degree = np.zeros(len(ys))
+    known = np.zeros((len(ys), image.shape[2]))
+    entries = []
+    for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        y, x = ys + dy, xs + dx
+        inside = (y >= 0) & (y < mask.shape[0]) & (x >= 0) & (x < mask.shape[1])
+        degree += inside
+        to = np.where(inside, number[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)], 0)
+        unknown, given = inside & (to >= 0), inside & (to < 0)
+        entries.append((here[unknown], to[unknown]))
+        known[given] += image[y[given], x[given]]
+    rows, columns = (np.concatenate(e) for e in zip(*entries))
+    matrix = scipy.sparse.diags(degree) - scipy.sparse.csr_matrix(
+        (np.ones(len(rows)), (rows, columns)), (len(ys), len(ys))
+    )
+    out[ys, xs] = scipy.sparse.linalg.splu(matrix.tocsc()).solve(known)
+    return out
+
+
+# --- The model ---
+
+
+def in_batches(score, images, batch_size):
+    """float32[N, R] scores of any number of images float32[H, W, 3], `batch_size` a pass.
+
+    An iterable is read as it is needed: no more than a batch is held.
+    """
+    found, waiting = [], []
+
+    def flush():
+        # One shape, one program: the last batch is filled up with copies.
+        full = waiting + [waiting[-1]] * (batch_size - len(waiting))
+        found.append(np.asarray(score(np.stack(full)))[: len(waiting)])
+        waiting.clear()
+
+    for image in images:
+        waiting.append(np.asarray(image, np.float32))
+        if len(waiting) == batch_size:
+            flush()
+    if waiting:
+        flush()
+    return np.concatenate(found)
+
+
+def scorer(model, params, seq):
+    """A function that gives a response's log-probabilities for other images.
+
+    Args:
+      model, params: a `paligemma.Model` and its parameters.
+      seq: `sequence.Sequence` of prompt and response; its own image isn't used.
+
+    Returns:
+      score(images float32[B, H, W, 3]) → float32[B, R]: log p(token r | image, prompt, tokens
+      before r), teacher-forced in one pass.
+    """
+    text, mask_ar = (np.asarray(seq.batch[k])[:1] for k in ("text", "mask_ar"))
+    patches = seq.grid[0] * seq.grid[1]
+    places = np.asarray(seq.queries) - patches  # in the text
+    count = len(places)
+    places = np.pad(places, (0, -count % _BUCKET), mode="edge")
+    tokens = text[0, places + 1]
+
+    def score(images):
+        out = _logprobs(model, params, jnp.asarray(images), text, mask_ar, places[None], tokens)
+        return np.asarray(out)[:, :count]
+
+    return score
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logprobs(model, params, images, text, mask_ar, places, tokens):
+    """float32[B, R] of tokens int[R] predicted at text positions int[1, R]."""
+
+    def tile(x):
+        return jnp.broadcast_to(x, (images.shape[0], *x.shape[1:]))
+
+    logits, _ = model.apply(
+        {"params": params}, images, tile(text), tile(mask_ar), logit_positions=tile(places)
+    )
+    chosen = jnp.take_along_axis(logits, tile(tokens[None])[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

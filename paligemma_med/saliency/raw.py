@@ -1,0 +1,84 @@
+"""Raw attention: the answer's rows as the model made them, on numpy.
+
+`rows` are float[L, N, R, S] of `capture.streamed`; a `map` is float[R, S] of any method.
+"""
+
+import numpy as np
+
+FUSES = {"mean": np.mean, "max": np.max, "min": np.min}
+
+
+def raw(rows, layers=None, heads=None, fuse="mean"):
+    """Attention of chosen layers and heads, fused over both.
+
+    Args:
+      rows: float[L, N, R, S].
+      layers, heads: int or ints, negative ones from the end; None takes all.
+      fuse: "mean", "max" or "min".
+
+    Returns:
+      float32[R, S]. Rows sum to 1 for "mean" alone.
+
+    Raises:
+      ValueError: a layer or head that isn't there, or none; an unknown `fuse`.
+    """
+    if fuse not in FUSES:
+        raise ValueError(f"fuse is {fuse!r}; expected one of {sorted(FUSES)}.")
+    rows = np.asarray(rows, np.float32)
+    for axis, (name, chosen) in enumerate((("layers", layers), ("heads", heads))):
+        if chosen is None:
+            continue
+        count, chosen = rows.shape[axis], np.atleast_1d(chosen)
+        if not chosen.size or (chosen < -count).any() or (chosen >= count).any():
+            raise ValueError(f"{name} is {chosen.tolist()}; expected some of 0 to {count - 1}.")
+        rows = np.take(rows, chosen % count, axis=axis)
+    return FUSES[fuse](rows, axis=(0, 1))
+
+
+def mass(rows, patches, prompt):
+    """How much of each row falls on the image, the prompt and the answer.
+
+    Args:
+      rows: float[..., S].
+      patches: P.
+      prompt: slice of the prompt's positions, which begin at P.
+
+    Returns:
+      float32[..., 3], which sum to what the row does.
+    """
+    rows = np.asarray(rows, np.float32)
+    parts = (rows[..., :patches], rows[..., prompt], rows[..., prompt.stop :])
+    return np.stack([x.sum(-1) for x in parts], axis=-1)
+
+
+def response_to_image(map, grid):
+    """float[R, S] → float32[R, h, w]: what each token of the answer takes from each patch."""
+    map = np.asarray(map, np.float32)
+    return map[:, : grid[0] * grid[1]].reshape(-1, *grid)
+
+
+def image_to_response(map, patches):
+    """How the tokens of the answer share out what they take from some patches.
+
+    The transpose of `response_to_image`, not an attention of the patches: those never see the
+    answer. The shares are brought to the sum of 1 over the answer, so that they compare tokens with
+    each other and say nothing of how much the patches matter.
+
+    Args:
+      map: float[R, S].
+      patches: ints, or bool[h, w] or bool[P], which patches.
+
+    Returns:
+      float32[R], sums to 1; zeros where no token takes anything from the patches.
+    """
+    patches = np.asarray(patches)
+    if patches.dtype == bool:
+        patches = np.flatnonzero(patches)
+    taken = np.asarray(map, np.float32)[:, patches.reshape(-1)].sum(-1)
+    return taken / taken.sum() if taken.sum() > 0 else np.zeros_like(taken)
+
+
+def prompt_to_response(map, prompt):
+    """float[R, S] → float32[R, tokens of the prompt]: what each token of the answer takes from each
+    of the prompt."""
+    return np.asarray(map, np.float32)[:, prompt]

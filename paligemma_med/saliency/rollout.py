@@ -1,0 +1,89 @@
+"""Attention rollout: where what a position holds came from, through all layers.
+
+Abnar and Zuidema, arXiv 2005.00928, section 3: a layer mixes positions by its attention A and
+keeps half by its residual, Ā = (A + I) / 2; the first l layers together mix by R_l = Ā_l R_{l-1},
+R_0 = I. Row i of R says how much of each input position is in position i; rows sum to 1. (The other
+order, which published tools have, follows tokens backwards through the layers.)
+
+Axis letters: N heads, S positions (queries in front, keys behind), R rows of interest, P patches.
+"""
+
+import jax.numpy as jnp
+
+FUSES = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
+
+
+def fused(probs, fuse="mean", discard=0.0):
+    """One layer's Ā of its heads' probabilities.
+
+    Args:
+      probs: float[N, S, S], rows sum to 1.
+      fuse: of the heads: "mean", "max" or "min".
+      discard: share of a row's keys that are left out, smallest first; keys of probability 0 (those
+        a query doesn't see) are not counted, so that padding changes nothing. Never left out are a
+        row's largest key, its equals, and the position itself. Every row is treated alike.
+
+    Returns:
+      float32[S, S], rows sum to 1: (F + I) / 2, F being the fused rows brought back to a sum of 1.
+
+    Raises:
+      ValueError: an unknown `fuse`, a `discard` outside of [0, 1).
+    """
+    if fuse not in FUSES:
+        raise ValueError(f"fuse is {fuse!r}; expected one of {sorted(FUSES)}.")
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard is {discard!r}; expected a share in [0, 1).")
+    eye = jnp.eye(probs.shape[-1], dtype=jnp.float32)
+    f = FUSES[fuse](jnp.asarray(probs, jnp.float32), axis=0)
+    if discard:
+        seen = jnp.sum(f > 0, axis=-1, keepdims=True)
+        drop = jnp.floor(discard * seen).astype(jnp.int32)
+        place = jnp.minimum(f.shape[-1] - seen + drop, f.shape[-1] - 1)
+        least = jnp.take_along_axis(jnp.sort(f, axis=-1), place, axis=-1)
+        f = jnp.where((f >= least) | (eye > 0), f, 0.0)
+    total = jnp.sum(f, axis=-1, keepdims=True)
+    # A row that no head agrees on (min) is left with its residual alone.
+    f = jnp.where(total > 0, f / jnp.where(total > 0, total, 1.0), eye)
+    return (f + eye) / 2
+
+
+def step(rolled, probs, fuse="mean", discard=0.0):
+    """R_l of R_{l-1} float32[S, S] and the layer's probabilities float[N, S, S]."""
+    return jnp.matmul(fused(probs, fuse, discard), rolled, precision="highest")
+
+
+def rollout(attn, fuse="mean", discard=0.0, start_layer=0):
+    """R of all layers.
+
+    Args:
+      attn: float[L, N, S, S].
+      fuse, discard: as `fused` takes them.
+      start_layer: layers before it are left out; 0 takes all.
+
+    Returns:
+      float32[S, S].
+    """
+    check_start_layer(start_layer, len(attn))
+    rolled = jnp.eye(attn.shape[-1], dtype=jnp.float32)
+    for probs in attn[start_layer:]:
+        rolled = step(rolled, probs, fuse, discard)
+    return rolled
+
+
+def check_start_layer(start_layer, layers):
+    """Raises ValueError where no layer would be left."""
+    if not 0 <= start_layer < layers:
+        raise ValueError(f"start_layer is {start_layer!r}; expected 0 to {layers - 1}.")
+
+
+def to_patches(rows, img_rollout):
+    """Carries shares of the image's tokens on through SigLIP to the patches of pixels.
+
+    Args:
+      rows: float[..., P] shares of the tokens that the language model reads.
+      img_rollout: float[P, P], `rollout` of the image tower, whose output those tokens are.
+
+    Returns:
+      float32[..., P]; each row keeps its sum.
+    """
+    return jnp.matmul(jnp.asarray(rows, jnp.float32), img_rollout, precision="highest")
