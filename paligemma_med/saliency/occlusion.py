@@ -204,8 +204,7 @@ def scorer(model, params, seq):
       before r), teacher-forced in one pass.
     """
     text, mask_ar = (np.asarray(seq.batch[k])[:1] for k in ("text", "mask_ar"))
-    patches = seq.grid[0] * seq.grid[1]
-    places = np.asarray(seq.queries) - patches  # in the text
+    places = np.asarray(seq.queries) - seq.patches  # in the text
     count = len(places)
     places = np.pad(places, (0, -count % _BUCKET), mode="edge")
     tokens = text[0, places + 1]
