@@ -1,0 +1,190 @@
+"""The server backend: what a request of a unit is, and that faults and kills neither lose a reply
+nor ask for one twice."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import types
+
+import pytest
+
+from tests.servers import FAULTS, FakeModel, Proxy, Server, completion, name_of, send
+from tools.synthesize_qa import journal, server, units
+
+pytest.importorskip("openai")
+
+QUICK = dict(model="m", backoff=0.01)
+TRANSPORT = tuple(f for f in FAULTS if f not in ("cut", "hostile"))
+
+
+@dataclasses.dataclass
+class Unit:
+    """As `units.Unit`, with a prompt of its own."""
+
+    caption: str
+    kind: str = "pairs"
+
+    def __post_init__(self):
+        self.key = hashlib.sha256(self.caption.encode()).hexdigest()
+        self.row = types.SimpleNamespace(row_id=f"row of {self.caption}")
+        self.template = types.SimpleNamespace(name="caption", version=1, kind=self.kind)
+
+    def messages(self, attempt=0, problem=""):
+        code = hashlib.sha256(f"{self.caption} {attempt}".encode()).hexdigest()[:24]
+        text = f"Ask.\nBEGIN caption {code}\n{self.caption}\nEND caption {code}\n{problem}"
+        return [{"role": "user", "content": text}]
+
+    @property
+    def name(self):
+        return name_of(dict(caption=self.caption))
+
+
+def many(n):
+    return [Unit(f"caption {i}") for i in range(n)]
+
+
+def read(text, kind):
+    """As `parse.read_reply`: usable is a JSON list that isn't empty; a cut one, its whole items."""
+    try:
+        pairs = json.loads(text if text.endswith("]") else text.rpartition(",")[0] + "]")
+    except (ValueError, RecursionError):
+        pairs = []
+    pairs = pairs if isinstance(pairs, list) else []
+    return types.SimpleNamespace(pairs=pairs, problem="" if pairs else f"no {kind} in {text[:9]!r}")
+
+
+def pairs_of(texts):
+    return json.dumps([[f"What of {texts['caption']}?", f"answer {i}"] for i in range(3)])
+
+
+def ask(path, todo, url, **kw):
+    with journal.open_journal(path) as opened:
+        return server.answer(todo, opened, read=read, base_url=url, **{**QUICK, **kw})
+
+
+def records(path, todo):
+    with journal.Journals([path]) as opened:
+        return {u.name: opened.replies(u.key) for u in todo}
+
+
+def test_a_request_and_its_record(tmp_path):
+    todo = [Unit("a", "choices"), Unit("b")]
+    long = json.dumps([["q" * 5000, "a"]])
+    seen = []
+    with FakeModel(lambda texts: long) as fake:
+        said = ask(tmp_path / "j", todo, fake.url, settings={"temperature": 0.5, "max_tokens": 7},
+                   concurrency=1, progress=lambda *x: seen.append(x))  # fmt: skip
+    assert said == {"unanswered": {}, "faults": {}}
+    assert seen == [(1, len(long.split()))] * 2
+    first, second = fake.requests
+    assert (first["temperature"], first["max_tokens"], first["model"]) == (0.5, 7, "m")
+    assert first["messages"] == todo[0].messages()
+    assert first["seed"] != second["seed"]
+    found = records(tmp_path / "j", todo)[todo[0].name]
+    assert len(found) == 1 and found[0].keys() >= {"time", "seconds", "versions"}
+    expected = dict(key=todo[0].key, score=1, reply=long, finish="stop", model="fake-model-1",
+                    problem="", attempt=0, row_id="row of a", template="caption_v1",
+                    system_fingerprint=None)  # fmt: skip
+    assert found[0] | expected == found[0]
+    assert found[0]["usage"][1] == len(long.split()) and found[0]["seconds"] > 0
+
+
+def test_seeds_are_of_the_unit_and_the_attempt():
+    found = {server.seed_of(s, k, a) for s in (0, 1) for k in ("k", "l") for a in (0, 1)}
+    assert len(found) == 8 and all(0 <= s < 2**31 for s in found)
+    assert server.seed_of(3, "k", 1) == server.seed_of(3, "k", 1)
+
+
+def test_no_seed_where_none_is_wanted(tmp_path):
+    with FakeModel(pairs_of) as fake:
+        ask(tmp_path / "j", many(1), fake.url, seed=None)
+    assert "seed" not in fake.requests[0]
+
+
+def test_an_unusable_reply_is_asked_for_once_more_with_the_reason(tmp_path):
+    todo = many(2)
+    with FakeModel(lambda texts: pairs_of(texts) if "1" in texts["caption"] else "Sorry") as fake:
+        said = ask(tmp_path / "j", todo, fake.url, concurrency=1)
+        assert said["unanswered"] == {}  # it failed, which is an answer
+        assert fake.seen == {todo[0].name: 2, todo[1].name: 1}
+        assert fake.requests[1]["messages"] == todo[0].messages(1, "no pairs in 'Sorry'")
+        assert fake.requests[0]["seed"] != fake.requests[1]["seed"]
+        ask(tmp_path / "j", todo, fake.url)
+        assert sum(fake.seen.values()) == 3
+    found = records(tmp_path / "j", todo)[todo[0].name]
+    assert [(r["score"], r["attempt"], r["problem"]) for r in found] == [
+        (None, 0, "no pairs in 'Sorry'"), (None, 1, "no pairs in 'Sorry'")]  # fmt: skip
+
+
+def test_the_reason_is_known_after_a_restart(tmp_path):
+    (unit,) = todo = many(1)
+    with journal.open_journal(tmp_path / "j") as opened:
+        opened.add(dict(key=unit.key, score=None, reply="x", usage=None, finish=None, model=None,
+                        problem="no pairs in 'x'"))  # fmt: skip
+    with FakeModel(pairs_of) as fake:
+        ask(tmp_path / "j", todo, fake.url)
+    assert [r["messages"] for r in fake.requests] == [unit.messages(1, "no pairs in 'x'")]
+
+
+def check_proxied(log, found):
+    """Whatever the faults: every reply that was delivered is kept once, in order, and nothing is
+    asked about a unit that is settled."""
+    delivered = collections.defaultdict(list)
+    for entry in log:
+        assert not units.settled(found[entry["name"]][: len(delivered[entry["name"]])])
+        if entry["content"] is not None:
+            delivered[entry["name"]].append(entry["content"])
+    assert {k: [r["reply"] for r in rs] for k, rs in found.items()} == delivered
+    assert all(units.settled(rs) for rs in found.values())
+
+
+def test_faults_lose_nothing_and_nothing_is_asked_twice(tmp_path):
+    todo = many(60)
+    with FakeModel(pairs_of) as fake, Proxy(fake.url, stall=1.2, most=5) as proxy:
+        said = ask(tmp_path / "j", todo, proxy.url, timeout=1.0, concurrency=16)
+    assert {e["fault"] for e in proxy.log} == {"", *FAULTS}
+    assert said["unanswered"] == {} and said["faults"]["429"] > 0
+    found = records(tmp_path / "j", todo)
+    check_proxied(proxy.log, found)
+    # A reply that was cut off still has its whole pairs.
+    cut = [r for rs in found.values() for r in rs if r["finish"] == "length"]
+    assert cut and {r["score"] for r in cut} <= {None, 1, 2}
+    assert sum(len(rs) == 2 for rs in found.values()) > 0
+
+
+def test_a_unit_without_a_reply_is_told_and_asked_next_time(tmp_path):
+    todo = many(4)
+
+    class Broken(Proxy):
+        def _fault(self, name):
+            return ("500" if name == todo[2].name else ""), 0
+
+    with FakeModel(pairs_of) as fake:
+        with Broken(fake.url) as proxy:
+            said = ask(tmp_path / "j", todo, proxy.url, max_faults=3)
+        assert list(said["unanswered"]) == [todo[2].key]
+        assert said["unanswered"][todo[2].key].startswith("no reply in 3 tries")
+        assert ask(tmp_path / "j", todo, fake.url)["unanswered"] == {}
+    assert fake.seen == {u.name: 1 for u in todo}
+
+
+@pytest.mark.parametrize("odd", [7, ["x"], {"a": 1}, "f" * 500, None])
+def test_a_servers_fingerprint_is_kept_if_it_is_one(tmp_path, odd):
+    class Odd(Server):
+        def respond(self, handler, body):
+            reply = completion("[1]", (1, 1)) | {"system_fingerprint": odd}
+            send(handler, 200, json.dumps(reply).encode())
+
+    todo = many(1)
+    with Odd() as fake:
+        ask(tmp_path / "j", todo, fake.url)
+    (found,) = records(tmp_path / "j", todo)[todo[0].name]
+    assert found["system_fingerprint"] == (odd[:200] if isinstance(odd, str) else None)
+
+
+def test_a_server_that_will_not_work_ends_the_run_with_a_sentence(tmp_path):
+    with pytest.raises(server.ServerError, match="127.0.0.1:9/v1: it can't be reached"):
+        ask(tmp_path / "j", many(9), "http://127.0.0.1:9/v1", concurrency=2)
+    with pytest.raises(ValueError, match="settings has 'n'"):
+        ask(tmp_path / "j", many(1), "http://127.0.0.1:9/v1", settings={"n": 2})
