@@ -9,6 +9,7 @@ answer, V vocabulary.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -40,11 +41,21 @@ class Streamed(NamedTuple):
     logprobs: np.ndarray
 
 
+def capturable(model):
+    """The same model under attn_impl "xla" throughout, whose attention can be captured."""
+
+    def plain(section):
+        return {k: v for k, v in section.items() if k != "attn_impl"}
+
+    return model.clone(attn_impl="xla", img=plain(model.img), llm=plain(model.llm))
+
+
 def attention(model, params, batch):
     """All probabilities of both towers.
 
     Args:
-      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
+      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities
+        (`capturable`).
       params: its parameters.
       batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T]; other keys are ignored.
 
@@ -55,17 +66,18 @@ def attention(model, params, batch):
       ValueError: under "cudnn".
     """
     arrays = {k: batch[k] for k in ("image", "text", "mask_ar")}
-    return Attention(*jax.device_get(_attention(model, params, arrays)))
+    return Attention(*jax.device_get(whole(model, params, arrays)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _attention(model, params, batch):
+def whole(model, params, batch):
+    """`attention` on the device: (llm, img, logprobs)."""
     logits, out = model.apply({"params": params}, **batch, capture_attention=True)
-    logprobs = _logprobs(logits[:, :-1], batch["text"][:, 1:])
+    logprobs = token_logprobs(logits[:, :-1], batch["text"][:, 1:])
     return out["llm/attn"], out["img/attn"], jnp.pad(logprobs, ((0, 0), (1, 0)))
 
 
-def _logprobs(logits, tokens):
+def token_logprobs(logits, tokens):
     """float32[B, T, V], int[B, T] → float32[B, T]."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -113,12 +125,19 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
     """
     queries = np.asarray(queries, np.int32)
     arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
+    patches, length = (
+        math.prod(paligemma.patch_grid(model, arrays["image"])),
+        arrays["text"].shape[-1],
+    )
+    if not queries.size or queries.min() < patches or queries.max() > patches + length - 2:
+        raise ValueError(
+            f"queries are {queries.tolist()}; expected positions of the text but the last one, "
+            f"{patches} to {patches + length - 2}."
+        )
     padded = np.pad(queries, (0, -queries.size % MULTIPLE), mode="edge")
     kw = dict(fuse=fuse, discard=float(discard), start_layer=int(start_layer))
-    rows, rolled, img_rolled, logprobs = jax.device_get(
-        _streamed(model, params, arrays, padded, **kw)
-    )
-    patches, count = len(img_rolled), queries.size
+    rows, rolled, img_rolled, logprobs = jax.device_get(stream(model, params, arrays, padded, **kw))
+    count = queries.size
     prompt = slice(patches, patches + int(np.sum(arrays["mask_ar"] == 0)))
     rows = rows[:, :, :count]
     return Streamed(
@@ -127,16 +146,15 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
 
 
 @functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
-def _streamed(model, params, batch, queries, *, fuse, discard, start_layer):
-    """`streamed` without its checks and its mass."""
+def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0):
+    """`streamed` without its checks and its mass: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
-    patches = np.prod(paligemma.patch_grid(model, batch["image"]))
-    at = queries - patches
+    at = queries - math.prod(paligemma.patch_grid(model, batch["image"]))
     logits, out = model.apply(
         {"params": params}, **batch, logit_positions=at[None], capture_attention=folds
     )
     state, rows = out["llm/attn"]
     rollout.check_start_layer(start_layer, len(rows))
-    logprobs = _logprobs(logits, batch["text"][:, at + 1])[0]
+    logprobs = token_logprobs(logits, batch["text"][:, at + 1])[0]
     return rows, state["rolled"][queries], out["img/attn"][0]["rolled"], logprobs

@@ -2,16 +2,18 @@
 
     python -m tools.bench input --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
     python -m tools.bench decode --peer=hf
+    python -m tools.bench saliency --res=448
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
 slows both; what is printed are medians, and on the last line `ratio R`, the peer's time over ours.
+(`saliency` has no peer: it tells the compiled program's memory.)
 """
 
 import json
 
 from absl import app, flags
 
-from tools.bench import decode_speed, input_speed
+from tools.bench import decode_speed, input_speed, saliency_memory
 
 # What each part is given of the flags, with its own defaults of those that parts share.
 PARTS = {
@@ -23,6 +25,10 @@ PARTS = {
     "decode": (
         decode_speed.run,
         dict(res=224, batch_size=4, rounds=5, samples=5, tokens=8, peer="hf", cores=2),
+    ),
+    "saliency": (
+        saliency_memory.run,
+        dict(res=448, text_len=128, tokens=16, img="So400m/14", llm="gemma_2b"),
     ),
 }  # fmt: skip
 
@@ -48,7 +54,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", None, "Turns of each.")
     flags.DEFINE_integer("batches", None, "input: batches a turn.")
     flags.DEFINE_integer("samples", None, "decode: answers to each question.")
-    flags.DEFINE_integer("tokens", None, "decode: length of an answer.")
+    flags.DEFINE_integer("tokens", None, "decode, saliency: length of an answer.")
+    flags.DEFINE_integer("text_len", None, "saliency: length of prompt and answer.")
+    flags.DEFINE_string("img", None, "saliency: variant of the image tower.")
+    flags.DEFINE_string("llm", None, "saliency: variant of the language model.")
     flags.DEFINE_integer("cores", None, "CPU cores that both are bound to.")
     flags.DEFINE_enum("peer", None, ("hf", "none"), "What to compare with.")
     app.run(main)
