@@ -19,15 +19,25 @@ from data_prep import files
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
 
-# A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `**Q1:** …`, `2. Q: …`.
+# A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `Q1. …`, `2. Q: …`.
+# Possessive, so that long lines of spaces cost no more than others.
 _MARK = re.compile(
-    r"""\s*(?:[-*•]\s+|\d+[.)]\s*)?          # a list's bullet or number
-    (?P<bold>\*\*|__)?\s*
-    (?P<kind>Q|A|Question|Answer)\s?(?P<number>\d+)?\s*
-    (?:(?P<closed>(?:\*\*|__)\s*:|:\s*(?:\*\*|__))|:)\s*
+    r"""\s*+(?:[-*•]\s++|\#++\s*+|\d++[.)]\s*+)?   # a list's bullet or number, a heading
+    (?P<bold>\*\*|__)?\s*+
+    (?P<kind>Q|A|(?i:Question|Answer))\s?(?P<number>\d++)?\s*+
+    (?:(?P<closed>(?:\*\*|__)\s*+:|:\s*+(?:\*\*|__))|:|(?(number)[.)](?=\s)|(?!)))\s*+
     (?P<text>.*)""",
     re.VERBOSE,
 )
+# The same as a heading alone, `### Question 2` or `**Answer**`: what it opens is below it.
+_HEADING = re.compile(
+    r"\s*+(?:#++\s*+(?:\*\*|__)?|\*\*|__)\s*+"
+    r"(?P<kind>(?i:Question|Answer))\s?(?P<number>\d++)?[.\s*_]*+"
+)
+# `Q: …? A: …` on one line.
+_SECOND_MARK = re.compile(r"(?<=[?*.])\s++(?=(?:\*\*|__)?(?:A|Answer)\s?\d*+(?:\*\*|__)?:)")
+_NUMBERED = re.compile(r"\s*+(?:\*\*|__)?\d++[.)]\s*+(?P<text>.*)")
+_BULLET = re.compile(r"[-*•]\s++")
 _VERBS = set(
     "is are was were am do does did has have had can could will would should may might must isn't "
     "aren't doesn't don't".split()
@@ -96,35 +106,27 @@ def image_id(name: str) -> str:
 
 
 def parse_pairs(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """Finds question-answer pairs in the free text of a language model.
+    """Finds question-answer pairs in the free text of a language model; any text, linear time.
 
     A blank line ends an answer, unless it has no text yet; so closing remarks are left out.
 
     Returns:
       pairs: (question, answer, rule), the rule being the form that the question's mark has:
-        "Q:", "**Q: …**", "**Q:**", "Q1:" (bold or not), or "unmarked" (paragraphs that are a
-        question and an answer in turn, in a text without any mark).
+        "Q:", "**Q: …**", "**Q:**", "Q1:" (bold or not), "heading" ("### Question 1", the text
+        below); or in a text without such marks "? A:" (a question, numbered or not, before a
+        marked answer), "1." (a numbered question, its answer behind it or below) or "unmarked"
+        (paragraphs that are a question and an answer in turn).
       rejected: (reason, text) of what looked like a part of a pair and wasn't one.
     """
-    parts, open_part = [], False  # parts: [kind, rule, lines]
-    for line in text.splitlines():
-        if mark := _MARK.fullmatch(line):
-            kind, content = mark["kind"][0], mark["text"]
-            # `Q: …? A: …` on one line
-            both = re.split(r"(?<=[?*])\s+(?=(?:\*\*)?A\d*:)", content, maxsplit=1)
-            parts.append([kind, _rule(mark), [both[0]]])
-            if kind == "Q" and len(both) == 2:
-                parts.append(["A", "", [_MARK.fullmatch(both[1])["text"]]])
-            open_part = True
-        elif not line.strip():
-            open_part = open_part and not any(part.strip("*_ ") for part in parts[-1][2])
-        elif open_part:
-            parts[-1][2].append(line)
+    lines = text.splitlines()
+    parts = _parts(lines, mark)
     if not parts:
         return _unmarked(text)
+    if all(kind == "A" for kind, *_ in parts):
+        parts = _parts(lines, lambda line: mark(line) or _bare_question(line))
     pairs, rejected, question = [], [], None
     for kind, rule, lines in parts:
-        content = "\n".join(lines).replace("**", "").replace("__", "").strip()
+        content = _joined(lines)
         if kind == "Q":
             if question:
                 rejected.append(("question without an answer", question[0]))
@@ -139,6 +141,44 @@ def parse_pairs(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, 
     return pairs, rejected
 
 
+def _parts(lines: list[str], opens: Any) -> list[tuple[str, str, list[str]]]:
+    """(kind, rule, lines) of each part that a line opens; `opens(line)` is (kind, rule, text)."""
+    parts, open_part = [], False
+    for line in lines:
+        if found := opens(line):
+            kind, rule, content = found
+            both = _SECOND_MARK.split(content, maxsplit=1) if kind == "Q" else [content]
+            parts.append((kind, rule, both[:1]))
+            if len(both) == 2:
+                parts.append(("A", "", [mark(both[1])[2]]))
+            open_part = True
+        elif not line.strip():
+            open_part = open_part and not any(part.strip("*_ ") for part in parts[-1][2])
+        elif open_part:
+            parts[-1][2].append(line)
+    return parts
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(lines).replace("**", "").replace("__", "").strip()
+
+
+def mark(line: str) -> tuple[str, str, str] | None:
+    """("Q" or "A", rule, text behind the mark) of a line that opens a question or an answer."""
+    if found := _MARK.fullmatch(line):
+        return found["kind"][0].upper(), _rule(found), found["text"]
+    if found := _HEADING.fullmatch(line):
+        return found["kind"][0].upper(), "heading", ""
+    return None
+
+
+def _bare_question(line: str) -> tuple[str, str, str] | None:
+    """A line that is a question without saying so, where the answers do."""
+    numbered = _NUMBERED.fullmatch(line)
+    content = (numbered["text"] if numbered else line).strip(" *_#\t")
+    return ("Q", "? A:", content) if "?" in content else None
+
+
 def _rule(mark: re.Match) -> str:
     if mark["number"]:
         return "Q1:"
@@ -151,13 +191,55 @@ def _unmarked(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, st
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and lines[0].endswith(":"):  # "Here are the pairs:"
         lines = lines[1:]
+    lines = [bare for line in lines if (bare := line.strip("*_# "))]
     questions, answers = lines[::2], lines[1::2]
     in_turn = len(questions) == len(answers) and all(
         q.endswith("?") and not a.endswith("?") for q, a in zip(questions, answers, strict=True)
     )
-    if not lines or not in_turn:
+    numbered = [bool(_NUMBERED.fullmatch(line)) for line in lines]
+    if not lines or not (in_turn or any(numbered)):
         return [], [("no pair found", " ".join(text.split()))]
-    return [(q, a, "unmarked") for q, a in zip(questions, answers, strict=True)], []
+    if in_turn and not any(numbered):
+        return [(q, a, "unmarked") for q, a in zip(questions, answers, strict=True)], []
+    return _numbered(text)
+
+
+def _numbered(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Pairs of a numbered list; a number stands before each question, or before each line."""
+    blocks, open_block = [], False
+    for line in text.splitlines():
+        if found := _NUMBERED.fullmatch(line):
+            blocks.append([found["text"]])
+            open_block = True
+        elif not line.strip():
+            # The answer may be a paragraph of its own below its question.
+            open_block = (
+                open_block and len(blocks[-1]) == 1 and blocks[-1][0].strip(" *_")[-1:] == "?"
+            )
+        elif open_block:
+            blocks[-1].append(_BULLET.sub("", line.strip(), count=1))
+    pairs, rejected, question = [], [], None
+    for first, *below in blocks:
+        at = first.rfind("?") + 1
+        asked, behind = first[:at].strip(" *_"), first[at:].strip(' *_"”)')
+        answer = _joined([behind, *below])
+        if at and question:
+            rejected.append(("question without an answer", question))
+            question = None
+        if at and answer:
+            pairs.append((" ".join(asked.split()), answer, "1."))
+        elif at:
+            question = asked
+        elif question:
+            pairs.append((" ".join(question.split()), answer, "1."))
+            question = None
+        else:
+            rejected.append(("numbered text without a question", answer))
+    if question:
+        rejected.append(("question without an answer", question))
+    if not pairs:
+        rejected = [("no pair found", " ".join(text.split())), *rejected]
+    return pairs, rejected
 
 
 def _open(path: pathlib.Path) -> Any:
