@@ -103,9 +103,7 @@ def low_image_mass(mass, threshold=0.1):
     at = int(layers.argmax())
     value = layers[at]
     says = f"At most {value:.0%} of the response's attention goes to the image (layer {at})."
-    return _flag(
-        "low_image_mass", value < threshold, value, threshold, 1 - value / threshold, says
-    )
+    return _flag("low_image_mass", value < threshold, value, threshold, 1 - value / threshold, says)
 
 
 # --- Does the model stand by its answer? ---

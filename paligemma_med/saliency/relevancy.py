@@ -1,0 +1,131 @@
+"""Relevancy: attention weighted by its gradient, which depends on the token that is explained.
+
+The rule of Chefer, Gur and Wolf, "Generic Attention-model Explainability for Interpreting
+Bi-Modal and Encoder-Decoder Transformers" (arXiv 2103.15679), eq. 5 and 6, for self-attention:
+
+    Ā_l = mean over heads of max(∂y/∂A_l ⊙ A_l, 0),    R ← R + Ā_l R,   from R = I, first layer up,
+
+y being the score of the token explained, and R's row at the token's query the map. Heads and keys
+that speak against the token count nothing, where rollout takes all of them for it.
+
+PaliGemma is one self-attention stack: the image tower's layers mix patches, the language model's
+the patches, the prompt and the answer. So R of the tower is carried on under the same rule:
+patches = R_llm[query, :P] · R_img. (The paper's eq. 8 and 9, for cross-attention between
+modalities, have no place here.)
+
+Axis letters: L layers, N heads, S positions, P patches, T text positions, R tokens, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paligemma_med.models import paligemma
+
+SCORES = ("logit", "logprob")
+MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
+
+
+class Relevancy(NamedTuple):
+    """rows float32[R, S], over the positions of the language model; patches float32[R, P], carried
+    on through the image tower to its input."""
+
+    rows: np.ndarray
+    patches: np.ndarray
+
+
+def relevancy(model, params, batch, queries, tokens, *, score="logit"):
+    """Relevancy of every position, and of every input patch, for each of R tokens.
+
+    One pass forward, and for each token one backward, down to the probabilities of all layers.
+
+    A row holds a 1 at its own query, R's start, besides what came in through attention. Rows don't
+    sum to 1; only ratios within one have a meaning.
+
+    Args:
+      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
+      params: its parameters.
+      batch: image float[1, H, W, 3], text int[1, T], mask_ar int[1, T] (`sequence.make`).
+      queries: int[R] positions that predict the tokens, in text: P ≤ query < S.
+      tokens: int[R] of the vocabulary: those of the answer, or others, to see what speaks for them.
+      score: what is differentiated. "logit", as in the paper, by default: its gradient doesn't
+        vanish when the model is sure, so a sure token's map is as deep as an unsure one's.
+        "logprob" counts only what speaks for the token more than for its rivals, but its gradient
+        shrinks with 1 - p, and near p = 1 only the paths of a single layer are left.
+
+    Returns:
+      `Relevancy`.
+
+    Raises:
+      ValueError: under "cudnn", for a batch of several rows, queries outside of the text, tokens
+        outside of the vocabulary, an unknown score.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; expected one of {SCORES}.")
+    arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
+    if len(arrays["text"]) != 1:
+        raise ValueError(f"The batch has {len(arrays['text'])} rows; expected one.")
+    queries, tokens = (np.asarray(x, np.int32).reshape(-1) for x in (queries, tokens))
+    if not queries.size or queries.size != tokens.size:
+        raise ValueError(f"{queries.size} queries and {tokens.size} tokens; expected as many.")
+    patches = int(np.prod(paligemma.patch_grid(model, arrays["image"])))
+    length = patches + arrays["text"].shape[1]
+    if queries.min() < patches or queries.max() >= length:
+        raise ValueError(f"Queries {queries.tolist()} are not in the text, {patches}…{length - 1}.")
+    vocab = params["llm"]["embedder"]["input_embedding"].shape[0]
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {vocab}.")
+    padded = (np.pad(x, (0, -x.size % MULTIPLE), mode="edge") for x in (queries, tokens))
+    out = _relevancy(model, params, arrays, *padded, queries.size, score=score)
+    return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "score"))
+def _relevancy(model, params, batch, queries, tokens, count, *, score):
+    """`relevancy` of the first `count` tokens; the other rows are 0, and cost no backward pass."""
+    patches = np.prod(paligemma.patch_grid(model, batch["image"]))
+
+    def forward(zeros):
+        """Scores float32[R], probabilities of both towers."""
+        variables = {"params": params}
+        if zeros:
+            variables["perturbations"] = paligemma.perturbations(**zeros)
+        logits, out = model.apply(
+            variables, **batch, logit_positions=(queries - patches)[None], capture_attention=True
+        )
+        if score == "logprob":
+            logits = jax.nn.log_softmax(logits, axis=-1)
+        scores = jnp.take_along_axis(logits[0], tokens[:, None], axis=-1)[:, 0]
+        return scores, dict(img=out["img/attn"], llm=out["llm/attn"])
+
+    _, shapes = jax.eval_shape(forward, {})
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    scores, pull, probs = jax.vjp(forward, zeros, has_aux=True)
+    length = probs["llm"].shape[-1]
+
+    def one(i, out):
+        (grads,) = pull(jax.nn.one_hot(i, len(tokens)))
+        row = carry_down(jax.nn.one_hot(queries[i], length), weighted(probs["llm"], grads["llm"]))
+        image = carry_down(row[:patches], weighted(probs["img"], grads["img"]))
+        return out[0].at[i].set(row), out[1].at[i].set(image)
+
+    empty = jnp.zeros((len(tokens), length)), jnp.zeros((len(tokens), patches))
+    return jax.lax.fori_loop(0, count, one, empty)
+
+
+def weighted(probs, grads):
+    """Ā of all layers: float32[L, 1, N, S, S] probabilities and gradients → float32[L, S, S]."""
+    return jnp.mean(jnp.maximum(probs * grads, 0), axis=2)[:, 0]
+
+
+def carry_down(row, weights):
+    """A row of R without R: row · (I + Ā_L) · … · (I + Ā_1), from the last layer down.
+
+    The same product as R ← R + Ā_l R from the first layer up, which is a matrix product a layer
+    where this is a vector's. float32[S], float32[L, S, S] → float32[S].
+    """
+    row, _ = jax.lax.scan(lambda r, w: (r + r @ w, None), row, weights, reverse=True)
+    return row
