@@ -1,0 +1,66 @@
+"""Has people review a sample of question-answer pairs: a page to judge on, and its verdicts back.
+
+    python -m tools.review_qa qa.jsonl --out=review.html --images=release:medpix2:MedPix-2.0
+    python -m tools.review_qa qa.jsonl --verdicts=review_qa.csv --output=reviewed.jsonl
+
+The first writes one HTML page that needs no server: image, caption, pairs with scores and tags, and
+buttons for keep, discard, unsure; it remembers verdicts and saves them as a CSV. The second leaves
+out what was discarded and prints how much was kept of each template, with an interval.
+"""
+# The docstring above is what --help prints.
+
+import pathlib
+
+from absl import app, flags
+
+from paligemma_med import experiment
+from tools.review_qa import page, pictures, rows, verdicts
+
+
+def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None):
+    """Writes the page of a sample; arguments as the flags say. Returns (pairs, of, images missing).
+
+    Raises:
+      ValueError: pairs or images can't be read.
+    """
+    chosen, total = rows.sample(path, count, seed)
+    find = [pictures.open_pictures(spec, data_dir) for spec in images]
+    text, missing = page.make(chosen, total, name=pathlib.Path(path).name, seed=seed, find=find)
+    rows.write_whole(out, [text.encode()])
+    return len(chosen), total, missing
+
+
+@experiment.command
+def main(argv):
+    f = flags.FLAGS
+    if len(argv) != 2:
+        raise app.UsageError(f"Give one file of pairs; found {argv[1:]}.")
+    if bool(f.out) == bool(f.verdicts) or bool(f.verdicts) != bool(f.output):
+        raise app.UsageError("Give --out=PAGE, or --verdicts=CSV with --output=FILE.")
+    if f.out:
+        shown, total, missing = write_page(
+            argv[1], f.out, count=f.rows, seed=f.seed, images=f.images, data_dir=f.data_dir
+        )
+        print(f"{f.out}: {shown:,} of {total:,} pairs" + (
+            f"; {missing:,} images aren't shown, the page says why" if missing else ""
+        ))  # fmt: skip
+        return
+    found = verdicts.read(f.verdicts)
+    report = verdicts.apply(argv[1], found, f.verdicts, f.output, drop_unsure=f.drop_unsure)
+    for line in verdicts.describe(report):
+        print(line)
+    print(f"Written: {f.output}, and beside it .drops.jsonl and .report.json")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "HTML page to write.")
+    flags.DEFINE_integer("rows", 100, "Pairs to draw; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the drawing.")
+    flags.DEFINE_multi_string(
+        "images", [], "Folder or .zip of images, release:NAME:FOLDER or tfds:NAME/CONFIG[:SPLIT]."
+    )
+    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
+    flags.DEFINE_string("verdicts", None, "CSV that the page saved.")
+    flags.DEFINE_string("output", None, "With --verdicts: JSONL of the pairs that stay.")
+    flags.DEFINE_bool("drop_unsure", False, "With --verdicts: leave out the unsure ones, too.")
+    app.run(main, flags_parser=experiment.parse_flags)

@@ -1,0 +1,108 @@
+"""Reads a file of question-answer pairs, line by line, and draws the sample that people look at.
+
+Any JSON Lines will do whose rows have question_id, image_id, question and answer: what
+`tools.synthesize_qa` or `data_prep.curate` wrote. What else a row has (caption, choices, quality,
+mode) is shown where it's there.
+"""
+
+import hashlib
+import heapq
+import itertools
+import json
+import pathlib
+
+KEYS = ("question_id", "image_id", "question", "answer")
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+EXPECTED = "expected a JSON object a line, with question_id, image_id, question and answer"
+
+
+def read(path):
+    """Yields (line number from 1, the line as bytes, row) of a file of pairs.
+
+    Raises:
+      ValueError: the file can't be read, holds none, a line of another form, an id twice.
+    """
+    seen, found = set(), False
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                found, where = True, f"{path} line {number}"
+                row = _parse(line, where)
+                key = _number(row["question_id"])
+                if key in seen:
+                    raise ValueError(
+                        f"{where}: question_id {row['question_id']!r} is used before; expected "
+                        "each once."
+                    )
+                seen.add(key)
+                yield number, line, row
+    except OSError as e:
+        raise ValueError(f"{path}: can't be read ({e.strerror or e}); {EXPECTED}.") from None
+    if not found:
+        raise ValueError(f"{path}: the file is empty; {EXPECTED}.")
+
+
+def _parse(line, where):
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{where}: not JSON ({e}); {EXPECTED}.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found {row!r:.60}; {EXPECTED}.")
+    for key in KEYS:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f"{where}: {key} is {row.get(key)!r:.60}; {EXPECTED}.")
+    return row
+
+
+def _number(*texts):
+    """128 bits of texts, in place of the texts themselves: uniform, and the same everywhere."""
+    joined = "\0".join(map(str, texts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=16).digest())
+
+
+def sample(path, count, seed=0):
+    """Draws `count` pairs, each as likely as any other, in an order that is drawn as well.
+
+    Who stops half-way has seen a sample, too. Which pairs are drawn depends on their ids and the
+    seed alone: another filter draws most of the same again.
+
+    Args:
+      path: of the pairs.
+      count: how many; 0: all of them.
+      seed: of the drawing.
+
+    Returns:
+      (rows, how many there are in the file). Errors as `read`.
+    """
+    numbers = itertools.count()
+    drawn = ((_number(seed, row["question_id"]), next(numbers), row) for _, _, row in read(path))
+    chosen = heapq.nsmallest(count, drawn) if count else sorted(drawn)
+    return [row for _, _, row in chosen], next(numbers)
+
+
+def digest(row):
+    """Short digest of what is judged: a verdict is on this text, not on whatever has its id."""
+    said = [row["question"], row["answer"], *(row.get(k) or "" for k in CHOICES)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+
+
+def template(row):
+    """What a pair was asked with, for tables; "(none)" if its row doesn't say."""
+    found = row.get("mode")
+    return found if isinstance(found, str) and found else "(none)"
+
+
+def write_whole(path, lines):
+    """Writes an iterable of bytes to a file, whole or not at all."""
+    path = pathlib.Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            f.writelines(lines)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
