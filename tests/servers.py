@@ -35,7 +35,7 @@ HOSTILE = (
 
 def fenced(messages):
     """{name: text} of what messages have between fences with a code, as judge and synthesis do."""
-    form = r"BEGIN (\w+) ([0-9a-f]{24})\n(.*?)\nEND \1 \2"
+    form = r"BEGIN (\w[\w ]*) ([0-9a-f]{16,24})\n(.*?)\nEND \1 \2"
     return {name: text for name, _, text in re.findall(form, messages[-1]["content"], re.DOTALL)}
 
 

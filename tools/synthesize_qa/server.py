@@ -17,7 +17,7 @@ from paligemma_med.evaluators import judge_client
 from paligemma_med.evaluators.judge_client import ServerError
 from tools.synthesize_qa import units as units_lib
 
-__all__ = ["ServerError", "answer", "seed_of"]
+__all__ = ["ServerError", "answer", "schema", "seed_of"]
 
 
 def seed_of(seed: int, key: str, attempt: int) -> int:
@@ -25,6 +25,26 @@ def seed_of(seed: int, key: str, attempt: int) -> int:
     whatever order they are asked."""
     text = json.dumps([seed, key, attempt]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+
+
+def schema(kind: str) -> dict[str, Any]:
+    """`response_format` for servers that can hold a reply to a form ("structured outputs"): the
+    form that the templates of this kind ask for."""
+
+    def form(**properties):
+        return dict(type="object", properties=properties, required=list(properties),
+                    additionalProperties=False)  # fmt: skip
+
+    text = {"type": "string"}
+    if kind == "choices":
+        options = form(**dict.fromkeys("ABCD", text))
+        pair = form(question=text, choices=options, answer={"type": "string", "enum": list("ABCD")})
+    else:
+        pair = form(question=text, answer=text)
+    whole = form(pairs={"type": "array", "items": pair})
+    return {
+        "type": "json_schema", "json_schema": dict(name="questions", strict=True, schema=whole)
+    }  # fmt: skip
 
 
 def answer(
@@ -35,6 +55,7 @@ def answer(
     *,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = 0,
+    structured: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **client: Any,
 ) -> dict[str, Any]:
@@ -47,6 +68,7 @@ def answer(
       read: (text, kind) → `parse.Reply`.
       settings: arguments of the requests, some of `judge_client.SETTINGS`.
       seed: a seed made of it goes with each request; None: none, for servers that refuse it.
+      structured: ask the server to hold replies to `schema`.
       progress: called with the number of replies and of new tokens after each reply. A unit whose
         first reply can't be used is asked once more, so that there may be more replies than units.
       client: further arguments of `judge_client.ask_all`: base_url, concurrency, timeout, ….
@@ -70,6 +92,10 @@ def answer(
     @functools.lru_cache(1)  # the score and the note are of the same reply
     def reply_of(key, text):
         return read(text, open_units[key].template.kind)
+
+    def settings_of(key, attempt):
+        own = {"response_format": schema(open_units[key].template.kind)} if structured else {}
+        return own | {"seed": None if seed is None else seed_of(seed, key, attempt)}
 
     def note(key, attempt, record, completion):
         nonlocal before
@@ -95,9 +121,7 @@ def answer(
         journal,
         model=model,
         settings=dict(settings or {}),
-        settings_of=lambda key, attempt: {
-            "seed": None if seed is None else seed_of(seed, key, attempt)
-        },
+        settings_of=settings_of,
         note=note,
         kept_characters=None,
         max_replies=units_lib.MAX_REPLIES,

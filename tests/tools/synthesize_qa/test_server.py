@@ -96,6 +96,31 @@ def test_seeds_are_of_the_unit_and_the_attempt():
     assert server.seed_of(3, "k", 1) == server.seed_of(3, "k", 1)
 
 
+def test_replies_are_held_to_the_templates_form_on_demand(tmp_path):
+    todo = [Unit("a"), Unit("b", "choices")]
+    with FakeModel(pairs_of) as fake:
+        ask(tmp_path / "j", todo, fake.url, structured=True, concurrency=1)
+        assert "response_format" in fake.requests[0]
+        ask(tmp_path / "k", todo, fake.url)
+        assert "response_format" not in fake.requests[-1]
+    pairs, choices = (r["response_format"]["json_schema"]["schema"] for r in fake.requests[:2])
+    assert shape(pairs) == {"pairs": [{"question": "string", "answer": "string"}]}
+    options = dict.fromkeys("ABCD", "string")
+    assert shape(choices) == {
+        "pairs": [{"question": "string", "choices": options, "answer": [*"ABCD"]}]
+    }
+
+
+def shape(schema):
+    """A JSON schema as an example; all of it is required, as "strict" asks for."""
+    if schema["type"] == "array":
+        return [shape(schema["items"])]
+    if schema["type"] != "object":
+        return schema.get("enum", schema["type"])
+    assert schema["required"] == [*schema["properties"]] and not schema["additionalProperties"]
+    return {name: shape(x) for name, x in schema["properties"].items()}
+
+
 def test_no_seed_where_none_is_wanted(tmp_path):
     with FakeModel(pairs_of) as fake:
         ask(tmp_path / "j", many(1), fake.url, seed=None)
