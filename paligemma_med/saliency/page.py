@@ -1,0 +1,399 @@
+"""A saliency report as one HTML page that an expert can work with, and the index of many of them.
+
+The page is a file and nothing else: no server, no network. Its content policy lets only its own
+script and style run, by their hashes, and images only as data; texts are escaped by jinja2, and the
+script puts text into the page as text. So whatever a question or a file name holds is inert.
+
+Arrays travel in the page as base64, each row divided by its largest value: as float16, or, where
+raw attention would be megabytes, as uint8 on a square-root scale (`pack`); the page says which.
+
+A *report* is a dict; P, R, S as in `paligemma_med.saliency`, S without padding:
+
+    title        str, the file's or study's name
+    question, answer                         str
+    prompt, tokens                           pieces of text, list[str]; R tokens
+    logprobs                                 float[R] of the answer's tokens
+    others       R lists of (piece, probability), most probable first
+    picture      uint8[H, W, 3] as it is shown; seen uint8[H', W', 3] as the model sees it
+    grid         (rows, columns) of patches
+    raw          float[L, N, R, S] raw attention of the answer's queries
+    mass         float[L, N, R, 3] on image, prompt and answer
+    maps         list of dict(method, variant, values float[R, P or S]); variant is a str that the
+                 page lets one choose, "" where there is only one
+    occlusion    dict(fill, cell), where maps hold the method "occlusion"
+    regions      None or dict(fill, boxes int[M, 4] as y0 x0 y1 x1 in patches, logprobs float[M, R])
+    samples      list of dict(answer, logprob)
+    controls     list of dict(name, answer, logprob): without the image; logprob of `answer` above
+    mask         None or dict(fill, picture uint8, logprobs float[R], answer)
+    flags        list of dict(name, says)
+    about        list of (name, value), str each
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+FOLDER = pathlib.Path(__file__).parent
+MAX_SIDE = 768  # pixels of the picture in the page
+MAX_RAW = 400_000  # numbers of raw attention that are kept as float16
+
+# Name, whether values can be negative, what a map of it says. The page shows both texts.
+METHODS = {
+    "raw": (
+        "Raw attention",
+        "What the query of an answer token weighs in chosen layers and heads. A row sums to 1 over "
+        "image, prompt and answer so far. High attention is not yet importance: what is read may "
+        "be ignored by later layers.",
+    ),
+    "rollout": (
+        "Attention rollout",
+        "Attention of all layers of the language model multiplied from the first up, each averaged "
+        "with the identity for its residual. It follows where information could have come from, "
+        "whatever the answer's class.",
+    ),
+    "rollout_pixels": (
+        "Rollout through the image tower",
+        "The rollout above, carried on through the image tower, whose layers mix patches before "
+        "the language model sees them: from tokens back to places in the image.",
+    ),
+    "relevancy": (
+        "Gradient-weighted relevancy",
+        "Attention weighted by how much it would raise this very token, layer by layer (Chefer "
+        "et al. 2021). Unlike rollout it depends on what is answered.",
+    ),
+    "relevancy_pixels": (
+        "Relevancy through the image tower",
+        "The relevancy above, carried on through the image tower to places in the image.",
+    ),
+    "occlusion": (
+        "Occlusion",
+        "No attention at all: a cell of the image is replaced and the model asked again. A map "
+        "gives the drop of the tokens' log-probability; negative where they got likelier. The "
+        "model may react to the replacement itself.",
+    ),
+}
+SIGNED = ("occlusion",)
+
+# Stops of matplotlib's viridis and cividis (both CC0), grey, and PuOr for signed maps
+# (ColorBrewer): all readable with every kind of colour vision.
+COLOURS = {
+    "viridis": "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73"
+    " 5ec962 84d44b addc30 d8e219 fde725",
+    "cividis": "00224e 002e6a 1a386f 32436d 434e6c 535a6d 61656f 6f7073 7d7c78 8c8878 9b9476 aba072"
+    " bcae6c cdbb63 dec958 f0d846 fee838",
+    "grey": "000000 ffffff",
+    "signed": "5d3790 988dbe cecde4 f6f6f7 fed7a2 ef9e3c be630a",
+}
+
+
+def render(report):
+    """The page of a report, as text.
+
+    Raises:
+      ValueError: jinja2 isn't installed; an array holds NaN or has another shape.
+    """
+    check(report)
+    return _page("page", report=_texts(report), data=_embed(data_of(report)))
+
+
+def render_index(rows, title):
+    """The index of many reports, in the order given.
+
+    Args:
+      rows: list of dict(name, question, answer, probability float or None, flags list of dict(name,
+        says), thumb uint8[H, W, 3] or None, href relative address or None, error str or None).
+      title: of the page.
+    """
+    shown = [
+        {**row, "thumb": None if row.get("thumb") is None else data_url(row["thumb"], 96)}
+        for row in rows
+    ]
+    names = sorted({f["name"] for row in rows for f in row["flags"]})
+    return _page("index", rows=_clean(shown), names=_clean(names), title=_clean(title))
+
+
+def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None):
+    """A map over a picture, as the page draws it: colour by value, opacity by its square root.
+
+    Args:
+      picture: uint8[H, W, 3].
+      values: float[h, w]; where any is negative, purple to orange about 0.
+      colours: one of COLOURS.
+      opacity: of the largest value.
+      top: value that gets the last colour; by default the map's largest magnitude.
+
+    Returns:
+      uint8[H, W, 3].
+    """
+    values = np.asarray(values, np.float64)
+    top = top or np.abs(values).max() or 1.0
+    t = np.clip(values / top, -1, 1)
+    signed = (t < 0).any()
+    stops = colour_stops("signed" if signed else colours)
+    place = ((t + 1) / 2 if signed else t) * (len(stops) - 1)
+    colour = np.stack([np.interp(place, np.arange(len(stops)), c) for c in stops.T], axis=-1)
+    alpha = opacity * np.sqrt(np.abs(t))
+    height, width = picture.shape[:2]
+    ys = np.arange(height) * values.shape[0] // height
+    xs = np.arange(width) * values.shape[1] // width
+    alpha = alpha[ys][:, xs, None]
+    out = alpha * colour[ys][:, xs] + (1 - alpha) * picture
+    return np.floor(out + 0.5).astype(np.uint8)
+
+
+def colour_stops(name):
+    """float64[stops, 3] of 0…255."""
+    stops = [[int(s[i : i + 2], 16) for i in (0, 2, 4)] for s in COLOURS[name].split()]
+    return np.array(stops, np.float64)
+
+
+def check(report):
+    """ValueError where arrays don't fit one another: a page would show them shifted."""
+    h, w = report["grid"]
+    patches, prompt, r = h * w, len(report["prompt"]), len(report["tokens"])
+    s = patches + prompt + r
+    raw = np.shape(report["raw"])
+    expected = {"raw": raw[:2] + (r, s), "mass": raw[:2] + (r, 3), "logprobs": (r,)}
+    for name, shape in expected.items():
+        if np.shape(report[name]) != shape:
+            raise ValueError(f"{name} has shape {np.shape(report[name])}; expected {shape}.")
+    arrays = {name: report[name] for name in expected}
+    for m in report["maps"]:
+        name = " ".join(filter(None, (m["method"], m["variant"])))
+        if m["method"] not in METHODS:
+            raise ValueError(f"a map is of {m['method']!r}; expected one of {sorted(METHODS)}.")
+        if np.shape(m["values"]) not in ((r, patches), (r, s)):
+            raise ValueError(
+                f"the map {name} has shape {np.shape(m['values'])}; expected {(r, patches)} or "
+                f"{(r, s)}."
+            )
+        arrays[name] = m["values"]
+    if report["regions"]:
+        arrays["regions"] = report["regions"]["logprobs"]
+    for name, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or infinity; expected numbers.")
+
+
+# --- What goes into the page ---
+
+
+def data_of(report):
+    """What the page's script reads: a dict that JSON carries."""
+    raw = np.asarray(report["raw"])
+    regions = report["regions"]
+    return dict(
+        grid=list(report["grid"]),
+        prompt=_clean(report["prompt"]),
+        tokens=_clean(report["tokens"]),
+        logprobs=_floats(report["logprobs"]),
+        raw=pack(raw, "u1" if raw.size > MAX_RAW else "f2"),
+        layers=raw.shape[0],
+        heads=raw.shape[1],
+        mass=pack(report["mass"]),
+        maps=[{**m, "values": pack(m["values"])} for m in report["maps"]],
+        methods={k: list(v) for k, v in METHODS.items()},
+        signed=list(SIGNED),
+        first=first_method(report),
+        occlusion=report.get("occlusion"),
+        regions=regions
+        and dict(
+            fill=regions["fill"],
+            boxes=np.asarray(regions["boxes"]).tolist(),
+            logprobs=[_floats(x) for x in np.asarray(regions["logprobs"])],
+        ),
+        colours=COLOURS,
+    )
+
+
+def pack(x, kind="f2"):
+    """An array for JSON: dict(type, shape, tops, data), the last two base64, little-endian.
+
+    Each row (last axis) is divided by its largest magnitude, `tops` float32. "f2" keeps the rest as
+    float16 (error at most 2^-11 of a value); "u1" as round(255·sqrt(value)), for values of no sign
+    (error at most 0.4 % of the row's largest value).
+    """
+    x = np.asarray(x, np.float32)
+    tops = np.abs(x).max(-1, keepdims=True).astype("<f4")
+    rows = x / np.where(tops > 0, tops, 1)
+    if kind == "u1":
+        if (rows < 0).any():
+            raise ValueError("u1 is for values of no sign; found a negative one.")
+        rows = np.floor(255 * np.sqrt(rows) + 0.5).astype("u1")
+    else:
+        rows = rows.astype("<f2")
+    return dict(type=kind, shape=list(x.shape), tops=_base64(tops), data=_base64(rows))
+
+
+def unpack(packed):
+    """The reverse, float32, as the page's script does it."""
+    rows = np.frombuffer(base64.b64decode(packed["data"]), "<" + packed["type"])
+    rows = rows.astype(np.float32).reshape(packed["shape"])
+    tops = np.frombuffer(base64.b64decode(packed["tops"]), "<f4")
+    if packed["type"] == "u1":
+        rows = (rows / 255) ** 2
+    return rows * tops.reshape(*packed["shape"][:-1], 1)
+
+
+def _base64(x):
+    return base64.b64encode(np.ascontiguousarray(x).tobytes()).decode()
+
+
+def _floats(x):
+    return [float(np.float32(v)) for v in x]
+
+
+def data_url(pixels, side=MAX_SIDE):
+    """An image as an address: PNG, at most `side` pixels wide and high."""
+    image = PIL.Image.fromarray(np.asarray(pixels, np.uint8))
+    if max(image.size) > side:
+        image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+    if np.ptp(np.asarray(image), axis=-1).max() == 0:
+        image = image.convert("L")  # grey in colour's clothes: a third of the bytes
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _texts(report):
+    """What the template reads: texts, addresses of images, rounded figures."""
+    logprobs = np.asarray(report["logprobs"], np.float64)
+    mask = report["mask"]
+    h, w = report["grid"]
+    raw = np.shape(report["raw"])
+    out = _clean(
+        {
+            k: report[k]
+            for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")
+        }
+    )
+    return dict(
+        out,
+        about=_clean([list(x) for x in report["about"]]),
+        grid=(h, w),
+        heads=raw[1],
+        probability=percent(logprobs.sum()),
+        logprob=float(logprobs.sum()),
+        size=report["picture"].shape[:2],
+        picture=data_url(report["picture"]),
+        seen=data_url(report["seen"]),
+        seen_size=report["seen"].shape[:2],
+        tokens=[
+            dict(text=t, probability=percent(p), others=[(o, share(q)) for o, q in others])
+            for t, p, others in zip(
+                _clean(report["tokens"]), logprobs, _clean(report["others"]), strict=True
+            )
+        ],
+        mass=np.asarray(report["mass"], np.float64).mean((1, 2)),
+        agreement=_agreement(out["samples"], out["answer"]),
+        mask=mask
+        and dict(
+            fill=mask["fill"],
+            answer=_clean(mask["answer"]),
+            picture=data_url(mask["picture"]),
+            probability=percent(np.sum(mask["logprobs"])),
+            tokens=[
+                (t, percent(a), percent(b))
+                for t, a, b in zip(_clean(report["tokens"]), logprobs, mask["logprobs"])
+            ],
+        ),
+        quantised=np.size(report["raw"]) > MAX_RAW,
+        regions=bool(report["regions"]),
+        occlusion=report.get("occlusion"),
+        methods={k: METHODS[k] for k in _methods(report)},
+    )
+
+
+# Which map a page opens with: the one that depends on the answer, where it was made.
+_FIRST = ("relevancy_pixels", "relevancy", "rollout_pixels", "rollout", "raw")
+
+
+def first_method(report):
+    """The method that a page opens with."""
+    return next(m for m in _FIRST if m in _methods(report))
+
+
+def _methods(report):
+    found = {m["method"] for m in report["maps"]} | {"raw"}
+    return [k for k in METHODS if k in found]
+
+
+def _agreement(samples, answer):
+    """(how many samples say what the answer says, of how many)."""
+    said = [s["answer"].strip().lower() for s in samples]
+    return sum(s == answer.strip().lower() for s in said), len(said)
+
+
+def percent(logprob):
+    """A log-probability as text: "93 %", "0.4 %", "below 0.01 %"."""
+    return share(math.exp(min(float(logprob), 0.0)))
+
+
+def share(p):
+    """A share as text."""
+    if p < 1e-4:
+        return "below 0.01 %"
+    return f"{100 * p:.0f} %" if p >= 0.1 else f"{100 * p:.2g} %"
+
+
+def _clean(value):
+    """Texts without what HTML and UTF-8 can't carry: control characters (but newline and tab) and
+    halves of surrogate pairs, as in file names that are no Unicode, become U+FFFD."""
+    if isinstance(value, str):
+        text = value.encode("utf-8", "replace").decode("utf-8")
+        return "".join(
+            "\ufffd" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c
+            for c in text
+        )
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_clean(v) for v in value)
+    return value
+
+
+def _embed(data):
+    """JSON that may stand in a <script>: nothing in it can end the element or open another."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _page(name, **values):
+    """<name>.html.jinja with the style and <name>.js in it, and a content policy of their hashes."""
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError:
+        raise ValueError(
+            "The page needs jinja2, which is not installed: pip install 'paligemma_med[report]'."
+        ) from None
+    style, script = (
+        (FOLDER / f).read_text(encoding="utf-8").strip() for f in ("page.css", f"{name}.js")
+    )
+    policy = (
+        "default-src 'none'; img-src data:; "
+        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
+    )
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    safe = {k: markupsafe.Markup(v) for k, v in dict(style=style, script=script).items()}
+    if "data" in values:
+        values["data"] = markupsafe.Markup(values["data"])
+    env.filters.update(percent=percent, share=share)
+    return env.get_template(f"{name}.html.jinja").render(policy=policy, **safe, **values)
+
+
+def _hash(text):
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
