@@ -467,7 +467,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
         known = {*_EVAL_KEYS, *arguments} - _GIVEN
         config_values.check_keys(section, known, f"config.evals.{name}")
         if "about" in arguments:
-            kw["about"] = functools.partial(_about, dict(kw, type=kind), checkpoint or folder)
+            kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder)
         outdir = os.path.join(folder, "eval", name) if folder else None
         try:
             inputs = input_pipeline.evaluation(
@@ -495,7 +495,7 @@ def _arguments(evaluator):
     return [p.name for p in found if p.kind == p.KEYWORD_ONLY]
 
 
-def _about(section, checkpoint, params):
+def about(section, checkpoint, params):
     """What is evaluated, for metrics.json: split, data (what was opened), section (of the config),
     fingerprint (of the weights), versions, checkpoint, command. Collective."""
     flat = npz.flatten_tree(params)
