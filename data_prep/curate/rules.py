@@ -273,12 +273,38 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
         raise ValueError(f"max_share is {max_share}; expected above 0 and at most 1")
 
     def check(row):
-        answer = content_words(str(row.get("answer") or ""))
-        if not answer:
-            return None, 0.0
-        share = len(answer & content_words(str(row.get("question") or ""))) / len(answer)
+        question, answer = (content_words(str(row.get(field) or "")) for field in BOTH)
+        share = len(answer & question) / max(len(answer), 1)
         leaks = len(answer) >= min_words and share >= max_share
         return (f"{share:.2f} of the answer in the question" if leaks else None), round(share, 4)
+
+    return check
+
+
+@rule
+def not_in_source(
+    min_share: float = 0.5, min_words: int = 2, fields: Sequence[str] = ("caption",), stem: int = 5
+):
+    """Drops rows whose answer says what neither the source nor the question does.
+
+    Score: the share of the answer's content words that occur in one of `fields` or in the question,
+    words being the same if their first `stem` letters are (calcified, calcification). Other words
+    for the same thing count as absent, so that a low share is a hint and no proof.
+    """
+    if not 0 < min_share <= 1 or stem < 1:
+        raise ValueError(
+            f"min_share is {min_share}, stem {stem}; expected above 0 and at most 1, and 1 or more"
+        )
+
+    def stems(text):
+        return {w[:stem] for w in content_words(text)}
+
+    def check(row):
+        answer = stems(str(row.get("answer") or ""))
+        there = stems(" ".join(str(row.get(field) or "") for field in ("question", *fields)))
+        share = len(answer & there) / len(answer) if answer else 1.0
+        made_up = len(answer) >= min_words and share < min_share
+        return (f"{share:.2f} of the answer in the source" if made_up else None), round(share, 4)
 
     return check
 

@@ -1,68 +1,430 @@
-"""Makes the output of a journal of replies: kept rows, drops, failed units and a report.
+"""Makes the output of a journal of replies: kept pairs, drops, failed units and a report.
 
 Nothing is asked here. The same units and replies give the same bytes, however often the run that
 asked was killed; the rules can be changed and the files written anew without a model.
 """
 
+import collections
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from data_prep import medm_qa
+from tools.synthesize_qa import parse, units as units_lib
+from tools.synthesize_qa.quality import Quality, Verdict
+
+FIRST = 5  # examples told of each reason
+_SHOWN = 300  # characters of what was rejected
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Files of a run; all lie beside the output."""
+    """Files made of the journal; all lie beside the output. `journal.path_of` has the journal's."""
 
     output: pathlib.Path
     drops: pathlib.Path
     failed: pathlib.Path
     report: pathlib.Path
-    journal: pathlib.Path
 
 
 def paths_of(output: str | os.PathLike) -> Paths:
-    """`qa.jsonl` -> also qa.drops.jsonl, qa.failed.jsonl, qa.report.json, qa.journal."""
+    """`qa.jsonl` -> also qa.drops.jsonl, qa.failed.jsonl, qa.report.json."""
     output = pathlib.Path(output).expanduser()
     stem = output.name.removesuffix(".jsonl")
-    names = (output.name, *(stem + s for s in (".drops.jsonl", ".failed.jsonl", ".report.json")))
-    return Paths(*(output.with_name(n) for n in (*names, f"{stem}.journal")))
+    names = (f"{stem}.drops.jsonl", f"{stem}.failed.jsonl", f"{stem}.report.json")
+    return Paths(output, *map(output.with_name, names))
 
 
 def write(
-    units: Iterable[Any],
-    journals: Sequence[Any],
+    units: Iterable[units_lib.Unit],
+    journal: Any,
     output: str | os.PathLike,
     config: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any],
     books: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes the four files, each whole; F itself last.
+    """Writes the four files, each whole; the output itself last.
 
     Args:
-      units: in source order, each with `key`, `row` (a sources.Row) and `template` (a Template).
-      journals: each with `replies(key)` -> list of records in the order in which they came. A
-        record is a dict with key, reply (whole text), finish ("stop", "length", … or None), usage
-        ([prompt, completion] tokens or None), model, attempt (0, 1), and, where it is measured,
-        seconds: its share of the wall time (a local batch's seconds / its replies; of a server,
-        the time since the reply before, or since the start), so that their sum is the run's.
-        Optional: fingerprint (a server's system_fingerprint).
-      output: F.
-      config: see configs/default.py.
-      provenance: the same for all rows: model, weights, backend, seed, settings, versions. A
-        record's own `model` goes before it.
-      books: the report of the sources' ledger, if there is one; stands in the report.
+      units: in source order.
+      journal: with `replies(key)`, a unit's records as they came; see `units` for their keys.
+      output: JSON Lines of kept pairs.
+      config: of the filter; see `quality` and configs/default.py.
+      about: what all units have in common; see `units`.
+      books: what became of the sources' rows; stands in the report.
 
     Returns:
-      The report. Its "speed" alone is measured; the rest is a function of units and replies.
+      The report. Its "speed" was measured; all else is a function of units and replies.
 
     Raises:
-      ValueError: a bad config; two units of one image and template; a file that can't be written.
+      DataError: a config that can't be.
+      ValueError: an output that is there and isn't ours, or can't be written; a unit twice.
     """
-    raise NotImplementedError
+    quality, paths, counts = Quality(config), paths_of(output), _Counts()
+    if paths.output.exists() and not paths.report.exists():
+        raise ValueError(
+            f"{paths.output} is there, without {paths.report.name} of an earlier run beside it; "
+            "expected a new name."
+        )
+    seen: set[bytes] = set()
+    try:
+        with _whole(paths.report, paths.failed, paths.drops, paths.output) as files:
+            report_file, failed, drops, kept = files
+            for unit in units:
+                name = hashlib.sha256(f"{_label(unit)} {unit.row.image_id}".encode()).digest()[:16]
+                if name in seen:
+                    raise ValueError(
+                        f"image {unit.row.image_id} comes twice with {_label(unit)}; expected once."
+                    )
+                seen.add(name)
+                _write_unit(unit, journal, about, quality, counts, kept, drops, failed)
+            report = counts.report(quality)
+            report |= {"about": dict(about), "config": dict(config), "sources": books or {}}
+            text = json.dumps(report, indent=1, ensure_ascii=False, default=list)
+            report_file.write(text.encode() + b"\n")
+    except OSError as e:
+        raise ValueError(f"{paths.output} can't be written: {e.strerror or e}.") from None
+    return report
 
 
-def describe(report: Mapping[str, Any]) -> Sequence[str]:
+def _write_unit(unit, journal, about, quality, counts, kept, drops, failed):
+    """One unit's lines in the files, and what it adds to the counts."""
+    records = journal.replies(unit.key)
+    # A reply is read anew: the parser may have learnt more since it came.
+    replies = [
+        parse.read_reply(r["reply"], unit.template.kind, cut=r["finish"] == "length")
+        for r in records
+    ]
+    used = next((i for i, reply in enumerate(replies) if reply.pairs), None)
+    counts.unit(unit, records, replies, used)
+    if used is None:
+        if units_lib.settled(records):
+            failed.write(_line(_failure(unit, records, replies)))
+        return
+    for number, pair in enumerate(replies[used].pairs, 1):
+        row = _row(unit, pair, number, about)
+        texts = {**row, "source_text": "\n".join(unit.row.fields.values())}
+        verdict = quality.judge(texts, row["question_id"])
+        row["quality"] = verdict.quality
+        row["provenance"] = _provenance(unit, records[used], used, replies[used], about)
+        counts.pair(unit, row, verdict)
+        if verdict.reasons:
+            reason, why = verdict.reasons[0]
+            head = {"reason": reason, "why": why, "all_reasons": verdict.failed}
+            drops.write(_line({**head, "row": row}))
+        else:
+            kept.write(_line(row))
+
+
+def _label(unit: units_lib.Unit) -> str:
+    return f"{unit.template.name}_v{unit.template.version}"
+
+
+def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str, Any]):
+    """A pair with the names that `data_prep.medm_qa.read_qa` and the builders know."""
+    row = {
+        "question_id": f"{unit.row.image_id}_{_label(unit)}_{number}",
+        "image_id": unit.row.image_id,
+        "case_id": unit.row.case_id,
+        "question": pair.question,
+        "answer": pair.answer,
+        "answer_type": "CLOSED" if pair.choices else medm_qa.answer_type(pair.answer),
+        "question_type": medm_qa.question_word(pair.question),
+    }
+    if pair.choices:
+        order = _draw(f"{about['seed']} {unit.key} {number}")
+        right = parse.LETTERS.index(pair.letter)
+        row |= {f"choice_{x.lower()}": pair.choices[i] for x, i in zip(parse.LETTERS, order)}
+        row["answer_letter"] = parse.LETTERS[order.index(right)]
+    return row | {
+        "mode": unit.template.name,
+        "split": unit.row.split,
+        "caption": unit.row.fields.get("caption", ""),
+    }
+
+
+def _draw(text: str) -> list[int]:
+    """An order of 0 to 3 drawn by a text, the same wherever and whenever."""
+    return sorted(range(4), key=lambda i: hashlib.sha256(f"{text} {i}".encode()).digest())
+
+
+def _provenance(unit, record, attempt, reply, about):
+    return {
+        "model": record.get("model") or about["model"],
+        "weights": about["weights"],
+        "backend": about["backend"],
+        "template": _label(unit),
+        "template_digest": unit.template.digest,
+        "seed": about["seed"],
+        "settings": about["settings"],
+        "pairs_asked": about["pairs"],
+        "examples": about["examples"],
+        "source": unit.row.source,
+        "row_id": unit.row.row_id,
+        "row_digest": unit.row.digest,
+        "key": unit.key,
+        "attempt": attempt,
+        "form": reply.form,
+        "reply": record["reply"],
+        "finish": record["finish"],
+        "system_fingerprint": record.get("system_fingerprint"),
+        "versions": record.get("versions", {}),
+    }
+
+
+def _failure(unit, records, replies):
+    return {
+        "row_id": unit.row.row_id,
+        "image_id": unit.row.image_id,
+        "template": _label(unit),
+        "source": unit.row.source,
+        "row_digest": unit.row.digest,
+        "key": unit.key,
+        "replies": [
+            {
+                "problem": record.get("problem") or reply.problem,
+                "finish": record["finish"],
+                "reply": record["reply"],
+                "rejected": [[reason, text[:_SHOWN]] for reason, text in reply.rejected],
+            }
+            for record, reply in zip(records, replies)
+        ],
+    }
+
+
+# --- Counting ---
+
+
+class _Counts:
+    """The numbers of the report."""
+
+    def __init__(self):
+        self.units = collections.Counter()
+        self.templates: dict[str, collections.Counter] = {}
+        self.forms, self.rejected = collections.Counter(), {}
+        self.pairs_per_reply = collections.Counter()
+        self.replies, self.tokens = collections.Counter(), collections.Counter()
+        self.seconds = self.timed_tokens = 0.0
+        self.first, self.any, self.alone = (collections.Counter() for _ in range(3))
+        self.examples: dict[str, list] = collections.defaultdict(list)
+        self.types, self.letters = collections.Counter(), collections.Counter()
+        self.leaks = {
+            which: {name: [0, 0.0, 0] for name in ("leak", "caption_leak")}
+            for which in ("all", "kept")
+        }
+
+    def unit(self, unit, records, replies, used):
+        """A unit, all its replies, and the number of that which is used."""
+        if used is not None:
+            state = "answered"
+        else:
+            state = "failed" if units_lib.settled(records) else "waiting"
+        table = self.templates.setdefault(_label(unit), collections.Counter())
+        for counter in (self.units, table):
+            counter["units"] += 1
+            counter[state] += 1
+        self.units["answered_at_once"] += used == 0
+        self.units["asked_again"] += len(records) > 1
+        self.units["answered_when_asked_again"] += bool(used)
+        for record, reply in zip(records, replies):
+            self.replies["replies"] += 1
+            self.replies["usable"] += bool(reply.pairs)
+            self.replies["unfinished"] += record["finish"] == "length"
+            self.replies["too_long"] += record["finish"] == units_lib.TOO_LONG
+            self.forms[reply.form or "none"] += 1
+            for reason, text in reply.rejected:
+                note = self.rejected.setdefault(reason, {"count": 0, "first": []})
+                note["count"] += 1
+                if len(note["first"]) < FIRST:
+                    note["first"].append([unit.row.row_id, text[:80]])
+            if record["usage"] is None:
+                self.tokens["replies_without"] += 1
+            else:
+                self.tokens["prompt"] += record["usage"][0]
+                self.tokens["completion"] += record["usage"][1]
+                if record.get("seconds"):
+                    self.seconds += record["seconds"]
+                    self.timed_tokens += record["usage"][1]
+        if used is not None:
+            self.pairs_per_reply[len(replies[used].pairs)] += 1
+
+    def pair(self, unit, row: Mapping[str, Any], verdict: Verdict):
+        """A pair of the reply that is used."""
+        table = self.templates[_label(unit)]
+        fates = ("all",) if verdict.reasons else ("all", "kept")
+        for which in fates:
+            table["pairs" if which == "all" else "kept"] += 1
+            for name, (n, total, half) in self.leaks[which].items():
+                score = verdict.scores[name]
+                self.leaks[which][name] = [n + 1, total + score, half + (score >= 0.5)]
+        if not verdict.reasons:
+            self.types[row["answer_type"]] += 1
+            if "answer_letter" in row:
+                self.letters[row["answer_letter"]] += 1
+        for name, why in verdict.failed:
+            self.any[name] += 1
+            if len(self.examples[name]) < FIRST:
+                self.examples[name].append([row["question_id"], why])
+        if verdict.reasons:
+            self.first[verdict.reasons[0][0]] += 1
+            self.alone[verdict.reasons[0][0]] += len(verdict.reasons) == 1
+
+    def report(self, quality: Quality) -> dict[str, Any]:
+        pairs = {which: table["leak"][0] for which, table in self.leaks.items()}
+        states = (
+            "units answered failed waiting answered_at_once asked_again answered_when_asked_again"
+        ).split()
+        replied = self.units["units"] - self.units["waiting"]
+        return {
+            "units": {name: self.units[name] for name in states},
+            "parse_rate": _share(self.units["answered"], replied),
+            "parse_rate_at_once": _share(self.units["answered_at_once"], replied),
+            "replies": {
+                name: self.replies[name] for name in ("replies", "usable", "unfinished", "too_long")
+            },
+            "forms": dict(self.forms.most_common()),
+            "rejected": dict(sorted(self.rejected.items(), key=lambda x: (-x[1]["count"], x[0]))),
+            "pairs": {"all": pairs["all"], "kept": pairs["kept"]},
+            "pairs_per_reply": {
+                str(n): self.pairs_per_reply[n] for n in sorted(self.pairs_per_reply)
+            },
+            "rules": {
+                name: {
+                    "drops": drops,
+                    "dropped": self.first[name],
+                    "fail_it": self.any[name],
+                    "only_this_one": self.alone[name],
+                    "first": self.examples[name],
+                }
+                for name, drops in quality.drops.items()
+            },
+            "leaks": {
+                which: {
+                    name: {"mean": _share(total, n), "at_least_half": _share(half, n)}
+                    for name, (n, total, half) in table.items()
+                }
+                for which, table in self.leaks.items()
+            },
+            "answer_types": dict(sorted(self.types.items())),
+            "answer_letters": dict(sorted(self.letters.items())),
+            "templates": {
+                name: {k: c[k] for k in ("units", "answered", "failed", "waiting", "pairs", "kept")}
+                for name, c in self.templates.items()
+            },
+            "tokens": {k: self.tokens[k] for k in ("prompt", "completion", "replies_without")},
+            "speed": {
+                "seconds": round(self.seconds, 2),
+                "new_tokens_per_second": _share(self.timed_tokens, self.seconds, 2),
+            },
+        }
+
+
+def _share(part: float, whole: float, digits: int = 4) -> float | None:
+    return round(part / whole, digits) if whole else None
+
+
+# --- Telling ---
+
+
+def describe(report: Mapping[str, Any]) -> Iterator[str]:
     """The report as lines for a person."""
-    raise NotImplementedError
+    units, replies, tokens = report["units"], report["replies"], report["tokens"]
+    yield (
+        f"{units['units']:,} units: {units['answered']:,} answered "
+        f"({units['answered_at_once']:,} at once, {units['answered_when_asked_again']:,} when "
+        f"asked again), {units['failed']:,} failed, {units['waiting']:,} waiting"
+    )
+    yield (
+        f"{replies['replies']:,} replies, parse rate {_percent(report['parse_rate'])}, at once "
+        f"{_percent(report['parse_rate_at_once'])}; {replies['unfinished']:,} unfinished"
+        + (f", {replies['too_long']:,} prompts too long" if replies["too_long"] else "")
+    )
+    yield "  forms: " + (", ".join(f"{k} {n:,}" for k, n in report["forms"].items()) or "none")
+    for reason, note in report["rejected"].items():
+        row, text = note["first"][0]
+        yield f"  rejected, {reason}: {note['count']:,}  e.g. {row} {' '.join(text.split())!r:.60}"
+    pairs, counts = report["pairs"], report["pairs_per_reply"]
+    yield (
+        f"{pairs['all']:,} pairs ({_ratio(pairs['all'], units['answered'])} a reply: "
+        + (", ".join(f"{k} in {n:,}" for k, n in counts.items()) or "none")
+        + f"), {pairs['kept']:,} kept ({_percent(_share(pairs['kept'], pairs['all']))})"
+    )
+    yield f"{'rule':16}{'dropped':>9}{'fail it':>9}{'only it':>9}  e.g."
+    for name, rule in report["rules"].items():
+        example = " ".join(rule["first"][0]) if rule["first"] else ""
+        dropped = f"{rule['dropped']:9,}{rule['fail_it']:9,}{rule['only_this_one']:9,}"
+        if not rule["drops"]:
+            dropped = f"{'(tag)':>9}{rule['fail_it']:9,}{'':9}"
+        yield f"{name:16}{dropped}  {example:.70}"
+    for which, table in report["leaks"].items():
+        texts = {"leak": "the answer's words", "caption_leak": "the caption's words"}
+        yield f"leak into the question, {which} pairs: " + "; ".join(
+            f"{texts[name]}: mean {_percent(x['mean'])}, half or more in "
+            f"{_percent(x['at_least_half'])}"
+            for name, x in table.items()
+        )
+    for name, n in report["templates"].items():
+        yield (
+            f"template {name}: {n['units']:,} units, {n['answered']:,} answered, {n['pairs']:,} "
+            f"pairs, {n['kept']:,} kept"
+        )
+    if letters := report["answer_letters"]:
+        yield "right options: " + ", ".join(f"{k} {n:,}" for k, n in letters.items())
+    speed = report["speed"]["new_tokens_per_second"]
+    yield (
+        f"{tokens['prompt']:,} prompt tokens, {tokens['completion']:,} new ones"
+        + (f", {speed:,.1f} new ones a second" if speed else "")
+        + (
+            f"; {tokens['replies_without']:,} replies without a count"
+            * bool(tokens["replies_without"])
+        )
+    )
+    if units["waiting"]:
+        yield f"WARNING: {units['waiting']:,} units have no reply yet; the same command goes on"
+    if units["units"] > units["waiting"] and not pairs["kept"]:
+        yield "WARNING: no pair was kept; see the drops and the failed units"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if whole else "–"
+
+
+# --- Files ---
+
+
+def _line(value: Any) -> bytes:
+    """A line of JSON; half a surrogate pair, which UTF-8 can't hold, stands escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def _whole(*paths: pathlib.Path):
+    """Files to write to that take their names together at the end, in this order, or not at all."""
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(part, "wb")) for part in parts]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for part, path in zip(parts, paths):
+            os.replace(part, path)
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise

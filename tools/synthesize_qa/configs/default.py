@@ -1,0 +1,51 @@
+"""Which generated pairs are dropped: what the prompts forbid, leaks, repeats, and no pairs at all.
+
+The rules are those of `data_prep.curate`, so that a set filtered here and one filtered there are
+filtered alike. With drop=False a rule only tags: `not_in_source` can't tell another word for
+the same thing from an invention.
+
+Arguments: max_share (of an answer in its question); within (image, case: where near duplicates are
+looked for); drop (no: everything is kept, and tagged all the same).
+"""
+
+from ml_collections import ConfigDict
+
+from data_prep.curate import rules
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Config of `python -m tools.synthesize_qa`; `arg` as in "max_share=0.6,within=image"."""
+    args = {"max_share": "0.8", "within": "case", "drop": "yes"}
+    for item in filter(None, (arg or "").split(",")):
+        name, _, value = item.partition("=")
+        if name not in args:
+            raise ValueError(f"config argument {name!r} is unknown; known: {', '.join(args)}")
+        args[name] = value
+    if args["drop"] not in ("yes", "no"):
+        raise ValueError(f"config argument drop is {args['drop']!r}; expected yes or no")
+    config = ConfigDict()
+    config.rules = [
+        {"rule": "empty"},
+        {"rule": "chatter", "name": "refusal", "patterns": rules.REFUSALS},
+        {"rule": "chatter", "name": "meta_talk", "patterns": rules.META},
+        {"rule": "chatter", "name": "chatter", "patterns": rules.CHATTER + rules.MARKUP},
+        {"rule": "question_form", "name": "form"},
+        {"rule": "length"},
+        {"rule": "language", "allowed": ["en"]},
+        {"rule": "patient_history", "name": "history"},
+        {"rule": "measurement"},
+        {"rule": "numbers"},
+        {
+            "rule": "pattern",
+            "name": "codes",
+            "patterns": [r"\b(?:ACR|ICD)(?:-?\d+)?(?:-CM)?\b(?: codes?)?"],
+        },
+        {"rule": "answer_leak", "name": "leak", "max_share": float(args["max_share"])},
+        {"rule": "not_in_source", "fields": ["source_text"], "drop": False},
+        {"rule": "near_duplicate", "within": args["within"], "threshold": 0.8},
+    ]
+    for rule in config.rules:
+        rule.setdefault("drop", True)
+        if args["drop"] == "no":
+            rule["drop"] = False
+    return config
