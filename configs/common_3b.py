@@ -29,6 +29,8 @@ epochs   the paper gives none for stage 2. Defaults are where the curves of vali
 lr       1e-5, table 3.
 letters  False (default). True, for sets of synthesised multiple choice alone: the options stand
          in the prompt, and the letter is the answer (MedPix and ROCO; stage2_pmc_vqa always does).
+tiny     False (default). True: the tiny base model of the quickstart in place of PaliGemma-3B, to
+         try out data and commands in minutes. It has seen no radiology; its figures mean nothing.
 samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
          temperature 1 here (it names none).
 
@@ -36,7 +38,7 @@ Table 3 also has: constant schedule, label smoothing 0, weight decay 0, fp16. He
 and activations are bfloat16, which has float32's range, and what is trained stays float32.
 """
 
-from configs import common
+from configs import common, quickstart, tiny_base
 
 KEEP = ("question_id", "image_id", "question", "answer", "answer_type", "modality", "location",
         "location_category")  # fmt: skip
@@ -128,7 +130,7 @@ def stage2(
     args = common.parse_arg(
         arg, stage1="", init="", res=448, lora="attention", rank=8, alpha=32.0, dropout=0.05,
         prompt="en", norm="example", clip=1.0, micro=6, accum=16, epochs=float(epochs), lr=1e-5,
-        samples=1, seed=0, data_dir="", **defaults,
+        tiny=False, samples=1, seed=0, data_dir="", **defaults,
     )  # fmt: skip
     if args.stage1 and args.init:
         raise ValueError(
@@ -140,8 +142,11 @@ def stage2(
     prompt = _PROMPTS[args.prompt] + _call(choices, args)
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
-    model(c, args.res)
-    c.model_init = args.stage1 or args.init or None
+    if args.tiny:
+        c.update(res=tiny_base.RES, tokenizer=tiny_base.TOKENIZER, model=tiny_base.MODEL)
+    else:
+        model(c, args.res)
+    c.model_init = args.stage1 or args.init or (quickstart.BASE if args.tiny else None)
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
     c.adapter_init = None  # a PEFT folder to train on from
     c.text_len = text_len
@@ -149,7 +154,7 @@ def stage2(
 
     where = dict(data_dir=args.data_dir) if args.data_dir else {}
     pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer_key)
-    c.input = dict(pp=pp, num_workers=4)
+    c.input = dict(pp=pp, num_workers=0 if args.tiny else 4)
     # A few captions run to thousands of characters; what is cut is counted and reported.
     c.input.allow_missing_eos = True
     if len(sets) == 1:

@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 
 from configs import common
-from paligemma_med import experiment, mixture, optim
+from paligemma_med import checkpoints, experiment, mixture, optim
+from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
 from paligemma_med.models import lora
 from paligemma_med.pp import get_preprocess_fn
@@ -186,6 +187,17 @@ def test_roco_v1_in_place_of_v2(name):
     assert roco(c) == c.evals.rocov2_validate.data.name == "roco_v1/qa"
     with pytest.raises(ValueError, match="version='v3': expected one of"):
         get_config(name, "version=v3")
+
+
+@pytest.mark.parametrize("name", STAGE2)
+def test_stage2_of_the_tiny_base_starts_from_its_weights(name):
+    c = get_config(name, "tiny")
+    found = npz.flatten_tree(checkpoints.load_params(c.model_init))
+    abstract = shapes_of(c)
+    trained = optim.trained_names(c, list(abstract))
+    assert trained and set(abstract) - set(trained) == set(found)
+    assert all(abstract[n].shape == x.shape for n, x in found.items())
+    assert get_config(name, "tiny,stage1=/runs/stage1").model_init == "/runs/stage1"
 
 
 @pytest.mark.parametrize("name", ["stage2_medpix2", "stage2_rocov2"])
