@@ -5,6 +5,11 @@ import collections
 import dataclasses
 import hashlib
 import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import pytest
@@ -14,6 +19,7 @@ from tools.synthesize_qa import journal, server, units
 
 pytest.importorskip("openai")
 
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 QUICK = dict(model="m", backoff=0.01)
 TRANSPORT = tuple(f for f in FAULTS if f not in ("cut", "hostile"))
 
@@ -213,3 +219,52 @@ def test_a_server_that_will_not_work_ends_the_run_with_a_sentence(tmp_path):
         ask(tmp_path / "j", many(9), "http://127.0.0.1:9/v1", concurrency=2)
     with pytest.raises(ValueError, match="settings has 'n'"):
         ask(tmp_path / "j", many(1), "http://127.0.0.1:9/v1", settings={"n": 2})
+
+
+# --- Being stopped ---
+
+
+@pytest.mark.parametrize("kills", [(15,), pytest.param((5, 14, 24), marks=pytest.mark.slow)])
+def test_killed_and_resumed(tmp_path, kills):
+    """SIGKILL amid faults: in the end each unit has the reply of an undisturbed run,
+    and only what was under way at a kill was asked for again."""
+    n, concurrency = 36, 6
+    todo = many(n)
+    with FakeModel(pairs_of, delay=0.03) as fake:
+        with Proxy(fake.url, faults=TRANSPORT, share=0.4, stall=0.8) as proxy:
+            code = (
+                "from tests.tools.synthesize_qa.test_server import ask, many; "
+                f"ask({str(tmp_path / 'j')!r}, many({n}), {proxy.url!r}, timeout=0.6, "
+                f"concurrency={concurrency})"
+            )
+            for kept in kills:
+                command = [sys.executable, "-c", code]
+                run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+                end = time.monotonic() + 60
+                while not lines(tmp_path / "j") >= kept:
+                    assert run.poll() is None and time.monotonic() < end, run.communicate()[1]
+                    time.sleep(0.01)
+                run.send_signal(signal.SIGKILL)
+                run.communicate()
+            time.sleep(0.9)  # what was under way has come in, to nobody
+            assert kept <= lines(tmp_path / "j") < n
+            with open(tmp_path / "j", "ab") as f:
+                f.write(b'{"key": "cut o')
+            before = dict(fake.seen)
+            with journal.open_journal(tmp_path / "j") as opened:
+                done = [u.name for u in todo if units.settled(opened.replies(u.key))]
+            assert ask(tmp_path / "j", todo, proxy.url, timeout=0.6)["unanswered"] == {}
+            assert [fake.seen[name] for name in done] == [before[name] for name in done]
+            # Past the proxy's own losses (half bodies), at most what was under way at the kills.
+            lost = sum(e["fault"] in ("half_body", "half_json") for e in proxy.log)
+        assert n <= sum(fake.seen.values()) <= n + lost + len(kills) * concurrency
+        ask(tmp_path / "whole", todo, fake.url)
+    found, whole = (records(tmp_path / name, todo) for name in ("j", "whole"))
+    assert {k: [r["reply"] for r in rs] for k, rs in found.items()} == {
+        k: [r["reply"] for r in rs] for k, rs in whole.items()
+    }
+    assert all(len(rs) == 1 for rs in found.values())
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
