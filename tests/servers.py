@@ -233,6 +233,7 @@ class RealModel(Server):
 
     Of `response_format` it knows json_schema with an enum called score: the reply is then the
     likeliest of the objects that the schema allows, as servers with constrained decoding give it.
+    Other forms are passed over.
     """
 
     def __init__(self, path, port=0):
@@ -267,11 +268,11 @@ class RealModel(Server):
             request["messages"], add_generation_prompt=True, tokenize=False
         )
         ids = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        form = request.get("response_format") or {}
+        form = (request.get("response_format") or {}).get("json_schema", {}).get("schema", {})
+        score = form.get("properties", {}).get("score")
         with self.lock, self._torch.inference_mode():
-            if form.get("type") == "json_schema":
-                allowed = form["json_schema"]["schema"]["properties"]["score"]["enum"]
-                new = self._likeliest(ids, [json.dumps({"score": score}) for score in allowed])
+            if score:
+                new = self._likeliest(ids, [json.dumps({"score": x}) for x in score["enum"]])
             else:
                 new = self._model.generate(
                     ids, max_new_tokens=request.get("max_tokens") or 64, do_sample=False,
