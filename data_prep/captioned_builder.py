@@ -25,7 +25,7 @@ QA_FILES = ("qa.jsonl", "qa.json", "qa.csv", "qa_pairs_generated_all.json")
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d", "answer_letter")
 _EXAMPLES = 3
 # MedM's csv files name the split their authors made; ours are the release's.
-_THEIR_SPLITS = {"train": "train", "valid": "validate", "validation": "validate", "test": "test"}
+_THEIR_SPLITS = {s: s for s in SPLITS} | {"valid": "validate", "validation": "validate"}
 
 
 class CaptionedBuilder(VqaBuilder, skip_registration=True):

@@ -216,6 +216,7 @@ def test_pairs_go_where_the_release_puts_their_image(tmp_path):
         "image_id,case_id,question,answer,ans_len,mode,split,new_lines\n"
         'sample/MPX1000_synpic10000.png,MPX1000, What?,"One\nTwo",2,alignment,Test,1\n'
         "sample/MPX1004_synpic10040.png,MPX1004,What?,That.,1,pre_training,Valid,0\n"
+        "sample/MPX1004_synpic10040.png,MPX1004,Why?,So.,1,pre_training,validate,0\n"
         "sample/MPX1006_synpic10060.png,MPX1006,What?,That.,1,pre_training,Test,0\n"
         "sample/MPX9_synpic9.png,MPX9,What?,That.,1,pre_training,Test,0\n"
     )
