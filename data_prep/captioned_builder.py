@@ -281,7 +281,8 @@ def _sort_pairs(
 
 def _choices(pair: medm_qa.Pair) -> tuple[dict[str, str], str]:
     """({key of CHOICES: text}, what is wrong with them or ""); all "" without four good ones."""
-    found = {key: pair.extra.get(key, "").strip() for key in CHOICES}
+    # Cleaned as the answer is, which has to be one of them.
+    found = {key: pair.extra.get(key, "").replace("**", "").strip() for key in CHOICES}
     *options, letter = found.values()
     letter = found["answer_letter"] = letter.upper()
     nothing = dict.fromkeys(CHOICES, "")

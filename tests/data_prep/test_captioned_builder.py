@@ -262,7 +262,7 @@ def test_qa_needs_pairs_and_captions_take_none(tmp_path):
     assert "x.jsonl" in _message(tmp_path, "rocov2", "qa", qa="x.jsonl")
 
 
-GOOD = dict(choice_a="CT", choice_b="MR", choice_c="A film", choice_d="Ultrasound")
+GOOD = dict(choice_a="CT", choice_b="**MR** ", choice_c="A film", choice_d="Ultrasound")
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -289,7 +289,7 @@ def test_multiple_choice_goes_through(tmp_path, name):
     _build(tmp_path, name, "qa", qa=str(qa))
     keys = captioned_builder.CHOICES
     made = _read(tmp_path / "d", f"{name}/qa", "train")
-    assert {k: made["good"][k] for k in keys} == {**GOOD, "answer_letter": "B"}
+    assert {k: made["good"][k] for k in keys} == {**GOOD, "choice_b": "MR", "answer_letter": "B"}
     assert made["good"]["question"] == "Modality?" and made["good"]["answer"] == "MR"
     assert len(made) > len(rows)  # the plain ones are there, too
     for key, found in made.items():
