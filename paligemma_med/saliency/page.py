@@ -366,15 +366,22 @@ def _embed(data):
     return text
 
 
-def _page(name, **values):
-    """<name>.html.jinja with the style and <name>.js in it, and a content policy of their hashes."""
+def check_jinja():
+    """ValueError where jinja2 isn't installed."""
     try:
-        import jinja2
-        import markupsafe
+        import jinja2  # noqa: F401
     except ImportError:
         raise ValueError(
             "The page needs jinja2, which is not installed: pip install 'paligemma_med[report]'."
         ) from None
+
+
+def _page(name, **values):
+    """<name>.html.jinja with its style and script in it, and a content policy of their hashes."""
+    check_jinja()
+    import jinja2
+    import markupsafe
+
     style, script = (
         (FOLDER / f).read_text(encoding="utf-8").strip() for f in ("page.css", f"{name}.js")
     )
