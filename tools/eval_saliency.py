@@ -85,7 +85,7 @@ def named(answer, labels):
     """
     there = {label.lower() for label in labels}
     parts = [answers.normalise(p) for p in re.split(r",|\band\b", answers.normalise(answer))]
-    found = [there & NAMES.get(part, {part}) for part in parts if part]
+    found = [there & ({part} | NAMES.get(part, set())) for part in parts if part]
     return sorted(set().union(*found)) if found and all(found) else []
 
 
@@ -453,8 +453,11 @@ def main(argv):
     identity = {k: x for k, x in about.items() if k not in ("checkpoint", "command")}
     rows = results.finished(v.out, identity)
     if rows is None:
-        with sharding.rules(config, subject.mesh):
-            rows = _measure_all(subject, source, train_source, asked, identity, settings)
+        part = results.Part(v.out, identity)
+        with contextlib.closing(part), sharding.rules(config, subject.mesh):
+            rows = measure_all(
+                subject, source, train_source, asked, part, batch_size=v.batch_size, **settings
+            )
     else:
         print(f"{v.out} is there for these weights.", file=sys.stderr)
     summary = summarise(rows, v.seed)
@@ -464,24 +467,28 @@ def main(argv):
     print(text)
 
 
-def _measure_all(subject, source, train_source, asked, identity, settings):
-    v = flags.FLAGS
+def measure_all(subject, source, train, asked, part, **settings):
+    """Rows of `measure` for all of `asked`, as far as `part` hasn't them already.
+
+    Args:
+      source, train: `input_pipeline.Source` of the split and of training.
+      part: `results.Part`.
+      **settings: for `measure`.
+    """
     priors, rows = None, []
     every = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm.tqdm(asked, desc="saliency", unit=" questions", mininterval=every)
-    with contextlib.closing(results.Part(v.out, identity)) as part:
-        for i, question in enumerate(bar):
-            found = part.found.get(("model", i))
-            if found is None:
-                image = source[question["index"]]["image"]
-                if priors is None:
-                    priors = box_priors(
-                        train_source, subject.ask(image, question["question"])[0].grid
-                    )
-                row = measure(subject, image, question, priors, batch_size=v.batch_size, **settings)
-                found = [row]
-                part.add("model", i, found)
-            rows += found
+    for i, question in enumerate(
+        tqdm.tqdm(asked, desc="saliency", unit=" questions", mininterval=every)
+    ):
+        found = part.found.get(("model", i))
+        if found is None:
+            image = source[question["index"]]["image"]
+            if priors is None:
+                grid = subject.ask(image, question["question"])[0].grid
+                priors = box_priors(train, grid)
+            found = [measure(subject, image, question, priors, **settings)]
+            part.add("model", i, found)
+        rows += found
     return rows
 
 

@@ -1,0 +1,224 @@
+"""The measurement of saliency: which questions, what is compared, and going on with it."""
+
+import io
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paligemma_med import input_pipeline
+from paligemma_med.evaluators import results
+from paligemma_med.saliency import occlusion
+from tests import tiny
+from tools import eval_saliency
+
+LABELS = ("Left Kidney", "Right Kidney", "Liver", "Brain Edema", "Brain Enhancing Tumor")
+
+
+@pytest.mark.parametrize(
+    "answer, labels",
+    [
+        ("Liver", ["liver"]),
+        ("liver.", ["liver"]),
+        ("Kidneys", ["left kidney", "right kidney"]),
+        ("left kidney", ["left kidney"]),
+        ("both kidney", ["left kidney", "right kidney"]),
+        ("Brain Edema, Brain Tumor", ["brain edema", "brain enhancing tumor"]),
+        ("Liver and Kidney", ["left kidney", "liver", "right kidney"]),
+        ("Liver, Heart", []),  # the heart has no box
+        ("Kidney Cancer", []),
+        ("Yes", []),
+        ("Live", []),
+        ("", []),
+        (",", []),
+    ],
+)
+def test_an_answer_names_labels(answer, labels):
+    assert eval_saliency.named(answer, LABELS) == labels
+
+
+def test_a_label_by_its_own_name_counts_beside_a_pair():
+    assert eval_saliency.named("Lung", ["Lung", "Heart"]) == ["lung"]
+
+
+def test_questions_of_a_data_set(tiny_data):
+    source = input_pipeline.open_source(
+        dict(name="phantom", split="validate", data_dir=str(tiny_data))
+    )
+    asked = eval_saliency.boxed_questions(source)
+    assert 0 < len(asked) < len(source)
+    for row in asked:
+        record = source[row["index"]]
+        assert record["question_id"] == row["question_id"]
+        kept = {label.lower() for label in record["boxes"]["label"]} & set(row["labels"])
+        assert kept and not row["question"].startswith("Where")
+        assert len(row["boxes"]) == sum(x.lower() in kept for x in record["boxes"]["label"])
+    general, by_label = eval_saliency.box_priors(source, (4, 4))
+    assert general.shape == (4, 4) and 0 < general.max() <= 1
+    # Lungs lie to both sides, and the two are one map.
+    lung = by_label["lung"]
+    assert lung[1:3, 0].sum() > 0 and lung[1:3, 3].sum() > 0
+
+
+def test_data_without_boxes_is_refused():
+    source = types.SimpleNamespace(features={"question_id": 0, "image_id": 0, "question": 0})
+    with pytest.raises(ValueError, match="has no 'answer'"):
+        eval_saliency.boxed_questions(source)
+
+
+def test_eos_does_not_count():
+    maps = np.arange(3.0)[:, None, None] * np.ones((3, 2, 2))
+    assert eval_saliency.of_answer(maps, [7, 8, 1], 1)[0, 0] == 0.5
+    assert eval_saliency.of_answer(maps, [7, 8, 9], 1)[0, 0] == 1  # cut off before it
+    assert eval_saliency.of_answer(maps[2:], [1], 1)[0, 0] == 2
+
+
+def test_curves_by_hand():
+    """One of four patches decides: p = 0.8 with it, 0.2 without."""
+    image = np.ones((32, 32, 3), np.float32)
+
+    def score(images):
+        there = images[:, 16:, :16].mean((1, 2, 3)) > 0.5
+        return np.log(np.where(there, 0.8, 0.2))[:, None]
+
+    maps = {"first": [[1, 2], [9, 3]], "last": [[4, 2], [-1, 3]], "second": [[1, 2], [5, 7]]}
+    maps = {k: np.array(v) for k, v in maps.items()}
+    found = eval_saliency.curves(score, image, maps, count=4, fill="blank", batch_size=7)
+    # Deletion of "first": 0.8, then 0.2 four times; its area is 0.8/8 + 3·0.2/4 + 0.2/8.
+    assert found["first"] == pytest.approx(dict(deletion=0.275, insertion=0.725))
+    assert found["second"] == pytest.approx(dict(deletion=0.425, insertion=0.575))
+    assert found["last"] == pytest.approx(dict(deletion=0.725, insertion=0.275))
+
+
+def test_holm_by_hand():
+    assert eval_saliency.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert eval_saliency.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def rows_of(values, correct):
+    """Rows in which "occlusion" has the given pointing, the others 0.5; two questions an image."""
+    names = (*eval_saliency.METHODS, *eval_saliency.PRIORS)
+    figures = (*eval_saliency.BOX_FIGURES, *eval_saliency.CURVES)
+    rows = []
+    for i, (value, right) in enumerate(zip(values, correct)):
+        row = {name: dict.fromkeys(figures, 0.5) for name in names}
+        row["occlusion"] = {**row["occlusion"], "pointing": value}
+        rows.append(dict(figures=row, correct=right, image_key=f"{i // 2}", area=0.25))
+    return rows
+
+
+def test_summary_by_hand():
+    found = eval_saliency.summarise(rows_of([1, 1, 0, 1] * 5, [True, True, False, True] * 5))
+    assert (found["all"]["questions"], found["all"]["images"]) == (20, 10)
+    assert (found["correct"]["questions"], found["correct"]["images"]) == (15, 10)
+    at = found["all"]["table"]["occlusion"]["pointing"]
+    assert at["mean"] == 0.75 and at["difference"] == 0.25
+    assert at["low"] < 0.75 < at["high"] and at["difference_low"] < 0.25 < at["difference_high"]
+    right = found["correct"]["table"]["occlusion"]["pointing"]
+    assert right["mean"] == right["low"] == 1 and right["p_holm"] < 0.05
+    same = found["all"]["table"]["rollout"]["pointing"]
+    assert same["difference"] == 0 and same["p_holm"] == 1
+    text = eval_saliency.markdown(found)
+    assert "| occlusion | 100.0 (100.0–100.0) |" in text
+    assert "**+50.0 (+50.0 to +50.0)**" in text and "boxes cover 25.0 %" in text
+    wrong = eval_saliency.summarise(rows_of([1, 0], [False, False]))
+    assert wrong["correct"] == dict(questions=0, images=0)
+    assert "## All: 2 questions" in eval_saliency.markdown(wrong)
+
+
+class FakeSubject:
+    """Answers "Heart" with two tokens; the image's brightness in one patch decides all."""
+
+    model = params = None
+    tok = types.SimpleNamespace(eos_token=1)
+    asked = 0
+
+    def ask(self, image, question):
+        type(self).asked += 1
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize((64, 64)))
+        batch = {"image": pixels[None].astype(np.float32) / 127.5 - 1}
+        seq = types.SimpleNamespace(batch=batch, grid=(4, 4), tokens=[5, 1])
+        return seq, "Heart"
+
+
+@pytest.fixture
+def measured(tiny_data, monkeypatch):
+    """`measure_all` of a few phantom questions with a made-up model; a function of the folder."""
+    FakeSubject.asked = 0
+
+    def score(images):
+        return np.minimum(images[:, 16:32, 16:32].mean((1, 2, 3)) - 1, 0)[:, None]
+
+    monkeypatch.setattr(occlusion, "scorer", lambda *a: score)
+    monkeypatch.setattr(
+        eval_saliency, "maps_of",
+        lambda model, params, seq, score, fill: {
+            name: np.random.default_rng(i).uniform(0, 1, (2, 4, 4))
+            for i, name in enumerate(eval_saliency.METHODS)
+        },
+    )  # fmt: skip
+    data = dict(name="phantom", split="validate", data_dir=str(tiny_data))
+    source = input_pipeline.open_source(data)
+    asked = eval_saliency.boxed_questions(source)[:3]
+
+    def run(folder):
+        part = results.Part(folder, {"of": "test"})
+        rows = eval_saliency.measure_all(
+            FakeSubject(), source, source, asked, part, steps=4, fill="blur", batch_size=8, seed=0
+        )
+        part.close()
+        return rows
+
+    return run
+
+
+def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
+    whole = measured(tmp_path / "a")
+    assert len(whole) == 3 and FakeSubject.asked == 4  # one more for the grid
+    assert json.loads(json.dumps(whole)) == whole
+    for row in whole:
+        assert set(row["figures"]) == {*eval_saliency.METHODS, *eval_saliency.PRIORS}
+        assert row["correct"] == (row["answer"] == "Heart")
+        assert all(0 <= x <= 1 for f in row["figures"].values() for x in f.values())
+        assert row["figures"]["label_boxes"]["energy"] > row["figures"]["random"]["energy"]
+    lines = (tmp_path / "a" / results.PART).read_text().splitlines(keepends=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / results.PART).write_text("".join(lines[:2]) + lines[2][:40])
+    FakeSubject.asked = 0
+    assert measured(tmp_path / "b") == whole
+    assert FakeSubject.asked == 3
+
+
+@pytest.mark.parametrize(
+    "pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")]
+)
+def test_configs_that_cannot_be_measured(pp, message):
+    with pytest.raises(ValueError, match=message):
+        eval_saliency.Subject(tiny.config(predict_pp=pp), "nowhere")
+
+
+@pytest.mark.slow
+def test_program(tiny_data, tmp_path, repo_root):
+    """The whole of it on random weights; a second start asks nothing."""
+    tiny.write_workdir(tmp_path / "w", tiny.config(tiny_data))
+    out = tmp_path / "out"
+
+    def program(*args):
+        command = [sys.executable, "-m", "tools.eval_saliency", f"--workdir={tmp_path / 'w'}"]
+        command += ["--data=phantom", f"--data_dir={tiny_data}", "--limit=2", "--steps=2", *args]
+        return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=500)
+
+    first, second = program(f"--out={out}"), program(f"--out={out}")
+    assert first.returncode == 0, first.stderr
+    assert "## All: 2 questions" in first.stdout and first.stdout == second.stdout
+    assert "is there for these weights" in second.stderr
+    metrics, about = results.read_metrics(out / results.METRICS)
+    rows = results.read_rows(out / results.PREDICTIONS)
+    assert metrics["saliency"] == eval_saliency.summarise(rows)
+    assert about["data"]["split"] == "validate" and about["section"]["steps"] == 2
+    assert (out / "saliency.md").read_text() == first.stdout.removesuffix("\n")
+    assert "Give --out" in program().stdout
