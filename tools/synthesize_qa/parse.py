@@ -19,6 +19,7 @@ from data_prep import medm_qa
 
 KINDS = ("pairs", "choices")
 LETTERS = "ABCD"
+AGAIN = "pair that stands there before"
 CUT = "pair that the reply's end cuts off"
 _DEEPEST = 8  # JSON within JSON that is looked at; bounds how often a text is read
 
@@ -65,11 +66,13 @@ def read_reply(text: str, kind: str = "pairs", cut: bool = False) -> Reply:
     pairs, rejected, form = _read_json(text, kind)
     if not pairs:
         read = _read_options if kind == "choices" else _read_lines
-        more, form = read(text, cut, rejected)
-        pairs = more
-    if pairs:
-        return Reply(tuple(pairs), tuple(rejected), form, "")
-    return Reply((), tuple(rejected), "", _problem(text, rejected))
+        pairs, form = read(text, cut, rejected)
+    different: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        if different.setdefault((_same(pair.question), _same(pair.answer)), pair) is not pair:
+            rejected.append((AGAIN, pair.question))
+    problem = "" if different else _problem(text, rejected)
+    return Reply(tuple(different.values()), tuple(rejected), form, problem)
 
 
 def _problem(text: str, rejected: list[tuple[str, str]]) -> str:
@@ -210,9 +213,9 @@ def _read_json(text: str, kind: str) -> tuple[list[Pair], list[tuple[str, str]],
                 pairs.append(pair)
             else:
                 rejected.append((pair, _sound(str(_first(item, _QUESTION_KEYS)))))
-    if not closed and (last := max((n for n in nodes if n[1] is None), default=None)):
-        if text[last[0]] == "{" and '"' in text[last[0] :]:
-            rejected.append((CUT, text[last[0] :]))
+    objects = [(start, end) for start, end, _ in nodes if text[start] == "{"]
+    if objects and objects[-1][1] is None and '"' in text[objects[-1][0] :]:
+        rejected.append((CUT, text[objects[-1][0] :]))
     if not pairs:
         return [], rejected, ""
     if not closed:
@@ -378,7 +381,7 @@ def _read_lines(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tuple[
 
 # `A. …`, `(b) …`, `- **C)** …`, `D: …`
 _OPTION = re.compile(r"\W{0,6}(?:(?i:option|choice)\s)?([A-Da-d])[.):]++\W{0,3}?\s++(\S.*)")
-_INLINE = re.compile(r"(?:^|(?<=\s))\(?([A-D])[.)]\s++")
+_INLINES = [re.compile(rf"(?:^|(?<=\s))\(?([A-D]){end}\s++") for end in (r"\)", r"\.", ":")]
 _BEHIND = re.compile(r"\s\W{0,3}(?:correct\s)?answer\W", re.IGNORECASE)
 _RIGHT = re.compile(
     r"\W{0,6}(?:the\s)?(?:correct\s|right\s)?(?:answer|option|choice)\W{0,4}?\s*+(?:is\b)?"
@@ -398,7 +401,7 @@ def _read_options(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tupl
         option, mark = _OPTION.fullmatch(line), medm_qa.mark(line)
         if found and option and option[1].upper() == LETTERS[len(options) : len(options) + 1]:
             options.append(option[2])
-        elif found and options and not answers and (right := _RIGHT.fullmatch(line)):
+        elif found and not answers and (right := _RIGHT.fullmatch(line)):
             answers.append(right["text"])
         elif found and options and not answers and mark and mark[0] == "A":
             answers.append(mark[2])
@@ -429,8 +432,9 @@ def _read_options(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tupl
 
 def _split(line: str) -> list[str]:
     """A line with all options in it as lines: what is before, each option, what comes behind."""
-    found = list(_INLINE.finditer(line))
-    if [m[1] for m in found] != list(LETTERS):
+    styles = ([*style.finditer(line)] for style in _INLINES)
+    found = next((x for x in styles if [m[1] for m in x] == list(LETTERS)), None)
+    if not found:
         return [line]
     starts = [m.start() for m in found]
     if behind := _BEHIND.search(line, starts[-1]):

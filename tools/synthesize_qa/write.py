@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep import medm_qa
-from tools.synthesize_qa import parse, units as units_lib
+from tools.synthesize_qa import parse
+from tools.synthesize_qa import units as units_lib
 from tools.synthesize_qa.quality import Quality, Verdict
 
 FIRST = 5  # examples told of each reason
@@ -116,7 +117,7 @@ def _write_unit(unit, journal, about, quality, counts, kept, drops, failed):
         counts.pair(unit, row, verdict)
         if verdict.reasons:
             reason, why = verdict.reasons[0]
-            head = {"reason": reason, "why": why, "all_reasons": verdict.failed}
+            head = {"reason": reason, "why": why, "all_reasons": verdict.reasons}
             drops.write(_line({**head, "row": row}))
         else:
             kept.write(_line(row))
