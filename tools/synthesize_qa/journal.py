@@ -12,7 +12,6 @@ import glob
 import re
 
 from paligemma_med.evaluators.judge_client import Cache
-from tools.synthesize_qa import write
 
 WHAT = "a reply in a journal of tools.synthesize_qa"
 
@@ -20,7 +19,8 @@ WHAT = "a reply in a journal of tools.synthesize_qa"
 def path_of(output, shard=None):
     """The journal of an output file: of qa.jsonl qa.journal, that of shard (i, n)
     qa.journal.i-of-n."""
-    return str(write.paths_of(output).journal) + (f".{shard[0]}-of-{shard[1]}" if shard else "")
+    own = str(output).removesuffix(".jsonl") + ".journal"
+    return own + (f".{shard[0]}-of-{shard[1]}" if shard else "")
 
 
 def paths_of(output):
