@@ -35,7 +35,7 @@ def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32")):
 
 
 def added(*shapes, **kw):
-    """dict(without, streamed, added) in MiB, of the arguments of `stream` that `_abstract` makes."""
+    """dict(without, streamed, added) in MiB; shapes as `_abstract` takes them, kw as `stream`."""
     model, params, batch, queries = _abstract(*shapes)
     without = _mib(_plain.lower(model, params, batch, queries))
     streamed = _mib(capture.stream.lower(model, params, batch, queries, **kw))
