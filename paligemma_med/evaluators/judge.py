@@ -204,8 +204,8 @@ def judge(rows, protocol, *, model, cache, who=("model",), samples=None, setting
                                 settings=settings)  # fmt: skip
     before = judge_client.totals(cache, requests)
     why, faults = judge_client.ask_all(
-        requests, lambda _, reply: parse(reply, spec.scores), cache, model=model, settings=settings,
-        **client,
+        requests, lambda _, record: parse(record["reply"], spec.scores), cache, model=model,
+        settings=settings, **client,
     )  # fmt: skip
     for line in judgements:
         line["scores"] = [cache.score(key) for key in line["keys"]]

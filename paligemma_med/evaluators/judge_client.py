@@ -236,7 +236,8 @@ async def ask_all_async(
 
     Args:
       requests: {key: function from the attempt's number, 0 up, to messages}.
-      read: function from a key and a reply's text to a score, or None where it is unusable.
+      read: function from a key and its new record, "reply" whole, to a score, or None where it is
+        unusable.
       cache: a `Cache`.
       model: as the server calls it.
       base_url: of the server, ".../v1"; None: OPENAI_BASE_URL, or OpenAI's own.
@@ -320,8 +321,9 @@ async def ask_all_async(
                 continue
             in_a_row = state.given_up = 0
             state.replies += 1
-            score = read(key, record["reply"])
-            record |= dict(score=score, reply=clean(record["reply"])[:kept_characters])
+            record["reply"] = clean(record["reply"])
+            record["score"] = score = read(key, record)
+            record["reply"] = record["reply"][:kept_characters]
             cache.add(record | (note(key, attempt, record, completion) if note else {}))
             if score is not None:
                 return

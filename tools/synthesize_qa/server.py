@@ -51,7 +51,7 @@ def answer(
     units: Iterable[units_lib.Unit],
     journal: Any,
     model: str,
-    read: Callable[[str, str], Any],
+    read: Callable[[str, str, bool], Any],
     *,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = 0,
@@ -65,7 +65,7 @@ def answer(
       units: see `units`.
       journal: see `journal`; replies are added to it.
       model: as the server calls it.
-      read: (text, kind) → `parse.Reply`.
+      read: `parse.read_reply`.
       settings: arguments of the requests, some of `judge_client.SETTINGS`.
       seed: a seed made of it goes with each request; None: none, for servers that refuse it.
       structured: ask the server to hold replies to `schema`.
@@ -90,8 +90,8 @@ def answer(
         return open_units[key].messages(attempt, earlier[-1]["problem"] if earlier else "")
 
     @functools.lru_cache(1)  # the score and the note are of the same reply
-    def reply_of(key, text):
-        return read(text, open_units[key].template.kind)
+    def reply_of(key, text, finish):
+        return read(text, open_units[key].template.kind, finish == "length")
 
     def settings_of(key, attempt):
         own = {"response_format": schema(open_units[key].template.kind)} if structured else {}
@@ -106,7 +106,7 @@ def answer(
             progress(1, tokens)
         unit, said = open_units[key], getattr(completion, "system_fingerprint", None)
         return dict(
-            problem=reply_of(key, record["reply"]).problem,
+            problem=reply_of(key, record["reply"], record["finish"]).problem,
             attempt=attempt,
             row_id=unit.row.row_id,
             template=f"{unit.template.name}_v{unit.template.version}",
@@ -117,7 +117,7 @@ def answer(
 
     why, faults = judge_client.ask_all(
         {key: functools.partial(messages, key) for key in open_units},
-        lambda key, text: len(reply_of(key, text).pairs) or None,
+        lambda key, r: len(reply_of(key, r["reply"], r["finish"]).pairs) or None,
         journal,
         model=model,
         settings=dict(settings or {}),
