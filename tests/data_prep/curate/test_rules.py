@@ -208,3 +208,19 @@ def test_every_rule_takes_any_row():
             why, score = made.check(row)
             assert why is None or isinstance(why, str)
             assert score is None or 0 <= score <= 1
+
+
+def test_not_in_source():
+    caption = "Axial CT with calcified nodules in the spleen"
+    score = rules.make_rules([{"rule": "not_in_source"}])[0].check
+    row = {"question": "Where are the lesions?", "answer": "Splenic calcifications and a fracture"}
+    # splen(ic) isn't sple(en) to five letters; calci(fied) is there, fract(ure) is not.
+    why, share = score({**row, "caption": caption})
+    assert share == round(1 / 3, 4) and "0.33" in why
+    assert score({**row, "caption": caption + " after splenic fracture"}) == (None, 1.0)
+    assert score({**row, "question": "Is it splenic, or a fracture?", "caption": caption})[1] == 1.0
+    assert score({**row, "answer": "Yes", "caption": caption}) == (None, 1.0)
+    assert not drops("not_in_source", answer="Fracture")  # one word is too few to tell
+    assert drops("not_in_source", answer="A fracture", settings={"min_words": 1})
+    with pytest.raises(DataError, match="min_share is 2"):
+        rules.make_rules([{"rule": "not_in_source", "min_share": 2}])

@@ -1,0 +1,83 @@
+"""How much of its answer and of its caption a question gives away, in any file of pairs.
+
+    python -m tools.synthesize_qa.leaks qa.jsonl
+    python -m tools.synthesize_qa.leaks roco_test.json --answer_is_caption
+    python -m tools.synthesize_qa.leaks qa_pairs_generated_all.json --captions=release:medpix2:DIR
+
+Reads what `data_prep.medm_qa` reads, ours and MedM's, so that the two stand side by side. Captions
+come from the file's own column, from a source of tools.synthesize_qa, or are the answers.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+
+from data_prep import medm_qa
+from paligemma_med import experiment
+from tools.synthesize_qa import quality, sources
+
+
+def measure(
+    path: str | os.PathLike,
+    captions: Mapping[str, str] | None = None,
+    answer_is_caption: bool = False,
+) -> dict[str, Any]:
+    """Leak figures of a file.
+
+    Args:
+      path: see `medm_qa.read_qa`.
+      captions: by image id; pairs of images without one have no caption leak.
+      answer_is_caption: as in MedM's ROCO files.
+
+    Returns:
+      {"pairs", "with_caption", "leak": {"mean", "at_least_half"}, "caption_leak": the same}; see
+      `quality.leak` and `quality.caption_leak`. None in place of figures of no pair.
+
+    Raises:
+      DataError: a file that can't be read.
+    """
+    scores = {"leak": [], "caption_leak": []}
+    for pair in medm_qa.read_qa(path):
+        caption = pair.extra.get("caption", "")
+        if answer_is_caption:
+            caption = pair.answer
+        elif captions is not None:
+            caption = captions.get(pair.image_id, "")
+        scores["leak"].append(quality.leak(pair.question, pair.answer))
+        if caption:
+            scores["caption_leak"].append(quality.caption_leak(pair.question, caption))
+    figures = {
+        name: {
+            "mean": sum(x) / len(x) if x else None,
+            "at_least_half": sum(s >= 0.5 for s in x) / len(x) if x else None,
+        }
+        for name, x in scores.items()
+    }
+    return {
+        "pairs": len(scores["leak"]),
+        "with_caption": len(scores["caption_leak"]),
+        **figures,
+    }
+
+
+@experiment.command
+def main(argv):
+    v = flags.FLAGS
+    if len(argv) < 2:
+        raise app.UsageError("Give at least one file of pairs.")
+    captions = None
+    if v.captions:
+        rows = sources.open_rows([v.captions], sources.new_books(), data_dir=v.data_dir)
+        captions = {row.image_id: row.fields["caption"] for row in rows}
+    for path in argv[1:]:
+        print(json.dumps({"file": path, **measure(path, captions, v.answer_is_caption)}))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("captions", None, "A source of captions, as --input of synthesize_qa.")
+    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
+    flags.DEFINE_bool("answer_is_caption", False, "The answers are the captions.")
+    app.run(main, flags_parser=experiment.parse_flags)
