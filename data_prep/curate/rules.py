@@ -170,13 +170,17 @@ MEASURE_QUESTIONS = (
 
 
 @rule
-def measurement(questions: Sequence[str] = MEASURE_QUESTIONS, values: Sequence[str] = MEASURES):
+def measurement(
+    questions: Sequence[str] = MEASURE_QUESTIONS,
+    values: Sequence[str] = MEASURES,
+    fields: Sequence[str] = BOTH,
+):
     """Drops questions that ask for a size or count, and rows in which a number has a unit."""
     ask, value = _regex(questions), _regex(values)
 
     def check(row):
         found = _found(ask, row, ("question",))
-        return found if found[0] else _found(value, row, BOTH)
+        return found if found[0] else _found(value, row, fields)
 
     return check
 

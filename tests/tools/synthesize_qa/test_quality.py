@@ -24,6 +24,7 @@ def tags(question, answer, caption="A mass in the liver. CT with contrast.", **k
         ("What is shown?", "N/A", ["empty"]),
         ("Which organ is it?", "I'm sorry, I can't see images.", ["refusal", "not_in_source"]),
         ("What does the caption say?", "A mass", ["meta_talk"]),
+        ("Which organ is described in the report?", "The liver", ["meta_talk"]),
         ("Which organ is abnormal?", "Sure! The liver", ["chatter"]),
         ("The organ that is abnormal", "The liver", ["form"]),
         ("Why?", "A mass", ["length"]),
@@ -36,6 +37,15 @@ def tags(question, answer, caption="A mass in the liver. CT with contrast.", **k
 )  # fmt: skip
 def test_tags(question, answer, expected):
     assert tags(question, answer) == expected
+
+
+def test_options_are_looked_at_too():
+    options = dict(zip("abcd", ["The liver", "The lung", "Spleen", "Heart"], strict=True))
+    options = {f"choice_{k}": v for k, v in options.items()}
+    question, answer = "Which organ is abnormal?", "The liver"
+    assert tags(question, answer, **options) == []
+    assert tags(question, answer, **options | {"choice_c": "2 cm"}) == ["measurement", "numbers"]
+    assert tags(question, answer, **options | {"choice_d": "I can't see it"}) == ["refusal"]
 
 
 def test_leak_measures():

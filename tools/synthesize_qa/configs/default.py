@@ -12,6 +12,13 @@ from ml_collections import ConfigDict
 
 from data_prep.curate import rules
 
+TEXTS = ("question", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
+# Words that the prompts forbid beyond those of `rules.META`.
+TOLD = (
+    r"\b(?:mentioned|stated|described|given|noted|reported|according to|based on|in) "
+    r"(?:\w+ ){0,2}?(?:the|this|that) (?:\w+ )?(?:description|report)\b",
+)
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Config of `python -m tools.synthesize_qa`; `arg` as in "max_share=0.6,within=image"."""
@@ -27,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.rules = [
         {"rule": "empty"},
         {"rule": "chatter", "name": "refusal", "patterns": rules.REFUSALS},
-        {"rule": "chatter", "name": "meta_talk", "patterns": rules.META},
+        {"rule": "chatter", "name": "meta_talk", "patterns": rules.META + TOLD},
         {"rule": "chatter", "name": "chatter", "patterns": rules.CHATTER + rules.MARKUP},
         {"rule": "question_form", "name": "form"},
         {"rule": "length"},
@@ -46,6 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ]
     for rule in config.rules:
         rule.setdefault("drop", True)
+        if rule["rule"] in ("chatter", "patient_history", "measurement", "numbers", "pattern"):
+            rule["fields"] = list(TEXTS)
         if args["drop"] == "no":
             rule["drop"] = False
     return config
