@@ -42,10 +42,12 @@ class Streamed(NamedTuple):
 
 
 def capturable(model):
-    """The same model under attn_impl "xla" throughout, whose attention can be captured."""
+    """The same model as it captures best: under attn_impl "xla" throughout, since a fused kernel
+    holds no probabilities, and with its layers in a loop, which compiles sooner than an unrolled
+    one and can't hold more than one layer's."""
 
     def plain(section):
-        return {k: v for k, v in section.items() if k != "attn_impl"}
+        return {k: v for k, v in section.items() if k != "attn_impl"} | {"scan": True}
 
     return model.clone(attn_impl="xla", img=plain(model.img), llm=plain(model.llm))
 

@@ -138,12 +138,14 @@ def test_a_later_token_changes_no_earlier_row():
 
 def test_refusals():
     model, params, seq = example("gqa")
-    fused = model.clone(attn_impl="cudnn", llm={**model.llm, "attn_impl": "cudnn"})
+    fused = model.clone(attn_impl="cudnn", llm={**model.llm, "attn_impl": "cudnn", "scan": False})
     with pytest.raises(ValueError, match="can't be captured under attn_impl='cudnn'"):
         capture.attention(fused, params, seq.batch)
     with pytest.raises(ValueError, match="can't be captured under attn_impl='cudnn'"):
         capture.streamed(fused, params, seq.batch, seq.queries)
-    assert capture.capturable(fused) == model
+    plain = capture.capturable(fused)
+    assert plain.attn_impl == "xla"
+    assert plain.llm == {**model.llm, "scan": True} and plain.img == {**model.img, "scan": True}
     first, last = seq.patches, seq.patches + 17 - 2
     for queries in ([first - 1], [last + 1], []):
         with pytest.raises(ValueError, match=f"expected positions of the text.*{first} to {last}"):
