@@ -6,11 +6,14 @@ flag is a reason to look, not a proof of failure; no raised flag is no proof of 
 Axis letters: L layers, N heads, R response tokens, h × w patches.
 """
 
+import math
 import re
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+
+ONE_BIT = math.log(2)  # in nats
 
 
 class Flag(NamedTuple):
@@ -64,7 +67,7 @@ def shuffled(image, patch, seed=0):
     return patches.reshape(grid[0], grid[2], ph, pw, channels).swapaxes(1, 2).reshape(image.shape)
 
 
-def image_ignored(logprobs, controls, threshold=float(np.log(2))):
+def image_ignored(logprobs, controls, threshold=ONE_BIT):
     """Is the answer as probable without the image?
 
     The answer's log-probability is compared with that of the same tokens on a blank and on a

@@ -1,0 +1,152 @@
+"""Sanity checks: does a map depend on what the model has learned, and on the question?
+
+Two ways in which a map can be pretty and say nothing. It may stay the same when the weights are
+replaced by noise: then it draws the picture, as an edge detector would, not the model (Adebayo et
+al., "Sanity Checks for Saliency Maps", arXiv 1810.03292: weights are randomised layer by layer from
+the output down). And it may stay the same when another question is asked about the same image.
+
+Maps are compared by rank correlation, which sees order and not scale.
+
+Axis letters: Q questions, P patches.
+"""
+
+import itertools
+import zlib
+
+import jax
+import numpy as np
+import scipy.stats
+
+# Where a mean rank correlation is above it, the check fails: ranks that correlate by 0.5 share a
+# quarter of their variance, and more than that would then be owed to something else than weights.
+MAX_AFTER_RANDOMISING = 0.5
+# Two questions on one image rightly look at one patient, and often at one organ. 0.9 leaves little
+# more (a fifth of the ranks' variance) to the question.
+MAX_BETWEEN_QUESTIONS = 0.9
+
+_TOP, _BOTTOM = ("llm/final_norm",), ("llm/embedder", "img/head", "img/Transformer/encoder_norm")
+_STACKS = ("llm/layers", "img/Transformer/encoderblock")
+
+
+def stages(params):
+    """Names of what is randomised one after the other, from the output down.
+
+    The language model's last norm, its layers from the last to the first, its table of tokens (tied
+    to the output, and yet below: it is the input too), the tower's head and last norm, its layers
+    from the last to the first, its patch and position embeddings.
+
+    Args:
+      params: {"img": …, "llm": …} as of `paligemma.Model`.
+
+    Returns:
+      list of str, such as "llm/layers/17".
+    """
+    depth = {stack: len(_leaves_below(params, stack)[0]) for stack in _STACKS}
+    of = {s: [f"{s}/{i}" for i in reversed(range(n))] for s, n in depth.items()}
+    return [*_TOP, *of[_STACKS[0]], *_BOTTOM, *of[_STACKS[1]], "img/embeddings"]
+
+
+def randomised(params, which, seed=0):
+    """`params` with the stages `which` (names of `stages`) replaced by noise.
+
+    Each leaf of a layer becomes normal with its own mean and standard deviation: activations keep
+    their scale, and what was learned is gone. Noise depends on seed, leaf and layer alone. A leaf
+    that has one value throughout keeps it. Types and devices are kept; untouched leaves are shared.
+
+    Raises:
+      ValueError: a name that isn't among the stages.
+    """
+    if unknown := sorted(set(which) - set(stages(params))):
+        raise ValueError(f"There are no stages {unknown}; see sanity.stages.")
+
+    def of_leaf(path, leaf):
+        name = "/".join(str(p.key) for p in path)
+        stack = next((s for s in _STACKS if name.startswith(f"{s}/")), None)
+        if stack is None:
+            stage = next((s for s in (*_TOP, *_BOTTOM) if name.startswith(s)), "img/embeddings")
+            return _noise(leaf, (seed, _hash(name), 0)) if stage in which else leaf
+        layers = [i for i in range(len(leaf)) if f"{stack}/{i}" in which]
+        if not layers:
+            return leaf
+        out = np.array(leaf)
+        for i in layers:
+            out[i] = _noise(out[i], (seed, _hash(name), i))
+        return _like(out, leaf)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def cascade(params, seed=0):
+    """Yields (stage, params with this stage and all above it randomised); the last is all noise."""
+    names = stages(params)
+    for name in names:
+        params = randomised(params, (name,), seed)  # the noise of those above stays what it is
+        yield name, params
+
+
+def similarity(a, b):
+    """Rank correlation (Spearman's, ties share their mean rank) of two maps of one size, in [-1,
+    1]; 0 where one of them is the same everywhere, and has no order.
+
+    Raises:
+      ValueError: maps of different sizes.
+    """
+    a, b = np.ravel(a), np.ravel(b)
+    if a.size != b.size:
+        raise ValueError(f"The maps have {a.size} and {b.size} values; expected as many.")
+    a, b = (scipy.stats.rankdata(x) - (x.size + 1) / 2 for x in (a, b))
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else 0.0
+
+
+def between_questions(maps, images, questions, max_pairs=2000, seed=0):
+    """How alike maps of different questions are: on the same image, and on different images.
+
+    The second says what all maps share (the centre, a corner that collects attention); the first
+    should be nearer to it than to 1.
+
+    Args:
+      maps: float[Q, P].
+      images, questions: Q ids or texts each.
+      max_pairs: of either kind; drawn by `seed` where there are more.
+
+    Returns:
+      dict(same_image=list of (image, similarity), other_image=list of similarities).
+    """
+    pairs = [
+        (i, j)
+        for i, j in itertools.combinations(range(len(maps)), 2)
+        if questions[i] != questions[j]
+    ]
+    same = [(i, j) for i, j in pairs if images[i] == images[j]]
+    other = [(i, j) for i, j in pairs if images[i] != images[j]]
+    rng = np.random.default_rng(seed)
+    same, other = (
+        [x[k] for k in sorted(rng.choice(len(x), min(len(x), max_pairs), replace=False))]
+        for x in (same, other)
+    )
+    return dict(
+        same_image=[(images[i], similarity(maps[i], maps[j])) for i, j in same],
+        other_image=[similarity(maps[i], maps[j]) for i, j in other],
+    )
+
+
+def _leaves_below(params, path):
+    for key in path.split("/"):
+        params = params[key]
+    return jax.tree.leaves(params)
+
+
+def _noise(leaf, key):
+    x = np.asarray(leaf, np.float32)
+    noise = np.random.default_rng(key).standard_normal(x.shape, np.float32)
+    return _like(noise * x.std() + x.mean(), leaf)
+
+
+def _like(array, leaf):
+    array = array.astype(leaf.dtype)
+    return jax.device_put(array, leaf.sharding) if isinstance(leaf, jax.Array) else array
+
+
+def _hash(name):
+    return zlib.crc32(name.encode())
