@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import medm_qa
 from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
-from tools.synthesize_qa.quality import Quality, Verdict
+from tools.synthesize_qa.quality import Quality, Verdict, as_words
 
 FIRST = 5  # examples told of each reason
 _SHOWN = 300  # characters of what was rejected
@@ -108,10 +108,17 @@ def _write_unit(unit, journal, about, quality, counts, kept, drops, failed):
         if units_lib.settled(records):
             failed.write(_line(_failure(unit, records, replies)))
         return
+    beside = {
+        "source_text": "\n".join(unit.row.fields.values()),
+        "example_pairs": {
+            as_words(x["question"], x.get("choices", {}).get(x["answer"], x["answer"]))
+            for shown in unit.examples
+            for x in shown["pairs"]
+        },
+    }
     for number, pair in enumerate(replies[used].pairs, 1):
         row = _row(unit, pair, number, about)
-        texts = {**row, "source_text": "\n".join(unit.row.fields.values())}
-        verdict = quality.judge(texts, row["question_id"])
+        verdict = quality.judge({**row, **beside}, row["question_id"])
         row["quality"] = verdict.quality
         row["provenance"] = _provenance(unit, records[used], used, replies[used], about)
         counts.pair(unit, row, verdict)

@@ -48,6 +48,17 @@ def test_options_are_looked_at_too():
     assert tags(question, answer, **options | {"choice_d": "I can't see it"}) == ["refusal"]
 
 
+def test_an_example_that_is_copied():
+    shown = {quality.as_words("Which organ is abnormal?", "The liver.")}
+    shown |= {quality.as_words("Is there a fracture?", "No")}
+    assert tags("Which organ is abnormal?", "the liver", example_pairs=shown) == []
+    elsewhere = dict(caption="The spleen is large", example_pairs=shown)
+    assert tags("Which organ is  abnormal", "The LIVER", **elsewhere) == ["form", "copied_example"]
+    assert tags("Which organ is abnormal?", "The spleen", **elsewhere) == []
+    assert tags("Is there a fracture?", "No", **elsewhere) == ["copied_example"]
+    assert tags("Is there a fracture?", "Yes", **elsewhere) == []
+
+
 def test_leak_measures():
     assert quality.leak("Is the LEFT lung white?", "Left lung, MRI") == 2 / 3
     assert quality.leak("Is it?", "No") == 0 == quality.leak("", "")
