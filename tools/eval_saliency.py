@@ -35,6 +35,7 @@ from paligemma_med.saliency import (
     raw,
     relevancy,
     rollout,
+    sanity,
     sequence,
 )
 
@@ -46,6 +47,8 @@ METHODS = ("raw_last", "raw_mean", "rollout", "rollout_siglip", "relevancy", "re
 PRIORS = ("random", "centre", "train_boxes", "label_boxes")
 BOX_FIGURES = ("pointing", "touching", "energy", "iou")
 CURVES = ("deletion", "insertion")
+SANITY = ("randomised", "other_question")
+BASES = ("centre", "random")  # what differences are to
 RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
 
 # --- Which questions ---
@@ -99,7 +102,8 @@ def boxed_questions(source):
 
     Returns:
       A list of dicts: index (of the record), question_id, image_id, question, answer, labels, boxes
-      [[x, y, width, height], …] in pixels of the stored image.
+      [[x, y, width, height], …] in pixels of the stored image, other_question: the next one about
+      the same image that has another answer; None where there is none.
 
     Raises:
       ValueError: data without boxes, or without such questions.
@@ -107,17 +111,28 @@ def boxed_questions(source):
     keys = ("question_id", "image_id", "question", "answer", "boxes")
     if missing := [k for k in keys if k not in source.features]:
         raise ValueError(f"{source} has no {missing[0]!r}; expected the features {keys}.")
-    out = []
+    out, by_image = [], {}
     for index, row in enumerate(source.columns(keys)):
+        texts = {k: str(row[k]) for k in keys[:4]}
+        by_image.setdefault(texts["image_id"], []).append((index, texts))
         labels = named(row["answer"], row["boxes"]["label"])
         if not labels or row["question"].strip().lower().startswith("where"):
             continue
         boxes = _boxes(row["boxes"], labels)
-        texts = {k: str(row[k]) for k in keys[:4]}
         out.append(dict(index=index, **texts, labels=labels, boxes=boxes))
     if not out:
         raise ValueError(f"{source} has no question whose answer names a box of its image.")
+    for row in out:
+        others = by_image[row["image_id"]]
+        others = sorted(others, key=lambda other: (other[0] <= row["index"], other[0]))
+        fit = (t["question"] for _, t in others if _differ(t, row))
+        row["other_question"] = next(fit, None)
     return out
+
+
+def _differ(a, b):
+    same = (answers.normalise(a[k]) == answers.normalise(b[k]) for k in ("question", "answer"))
+    return not any(same)
 
 
 def _boxes(boxes, labels):
@@ -258,9 +273,9 @@ class Subject:
             raise ValueError("config has no predict_pp, which makes a prompt of a question.")
         if "crop" in text:
             raise ValueError("config.predict_pp crops images; boxes would no longer fit them.")
-        self.config = config
         self.model, self.tok, self.mesh, self.params = experiment.load(config, checkpoint)
         self._pp = get_preprocess_fn(text)
+        self._noise = None
 
     def ask(self, image, question, *, max_new_tokens=48):
         """(`sequence.Sequence` of the most probable answer, the answer as text)."""
@@ -276,9 +291,26 @@ class Subject:
         seq = sequence.make(self.model, prompt, tokens, batch["image"][0])
         return seq, self.tok.to_str(tokens.tolist())
 
+    def maps(self, seq, score, fill, *, noise=False):
+        """{method: float64[h, w]} of the answer as a whole.
+
+        Args:
+          score: `occlusion.scorer` of seq, where it's at hand.
+          noise: with all weights randomised, the answer being the same.
+        """
+        params = self.params
+        if noise:
+            if self._noise is None:
+                self._noise = sanity.randomised(params, sanity.stages(params))
+            params = self._noise
+        score = score or occlusion.scorer(self.model, params, seq)
+        found = maps_of(self.model, params, seq, score, fill=fill)
+        return {k: of_answer(x, seq.tokens, self.tok.eos_token) for k, x in found.items()}
+
 
 def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
-    """The row of a question: what was asked and answered, and figures {method: {figure: number}}.
+    """The row of a question: what was asked and answered, maps {method: [h][w]}, figures {method:
+    {figure: number}}, sanity {method: {check: rank correlation}} (see `sanity_of`).
 
     Args:
       image: encoded bytes, as stored.
@@ -288,10 +320,8 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     seq, said = subject.ask(image, asked["question"])
     pixels, size = seq.batch["image"][0], _stored_size(image)
     score = occlusion.scorer(subject.model, subject.params, seq)
-    maps = {
-        name: of_answer(values, seq.tokens, subject.tok.eos_token)
-        for name, values in maps_of(subject.model, subject.params, seq, score, fill=fill).items()
-    }
+    of_model = subject.maps(seq, score, fill)
+    maps = dict(of_model)
     general, by_label = priors
     maps["centre"] = localisation.centre_prior(seq.grid)
     maps["train_boxes"] = general
@@ -315,6 +345,26 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
         "probability": float(np.exp(score(pixels[None])[0].sum())),
         "correct": answers.normalise(said) == answers.normalise(asked["answer"]),
         "figures": {name: {**figures[name], **areas[name]} for name in figures},
+        "sanity": sanity_of(subject, image, asked["other_question"], seq, of_model, fill),
+        "maps": {
+            name: [[float(f"{x:.5g}") for x in row] for row in x] for name, x in of_model.items()
+        },
+    }
+
+
+def sanity_of(subject, image, other_question, seq, maps, fill):
+    """{method: {check: rank correlation of its map with the map it shouldn't equal}}.
+
+    randomised: of the same answer, all weights being noise (`sanity.randomised`). other_question:
+    of the model's answer to another question on the image; None where there is none.
+    """
+    changed = dict(randomised=subject.maps(seq, None, fill, noise=True), other_question=None)
+    if other_question is not None:
+        other, _ = subject.ask(image, other_question)
+        changed["other_question"] = subject.maps(other, None, fill)
+    return {
+        name: {k: x and sanity.similarity(values, x[name]) for k, x in changed.items()}
+        for name, values in maps.items()
     }
 
 
@@ -329,14 +379,13 @@ def _mean(dicts):
 def summarise(rows, seed=0):
     """Means with intervals, and paired differences, of the rows of `measure`.
 
-    Questions are drawn by image (`stats.bootstrap`). The difference is to the centre prior, for
-    curves to random orders. p_holm is over the methods of the model, for each figure by itself
-    (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70).
+    Questions are drawn by image (`stats.bootstrap`). p_holm is over the methods of the model, for
+    each figure by itself (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70).
 
     Returns:
       {"correct" and "all": dict(questions, images, area, table={method: {figure: dict(mean, low,
-      high, difference, difference_low, difference_high, p, p_holm)}})}; no table where there are no
-      questions.
+      high, and to "centre" and "random" each dict(difference, low, high, p, p_holm))}}, no table
+      where there are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
     """
     out = {}
     for subset in ("correct", "all"):
@@ -347,6 +396,7 @@ def summarise(rows, seed=0):
             continue
         out[subset]["area"] = float(np.mean([row["area"] for row in chosen]))
         out[subset]["table"] = _table(chosen, images, seed)
+    out["sanity"] = {name: _sanity(rows, name, seed) for name in METHODS}
     return out
 
 
@@ -354,18 +404,38 @@ def _table(rows, images, seed):
     table = {name: {} for name in (*METHODS, *PRIORS)}
     for figure in (*BOX_FIGURES, *CURVES):
         values = {name: [row["figures"][name][figure] for row in rows] for name in table}
-        base = values["random" if figure in CURVES else "centre"]
         low, high = stats.bootstrap(np.stack([*values.values()], 1), images, seed=seed)
         for i, name in enumerate(table):
-            d, d_low, d_high, p = stats.paired_bootstrap(base, values[name], images, seed=seed)
-            table[name][figure] = dict(
-                mean=float(np.mean(values[name])), low=float(low[i]), high=float(high[i]),
-                difference=d, difference_low=d_low, difference_high=d_high, p=p,
-            )  # fmt: skip
-        adjusted = holm([table[name][figure]["p"] for name in METHODS])
-        for name, p in zip(METHODS, adjusted):
-            table[name][figure]["p_holm"] = p
+            cell = dict(mean=float(np.mean(values[name])), low=float(low[i]), high=float(high[i]))
+            for base in BASES:
+                found = stats.paired_bootstrap(values[base], values[name], images, seed=seed)
+                cell[base] = dict(zip(("difference", "low", "high", "p"), found))
+            table[name][figure] = cell
+        for base in BASES:
+            cells = [table[name][figure][base] for name in METHODS]
+            for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
+                cell["p_holm"] = p
     return table
+
+
+def _sanity(rows, name, seed):
+    """The checks of `sanity_of`, and other_image: how alike the method's maps of different images
+    are, which is what all its maps share."""
+    out = {}
+    for check in SANITY:
+        found = [(row["sanity"][name][check], row["image_key"]) for row in rows]
+        values, images = zip(*[x for x in found if x[0] is not None] or [((), ())])
+        if not values:
+            continue
+        low, high = stats.bootstrap(values, images, seed=seed)
+        out[check] = dict(mean=float(np.mean(values)), low=low, high=high, questions=len(values))
+    pairs = sanity.between_questions(
+        [np.ravel(row["maps"][name]) for row in rows], [row["image_key"] for row in rows],
+        [row["question_id"] for row in rows], seed=seed,
+    )["other_image"]  # fmt: skip
+    if pairs:
+        out["other_image"] = dict(mean=float(np.mean(pairs)))
+    return out
 
 
 def holm(ps):
@@ -382,48 +452,63 @@ def holm(ps):
 _TITLES = {
     "pointing": "pointing", "touching": "touching", "energy": "energy in box",
     "iou": "IoU, best threshold", "deletion": "deletion ↓", "insertion": "insertion ↑",
+    "randomised": "randomised weights", "other_question": "another question, same image",
+    "other_image": "another image",
 }  # fmt: skip
 
 
 def markdown(summary):
-    """The tables of `summarise` as Markdown, in %."""
+    """The tables of `summarise` as Markdown, in %; rank correlations as they are."""
     lines = []
-    for subset, found in summary.items():
+    for subset in ("correct", "all"):
+        found = summary[subset]
         if "table" not in found:
             continue
+        table, figures = found["table"], (*BOX_FIGURES, *CURVES)
         lines += [
             f"## {subset.capitalize()}: {found['questions']:,} questions, {found['images']:,} "
             f"images; boxes cover {100 * found['area']:.1f} % of them",
             "",
+            *_grid("%", figures, table, _interval),
         ]
-        lines += _rows(found["table"], _with_interval)
-        lines += ["", "Differences to the centre prior, of the curves to random orders:", ""]
-        lines += _rows(found["table"], _difference)
-        lines.append("")
+        for base, title in (("centre", "the centre prior"), ("random", "random maps")):
+            lines += [
+                f"Differences to {title} (bold: p < 0.05 after Holm):",
+                "",
+                *_grid("%", figures, table, lambda cell, base=base: _difference(cell[base])),
+            ]
+    lines += [
+        "## Sanity: rank correlation with the map of …",
+        "",
+        *_grid("", (*SANITY, "other_image"), summary["sanity"], _correlation),
+    ]
     return "\n".join(lines)
 
 
-def _rows(table, cell):
-    figures = (*BOX_FIGURES, *CURVES)
-    return [
-        "| % | " + " | ".join(_TITLES[f] for f in figures) + " |",
-        "| --- |" + " ---: |" * len(figures),
-        *(
-            f"| {name} | " + " | ".join(cell(found[f]) for f in figures) + " |"
-            for name, found in table.items()
-        ),
+def _grid(corner, columns, table, text):
+    """Lines of the table {row: {column: cell}}, cells being turned into text; – where none is."""
+    lines = [
+        f"| {corner} | " + " | ".join(_TITLES[c] for c in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
     ]
+    for name, cells in table.items():
+        texts = (text(cells[c]) if c in cells else "–" for c in columns)
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return [*lines, ""]
 
 
-def _with_interval(x):
+def _interval(x):
     return f"{100 * x['mean']:.1f} ({_number(x['low'])}–{_number(x['high'])})"
 
 
 def _difference(x):
-    """Bold where it's significant after Holm's adjustment."""
-    text = f"{_number(x['difference'], '+')} ({_number(x['difference_low'], '+')} to "
-    text += f"{_number(x['difference_high'], '+')})"
+    text = f"{_number(x['difference'], '+')} ({_number(x['low'], '+')} to "
+    text += f"{_number(x['high'], '+')})"
     return f"**{text}**" if x.get("p_holm", 1) < 0.05 else text
+
+
+def _correlation(x):
+    return f"{x['mean']:.2f}" + (f" ({x['low']:.2f} to {x['high']:.2f})" if "low" in x else "")
 
 
 def _number(x, sign=""):

@@ -51,11 +51,15 @@ def test_questions_of_a_data_set(tiny_data):
     )
     asked = eval_saliency.boxed_questions(source)
     assert 0 < len(asked) < len(source)
+    records = [source[i] for i in range(len(source))]
     for row in asked:
         record = source[row["index"]]
         assert record["question_id"] == row["question_id"]
         kept = {label.lower() for label in record["boxes"]["label"]} & set(row["labels"])
         assert kept and not row["question"].startswith("Where")
+        other = [r for r in records if r["question"] == row["other_question"]]
+        assert any(r["image_id"] == row["image_id"] for r in other)
+        assert all(r["answer"] != row["answer"] for r in other if r["image_id"] == row["image_id"])
         assert len(row["boxes"]) == sum(x.lower() in kept for x in record["boxes"]["label"])
     general, by_label = eval_saliency.box_priors(source, (4, 4))
     assert general.shape == (4, 4) and 0 < general.max() <= 1
@@ -107,7 +111,12 @@ def rows_of(values, correct):
     for i, (value, right) in enumerate(zip(values, correct)):
         row = {name: dict.fromkeys(figures, 0.5) for name in names}
         row["occlusion"] = {**row["occlusion"], "pointing": value}
-        rows.append(dict(figures=row, correct=right, image_key=f"{i // 2}", area=0.25))
+        maps = {name: [[i, 1], [2, 3]] for name in eval_saliency.METHODS}
+        checks = dict(randomised=0.5 - i % 2, other_question=None if i % 2 else 0.25)
+        rows.append(
+            dict(figures=row, correct=right, image_key=f"{i // 2}", area=0.25, maps=maps,
+                 question_id=str(i), sanity=dict.fromkeys(eval_saliency.METHODS, checks))
+        )  # fmt: skip
     return rows
 
 
@@ -116,17 +125,22 @@ def test_summary_by_hand():
     assert (found["all"]["questions"], found["all"]["images"]) == (20, 10)
     assert (found["correct"]["questions"], found["correct"]["images"]) == (15, 10)
     at = found["all"]["table"]["occlusion"]["pointing"]
-    assert at["mean"] == 0.75 and at["difference"] == 0.25
-    assert at["low"] < 0.75 < at["high"] and at["difference_low"] < 0.25 < at["difference_high"]
+    to = at["centre"]
+    assert at["mean"] == 0.75 and to["difference"] == 0.25 and to == at["random"]
+    assert at["low"] < 0.75 < at["high"] and to["low"] < 0.25 < to["high"]
     right = found["correct"]["table"]["occlusion"]["pointing"]
-    assert right["mean"] == right["low"] == 1 and right["p_holm"] < 0.05
-    same = found["all"]["table"]["rollout"]["pointing"]
+    assert right["mean"] == right["low"] == 1 and right["centre"]["p_holm"] < 0.05
+    same = found["all"]["table"]["rollout"]["pointing"]["centre"]
     assert same["difference"] == 0 and same["p_holm"] == 1
+    checks = found["sanity"]["rollout"]
+    assert checks["randomised"]["mean"] == 0 and checks["randomised"]["questions"] == 20
+    assert checks["other_question"]["mean"] == 0.25 and checks["other_question"]["questions"] == 10
     text = eval_saliency.markdown(found)
     assert "| occlusion | 100.0 (100.0–100.0) |" in text
     assert "**+50.0 (+50.0 to +50.0)**" in text and "boxes cover 25.0 %" in text
     wrong = eval_saliency.summarise(rows_of([1, 0], [False, False]))
     assert wrong["correct"] == dict(questions=0, images=0)
+    assert "other_image" not in wrong["sanity"]["rollout"]  # there is one image
     assert "## All: 2 questions" in eval_saliency.markdown(wrong)
 
 
@@ -144,6 +158,12 @@ class FakeSubject:
         seq = types.SimpleNamespace(batch=batch, grid=(4, 4), tokens=[5, 1])
         return seq, "Heart"
 
+    def maps(self, seq, score, fill, *, noise=False):
+        return {
+            name: np.random.default_rng([i, noise]).uniform(0, 1, (4, 4))
+            for i, name in enumerate(eval_saliency.METHODS)
+        }
+
 
 @pytest.fixture
 def measured(tiny_data, monkeypatch):
@@ -154,13 +174,6 @@ def measured(tiny_data, monkeypatch):
         return np.minimum(images[:, 16:32, 16:32].mean((1, 2, 3)) - 1, 0)[:, None]
 
     monkeypatch.setattr(occlusion, "scorer", lambda *a: score)
-    monkeypatch.setattr(
-        eval_saliency, "maps_of",
-        lambda model, params, seq, score, fill: {
-            name: np.random.default_rng(i).uniform(0, 1, (2, 4, 4))
-            for i, name in enumerate(eval_saliency.METHODS)
-        },
-    )  # fmt: skip
     data = dict(name="phantom", split="validate", data_dir=str(tiny_data))
     source = input_pipeline.open_source(data)
     asked = eval_saliency.boxed_questions(source)[:3]
@@ -178,19 +191,22 @@ def measured(tiny_data, monkeypatch):
 
 def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
     whole = measured(tmp_path / "a")
-    assert len(whole) == 3 and FakeSubject.asked == 4  # one more for the grid
+    assert len(whole) == 3 and FakeSubject.asked == 7  # 3 + 3 others, 1 for the grid
     assert json.loads(json.dumps(whole)) == whole
     for row in whole:
         assert set(row["figures"]) == {*eval_saliency.METHODS, *eval_saliency.PRIORS}
         assert row["correct"] == (row["answer"] == "Heart")
         assert all(0 <= x <= 1 for f in row["figures"].values() for x in f.values())
+        # The made-up maps know of weights, and nothing of questions.
+        assert all(x["other_question"] == 1 > x["randomised"] for x in row["sanity"].values())
+        assert np.shape(row["maps"]["occlusion"]) == (4, 4)
         assert row["figures"]["label_boxes"]["energy"] > row["figures"]["random"]["energy"]
     lines = (tmp_path / "a" / results.PART).read_text().splitlines(keepends=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / results.PART).write_text("".join(lines[:2]) + lines[2][:40])
     FakeSubject.asked = 0
     assert measured(tmp_path / "b") == whole
-    assert FakeSubject.asked == 3
+    assert FakeSubject.asked == 5
 
 
 @pytest.mark.parametrize(
