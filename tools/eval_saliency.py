@@ -49,6 +49,7 @@ BOX_FIGURES = ("pointing", "touching", "energy", "iou")
 CURVES = ("deletion", "insertion")
 SANITY = ("randomised", "other_question")
 BASES = ("centre", "random")  # what differences are to
+ROWS = 1  # raised when rows hold something else: old ones aren't gone on with
 RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
 
 # --- Which questions ---
@@ -533,7 +534,7 @@ def main(argv):
     asked = boxed_questions(source)[: v.limit]
     subject = Subject(config, checkpoint)
     settings = dict(steps=v.steps, fill=v.fill, seed=v.seed)
-    section = dict(data=data, train=train, limit=v.limit, **settings)
+    section = dict(data=data, train=train, limit=v.limit, rows=ROWS, **settings)
     about = experiment.about(section, checkpoint, subject.params)
     identity = {k: x for k, x in about.items() if k not in ("checkpoint", "command")}
     rows = results.finished(v.out, identity)
