@@ -62,7 +62,7 @@ def read_reply(text: str, kind: str = "pairs", cut: bool = False) -> Reply:
         of them the answer.
       cut: the reply ended because there was no more room (finish "length").
     """
-    text = _sound(text)
+    text = _said(_sound(text))
     pairs, rejected, form = _read_json(text, kind)
     if not pairs:
         read = _read_options if kind == "choices" else _read_lines
@@ -87,6 +87,12 @@ def _problem(text: str, rejected: list[tuple[str, str]]) -> str:
 def _sound(text: str) -> str:
     """Without halves of surrogate pairs, which no file can hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _said(text: str) -> str:
+    """Without what a model thought aloud before it answered."""
+    _, thought, said = text.rpartition("</think>")
+    return said if thought else text.partition("<think>")[0]
 
 
 # --- One pair ---

@@ -144,6 +144,13 @@ def test_why_a_reply_cannot_be_used(text, problem):
     )
 
 
+@pytest.mark.parametrize("text", [FORMS["json"][0], FORMS["Q:"][0], FORMS["1."][0]])
+def test_thoughts_are_no_pairs(text):
+    draft = "<think>\nQ: A draft?\nA: Yes\n\n" + json.dumps({"question": "Eh?", "answer": "No"})
+    assert read_reply(f"{draft}\n</think>\n\n{text}").pairs == PAIRS
+    assert read_reply(draft, cut=True).problem == "it was empty"
+
+
 # --- Multiple choice ---
 
 OPTIONS = ("Liver", "The spleen", "C. difficile", "Left kidney")
@@ -246,7 +253,7 @@ def test_several_questions_as_lines_and_one_without_options():
 
 _PIECES = st.sampled_from(
     """{ } [ ] " : , \\ ``` ```json {"pairs": "question": "answer": "choices": Q: A: **Q1:** **A:**
-    {"question":"a?","answer":"b"} 1. 2) ### ? Answer: **Answer** Question A) B. C: D) ** __ - *
+    <think> </think> {"question":"a?","answer":"b"} 1. 2) ### ? Answer: **Answer** Question A) B. C: D) ** __ - *
     "\\ud800" 99999 1e999 NaN true null""".split()
     + [" ", "\n", "\n\n", "\t", "\r", "What is it?", "A mass", "\ud800", "\x00", "\u2028"]
 )
