@@ -253,7 +253,8 @@ def test_several_questions_as_lines_and_one_without_options():
 
 _PIECES = st.sampled_from(
     """{ } [ ] " : , \\ ``` ```json {"pairs": "question": "answer": "choices": Q: A: **Q1:** **A:**
-    <think> </think> {"question":"a?","answer":"b"} 1. 2) ### ? Answer: **Answer** Question A) B. C: D) ** __ - *
+    <think> </think> {"question":"a?","answer":"b"} 1. 2) ### ? Answer: **Answer**
+    Question A) B. C: D) ** __ - *
     "\\ud800" 99999 1e999 NaN true null""".split()
     + [" ", "\n", "\n\n", "\t", "\r", "What is it?", "A mass", "\ud800", "\x00", "\u2028"]
 )
