@@ -1,7 +1,6 @@
 """Measures saliency maps against boxes: do they point at what the answer names?
 
-    python -m tools.eval_saliency --workdir=out/slake_mini --data=slake/en --split=validate \
-        --out=out/saliency
+    python -m tools.eval_saliency --workdir=out/slake_mini --split=validate --out=out/saliency
 
 Takes the questions whose answer names an organ or a finding that has a box in the image, has the
 model answer them, and compares each method's map of that answer with the boxes, beside maps that
@@ -186,8 +185,9 @@ def _stored_size(image):
 
 def maps_of(model, params, seq, score, *, fill="blur"):
     """{method: float32[R, h, w]} of METHODS, for each token of the answer."""
-    streamed = capture.streamed(model, params, seq.batch, seq.queries)
-    relevant = relevancy.relevancy(model, params, seq.batch, seq.queries, seq.tokens)
+    plain = capture.capturable(model)
+    streamed = capture.streamed(plain, params, seq.batch, seq.queries)
+    relevant = relevancy.relevancy(plain, params, seq.batch, seq.queries, seq.tokens)
     found = {
         "raw_last": raw.raw(streamed.rows, layers=-1),
         "raw_mean": raw.raw(streamed.rows),
