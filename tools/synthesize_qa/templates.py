@@ -118,14 +118,15 @@ def messages(template, row, pairs, attempt=0, problem="", examples=()):
     Returns:
       [{"role": "system", "content"}, …, {"role": "user", "content"}].
     """
-    examples = [x for x in examples if x["kind"] == template.kind]
-    marker = _digest([template.digest, row.digest, pairs, attempt, problem, examples])[:16]
-    system = string.Template(template.system).substitute(marker=marker)
-    out = [{"role": "system", "content": system}]
+    # All but the last message is the same for all rows: a backend computes it once.
+    out = [{"role": "system", "content": template.system}]
     for x in examples:
-        told = _user(template, x["fields"], marker, len(x["pairs"]))
+        if x["kind"] != template.kind:
+            continue
+        told = _user(template, x["fields"], _digest([template.digest, x])[:16], len(x["pairs"]))
         reply = json.dumps({"pairs": x["pairs"]}, ensure_ascii=False)
         out += [{"role": "user", "content": told}, {"role": "assistant", "content": reply}]
+    marker = _digest([template.digest, row.digest, pairs, attempt, problem])[:16]
     told = _user(template, row.fields, marker, pairs, problem)
     return [*out, {"role": "user", "content": told}]
 

@@ -9,8 +9,9 @@ follows is made of the journal. What the parts of this package tell each other:
   "problem" (why it can't be used, "" if it can), "seconds" (its share of the time it took),
   "versions" ({package: version}), "system_fingerprint" (of a server, or None)}.
 
-  A backend is `answer(units, journal, ..., progress)`: it asks for each unit that isn't `settled`
-  and adds what comes, `progress(replies, tokens)` after each step.
+  A backend is `answer(units, journal, …, read, progress=…)`: it asks for each unit that isn't
+  `settled` and adds what comes; `read` is `parse.read_reply`, and `progress(replies, new tokens)`
+  is called after each step.
 
   `about` is what a whole run has in common: {"model", "weights" (fingerprint, "" for a server),
   "backend", "settings" (of decoding), "seed", "pairs", "examples" (digest, "" without)}.
@@ -63,3 +64,34 @@ def digest(value) -> str:
 def key_of(row: Row, template: Template, about: dict) -> str:
     """What a reply depends on: the row, the template, the model and how it decodes."""
     return digest([row.digest, template.digest, about])
+
+
+def plan(rows, chosen, about, books, examples=()):
+    """The units of rows and templates, row by row.
+
+    Args:
+      rows: from `sources.open_rows`.
+      chosen: templates.
+      about: what all units have in common; see above.
+      books: from `sources.new_books`; told of each unit, and why there is none of a row.
+      examples: from `templates.read_examples`.
+
+    Returns:
+      list of `Unit`.
+    """
+    units, cases = [], set()
+    for row in rows:
+        for template in chosen:
+            books.read("units")
+            missing = [k for k in template.needs if not row.fields.get(k)]
+            case = (template.name, row.case_id or row.row_id)
+            if missing:
+                books.drop("units", f"{template.name}: no {missing[0]}", row.row_id)
+            elif template.per == "case" and case in cases:
+                books.drop("units", f"{template.name}: another image of the case", row.row_id)
+            else:
+                cases.add(case)
+                key = key_of(row, template, about)
+                units.append(Unit(len(units), key, row, template, about["pairs"], tuple(examples)))
+                books.keep("units", {"image_id": row.image_id, "template": template.name})
+    return units
