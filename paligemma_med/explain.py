@@ -25,11 +25,12 @@ import PIL.Image
 from absl import app, flags, logging
 
 import paligemma_med
-from paligemma_med import decode, dicom, distributed, experiment, sharding
+from paligemma_med import compilation_cache, decode, dicom, distributed, experiment, sharding
 from paligemma_med.checkpoints import atomic
+from paligemma_med.models import paligemma
 from paligemma_med.pp import get_preprocess_fn, ops_image
+from paligemma_med.saliency import capture, occlusion, page, report
 from paligemma_med.saliency import flags as checks
-from paligemma_med.saliency import occlusion, page, report
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 _SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
@@ -51,18 +52,13 @@ def load(config, checkpoint):
     """`Loaded` of a config and weights of any form that `checkpoints.load_params` takes.
 
     Raises:
-      ValueError: the config has no prompt, or attention that can't be captured.
+      ValueError: the config has no prompt.
     """
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
-    for where, section in {"config": config, **config.model.to_dict()}.items():
-        if section.get("attn_impl") == "cudnn":
-            raise ValueError(
-                f"{where}.attn_impl is 'cudnn', whose kernel holds no probabilities: "
-                "set --config.attn_impl=xla."
-            )
     pp = get_preprocess_fn(config.predict_pp)
-    return Loaded(config, checkpoint, *experiment.load(config, checkpoint), pp)
+    model, *rest = experiment.load(config, checkpoint)
+    return Loaded(config, checkpoint, capture.capturable(model), *rest, pp)
 
 
 def explain(loaded, image, question, *, title="image", mask=None, num_samples=5, temperature=1.0,
@@ -103,10 +99,11 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
         mask = fit_mask(mask, image.shape, seen.shape, _is_stretched(image, seen))
         images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
 
-    answers = _answers(loaded, row, list(images.values()), max_new_tokens)
+    answers, samples = _answers(
+        loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens
+    )
     answer_ids, answer = answers[0]
     texts = dict(zip(images, (text for _, text in answers)))
-    samples = _samples(loaded, row, num_samples, temperature, seed, max_new_tokens)
     arrays, score = report.measure(
         loaded.model, loaded.params, seen, prompt, answer_ids, methods=methods, fill=fill
     )
@@ -201,7 +198,7 @@ def fit_mask(mask, image_shape, seen_shape, stretched):
 
 
 def _patch(model, image):
-    h, w = report.sequence.paligemma.patch_grid(model, image)
+    h, w = paligemma.patch_grid(model, image)
     return image.shape[0] // h, image.shape[1] // w
 
 
@@ -216,30 +213,31 @@ def _pixels(image):
     return np.floor(np.clip((np.asarray(image) + 1) * 127.5, 0, 255) + 0.5).astype(np.uint8)
 
 
-def _generate(loaded, row, images, **kw):
-    count = len(images)
-    batch = {k: np.stack([row[k]] * count) for k in ("text", "mask_ar", "mask_input")}
+def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens):
+    """([(tokens, text)] of the most probable answer on each image, samples on the first).
+
+    Compiling is most of what a short report costs. So both are drawn by one program: sampling from
+    the one most probable token is greedy.
+    """
+    batch = {k: np.stack([row[k]] * len(images)) for k in ("text", "mask_ar", "mask_input")}
     batch["image"] = np.stack(images)
-    with sharding.rules(loaded.config, loaded.mesh):
-        found = decode.generate(
-            loaded.model, loaded.params, batch, eos_token=loaded.tokenizer.eos_token, **kw
-        )
-    return distributed.to_host(found)
+    tok = loaded.tokenizer
 
+    def draw(**kw):
+        with sharding.rules(loaded.config, loaded.mesh):
+            found = decode.generate(
+                loaded.model, loaded.params, batch, eos_token=tok.eos_token, seed=seed,
+                num_samples=max(num_samples, 1), max_new_tokens=max_new_tokens, **kw,
+            )  # fmt: skip
+        return distributed.to_host(found)
 
-def _answers(loaded, row, images, max_new_tokens):
-    """[(tokens, text)] of the most probable answer on each image."""
-    tokens, _ = _generate(loaded, row, images, max_new_tokens=max_new_tokens)
-    return [(t[0], loaded.tokenizer.to_str(t[0].tolist())) for t in tokens]
-
-
-def _samples(loaded, row, count, temperature, seed, max_new_tokens):
-    if not count:
-        return []
-    kw = dict(num_samples=count, temperature=temperature, seed=seed)
-    tokens, logprobs = _generate(loaded, row, [row["image"]], max_new_tokens=max_new_tokens, **kw)
-    return [
-        dict(answer=loaded.tokenizer.to_str(t.tolist()), logprob=float(p.sum()))
+    tokens, _ = draw(temperature=1.0, top_k=1)
+    greedy = [(t[0], tok.to_str(t[0].tolist())) for t in tokens]
+    if not num_samples:
+        return greedy, []
+    tokens, logprobs = draw(temperature=temperature)
+    return greedy, [
+        dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum()))
         for t, p in zip(tokens[0], logprobs[0])
     ]
 
@@ -440,10 +438,18 @@ def worst_first(rows, raised):
 # --- The program ---
 
 
+def _keep_programs(folder):
+    """Compiled programs outlive the process: the next report starts within seconds."""
+    if folder:
+        compilation_cache.start(folder, ".")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @experiment.command
 def main(argv):
     del argv
     values = flags.FLAGS
+    _keep_programs(values.compilation_cache)
     distributed.start_from_flags(awaits_sigterm=False)
     if not distributed.is_alone():
         raise app.UsageError("explain runs in one process.")
@@ -516,4 +522,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 1.0, "Of the samples.")
     flags.DEFINE_integer("seed", 0, "Of the samples.")
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "paligemma_med", "programs"),
+        "Folder that keeps compiled programs for the next start; empty for none.",
+    )
     app.run(main, flags_parser=experiment.parse_flags)

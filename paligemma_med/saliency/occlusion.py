@@ -114,6 +114,15 @@ def replace(image, mask, fill="blur", patch=16, *, filling=None):
     return np.where(mask[..., None], filling, np.asarray(image, np.float32))
 
 
+def replacer(image, fill="blur", patch=16):
+    """`replace` of one image as a function of the mask, for many masks: a fill that doesn't depend
+    on the mask is made once."""
+    if fill == "inpaint":
+        return lambda mask: replace(image, mask, fill, patch)
+    filled = fill_image(image, None, fill, patch)
+    return lambda mask: np.where(mask[..., None], filled, image)
+
+
 def fill_image(image, mask, fill="blur", patch=16):
     """What stands in a mask's place, float32[H, W, 3]; its other pixels mean nothing.
 

@@ -90,8 +90,8 @@
     return a === 0 ? "0" : a >= 0.1 ? v.toFixed(2) : a >= 0.001 ? v.toPrecision(2) : v.toExponential(1);
   }
   function percent(p) {
-    if (p < 1e-4) return "below 0.01 %";
-    return (p >= 0.1 ? Math.round(100 * p) : Number((100 * p).toPrecision(2))) + " %";
+    if (p < 1e-4) return "below 0.01\u00a0%";
+    return (p >= 0.1 ? Math.round(100 * p) : Number((100 * p).toPrecision(2))) + "\u00a0%";
   }
   const place = i => `row ${Math.floor(i / W) + 1}, column ${i % W + 1}`;
   function where(i) {
@@ -262,7 +262,7 @@
   }
 
   function mark() {
-    const found = shares(), tokens = state.direction === "token" ? state.tokens : new Set();
+    const found = shares(), tokens = chosenTokens();
     chips.forEach((chip, r) => {
       chip.setAttribute("aria-pressed", tokens.has(r));
       chip.querySelector(".figure").textContent = !found ? figures[r] : signed() ? `× ${number(Math.exp(-found.taken[r]))}` : percent(found.share[r]);

@@ -59,8 +59,8 @@ METHODS = {
     ),
     "rollout_pixels": (
         "Rollout through the image tower",
-        "The rollout above, carried on through the image tower, whose layers mix patches before "
-        "the language model sees them: from tokens back to places in the image.",
+        "Attention rollout, carried on through the image tower, whose layers mix patches before "
+        "the language model sees them: from its tokens back to places in the image.",
     ),
     "relevancy": (
         "Gradient-weighted relevancy",
@@ -69,7 +69,8 @@ METHODS = {
     ),
     "relevancy_pixels": (
         "Relevancy through the image tower",
-        "The relevancy above, carried on through the image tower to places in the image.",
+        "Gradient-weighted relevancy, carried on through the image tower, whose layers mix patches "
+        "before the language model sees them: from its tokens back to places in the image.",
     ),
     "occlusion": (
         "Occlusion",
@@ -336,10 +337,10 @@ def percent(logprob):
 
 
 def share(p):
-    """A share as text."""
+    """A share as text; its blank doesn't break."""
     if p < 1e-4:
-        return "below 0.01 %"
-    return f"{100 * p:.0f} %" if p >= 0.1 else f"{100 * p:.2g} %"
+        return "below 0.01\u00a0%"
+    return f"{100 * p:.0f}\u00a0%" if p >= 0.1 else f"{100 * p:.2g}\u00a0%"
 
 
 def _clean(value):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import paligemma
 from paligemma_med.saliency import capture, occlusion, raw, relevancy, rollout, sequence
 
 METHODS = ("raw", "rollout", "relevancy", "occlusion")
@@ -20,7 +21,6 @@ ROLLOUTS = {
     "minimum of heads": dict(fuse="min"),
     "mean of heads, weakest 90 % of each row left out": dict(fuse="mean", discard=0.9),
 }
-WHOLE = 2**28  # bytes of probabilities up to which both towers' are held at once
 CELLS = 8  # occluded cells along the longer side, at most
 REGIONS = 4  # lines of the coarse grid whose rectangles are occluded
 OTHERS = 5  # alternatives to a token
@@ -41,8 +41,9 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
     Returns:
       (arrays, score). arrays has, of a report (`page`), grid, logprobs, raw, mass, maps, occlusion,
       regions, and others: (tokens int[R, K], probabilities float[R, K]), most probable first.
-      Relevancy is without the 1 that its rows start from at their own query. score: the answer's
-      log-probabilities on other images, `occlusion.scorer`.
+      Maps through the image tower ("…_pixels") have the same columns behind the patches as those
+      without it. Relevancy is without the 1 that its rows start from at their own query.
+      score: the answer's log-probabilities on other images, `occlusion.scorer`.
 
     Raises:
       ValueError: an unknown method or fill, a prompt or answer without tokens, under "cudnn".
@@ -53,19 +54,23 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
         raise ValueError(f"fill is {fill!r}; expected one of {list(occlusion.FILLS)}.")
     seq = sequence.make(model, prompt_ids, answer_ids, image)
     score = occlusion.scorer(model, params, seq)
-    logprobs, others = _others(model, params, seq)
-    rows, rolled = _attention(model, params, seq, "rollout" in methods)
+    rows, rolled, logprobs, others = _attention(model, params, seq, "rollout" in methods)
     end = seq.response.stop  # what stands behind is padding
     maps = []
-    for variant, (row, pixels) in rolled.items():
-        maps.append(dict(method="rollout", variant=variant, values=row[:, :end]))
-        maps.append(dict(method="rollout_pixels", variant=variant, values=pixels))
+
+    def add(method, variant, row, pixels):
+        row = row[:, :end]
+        maps.append(dict(method=method, variant=variant, values=row))
+        row = np.concatenate([pixels, row[:, seq.patches :]], axis=1)
+        maps.append(dict(method=f"{method}_pixels", variant=variant, values=row))
+
+    for variant, pair in rolled.items():
+        add("rollout", variant, *pair)
     if "relevancy" in methods:
         found = relevancy.relevancy(model, params, seq.batch, seq.queries, seq.tokens)
-        row = np.array(found.rows[:, :end])
+        row = np.array(found.rows)
         row[np.arange(len(row)), seq.queries] -= 1
-        maps.append(dict(method="relevancy", variant="", values=row))
-        maps.append(dict(method="relevancy_pixels", variant="", values=found.patches))
+        add("relevancy", "", row, found.patches)
     arrays = dict(
         grid=seq.grid,
         logprobs=logprobs,
@@ -103,68 +108,60 @@ def _regions(score, image, grid, fill, batch_size):
     """The answer's log-probabilities with each rectangle replaced."""
     found = boxes(grid)
     patch = image.shape[0] // grid[0], image.shape[1] // grid[1]
+    replaced = occlusion.replacer(image, fill, patch[0])
 
     def images():
         for y0, x0, y1, x1 in found:
             mask = np.zeros(image.shape[:2], bool)
             mask[y0 * patch[0] : y1 * patch[0], x0 * patch[1] : x1 * patch[1]] = True
-            yield occlusion.replace(image, mask, fill, patch[0])
+            yield replaced(mask)
 
     return dict(fill=fill, boxes=found, logprobs=occlusion.in_batches(score, images(), batch_size))
 
 
+class _Folds:
+    """Several folds (`models.attention`) as one: its outs are the first one's."""
+
+    def __init__(self, folds):
+        self.folds = folds
+
+    def init(self, batch, heads, length):
+        return [f.init(batch, heads, length) for f in self.folds]
+
+    def step(self, states, probs):
+        states, outs = zip(*(f.step(s, probs) for f, s in zip(self.folds, states)))
+        return list(states), outs[0]
+
+
 def _attention(model, params, seq, rollouts):
-    """(rows float32[L, N, R, S], {variant: (rollout [R, S], the same in patches [R, P])}).
-
-    Where all probabilities of both towers fit into WHOLE bytes one pass gives everything, else one
-    streamed pass a variant.
-    """
-    arrays = {k: seq.batch[k] for k in ("image", "text", "mask_ar")}
-    variants = ROLLOUTS if rollouts else {}
-    shapes = jax.eval_shape(functools.partial(_whole, model), params, arrays)
-    if sum(4 * x.size for x in jax.tree.leaves(shapes)) <= WHOLE:
-        found = capture.attention(model, params, arrays)
-        rows = found.llm[:, 0][:, :, seq.queries]
-        rolled = _rollouts(found.llm[:, 0], found.img[:, 0], seq.queries) if rollouts else {}
-        return rows, jax.device_get(rolled)
-    rows, rolled = None, {}
-    for variant, kw in variants.items() or {"": {}}.items():
-        found = capture.streamed(model, params, arrays, seq.queries, **kw)
-        rows = found.rows
-        if rollouts:
-            pixels = rollout.to_patches(found.rollout[:, : seq.patches], found.img_rollout)
-            rolled[variant] = (found.rollout, np.asarray(pixels))
-    return rows, rolled
-
-
-def _whole(model, params, arrays):
-    out = model.apply({"params": params}, **arrays, capture_attention=True)[1]
-    return out["llm/attn"], out["img/attn"]
-
-
-@jax.jit
-def _rollouts(llm, img, queries):
-    """{variant: (float32[R, S], float32[R, P])} of probabilities [L, N, S, S] and [l, n, P, P]."""
-    out = {}
-    for variant, kw in ROLLOUTS.items():
-        row = rollout.rollout(llm, **kw)[queries]
-        out[variant] = row, rollout.to_patches(row[:, : img.shape[-1]], rollout.rollout(img, **kw))
-    return out
-
-
-def _others(model, params, seq):
-    """(log-probabilities of the answer's tokens [R], (tokens [R, K], probabilities [R, K]))."""
+    """(rows float32[L, N, R, S], {variant: (rollout [R, S], carried on to patches [R, P])},
+    log-probabilities float32[R], (tokens int[R, K], probabilities float[R, K]))."""
     count = len(seq.queries)
-    places = np.pad(seq.queries - seq.patches, (0, -count % capture.MULTIPLE), mode="edge")
+    queries = np.pad(seq.queries, (0, -count % capture.MULTIPLE), mode="edge")
     arrays = {k: seq.batch[k] for k in ("image", "text", "mask_ar")}
-    logprobs, tokens, p = jax.device_get(_top(model, params, arrays, places[None]))
-    return logprobs[:count], (tokens[:count], p[:count])
+    rows, rolled, *rest = jax.device_get(_streamed(model, params, arrays, queries, rollouts))
+    logprobs, tokens, p = (x[:count] for x in rest)
+    rolled = {k: tuple(x[:count] for x in pair) for k, pair in rolled.items()}
+    return rows[:, :, :count], rolled, logprobs, (tokens, p)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _top(model, params, arrays, places):
-    logits, _ = model.apply({"params": params}, **arrays, logit_positions=places)
+@functools.partial(jax.jit, static_argnames=("model", "rollouts"))
+def _streamed(model, params, arrays, queries, rollouts):
+    """One pass for all variants, which holds a layer's probabilities and the rollouts."""
+    variants = ROLLOUTS if rollouts else {"": {}}
+    img = _Folds([capture.Rows(**kw) for kw in variants.values()])
+    llm = _Folds([capture.Rows(queries, **kw) for kw in variants.values()])
+    patches = int(np.prod(paligemma.patch_grid(model, arrays["image"])))
+    at = queries - patches
+    logits, out = model.apply(
+        {"params": params}, **arrays, logit_positions=at[None], capture_attention=(img, llm)
+    )
+    states, rows = out["llm/attn"]
+    rolled = {}
+    for variant, of_llm, of_img in zip(variants, states, out["img/attn"][0]):
+        row = of_llm["rolled"][queries]
+        rolled[variant] = row, rollout.to_patches(row[:, :patches], of_img["rolled"])
     logprobs = jax.nn.log_softmax(logits[0])
-    chosen = jnp.take_along_axis(logprobs, arrays["text"][0, places[0] + 1][:, None], axis=-1)
+    chosen = jnp.take_along_axis(logprobs, arrays["text"][0, at + 1][:, None], axis=-1)[:, 0]
     top, tokens = jax.lax.top_k(logprobs, min(OTHERS, logprobs.shape[-1]))
-    return chosen[:, 0], tokens, jnp.exp(top)
+    return rows, rolled if rollouts else {}, chosen, tokens, jnp.exp(top)
