@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_prep.curate.words import content_words, words
+from data_prep.curate.words import as_words, content_words, words
 from data_prep.files import DataError
 
 Row = Mapping[str, Any]
@@ -309,6 +309,24 @@ def not_in_source(
         share = len(answer & there) / len(answer) if answer else 1.0
         made_up = len(answer) >= min_words and share < min_share
         return (f"{share:.2f} of the answer in the source" if made_up else None), round(share, 4)
+
+    return check
+
+
+@rule
+def copied_example(fields: Sequence[str] = ("caption",)):
+    """Drops pairs of an example that the language model was shown, unless a source says so, too.
+
+    A row's "example_pairs" holds those pairs as `words.as_words` makes them; the source is `fields`.
+    """
+
+    def check(row):
+        question, answer = (str(row.get(field) or "") for field in BOTH)
+        if as_words(question, answer) not in (row.get("example_pairs") or ()):
+            return PASS
+        said = content_words(answer)
+        told = content_words(" ".join(str(row.get(field) or "") for field in fields))
+        return PASS if said and said <= told else (f"{question!r:.60}", None)
 
     return check
 

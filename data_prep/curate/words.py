@@ -25,3 +25,8 @@ def content_words(text: str) -> set[str]:
     found = _WORD.findall(text)
     long = {w.lower() for w in found if len(w) >= 4 or (len(w) >= 2 and w.isupper())}
     return long - _STOP
+
+
+def as_words(question: str, answer: str) -> tuple[str, str]:
+    """A pair as what is compared."""
+    return " ".join(words(question)), " ".join(words(answer))

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.curate import rules as rule_lib
 from data_prep.curate.duplicates import NearDuplicates
-from data_prep.curate.words import content_words, words
+from data_prep.curate.words import content_words
 from data_prep.files import DataError
 
 NEAR_DUPLICATE = "near_duplicate"
@@ -31,29 +31,6 @@ def caption_leak(question: str, caption: str) -> float:
     """
     asked, said = (set(_LONG_WORD.findall(text.lower())) for text in (question, caption))
     return len(asked & said) / max(len(said), 1)
-
-
-def as_words(question: str, answer: str) -> tuple[str, str]:
-    """A pair as what is compared: neither case nor punctuation."""
-    return " ".join(words(question)), " ".join(words(answer))
-
-
-@rule_lib.rule
-def copied_example(field: str = "source_text"):
-    """Drops pairs of an example that the model was shown, where the source doesn't say the answer.
-
-    A row's "example_pairs" holds those pairs as `as_words` makes them.
-    """
-
-    def check(row):
-        question, answer = as_words(row["question"], row["answer"])
-        if (question, answer) not in row.get("example_pairs", ()):
-            return rule_lib.PASS
-        said = content_words(row["answer"])
-        told = said and said <= content_words(str(row.get(field) or ""))
-        return rule_lib.PASS if told else (f"{row['question']!r:.60}", None)
-
-    return check
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_prep import medm_qa
+from data_prep.curate.words import as_words
 from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
-from tools.synthesize_qa.quality import Quality, Verdict, as_words
+from tools.synthesize_qa.quality import Quality, Verdict
 
 FIRST = 5  # examples told of each reason
 _SHOWN = 300  # characters of what was rejected

@@ -324,7 +324,7 @@ def test_valid_json_loses_no_pair(pairs, ascii_only):
 
 
 def test_long_and_hostile_texts_take_linear_time():
-    n = 40_000
+    n = 20_000
     repeated = """[|{|{"a":
 |{"question":"|"|[1|*|? |Q: a?\n|A: a\n|1. a?\n|a?\nb\n|A) B) C) D) |- |\n
 |# |[{"a":1}, |_|answer is | answer|a?|x?\nA) a\nB) b\n|{"question":"a","answer":"b"}|1

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from data_prep.curate.words import as_words
 from tools.synthesize_qa import leaks, quality
 from tools.synthesize_qa.configs import default
 
@@ -49,8 +50,8 @@ def test_options_are_looked_at_too():
 
 
 def test_an_example_that_is_copied():
-    shown = {quality.as_words("Which organ is abnormal?", "The liver.")}
-    shown |= {quality.as_words("Is there a fracture?", "No")}
+    shown = {as_words("Which organ is abnormal?", "The liver.")}
+    shown |= {as_words("Is there a fracture?", "No")}
     assert tags("Which organ is abnormal?", "the liver", example_pairs=shown) == []
     elsewhere = dict(caption="The spleen is large", example_pairs=shown)
     assert tags("Which organ is  abnormal", "The LIVER", **elsewhere) == ["form", "copied_example"]

@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "name": "codes",
             "patterns": [r"\b(?:ACR|ICD)(?:-?\d+)?(?:-CM)?\b(?: codes?)?"],
         },
-        {"rule": "copied_example"},
+        {"rule": "copied_example", "fields": ["source_text"]},
         {"rule": "answer_leak", "name": "leak", "max_share": float(args["max_share"])},
         {"rule": "not_in_source", "fields": ["source_text"], "drop": False},
         {"rule": "near_duplicate", "within": args["within"], "threshold": 0.8},
