@@ -317,7 +317,8 @@ def not_in_source(
 def copied_example(fields: Sequence[str] = ("caption",)):
     """Drops pairs of an example that the language model was shown, unless a source says so, too.
 
-    A row's "example_pairs" holds those pairs as `words.as_words` makes them; the source is `fields`.
+    A row's "example_pairs" holds those pairs as `words.as_words` makes them; `fields` tell what
+    the source says.
     """
 
     def check(row):
