@@ -13,13 +13,14 @@ import time
 import pytest
 
 from tests.servers import FAULTS, FakeModel, Proxy, Server, completion, name_of, send
-from tools.synthesize_qa import journal, parse, server, sources, templates, units, write
+from tools.synthesize_qa import journal, parse, run, server, sources, templates, units, write
 from tools.synthesize_qa.configs import default
 
 pytest.importorskip("openai")
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 QUICK = dict(model="m", backoff=0.01)
+CONCURRENCY = 6
 TRANSPORT = tuple(f for f in FAULTS if f not in ("cut", "hostile"))
 
 
@@ -36,7 +37,17 @@ def unit(caption, template="caption", number=0):
 
 
 def many(n):
-    return [unit(f"An axial image of region {i} in colour.", number=i) for i in range(n)]
+    return [unit(caption(i), number=i) for i in range(n)]
+
+
+def caption(i):
+    return f"An axial image of region {i} in colour."
+
+
+def captions(path, n):
+    """A table of so many."""
+    path.write_text("image_id,caption\n" + "".join(f"{i},{caption(i)}\n" for i in range(n)))
+    return str(path)
 
 
 def name(of):
@@ -214,51 +225,72 @@ def test_a_server_that_will_not_work_ends_the_run_with_a_sentence(tmp_path):
 # --- Being stopped ---
 
 
+def synthesize(inputs, output, url, **kw):
+    """The whole program, but for its flags."""
+    config = json.loads(json.dumps(default.get_config().to_dict()))
+    ask_by = dict(base_url=url, timeout=0.6, concurrency=CONCURRENCY, backoff=0.01)
+    decoding = dict(max_new_tokens=100, temperature=0.0)
+    return run.run([inputs], output, config, pairs=3, backend="server", model="m",
+                   decoding=decoding, server=ask_by, **kw)  # fmt: skip
+
+
+def outputs(output):
+    paths = write.paths_of(output)
+    return [p.read_bytes() for p in (paths.output, paths.drops, paths.failed)]
+
+
 @pytest.mark.parametrize("kills", [(15,), pytest.param((5, 14, 24), marks=pytest.mark.slow)])
 def test_killed_and_resumed(tmp_path, kills):
-    """SIGKILL amid faults: in the end each unit has the reply of an undisturbed run,
-    and only what was under way at a kill was asked for again."""
-    n, concurrency = 36, 6
-    todo = many(n)
+    """SIGKILL amid faults: in the end each unit was answered once, the files are those of an
+    undisturbed run, and only what was under way at a kill was asked for again."""
+    n = 36
+    inputs = captions(tmp_path / "captions.csv", n)
+    output, whole = tmp_path / "qa.jsonl", tmp_path / "whole.jsonl"
+    kept_in = tmp_path / "qa.journal"
     with FakeModel(pairs_of, delay=0.03) as fake:
         with Proxy(fake.url, faults=TRANSPORT, share=0.4, stall=0.8) as proxy:
             code = (
-                "from tests.tools.synthesize_qa.test_server import ask, many; "
-                f"ask({str(tmp_path / 'j')!r}, many({n}), {proxy.url!r}, timeout=0.6, "
-                f"concurrency={concurrency})"
+                "from tests.tools.synthesize_qa.test_server import synthesize; "
+                f"synthesize({inputs!r}, {str(output)!r}, {proxy.url!r})"
             )
             for kept in kills:
                 command = [sys.executable, "-c", code]
-                run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+                killed = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
                 end = time.monotonic() + 60
-                while not lines(tmp_path / "j") >= kept:
-                    assert run.poll() is None and time.monotonic() < end, run.communicate()[1]
+                while not lines(kept_in) >= kept:
+                    assert killed.poll() is None and time.monotonic() < end, killed.communicate()[1]
                     time.sleep(0.01)
-                run.send_signal(signal.SIGKILL)
-                run.communicate()
+                killed.send_signal(signal.SIGKILL)
+                killed.communicate()
             time.sleep(0.9)  # what was under way has come in, to nobody
-            assert kept <= lines(tmp_path / "j") < n
-            with open(tmp_path / "j", "ab") as f:
+            assert kept <= lines(kept_in) < n and not output.exists()
+            done = {json.loads(line)["row_id"] for line in kept_in.read_text().splitlines()}
+            with open(kept_in, "ab") as f:
                 f.write(b'{"key": "cut o')
             before = dict(fake.seen)
-            with journal.open_journal(tmp_path / "j") as opened:
-                done = [name(u) for u in todo if units.settled(opened.replies(u.key))]
-            assert ask(tmp_path / "j", todo, proxy.url, timeout=0.6)["unanswered"] == {}
+            synthesize(inputs, output, proxy.url)
+            done = [name_of(dict(caption=caption(int(x)))) for x in done]
             assert [fake.seen[x] for x in done] == [before[x] for x in done]
             # Past the proxy's own losses (half bodies), at most what was under way at the kills.
             lost = sum(e["fault"] in ("half_body", "half_json") for e in proxy.log)
-        assert n <= sum(fake.seen.values()) <= n + lost + len(kills) * concurrency
-        ask(tmp_path / "whole", todo, fake.url)
-    found = records(tmp_path / "j", todo)
-    assert all(len(rs) == 1 for rs in found.values())
-    files = []
-    for path in ("j", "whole"):
-        with journal.Journals([tmp_path / path]) as opened:
-            out = tmp_path / f"{path}.jsonl"
-            write.write(todo, opened, out, default.get_config(), about=ABOUT)
-        made = (out, *(tmp_path / f"{path}.{x}.jsonl" for x in ("drops", "failed")))
-        files.append([p.read_bytes() for p in made])
-    assert files[0] == files[1] and files[0][0].count(b"\n") > n
+        assert n <= sum(fake.seen.values()) <= n + lost + len(kills) * CONCURRENCY
+        synthesize(inputs, whole, fake.url)
+    assert lines(kept_in) == n and outputs(output) == outputs(whole)
+    assert lines(output) > n
+
+
+def test_shards_merge_into_what_one_run_makes(tmp_path):
+    inputs = captions(tmp_path / "captions.csv", 10)
+    whole, shards = tmp_path / "whole.jsonl", tmp_path / "shards.jsonl"
+    with FakeModel(pairs_of) as fake:
+        synthesize(inputs, whole, fake.url)
+        for i in (2, 0, 1):
+            with pytest.raises(ValueError, match="is missing|there is no"):
+                synthesize(inputs, shards, fake.url, merge=True)
+            assert synthesize(inputs, shards, fake.url, shard=(i, 3)) is None
+        assert set(fake.seen.values()) == {2}  # once each in both
+    synthesize(inputs, shards, "http://127.0.0.1:9/v1", merge=True)
+    assert outputs(shards) == outputs(whole)
 
 
 def lines(path):
