@@ -39,7 +39,8 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
       impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture).
       capture: also return the probabilities.
-      perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it.
+      perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it. Or
+        float32[B, T, S], of which only the gradient is used: see `weigh`.
 
     Returns:
       (float[B, T, N, H] in the type of v, probabilities float32[B, N, T, S] or None).
@@ -70,7 +71,9 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1)
-    if perturb is not None:
+    if perturb is not None and perturb.ndim == 3:
+        probs = weigh(probs, perturb)
+    elif perturb is not None:
         probs = probs + perturb.reshape(probs.shape)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])
@@ -129,8 +132,27 @@ def end_folds(capture, state, stacked):
     return stacked if isinstance(capture, bool) else (state, stacked)
 
 
+@jax.custom_vjp
+def weigh(probs, slot):
+    """The probabilities float32[B, K, G, T, S] as they are.
+
+    In place of the gradient of a figure y by `slot`, float32[B, T, S], comes the mean over heads of
+    max(probs · ∂y/∂probs, 0): attention weighted by its gradient (arXiv 2103.15679, eq. 5), so that
+    no more than one layer's heads are held.
+    """
+    del slot
+    return probs
+
+
+def _weigh_bwd(probs, grads):
+    return grads, jnp.mean(jnp.maximum(probs * grads, 0), axis=(1, 2))
+
+
+weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
+
+
 def perturbation(module):
-    """The variable "probs" of the collection "perturbations", float32[B, N, T, S], where it is
+    """The variable "probs" of the collection "perturbations", `attend`'s `perturb`, where it is
     given, else None: it is never made by itself (`paligemma.perturbations`)."""
     if module.has_variable("perturbations", "probs"):
         return module.get_variable("perturbations", "probs")

@@ -172,8 +172,9 @@ def perturbations(img=None, llm=None):
         model.apply({"params": params, "perturbations": perturbations(llm=zeros)}, …)
 
     Args:
-      img: float32[layers, B, heads, patches, patches], or None for none.
-      llm: float32[layers, B, heads, S, S], or None.
+      img: float32[layers, B, heads, patches, patches], or None for none. Without the axis of heads,
+        their gradients come weighted and fused (`attention.weigh`).
+      llm: float32[layers, B, heads, S, S], likewise, or None.
     """
     out = {}
     if img is not None:

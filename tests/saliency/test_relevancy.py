@@ -2,10 +2,13 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from paligemma_med.models import attention
 from paligemma_med.saliency import relevancy
 from tests.models import hf
 
@@ -84,10 +87,14 @@ def test_carry_down_is_the_query_s_row_of_the_product_from_the_first_layer_up():
     assert got == [[3, 2], [10, 7]]
 
 
-def test_weighted_takes_the_mean_over_heads_of_what_speaks_for_the_token():
-    probs = np.full((1, 1, 2, 1, 2), 0.5, np.float32)
-    grads = np.array([[4, -8], [2, 2]], np.float32).reshape(1, 1, 2, 1, 2)
-    assert relevancy.weighted(probs, grads).tolist() == [[[1.5, 0.5]]]  # the -4 isn't set off
+def test_weights_are_the_mean_over_heads_of_what_speaks_for_the_token():
+    probs = jnp.full((1, 1, 2, 1, 2), 0.5)
+    grads = jnp.array([[4.0, -8.0], [2.0, 2.0]]).reshape(probs.shape)
+    slot = jnp.ones((1, 1, 2))
+    same, pull = jax.vjp(attention.weigh, probs, slot)
+    through, weights = pull(grads)
+    assert (same == probs).all() and (through == grads).all()
+    assert weights.tolist() == [[[1.5, 0.5]]]  # the -4 isn't set off against the 1
 
 
 def test_rows_start_at_their_query_and_see_nothing_after_it():
