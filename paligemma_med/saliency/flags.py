@@ -96,7 +96,7 @@ def low_image_mass(mass, threshold=0.1):
     over heads and tokens, in the layer where it is largest. The reason for a tenth: patches are
     four fifths of the positions and more, so that a query which prefers nothing gives them at least
     0.8; even with much of it resting on the first token, as language models do, one layer that
-    reads the image is above 0.1 (slake_mini: 0.18 to 0.6 over 64 questions of SLAKE). The image can
+    reads the image is above 0.1 (slake_mini: 0.18 and more on 64 questions of SLAKE). The image can
     still act through the prompt's tokens, which attend to it too: hence a flag.
 
     Args:
@@ -105,7 +105,7 @@ def low_image_mass(mass, threshold=0.1):
     layers = np.asarray(mass, np.float64)[..., 0].mean(axis=(1, 2))
     at = int(layers.argmax())
     value = layers[at]
-    says = f"At most {value:.0%} of the response's attention goes to the image (layer {at})."
+    says = f"At most {value:.0%} of the response's attention goes to the image (layer {at + 1})."
     return _flag("low_image_mass", value < threshold, value, threshold, 1 - value / threshold, says)
 
 

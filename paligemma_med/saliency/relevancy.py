@@ -41,8 +41,8 @@ class Relevancy(NamedTuple):
 def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
-    One pass forward, and for each token one backward, down to the probabilities of all layers. Heads
-    are fused where they arise: 1.4 GiB of temporary memory at 448 px and the shapes of the 3B
+    One pass forward, and for each token one backward, down to the probabilities of all layers.
+    Heads are fused where they arise: 1.4 GiB of temporary memory at 448 px and the shapes of the 3B
     model in float32, in place of 8.3.
 
     A row holds a 1 at its own query, R's start, besides what came in through attention. Rows don't
