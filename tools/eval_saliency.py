@@ -49,6 +49,7 @@ CURVES = ("deletion", "insertion")
 SANITY = ("randomised", "other_question")
 BASES = ("centre", "random")  # what differences are to
 ROWS = 1  # raised when rows hold something else: old ones aren't gone on with
+_PAD = 32  # text tokens: so few lengths, so few programs are compiled
 RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
 
 # --- Which questions ---
@@ -236,7 +237,7 @@ def curves(score, image, maps, *, count, fill, batch_size=32):
       maps: {name: float[h, w]}.
 
     Returns:
-      {name: dict(deletion=float, insertion=float)}.
+      ({name: dict(deletion=float, insertion=float)}, probability with the whole image).
     """
     grid = next(iter(maps.values())).shape
     rows, columns = occlusion.bands(image.shape[:2], grid)
@@ -247,19 +248,25 @@ def curves(score, image, maps, *, count, fill, batch_size=32):
     def pixels(cells):
         return (rows.T.astype(int) @ cells.astype(int) @ columns.astype(int)) > 0
 
+    # The two ends are the same for all: each is asked once.
     def images():
+        yield image
+        yield occlusion.replace(image, pixels(np.ones(grid, bool)), filling=filling)
         for values in maps.values():
-            for cells in localisation.steps(values, count):
+            between = localisation.steps(values, count)[1:-1]
+            for cells in (*between, *~between):
                 yield occlusion.replace(image, pixels(cells), filling=filling)
-            for cells in localisation.steps(values, count):
-                yield occlusion.replace(image, pixels(~cells), filling=filling)
 
     p = np.exp(occlusion.in_batches(score, images(), batch_size).sum(-1, dtype=np.float64))
-    p = p.reshape(len(maps), 2, count + 1)
+    whole, replaced = float(p[0]), float(p[1])
+    p = p[2:].reshape(len(maps), 2, count - 1)
     return {
-        name: {k: localisation.area_under(c) for k, c in zip(CURVES, both)}
-        for name, both in zip(maps, p)
-    }
+        name: dict(
+            deletion=localisation.area_under([whole, *down, replaced]),
+            insertion=localisation.area_under([replaced, *up, whole]),
+        )
+        for name, (down, up) in zip(maps, p)
+    }, whole
 
 
 # --- One question ---
@@ -289,7 +296,9 @@ class Subject:
         )  # fmt: skip
         tokens = distributed.to_host(tokens)[0, 0]
         prompt = batch["text"][0][batch["mask_input"][0] > 0]
-        seq = sequence.make(self.model, prompt, tokens, batch["image"][0])
+        length = len(prompt) + np.count_nonzero(tokens)
+        padded = -(-length // _PAD) * _PAD
+        seq = sequence.make(self.model, prompt, tokens, batch["image"][0], pad_to=padded)
         return seq, self.tok.to_str(tokens.tolist())
 
     def maps(self, seq, score, fill, *, noise=False):
@@ -334,7 +343,8 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     figures = {name: box_figures(values, asked["boxes"], size) for name, values in maps.items()}
     figures["random"] = _mean(box_figures(x, asked["boxes"], size) for x in at_random)
     orders = {f"random {i}": x for i, x in enumerate(at_random[:RANDOM_ORDERS])}
-    areas = curves(score, pixels, {**maps, **orders}, count=steps, fill=fill, batch_size=batch_size)
+    ordered = {**of_model, "centre": maps["centre"], **orders}
+    areas, whole = curves(score, pixels, ordered, count=steps, fill=fill, batch_size=batch_size)
     areas["random"] = _mean(areas.pop(name) for name in orders)
     return {
         **asked,
@@ -343,9 +353,9 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
         "grid": list(seq.grid),
         "area": float(localisation.coverage(asked["boxes"], size, seq.grid).mean()),
         "prediction": said,
-        "probability": float(np.exp(score(pixels[None])[0].sum())),
+        "probability": whole,
         "correct": answers.normalise(said) == answers.normalise(asked["answer"]),
-        "figures": {name: {**figures[name], **areas[name]} for name in figures},
+        "figures": {name: {**figures[name], **areas.get(name, {})} for name in figures},
         "sanity": sanity_of(subject, image, asked["other_question"], seq, of_model, fill),
         "maps": {
             name: [[float(f"{x:.5g}") for x in row] for row in x] for name, x in of_model.items()
@@ -404,9 +414,13 @@ def summarise(rows, seed=0):
 def _table(rows, images, seed):
     table = {name: {} for name in (*METHODS, *PRIORS)}
     for figure in (*BOX_FIGURES, *CURVES):
-        values = {name: [row["figures"][name][figure] for row in rows] for name in table}
+        values = {
+            name: [row["figures"][name][figure] for row in rows]
+            for name in table
+            if figure in rows[0]["figures"][name]
+        }
         low, high = stats.bootstrap(np.stack([*values.values()], 1), images, seed=seed)
-        for i, name in enumerate(table):
+        for i, name in enumerate(values):
             cell = dict(mean=float(np.mean(values[name])), low=float(low[i]), high=float(high[i]))
             for base in BASES:
                 found = stats.paired_bootstrap(values[base], values[name], images, seed=seed)

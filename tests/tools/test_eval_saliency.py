@@ -91,7 +91,8 @@ def test_curves_by_hand():
 
     maps = {"first": [[1, 2], [9, 3]], "last": [[4, 2], [-1, 3]], "second": [[1, 2], [5, 7]]}
     maps = {k: np.array(v) for k, v in maps.items()}
-    found = eval_saliency.curves(score, image, maps, count=4, fill="blank", batch_size=7)
+    found, whole = eval_saliency.curves(score, image, maps, count=4, fill="blank", batch_size=7)
+    assert whole == pytest.approx(0.8)
     # Deletion of "first": 0.8, then 0.2 four times; its area is 0.8/8 + 3·0.2/4 + 0.2/8.
     assert found["first"] == pytest.approx(dict(deletion=0.275, insertion=0.725))
     assert found["second"] == pytest.approx(dict(deletion=0.425, insertion=0.575))
