@@ -125,7 +125,7 @@
 
   // --- Drawing ---
 
-  const small = document.createElement("canvas");
+  const small = document.createElement("canvas"), faint = document.createElement("canvas");
   const canvas = $("map"), picture = $("picture");
 
   function paint(target, x, [low, high], { opacity, fade }) {
@@ -391,6 +391,39 @@
     }
   }
 
+  // Every method's map of the chosen tokens, small.
+  const views = [];
+  function makeOverview() {
+    for (const method of Object.keys(data.methods)) {
+      if (method !== "raw" && !maps.some(m => m.method === method)) continue;
+      const button = document.createElement("button"), face = document.createElement("canvas");
+      button.type = "button";
+      button.append(face, data.methods[method][0]);
+      button.addEventListener("click", () => choose({ method }));
+      $("overview").append(button);
+      views.push({ method, button, face });
+    }
+    roving($("overview"), views.map(v => v.button), 1, i => views[i].button.focus());
+  }
+  function overview() {
+    const { method, variant } = state;
+    for (const view of views) {
+      // As the large one would be, but at the method's own first variant.
+      state.method = view.method;
+      if (view.method !== method) state.variant = variants(view.method)[0] ?? "";
+      const x = rowOf(chosenTokens()), g = view.face.getContext("2d");
+      view.face.width = 200; view.face.height = Math.round(200 * picture.height / picture.width) || 200;
+      if (picture.complete && picture.naturalWidth) g.drawImage(picture, 0, 0, view.face.width, view.face.height);
+      paint(faint, x, limits(x), { opacity: 0.85, fade: true });
+      g.imageSmoothingEnabled = false;
+      g.drawImage(faint, 0, 0, view.face.width, view.face.height);
+      view.button.setAttribute("aria-pressed", view.method === method);
+      view.button.setAttribute("aria-label", `${data.methods[view.method][0]}: highest at ${place(argmax(x, P))}`);
+      Object.assign(state, { method, variant });
+    }
+  }
+  const variants = method => maps.filter(m => m.method === method).map(m => m.variant);
+
   // --- Keyboard and mouse ---
 
   // One tab stop for a row of buttons; arrows move in it.
@@ -447,13 +480,14 @@
     draw();
   });
   stage.addEventListener("pointermove", e => {
-    if (pressed === null) { const i = patchAt(e); stage.title = `${place(i)}: ${number(rowOf(chosenTokens())[i])}`; return; }
     const i = patchAt(e);
-    if (i === state.cursor) return;
+    $("readout").textContent = `${place(i)}: ${number(rowOf(chosenTokens())[i])}`;
+    if (pressed === null || i === state.cursor) return;
     state.cursor = i;
     state.patches = new Set([...before, ...rectangle(pressed, i)]);
     draw();
   });
+  stage.addEventListener("pointerleave", () => { $("readout").textContent = ""; });
   for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => {
     if (pressed === null) return;
     pressed = null;
@@ -501,7 +535,7 @@
     choose({ direction: e.target.value });
   });
   for (const id of ["opacity", "fade", "smooth"]) $(id).addEventListener("input", draw);
-  for (const id of ["colours", "range"]) $(id).addEventListener("change", () => { draw(); gallery(); });
+  for (const id of ["colours", "range"]) $(id).addEventListener("change", () => { draw(); gallery(); overview(); });
   const shown = picture.getAttribute("src"), seen = $("show").dataset.seen;
   $("show").addEventListener("change", e => {
     picture.classList.toggle("pixels", e.target.value === "seen");
@@ -522,9 +556,9 @@
     const old = state.method;
     Object.assign(state, changes);
     if (state.method !== old) {
-      const variants = maps.filter(m => m.method === state.method).map(m => m.variant);
-      $("variant").replaceChildren(...variants.map(v => option(v, v || "only one")));
-      state.variant = variants.includes(state.variant) ? state.variant : variants[0] ?? "";
+      const found = variants(state.method);
+      $("variant").replaceChildren(...found.map(v => option(v, v || "only one")));
+      state.variant = found.includes(state.variant) ? state.variant : found[0] ?? "";
     }
     const ofRaw = state.method === "raw";
     $("method").value = state.method; $("variant").value = state.variant; $("fuse").value = state.fuse;
@@ -534,11 +568,14 @@
     $("about-method").textContent = data.methods[state.method][1];
     $("colours").disabled = signed();
     if (state.direction === "prompt" && row(0).length !== S) state.direction = "token";
-    draw(); mark(); say(); whatIf(); masses(); gallery();
+    draw(); mark(); say(); whatIf(); masses(); gallery(); overview();
   }
 
+  // The picture and its map fit into a window together with what is said of them.
+  stage.style.maxWidth = `max(16rem, ${(56 * picture.getAttribute("width") / picture.getAttribute("height")).toFixed(2)}vh)`;
   makeGallery();
+  makeOverview();
   choose({ method: data.first });
   new ResizeObserver(draw).observe(canvas);
-  picture.addEventListener("load", draw);
+  picture.addEventListener("load", () => { draw(); overview(); });
 })();

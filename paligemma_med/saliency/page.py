@@ -275,7 +275,7 @@ def _texts(report):
         }
     )
     return dict(
-        out,
+        **{k: v for k, v in out.items() if k not in ("tokens", "samples")},
         about=_clean([list(x) for x in report["about"]]),
         grid=(h, w),
         heads=raw[1],
@@ -293,6 +293,7 @@ def _texts(report):
         ],
         mass=np.asarray(report["mass"], np.float64).mean((1, 2)),
         agreement=_agreement(out["samples"], out["answer"]),
+        samples=_counted(out["samples"]),
         mask=mask
         and dict(
             fill=mask["fill"],
@@ -329,6 +330,15 @@ def _agreement(samples, answer):
     """(how many samples say what the answer says, of how many)."""
     said = [s["answer"].strip().lower() for s in samples]
     return sum(s == answer.strip().lower() for s in said), len(said)
+
+
+def _counted(samples):
+    """Equal answers as one, most frequent first: dict(answer, logprob, times)."""
+    out = {}
+    for s in samples:
+        found = out.setdefault(s["answer"], dict(s, times=0))
+        found["times"] += 1
+    return sorted(out.values(), key=lambda s: (-s["times"], -s["logprob"]))
 
 
 def percent(logprob):
