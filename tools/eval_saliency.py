@@ -37,18 +37,19 @@ from paligemma_med.saliency import (
     sanity,
     sequence,
 )
+from paligemma_med.saliency import flags as checks
 
 # Of the model; `maps_of` makes them.
 METHODS = ("raw_last", "raw_mean", "rollout", "rollout_siglip", "relevancy", "relevancy_siglip",
            "occlusion")  # fmt: skip
-# Of nothing, of where things mostly are, of where training boxes are, of where training boxes of
-# the same label are (which takes the answer from the truth).
-PRIORS = ("random", "centre", "train_boxes", "label_boxes")
+# Of nothing, of where things mostly are, of where the patient is, of where training boxes are, of
+# where training boxes of the same label are (which takes the answer from the truth).
+PRIORS = ("random", "centre", "body", "train_boxes", "label_boxes")
 BOX_FIGURES = ("pointing", "touching", "energy", "iou")
 CURVES = ("deletion", "insertion")
 SANITY = ("randomised", "other_question")
 BASES = ("centre", "random")  # what differences are to
-ROWS = 1  # raised when rows hold something else: old ones aren't gone on with
+ROWS = 2  # raised when rows hold something else: old ones aren't gone on with
 _PAD = 32  # text tokens: so few lengths, so few programs are compiled
 RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
 
@@ -173,6 +174,13 @@ def box_priors(source, grid):
             )
             by_label.setdefault(label, []).append(covered)
     return np.mean(questions, axis=0), {k: np.mean(v, axis=0) for k, v in by_label.items()}
+
+
+def body_prior(image, grid):
+    """The share of each patch that the patient takes (`flags.body`), float64[h, w]: a map that
+    finds the foreground and knows neither question nor answer."""
+    rows, columns = (x.astype(np.float64) for x in occlusion.bands(image.shape[:2], grid))
+    return rows @ checks.body(image) @ columns.T / np.outer(rows.sum(1), columns.sum(1))
 
 
 def _stored_size(image):
@@ -334,6 +342,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     maps = dict(of_model)
     general, by_label = priors
     maps["centre"] = localisation.centre_prior(seq.grid)
+    maps["body"] = body_prior(pixels, seq.grid)
     maps["train_boxes"] = general
     known = [by_label[label] for label in asked["labels"] if label in by_label]
     maps["label_boxes"] = np.mean(known, axis=0) if known else general
@@ -343,7 +352,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     figures = {name: box_figures(values, asked["boxes"], size) for name, values in maps.items()}
     figures["random"] = _mean(box_figures(x, asked["boxes"], size) for x in at_random)
     orders = {f"random {i}": x for i, x in enumerate(at_random[:RANDOM_ORDERS])}
-    ordered = {**of_model, "centre": maps["centre"], **orders}
+    ordered = {**of_model, "centre": maps["centre"], "body": maps["body"], **orders}
     areas, whole = curves(score, pixels, ordered, count=steps, fill=fill, batch_size=batch_size)
     areas["random"] = _mean(areas.pop(name) for name in orders)
     return {

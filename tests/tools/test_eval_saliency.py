@@ -68,6 +68,14 @@ def test_questions_of_a_data_set(tiny_data):
     assert lung[1:3, 0].sum() > 0 and lung[1:3, 3].sum() > 0
 
 
+def test_body_prior_by_hand():
+    image = np.full((64, 64, 3), -1, np.float32)
+    image[16:48, 16:40] = 0.5  # of cells of 16: one column whole, half of the next
+    expected = np.zeros((4, 4))
+    expected[1:3, 1], expected[1:3, 2] = 1, 0.5
+    np.testing.assert_allclose(eval_saliency.body_prior(image, (4, 4)), expected, atol=0.01)
+
+
 def test_data_without_boxes_is_refused():
     source = types.SimpleNamespace(features={"question_id": 0, "image_id": 0, "question": 0})
     with pytest.raises(ValueError, match="has no 'answer'"):
