@@ -11,6 +11,7 @@ read too. With --config and --checkpoint instead of --workdir, weights of any fo
 
 import csv
 import io
+import json
 import os
 import pathlib
 import re
@@ -269,9 +270,7 @@ def write_page(made, path):
 
 def write_npz(made, path):
     """All arrays of a report, exact: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
-    and the texts as text.json (UTF-8 bytes in an array: no pickle)."""
-    import json
-
+    and `texts`, JSON as UTF-8 bytes in an array (no pickle)."""
     arrays = {
         k: np.asarray(made[k]) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")
     }
@@ -299,9 +298,13 @@ def write_pngs(made, folder, prefix=""):
     for method, values in chosen.items():
         values = np.asarray(values)[:, :patches].reshape(-1, *grid)
         whole = values.sum(0) if method in page.SIGNED else values.mean(0)
-        top = float(np.abs(values).max()) or 1.0
-        for name, x, scale in [("all", whole, None)] + [
-            (f"{r:02d}", x, top) for r, x in enumerate(values)
+        least = page.LEAST if method in page.SIGNED else 0.0
+
+        def top(x, least=least):
+            return max(float(np.abs(x).max()), least) or 1.0
+
+        for name, x, scale in [("all", whole, top(whole))] + [
+            (f"{r:02d}", x, top(values)) for r, x in enumerate(values)
         ]:
             with atomic.file(os.path.join(folder, f"{prefix}{method}_{name}.png")) as f:
                 f.write(_png(page.overlay(picture, x, top=scale)))

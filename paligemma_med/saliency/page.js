@@ -119,7 +119,11 @@
     let low = Infinity, high = -Infinity;
     const over = kind === "shared" ? [...Array(R).keys()].map(row) : [x];
     for (const v of over) for (let i = 0; i < n; i++) { low = Math.min(low, v[i]); high = Math.max(high, v[i]); }
-    if (signed()) { const a = Math.max(Math.abs(low), Math.abs(high)) || 1; return [-a, a]; }
+    if (signed()) {
+      // What changes a probability by less than a tenth shall not look like much.
+      const a = Math.max(Math.abs(low), Math.abs(high), kind === "stretch" ? 1e-9 : data.least);
+      return [-a, a];
+    }
     return kind === "stretch" ? [low, high > low ? high : low + 1] : [0, high || 1];
   }
 

@@ -80,6 +80,7 @@ METHODS = {
     ),
 }
 SIGNED = ("occlusion",)
+LEAST = 0.1  # nats: the scale of a signed map reaches at least so far
 
 # Stops of matplotlib's viridis and cividis (both CC0), grey, and PuOr for signed maps
 # (ColorBrewer): all readable with every kind of colour vision.
@@ -201,6 +202,7 @@ def data_of(report):
         maps=[{**m, "values": pack(m["values"])} for m in report["maps"]],
         methods={k: list(v) for k, v in METHODS.items()},
         signed=list(SIGNED),
+        least=LEAST,
         first=first_method(report),
         occlusion=report.get("occlusion"),
         regions=regions

@@ -64,8 +64,8 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
         row = np.concatenate([pixels, row[:, seq.patches :]], axis=1)
         maps.append(dict(method=f"{method}_pixels", variant=variant, values=row))
 
-    for variant, pair in rolled.items():
-        add("rollout", variant, *pair)
+    for variant in ROLLOUTS if rolled else ():  # in this order, which jit has lost
+        add("rollout", variant, *rolled[variant])
     if "relevancy" in methods:
         found = relevancy.relevancy(model, params, seq.batch, seq.queries, seq.tokens)
         row = np.array(found.rows)
