@@ -1,0 +1,261 @@
+"""Reports from Python and from the command line: answers, masks, many images, files, mistakes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from paligemma_med import experiment, explain, predict
+from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.saliency import flags as checks
+from paligemma_med.saliency import page
+from tests import chromium, tiny
+from tests.saliency import reports
+
+QUESTION = "Is this an MRI?"
+KW = dict(max_new_tokens=3, num_samples=2, seed=5)
+LEFT = np.arange(50) < np.full(
+    (40, 1), 25
+)  # a mask; all reports here have one: one program for all
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, what is loaded of it, pixels, their file)."""
+    folder = tmp_path_factory.mktemp("explain")
+    tiny.write_workdir(folder / "w", tiny.config(evals={}))
+    config = experiment.config_from_json(workdirs.read_config(folder / "w"))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(folder / "film.png")
+    return folder / "w", explain.load(config, str(folder / "w")), pixels, folder / "film.png"
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    """A report with a mask on the image's left half."""
+    _, loaded, pixels, file = run
+    content = file.read_bytes()
+    return explain.explain(loaded, content, QUESTION, title=file.name, mask=LEFT, **KW)
+
+
+def test_the_answer_and_its_parts(run, made):
+    _, loaded, pixels, _ = run
+    made, _ = made
+    # Greedy, and teacher-forced afterwards: each token is the most probable one at its place.
+    for token, others, logprob in zip(made["tokens"], made["others"], made["logprobs"]):
+        assert others[0][0] == token
+        np.testing.assert_allclose(np.log(others[0][1]), logprob, atol=1e-4)
+    prompt = "".join(made["prompt"]).replace("‹start›", "").replace("↵", "\n")
+    assert prompt.lstrip() == f"answer en {QUESTION}\n"
+    assert len(made["samples"]) == 2 and made["title"] == "film.png"
+    np.testing.assert_array_equal(made["picture"], pixels)
+    assert made["seen"].shape == (tiny.RES, tiny.RES, 3)
+
+
+@pytest.mark.slow  # another program to compile
+def test_the_answer_is_the_one_that_predict_gives(run, made):
+    workdir, loaded, pixels, _ = run
+    (row,) = predict.predict(loaded.config, str(workdir), pixels, [QUESTION], max_new_tokens=3)
+    (answer,) = row["answers"]
+    assert made[0]["answer"] == answer["answer"]
+    np.testing.assert_allclose(made[0]["logprobs"].sum(), answer["logprob"], atol=1e-3)
+
+
+def test_what_the_model_is_asked_without_the_image(run, made):
+    _, loaded, pixels, _ = run
+    made, raised = made
+    blank = 0 * pixels + 127  # a little below the mid-grey of the control
+    other, _ = explain.explain(loaded, blank, QUESTION, mask=LEFT, **KW)
+    nothing = made["controls"][0]
+    assert nothing["answer"] == other["answer"]
+    assert {f.name for f in raised} >= {"image_ignored", "low_image_mass", "samples_disagree"}
+    assert [f["says"] for f in made["flags"]] == [f.says for f in raised if f.raised]
+
+
+def test_the_mask(run, made):
+    made, _ = made
+    found = made["mask"]
+    width = tiny.RES
+    same = (made["seen"] == found["picture"]).all(-1)
+    assert same[:, width // 2 :].all() and not same[:, : width // 2].all()
+    assert found["logprobs"].shape == made["logprobs"].shape
+    # The rectangle that is the left half has been computed with the other regions, too.
+    box = [0, 0, made["grid"][0], made["grid"][1] // 2]
+    at = made["regions"]["boxes"].tolist().index(box)
+    np.testing.assert_allclose(found["logprobs"], made["regions"]["logprobs"][at], atol=1e-3)
+
+
+def test_masks_of_other_sizes_are_refused():
+    whole = np.ones((40, 50), bool)
+    image, seen = (40, 50, 3), (32, 32, 3)
+    assert explain.fit_mask(whole, image, seen, True).shape == (32, 32)
+    assert explain.fit_mask(whole[:32, :32], image, seen, True).all()
+    with pytest.raises(ValueError, match=r"50 x 39 pixels; expected 50 x 40 .the image's. or 32 x"):
+        explain.fit_mask(whole[:39], image, seen, True)
+    with pytest.raises(ValueError, match=r"50 x 40 pixels; expected 32 x 32 .the model's"):
+        explain.fit_mask(whole, image, seen, False)
+    with pytest.raises(ValueError, match="covers nothing"):
+        explain.fit_mask(~whole, image, seen, True)
+
+
+def test_files(made, tmp_path):
+    made, _ = made
+    explain.write_npz(made, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["raw"], made["raw"])
+        for m in made["maps"]:
+            name = explain.slug("_".join(filter(None, (m["method"], m["variant"]))))
+            np.testing.assert_array_equal(arrays[name], m["values"])
+        texts = json.loads(bytes(arrays["texts"]))
+    assert texts["question"] == QUESTION and texts["tokens"] == made["tokens"]
+    explain.write_pngs(made, tmp_path / "maps", "x_")
+    names = {p.name for p in (tmp_path / "maps").iterdir()}
+    assert names == {
+        f"x_{m}_{t}.png"
+        for m in page.METHODS
+        for t in ("all", *(f"{r:02d}" for r in range(len(made["tokens"]))))
+    }
+    with PIL.Image.open(tmp_path / "maps" / "x_raw_all.png") as image:
+        assert image.size == (50, 40)
+
+
+@chromium.needed
+def test_the_page_works(made, tmp_path):
+    made, _ = made
+    explain.write_page(made, tmp_path / "r.html")
+    with chromium.browser(tmp_path) as browser:
+        browser.open(tmp_path / "r.html")
+        shown = {browser.js("document.getElementById('map').toDataURL()")}
+        for selector in ("#tokens .chip", "#stage", "#overview button"):
+            browser.click(selector)
+            shown.add(browser.js("document.getElementById('map').toDataURL()"))
+        assert len(shown) > 2
+        assert "the given mask" in browser.text("main").lower()
+        assert browser.problems == [] and browser.outside == []
+
+
+def test_many(run, tmp_path, capsys):
+    _, loaded, pixels, _ = run
+    films = tmp_path / "films"
+    (films / "a").mkdir(parents=True)
+    hostile = "<img src=x onerror=alert(1)>'&.png"
+    PIL.Image.fromarray(pixels).save(films / "a" / "film one.png")
+    PIL.Image.fromarray(pixels[::-1]).save(films / hostile)
+    (films / "broken.png").write_bytes(b"no image")
+    asked = [(n, QUESTION) for n in explain.images_in(films)]
+    assert [n for n, _ in asked] == [hostile, "a/film one.png", "broken.png"]
+    failed = explain.explain_many(loaded, films, asked, str(tmp_path / "out"), mask=LEFT, **KW)
+    assert failed == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "0001_img_src_x_onerror_alert_1.html", "0002_film_one.html", "index.html",
+    ]  # fmt: skip
+    index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in index
+    rows = index.split("<tr")[2:]
+    assert "No report." in rows[0] and "broken.png" in rows[0]
+    assert 'href="0002_film_one.html"' in index
+    assert "broken.png: cannot decode image" in capsys.readouterr().err
+
+
+def test_the_index_begins_with_the_worst():
+    def flags(*severities):
+        return [checks.Flag("x", s > 0, 0.0, 0.0, s, "") for s in severities]
+
+    rows = [dict(error=None, probability=p) for p in (0.9, 0.9, 0.2, 0.5)]
+    rows.append(dict(error="unreadable", probability=None))
+    raised = [flags(0, 0), flags(0.2, 0.2), flags(0, 0), flags(0.9, 0), []]
+    # Unreadable; two flags; one; then the less probable answer.
+    assert explain.worst_first(rows, raised) == [4, 1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image,text\na.png,x\n", "no column question; found"),
+        ("image,question\n", "no rows below its header"),
+        ("image,question\na.png,ok\na.png, \n", "line 3: image or question is empty"),
+        ("image,question\n../a.png,ok\n", r"line 2: '../a.png' is not below"),
+        ("image,question\n/etc/passwd,ok\n", "is not below"),
+        ("image,question\nlink/passwd,ok\n", "is not below"),
+        (b"image,question\n\xff,x\n", "not UTF-8"),
+    ],
+)
+def test_question_files(tmp_path, text, message):
+    os.symlink("/etc", tmp_path / "link")
+    path = tmp_path / "q.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        explain.read_questions(path, tmp_path)
+    path.write_text('\ufeffid,question,image\n1,"What, then?",a/b.png\n', encoding="utf-8")
+    assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
+
+
+def test_dicom_is_read_as_its_pixels(run):
+    pytest.importorskip("pydicom")
+    from tests.data_prep.test_dicom import make
+
+    _, loaded, pixels, _ = run
+    content = make(pixels[..., 0], bits=8)
+    kw = dict(mask=LEFT, **KW)
+    a, _ = explain.explain(loaded, content, QUESTION, **kw)
+    b, _ = explain.explain(loaded, np.repeat(pixels[..., :1], 3, axis=2), QUESTION, **kw)
+    np.testing.assert_array_equal(a["raw"], b["raw"])
+    assert "Jane" not in page.render(a)
+
+
+def test_tokens_that_can_be_seen(run):
+    tok = run[1].tokenizer
+    assert [explain.piece(tok, t) for t in (1, 2)] == ["‹end›", "‹start›"]
+    assert explain.piece(tok, tok.to_int("\n")[0]) == "↵"
+    byte = tok.to_int("é" if len(tok.to_int("é")) > 1 else "\u4e00")[-1]
+    assert explain.piece(tok, byte) == f"‹{byte}›"
+
+
+def program(root, *args):
+    command = [sys.executable, "-m", "paligemma_med.explain", *map(str, args)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+def test_programs_say_what_they_do_and_define_no_flags_when_imported():
+    source = pathlib.Path(explain.__file__).read_text("utf-8")
+    assert "python -m paligemma_med.explain --workdir=" in source.split('"""')[1]
+    assert "image_dir" not in explain.flags.FLAGS
+
+
+@pytest.mark.slow  # a process each
+def test_mistakes_of_the_command_line(run, repo_root, tmp_path):
+    workdir, _, _, file = run
+    out, question = f"--out={tmp_path / 'r.html'}", f"--question={QUESTION}"
+    for args, message in [
+        ((question,), "Give --image or --image_dir."),
+        ((f"--image={file}",), "Give --question."),
+        ((f"--image={file}", question, "--questions=q.csv"), "--questions goes with --image_dir"),
+        ((f"--image={tmp_path / 'no.png'}", question), "No such file or directory"),
+        ((f"--image={file}", question, "--methods=magic"), "methods has ['magic']"),
+        ((f"--image={file}", question, f"--mask={workdir / 'config.json'}"), "cannot decode"),
+    ]:
+        done = program(repo_root, f"--workdir={workdir}", out, *args)
+        assert done.returncode != 0 and message in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_command_line(run, repo_root, tmp_path):
+    workdir, _, _, file = run
+    args = [f"--workdir={workdir}", f"--question={reports.HOSTILE[:200]}", "--max_new_tokens=3"]
+    args = [a.replace("\x00", "").replace("\ud800", "") for a in args]
+    out = tmp_path / "r.html"
+    done = program(repo_root, *args, f"--image={file}", f"--out={out}", f"--npz={tmp_path}/a.npz",
+                   f"--png={tmp_path}/maps")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"Written to {out}" in done.stdout
+    assert out.stat().st_size < 2_000_000 and "<img src=x" not in out.read_text("utf-8")
+    assert (tmp_path / "a.npz").exists() and (tmp_path / "maps" / "raw_all.png").exists()
+    done = program(repo_root, *args, f"--image_dir={file.parent}", f"--out={tmp_path}/many")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "many" / "index.html").exists()
