@@ -206,7 +206,7 @@ def _table(path, id_column, caption_column):
                         f"{where}: no column {' or '.join(wanted[what])} among "
                         f"{', '.join(cells) or 'none'}; {flag} names it"
                     )
-                yield where, f"no {missing[0]}"
+                yield where, f"no {missing[0]}'s column"
                 continue
             names = found
         text = {k: "" if cells.get(n) is None else cells[n] for k, n in names.items()}
