@@ -82,8 +82,22 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {vocab}.")
     padded = (np.pad(x, (0, -x.size % MULTIPLE), mode="edge") for x in (queries, tokens))
-    out = _relevancy(model, params, arrays, *padded, queries.size, score=score)
+    out = _relevancy(_lean(model), params, arrays, *padded, queries.size, score=score)
     return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
+
+
+def lower(model, params, batch, count):
+    """The program for `count` tokens as `jax.jit` lowers it, of arrays or their shapes; to ask what
+    memory it takes (tools/bench/saliency_memory.py)."""
+    tokens = jax.ShapeDtypeStruct((count + -count % MULTIPLE,), jnp.int32)
+    return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit")
+
+
+def _lean(model):
+    """The same model, its layers in a loop that keeps no more than their inputs for the backward
+    pass: as little memory as can be, and the program that compiles soonest."""
+    how = dict(scan=True, remat_policy="nothing_saveable")
+    return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
 
 @functools.partial(jax.jit, static_argnames=("model", "score"))

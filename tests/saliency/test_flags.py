@@ -59,7 +59,7 @@ def test_image_mass_is_that_of_the_layer_that_looks_most():
     mass[1, 0, :, 0] = 0.3  # one head of two, in one layer
     flag = flags.low_image_mass(mass)
     assert not flag.raised and flag.value == pytest.approx(0.15)
-    assert "15%" in flag.says and "layer 1" in flag.says
+    assert "15%" in flag.says and "layer 2" in flag.says  # counted from 1
     mass[1, 0, :, 0] = 0.1
     flag = flags.low_image_mass(mass)
     assert flag.raised and flag.severity == pytest.approx(0.5)

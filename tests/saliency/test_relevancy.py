@@ -11,6 +11,7 @@ import torch
 from paligemma_med.models import attention
 from paligemma_med.saliency import relevancy
 from tests.models import hf
+from tools.bench import saliency_memory
 
 
 def torch_relevancy(model, inputs, query, token, score):
@@ -123,16 +124,22 @@ def test_tokens_are_explained_each_for_itself_and_differ():
         assert np.corrcoef(a, b)[0, 1] < 0.99
 
 
-@pytest.mark.slow
-def test_unrolled_layers_and_remat_change_nothing():
-    case, _, ours, params, _ = hf.reference("mqa")
-    _, _, batch, _, queries, tokens = setup("mqa")
+def test_how_layers_are_run_in_training_changes_nothing():
+    ours, params, batch, _, queries, tokens = setup("gemma2_emb_per_head")
     want = relevancy.relevancy(ours, params, batch, queries, tokens)
-    for kw in (dict(scan=False), dict(remat_policy="none")):
-        model = ours.clone(img={**ours.img, **kw}, llm={**ours.llm, **kw})
-        got = relevancy.relevancy(model, params, batch, queries, tokens)
-        for a, b in zip(got, want):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    how = dict(scan=False, remat_policy="none")
+    model = ours.clone(img={**ours.img, **how}, llm={**ours.llm, **how})
+    got = relevancy.relevancy(model, params, batch, queries, tokens)
+    for a, b in zip(got, want):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_no_layer_s_heads_are_kept_at_448_px_and_the_shapes_of_3b():
+    """All probabilities are 2.4 GiB, and so are their gradients."""
+    found = saliency_memory.run(448, 64, 8, "So400m/14", "gemma_2b", dtypes=())
+    assert found["all probabilities"] > 2300
+    assert found["relevancy"] < 2000
 
 
 def test_mistakes_are_told():

@@ -5,7 +5,8 @@
 Compiles three passes over one sequence and reads XLA's `memory_analysis`; nothing is allocated, so
 a laptop can ask about the 3B model. What a pass adds is its temporary and output bytes less those
 of the same pass without capture. On a CPU, bfloat16 products are made of float32 copies, which both
-sides hold; they can hide what capture adds, so float32 is compiled as well.
+sides hold; they can hide what capture adds, so float32 is compiled as well. Relevancy's figure is
+all that its passes hold, forward and backward, in float32.
 """
 
 import functools
@@ -15,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_med.models import paligemma
-from paligemma_med.saliency import capture
+from paligemma_med.saliency import capture, relevancy
 
 
-def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32")):
+def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True):
     """Figures in MiB.
 
     Args:
@@ -27,11 +28,15 @@ def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32")):
       tokens: R, of the answer.
       img, llm: variants of the towers, such as "So400m/14" and "gemma_2b".
       dtypes: of weights and activations.
+      gradients: compile relevancy, too.
     """
     out = {dtype: added(res, text_len, tokens, img, llm, dtype) for dtype in dtypes}
     model, params, batch, _ = _abstract(res, text_len, tokens, img, llm, "float32")
     *probs, _ = jax.eval_shape(functools.partial(capture.whole, model), params, batch)
-    return {**out, "all probabilities": sum(4 * x.size for x in probs) / 2**20}
+    out["all probabilities"] = sum(4 * x.size for x in probs) / 2**20
+    if gradients:
+        out["relevancy"] = _mib(relevancy.lower(model, params, batch, tokens))
+    return out
 
 
 def added(*shapes, **kw):
