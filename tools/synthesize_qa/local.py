@@ -288,8 +288,6 @@ def _make_prefix(model, unit):
     if not _plain_attention(model.model.config.get_text_config()):
         return [], None
     messages = unit.messages()
-    if not model.system and len(messages) == 2:
-        messages = [{"role": "user", "content": messages[0]["content"]}]
     ids = [prompt(model, [*messages[:-1], {**messages[-1], "content": c}]) for c in "0x"]
     ids = ids[0][: _common(*ids)]
     if not ids:

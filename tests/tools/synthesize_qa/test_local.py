@@ -151,7 +151,8 @@ def test_prompts_without_room(folder, planned, tmp_path):
     records = answer(found, tmp_path / "j", model)
     # A second prompt is longer by the reason, and may have no room either.
     odd = [r for r in records if r["finish"] == units.TOO_LONG and not r["attempt"]]
-    assert len(odd) == 1 and not odd[0]["reply"] and str(lengths[-1]) in odd[0]["problem"]
+    assert 0 < len(odd) == lengths.count(lengths[-1]) < 4
+    assert not odd[0]["reply"] and str(lengths[-1]) in odd[0]["problem"]
     assert units.settled(odd) and len({r["key"] for r in records}) == 4
     size = (tmp_path / "j").stat().st_size
     answer(found, tmp_path / "j", model)
@@ -174,7 +175,7 @@ def test_out_of_memory(model, planned, tmp_path, monkeypatch):
     assert sizes[:3] == [4, 2, 2] and len({r["key"] for r in records}) == 4
     assert "2 and 2 now" in told[0]
     room = 0
-    with pytest.raises(ValueError, match="img... a prompt of .* tokens doesn't fit into memory"):
+    with pytest.raises(ValueError, match="img...: a prompt of .* tokens doesn't fit into memory"):
         answer(planned(5), tmp_path / "k", model, log=told.append)
 
     def broken(*_):
@@ -205,12 +206,14 @@ def test_models_without_a_system_role(tmp_path, planned):
     assert answer(planned(3), tmp_path / "j", model) and model.prefixes
 
 
-def test_sliding_windows_share_nothing(tmp_path, planned):
-    folder = tiny_llama.save(tmp_path / "m")
-    model = local.load(str(folder), dtype="float32", **DECODING)
-    model.model.config.layer_types = ["full_attention", "sliding_attention"]
-    answer(planned(2), tmp_path / "j", model)
-    assert [x for x, _ in model.prefixes.values()] == [[]]
+def test_windows_share_nothing():
+    """Where a layer forgets, what was computed before can't be taken over."""
+    plain = transformers.LlamaConfig(num_hidden_layers=2)
+    assert local._plain_attention(plain)
+    assert not local._plain_attention(transformers.MistralConfig(sliding_window=16))
+    assert not local._plain_attention(
+        transformers.Gemma2Config(sliding_window=16).get_text_config()
+    )
 
 
 def test_what_the_model_says_of_sampling_is_not_mixed_in(tmp_path):
