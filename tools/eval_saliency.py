@@ -48,7 +48,7 @@ PRIORS = ("random", "centre", "body", "train_boxes", "label_boxes")
 BOX_FIGURES = ("pointing", "touching", "energy", "iou")
 CURVES = ("deletion", "insertion")
 SANITY = ("randomised", "other_question")
-BASES = ("centre", "random")  # what differences are to
+BASES = ("centre", "body", "random")  # what differences are to
 ROWS = 2  # raised when rows hold something else: old ones aren't gone on with
 _PAD = 32  # text tokens: so few lengths, so few programs are compiled
 RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
@@ -404,7 +404,7 @@ def summarise(rows, seed=0):
 
     Returns:
       {"correct" and "all": dict(questions, images, area, table={method: {figure: dict(mean, low,
-      high, and to "centre" and "random" each dict(difference, low, high, p, p_holm))}}, no table
+      high, and to each of BASES a dict(difference, low, high, p, p_holm))}}, no table
       where there are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
     """
     out = {}
@@ -495,7 +495,7 @@ def markdown(summary):
             "",
             *_grid("%", figures, table, _interval),
         ]
-        for base, title in (("centre", "the centre prior"), ("random", "random maps")):
+        for base, title in (("centre", "the centre prior"), ("body", "the patient's area")):
             lines += [
                 f"Differences to {title} (bold: p < 0.05 after Holm):",
                 "",
