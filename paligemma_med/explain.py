@@ -118,6 +118,7 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
         answer=answer,
         prompt=[piece(tok, t) for t in prompt],
         tokens=[piece(tok, t) for t in answer_ids[: len(arrays["logprobs"])]],
+        ended=int(answer_ids[len(arrays["logprobs"]) - 1]) == tok.eos_token,
         others=[
             [(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays["others"])
         ],
@@ -160,7 +161,8 @@ def check(made, controls):
     method = page.first_method(made)
     found = [m["values"] for m in made["maps"] if m["method"] == method]
     values = found[0] if found else made["raw"].mean((0, 1))
-    out.append(checks.outside_body(values[:, :patches].mean(0).reshape(made["grid"]), made["seen"]))
+    saliency = page.whole(method, values[page.content(made), :patches])
+    out.append(checks.outside_body(saliency.reshape(made["grid"]), made["seen"]))
     return out
 
 
@@ -297,7 +299,7 @@ def write_pngs(made, folder, prefix=""):
     picture = np.asarray(PIL.Image.open(io.BytesIO(_png(made["picture"]))).convert("RGB"))
     for method, values in chosen.items():
         values = np.asarray(values)[:, :patches].reshape(-1, *grid)
-        whole = values.sum(0) if method in page.SIGNED else values.mean(0)
+        whole = page.whole(method, values[page.content(made)])
         least = page.LEAST if method in page.SIGNED else 0.0
 
         def top(x, least=least):

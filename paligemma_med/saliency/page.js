@@ -32,7 +32,7 @@
 
   const state = {
     method: "", variant: "", layer: -1, head: -1, fuse: "mean", direction: "token",
-    tokens: new Set(Array(R).keys()), patches: new Set(), prompt: new Set(), cursor: Math.floor(H / 2) * W + Math.floor(W / 2),
+    tokens: new Set(data.content), patches: new Set(), prompt: new Set(), cursor: Math.floor(H / 2) * W + Math.floor(W / 2),
     anchor: null,
   };
   const signed = () => data.signed.includes(state.method);
@@ -75,14 +75,14 @@
   }
 
   const sum = (x, from, to) => { let t = 0; for (let i = from; i < to; i++) t += x[i]; return t; };
-  const chosenTokens = () => state.tokens.size ? state.tokens : new Set(Array(R).keys());
+  const chosenTokens = () => state.tokens.size ? state.tokens : new Set(data.content);
 
   // --- Words and figures ---
 
   const piece = r => "“" + data.tokens[r].trim() + "”";
   function tokensInWords() {
     const t = [...chosenTokens()].sort((a, b) => a - b);
-    if (t.length === R && R > 1) return "the whole answer";
+    if (t.length > 1 && data.content.every(r => state.tokens.has(r))) return "the whole answer";
     return t.map(piece).join(" ");
   }
   function number(v) {
@@ -459,7 +459,7 @@
     if (shift) { state.tokens.add(i); choose({ direction: "token" }); } else chooseToken(i, false);
   });
   roving($("prompt"), words, 1, i => words[i].focus());
-  $("all").addEventListener("click", () => { state.tokens = new Set(Array(R).keys()); choose({ direction: "token" }); });
+  $("all").addEventListener("click", () => { state.tokens = new Set(data.content); choose({ direction: "token" }); });
 
   function rectangle(a, b) {
     const ys = [a, b].map(i => Math.floor(i / W)).sort((p, q) => p - q), xs = [a, b].map(i => i % W).sort((p, q) => p - q), out = new Set();

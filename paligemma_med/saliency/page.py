@@ -12,6 +12,8 @@ A *report* is a dict; P, R, S as in `paligemma_med.saliency`, S without padding:
     title        str, the file's or study's name
     question, answer                         str
     prompt, tokens                           pieces of text, list[str]; R tokens
+    ended        bool: the last token is the end of the answer; the map of the whole answer is that
+                 of the others
     logprobs                                 float[R] of the answer's tokens
     others       R lists of (piece, probability), most probable first
     picture      uint8[H, W, 3] as it is shown; seen uint8[H', W', 3] as the model sees it
@@ -57,7 +59,7 @@ METHODS = {
         "with the identity for its residual. It follows where information could have come from, "
         "whatever the answer's class.",
     ),
-    "rollout_pixels": (
+    "rollout_siglip": (
         "Rollout through the image tower",
         "Attention rollout, carried on through the image tower, whose layers mix patches before "
         "the language model sees them: from its tokens back to places in the image.",
@@ -67,7 +69,7 @@ METHODS = {
         "Attention weighted by how much it would raise this very token, layer by layer (Chefer "
         "et al. 2021). Unlike rollout it depends on what is answered.",
     ),
-    "relevancy_pixels": (
+    "relevancy_siglip": (
         "Relevancy through the image tower",
         "Gradient-weighted relevancy, carried on through the image tower, whose layers mix patches "
         "before the language model sees them: from its tokens back to places in the image.",
@@ -155,6 +157,18 @@ def colour_stops(name):
     return np.array(stops, np.float64)
 
 
+def content(report):
+    """int[…] tokens of the whole answer's map: all but its end, where there are others."""
+    r = len(report["tokens"])
+    return np.arange(r - (report["ended"] and r > 1))
+
+
+def whole(method, values):
+    """float[tokens, …] of one method → float[…] of those tokens together: their mean; drops of
+    log-probability add up."""
+    return values.sum(0) if method in SIGNED else values.mean(0)
+
+
 def check(report):
     """ValueError where arrays don't fit one another: a page would show them shifted."""
     h, w = report["grid"]
@@ -204,6 +218,7 @@ def data_of(report):
         signed=list(SIGNED),
         least=LEAST,
         first=first_method(report),
+        content=content(report).tolist(),
         occlusion=report.get("occlusion"),
         regions=regions
         and dict(
@@ -315,7 +330,7 @@ def _texts(report):
 
 
 # Which map a page opens with: the one that depends on the answer, where it was made.
-_FIRST = ("relevancy_pixels", "relevancy", "rollout_pixels", "rollout", "raw")
+_FIRST = ("relevancy_siglip", "relevancy", "rollout_siglip", "rollout", "raw")
 
 
 def first_method(report):

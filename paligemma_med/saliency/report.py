@@ -41,7 +41,7 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
     Returns:
       (arrays, score). arrays has, of a report (`page`), grid, logprobs, raw, mass, maps, occlusion,
       regions, and others: (tokens int[R, K], probabilities float[R, K]), most probable first.
-      Maps through the image tower ("…_pixels") have the same columns behind the patches as those
+      Maps through the image tower ("…_siglip") have the same columns behind the patches as those
       without it. Relevancy is without the 1 that its rows start from at their own query.
       score: the answer's log-probabilities on other images, `occlusion.scorer`.
 
@@ -62,7 +62,7 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
         row = row[:, :end]
         maps.append(dict(method=method, variant=variant, values=row))
         row = np.concatenate([pixels, row[:, seq.patches :]], axis=1)
-        maps.append(dict(method=f"{method}_pixels", variant=variant, values=row))
+        maps.append(dict(method=f"{method}_siglip", variant=variant, values=row))
 
     for variant in ROLLOUTS if rolled else ():  # in this order, which jit has lost
         add("rollout", variant, *rolled[variant])

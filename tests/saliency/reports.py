@@ -26,8 +26,8 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
 
     drops = rng.normal(0, 0.5, (r, patches)).astype(np.float32)
     maps = [dict(method="rollout", variant=v, values=rows()) for v in report.ROLLOUTS]
-    maps += [dict(method="rollout_pixels", variant=v, values=rows()) for v in report.ROLLOUTS]
-    maps += [dict(method=m, variant="", values=rows()) for m in ("relevancy", "relevancy_pixels")]
+    maps += [dict(method="rollout_siglip", variant=v, values=rows()) for v in report.ROLLOUTS]
+    maps += [dict(method=m, variant="", values=rows()) for m in ("relevancy", "relevancy_siglip")]
     maps += [dict(method="occlusion", variant="", values=drops)]
     made = rows(layers, heads)
     boxes = report.boxes(grid)
@@ -37,6 +37,7 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         answer="left lung",
         prompt=list(prompt),
         tokens=list(tokens),
+        ended=tokens[-1] == "‹end›",
         logprobs=np.log(np.linspace(0.9, 0.5, r)).astype(np.float32),
         others=[[(t, 0.6), ("right", 0.3)] for t in tokens],
         picture=rng.integers(0, 256, (90, 120, 3), np.uint8),

@@ -157,7 +157,7 @@ def values_of(made, method, variant="", r=None):
     """float[P]: the map that the page should show."""
     (m,) = [m for m in made["maps"] if (m["method"], m["variant"]) == (method, variant)]
     x = m["values"][:, :P]
-    return x[r] if r is not None else (x.sum(0) if method in page.SIGNED else x.mean(0))
+    return x[r] if r is not None else page.whole(method, x[:-1])  # without the end
 
 
 def peak(values):
@@ -169,13 +169,13 @@ def test_a_token_is_clicked(shown):
     browser, made = shown
     whole = map_pixels(browser)
     assert "The whole answer by relevancy through" in browser.text("#message")
-    assert peak(values_of(made, "relevancy_pixels")) in browser.text("#message")
+    assert peak(values_of(made, "relevancy_siglip")) in browser.text("#message")
     seen = {whole}
     for r, token in enumerate(made["tokens"]):
         browser.click(f"#tokens .chip:nth-child({r + 1})")
         message = browser.text("#message")
         assert f"“{token.strip()}” by" in message
-        assert peak(values_of(made, "relevancy_pixels", r=r)) in message
+        assert peak(values_of(made, "relevancy_siglip", r=r)) in message
         assert browser.count("#tokens [aria-pressed=true]") == 1
         seen.add(map_pixels(browser))
     assert len(seen) == 4
@@ -198,13 +198,13 @@ def test_every_method_and_setting_shows_its_own_map(shown):
         for name, value in (("layer", layer), ("head", head), ("fuse", fuse)):
             browser.set(f"#{name}", str(value))
         chosen = [None if i < 0 else i for i in (layer, head)]
-        values = raw.raw(made["raw"], *chosen, fuse)[:, :P].mean(0)
+        values = raw.raw(made["raw"], *chosen, fuse)[:-1, :P].mean(0)
         assert peak(values) in browser.text("#message")
         seen.add(map_pixels(browser))
     assert len(seen) == len(made["maps"]) + 4
     # What is only looks changes the picture and not the words.
     before = browser.text("#message")
-    for name, value in (("colours", "cividis"), ("range", "stretch"), ("opacity", "0.3")):
+    for name, value in (("colours", "cividis"), ("range", "shared"), ("opacity", "0.3")):
         browser.set(f"#{name}", value)
         seen.add(map_pixels(browser))
     browser.click("#smooth")
@@ -220,8 +220,8 @@ def test_heads_and_methods_are_chosen_by_their_small_maps(shown):
     browser.click("#gallery button[aria-label^='layer 2, head 1']")
     assert browser.js("document.getElementById('method').value") == "raw"
     assert "(layer 2, head 1)" in browser.text("#message")
-    assert peak(made["raw"][1, 0, :, :P].mean(0)) in browser.text("#message")
-    share = made["mass"][1, 0, :, 0].mean()
+    assert peak(made["raw"][1, 0, :-1, :P].mean(0)) in browser.text("#message")
+    share = made["mass"][1, 0, :-1, 0].mean()
     label = browser.js("document.querySelector('#gallery [aria-pressed=true]').ariaLabel")
     assert f"{100 * share:.0f} % on the image" in label
     browser.click("#overview button:nth-child(2)")
@@ -241,7 +241,8 @@ def test_a_patch_is_clicked_and_a_region_brushed(shown):
         return [page.share(float(x)) for x in found]
 
     assert browser.js(figures) == expected([2 * W + 5])
-    drop = values_of(made, "occlusion")[2 * W + 5]
+    (drops,) = [m["values"] for m in made["maps"] if m["method"] == "occlusion"]
+    drop = drops[:, 2 * W + 5].sum()  # of the answer, its end included
     now = made["logprobs"].sum()
     text = browser.text("#whatif")
     assert "With row 3, column 6 replaced" in text
@@ -339,7 +340,7 @@ def test_the_view_is_saved(shown):
     browser.downloads()
     browser.click("#save")
     name, content = browser.downloaded()
-    assert name == "saliency_relevancy_pixels.png" and content.startswith(b"\x89PNG")
+    assert name == "saliency_relevancy_siglip.png" and content.startswith(b"\x89PNG")
 
 
 @chromium.needed

@@ -53,14 +53,14 @@ def test_one_pass_gives_what_the_methods_give(setting, measured):
         row = np.asarray(rollout.rollout(found.llm[:, 0], **kw))[seq.queries, :end]
         np.testing.assert_allclose(maps["rollout", variant], row, **close)
         pixels = rollout.to_patches(row[:, :p], rollout.rollout(found.img[:, 0], **kw))
-        got = maps["rollout_pixels", variant]
+        got = maps["rollout_siglip", variant]
         np.testing.assert_allclose(got[:, :p], pixels, **close)
         np.testing.assert_array_equal(got[:, p:], maps["rollout", variant][:, p:])
         np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
     want = relevancy.relevancy(model, params, seq.batch, seq.queries, ANSWER)
     own = np.eye(seq.batch["text"].shape[1] + p)[seq.queries]
     np.testing.assert_allclose(maps["relevancy", ""], (want.rows - own)[:, :end], **close)
-    np.testing.assert_allclose(maps["relevancy_pixels", ""][:, :p], want.patches, **close)
+    np.testing.assert_allclose(maps["relevancy_siglip", ""][:, :p], want.patches, **close)
 
 
 def test_occlusion_and_its_regions(setting, measured):
@@ -94,7 +94,7 @@ def test_a_page_can_be_made_of_it(measured):
     assert (np.diff(p) <= 0).all() and (p.sum(-1) <= 1).all()
     made = dict(arrays, prompt=["x"] * 5, tokens=["x"] * 3)
     page.check(made)
-    assert page.first_method(made) == "relevancy_pixels"
+    assert page.first_method(made) == "relevancy_siglip"
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5), (8, 8), (32, 32)])
