@@ -3,17 +3,19 @@
     python -m tools.bench input --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
     python -m tools.bench decode --peer=hf
     python -m tools.bench saliency --res=448
+    python -m tools.bench synthesis --model=FILE.gguf --input=release:medpix2:FOLDER
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
 slows both; what is printed are medians, and on the last line `ratio R`, the peer's time over ours.
-(`saliency` has no peer: it tells the compiled program's memory.)
+(`saliency` has no peer: it tells the compiled program's memory. `synthesis` compares a batch with
+one caption at a time.)
 """
 
 import json
 
 from absl import app, flags
 
-from tools.bench import decode_speed, input_speed, saliency_memory
+from tools.bench import decode_speed, input_speed, saliency_memory, synthesis_speed
 
 # What each part is given of the flags, with its own defaults of those that parts share.
 PARTS = {
@@ -29,6 +31,11 @@ PARTS = {
     "saliency": (
         saliency_memory.run,
         dict(res=448, text_len=128, tokens=16, img="So400m/14", llm="gemma_2b"),
+    ),
+    "synthesis": (
+        synthesis_speed.run,
+        dict(model=None, input=None, rows=16, tokens=96, rounds=3, batch_size=16, dtype="bfloat16",
+             cores=2),
     ),
 }  # fmt: skip
 
@@ -54,10 +61,14 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", None, "Turns of each.")
     flags.DEFINE_integer("batches", None, "input: batches a turn.")
     flags.DEFINE_integer("samples", None, "decode: answers to each question.")
-    flags.DEFINE_integer("tokens", None, "decode, saliency: length of an answer.")
+    flags.DEFINE_integer("tokens", None, "decode, saliency, synthesis: of an answer.")
     flags.DEFINE_integer("text_len", None, "saliency: length of prompt and answer.")
     flags.DEFINE_string("img", None, "saliency: variant of the image tower.")
     flags.DEFINE_string("llm", None, "saliency: variant of the language model.")
     flags.DEFINE_integer("cores", None, "CPU cores that both are bound to.")
+    flags.DEFINE_string("model", None, "synthesis: folder, .gguf file or name of the model.")
+    flags.DEFINE_string("input", None, "synthesis: source of captions.")
+    flags.DEFINE_integer("rows", None, "synthesis: captions.")
+    flags.DEFINE_string("dtype", None, "synthesis: of the weights.")
     flags.DEFINE_enum("peer", None, ("hf", "none"), "What to compare with.")
     app.run(main)

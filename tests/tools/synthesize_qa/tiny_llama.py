@@ -30,7 +30,9 @@ def save(folder, chat=CHAT, seed=0, scale=6.0, limit=8192, **config):
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=sorted(alphabet), show_progress=False
+    )
     made.train_from_iterator(texts, trainer)
     made.add_special_tokens(["<|start|>", "<|end|>"])
     made.add_tokens(list(LINES))
