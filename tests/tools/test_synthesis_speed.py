@@ -1,4 +1,4 @@
-"""The synthesis benchmark on a tiny model: both sides answer the same captions with the same work."""
+"""The synthesis benchmark on a tiny model: both sides answer the same captions, with one work."""
 
 import os
 
