@@ -1,4 +1,4 @@
-"""Makes open, closed and multiple-choice questions of image captions with a language model.
+r"""Makes open, closed and multiple-choice questions of image captions with a language model.
 
     python -m tools.synthesize_qa --input=medpix2 --output=qa.jsonl \
         --model=meta-llama/Llama-3.1-8B-Instruct --templates=caption,case,choice --download
