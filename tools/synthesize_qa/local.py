@@ -274,20 +274,20 @@ def _control_tokens(tokenizer):
 
 
 def _prefix(model, unit):
-    """(ids, cache) of what all first prompts of a template have in common; computed once."""
-    key = unit.template.digest
+    """(ids, cache) of what all prompts of a template have in common; the last one's is kept."""
+    messages = unit.messages()
+    key = units_lib.digest(messages[:-1])
     if key not in model.prefixes:
-        model.prefixes.clear()  # units come template by template within a row; see `answer`
-        model.prefixes[key] = _make_prefix(model, unit)
+        model.prefixes.clear()
+        model.prefixes[key] = _make_prefix(model, messages)
     return model.prefixes[key]
 
 
-def _make_prefix(model, unit):
+def _make_prefix(model, messages):
     import torch
 
     if not _plain_attention(model.model.config.get_text_config()):
         return [], None
-    messages = unit.messages()
     ids = [prompt(model, [*messages[:-1], {**messages[-1], "content": c}]) for c in "0x"]
     ids = ids[0][: _common(*ids)]
     if not ids:
