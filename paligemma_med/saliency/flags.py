@@ -70,10 +70,14 @@ def shuffled(image, patch, seed=0):
 def image_ignored(logprobs, controls, threshold=ONE_BIT):
     """Is the answer as probable without the image?
 
-    The answer's log-probability is compared with that of the same tokens on a blank and on a
-    shuffled image. Raised where one of those costs it less than ln 2 nats. The reason for ln 2: it
-    is one bit, a halving of the probability. What leaves more than half of it wasn't evidence that
-    the answer was read off the image, though it may be right: much can be known from the question.
+    The answer's log-probability is compared with that of the same tokens on other images: blank,
+    and shuffled. Raised where each of them costs it less than ln 2 nats. The reason for ln 2: it is
+    one bit, a halving of the probability. What leaves more than half of it wasn't evidence that the
+    answer was read off the image, though it may be right: much can be known from the question.
+    The reason for *each*: a single one says less. A blank image looks like something to a model
+    (slake_mini takes it for a film), and shuffled patches keep their grey values and texture, which
+    suffice for many questions: of 120 answers of slake_mini 97 % keep half of their probability on
+    shuffled patches, 63 % on a blank image, and 63 % on both.
 
     Args:
       logprobs: float[R] of the answer's tokens, given the image.
@@ -82,10 +86,12 @@ def image_ignored(logprobs, controls, threshold=ONE_BIT):
     drops = {name: float(np.sum(logprobs) - np.sum(other)) for name, other in controls.items()}
     if not drops:
         raise ValueError("image_ignored needs the answer's log-probabilities on another image.")
-    name, drop = min(drops.items(), key=lambda item: item[1])
+    drop = max(drops.values())
     raised = drop < threshold
-    kept = f"{min(np.exp(-drop), 9.99):.0%} as probable with a {name} image"
-    says = f"The answer is {kept}" + (": it hardly depends on the image." if raised else ".")
+    kept = (f"{min(np.exp(-d), 9.99):.0%} as probable with a {n} image" for n, d in drops.items())
+    says = f"The answer is {', '.join(kept)}" + (
+        ": it hardly depends on the image." if raised else "."
+    )
     return _flag("image_ignored", raised, drop, threshold, 1 - drop / threshold, says)
 
 
