@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tools.synthesize_qa import tiny_llama
-from tools.synthesize_qa import journal, local, run, write
+from tools.synthesize_qa import __main__, journal, local, run, write
 from tools.synthesize_qa.configs import default
 
 DECODING = dict(max_new_tokens=16, temperature=1.0, top_p=1.0)
@@ -133,6 +133,14 @@ def test_dry_run(rows, capsys):
     assert "case: no diagnosis: 10" in out
 
 
+@pytest.mark.parametrize("text", ["2/2", "0/0", "1", "-1/2", "a/b", "1/2/3"])
+def test_shard_flag(text):
+    assert __main__.shard_from(None) is None and __main__.shard_from("0/8") == (0, 8)
+    with pytest.raises(ValueError, match=f"--shard={text}: expected i/n"):
+        __main__.shard_from(text)
+
+
+@pytest.mark.slow
 def test_command(repo_root, rows, tmp_path):
     def call(*args):
         command = [sys.executable, "-m", "tools.synthesize_qa", *args]
