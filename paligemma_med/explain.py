@@ -1,12 +1,12 @@
 """One image, one question → the answer and what it rests on, as one HTML page to work with:
 
-    python -m paligemma_med.explain --workdir=out/s1 --image=film.jpg --question="Any nodule?" \
-        --out=report.html
+    python -m paligemma_med.explain --workdir=out/s1 --image=film.jpg --out=report.html
+        --question="Any nodule?"
 
 Or many, with an index, worst first: --image_dir=films --questions=questions.csv --out=reports/
 (columns image and question; without --questions, each --question of each image). DICOM files are
 read too. With --config and --checkpoint instead of --workdir, weights of any form that
-`load_params` takes. --mask, --png, --npz: see --help and docs/saliency.md. Not for diagnosis.
+`load_params` takes. --mask, --png, --npz: see below and docs/explain.md. Not for diagnosis.
 """
 
 import csv
