@@ -246,4 +246,4 @@ def test_program(tiny_data, tmp_path, repo_root):
     assert metrics["saliency"] == eval_saliency.summarise(rows)
     assert about["data"]["split"] == "validate" and about["section"]["steps"] == 2
     assert (out / "saliency.md").read_text() == first.stdout.removesuffix("\n")
-    assert "Give --out" in program().stdout
+    assert "Give --out" in program().stderr
