@@ -270,16 +270,19 @@ class RealModel(Server):
         ids = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         form = (request.get("response_format") or {}).get("json_schema", {}).get("schema", {})
         score = form.get("properties", {}).get("score")
+        most, finish = request.get("max_tokens") or 64, "stop"
         with self.lock, self._torch.inference_mode():
             if score:
                 new = self._likeliest(ids, [json.dumps({"score": x}) for x in score["enum"]])
             else:
                 new = self._model.generate(
-                    ids, max_new_tokens=request.get("max_tokens") or 64, do_sample=False,
+                    ids, max_new_tokens=most, do_sample=False,
                     attention_mask=self._torch.ones_like(ids),
                 )[0, ids.shape[1] :]  # fmt: skip
+                if len(new) == most and new[-1] != self._tokenizer.eos_token_id:
+                    finish = "length"
         text = self._tokenizer.decode(new, skip_special_tokens=True)
-        reply = completion(text, (ids.shape[1], len(new)), model=self._name)
+        reply = completion(text, (ids.shape[1], len(new)), finish, self._name)
         send(handler, 200, json.dumps(reply).encode())
 
     def _likeliest(self, ids, choices):
