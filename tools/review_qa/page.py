@@ -69,7 +69,7 @@ def _card(row, find):
             image = "data:image/jpeg;base64," + base64.b64encode(pictures.shrunk(content)).decode()
         except ValueError as e:
             why = f"image broken: {e}"
-    keys = ("case_id", "split")
+    keys = ("case_id", "location", "split")
     return dict(
         image_id=row["image_id"], image=image, why=why, caption=_text(row.get("caption")),
         about=[(k, row[k]) for k in keys if _text(row.get(k))], pairs=[],

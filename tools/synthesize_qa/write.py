@@ -155,6 +155,7 @@ def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str
         "mode": unit.template.name,
         "split": unit.row.split,
         "caption": unit.row.fields.get("caption", ""),
+        "location": unit.row.fields.get("location", ""),  # data_prep.curate's category
     }
 
 

@@ -112,6 +112,7 @@ def test_from_captions_to_an_evaluated_model(tmp_path):
     config = json.loads(json.dumps(paper.get_config("min_cases=1").to_dict()))
     report = curate(config, [str(tmp_path / "reviewed.jsonl")], tmp_path / "kept.jsonl")
     assert (report["rows_read"], report["rows_kept"]) == (47, 47)  # its rules are ours
+    assert set(report["categories"]) == {"Genitourinary"}
 
     options = {"qa": str(tmp_path / "kept.jsonl")}
     data = tmp_path / "data"
