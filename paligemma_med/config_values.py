@@ -87,6 +87,7 @@ _CONFIG = {
     "label_smoothing": _SHARE,
     "loss_norm": _one_of(losses.NORMS),
     "supervised_len": _POSITIVE_WHOLE,
+    "loss_chunk": _POSITIVE_WHOLE,
     "skip_nonfinite": _WHOLE,
     "keep_ckpt": _POSITIVE_WHOLE,
     "tensorboard": _YES_NO,

@@ -46,8 +46,27 @@ class Step:
     seconds: float
 
 
-def compile_step(config):
-    """The `Step` of a config that `experiment.check_training_config` has passed."""
+@dataclasses.dataclass
+class Traced:
+    """A train step as it is before any compiler sees it, and what it takes.
+
+    Attributes:
+      traced: jax.stages.Traced: its `jaxpr`, and by `lower()` its StableHLO.
+      trained, opt_state, frozen, batch, model, mesh: as in `Step`.
+    """
+
+    traced: jax.stages.Traced
+    trained: dict
+    opt_state: object
+    frozen: dict
+    batch: dict
+    model: object
+    mesh: jax.sharding.Mesh
+
+
+def trace_step(config):
+    """The `Traced` of a config that `experiment.check_training_config` has passed. A few seconds,
+    however large the model."""
     model, mesh = experiment.make_model(config), experiment.make_mesh(config)
     abstract = experiment.abstract_params(config, model)
     names = optim.trained_names(config, list(abstract))
@@ -69,13 +88,23 @@ def compile_step(config):
     batch = abstract_batch(config, config.input.batch_size, sharding.batch_sharding(mesh))
     step = train_step.make_train_step(config, model, tx, learning_rate)
     step = train_step.jit_step(step, tx, trained, mesh)
-    started = time.monotonic()
     with sharding.rules(config, mesh):
         i = jax.ShapeDtypeStruct((), "int32")
-        compiled = step.lower(trained, opt_state, frozen, batch, i).compile()
+        traced = step.trace(trained, opt_state, frozen, batch, i)
+    return Traced(traced, trained, opt_state, frozen, batch, model, mesh)
+
+
+def compile_step(config):
+    """The `Step` of a config that `experiment.check_training_config` has passed."""
+    started = time.monotonic()
+    t = trace_step(config)
+    with sharding.rules(config, t.mesh):
+        compiled = t.traced.lower().compile()
         seconds = time.monotonic() - started
-        activations = _saved_bytes(config, model, mesh, trained, frozen)
-    return Step(compiled, trained, opt_state, frozen, batch, activations, model, mesh, seconds)
+        activations = _saved_bytes(config, t.model, t.mesh, t.trained, t.frozen)
+    return Step(
+        compiled, t.trained, t.opt_state, t.frozen, t.batch, activations, t.model, t.mesh, seconds
+    )
 
 
 def abstract_batch(config, size, where=None):
@@ -200,7 +229,7 @@ def dry_run(config, hbm_gib=None):
 def _print_flops(config, step, names):
     found = flops.count(
         step.model, names, res=config.res, text_len=config.text_len,
-        supervised_len=config.get("supervised_len"),
+        supervised_len=config.get("supervised_len"), loss_chunk=config.get("loss_chunk"),
     )  # fmt: skip
     tera = config.input.batch_size / 1e12
     model, executed = (x * tera for x in (found.per_example_model, found.per_example_executed))

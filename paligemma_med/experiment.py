@@ -42,7 +42,7 @@ KEYS = frozenset(
     model model_init resample_posemb lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
     optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
-    label_smoothing loss_norm supervised_len skip_nonfinite compilation_cache
+    label_smoothing loss_norm supervised_len loss_chunk skip_nonfinite compilation_cache
     mesh sharding_strategy sharding_rules
     log_training_steps log_training_epochs log_training_percent
     ckpt_steps ckpt_epochs ckpt_percent keep_ckpt keep_best

@@ -55,7 +55,7 @@ class Flops:
     Attributes:
       per_example_model: of products with weights: what MFU is taken of.
       per_example_attention: of attention's scores and weighted sums, forward and backward.
-      per_example_recompute: of what the remat policies compute a second time.
+      per_example_recompute: of what remat policies and chunks of the loss compute a second time.
     """
 
     per_example_model: int
@@ -68,13 +68,14 @@ class Flops:
         return self.per_example_model + self.per_example_attention + self.per_example_recompute
 
 
-def count(model, trained, *, res, text_len, supervised_len=None):
+def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None):
     """FLOPs of one example.
 
     Args:
       model: `paligemma.Model`.
       trained: names of the trained parameters.
-      res, text_len, supervised_len: as in the config; supervised_len None: logits at all text_len.
+      res, text_len, supervised_len, loss_chunk: as in the config; supervised_len None: logits at
+        all text_len.
 
     Returns:
       Flops.
@@ -102,6 +103,9 @@ def count(model, trained, *, res, text_len, supervised_len=None):
         if last == "input_embedding":
             once = 2 * leaf.size * logits
             to_input = lowest < _LOGITS
+            # In chunks, logits are computed again for the backward pass.
+            if loss_chunk and loss_chunk < logits:
+                recompute += once
         else:
             once = 2 * leaf.size * tokens[tower]
             to_input = backward[tower] if in_stack else lowest < _place(name)

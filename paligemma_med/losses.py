@@ -1,6 +1,7 @@
 """The training loss: cross-entropy on the answer's tokens, averaged as big_vision averages it.
 
-Axis letters: B batch, T text positions, P supervised positions that are looked at, V vocabulary.
+Axis letters: B batch, T text positions, P supervised positions that are looked at, D width of the
+language model, V vocabulary.
 """
 
 import jax
@@ -47,6 +48,40 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
         return lse - right
     others = (jnp.sum(logits, axis=-1) - right) / (logits.shape[-1] - 1)
     return lse - (1.0 - label_smoothing) * right - label_smoothing * others
+
+
+def chunked_cross_entropy(compute_logits, x, labels, chunk=None, label_smoothing=0.0):
+    """`cross_entropy(compute_logits(x), labels)`, with logits of few positions at a time.
+
+    They are computed once more in the backward pass, so that B · chunk · V floats are the most
+    there is of them, and of their gradient. Value and gradient are the same but for the order of
+    sums. big_vision and Hugging Face hold all B · P · V.
+
+    Args:
+      compute_logits: float[B, p, D] → float[B, p, V], each position for itself.
+      x: float[B, P, D].
+      labels: int32[B, P].
+      chunk: the most positions of a row at a time, 1 or more; None, or P and more: all at once.
+
+    Returns:
+      float32[B, P].
+    """
+    rows, length = labels.shape
+    if chunk is None or chunk >= length:
+        return cross_entropy(compute_logits(x), labels, label_smoothing)
+    parts = -(-length // chunk)
+    size = -(-length // parts)  # nearly equal ones, or the last might be all padding
+
+    def cut(a):
+        a = jnp.pad(a, ((0, 0), (0, parts * size - length), *((0, 0),) * (a.ndim - 2)))
+        return a.reshape(rows, parts, size, *a.shape[2:]).swapaxes(0, 1)
+
+    def one(part):
+        return cross_entropy(compute_logits(part[0]), part[1], label_smoothing)
+
+    # What happens in a loop's body isn't merged with what happens in that of the backward pass.
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut(x), cut(labels)))
+    return out.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
 def row_weights(mask_loss, loss_norm):

@@ -121,7 +121,8 @@ def _train(config, workdir, signals, profile):
     bar = progress.Progress(
         first_step, total_steps, config.input.batch_size,
         flops=flops.count(model, trained_names, res=config.res, text_len=config.text_len,
-                          supervised_len=config.get("supervised_len")),
+                          supervised_len=config.get("supervised_len"),
+                          loss_chunk=config.get("loss_chunk")),
         peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
     )  # fmt: skip
     batches = input_pipeline.training(

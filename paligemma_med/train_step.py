@@ -27,12 +27,18 @@ def make_loss_fn(config, model):
         positions, weights, lost = losses.supervised_positions(
             batch["mask_loss"][:, 1:], config.get("supervised_len")
         )
-        logits, _ = model.apply(
+        x, _ = model.apply(
             {"params": params}, batch["image"], text, mask_ar, True,
-            logit_positions=positions, rngs={"dropout": rng},
+            logit_positions=positions, pre_logits=True, rngs={"dropout": rng},
         )  # fmt: skip
         labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
-        nll = losses.cross_entropy(logits, labels, smoothing)
+
+        def compute_logits(x):
+            return model.apply({"params": params}, x, method="compute_logits")
+
+        nll = losses.chunked_cross_entropy(
+            compute_logits, x, labels, config.get("loss_chunk"), smoothing
+        )
         return jnp.sum(nll * weights * batch["row_weight"][:, None]), lost
 
     return loss_fn

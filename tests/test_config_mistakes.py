@@ -112,6 +112,7 @@ MISTAKES = [
     (("tensorboard", "yes"), "config.tensorboard is 'yes'; expected True or False"),
     (("keep_best", "val/acc"), r"keep_best is 'val/acc'; expected dict\(metric='NAME/METRIC'"),
     (("supervised_len", 0), "config.supervised_len is 0; expected a whole number"),
+    (("loss_chunk", 0), "config.loss_chunk is 0; expected a whole number, 1 or more"),
     (("seed", -1), "config.seed is -1; expected a whole number"),
     (("total_steps", 0), "config.total_steps is 0; expected a number above 0"),
     (("total_epochs", 2), "Only one of .*'total_steps', 'total_epochs'"),

@@ -128,3 +128,54 @@ def test_loss_at_supervised_positions_is_the_loss_at_all():
     np.testing.assert_allclose(loss(4), by_hand, rtol=1e-6)
     np.testing.assert_allclose(loss(None), by_hand, rtol=1e-6)
     assert abs(loss(2) - by_hand) > 1e-3  # what is cut off does count
+
+
+def _chunked(chunk, cap=None, smoothing=0.0, dtype="float32"):
+    """(nll, gradients by x and by the table) for 5 positions of 2 rows, 11 tokens."""
+    rng = np.random.default_rng(3)
+    x, table = (jnp.asarray(rng.normal(0, 1, s), dtype) for s in ((2, 5, 6), (11, 6)))
+    labels = jnp.asarray(rng.integers(0, 11, (2, 5)))
+    weights = jnp.asarray(rng.uniform(0, 1, (2, 5)), jnp.float32)
+
+    def loss(x, table):
+        def compute_logits(x):
+            logits = jnp.einsum("BPD,VD->BPV", x, table, preferred_element_type=jnp.float32)
+            return cap * jnp.tanh(logits / cap) if cap else logits
+
+        nll = losses.chunked_cross_entropy(compute_logits, x, labels, chunk, smoothing)
+        return jnp.sum(nll * weights), nll
+
+    grads, nll = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, table)
+    assert nll.shape == (2, 5) and nll.dtype == jnp.float32
+    return nll, *grads
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kw", [{}, dict(cap=2.0, smoothing=0.1)], ids=["plain", "cap, smoothing"])
+def test_chunked_loss_and_gradients_are_those_of_the_whole(chunk, kw):
+    for found, expected in zip(_chunked(chunk, **kw), _chunked(None, **kw), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_loss_of_bfloat16_differs_by_no_more_than_its_sums():
+    """Rows of x are each their own; only the table's gradient is a sum over chunks."""
+    nll, by_x, by_table = _chunked(2, dtype="bfloat16")
+    expected = _chunked(None, dtype="bfloat16")
+    np.testing.assert_allclose(nll, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (by_x, expected[1])), rtol=8e-3)
+    a, b = (np.asarray(a, np.float32) for a in (by_table, expected[2]))
+    np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("length, chunk, sizes", [(10, 4, 4), (12, 4, 4), (9, 8, 5), (5, 1, 1)])
+def test_chunks_are_nearly_equal_and_never_larger_than_asked(length, chunk, sizes):
+    """9 positions by 8 at most are twice 5, not 8 and 1 with 7 of padding."""
+    seen = []
+
+    def compute_logits(x):
+        seen.append(x.shape)
+        return x
+
+    x, labels = jnp.zeros((3, length, 7)), jnp.zeros((3, length), jnp.int32)
+    jax.eval_shape(lambda: losses.chunked_cross_entropy(compute_logits, x, labels, chunk))
+    assert {*seen} == {(3, sizes, 7)}

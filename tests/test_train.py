@@ -163,9 +163,10 @@ def test_the_norms_differ_where_answers_differ_in_length():
     assert abs(a - b) > 1e-3 * a
 
 
-def test_logits_at_supervised_positions_alone_give_the_same_step():
+@pytest.mark.parametrize("kw", [dict(supervised_len=5), dict(supervised_len=5, loss_chunk=2)])
+def test_logits_at_supervised_positions_alone_give_the_same_step(kw):
     whole = one_sgd_step("example")
-    some, _, _, metrics, _ = steps(sgd(supervised_len=5), [tiny.batch()])
+    some, _, _, metrics, _ = steps(sgd(**kw), [tiny.batch()])
     assert_close(whole[0], some, 1e-6)
     assert metrics[0]["lost"] == 0
 

@@ -107,8 +107,9 @@ class Model(nn.Module):
         return (x, input_mask, mask_ar), {**out_img, **out_txt}
 
     def __call__(
-        self, image, text, mask_ar, train=False, *, logit_positions=None, capture_attention=False
-    ):
+        self, image, text, mask_ar, train=False, *, logit_positions=None, pre_logits=False,
+        capture_attention=False,
+    ):  # fmt: skip
         """Logits for text given the image and the text before.
 
         Args:
@@ -118,6 +119,8 @@ class Model(nn.Module):
           train: switches dropout on (needs a "dropout" rng).
           logit_positions: int32[B, P] text positions to compute logits at; by default all. Only
             the supervised ones are needed in training, and T × V floats are a step's largest array.
+          pre_logits: give float[B, T or P, D], of which `compute_logits` makes logits, in their
+            place: for a loss that wants few of them at a time.
           capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
             "llm/attn" float32[layers, B, heads, S, S] to the out-dict. A fold (see `attention`)
             adds (last state, stacked outs) instead; a pair is for the image tower and the language
@@ -137,14 +140,18 @@ class Model(nn.Module):
             image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
         )
         mask = make_attn_mask(input_mask, mask_ar)
-        pre_logits, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
-        out["attn_mask"], out["llm/pre_logits"] = mask, pre_logits
+        y, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
+        out["attn_mask"], out["llm/pre_logits"] = mask, y
         if of_llm is not False:
             out["llm/attn"] = probs
-        of_text = pre_logits[:, x.shape[1] - text.shape[1] :]
+        of_text = y[:, x.shape[1] - text.shape[1] :]
         if logit_positions is not None:
             of_text = jnp.take_along_axis(of_text, logit_positions[..., None], axis=1)
-        return self._llm.compute_logits(of_text), out
+        return (of_text if pre_logits else self._llm.compute_logits(of_text)), out
+
+    def compute_logits(self, pre_logits):
+        """float[B, P, D] of the call with `pre_logits` → float32[B, P, V]."""
+        return self._llm.compute_logits(pre_logits)
 
     def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
         """Reads prompts from `embed_image_and_text`; see `gemma._Model.prefill_cache`."""
