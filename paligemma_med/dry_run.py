@@ -163,16 +163,16 @@ def memory(config, step):
     }
 
 
-def _temporary_elsewhere(config, mesh):
-    """Bytes that bound what a GPU or TPU needs for "temporary", if this is a CPU that needs more
-    because of bfloat16; else None."""
+def float32_twin(config, mesh):
+    """The config in float32 throughout, whose "temporary" bounds what a GPU or TPU needs, if this
+    is a CPU that needs more because of bfloat16; else None."""
     kinds = {str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
     if mesh.devices.flat[0].platform != "cpu" or kinds == {"float32"}:
         return None
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.dtype = config.frozen_dtype = "float32"
-    return compile_step(config).compiled.memory_analysis().temp_size_in_bytes
+    return config
 
 
 def dry_run(config, hbm_gib=None):
@@ -213,7 +213,8 @@ def dry_run(config, hbm_gib=None):
             print(f"    activations kept for the backward pass of {_rows(config, step.mesh)} "
                   f"examples: at most {out['activations']:.3f}")  # fmt: skip
     print(f"  {'peak':<18} {out['peak']:9.3f}")
-    if (elsewhere := _temporary_elsewhere(config, step.mesh)) is not None:
+    if (twin := float32_twin(config, step.mesh)) is not None:
+        elsewhere = compile_step(twin).compiled.memory_analysis().temp_size_in_bytes
         parts["temporary"] = elsewhere = min(elsewhere, parts["temporary"])
         out["peak_elsewhere"] = sum(parts.values()) / 2**30
         print(
@@ -222,7 +223,7 @@ def dry_run(config, hbm_gib=None):
         )
     out |= _print_flops(config, step, names)
     if hbm_gib is not None:
-        _check_fit(parts, hbm_gib)
+        check_fit(parts, hbm_gib)
     return out
 
 
@@ -253,12 +254,17 @@ _ADVICE = {
     "optimizer state": "train fewer (config.lora, config.schedule), or cut it over more devices "
     "with config.sharding_strategy",
     "batches": "lower config.input.batch_size or config.input.prefetch",
-    "temporary": "raise config.grad_accum_steps, set config.supervised_len, or keep less with "
-    "remat_policy='nothing_saveable' in config.model.img and .llm",
+    "temporary": "raise config.grad_accum_steps, set config.supervised_len or config.loss_chunk, "
+    "or keep less with remat_policy='nothing_saveable' in config.model.img and .llm",
 }
 
 
-def _check_fit(parts, hbm_gib):
+def check_fit(parts, hbm_gib):
+    """Prints that a run fits; ValueError, with what to change, if it doesn't.
+
+    Args:
+      parts: of `memory`.
+    """
     peak = sum(parts.values()) / 2**30
     if peak <= hbm_gib:
         print(f"Fits: {peak:.2f} of {hbm_gib:g} GiB.")

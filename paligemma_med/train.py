@@ -22,6 +22,7 @@ from paligemma_med import (
     dry_run,
     durations,
     experiment,
+    find_batch_size,
     flops,
     input_pipeline,
     interrupts,
@@ -274,10 +275,17 @@ def main(argv):
     del argv
     values = flags.FLAGS
     distributed.start_from_flags()
-    if values.dry_run:
+    if values.find_batch_size:
+        if values.hbm_gib is None:
+            raise ValueError("--find_batch_size needs --hbm_gib=…, the memory of a device in GiB.")
+        find_batch_size.find_batch_size(values.config, values.hbm_gib)
+    elif values.dry_run:
         dry_run.dry_run(values.config, values.hbm_gib)
     elif values.hbm_gib is not None:
-        raise ValueError("--hbm_gib is for --dry_run alone: give both, or leave it out.")
+        raise ValueError(
+            "--hbm_gib is for --dry_run and --find_batch_size alone: give one of them, or leave it "
+            "out."
+        )
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:
@@ -290,6 +298,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
     flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")
     flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and FLOPs, stop.")
+    flags.DEFINE_bool("find_batch_size", False, "How many examples at a time fit in --hbm_gib.")
     flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
     flags.mark_flag_as_required("config")
     distributed.define_flags()

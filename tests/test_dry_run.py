@@ -81,10 +81,12 @@ def test_fits_or_says_what_to_change(compiled, capsys):
 
 def test_hbm_gib_without_dry_run(monkeypatch):
     """It would be a run, when a look at what it takes was meant."""
-    values = types.SimpleNamespace(dry_run=False, hbm_gib=24.0, workdir="w", config=None)
+    values = types.SimpleNamespace(
+        dry_run=False, find_batch_size=False, hbm_gib=24.0, workdir="w", config=None
+    )
     monkeypatch.setattr(train.flags, "FLAGS", values)
     monkeypatch.setattr(train.distributed, "start_from_flags", lambda: None)
-    with pytest.raises(ValueError, match="--hbm_gib is for --dry_run alone"):
+    with pytest.raises(ValueError, match="--hbm_gib is for --dry_run and --find_batch_size alone"):
         train.main.__wrapped__([])
 
 
@@ -92,7 +94,7 @@ def test_hbm_gib_without_dry_run(monkeypatch):
 def test_advice_is_about_the_largest_part(name):
     parts = {"frozen weights": 1, "trained weights": 1, "optimizer state": 1, name: 2**31}
     with pytest.raises(ValueError, match=f"largest part is {name} with 2.00: .*config.sharding"):
-        dry_run._check_fit(parts, 1.0)
+        dry_run.check_fit(parts, 1.0)
 
 
 def activations(policy="nothing_saveable", schedule=HEAD, depth=3, rows=8, **kw):

@@ -1,0 +1,125 @@
+"""The most examples that a device can work on at a time, found by compiling and not by crashing.
+
+    python -m paligemma_med.train --config=configs/stage2_rocov2.py --find_batch_size --hbm_gib=24
+
+What a batch size would take is foretold as in `dry_run`, so that no device of that size is needed,
+no weights and no data. Memory grows nearly along a line with the examples, which makes four or five
+compilations enough. A config that accumulates gradients keeps its whole batch, as nearly as it
+divides, and is cut otherwise; in one that doesn't the batch itself grows or shrinks.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from paligemma_med import dry_run, experiment, sharding
+
+_MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
+
+
+def find_batch_size(config, hbm_gib):
+    """Prints how many examples at a time fit, and the flags that set it.
+
+    Args:
+      config: any training config.
+      hbm_gib: memory of a device, in GiB. If this is a CPU, it is taken for that of a GPU or TPU,
+        and what bfloat16 takes there is bounded from above (`dry_run`).
+
+    Returns:
+      dict: rows, the most examples at a time on a device; peaks, {examples at a time: GiB} of all
+      that was compiled; batch_size and grad_accum_steps of the config's own whole batch, cut into
+      equal parts that fit (rows_of_own examples at a time, peak_of_own GiB).
+
+    Raises:
+      ValueError: a config that can't train, or not even one example fits.
+    """
+    experiment.check_training_config(config)
+    # By rows and accumulated steps, since the config's own batch may be cut otherwise.
+    known = {}
+
+    def peak(rows, accum):
+        if (rows, accum) not in known:
+            c = _resized(config, rows, accum)
+            known[rows, accum] = parts = _parts(c)
+            size = sum(parts.values()) / 2**30
+            what = "example" if rows == 1 else "examples"
+            print(f"{rows:5d} {what} at a time on each device, {accum} times a step: "
+                  f"{size:.2f} GiB", flush=True)  # fmt: skip
+        return sum(known[rows, accum].values()) / 2**30
+
+    shards = experiment.make_mesh(config).shape[sharding.DATA_AXIS]
+    whole = config.input.batch_size // shards
+    accumulates = (config.get("grad_accum_steps") or 1) > 1
+
+    def steps_of(rows):
+        return max(1, whole // rows) if accumulates else 1
+
+    rows = search(lambda n: peak(n, steps_of(n)), hbm_gib, _MOST)
+    if not rows:
+        dry_run.check_fit(known[1, steps_of(1)], hbm_gib)
+    out = dict(rows=rows, peaks={n: peak(n, k) for n, k in sorted(known)})
+    where = f"each of {shards} devices" if shards > 1 else "the device"
+    print(f"Fits into {hbm_gib:g} GiB: {rows} at a time on {where}, {out['peaks'][rows]:.2f} GiB.")
+    if not accumulates:
+        print(f"As one batch: --config.input.batch_size={rows * shards}")
+    # Equal parts only; where accumulating takes room of its own, the largest may not fit after all.
+    for own in (n for n in range(min(rows, whole), 0, -1) if whole % n == 0):
+        if peak(own, whole // own) <= hbm_gib:
+            break
+    else:
+        return out
+    out |= dict(batch_size=whole * shards, grad_accum_steps=whole // own, rows_of_own=own)
+    out["peak_of_own"] = peak(own, whole // own)
+    print(f"For the config's {whole * shards} examples a step: --config.grad_accum_steps="
+          f"{whole // own} ({own} at a time, {out['peak_of_own']:.2f} GiB)")  # fmt: skip
+    return out
+
+
+def search(peak, limit, most):
+    """The largest n from 1 to `most` with peak(n) ≤ limit, or 0.
+
+    Args:
+      peak: grows with n. It is called few times if it grows nearly along a line, and about
+        3 · log2(n) times at worst.
+    """
+    known = {}
+    low, high, n = 0, most + 1, 1
+    while high - low > 1:
+        known[n] = peak(n)
+        low, high = (n, high) if known[n] <= limit else (low, n)
+        if not low:
+            break
+        # Along the line through the two that were asked nearest to the border; halved or doubled
+        # now and then, since on a curve such guesses may creep.
+        a, b = (sorted(known, key=lambda m: abs(known[m] - limit)) + [n])[:2]
+        rise = known[b] - known[a]
+        if not rise or len(known) in range(5, 99, 3):
+            guess = (low + high) // 2 if high <= most else 2 * low
+        else:
+            guess = min(max(a + (limit - known[a]) * ((b - a) / rise), 0), most)
+        n = min(max(math.floor(guess), low + 1), high - 1)
+    return low
+
+
+def _resized(config, rows, accum):
+    """The config with so many examples at a time on a device, so many times a step."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.input.batch_size = rows * accum * experiment.make_mesh(c).shape[sharding.DATA_AXIS]
+        c.grad_accum_steps = accum
+    return c
+
+
+def _parts(config):
+    """`dry_run.memory`; on a CPU, of a GPU or TPU as far as that can be known."""
+    mesh = experiment.make_mesh(config)
+    elsewhere = dry_run.float32_twin(config, mesh)
+    if elsewhere is None:
+        return dry_run.memory(config, dry_run.compile_step(config))
+    step = dry_run.compile_step(elsewhere)
+    dtype = config.get("frozen_dtype", "float32")
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.frozen
+    )
+    return dry_run.memory(config, dataclasses.replace(step, frozen=frozen))
