@@ -5,7 +5,9 @@ for one file, on pydicom's own functions (extra `dicom`). Tests hold the two aga
 Nothing but pixels leaves the file: no name, no date. What is burned into them stays.
 """
 
+import contextlib
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -32,7 +34,7 @@ def to_rgb(content):
             "a DICOM file, and pydicom is not installed: pip install 'paligemma_med[dicom]'."
         ) from None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
             warnings.simplefilter("ignore")  # remarks on values that no pixel depends on
             if b"1.2.840.10008.1.2.1.99" in content[:4096]:
                 raise ValueError("deflated; expected another transfer syntax")
@@ -52,6 +54,17 @@ def to_rgb(content):
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"a DICOM file that can't be read: {reason:.200}.") from None
     return np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _quiet(logger):
+    """pydicom logs the traceback of each decoder that fails, and then raises what sums them up."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _grey(data, pixels, values):

@@ -9,7 +9,9 @@ read too. With --config and --checkpoint instead of --workdir, weights of any fo
 `load_params` takes. --mask, --png, --npz: see below and docs/explain.md. Not for diagnosis.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -17,17 +19,17 @@ import pathlib
 import re
 import shlex
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags, logging
+from absl import app, flags
 
 import paligemma_med
 from paligemma_med import compilation_cache, decode, dicom, distributed, experiment, sharding
-from paligemma_med.checkpoints import atomic
+from paligemma_med.checkpoints import atomic, fingerprint
+from paligemma_med.evaluators import results
 from paligemma_med.models import paligemma
 from paligemma_med.pp import get_preprocess_fn, ops_image
 from paligemma_med.saliency import capture, occlusion, page, report
@@ -83,13 +85,17 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
     Raises:
       ValueError: an image that can't be read, a mask of another size, no answer at all.
     """
-    started = time.monotonic()
+    if not question.strip():
+        raise ValueError("the question is empty.")
+    if num_samples < 0:
+        raise ValueError(f"num_samples is {num_samples}; expected 0 or more.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
     tok = loaded.tokenizer
     if isinstance(image, bytes):
         image = dicom.to_rgb(image) if dicom.is_dicom(image) else ops_image.decode_bytes(image)
     row = loaded.pp({"image": image, "question": question})
-    if cut := row.get("_truncated"):
-        logging.warning("The prompt lost its last %d tokens: %s", cut, question)
+    cut = int(row.get("_truncated", 0))
     seen = np.asarray(row["image"], np.float32)
     prompt = row["text"][row["mask_input"] > 0]
     patch = _patch(loaded.model, seen)
@@ -137,10 +143,9 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
     if mask is not None:
         out["mask"] = dict(fill=fill, picture=_pixels(images["masked"]),
                            logprobs=others["masked"], answer=texts["masked"])  # fmt: skip
-    raised = check(out, {k: others[k] for k in ("blank", "shuffled")})
+    raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in ("blank", "shuffled")})]
     out["flags"] = [dict(name=words(f.name), says=f.says) for f in raised if f.raised]
-    out["about"] = _about(loaded, out, seen, answer_ids, num_samples, temperature, seed,
-                          time.monotonic() - started)  # fmt: skip
+    out["about"] = _about(loaded, out, seen, answer_ids, num_samples, temperature, seed)
     return out, raised
 
 
@@ -162,7 +167,8 @@ def check(made, controls):
     found = [m["values"] for m in made["maps"] if m["method"] == method]
     values = found[0] if found else made["raw"].mean((0, 1))
     saliency = page.whole(method, values[page.content(made), :patches])
-    out.append(checks.outside_body(saliency.reshape(made["grid"]), made["seen"]))
+    name = f"map by {page.METHODS[method][0].lower()}"
+    out.append(checks.outside_body(saliency.reshape(made["grid"]), made["seen"], name=name))
     return out
 
 
@@ -245,7 +251,8 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
     ]
 
 
-def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed, seconds):
+def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed):
+    # No time and no duration: the same command makes the same bytes.
     out = [
         ("Weights", os.path.basename(os.path.normpath(str(loaded.checkpoint)))),
         ("Image", f"{seen.shape[1]} × {seen.shape[0]} px as the model sees it, "
@@ -254,7 +261,6 @@ def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed, secon
         ("Answer", "most probable token at each place (greedy)"),
         ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
         ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
-        ("Made", f"{time.strftime('%Y-%m-%d %H:%M')} in {seconds:.1f} s"),
     ]  # fmt: skip
     if loaded.tokenizer.eos_token not in np.asarray(answer_ids):
         out.append(("Cut off", f"the answer had not ended after {len(answer_ids)} tokens"))
@@ -309,7 +315,7 @@ def write_pngs(made, folder, prefix=""):
             (f"{r:02d}", x, top(values)) for r, x in enumerate(values)
         ]:
             with atomic.file(os.path.join(folder, f"{prefix}{method}_{name}.png")) as f:
-                f.write(_png(page.overlay(picture, x, top=scale)))
+                f.write(_png(page.overlay(picture, x, top=scale, signed=method in page.SIGNED)))
 
 
 def _png(pixels):
@@ -356,9 +362,10 @@ def read_questions(path, folder):
 
 
 def _inside(folder, name):
+    if "\0" in name or os.path.isabs(name):
+        return False
     root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, name))
-    return not os.path.isabs(name) and path.startswith(os.path.join(root, ""))
+    return os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, ""))
 
 
 def images_in(folder):
@@ -379,13 +386,14 @@ def _read(path, flag):
     try:
         return pathlib.Path(path).read_bytes()
     except OSError as e:
-        raise app.UsageError(f"{flag} {path}: {e.strerror}.") from None
+        raise ValueError(f"{flag} {path}: {e.strerror}.") from None
 
 
 def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
     """A page for each (image, question), and index.html, worst first.
 
-    An image that can't be read gets a line in the index and no page.
+    An image that can't be read gets a line in the index and no page. Stopped at any point, the same
+    call goes on where it was: what is done stands in `results.PART` until the index is written.
 
     Args:
       folder, asked: image files below a folder, [(name, question)].
@@ -396,35 +404,64 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
     Returns:
       How many have no page.
     """
-    rows, raised = [], []
-    for i, (name, question) in enumerate(asked):
-        stem = f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}"
-        row = dict(name=name, question=question, answer="", probability=None, flags=[],
-                   thumb=None, href=None, error=None)  # fmt: skip
-        rows.append(row)
-        try:
-            content = (pathlib.Path(folder) / name).read_bytes()
-            made, found = explain(loaded, content, question, title=name, **kw)
-            write_page(made, os.path.join(out, f"{stem}.html"))
-        except (OSError, ValueError) as e:
-            row["error"] = getattr(e, "strerror", None) or str(e)
-            raised.append([])
-            print(f"{name}: {row['error']}", file=sys.stderr)
-            continue
-        raised.append(found)
-        row.update(answer=made["answer"], flags=made["flags"], href=f"{stem}.html",
-                   probability=float(np.exp(min(0.0, made["logprobs"].sum()))),
-                   thumb=made["picture"])  # fmt: skip
-        if npz:
-            write_npz(made, os.path.join(out, f"{stem}.npz"))
-        if png:
-            write_pngs(made, out, f"{stem}_")
-        print(f"[{i + 1}/{len(asked)}] {name}: {question} {made['answer']}", flush=True)
+    identity = dict(
+        weights=fingerprint.of_leaves(loaded.params), settings=kw, npz=npz, png=png,
+        config=experiment.config_to_json(loaded.config), software=paligemma_med.__version__,
+        asked=[(page.clean(name), page.clean(question)) for name, question in asked],
+    )  # fmt: skip
+    rows = []
+    with contextlib.closing(results.Part(out, identity)) as part:
+        for i, (name, question) in enumerate(asked):
+            content = _content(os.path.join(folder, name))
+            sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
+            (row,) = part.found.get(("model", i), [{}])
+            there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
+            if row.get("sha256", "") != sha or not there:
+                stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")
+                row = _row(loaded, content, name, question, stem, npz=npz, png=png, **kw)
+                row["sha256"] = sha
+                part.add("model", i, [row])
+            rows.append(row)
+            said = f"{row['name']}: {row['error'] or row['question'] + ' ' + row['answer']}"
+            said = f"[{i + 1}/{len(asked)}] {' '.join(said.split())}"
+            print(said, file=sys.stderr if row["error"] else sys.stdout, flush=True)
+    raised = [[checks.Flag(*flag) for flag in row["raised"]] for row in rows]
     order = worst_first(rows, raised)
     title = f"{len(rows)} answers about images in {os.path.basename(os.path.abspath(folder))}"
     with atomic.file(os.path.join(out, "index.html")) as f:
         f.write(page.render_index([rows[i] for i in order], title).encode())
+    os.remove(os.path.join(out, results.PART))
     return sum(row["error"] is not None for row in rows)
+
+
+def _content(path):
+    """The bytes of a file, or the error that reading it gave."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as e:
+        return e
+
+
+def _row(loaded, content, name, question, stem, *, npz, png, **kw):
+    """Writes the files of one of many, `stem` and an ending; → its row in the index, as JSON."""
+    row = dict(name=page.clean(name), question=page.clean(question), answer="", probability=None,
+               flags=[], raised=[], thumb=None, href=None, error=None)  # fmt: skip
+    try:
+        if isinstance(content, OSError):
+            raise content
+        made, raised = explain(loaded, content, question, title=name, **kw)
+    except (OSError, ValueError) as e:
+        return row | dict(error=page.clean(getattr(e, "strerror", None) or str(e)))
+    write_page(made, f"{stem}.html")
+    if npz:
+        write_npz(made, f"{stem}.npz")
+    if png:
+        write_pngs(made, os.path.dirname(stem), f"{os.path.basename(stem)}_")
+    return row | dict(
+        answer=page.clean(made["answer"]), flags=made["flags"], raised=results.plain(raised, name),
+        probability=float(np.exp(min(0.0, made["logprobs"].sum()))),
+        thumb=page.data_url(made["picture"], 96), href=f"{os.path.basename(stem)}.html",
+    )  # fmt: skip
 
 
 def worst_first(rows, raised):
@@ -471,7 +508,12 @@ def main(argv):
     asked = None
     if values.image_dir:
         if not os.path.isdir(values.image_dir):
-            raise app.UsageError(f"--image_dir {values.image_dir}: no such folder.")
+            raise ValueError(f"--image_dir {values.image_dir}: no such folder.")
+        if os.path.exists(values.out) and not os.path.isdir(values.out):
+            raise ValueError(f"--out {values.out}: a file; expected a folder with --image_dir.")
+    elif os.path.isdir(values.out):
+        raise ValueError(f"--out {values.out}: a folder; expected a file with --image.")
+    if values.image_dir:
         asked = (
             read_questions(values.questions, values.image_dir)
             if values.questions
@@ -502,7 +544,7 @@ def main(argv):
         write_npz(made, values.npz)
     if values.png:
         write_pngs(made, values.png)
-    print(f"{made['answer']}   (log-probability {float(np.sum(made['logprobs'])):.2f})")
+    print(f"{made['answer']}   (probability {page.percent(np.sum(made['logprobs']))})")
     for flag in made["flags"]:
         print(f"  {flag['name']}: {flag['says']}")
     print(f"Written to {values.out}")

@@ -55,6 +55,13 @@ def test_on_pydicoms_own_files():
     assert compared >= 20
 
 
+def test_pydicom_logs_no_traceback_beside_the_sentence(caplog):
+    path = pathlib.Path(pydicom.__file__).parent / "data" / "test_files" / "JPGExtended.dcm"
+    with pytest.raises(ValueError, match="a DICOM file that can't be read"):
+        dicom.to_rgb(path.read_bytes())
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 128 + b"DICM", FILES["window"][:300]])
 def test_damaged(content):
     with pytest.raises(ValueError, match="a DICOM file that can't be read"):

@@ -162,6 +162,54 @@ def test_many(run, tmp_path, capsys):
     assert "broken.png: cannot decode image" in capsys.readouterr().err
 
 
+def test_many_go_on_where_they_were(run, tmp_path, monkeypatch, capsys):
+    _, loaded, pixels, _ = run
+    films = tmp_path / "films"
+    films.mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(pixels[i:]).save(films / f"{i}\x1b[31m.png")
+    asked = [(n, QUESTION) for n in explain.images_in(films)]
+    made, kw = [], dict(mask=np.ones((tiny.RES,) * 2, bool), **KW)
+
+    def counted(loaded, content, question, *, title, **kw):
+        if stops and len(made) == stops:
+            raise KeyboardInterrupt
+        made.append(title)
+        return explain_one(loaded, content, question, title=title, **kw)
+
+    explain_one = explain.explain
+    monkeypatch.setattr(explain, "explain", counted)
+    stops = None
+    explain.explain_many(loaded, films, asked, str(tmp_path / "a"), **kw)
+    made.clear()
+    stops = 2
+    with pytest.raises(KeyboardInterrupt):
+        explain.explain_many(loaded, films, asked, str(tmp_path / "b"), **kw)
+    assert len(made) == 2 and not (tmp_path / "b" / "index.html").exists()
+    # A file that has changed meanwhile, or whose page is gone, is asked about again.
+    (tmp_path / "b" / "0001_0_31m.html").unlink()
+    made.clear()
+    stops = None
+    explain.explain_many(loaded, films, asked, str(tmp_path / "b"), **kw)
+    assert made == [asked[0][0], asked[2][0]]
+    assert "\x1b" not in capsys.readouterr().out
+    # The same files as without an interruption, to the byte.
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in "ab")
+    assert a == b and "index.html" in a and len(a) == 4
+
+
+def test_questions_that_cannot_be_asked(run):
+    _, loaded, pixels, _ = run
+    with pytest.raises(ValueError, match="the question is empty"):
+        explain.explain(loaded, pixels, "  ")
+    with pytest.raises(ValueError, match="num_samples is -1; expected 0 or more"):
+        explain.explain(loaded, pixels, QUESTION, num_samples=-1)
+    with pytest.raises(ValueError, match="temperature is 0; expected more than 0"):
+        explain.explain(loaded, pixels, QUESTION, temperature=0.0)
+    made, _ = explain.explain(loaded, pixels, QUESTION * 20, mask=LEFT, **KW)
+    assert made["flags"][0]["name"] == "Question cut"
+
+
 def test_the_index_begins_with_the_worst():
     def flags(*severities):
         return [checks.Flag("x", s > 0, 0.0, 0.0, s, "") for s in severities]
@@ -182,6 +230,7 @@ def test_the_index_begins_with_the_worst():
         ("image,question\n../a.png,ok\n", r"line 2: '../a.png' is not below"),
         ("image,question\n/etc/passwd,ok\n", "is not below"),
         ("image,question\nlink/passwd,ok\n", "is not below"),
+        ("image,question\na\0.png,ok\n", "line 2: .* is not below"),
         (b"image,question\n\xff,x\n", "not UTF-8"),
     ],
 )

@@ -6,6 +6,7 @@ the key `image` unless said otherwise. Nothing flips or rotates: left and right 
 
 import functools
 import io
+import re
 
 import numpy as np
 from PIL import Image
@@ -69,7 +70,8 @@ def decode_bytes(data: bytes) -> np.ndarray:
     except Image.DecompressionBombError as e:
         raise ValueError(f"image refused, as it may be a decompression bomb: {e}") from e
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError, …
-        raise ValueError(f"cannot decode image, {_describe(data)}: {e}") from e
+        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", str(e))  # no name, and another at each start
+        raise ValueError(f"cannot decode image, {_describe(data)}: {reason}") from e
 
 
 def _describe(data: bytes) -> str:

@@ -41,6 +41,15 @@ def _flag(name, raised, value, threshold, excess, says):
     return Flag(name, bool(raised), float(value), float(threshold), severity, says)
 
 
+# --- Was the model asked what the page says? ---
+
+
+def prompt_cut(tokens):
+    """Did the prompt lose its last `tokens` tokens? Then another question was answered."""
+    says = f"The question was too long: the last {tokens} tokens of the prompt were cut off."
+    return _flag("question_cut", tokens > 0, tokens, 0, 1, says)
+
+
 # --- Does the answer depend on the image? ---
 
 
@@ -175,7 +184,7 @@ def body(image, level=0.1):
     return ndimage.binary_fill_holes(labels == sizes.argmax())
 
 
-def outside_body(saliency, image, least=0.05):
+def outside_body(saliency, image, least=0.05, name="map"):
     """Does the map point beside the patient?
 
     Measured is the share of the map's (positive) sum outside the body; a patch across its edge
@@ -188,6 +197,7 @@ def outside_body(saliency, image, least=0.05):
     Args:
       saliency: float[h, w], the map.
       image: float or uint8 [height, width(, channels)], h and w dividing its sides.
+      name: of the map, for the sentence.
 
     Raises:
       ValueError: the map's grid doesn't divide the image.
@@ -202,7 +212,7 @@ def outside_body(saliency, image, least=0.05):
     area = float(outside.mean())
     # Rounding alone shall not raise it for a map that is the same everywhere.
     raised = least <= area < 1 and value > area + 1e-6
-    says = f"{value:.0%} of the map lies outside the body, which is {area:.0%} of the image."
+    says = f"{value:.0%} of the {name} lies outside the body, which is {area:.0%} of the image."
     excess = (value - area) / max(1 - area, 1e-6)
     return _flag("outside_body", raised, value, area, excess, says)
 

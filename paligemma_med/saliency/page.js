@@ -90,9 +90,11 @@
     return a === 0 ? "0" : a >= 0.1 ? v.toFixed(2) : a >= 0.001 ? v.toPrecision(2) : v.toExponential(1);
   }
   function percent(p) {
+    if (p >= 0.995 && p < 1) return p < 0.9995 ? (100 * p).toFixed(1) + "\u00a0%" : "over 99.9\u00a0%";
     if (p < 1e-4) return "below 0.01\u00a0%";
     return (p >= 0.1 ? Math.round(100 * p) : Number((100 * p).toPrecision(2))) + "\u00a0%";
   }
+  const probability = logprob => percent(Math.exp(Math.min(-1e-6, logprob)));
   const place = i => `row ${Math.floor(i / W) + 1}, column ${i % W + 1}`;
   function where(i) {
     const y = Math.floor(i / W) / H + 0.5 / H, x = i % W / W + 0.5 / W;
@@ -173,7 +175,9 @@
     }
     const even = 1 / P;  // what each patch had if the image's share were spread evenly over it
     const rest = x.length === S && !signed() ? sum(x, 0, P) * even : null;
-    if (rest !== null && rest > low && rest < high) {
+    const marked = rest !== null && rest > low && rest < high;
+    $("even").hidden = !marked;
+    if (marked) {
       const at = Math.round(255 * (rest - low) / (high - low));
       bar.fillStyle = "#fff"; bar.fillRect(at - 1, 0, 3, 14); bar.fillStyle = "#000"; bar.fillRect(at, 0, 1, 14);
     }
@@ -323,14 +327,14 @@
       return;
     }
     const total = x => x.reduce((a, b) => a + b, 0), now = total(before), then = total(after);
-    $("whatif").textContent = `With ${what} replaced, the probability of this answer goes from ${percent(Math.exp(now))} to ${percent(Math.exp(Math.min(0, then)))} (log-probability ${(then - now > 0 ? "+" : "−") + Math.abs(then - now).toFixed(2)}).`;
+    $("whatif").textContent = `With ${what} replaced, the probability of this answer goes from ${probability(now)} to ${probability(then)} (log-probability ${(then - now > 0 ? "+" : "−") + Math.abs(then - now).toFixed(2)}).`;
     shown.caption.textContent = `Probability of each token, ${what} replaced`;
     shown.tBodies[0].replaceChildren(...before.map((p, r) => {
       const line = document.createElement("tr"), head = document.createElement("th");
       head.className = "w"; head.scope = "row"; head.textContent = data.tokens[r];
       line.append(head, ...[p, after[r]].map(v => {
         const cell = document.createElement("td");
-        cell.textContent = percent(Math.exp(Math.min(0, v)));
+        cell.textContent = probability(v);
         return cell;
       }));
       return line;

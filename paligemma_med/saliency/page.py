@@ -111,26 +111,23 @@ def render_index(rows, title):
 
     Args:
       rows: list of dict(name, question, answer, probability float or None, flags list of dict(name,
-        says), thumb uint8[H, W, 3] or None, href relative address or None, error str or None).
+        says), thumb by `data_url` or None, href relative address or None, error str or None).
       title: of the page.
     """
-    shown = [
-        {**row, "thumb": None if row.get("thumb") is None else data_url(row["thumb"], 96)}
-        for row in rows
-    ]
     names = sorted({f["name"] for row in rows for f in row["flags"]})
-    return _page("index", rows=_clean(shown), names=_clean(names), title=_clean(title))
+    return _page("index", rows=clean(rows), names=clean(names), title=clean(title))
 
 
-def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None):
+def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None, signed=None):
     """A map over a picture, as the page draws it: colour by value, opacity by its square root.
 
     Args:
       picture: uint8[H, W, 3].
-      values: float[h, w]; where any is negative, purple to orange about 0.
+      values: float[h, w].
       colours: one of COLOURS.
       opacity: of the largest value.
       top: value that gets the last colour; by default the map's largest magnitude.
+      signed: purple to orange about 0; by default where any value is negative.
 
     Returns:
       uint8[H, W, 3].
@@ -138,7 +135,7 @@ def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None):
     values = np.asarray(values, np.float64)
     top = top or np.abs(values).max() or 1.0
     t = np.clip(values / top, -1, 1)
-    signed = (t < 0).any()
+    signed = (t < 0).any() if signed is None else signed
     stops = colour_stops("signed" if signed else colours)
     place = ((t + 1) / 2 if signed else t) * (len(stops) - 1)
     colour = np.stack([np.interp(place, np.arange(len(stops)), c) for c in stops.T], axis=-1)
@@ -206,8 +203,8 @@ def data_of(report):
     regions = report["regions"]
     return dict(
         grid=list(report["grid"]),
-        prompt=_clean(report["prompt"]),
-        tokens=_clean(report["tokens"]),
+        prompt=clean(report["prompt"]),
+        tokens=clean(report["tokens"]),
         logprobs=_floats(report["logprobs"]),
         raw=pack(raw, "u1" if raw.size > MAX_RAW else "f2"),
         layers=raw.shape[0],
@@ -285,7 +282,7 @@ def _texts(report):
     mask = report["mask"]
     h, w = report["grid"]
     raw = np.shape(report["raw"])
-    out = _clean(
+    out = clean(
         {
             k: report[k]
             for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")
@@ -293,11 +290,11 @@ def _texts(report):
     )
     return dict(
         **{k: v for k, v in out.items() if k not in ("tokens", "samples")},
-        about=_clean([list(x) for x in report["about"]]),
+        about=clean([list(x) for x in report["about"]]),
         grid=(h, w),
         heads=raw[1],
         probability=percent(logprobs.sum()),
-        logprob=float(logprobs.sum()),
+        logprob=f"{logprobs.sum():.2f}".replace("-0.00", "0.00"),
         size=report["picture"].shape[:2],
         picture=data_url(report["picture"]),
         seen=data_url(report["seen"]),
@@ -305,7 +302,7 @@ def _texts(report):
         tokens=[
             dict(text=t, probability=percent(p), others=[(o, share(q)) for o, q in others])
             for t, p, others in zip(
-                _clean(report["tokens"]), logprobs, _clean(report["others"]), strict=True
+                clean(report["tokens"]), logprobs, clean(report["others"]), strict=True
             )
         ],
         mass=np.asarray(report["mass"], np.float64).mean((1, 2)),
@@ -314,12 +311,12 @@ def _texts(report):
         mask=mask
         and dict(
             fill=mask["fill"],
-            answer=_clean(mask["answer"]),
+            answer=clean(mask["answer"]),
             picture=data_url(mask["picture"]),
             probability=percent(np.sum(mask["logprobs"])),
             tokens=[
                 (t, percent(a), percent(b))
-                for t, a, b in zip(_clean(report["tokens"]), logprobs, mask["logprobs"])
+                for t, a, b in zip(clean(report["tokens"]), logprobs, mask["logprobs"])
             ],
         ),
         quantised=np.size(report["raw"]) > MAX_RAW,
@@ -359,18 +356,20 @@ def _counted(samples):
 
 
 def percent(logprob):
-    """A log-probability as text: "93 %", "0.4 %", "below 0.01 %"."""
-    return share(math.exp(min(float(logprob), 0.0)))
+    """A log-probability as text: "93 %", "0.4 %", "below 0.01 %"; never "100 %"."""
+    return share(math.exp(min(float(logprob), -1e-6)))
 
 
 def share(p):
-    """A share as text; its blank doesn't break."""
+    """A share as text; its blank doesn't break. What is nearly all, or nothing, doesn't look it."""
+    if 0.995 <= p < 1:
+        return f"{100 * p:.1f}\u00a0%" if p < 0.9995 else "over 99.9\u00a0%"
     if p < 1e-4:
         return "below 0.01\u00a0%"
     return f"{100 * p:.0f}\u00a0%" if p >= 0.1 else f"{100 * p:.2g}\u00a0%"
 
 
-def _clean(value):
+def clean(value):
     """Texts without what HTML and UTF-8 can't carry: control characters (but newline and tab) and
     halves of surrogate pairs, as in file names that are no Unicode, become U+FFFD."""
     if isinstance(value, str):
@@ -380,9 +379,9 @@ def _clean(value):
             for c in text
         )
     if isinstance(value, dict):
-        return {k: _clean(v) for k, v in value.items()}
+        return {k: clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_clean(v) for v in value)
+        return type(value)(clean(v) for v in value)
     return value
 
 

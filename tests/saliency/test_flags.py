@@ -96,6 +96,12 @@ def test_no_samples_are_refused():
         flags.samples_disagree("Yes", [])
 
 
+def test_a_prompt_that_was_cut():
+    assert not flags.prompt_cut(0).raised
+    flag = flags.prompt_cut(3)
+    assert flag.raised and flag.severity == 1 and "last 3 tokens" in flag.says
+
+
 # --- body, outside_body ---
 
 

@@ -70,7 +70,7 @@ def index_rows(text="film.png"):
     row = dict(name=text, question=text, answer=text, probability=0.2, thumb=None, href=None,
                error=None, flags=[])  # fmt: skip
     flag = dict(name="Image ignored", says=text)
-    thumb = np.full((20, 10, 3), 7, np.uint8)
+    thumb = page.data_url(np.full((20, 10, 3), 7, np.uint8), 96)
     return [
         {**row, "error": text, "probability": None},
         {**row, "flags": [flag], "href": "0002_film.html", "thumb": thumb},
@@ -117,6 +117,9 @@ def test_overlay():
     np.testing.assert_allclose(half, want, atol=1)
     signed = page.overlay(picture, values - 2.0, opacity=1.0)
     assert tuple(signed[0, 0]) == tuple(page.colour_stops("signed")[0])
+    # Of one method all maps have the same colours, those without a negative value too.
+    signed = page.overlay(picture, values, opacity=1.0, signed=True)
+    assert tuple(signed[5, 8]) == tuple(page.colour_stops("signed")[-1])
 
 
 def test_probabilities_as_text():
@@ -124,7 +127,11 @@ def test_probabilities_as_text():
         s.replace(" ", "\u00a0", 1) if s[0] != "b" else "below 0.01\u00a0%"
         for s in ("100 %", "93 %", "10 %", "5.1 %", "0.04 %", "b")
     ]
-    assert page.percent(1e-6) == "100\u00a0%"  # rounding may lift a log-probability above 0
+    # What isn't certain isn't written as if; rounding may lift a log-probability to 0 and above.
+    assert [page.share(p) for p in (0.9949, 0.9951, 0.99949, 0.99951)] == [
+        s.replace(" %", "\u00a0%") for s in ("99 %", "99.5 %", "99.9 %", "over 99.9 %")
+    ]
+    assert page.percent(1e-6) == page.percent(0) == "over 99.9\u00a0%"
 
 
 # --- In Chromium ---
