@@ -81,24 +81,27 @@ def search(peak, limit, most):
 
     Args:
       peak: grows with n. It is called few times if it grows nearly along a line, and about
-        3 · log2(n) times at worst.
+        2 · log2(n) times at worst.
     """
     known = {}
     low, high, n = 0, most + 1, 1
+    halve = False
     while high - low > 1:
+        before = high - low
         known[n] = peak(n)
         low, high = (n, high) if known[n] <= limit else (low, n)
         if not low:
             break
-        # Along the line through the two that were asked nearest to the border; halved or doubled
-        # now and then, since on a curve such guesses may creep.
-        a, b = (sorted(known, key=lambda m: abs(known[m] - limit)) + [n])[:2]
+        # Along the line through both ends, or through the last two while there is no upper one;
+        # halved where that has brought little, since on a curve such guesses may creep.
+        a, b = (low, high) if high in known else (sorted(known) * 2)[-2:]
         rise = known[b] - known[a]
-        if not rise or len(known) in range(5, 99, 3):
-            guess = (low + high) // 2 if high <= most else 2 * low
+        if high in known and halve or rise <= 0:
+            guess = (low + high) // 2 if high in known else 2 * low
         else:
-            guess = min(max(a + (limit - known[a]) * ((b - a) / rise), 0), most)
-        n = min(max(math.floor(guess), low + 1), high - 1)
+            guess = min(math.floor(a + (limit - known[a]) * ((b - a) / rise)), most)
+        halve = high in known and not halve and high - low > before // 2
+        n = min(max(guess, low + 1), high - 1)
     return low
 
 
