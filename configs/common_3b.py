@@ -151,6 +151,8 @@ def stage2(
     c.adapter_init = None  # a PEFT folder to train on from
     c.text_len = text_len
     # No supervised_len: the longest answers fill nearly all of text_len.
+    # --config.loss_chunk=64, for small cards, has logits of 64 positions at a time.
+    c.loss_chunk = common.ml_collections.config_dict.placeholder(int)
 
     where = dict(data_dir=args.data_dir) if args.data_dir else {}
     pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer_key)
