@@ -1,0 +1,123 @@
+"""Our training step as a side of a benchmark: `train_step`, jitted as `train` does it.
+
+It reads the weights by `checkpoints` and holds frozen ones in the benchmark's type, trained ones in
+float32. Neither TFDS nor Grain is imported: the batch lies on the device.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from paligemma_med import checkpoints, flops, optim, sharding, train_step
+from paligemma_med.checkpoints import npz
+from tools.bench import sizes, workers
+
+
+def device():
+    """The device that JAX computes on."""
+    found = jax.devices()[0]
+    return dict(platform=found.platform, device=found.device_kind)
+
+
+class JaxSide:
+    """What sides in JAX share; see `workers`. next_step: () → loss, on the device."""
+
+    def __init__(self, next_step, dtype, about):
+        self.step = next_step
+        self.about = {"jax": jax.__version__, **about}
+        self._dtype, self._matrices = jnp.dtype(dtype), {}
+
+    value = staticmethod(float)
+
+    def multiply(self, n):
+        if n not in self._matrices:
+            a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.float32)
+            self._matrices = {n: (a.astype(self._dtype), b.astype(self._dtype))}
+        _product(*self._matrices[n]).block_until_ready()
+
+    def peak(self):
+        stats = jax.devices()[0].memory_stats()
+        return stats and stats["peak_bytes_in_use"]
+
+
+@jax.jit
+def _product(a, b):
+    return a @ b
+
+
+def read_weights(settings, **towers):
+    """(model, {name: numpy array, or lazy.Lazy}) of the folder that `sizes.write_weights` made.
+
+    towers: more arguments for both towers.
+    """
+    size, folder = sizes.SIZES[settings["size"]], settings["weights"]
+    params = checkpoints.open_hf(f"{folder}/base")
+    img, llm = ({**kw, **towers} for kw in (size.img, size.llm))
+    if settings["what"] == "lora":
+        adapter = checkpoints.load_adapter(f"{folder}/adapter")
+        model, params = checkpoints.apply_adapter(
+            img, llm, params, adapter, dtype=settings["dtype"]
+        )
+    else:
+        model = checkpoints.apply_adapter(
+            img, llm, params, checkpoints.Adapter({}, {}), dtype=settings["dtype"]
+        )[0]
+    return model, npz.flatten_tree(params)
+
+
+def build(settings):
+    """See `workers`. settings: size, dtype, what, weights (a folder), rows, remat_policy, scan."""
+    size = sizes.SIZES[settings["size"]]
+    model, host = read_weights(
+        settings, remat_policy=settings["remat_policy"], scan=settings["scan"]
+    )
+    config = ml_collections.ConfigDict(
+        dict(
+            sizes.optimizer(),
+            supervised_len=size.answer_len,
+            schedule=[(sizes.TRAINED[settings["what"]], dict(decay_type="constant"))]
+            + ([] if settings["what"] == "full" else [(".*", None)]),
+        )
+    )
+    mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
+    names = optim.trained_names(config, list(host))
+    tx, learning_rate = optim.make(
+        config, names, total_steps=10**6, num_examples=10**6, batch_size=settings["rows"]
+    )
+    whole = sharding.replicated(mesh)
+
+    def put(name):
+        dtype = np.float32 if name in names else jnp.dtype(settings["dtype"])
+        return jax.device_put(np.asarray(host.pop(name)).astype(dtype, copy=False), whole)
+
+    params = {n: put(n) for n in list(host)}
+    trained = {n: params.pop(n) for n in names}
+    frozen = params
+    where = train_step.opt_shardings(tx, trained, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=where)(trained)
+    step_fn = train_step.make_train_step(config, model, tx, learning_rate)
+    step_fn = train_step.jit_step(step_fn, tx, trained, mesh)
+    batch = jax.device_put(sizes.draw_batch(size, settings["rows"]), sharding.batch_sharding(mesh))
+    i = 0
+
+    def step():
+        nonlocal trained, opt_state, i
+        with sharding.rules(config, mesh):
+            trained, opt_state, metrics = step_fn(trained, opt_state, frozen, batch, i)
+        i += 1
+        return metrics["training_loss"]
+
+    counted = flops.count(
+        model, names, res=size.res, text_len=size.text_len, supervised_len=size.answer_len
+    )
+    about = dict(
+        flops_per_example=counted.per_example_model,
+        trained=sum(x.size for x in trained.values()),
+        parameters=sum(x.size for x in (*trained.values(), *frozen.values())),
+    )
+    return JaxSide(step, settings["dtype"], about)
+
+
+if __name__ == "__main__":
+    workers.serve(device, build)

@@ -1,0 +1,178 @@
+"""What the benchmarks of training compute: sizes, batch, what is trained, and the numbers drawn.
+
+All sides take everything from here, so that they do the same work: the same weights (a Hugging Face
+folder and a PEFT folder, drawn once a run), the same batch, the same trained parameters, AdamW with
+the same settings. Nothing at the top of this file needs JAX or PyTorch.
+
+    python -m tools.bench.sizes FOLDER '{"size": "bench-s", "dtype": "float32", "what": "lora"}'
+
+writes FOLDER/base and FOLDER/adapter.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and its batch.
+
+    Attributes:
+      img, llm: the towers, as `paligemma.Model` takes them.
+      res: pixels.
+      text_len: text tokens that the model reads.
+      answer_len: how many of those that it predicts are supervised, in every row.
+      batch_size, dtype: unless flags say otherwise. dtype: of frozen weights and of activations.
+      cores: that all sides are bound to; None leaves them free.
+      remat_policy, scan: ours; other sides have what they have.
+    """
+
+    img: dict
+    llm: dict
+    res: int
+    text_len: int
+    answer_len: int
+    batch_size: int
+    dtype: str
+    cores: int | None
+    remat_policy: str
+    scan: bool
+
+
+_3B = dict(
+    img=dict(variant="So400m/14"),
+    llm=dict(variant="gemma_2b", vocab_size=257_152),
+    text_len=128, answer_len=64, dtype="bfloat16", cores=None,
+    remat_policy="nothing_saveable", scan=True,
+)  # fmt: skip
+
+SIZES = {
+    # 6 layers of 384 in the image tower, 8 of 512 in the language model: a step is about a second
+    # on two cores. The head's width is that of Gemma, width / heads.
+    "bench-s": Size(
+        img=dict(variant="S/14", depth=6),
+        llm=dict(
+            width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64,
+            vocab_size=8256,
+        ),
+        res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
+        remat_policy="none", scan=True,
+    ),
+    "3b-224": Size(**_3B, res=224, batch_size=8),
+    "3b-448": Size(**_3B, res=448, batch_size=8),
+    # For tests: every width differs from every other.
+    "tiny": Size(
+        img=dict(width=24, depth=2, mlp_dim=40, num_heads=3, patch_size=14),
+        llm=dict(
+            width=32, depth=3, mlp_dim=44, num_heads=4, num_kv_heads=1, head_dim=10, vocab_size=192
+        ),
+        res=42, text_len=12, answer_len=5, batch_size=2, dtype="float32", cores=None,
+        remat_policy="nothing_saveable", scan=True,
+    ),
+}  # fmt: skip
+
+WHATS = ("lora", "stage1", "full")
+DTYPES = ("float32", "bfloat16")
+# The attention of both towers, as in the paper, with the rank and alpha of the adapters its authors
+# published. No dropout, so that the losses of all sides can be compared.
+LORA = [("img/Transformer/.*MultiHead.*/kernel|llm/layers/attn/.*", dict(rank=8, alpha=32.0))]
+TRAINED = {"lora": ".*/lora_[ab]", "stage1": "img/head/.*", "full": ".*"}
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01  # decay: PyTorch's default, which is times the former
+
+
+def check(size, what, dtype):
+    """ValueError unless these are names of what there is."""
+    for value, known in ((size, SIZES), (what, WHATS), (dtype, (*DTYPES, None))):
+        if value not in known:
+            raise ValueError(f"found {value!r}; expected one of {[k for k in known if k]}.")
+
+
+def optimizer():
+    """AdamW for `optim.make`, and for big_vision, whose keys are the same: decay isn't scaled by
+    the learning rate there, and is for kernels alone unless told."""
+    return dict(
+        optax_name="scale_by_adam", lr=LEARNING_RATE,
+        wd=LEARNING_RATE * WEIGHT_DECAY, wd_mults=[(".*", 1.0)],
+    )  # fmt: skip
+
+
+def draw_batch(size, rows):
+    """Numpy arrays as the train pp makes them, without padding: image float32[rows, res, res, 3],
+    text, mask_ar, mask_loss int32[rows, text_len + 1]."""
+    rng = np.random.default_rng(1)
+    length = size.text_len + 1
+    answer = np.arange(length) >= length - size.answer_len
+    answer = np.repeat(answer[None], rows, 0).astype(np.int32)
+    return dict(
+        image=rng.uniform(-1, 1, (rows, size.res, size.res, 3)).astype(np.float32),
+        text=rng.integers(3, size.llm["vocab_size"], (rows, length), np.int32),
+        mask_ar=answer,
+        mask_loss=answer,
+    )
+
+
+def write_weights(folder, size, dtype, what):
+    """Draws the weights of `size`: <folder>/base as Hugging Face has them, and for "lora" an
+    adapter <folder>/adapter as PEFT has it. Each leaf is drawn when it is written, so that a large
+    model needs little memory."""
+    from paligemma_med import checkpoints
+    from paligemma_med.checkpoints import lazy, npz
+    from paligemma_med.models import lora, paligemma
+
+    model = paligemma.Model(img=size.img, llm=size.llm)
+    tree = paligemma.abstract_params(model, image_size=size.res)
+    flat = npz.flatten_tree(tree)
+
+    def leaf(name, x):
+        def draw():
+            rng = np.random.default_rng([0, *name.encode()])
+            out = rng.standard_normal(x.shape, np.float32)
+            # Matrices as they are initialised, vectors (biases, norms) small.
+            fan_in = _fan_in(name, x.shape)
+            out *= 0.02 if fan_in is None else fan_in**-0.5
+            return out.astype(lazy.dtype_of(dtype))
+
+        return lazy.Lazy(x.shape, lazy.dtype_of(dtype), draw)
+
+    leaves = npz.unflatten_tree({n: leaf(n, x) for n, x in flat.items()})
+    base = os.path.join(folder, "base")
+    checkpoints.save_hf(base, leaves, img=dict(model.img), llm=dict(model.llm))
+    if what != "lora":
+        return
+    specs, factors = lora.resolve(LORA, flat), {}
+    for target, spec in specs.items():
+        a, b = lora.factor_shapes(target, spec, flat[target.param].shape)
+        rng = np.random.default_rng([1, *target.name.encode()])
+        layers = a[0] if target.stacked else 1
+        a = rng.standard_normal(a, np.float32).reshape(layers, -1, spec.rank)
+        b = np.zeros(b, np.float32).reshape(layers, spec.rank, -1)
+        factors[target] = a / a.shape[1] ** 0.5, b
+    checkpoints.save_adapter(
+        os.path.join(folder, "adapter"), checkpoints.Adapter(specs, factors), base_model=base
+    )
+
+
+def _fan_in(name, shape):
+    """Inputs of a matrix product; None for a vector."""
+    last = name.rpartition("/")[2]
+    if last in ("bias", "scale"):
+        return None
+    if last in ("pos_embedding", "input_embedding"):
+        return shape[-1]
+    if name == "img/embedding/kernel":
+        return np.prod(shape[:-1])
+    if "attn_vec_einsum" in name or "/out/" in name:  # heads and their width
+        return shape[-2] * shape[-3]
+    if "/MultiHead" in name:  # query, key, value
+        return shape[-3]
+    return shape[-2]
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    _settings = json.loads(sys.argv[2])
+    write_weights(sys.argv[1], SIZES[_settings["size"]], _settings["dtype"], _settings["what"])

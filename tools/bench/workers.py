@@ -1,0 +1,187 @@
+"""Sides of a benchmark as processes that take turns, and what they say in JSON, a line at a time.
+
+Each side has a process of its own, bound to the same cores, and sleeps while another has its turn.
+In one process PyTorch's and XLA's pools of threads would sit on the same cores, and the memory of
+one side could not be told from that of the other.
+
+A side is a module with `device()` and `build(settings)`, run as `python -m MODULE JSON`. `build`
+gives an object with
+
+    step()       takes a training step and gives its loss, on the device
+    value(x)     waits for a loss of `step` and gives it as a float
+    multiply(n)  multiplies two n × n matrices of the type once, and waits
+    about        dict of what is to be told
+    peak()       bytes the device says it held at most; None on a CPU
+
+On a CPU memory is the growth of the process's resident memory over what it was before `build`, at
+its peak after the first steps.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+# The module of each side.
+SIDES = {name: f"tools.bench.peers_{name}" for name in ("ours", "hf", "big_vision")}
+# What a bare GPU box lacks: no side may import it.
+UNWANTED = ("tensorflow_datasets", "grain")
+
+
+def resident(name):
+    """VmRSS or VmHWM (its peak) of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as f:
+        return int(re.search(rf"{name}:\s+(\d+) kB", f.read())[1]) * 1024
+
+
+def forget_peak():
+    """Gives back what is free, so that growth is growth, and starts the peak anew."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
+        f.write("5")
+
+
+class Worker:
+    """A side in a process of its own, ready for its turn once it has been made.
+
+    Args:
+      name: of the side, in SIDES.
+      settings: for its `build`.
+      env: more of the environment.
+
+    Attributes:
+      about: what it said of itself.
+
+    Raises:
+      ValueError: the side refused, or ended.
+    """
+
+    def __init__(self, name, settings, env=None):
+        self.name = name
+        settings = {**settings, "started": time.time()}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", SIDES[name], json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **_ENV, **(env or {})},
+        )  # fmt: skip
+        try:
+            self.about = self._read()
+        except ValueError:
+            self.close()
+            raise
+
+    def ask(self, **request):
+        """Its answer to one request of `serve`."""
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last line, or that there is none, says more
+        return self._read()
+
+    def _read(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self.name} ended early (status {self._process.wait()}); see above.")
+        found = json.loads(line)
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found
+
+    def close(self):
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+# Two sides share a GPU: JAX must not take all of its memory at once. Nothing is fetched.
+_ENV = dict(
+    XLA_PYTHON_CLIENT_PREALLOCATE="false", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+)
+
+
+def serve(device, build):
+    """The side's part: builds it, says what it is, answers until there are no more requests.
+
+    Requests: {"do": "steps", "n": N} gives the seconds a step (`seconds`), those of the processor
+    (`cpu_seconds`) and the loss of each step; {"do": "multiply", "n": N, "times": K} the FLOP/s of
+    the best of K products; {"do": "forget"} starts the memory's peak anew; {"do": "memory"} gives
+    its `bytes`.
+    """
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not come between
+
+    def say(**found):
+        channel.write(json.dumps(found) + "\n")
+        channel.flush()
+
+    settings = json.loads(sys.argv[1])
+    try:
+        where = device()
+        imported = time.time() - settings["started"]
+        forget_peak()
+        before = resident("VmRSS")
+        side = build(settings)
+        unwanted = [m for m in UNWANTED if m in sys.modules]
+        seconds = dict(imported=imported, built=time.time() - settings["started"])
+        say(**where, **side.about, unwanted=unwanted, seconds_from_start=seconds)
+        for line in sys.stdin:
+            say(**_answer(side, json.loads(line), before))
+    except (ValueError, OSError) as e:
+        say(error=str(e))
+        raise SystemExit(1) from None
+
+
+def _answer(side, request, before):
+    if request["do"] == "steps":
+        start, cpu = time.perf_counter(), time.process_time()
+        losses = [side.step() for _ in range(request["n"])]
+        losses = [side.value(x) for x in losses]
+        n = request["n"]
+        return dict(
+            seconds=(time.perf_counter() - start) / n,
+            cpu_seconds=(time.process_time() - cpu) / n,
+            losses=losses,
+        )
+    if request["do"] == "multiply":
+        n, seconds = request["n"], []
+        for _ in range(request["times"] + 1):
+            start = time.perf_counter()
+            side.multiply(n)
+            seconds.append(time.perf_counter() - start)
+        return dict(flops_per_second=2 * n**3 / min(seconds[1:]))
+    if request["do"] == "forget":
+        forget_peak()
+        return {}
+    assert request["do"] == "memory", request
+    peak = side.peak()
+    return dict(bytes=resident("VmHWM") - before if peak is None else peak)
+
+
+def machine():
+    """One line on this machine: its processor, and how many cores this process may use."""
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        name = re.search(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)
+    return f"{len(os.sched_getaffinity(0))} cores of {name[1] if name else 'an unknown CPU'}"
+
+
+def median(values):
+    """Rounded, so that JSON stays readable."""
+    return round(statistics.median(values), 4)
