@@ -225,6 +225,7 @@ async def ask_all_async(
     progress=None,
     settings_of=None,
     note=None,
+    refusal_of=None,
     kept_characters=KEPT_CHARACTERS,
 ):
     """Gets a usable reply to each request that the cache has none of.
@@ -256,6 +257,9 @@ async def ask_all_async(
       settings_of: function from key and attempt to settings of one request, on top of `settings`.
       note: function from key, attempt, the record and the server's completion to what else the
         record is to hold.
+      refusal_of: function from key, attempt, HTTP status and the server's words to a record for the
+        cache, where a refusal is about this one request and final, else None. Kept as soon as the
+        server has replied to anything: one that refuses all is set up wrongly.
       kept_characters: of a reply; None: all.
 
     Returns:
@@ -276,6 +280,12 @@ async def ask_all_async(
     state = _State(replies=sum(map(cache.count, requests)))
     pace = _Pace(requests_per_minute, state)
     unjudged, faults = {}, collections.Counter()
+    final = []  # records of `refusal_of` that aren't kept yet
+
+    def keep_final():
+        if final and state.replies:
+            cache.add_many(final)
+            final.clear()
 
     async def one(key):
         had = cache.count(key) if retry_unusable else 0
@@ -301,6 +311,10 @@ async def ask_all_async(
                     return
                 if isinstance(e, openai.APIStatusError) and not _passes(e.status_code):
                     unjudged[key] = f"refused: {why}"
+                    if refusal_of and (record := refusal_of(key, attempt, e.status_code, why)):
+                        final.append(record)
+                        keep_final()
+                        return
                     state.refused += 1
                     if not state.replies and state.refused >= 5:
                         state.stop = f"every request is refused: {why}"
@@ -321,6 +335,7 @@ async def ask_all_async(
                 continue
             in_a_row = state.given_up = 0
             state.replies += 1
+            keep_final()
             record["reply"] = clean(record["reply"])
             record["score"] = score = read(key, record)
             record["reply"] = record["reply"][:kept_characters]
@@ -344,8 +359,10 @@ async def ask_all_async(
     async with client:
         # At a stop replies under way are waited for: they are paid for.
         await asyncio.gather(*(worker() for _ in range(concurrency)))
+    if final:
+        state.stop = state.stop or f"every request is refused: {unjudged[final[0]['key']]}"
     if state.stop:
-        raise ServerError(f"{base_url}: {state.stop}.")
+        raise ServerError(f"{base_url}: {state.stop.rstrip('.')}.")
     return unjudged, faults
 
 

@@ -7,6 +7,7 @@ makes of them.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -22,6 +23,7 @@ from tools.synthesize_qa import parse, sources, templates, write
 from tools.synthesize_qa import units as units_lib
 
 BACKENDS = ("transformers", "server")
+_TOLD = 5  # units without a reply that are told of
 
 
 def run(
@@ -59,6 +61,8 @@ def run(
     output = pathlib.Path(output).expanduser()
     asked, shown, books, found = _read(inputs, chosen, examples, pairs, rows)
     own = journal_lib.path_of(output, shard)
+    if odd := [k for k, v in (decoding or {}).items() if not math.isfinite(v or 0)]:
+        raise ValueError(f"--{odd[0]} is {decoding[odd[0]]}; expected a finite number.")
     if replay or merge:
         about = _read_run(output)["about"]
         _check_same(
@@ -76,7 +80,10 @@ def run(
     units = units_lib.plan(found, asked, about, books, shown)
     tell_books(books)
     mine = [u for u in units if shard is None or u.number % shard[1] == shard[0]]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"{output.parent}: no such folder can be made ({e.strerror}).") from None
     _write_run(output, about, asked, inputs)
     with journal_lib.open_journal(str(own)) as journal:
         _answer(ready, mine, journal, seed)
@@ -190,9 +197,11 @@ def _answer(answer, units, journal, seed):
         told = answer(units, journal, progress)
     if faults := told.get("faults"):
         print("Faults got over: " + ", ".join(f"{n} {k}" for k, n in faults.items()) + ".")
-    for key, why in list(told.get("unanswered", {}).items())[:5]:
-        row = next(u.row.row_id for u in units if u.key == key)
-        print(f"without a reply: {row}: {why}", file=sys.stderr)
+    if unanswered := told.get("unanswered"):
+        first = {u.key: u.row.row_id for u in units if u.key in unanswered}
+        shown = "; ".join(f"{first[k]}: {why}" for k, why in [*unanswered.items()][:_TOLD])
+        more = "; …" * (len(unanswered) > _TOLD)
+        print(f"{len(unanswered):,} units are without a reply: {shown}{more}", file=sys.stderr)
 
 
 # --- What a run is ---
@@ -229,10 +238,13 @@ def _check_same(about, now, output):
 
 
 def _write_run(output, about, asked, inputs):
-    """Notes what the run is; another run's output is left alone."""
+    """Notes what the run is; another run's output is left alone, unless it never got a reply."""
     path = _run_path(output)
+    begun = output.exists() or any(os.path.getsize(p) for p in journal_lib.paths_of(output))
     if path.exists():
-        _check_same(_read_run(output)["about"], about, output)
+        before = _read_run(output)["about"]
+        if begun:
+            _check_same(before, about, output)
     elif output.exists():
         raise ValueError(f"{output} is there, without {path.name} of an earlier run beside it; "
                          "expected a new name.")  # fmt: skip

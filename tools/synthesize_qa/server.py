@@ -2,13 +2,15 @@
 
 vLLM, Ollama, llama.cpp, or a service: the way to several GPUs and to models that don't fit here.
 What is done about faults, limits and keys is `judge_client`'s; here is what a request of a unit
-is. A unit whose requests find no reply at all stays without one, and the next run asks again.
+is. A unit whose requests find no reply at all stays without one, and the next run asks again; one
+whose prompt the server finds too long has failed.
 """
 
 import functools
 import hashlib
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,6 +20,14 @@ from paligemma_med.evaluators.judge_client import ServerError
 from tools.synthesize_qa import units as units_lib
 
 __all__ = ["ServerError", "answer", "schema", "seed_of"]
+
+# How servers say that a prompt has no room: OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI.
+_TOO_LONG = re.compile(
+    r"context[ _](?:length|size|window)|maximum (?:model|sequence|input) length|"
+    r"\b(?:prompt|input|request)s?\b.{0,40}\btoo (?:long|large)|"
+    r"\binputs?\b.{0,40}must (?:be|have) (?:<=|less)",
+    re.IGNORECASE,
+)
 
 
 def seed_of(seed: int, key: str, attempt: int) -> int:
@@ -81,6 +91,7 @@ def answer(
       ServerError: there is no use in asking on; what came is kept.
       ValueError: settings, limits or an address that can't be; no key; openai isn't installed.
     """
+    units = list(units)
     open_units = {u.key: u for u in units if not units_lib.settled(journal.replies(u.key))}
     versions = {"openai": _version()}
     before = time.monotonic()
@@ -104,30 +115,48 @@ def answer(
         tokens = record["usage"][1] if record["usage"] else 0
         if progress:
             progress(1, tokens)
-        unit, said = open_units[key], getattr(completion, "system_fingerprint", None)
+        said = getattr(completion, "system_fingerprint", None)
+        problem = reply_of(key, record["reply"], record["finish"]).problem
+        return about(key, attempt, problem, seconds) | dict(
+            system_fingerprint=said[:200] if isinstance(said, str) else None
+        )
+
+    def refusal_of(key, attempt, status, why):
+        if status not in (400, 413, 422) or not _TOO_LONG.search(why):
+            return None
+        if progress:
+            progress(1, 0)
+        record = dict(key=key, score=None, reply="", finish=units_lib.TOO_LONG, usage=[0, 0],
+                      model=None, time=round(time.time(), 3), system_fingerprint=None)  # fmt: skip
+        return record | about(key, attempt, f"the prompt has no room in the model: {why}", 0.0)
+
+    def about(key, attempt, problem, seconds):
+        unit = open_units[key]
         return dict(
-            problem=reply_of(key, record["reply"], record["finish"]).problem,
+            problem=problem,
             attempt=attempt,
             row_id=unit.row.row_id,
             template=f"{unit.template.name}_v{unit.template.version}",
             seconds=round(seconds, 4),
             versions=versions,
-            system_fingerprint=said[:200] if isinstance(said, str) else None,
         )
 
+    # With those that were answered before, so that it's known that the server does answer.
+    asked = [u.key for u in units if u.key in open_units or journal.score(u.key) is not None]
     why, faults = judge_client.ask_all(
-        {key: functools.partial(messages, key) for key in open_units},
+        {key: functools.partial(messages, key) for key in asked},
         lambda key, r: len(reply_of(key, r["reply"], r["finish"]).pairs) or None,
         journal,
         model=model,
         settings=dict(settings or {}),
         settings_of=settings_of,
         note=note,
+        refusal_of=refusal_of,
         kept_characters=None,
         max_replies=units_lib.MAX_REPLIES,
         **client,
     )
-    left = {k: text for k, text in why.items() if journal.count(k) < units_lib.MAX_REPLIES}
+    left = {k: text for k, text in why.items() if not units_lib.settled(journal.replies(k))}
     return {"unanswered": left, "faults": dict(faults)}
 
 

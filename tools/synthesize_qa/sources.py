@@ -212,7 +212,9 @@ def _table(path, id_column, caption_column):
         text = {k: "" if cells.get(n) is None else cells[n] for k, n in names.items()}
         other = {k: cells[k] for k in FIELDS if k in cells and k not in (*_NOT_FIELDS, CAPTION)}
         odd = [
-            k for k, v in {**text, **other}.items() if not isinstance(v, str | int | float | None)
+            k
+            for k, v in {**text, **other}.items()
+            if not isinstance(v, str | int | float | None) or isinstance(v, bool)
         ]
         if odd:
             yield where, f"{odd[0]} is no text"
@@ -268,7 +270,11 @@ def _separated(path):
         if not any(c.strip() for c in cells):
             continue
         if header is None:
-            header = cells
+            header = [c.strip().lower() for c in cells]
+            if again := [c for c in header if c and header.count(c) > 1]:
+                raise DataError(
+                    f"{path} line {line}: the column {again[0]} stands there twice; expected once"
+                )
         elif len(cells) != len(header):
             yield f"{path} line {line}", "another number of cells than the header"
         else:

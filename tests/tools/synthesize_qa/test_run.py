@@ -1,6 +1,7 @@
 """The command: what it asks for, writes, goes on with, joins and refuses."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -116,10 +117,15 @@ def test_refusals(folder, rows, tmp_path):
         (dict(chosen=["caption", "caption"]), "one comes twice"),
         (dict(chosen=["nosuch"]), "no template 'nosuch'"),
         (dict(pairs=0), "--pairs is 0"),
+        (dict(decoding={**DECODING, "temperature": math.nan}), "--temperature is nan"),
+        (dict(config="max_share=much"), "max_share is 'much'; expected a number"),
     ):
         with pytest.raises(ValueError, match=says):
             go(folder, rows, tmp_path / "qa.jsonl", **kw)
     assert not list(tmp_path.glob("qa*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="no such folder can be made"):
+        go(folder, rows, tmp_path / "file" / "qa.jsonl")
     (tmp_path / "qa.run.json").write_text("[]")
     with pytest.raises(ValueError, match="isn't what a run of this program writes"):
         go(folder, rows, tmp_path / "qa.jsonl")

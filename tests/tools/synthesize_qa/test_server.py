@@ -5,6 +5,7 @@ import collections
 import hashlib
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,97 @@ def test_a_servers_fingerprint_is_kept_if_it_is_one(tmp_path, odd):
     assert found["system_fingerprint"] == (odd[:200] if isinstance(odd, str) else None)
 
 
+REFUSED = (
+    "This model's maximum context length is 4096 tokens. However, you requested 9000 tokens.",
+    "The decoder prompt (length 9000) is longer than the maximum model length of 4096.",
+    "the request exceeds the available context size (4096 tokens), try increasing it",
+    "the prompt is too long: 9000, model maximum length: 4096",
+    "`inputs` must have less than 4095 tokens. Given: 9000",
+)
+
+
+class Narrow(FakeModel):
+    """Has no room for region 0, nor 1, …, 6, and says so at once."""
+
+    says, status = REFUSED[0], 400
+
+    def respond(self, handler, body):
+        if re.search("region [0-6] ", json.loads(body)["messages"][-1]["content"]):
+            with self.lock:
+                self.seen["refused"] = self.seen.get("refused", 0) + 1
+            send(handler, self.status, json.dumps({"error": {"message": self.says}}).encode())
+        else:
+            super().respond(handler, body)
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_a_prompt_too_long_for_the_server_is_never_asked_again(tmp_path, says):
+    """Refusals come long before the first reply: even seven of them don't end the run."""
+    todo, seen = many(9), []
+    with Narrow(pairs_of, delay=0.3) as fake:
+        fake.says = says
+        said = ask(
+            tmp_path / "j", todo, fake.url, concurrency=9, progress=lambda *x: seen.append(x)
+        )
+        assert said["unanswered"] == {} and len(seen) == 9
+        ask(tmp_path / "j", todo, fake.url)
+        assert fake.seen.pop("refused") == 7 and set(fake.seen.values()) == {1}
+    found = records(tmp_path / "j", todo)
+    assert all(units.settled(x) for x in found.values())
+    (record,) = found[name(todo[0])]
+    assert record["finish"] == units.TOO_LONG and record["usage"] == [0, 0] and not record["score"]
+    assert says[:40] in record["problem"] and record["row_id"] == todo[0].row.row_id
+
+
+def test_a_server_without_room_for_any_prompt_settles_none(tmp_path):
+    """A server with too small a context is the server's fault, not the prompts'."""
+    todo = many(7)
+    with Narrow(pairs_of) as fake:
+        for _ in range(2):
+            with pytest.raises(server.ServerError, match="every request is refused.*4096") as e:
+                ask(tmp_path / "j", todo, fake.url)
+            assert ".." not in str(e.value)
+        assert fake.seen["refused"] == 14 and (tmp_path / "j").stat().st_size == 0
+        # Another refusal is no matter of length.
+        fake.says = "max_tokens is too large: 100000"
+        with pytest.raises(server.ServerError, match="too large"):
+            ask(tmp_path / "j", todo, fake.url, concurrency=1)
+        assert fake.seen["refused"] == 19
+
+
+def test_units_without_a_reply_are_counted(tmp_path, capsys):
+    inputs, output = captions(tmp_path / "captions.csv", 9), tmp_path / "qa.jsonl"
+    with FakeModel(pairs_of) as fake:
+        synthesize(inputs, output, fake.url, rows=dict(max_rows=1))
+    capsys.readouterr()
+    with Narrow(pairs_of) as fake:
+        fake.says = "I don't like it"
+        report = synthesize(inputs, output, fake.url)
+    assert report["units"]["waiting"] == 6
+    told = capsys.readouterr().err
+    assert "6 units are without a reply: " in told and told.count("I don't like it") == 5
+
+
+def test_a_mistaken_name_of_the_model_can_be_mended(tmp_path):
+    """What a run is stands written only once it had a reply."""
+    inputs, output = captions(tmp_path / "captions.csv", 3), tmp_path / "qa.jsonl"
+
+    class Named(FakeModel):
+        def respond(self, handler, body):
+            if json.loads(body)["model"] == "m":
+                super().respond(handler, body)
+            else:
+                send(handler, 404, b'{"error": {"message": "no such model"}}')
+
+    with Named(pairs_of) as fake:
+        with pytest.raises(server.ServerError, match="no such model"):
+            synthesize(inputs, output, fake.url, model="n")
+        assert (tmp_path / "qa.run.json").exists()
+        synthesize(inputs, output, fake.url)
+        with pytest.raises(ValueError, match="model was 'm' and is 'n' now"):
+            synthesize(inputs, output, fake.url, model="n")
+
+
 def test_a_server_that_will_not_work_ends_the_run_with_a_sentence(tmp_path):
     with pytest.raises(server.ServerError, match="127.0.0.1:9/v1: it can't be reached"):
         ask(tmp_path / "j", many(9), "http://127.0.0.1:9/v1", concurrency=2)
@@ -230,8 +322,8 @@ def synthesize(inputs, output, url, **kw):
     config = json.loads(json.dumps(default.get_config().to_dict()))
     ask_by = dict(base_url=url, timeout=0.6, concurrency=CONCURRENCY, backoff=0.01)
     decoding = dict(max_new_tokens=100, temperature=0.0)
-    return run.run([inputs], output, config, pairs=3, backend="server", model="m",
-                   decoding=decoding, server=ask_by, **kw)  # fmt: skip
+    kw = dict(pairs=3, backend="server", model="m", decoding=decoding, server=ask_by) | kw
+    return run.run([inputs], output, config, **kw)
 
 
 def outputs(output):

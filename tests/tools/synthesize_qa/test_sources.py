@@ -47,13 +47,14 @@ def test_what_cannot_be_used_is_counted(tmp_path):
         {"image_id": "b", "caption": " \u202f "}, {"image_id": "", "caption": "No id."},
         {"image_id": "c", "caption": ["no", "text"]}, {"image_id": "d"},
         {"image_id": "e", "caption": "CT image"}, {"image_id": "f", "caption": "\ud800 A mass."},
+        {"image_id": "h", "caption": True},
     ]  # fmt: skip
     text = "\n".join(map(json.dumps, lines)) + '\nnot json\n[1]\n{"image_id": "g", "capt'
     rows, dropped = rows_of(write(tmp_path / "t.jsonl", text))
     assert [r.image_id for r in rows] == ["a", "f"]
     assert rows[1].fields["caption"] == "? A mass."  # can be written
     assert dropped == {
-        "an image that came before": 1, "no caption": 1, "no image id": 1, "caption is no text": 1,
+        "an image that came before": 1, "no caption": 1, "no image id": 1, "caption is no text": 2,
         "no caption's column": 1, "the caption says only that it is an image": 1,
         "a line that is no JSON object": 3,
     }  # fmt: skip
@@ -76,6 +77,7 @@ def test_lines_of_tables_that_are_wrong(tmp_path):
         ("t.csv", "x,caption\na,b\n", "no column image_id or id"),
         ("t.csv", 'ID,caption\na,"b\nc,d\n', "line 2: a quote opens there and is never closed"),
         ("t.csv", "ID,caption\n", "none of 0 rows"),
+        ("t.csv", "id,Caption,caption\na,b,c\n", "line 1: the column caption stands there twice"),
         ("t.jsonl", '{"image_id": "a", "caption": "."}\n', "none of 1 rows has a usable caption"),
         ("t.jsonl", b'{"image_id": "a"}\n\xff\n', "line 2: not UTF-8"),
         ("t.csv", "version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),

@@ -30,6 +30,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         args[name] = value
     if args["drop"] not in ("yes", "no"):
         raise ValueError(f"config argument drop is {args['drop']!r}; expected yes or no")
+    try:
+        max_share = float(args["max_share"])
+    except ValueError:
+        raise ValueError(
+            f"config argument max_share is {args['max_share']!r}; expected a number"
+        ) from None
     config = ConfigDict()
     config.rules = [
         {"rule": "empty"},
@@ -48,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "patterns": [r"\b(?:ACR|ICD)(?:-?\d+)?(?:-CM)?\b(?: codes?)?"],
         },
         {"rule": "copied_example", "fields": ["source_text"]},
-        {"rule": "answer_leak", "name": "leak", "max_share": float(args["max_share"])},
+        {"rule": "answer_leak", "name": "leak", "max_share": max_share},
         {"rule": "not_in_source", "fields": ["source_text"], "drop": False},
         {"rule": "near_duplicate", "within": args["within"], "threshold": 0.8},
     ]
