@@ -172,7 +172,8 @@ def test_logits_at_supervised_positions_alone_give_the_same_step(kw):
 
 
 def test_eight_devices_equal_one_and_compile_once():
-    c = tiny.config(schedule=dict(decay_type="cosine", warmup_steps=1), grad_accum_steps=2)
+    schedule = dict(decay_type="cosine", warmup_steps=1)
+    c = tiny.config(schedule=schedule, grad_accum_steps=2, loss_chunk=5)
     c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
     # Keys' biases have no gradient but rounding, which Adam with a small eps takes for a signal.
     c.optax = dict(eps=1e-4)
