@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_prep.curate.words import as_words, content_words, words
+from data_prep import medm_qa
+from data_prep.curate.words import SMALL, as_words, content_words, words
 from data_prep.files import DataError
 
 Row = Mapping[str, Any]
@@ -217,7 +218,8 @@ HISTORY = (
     r"\b\d+[- ]?(?:year|yr|month|week|day)s?[- ]?olds?\b",
     r"\b(?:how old|what age|at what age)\b",
     r"\bpatient(?:'s)? (?:age|sex|gender|name|race|ethnicity|occupation|date of birth)\b",
-    r"\b(?:age|sex|gender|race|ethnicity|occupation) of (?:the|this) patient\b",
+    r"\b(?:age|sex|gender|race|ethnicity|occupation) of (?:the|this) "
+    r"(?:patient|person|woman|man|boy|girl|child|infant)\b",
     r"\b(?:is|was) (?:the|this) patient (?:an? )?(?:male|female|man|woman|boy|girl|child)\b",
     r"\bchief complaint\b|\bpresenting (?:complaint|symptom)",
     r"\bpatient (?:\w+ ){0,3}(?:present(?:s|ed|ing)?|report(?:s|ed)|complain(?:s|ed)|denie[sd])\b",
@@ -271,15 +273,21 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
     """Drops rows whose question already holds the answer.
 
     Score: the share of the answer's content words that occur in the question. Answers with fewer
-    than `min_words` of them pass: to "Is it left or right?" every right answer is in the question.
+    than `min_words` of them leak if the question has all their words ("Which leg is the left one?",
+    "The left leg"), unless it offers a choice: to "Is it left or right?" every right answer is in
+    the question.
     """
     if not 0 < max_share <= 1:
         raise ValueError(f"max_share is {max_share}; expected above 0 and at most 1")
 
     def check(row):
-        question, answer = (content_words(str(row.get(field) or "")) for field in BOTH)
+        texts = [str(row.get(field) or "") for field in BOTH]
+        question, answer = map(content_words, texts)
         share = len(answer & question) / max(len(answer), 1)
         leaks = len(answer) >= min_words and share >= max_share
+        if len(answer) < min_words and medm_qa.question_word(texts[0]) != "Yes or no":
+            asked, said = set(words(texts[0])), set(words(texts[1])) - SMALL
+            leaks = bool(said) and said <= asked and "or" not in asked
         return (f"{share:.2f} of the answer in the question" if leaks else None), round(share, 4)
 
     return check

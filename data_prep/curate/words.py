@@ -11,6 +11,8 @@ _STOP = frozenset(
     "most likely based".split()
 )
 
+SMALL = _STOP | frozenset("a an as at be by in is it its of on or so to".split())
+
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case: runs of letters and digits of any script."""

@@ -90,7 +90,8 @@ def test_numbers_keeps_names(answer):
 
 @pytest.mark.parametrize("text", [
     "What is the patient's history?", "History of trauma", "A 45-year-old man", "a 3 month old",
-    "How old is the patient?", "What is the patient's age?", "What is the sex of the patient?",
+    "What is the age of the woman?", "How old is the patient?", "What is the patient's age?",
+    "What is the sex of the patient?",
     "Is the patient male or female?", "Why did the patient initially present with pain?",
     "What is the chief complaint?", "the patient denies pain",
 ])  # fmt: skip
@@ -153,7 +154,22 @@ def test_answer_leak():
                  settings={"max_share": 0.5})  # fmt: skip
 
 
-def test_answer_leak_lets_choices_and_short_answers_pass():
+@pytest.mark.parametrize("question, answer, leaks", [
+    ("Which leg is the opposite of the one on the left?", "The left leg", True),
+    ("What is the origin of the brachialis muscle?", "The brachialis muscle.", True),
+    ("What is the type of the type 1 canal?", "Type 1 canal", True),
+    ("Which leg is the leg of the image?", "It is the leg of the image.", True),
+    ("What is the type of lung CT?", "PET-CT", False),
+    ("Which lobe of the lung is dark?", "The left lobe", False),
+    ("Which kidney is it, left or right?", "Left kidney", False),
+    ("Is the left lung clear?", "The lung is clear", False),
+    ("What is it?", "It is", False),
+])  # fmt: skip
+def test_a_short_answer_leaks_as_a_whole(question, answer, leaks):
+    assert drops("answer_leak", question=question, answer=answer) == leaks
+
+
+def test_answer_leak_lets_choices_pass():
     assert not drops(
         "answer_leak", question="Is it the left or right kidney?", answer="Left kidney"
     )
