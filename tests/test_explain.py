@@ -206,8 +206,9 @@ def test_questions_that_cannot_be_asked(run):
         explain.explain(loaded, pixels, QUESTION, num_samples=-1)
     with pytest.raises(ValueError, match="temperature is 0; expected more than 0"):
         explain.explain(loaded, pixels, QUESTION, temperature=0.0)
-    made, _ = explain.explain(loaded, pixels, QUESTION * 20, mask=LEFT, **KW)
-    assert made["flags"][0]["name"] == "Question cut"
+    cut = loaded._replace(pp=lambda row: {**loaded.pp(row), "_truncated": 3})
+    made, _ = explain.explain(cut, pixels, QUESTION, mask=LEFT, **KW)
+    assert made["flags"][0]["name"] == "Question cut" and "last 3" in made["flags"][0]["says"]
 
 
 def test_the_index_begins_with_the_worst():
