@@ -287,7 +287,8 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
         leaks = len(answer) >= min_words and share >= max_share
         if len(answer) < min_words and medm_qa.question_word(texts[0]) != "Yes or no":
             asked, said = set(words(texts[0])), set(words(texts[1])) - SMALL
-            leaks = bool(said) and said <= asked and "or" not in asked
+            if said and said <= asked and "or" not in asked:
+                return "all of the answer in the question", round(share, 4)
         return (f"{share:.2f} of the answer in the question" if leaks else None), round(share, 4)
 
     return check
@@ -325,15 +326,17 @@ def not_in_source(
 def copied_example(fields: Sequence[str] = ("caption",)):
     """Drops pairs of an example that the language model was shown, unless a source says so, too.
 
-    A row's "example_pairs" holds those pairs as `words.as_words` makes them; `fields` tell what
-    the source says.
+    An example's question with another answer goes if the answer has words that no source has. A
+    row's "example_pairs" holds those pairs as `words.as_words` makes them; `fields` tell what the
+    source says.
     """
 
     def check(row):
         question, answer = (str(row.get(field) or "") for field in BOTH)
-        if as_words(question, answer) not in (row.get("example_pairs") or ()):
-            return PASS
+        shown, pair = row.get("example_pairs") or (), as_words(question, answer)
         said = content_words(answer)
+        if pair not in shown and not (said and pair[0] in {asked for asked, _ in shown}):
+            return PASS
         told = content_words(" ".join(str(row.get(field) or "") for field in fields))
         return PASS if said and said <= told else (f"{question!r:.60}", None)
 

@@ -11,7 +11,7 @@ _STOP = frozenset(
     "most likely based".split()
 )
 
-SMALL = _STOP | frozenset("a an as at be by in is it its of on or so to".split())
+SMALL = _STOP | frozenset("a an as at be by in is it its of on one or so to".split())
 
 
 def words(text: str) -> list[str]:

@@ -159,6 +159,7 @@ def test_answer_leak():
     ("What is the origin of the brachialis muscle?", "The brachialis muscle.", True),
     ("What is the type of the type 1 canal?", "Type 1 canal", True),
     ("Which leg is the leg of the image?", "It is the leg of the image.", True),
+    ("Which leg has the blood?", "The leg with the blood is the one with the blood", True),
     ("What is the type of lung CT?", "PET-CT", False),
     ("Which lobe of the lung is dark?", "The left lobe", False),
     ("Which kidney is it, left or right?", "Left kidney", False),

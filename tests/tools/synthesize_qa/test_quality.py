@@ -56,6 +56,7 @@ def test_an_example_that_is_copied():
     elsewhere = dict(caption="The spleen is large", example_pairs=shown)
     assert tags("Which organ is  abnormal", "The LIVER", **elsewhere) == ["form", "copied_example"]
     assert tags("Which organ is abnormal?", "The spleen", **elsewhere) == []
+    assert "copied_example" in tags("Which organ is abnormal?", "The left kidney", **elsewhere)
     assert tags("Is there a fracture?", "No", **elsewhere) == ["copied_example"]
     assert tags("Is there a fracture?", "Yes", **elsewhere) == []
 
