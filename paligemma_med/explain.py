@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
     """What answering takes, loaded once for many questions."""
 
     config: Any
-    checkpoint: str
+    weights: str  # their file's name, and what tells them from others (`fingerprint`)
     model: Any
     tokenizer: Any
     mesh: Any
@@ -60,8 +60,12 @@ def load(config, checkpoint):
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     pp = get_preprocess_fn(config.predict_pp)
-    model, *rest = experiment.load(config, checkpoint)
-    return Loaded(config, checkpoint, capture.capturable(model), *rest, pp)
+    model, tokenizer, mesh, params = experiment.load(config, checkpoint)
+    names = [os.path.basename(os.path.normpath(str(x)))
+             for x in (checkpoint, config.get("adapter_init")) if x]  # fmt: skip
+    prints = "".join(fingerprint.of_leaves(params))
+    weights = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
+    return Loaded(config, weights, capture.capturable(model), tokenizer, mesh, params, pp)
 
 
 def explain(loaded, image, question, *, title="image", mask=None, num_samples=5, temperature=1.0,
@@ -254,7 +258,7 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
 def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed):
     # No time and no duration: the same command makes the same bytes.
     out = [
-        ("Weights", os.path.basename(os.path.normpath(str(loaded.checkpoint)))),
+        ("Weights", loaded.weights),
         ("Image", f"{seen.shape[1]} × {seen.shape[0]} px as the model sees it, "
                   f"{made['grid'][0]} × {made['grid'][1]} patches"),
         ("Language model", f"{made['raw'].shape[0]} layers of {made['raw'].shape[1]} heads"),
@@ -405,7 +409,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
       How many have no page.
     """
     identity = dict(
-        weights=fingerprint.of_leaves(loaded.params), settings=kw, npz=npz, png=png,
+        weights=loaded.weights, settings=kw, npz=npz, png=png,
         config=experiment.config_to_json(loaded.config), software=paligemma_med.__version__,
         asked=[(page.clean(name), page.clean(question)) for name, question in asked],
     )  # fmt: skip

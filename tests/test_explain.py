@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,8 @@ def test_the_answer_and_its_parts(run, made):
     assert len(made["samples"]) == 2 and made["title"] == "film.png"
     np.testing.assert_array_equal(made["picture"], pixels)
     assert made["seen"].shape == (tiny.RES, tiny.RES, 3)
+    # Which weights: the folder's name, and a number of what they are.
+    assert re.fullmatch(r"w \([0-9a-f]{16}\)", dict(made["about"])["Weights"])
 
 
 @pytest.mark.slow  # another program to compile
