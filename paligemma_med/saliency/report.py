@@ -145,6 +145,12 @@ def _attention(model, params, seq, rollouts):
     return rows[:, :, :count], rolled, logprobs, (tokens, p)
 
 
+def lower(model, params, arrays, queries):
+    """The pass for attention and all rollouts as `jax.jit` lowers it, of arrays or their shapes; to
+    ask what memory it takes (tools/bench/saliency_memory.py)."""
+    return _streamed.lower(model, params, arrays, queries, True)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "rollouts"))
 def _streamed(model, params, arrays, queries, rollouts):
     """One pass for all variants, which holds a layer's probabilities and the rollouts."""

@@ -176,6 +176,7 @@ def test_streamed_never_holds_all_layers():
     layer = 8 * 4 * (20 * 20 + 96) ** 2 / 2**20
     assert found["all probabilities"] > 18 * layer
     assert found["float32"]["added"] < 2 * layer
+    assert found["float32"]["added_by_page"] < 2 * layer
 
 
 @pytest.mark.slow
@@ -183,4 +184,4 @@ def test_streamed_never_holds_all_layers():
 def test_megabytes_at_448_px_and_the_shapes_of_3b(dtype):
     kw = dict(discard=0.5)
     found = saliency_memory.added(448, 128, 64, "So400m/14", "gemma_2b", dtype, **kw)
-    assert found["added"] < 200
+    assert found["added"] < 200 and found["added_by_page"] < 200

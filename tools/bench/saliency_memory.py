@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_med.models import paligemma
-from paligemma_med.saliency import capture, relevancy
+from paligemma_med.saliency import capture, relevancy, report
 
 
 def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True):
@@ -40,11 +40,15 @@ def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradien
 
 
 def added(*shapes, **kw):
-    """dict(without, streamed, added) in MiB; shapes as `_abstract` takes them, kw as `stream`."""
+    """dict(without, streamed, added, added_by_page) in MiB, the last being a report's pass with its
+    four rollouts; shapes as `_abstract` takes them, kw as `stream`."""
     model, params, batch, queries = _abstract(*shapes)
     without = _mib(_plain.lower(model, params, batch, queries))
     streamed = _mib(capture.stream.lower(model, params, batch, queries, **kw))
-    return dict(without=without, streamed=streamed, added=streamed - without)
+    page = _mib(report.lower(model, params, batch, queries))
+    return dict(
+        without=without, streamed=streamed, added=streamed - without, added_by_page=page - without
+    )
 
 
 def _abstract(res, text_len, tokens, img, llm, dtype):
