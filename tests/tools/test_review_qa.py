@@ -268,6 +268,11 @@ def test_verdicts_take_out_what_was_discarded(tmp_path):
     assert report["written"] == 9 == len(out.read_bytes().splitlines())
 
 
+def test_no_spreadsheet_takes_a_digest_for_a_number():
+    found = [rows.digest(pair(i)) for i in range(300)]
+    assert len(set(found)) == 300 and all(x[0] == "p" and x.isalnum() for x in found)
+
+
 def test_verdicts_of_spreadsheets_are_read(tmp_path):
     (tmp_path / "v.csv").write_bytes("\ufeffVerdict;Question_ID\r\nKEEP;q1\r\n;q2\r\n".encode())
     assert {q: v[0] for q, v in verdicts.read(tmp_path / "v.csv").items()} == {

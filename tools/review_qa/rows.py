@@ -84,9 +84,12 @@ def sample(path, count, seed=0):
 
 
 def digest(row):
-    """Short digest of what is judged: a verdict is on this text, not on whatever has its id."""
+    """Short digest of what is judged: a verdict is on this text, not on whatever has its id.
+
+    With a letter in front: a spreadsheet would take 12 digits, or 12e3, for a number.
+    """
     said = [row["question"], row["answer"], *(row.get(k) or "" for k in CHOICES)]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+    return "p" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
 def template(row):
