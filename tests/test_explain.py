@@ -289,6 +289,7 @@ def test_mistakes_of_the_command_line(run, repo_root, tmp_path):
         ((f"--image={file}",), "Give --question."),
         ((f"--image={file}", question, "--questions=q.csv"), "--questions goes with --image_dir"),
         ((f"--image={tmp_path / 'no.png'}", question), "No such file or directory"),
+        ((f"--image={file}", question, f"--out={tmp_path}"), "a folder; expected a file"),
         ((f"--image={file}", question, "--methods=magic"), "methods has ['magic']"),
         ((f"--image={file}", question, f"--mask={workdir / 'config.json'}"), "cannot decode"),
     ]:
