@@ -333,6 +333,8 @@ def answer(
     Raises:
       ValueError: one unit alone doesn't fit into memory.
     """
+    # By these sums, and with them replies, may differ though all settings are the same.
+    ran = {"batch_size": batch_size, "batch_tokens": batch_tokens, **_machine(model)}
     # Templates after each other: what their prompts have in common is computed once.
     groups = {}
     for unit in units:
@@ -351,10 +353,18 @@ def answer(
                     records = _answer_batch(batch, prompts, model, read, seed, log)
                     # Of a batch that had been made of other units, some may be there.
                     new = [r for r in records if r["key"] in is_open]
-                    new = [r for r in new if r["attempt"] >= journal.count(r["key"])]
+                    new = [r | {"ran": ran} for r in new if r["attempt"] >= journal.count(r["key"])]
                     journal.add_many(new)
                     if progress:
                         progress(len(new), sum(r["usage"][1] for r in new))
+
+
+def _machine(model):
+    import torch
+
+    device = model.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads()}
 
 
 def plan(window, prompts, new_tokens, batch_size, batch_tokens):

@@ -7,7 +7,8 @@ follows is made of the journal. What the parts of this package tell each other:
   are none), "reply" (whole), "finish" ("stop", "length", "too_long", or what a server says),
   "usage" ([prompt, completion] tokens or None), "model" (as a server calls it, else None), "time",
   "problem" (why it can't be used, "" if it can), "seconds" (its share of the time it took),
-  "versions" ({package: version}), "system_fingerprint" (of a server, or None)}.
+  "versions" ({package: version}), "system_fingerprint" (of a server, or None), "ran" (of a local
+  model: batch_size, batch_tokens, device, threads)}.
 
   A backend is `answer(units, journal, …, read, progress=…)`: it asks for each unit that isn't
   `settled` and adds what comes; `read` is `parse.read_reply`, and `progress(replies, new tokens)`

@@ -185,6 +185,7 @@ def _provenance(unit, record, attempt, reply, about):
         "finish": record["finish"],
         "system_fingerprint": record.get("system_fingerprint"),
         "versions": record.get("versions", {}),
+        "ran": record.get("ran", {}),
     }
 
 

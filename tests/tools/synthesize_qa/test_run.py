@@ -47,6 +47,8 @@ def test_end_to_end(folder, rows, tmp_path):
     assert report["sources"]["splits"]["rows"]["rows_kept"] == 10
     made = kept[0]["provenance"]
     assert made["model"] == folder.name and made["weights"] == local.fingerprint(folder)
+    ran = dict(batch_size=4, batch_tokens=65_536, device="cpu", threads=torch.get_num_threads())
+    assert made["ran"] == ran
     assert made["settings"]["temperature"] == 1.0 and "torch" in made["versions"]
     assert str(tmp_path) not in json.dumps(kept)  # no folders of this machine in the rows
 
