@@ -3,8 +3,8 @@
     python -m paligemma_med.train --config=configs/stage2_rocov2.py --find_batch_size --hbm_gib=24
 
 What a batch size would take is foretold as in `dry_run`, so that no device of that size is needed,
-no weights and no data. Memory grows nearly along a line with the examples, which makes five to seven
-compilations enough. A config that accumulates gradients keeps its whole batch, as nearly as it
+no weights and no data. Memory grows nearly along a line with the examples, so that five to seven
+compilations are enough. A config that accumulates gradients keeps its whole batch, as nearly as it
 divides, and is cut otherwise; in one that doesn't the batch itself grows or shrinks.
 """
 
