@@ -370,17 +370,27 @@ def define_source_flags():
     """
     config_flags.DEFINE_config_file("config", None, "Experiment; default: the workdir's own.")
     flags.DEFINE_string("workdir", None, "Folder of a run.")
-    flags.DEFINE_string("checkpoint", None, "Weights of any form; default: the workdir's newest.")
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Weights of any form, or a run; default: the workdir's newest.",
+    )
     flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
     distributed.define_flags()
 
 
 def from_flags():
-    """(config, checkpoint) that those flags name; UsageError if they don't suffice."""
+    """(config, checkpoint) that those flags name; UsageError if they don't suffice.
+
+    A checkpoint that is a run brings its own config, as --workdir does.
+    """
     values = flags.FLAGS
-    if values.workdir is None and (values.config is None or values.checkpoint is None):
+    folder = values.workdir
+    if folder is None and values.checkpoint and (run := workdir.split_spec(values.checkpoint)):
+        folder = run[0]
+    if folder is None and (values.config is None or values.checkpoint is None):
         raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
-    config = values.config or config_from_json(workdir.read_config(values.workdir))
+    config = values.config or config_from_json(workdir.read_config(folder))
     if values.adapter:
         with config.unlocked():
             config.adapter_init, config.lora = values.adapter, None
