@@ -318,8 +318,15 @@ def test_nothing_that_is_read_is_overwritten(tmp_path):
     path = save(tmp_path / "qa.jsonl", [pair(1)])
     table = write_csv(tmp_path / "v.csv", "q1,keep,")
     for out in (path, table):
-        with pytest.raises(ValueError, match="would overwrite"):
+        with pytest.raises(ValueError, match="would be overwritten"):
             verdicts.apply(path, verdicts.read(table), table, out)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="qa.jsonl would be overwritten"):
+        write_page(path, tmp_path / "." / "qa.jsonl")
+    for out in (tmp_path / "nosuch" / "r.html", path / "r.html"):
+        with pytest.raises(ValueError, match="r.html can't be written: "):
+            write_page(path, out)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None):
     Raises:
       ValueError: pairs or images can't be read.
     """
+    rows.check_output(out, path)
     chosen, total = rows.sample(path, count, seed)
     find = [pictures.open_pictures(spec, data_dir) for spec in images]
     text, missing = page.make(chosen, total, name=pathlib.Path(path).name, seed=seed, find=find)

@@ -5,6 +5,7 @@ Any JSON Lines will do whose rows have question_id, image_id, question and answe
 mode) is shown where it's there.
 """
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -98,14 +99,23 @@ def template(row):
     return found if isinstance(found, str) and found else "(none)"
 
 
+def check_output(path, *inputs):
+    """ValueError: a file to be written is one of those that are read."""
+    if pathlib.Path(path).resolve() in (pathlib.Path(p).resolve() for p in inputs):
+        raise ValueError(f"{path} would be overwritten, which is read; give another name.")
+
+
 def write_whole(path, lines):
-    """Writes an iterable of bytes to a file, whole or not at all."""
+    """Writes an iterable of bytes to a file, whole or not at all; ValueError if it can't be."""
     path = pathlib.Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
             f.writelines(lines)
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(e, OSError):
+            raise ValueError(f"{path} can't be written: {e.strerror or e}.") from None
         raise

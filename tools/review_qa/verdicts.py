@@ -94,8 +94,7 @@ def apply(path, verdicts, csv_path, output, *, drop_unsure=False):
     Raises:
       ValueError: an id that isn't in the file, or a pair that was changed after its review.
     """
-    if pathlib.Path(output).resolve() in (pathlib.Path(p).resolve() for p in (path, csv_path)):
-        raise ValueError(f"--output={output} would overwrite what is read; give another name.")
+    rows.check_output(output, path, csv_path)
     seen, judged = 0, {}
     for _, _, row in rows.read(path):
         seen += 1

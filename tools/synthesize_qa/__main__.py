@@ -113,7 +113,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("input", [], sources.EXPECTED + ". May be given several times.")
+    flags.DEFINE_multi_string("input", [], "Captions: " + sources.EXPECTED.removeprefix("expected ")
+                              + ". May be given several times.")  # fmt: skip
     flags.DEFINE_string("output", None, "JSON Lines to write; the journal lies beside it.")
     flags.DEFINE_list("templates", ["caption"], f"Some of {', '.join(templates.names())}.")
     flags.DEFINE_bool("list_templates", False, "Show the templates, and do nothing else.")

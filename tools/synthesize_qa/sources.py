@@ -263,7 +263,9 @@ def _separated(path):
                 raise DataError(
                     f"{path} line {line}: a quote opens there and is never closed; expected CSV"
                 ) from None
-            yield f"{path} line {line}", "a line that is no CSV"
+            too_long = "field larger than" in str(e)
+            why = f"a cell of over {csv.field_size_limit():,} characters"
+            yield f"{path} line {line}", why if too_long else "a line that is no CSV"
             continue
         if tabs:
             cells = [c[1:-1].replace('""', '"') if _quoted(c) else c for c in cells]

@@ -65,6 +65,10 @@ def test_lines_of_tables_that_are_wrong(tmp_path):
     rows, dropped = rows_of(write(tmp_path / "t.csv", text))
     assert [r.image_id for r in rows] == ["c"]
     assert dropped == {"another number of cells than the header": 1, "a line that is no CSV": 1}
+    text = f'image_id,caption\na,{"x" * 200_000}\nb,"A mass"\n'
+    rows, dropped = rows_of(write(tmp_path / "t.csv", text))
+    assert [r.image_id for r in rows] == ["b"]
+    assert dropped == {"a cell of over 131,072 characters": 1}
     # A stray quote in a table with tabs swallows nothing.
     rows, _ = rows_of(write(tmp_path / "t.tsv", 'image_id\tcaption\na\t"A cyst\nb\tA mass\n'))
     assert [r.fields["caption"] for r in rows] == ['"A cyst', "A mass"]
