@@ -168,7 +168,8 @@ def sides(tmp_path, monkeypatch, repo_root):
     return add
 
 
-KW = dict(size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None)
+KW = dict(size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
+          cores=None)  # fmt: skip
 TRAIN = dict(KW, peer_batch_size=None, rounds=3, steps=2)
 
 

@@ -25,12 +25,12 @@ PARTS = {
     "train_step": (
         "train_speed",
         dict(size="bench-s", peer="hf", what="lora", dtype=None, batch_size=None,
-             peer_batch_size=None, rounds=7, steps=2, remat_policy=None, scan=None),
+             peer_batch_size=None, rounds=7, steps=2, remat_policy=None, scan=None, cores=None),
     ),
     "load": (
         "load_speed",
         dict(size="bench-s", peer="hf", what="lora", dtype=None, batch_size=None, rounds=3,
-             remat_policy=None, scan=None),
+             remat_policy=None, scan=None, cores=None),
     ),
     "input": (
         "input_speed",

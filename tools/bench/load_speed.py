@@ -19,7 +19,7 @@ import time
 from tools.bench import sizes, train_speed, workers
 
 
-def run(*, size, peer, what, dtype, batch_size, rounds, remat_policy, scan):
+def run(*, size, peer, what, dtype, batch_size, rounds, remat_policy, scan, cores):
     """Measures both.
 
     Args:
@@ -39,12 +39,13 @@ def run(*, size, peer, what, dtype, batch_size, rounds, remat_policy, scan):
         raise ValueError(f"--rounds={rounds} must be 1 or more.")
     made = sizes.SIZES[size]
     dtype, rows = dtype or made.dtype, batch_size or made.batch_size
-    train_speed.bind(made.cores)
+    cores = cores or made.cores
+    train_speed.bind(cores)
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="load-speed-") as folder:
         train_speed.draw(folder, size, dtype, what)
         settings = dict(
-            size=size, dtype=dtype, what=what, cores=made.cores, rows=rows, weights=folder,
+            size=size, dtype=dtype, what=what, cores=cores, rows=rows, weights=folder,
             remat_policy=remat_policy or made.remat_policy,
             scan=made.scan if scan is None else scan,
         )  # fmt: skip

@@ -60,7 +60,7 @@ SIZES = {
             vocab_size=8256,
         ),
         res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
-        remat_policy="none", scan=True,
+        remat_policy="dots_with_no_batch_dims_saveable", scan=True,
     ),
     "3b-224": Size(**_3B, res=224, batch_size=8),
     "3b-448": Size(**_3B, res=448, batch_size=8),

@@ -8,13 +8,15 @@ Both sides have the same weights, batch, trained parameters and optimizer; befor
 they make a few steps each, whose losses must be equal (in float32: in bfloat16 they are told). They
 run in processes of their own on the same cores (`workers`) and take turns, so that a busy machine
 slows both. A turn ends when the last loss is there. Figures are medians over turns; compilation and
-first steps are left out. On a machine that others use, too, `cpu_ratio` (of the processor's time)
-is the steadier one, where threads don't wait busily.
+first steps are left out. `cpu_ratio` is of the processor's time.
 
 The peer's batch may be another (--peer_batch_size), as where memory allows it less: `ratio` is of
 seconds an example. `of_peak` is what the chip does of the model's FLOPs (`paligemma_med.flops`, 4N
 for adapters; logits at supervised positions) by the fastest product of two large matrices, in the
 same type, that any side made in the same run.
+
+On a machine that others use, too, PyTorch's threads wait for each other, and do so busily, and the
+ratio grows. With --cores=1 there is no such waiting, and `cpu_ratio` hardly depends on others.
 """
 
 import json
@@ -33,13 +35,14 @@ _MATRIX = {"cpu": 2048}  # rows of the matrices; 8192 on other platforms
 
 
 def run(
-    *, size, peer, what, dtype, batch_size, peer_batch_size, rounds, steps, remat_policy, scan
+    *, size, peer, what, dtype, batch_size, peer_batch_size, rounds, steps, remat_policy, scan,
+    cores,
 ):  # fmt: skip
     """Measures both.
 
     Args:
-      size: a name in `sizes.SIZES`, of which dtype and batch_size are by default, and of ours
-        remat_policy and scan.
+      size: a name in `sizes.SIZES`, of which dtype, batch_size and cores are by default, and of
+        ours remat_policy and scan.
       peer: "hf", "big_vision" or "none".
       what: is trained: "lora", "stage1" or "full".
       peer_batch_size: by default as ours.
@@ -63,9 +66,10 @@ def run(
     rows = {"ours": batch_size}
     if peer != "none":
         rows[peer] = peer_batch_size or batch_size
-    bind(made.cores)
+    cores = cores or made.cores
+    bind(cores)
     settings = dict(
-        size=size, dtype=dtype, what=what, cores=made.cores,
+        size=size, dtype=dtype, what=what, cores=cores,
         remat_policy=remat_policy or made.remat_policy, scan=made.scan if scan is None else scan,
     )  # fmt: skip
     load_before = os.getloadavg()[0]
@@ -136,7 +140,7 @@ def _measure(sides, rows, dtype, rounds, steps):
     # After the memory, since matrices take some, too.
     matrix = _MATRIX.get(kinds["ours"], 8192)
     products = {
-        n: s.ask(do="multiply", n=matrix, times=5)["flops_per_second"] for n, s in sides.items()
+        n: s.ask(do="multiply", n=matrix, times=20)["flops_per_second"] for n, s in sides.items()
     }
     per_example = {n: statistics.median(x) / rows[n] for n, x in seconds.items()}
     flops = {n: sides["ours"].about["flops_per_example"] / s for n, s in per_example.items()}

@@ -179,7 +179,9 @@ def machine():
     """One line on this machine: its processor, and how many cores this process may use."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
         name = re.search(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)
-    return f"{len(os.sched_getaffinity(0))} cores of {name[1] if name else 'an unknown CPU'}"
+    cores = len(os.sched_getaffinity(0))
+    of = name[1] if name else "an unknown CPU"
+    return f"{cores} core{'s' * (cores > 1)} of {of}"
 
 
 def median(values):
