@@ -77,7 +77,9 @@ def full_forward(model, params, batch, new):
     return logp[np.arange(len(new)), lengths - 1 + np.array([len(t) for t in new])]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("gqa", "mha"))) for m in MODELS]
+)
 def test_greedy_equals_step_by_step_full_forward_passes(name):
     model, params = make(name)
     batch = make_batch([1, 2, 3, 4, 5, 6], text_len=7)
@@ -386,7 +388,13 @@ def test_bfloat16_stays_near_float32():
     assert np.isfinite(longer).all()
 
 
-@pytest.mark.parametrize("strategy", ["replicate", 'fsdp(axis="data", min_size_to_shard_mb=0)'])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("replicate", marks=pytest.mark.slow),
+        'fsdp(axis="data", min_size_to_shard_mb=0)',
+    ],
+)
 def test_on_a_mesh(strategy):
     model, params = make()
     mesh = sharding.make_mesh()
