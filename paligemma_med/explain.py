@@ -118,8 +118,11 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
     arrays, score = report.measure(
         loaded.model, loaded.params, seen, prompt, answer_ids, methods=methods, fill=fill
     )
-    others = score(np.stack([x for name, x in images.items() if name != "image"]))
-    others = dict(zip([name for name in images if name != "image"], others))
+    names = [name for name in images if name != "image"]
+    # In batches as occlusion's, whose program is compiled already.
+    size = report.BATCH if "occlusion" in methods else len(names)
+    others = occlusion.in_batches(score, [images[name] for name in names], size)
+    others = dict(zip(names, others))
 
     out = dict(
         arrays,

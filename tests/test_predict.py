@@ -92,7 +92,8 @@ def test_command_line(run, repo_root):
 
 def test_a_run_given_as_checkpoint_brings_its_config(run):
     """--checkpoint of a run's folder, or of a step of it, needs no --config beside it."""
-    workdir, config, _ = run
+    workdir, *_ = run
+    config = experiment.config_from_json(workdirs.read_config(workdir))
     values = flags.FlagValues()
     for name in ("config", "workdir", "checkpoint", "adapter"):
         flags.DEFINE_string(name, None, "", flag_values=values)

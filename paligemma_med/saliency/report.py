@@ -24,10 +24,11 @@ ROLLOUTS = {
 CELLS = 8  # occluded cells along the longer side, at most
 REGIONS = 4  # lines of the coarse grid whose rectangles are occluded
 OTHERS = 5  # alternatives to a token
+BATCH = 32  # images a pass of occlusion
 
 
 def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fill="blur",
-            batch_size=32):  # fmt: skip
+            batch_size=BATCH):  # fmt: skip
     """The arrays of one answer.
 
     Args:
