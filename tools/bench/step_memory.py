@@ -9,10 +9,7 @@ resident memory from just before the weights are made; each case has a process o
 --config: models of 0.6 to 1.5 GB, trained whole, by LoRA and by the head alone.
 """
 
-import ctypes
-import gc
 import json
-import re
 import subprocess
 import sys
 
@@ -23,6 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import dry_run, experiment, sharding
+from tools.bench.workers import forget_peak, resident
 
 CONSTANT = dict(decay_type="constant")
 LORA = [("(img/Transformer|llm/layers)/.*", dict(rank=16))]
@@ -54,20 +52,6 @@ def make_config(depth, remat_policy="nothing_saveable", **kw):
     for key, value in kw.items():
         c[key] = value
     return c
-
-
-def resident(name):
-    """VmRSS or VmHWM (its peak) of this process, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as f:
-        return int(re.search(rf"{name}:\s+(\d+) kB", f.read())[1]) * 1024
-
-
-def forget_peak():
-    """Gives back what is free, so that growth is growth, and starts the peak anew."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
-        f.write("5")
 
 
 def draw_leaf(x):

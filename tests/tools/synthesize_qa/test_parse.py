@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import time
 
 import pytest
@@ -345,15 +343,10 @@ def test_long_and_hostile_texts_take_linear_time():
 
 
 @pytest.mark.real_data
-def test_the_authors_records():
+def test_the_authors_records(real_data):
     """Their 2,052 records: none fails, five pairs each, and the same as the builders read."""
-    folder = os.environ.get("PALIGEMMA_MED_REAL_DATA")
-    if not folder:
-        pytest.skip("PALIGEMMA_MED_REAL_DATA is not set")
     forms, counts = {}, {}
-    for record in medm_qa.iter_objects(
-        pathlib.Path(folder) / "medm" / "qa_pairs_generated_all.json"
-    ):
+    for record in medm_qa.iter_objects(real_data / "medm" / "qa_pairs_generated_all.json"):
         reply = read_reply(record["qa_pairs_raw"])
         counts[len(reply.pairs)] = counts.get(len(reply.pairs), 0) + 1
         forms[reply.form] = forms.get(reply.form, 0) + 1

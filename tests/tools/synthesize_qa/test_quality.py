@@ -1,8 +1,5 @@
 """Scores by hand, tags of all rules, and the authors' released questions by both measures."""
 
-import os
-import pathlib
-
 import pytest
 
 from data_prep.curate.words import as_words
@@ -86,12 +83,9 @@ def test_leaks_of_a_file(tmp_path, capsys):
 
 
 @pytest.mark.real_data
-def test_the_authors_questions_by_their_measure():
+def test_the_authors_questions_by_their_measure(real_data):
     """All of theirs: 35 % on average, half or more in 27 %; these are the first 400 of each."""
-    folder = os.environ.get("PALIGEMMA_MED_REAL_DATA")
-    if not folder:
-        pytest.skip("PALIGEMMA_MED_REAL_DATA is not set")
-    folder = pathlib.Path(folder) / "medm"
+    folder = real_data / "medm"
     for split, mean, half in (("test", 0.364, 0.295), ("valid", 0.359, 0.2725)):
         path = folder / f"roco_{split}_qa.first400.json"
         found = leaks.measure(path, answer_is_caption=True)
