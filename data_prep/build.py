@@ -1,8 +1,9 @@
-"""Build a data set as TFDS array_record files, from files on this machine; nothing is downloaded.
+"""Build a data set for TFDS, from files on this machine; nothing is downloaded.
 
 Example:
   python -m data_prep.build slake --manual_dir ~/data/Slake1.0 --data_dir ~/tensorflow_datasets
   python -m data_prep.build phantom --data_dir /tmp/data
+  python -m data_prep.build slake --file_format=tfrecord --manual_dir … --data_dir ~/tfrecord
 """
 # The docstring above is what --help prints.
 #
@@ -25,7 +26,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import files
+from data_prep import files, tfrecord
 from data_prep import report as report_lib
 from data_prep.files import DataError
 from data_prep.vqa_builder import REPORT_NAME, Option
@@ -95,10 +96,18 @@ def _already_built(
     final: pathlib.Path,
     made_with: Mapping[str, Any],
     defaults: Mapping[str, Any],
+    file_format: str,
 ) -> bool:
     """Says so if it's built; DataError if it was made with other settings than asked for."""
-    if not (final / "dataset_info.json").is_file():
+    info_path = final / "dataset_info.json"
+    if not info_path.is_file():
         return False
+    built = files.read_json(info_path).get("fileFormat")
+    if built != file_format:
+        raise DataError(
+            f"{final}: already built as {built}, asked for file_format={file_format}; give "
+            "another --data_dir, or --overwrite to have this format in its place"
+        )
     report_path = final / REPORT_NAME
     report = files.read_json(report_path) if report_path.is_file() else {}
     # A set built before an option existed is as its default makes it.
@@ -140,17 +149,18 @@ def _build_one(
     drawn_with: dict[str, Any],
     options: dict[str, Any],
     beam_options: Sequence[str] | None,
+    file_format: str,
 ) -> pathlib.Path:
-    settings = dict(config=config, file_format="array_record", options=options)
+    settings = dict(config=config, file_format=file_format, options=options)
     builder = module.Builder(data_dir=data_dir, **settings)
     made_with = {**drawn_with, **builder.options}
     defaults = {k: o.default for k, o in builder.OPTIONS.items()}
     full_name, final = builder.info.full_name, pathlib.Path(builder.data_path)
     # Asked before taking the lock, which a read-only data_dir has no room for, and again after.
-    if not overwrite and _already_built(full_name, final, made_with, defaults):
+    if not overwrite and _already_built(full_name, final, made_with, defaults, file_format):
         return final
     with _staging(data_dir, full_name.replace("/", "-")) as staging:
-        if not overwrite and _already_built(full_name, final, made_with, defaults):
+        if not overwrite and _already_built(full_name, final, made_with, defaults, file_format):
             return final
         start = time.monotonic()
         if manual_dir is None:
@@ -190,6 +200,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     beam_options: Sequence[str] | None = None,
     report: str | os.PathLike | None = None,
+    file_format: str = tfrecord.ARRAY_RECORD,
 ) -> dict[str, pathlib.Path]:
     """Builds one data set, or says that it is built already. Prints what it does.
 
@@ -205,6 +216,8 @@ def build(
       beam_options: None: no Beam. Else the arguments of its pipeline, such as
         ["--runner=FlinkRunner"]; [] runs it on this machine.
       report: folder for `data_prep.report` of what is built, or was already.
+      file_format: "array_record", which this project reads, or "tfrecord", for `tf.data` and
+        big_vision: the same records in the same order. A data_dir holds a set in one of them.
 
     Returns:
       {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
@@ -222,6 +235,15 @@ def build(
     if unknown := [k for k in options if k not in module.Builder.OPTIONS]:
         known = ", ".join(module.Builder.OPTIONS) or "none"
         raise DataError(f"{name}: unknown option {', '.join(unknown)}; its options: {known}")
+    if file_format not in tfrecord.FORMATS:
+        raise DataError(
+            f"{name}: unknown file_format {file_format!r}; known ones: "
+            f"{', '.join(tfrecord.FORMATS)}"
+        )
+    if file_format == tfrecord.TFRECORD:
+        tfrecord.check_installed()
+        if report is not None:
+            raise DataError(f"{name}: a report is made of array_record files, not of tfrecord")
     if report is not None:
         report_lib.check_installed()
     if beam_options is not None:
@@ -254,7 +276,15 @@ def build(
     drawn_with = {k: v for k, v in drawn_with.items() if v is not None}
     made = {
         f"{name}/{c}" if c else name: _build_one(
-            module, c, manual_dir, data_dir, overwrite, drawn_with, options, beam_options
+            module,
+            c,
+            manual_dir,
+            data_dir,
+            overwrite,
+            drawn_with,
+            options,
+            beam_options,
+            file_format,
         )
         for c in configs
     }
@@ -282,6 +312,12 @@ def _define_flags() -> None:
         "data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets."
     )
     flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
+    flags.DEFINE_enum(
+        "file_format",
+        tfrecord.ARRAY_RECORD,
+        list(tfrecord.FORMATS),
+        "tfrecord is for big_vision's TensorFlow readers.",
+    )
     flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
     flags.DEFINE_list("num_images", None, "phantom: number of images in train,validate,test.")
     flags.DEFINE_integer("seed", None, "Seed of drawings, or of what a data set draws by lot.")
@@ -330,6 +366,7 @@ def main(argv: Sequence[str]) -> None:
             options={k: v for k in _options() if (v := flags.FLAGS[k].value) is not None},
             beam_options=(beam_options or []) if flags.FLAGS.beam else None,
             report=flags.FLAGS.report,
+            file_format=flags.FLAGS.file_format,
         )
     except DataError as e:
         sys.exit(f"error: {e}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep import files
+from data_prep import files, tfrecord
 from data_prep.flat_memory import flat_memory
 
 REPORT_NAME = "build_report.json"
@@ -94,6 +94,11 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
         """The report as lines for a person."""
         raise NotImplementedError
+
+    def _example_writer(self) -> Any:
+        if self.info.file_format.value == tfrecord.TFRECORD:
+            return tfrecord.ExampleWriter(self.info.file_format)
+        return super()._example_writer()
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         with flat_memory():
