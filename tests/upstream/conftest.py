@@ -1,0 +1,40 @@
+"""Tests beside big_vision: skipped, with the reason, where it isn't found.
+
+TensorFlow and big_vision change a process for good (sys.modules, JAX's settings), so tests marked
+`big_vision` run what needs them through `run_python`, in a process of its own.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from paligemma_med import upstream
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("big_vision")]
+    if marked and (why := upstream.missing()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run(*argv, timeout=600, **env): `python *argv` from the root of the repository on one CPU
+    device. Gives its stdout; a failure shows both streams."""
+
+    def run(*argv, timeout=600, **env):
+        env = {**os.environ, "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "2", **env}
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True,
+            timeout=timeout,
+        )  # fmt: skip
+        assert not done.returncode, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done.stdout
+
+    return run
