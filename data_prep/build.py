@@ -151,7 +151,8 @@ def _build_one(
     beam_options: Sequence[str] | None,
     file_format: str,
 ) -> pathlib.Path:
-    settings = dict(config=config, file_format=file_format, options=options)
+    # No file_format here: TFDS refuses another than that of a set which is there already.
+    settings = dict(config=config, options=options)
     builder = module.Builder(data_dir=data_dir, **settings)
     made_with = {**drawn_with, **builder.options}
     defaults = {k: o.default for k, o in builder.OPTIONS.items()}
@@ -166,7 +167,7 @@ def _build_one(
         if manual_dir is None:
             manual_dir = module.make_raw(data_dir / "downloads" / builder.name, **drawn_with)
         print(f"building {full_name} from {manual_dir} ...", flush=True)
-        builder = module.Builder(data_dir=staging, **settings)
+        builder = module.Builder(data_dir=staging, file_format=file_format, **settings)
         builder.cache_dir = data_dir / ".building" / f"{builder.name}-checked"
         builder.beam = beam_options is not None
         # TFDS prints the staging folder as if it were the result; its progress bars are on stderr.

@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import files
+from data_prep import files, tfrecord
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
@@ -106,6 +106,7 @@ def describe_set(
     path = folder / REPORT_NAME
     build = files.read_json(path) if path.is_file() else {"splits": {}}
     builder = tfds.builder_from_directory(folder)
+    tfrecord.check_random_access(builder.info.file_format, folder)
     panels, splits = _panels(builder.info.features), {}
     for split in builder.info.splits:
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})

@@ -196,8 +196,9 @@ def open_source(data: Mapping[str, Any]) -> Source:
         return Source(name, split, builder)
     except NotImplementedError:
         raise InputError(
-            f"{folder} holds {builder.info.file_format.value} files, expected array_record; "
-            "build it again with file_format=array_record"
+            f"{folder} holds {builder.info.file_format.value} files, expected array_record, which "
+            "`python -m data_prep.build` makes unless told otherwise; build it into another "
+            "--data_dir, and point data.data_dir or $TFDS_DATA_DIR there"
         ) from None
 
 

@@ -131,6 +131,8 @@ def _medm(path: pathlib.Path) -> Source:
 def _tfds(spec: str, data_dir: str | os.PathLike | None) -> Source:
     import tensorflow_datasets as tfds
 
+    from data_prep import tfrecord
+
     name, _, split = spec.removeprefix("tfds:").rpartition(":")
     if not name or not split:
         raise DataError(f"{spec}: expected tfds:NAME:SPLIT, such as tfds:medpix2/qa:train")
@@ -140,6 +142,7 @@ def _tfds(spec: str, data_dir: str | os.PathLike | None) -> Source:
     except Exception as e:  # TFDS raises a dozen kinds
         reason = " ".join(str(e).split())
         raise DataError(f"{spec}: no such built data set in {data_dir} ({reason:.200})") from None
+    tfrecord.check_random_access(builder.info.file_format, f"{spec}, {builder.data_path}")
     texts = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Text)]
     if missing := [k for k in KEYS if k not in texts]:
         raise DataError(f"{spec}: no text feature {', '.join(missing)}; expected questions")
