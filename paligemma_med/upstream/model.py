@@ -1,28 +1,39 @@
 """Our model as big_vision's trainer wants one: model_name = "paligemma_med".
 
-big_vision builds `Model(**config.model)` and calls `load(shapes, config.model_init, config.model,
+It builds `Model(**config.model)` and calls `load(shapes, config.model_init, config.model,
 **config.model_load)`. config.model holds `img` and `llm` as here, and beside them what stands at
 the top of our configs: `dtype`, `attn_impl` and `lora`.
 """
 
-from collections.abc import Mapping
+import math
+import re
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
-from flax.core import unfreeze
-from ml_collections import ConfigDict
 
-from paligemma_med import checkpoints, experiment
+from paligemma_med import experiment
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
 
-Model = paligemma.Model
+
+def Model(*, lora=(), **kw):  # noqa: N802 (big_vision's name for it)
+    """`paligemma.Model` of these arguments.
+
+    Args:
+      lora: ((regex, (("rank", 8), ("alpha", 32), …)), …), None in place of the pairs for no
+        adapter. A frozen config can hold no dict within a tuple; dicts are taken, too.
+    """
+    return paligemma.Model(lora=_as_dicts(lora), **kw)
+
+
+def _as_dicts(rules):
+    return tuple((regex, spec if spec is None else dict(spec)) for regex, spec in rules)
 
 
 def load(
-    init_params, init_file, model_cfg, *, resample_posemb=False, adapter_init=None,
-    frozen_dtype="float32", trained=(),
+    init_params, init_file, model_cfg, *, resample_posemb=False, adapter_init="",
+    frozen_dtype="float32", trained=((".*", True),),
 ):  # fmt: skip
     """Weights of any form that our `model_init` takes, fitted to the model.
 
@@ -32,14 +43,39 @@ def load(
       model_cfg: config.model.
       resample_posemb: take position embeddings of another resolution, and resample them.
       adapter_init: a PEFT folder to take LoRA factors from.
-      frozen_dtype: type of the leaves that aren't `trained`.
-      trained: names of those that are, which stay float32; by default all.
+      frozen_dtype: of the leaves that aren't trained; those that are stay float32.
+      trained: ((regex, bool), …) over names of leaves, of which the first full match counts.
 
     Returns:
-      The tree with numpy arrays for what was found. LoRA factors that aren't there remain
+      The tree, with numpy arrays for what was found. LoRA factors that are in no file remain
       jax.ShapeDtypeStruct, which big_vision then initialises.
 
     Raises:
       checkpoints.CheckpointError: the weights don't fit the model.
     """
-    raise NotImplementedError
+    config = ml_collections.ConfigDict(model_cfg).unlock().to_dict()
+    towers = {part: config[part] for part in ("img", "llm") if part in config}
+    config = ml_collections.ConfigDict(
+        dict(
+            model=towers,
+            lora=_as_dicts(config.get("lora") or ()),
+            model_init=init_file,
+            adapter_init=adapter_init or None,
+            resample_posemb=resample_posemb,
+            res=_resolution(init_params),
+        )
+    )
+    host, adapter = experiment.initial_host_params(config, experiment.make_model(config))
+    out = npz.flatten_tree(init_params)
+    for name, array in {**host, **adapter}.items():
+        is_trained = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
+        out[name] = np.asarray(array).astype(
+            jax.numpy.dtype("float32" if is_trained else frozen_dtype)
+        )
+    return npz.unflatten_tree(out)
+
+
+def _resolution(params):
+    """Side in pixels of the images that parameters of these shapes are for."""
+    img = params["img"]
+    return math.isqrt(img["pos_embedding"].shape[1]) * img["embedding"]["kernel"].shape[0]
