@@ -238,10 +238,13 @@ def its_own(section, tokenizer, outfile="{workdir}/{split}.json"):
         raise ValueError(
             f"pred_kw is {dict(kw)}; big_vision's VQA evaluator takes one greedy answer."
         )
-    kept = {k: section[k] for k in ("data", "pp_fn", "batch_size", *config_values.WHEN)
+    kept = {k: section[k] for k in ("data", "batch_size", *config_values.WHEN)
             if k in section}  # fmt: skip
     return dict(
         type="proj.paligemma.transfers.vqa",
+        # It would put any other text on a device, too.
+        pp_fn=section["pp_fn"] + '|keep("image", "text", "mask_ar", "mask_input", '
+        '"question_id", "answer")',
         pred="decode",
         pred_kw=dict(max_decode_len=kw["max_new_tokens"]),
         tokenizer=tokenizer,
