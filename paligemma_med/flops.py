@@ -37,6 +37,11 @@ _ORDER = (
 )
 _LOGITS = len(_ORDER)
 _STACKS = {"img": "img/Transformer/encoderblock/", "llm": "llm/layers/"}
+# Their shape tells layers, heads and the width of a head.
+_ATTENTION_OUT = {
+    "img": "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel",
+    "llm": "llm/layers/attn/attn_vec_einsum/w",
+}
 # The last names of weights that meet activations in a matrix product.
 _PRODUCTS = ("kernel", "w", "gating_einsum", "linear", "lora_a", "lora_b", "input_embedding")
 
@@ -116,16 +121,71 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
             recompute += once
 
     attention = 0
-    for tower, out in (
-        ("img", "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel"),
-        ("llm", "llm/layers/attn/attn_vec_einsum/w"),
-    ):
+    for tower, out in _ATTENTION_OUT.items():
         layers, heads, width, _ = params[out].shape
         once = 4 * layers * heads * width * tokens[tower] ** 2
         attention += once * (1 + 2 * backward[tower])
         if backward[tower] and policies[tower] not in _SAVES_ALL:
             recompute += once
     return Flops(weights, attention, recompute)
+
+
+def count_pass(model, *, res, text_len, logits):
+    """FLOPs of one example's forward pass.
+
+    Args:
+      model: `paligemma.Model`.
+      res, text_len: pixels and text tokens.
+      logits: how many positions have logits.
+
+    Returns:
+      Flops.
+    """
+    weights, table, patches, score = _parts(model, res)
+    tokens = {"img": patches, "llm": patches + text_len}
+    products = sum(2 * weights[k] * n for k, n in tokens.items()) + 2 * table * logits
+    return Flops(products, sum(score[k] * n**2 for k, n in tokens.items()), 0)
+
+
+def count_answers(model, *, res, prompt_len, samples, tokens):
+    """FLOPs of drawing answers to one question as `decode` does: the image and the prompt are read
+    once, however many answers there are, and each token but an answer's last is read once.
+
+    Args:
+      model: `paligemma.Model`.
+      res, prompt_len: pixels and the prompt's tokens.
+      samples, tokens: answers, and tokens of each.
+
+    Returns:
+      Flops, all answers together.
+    """
+    prompt = count_pass(model, res=res, text_len=prompt_len, logits=1)
+    weights, table, patches, score = _parts(model, res)
+    steps = samples * (tokens - 1)
+    seen = sum(patches + prompt_len + i for i in range(1, tokens)) * samples
+    return Flops(
+        prompt.per_example_model + 2 * (weights["llm"] + table) * steps,
+        prompt.per_example_attention + score["llm"] * seen,
+        0,
+    )
+
+
+def _parts(model, res):
+    """({tower: weights of its products}, those of the vocabulary table, image tokens, {tower: FLOPs
+    of attention's two products for a query and a key})."""
+    params = npz.flatten_tree(paligemma.abstract_params(model, image_size=res))
+    weights, table = {"img": 0, "llm": 0}, 0
+    for name, leaf in params.items():
+        last = name.rpartition("/")[2]
+        if last == "input_embedding":
+            table += leaf.size
+        elif last in _PRODUCTS:
+            weights[name.split("/")[0]] += leaf.size
+    scores = {}
+    for tower, out in _ATTENTION_OUT.items():
+        layers, heads, width, _ = params[out].shape
+        scores[tower] = 4 * layers * heads * width
+    return weights, table, params["img/pos_embedding"].shape[1], scores
 
 
 def _place(name):

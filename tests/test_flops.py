@@ -5,7 +5,8 @@ import types
 import jax
 import pytest
 
-from paligemma_med import experiment, flops, optim, train_step
+from paligemma_med import decode, experiment, flops, optim, train_step
+from paligemma_med.models import paligemma
 from tests import tiny
 
 CONSTANT = dict(decay_type="constant")
@@ -115,6 +116,39 @@ def test_four_and_six_per_weight_and_token():
     assert found(HEAD).per_example_attention == attention[0] + 3 * attention[1]
     assert found(CONSTANT).per_example_attention == 3 * sum(attention)
     assert found(CONSTANT).per_example_recompute == 0
+
+    # Without a backward pass: 2 each. Two answers of four tokens read six tokens behind the prompt.
+    m = experiment.make_model(tiny.config(model=model))
+    forward = flops.count_pass(m, res=32, text_len=text, logits=logits)
+    assert forward.per_example_model == 2 * (below + head + above)
+    assert forward.per_example_attention == sum(attention)
+    answers = flops.count_answers(m, res=32, prompt_len=text, samples=2, tokens=4)
+    above = sizes["llm"] * (tokens + 6) + sizes["table"] * (1 + 6)
+    assert answers.per_example_model == 2 * (below + head + above)
+    seen = 2 * (3 * tokens + 1 + 2 + 3)
+    assert answers.per_example_attention == sum(attention) + 4 * 3 * 12 * seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3])
+def test_answers_agree_with_xla(samples):
+    """Of two tokens: XLA counts a loop's body once, and the second token is one turn of it."""
+    c, model, _, _ = make(HEAD)
+    abstract = paligemma.abstract_params(model, image_size=RES)
+    text = jax.ShapeDtypeStruct((BATCH, 16), "int32")
+    batch = dict(text=text, mask_ar=text, mask_input=text)
+    batch["image"] = jax.ShapeDtypeStruct((BATCH, RES, RES, 3), "float32")
+    batch["row_id"] = jax.ShapeDtypeStruct((BATCH,), "uint32")
+    batch["skip"] = jax.ShapeDtypeStruct((BATCH,), bool)
+    one = jax.ShapeDtypeStruct((), "float32")
+    lowered = decode._generate.lower(
+        model, abstract, batch, jax.eval_shape(lambda: jax.random.key(0)), one, one, one,
+        jax.ShapeDtypeStruct((), "int32"), max_new_tokens=2, num_samples=samples, greedy=True,
+        text_len=16,
+    )  # fmt: skip
+    of_xla = lowered.compile().cost_analysis()["flops"] / BATCH
+    found = flops.count_answers(model, res=RES, prompt_len=16, samples=samples, tokens=2)
+    assert 0.95 < found.per_example_executed / of_xla < 1.0
 
 
 def test_logits_cost_by_supervised_positions():
