@@ -31,7 +31,7 @@ from paligemma_med import (
     optim,
     sharding,
 )
-from paligemma_med.checkpoints import fingerprint, npz, workdir
+from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.models import lora, paligemma
 from paligemma_med.pp import tokenizer
 
@@ -187,7 +187,26 @@ def initial_params(config, model, mesh, *, dtypes=None):
     abstract = abstract_params(config, model)
     shardings = param_shardings(config, abstract, mesh)
     dtypes = dtypes or param_dtypes(config, abstract, abstract)
-    host, adapter = {}, {}
+    host, adapter = initial_host_params(config, model)
+    random = [n for n in abstract if n not in host and n not in adapter]
+    beside = {*random, *adapter}
+    params = place_params({**host, **adapter}, dtypes, shardings)
+    if random:
+        params |= _random_params(config, model, random, dtypes, shardings)
+    return {n: params[n] for n in abstract}, beside
+
+
+def initial_host_params(config, model):
+    """What files give of the parameters that training starts from, on the host.
+
+    Returns:
+      ({name: array, which may still be in its file} of config.model_init, the same of
+      config.adapter_init); either may be empty.
+
+    Raises:
+      checkpoints.CheckpointError: what was found doesn't fit the config.
+    """
+    abstract, host, adapter = abstract_params(config, model), {}, {}
     if config.get("model_init"):
         host = load_host_params(config.model_init, abstract, config.get("resample_posemb"))
         if any(map(lora.is_factor, host)):
@@ -196,12 +215,7 @@ def initial_params(config, model, mesh, *, dtypes=None):
         if any(map(lora.is_factor, host)):
             raise _two_adapters(config)
         adapter = load_host_adapter(config, model)
-    random = [n for n in abstract if n not in host and n not in adapter]
-    beside = {*random, *adapter}
-    params = place_params({**host, **adapter}, dtypes, shardings)
-    if random:
-        params |= _random_params(config, model, random, dtypes, shardings)
-    return {n: params[n] for n in abstract}, beside
+    return host, adapter
 
 
 def _two_adapters(config):
@@ -263,14 +277,16 @@ def _same_scale(a, b):
 
 
 def _rules_of_run(spec):
-    """config.lora of the workdir `spec`; None if it is no workdir or has none."""
+    """config.lora of the workdir `spec`, ours or big_vision's; None if it is none or has none."""
     return _config_of_run(spec).get("lora") or None
 
 
 def _config_of_run(spec):
     """config.json of the workdir `spec` as a dict; empty if it is no workdir."""
-    found = workdir.split_spec(spec) if isinstance(spec, str) else None
-    return workdir.read_config(found[0]) if found else {}
+    if not isinstance(spec, str):
+        return {}
+    found = workdir.split_spec(spec)
+    return workdir.read_config(found[0]) if found else bv.read_config(spec)
 
 
 def load(config, checkpoint):
@@ -559,7 +575,7 @@ def config_to_json(config):
 def _absolute(spec):
     path, part = npz.split_spec(spec)
     path = os.path.abspath(os.path.expanduser(path))
-    return workdir.pin(path) + (f":{part}" if part else "")
+    return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")
 
 
 def config_from_json(plain):

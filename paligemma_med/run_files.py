@@ -12,7 +12,7 @@ import os
 from absl import logging
 
 from paligemma_med import distributed, experiment
-from paligemma_med.checkpoints import fingerprint, npz, workdir
+from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 
@@ -24,7 +24,7 @@ def keep_model_init(config, folder):
         init = config.get("model_init")
         if isinstance(old, str) and isinstance(init, str):
             init = os.path.abspath(os.path.expanduser(init.removesuffix("@best")))
-            if old.rpartition("@")[0] == init:
+            if init in {old.rpartition("@")[0], *bv.pinned_from(old)}:
                 with config.unlocked():
                     config.model_init = old
 

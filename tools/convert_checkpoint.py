@@ -3,9 +3,12 @@
     python -m tools.convert_checkpoint pt_224.npz out/paligemma --to=hf --dtype=bfloat16
     python -m tools.convert_checkpoint out/stage2 out/adapter --to=peft
     python -m tools.convert_checkpoint out/stage2 out/merged --to=hf --merge
+    python -m tools.convert_checkpoint out/stage2 out/bv --to=big_vision
 
-The source is an npz file, a Hugging Face or Orbax folder, or a workdir. Weights go from file to
-file one parameter at a time, and what is written appears whole or not at all.
+The source is an npz file, a Hugging Face or Orbax folder, a workdir, or a training checkpoint of
+big_vision's. --to=big_vision writes such a one, of a workdir: with it as its own workdir, its
+trainer goes on where the run was. Weights go from file to file one parameter at a time, and what is
+written appears whole or not at all.
 """
 
 import os
@@ -16,11 +19,11 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft
+from paligemma_med.checkpoints import CheckpointError, adapter, bv, hf, npz, peft
 from paligemma_med.experiment import command
 from paligemma_med.models import lora
 
-FORMS = ("npz", "hf", "peft", "orbax")
+FORMS = ("npz", "hf", "peft", "orbax", "big_vision")
 
 
 def convert(
@@ -32,7 +35,7 @@ def convert(
     Args:
       src: anything `checkpoints.open_params` takes.
       dst: file or folder to write.
-      to: one of FORMS; "peft" writes the adapters alone.
+      to: one of FORMS; "peft" writes the adapters alone, "big_vision" a run's whole state.
       dtype: what floats are cast to; None keeps each as it is.
       merge: put adapters into the weights that they adapt.
       adapter_dir: a PEFT adapter that is put beside the weights of `src` first.
@@ -50,6 +53,11 @@ def convert(
         raise CheckpointError(f"--to={to} writes whole models: --part is for npz and orbax")
     if not overwrite and os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists; pass --overwrite to replace it")
+    if to == "big_vision":
+        if merge or adapter_dir:
+            raise CheckpointError("--to=big_vision writes a run as it is: no --merge, no --adapter")
+        _to_big_vision(src, dst, dtype, overwrite)
+        return
     params = checkpoints.open_params(src)
     model, rules = _model_of(src)
     specs = {}
@@ -70,12 +78,7 @@ def convert(
         if part not in params:
             raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
         params = {part: params[part]}
-    total = sum(leaf.nbytes for leaf in npz.flatten_tree(params).values())
-    # In a log each state of the bar is a line of its own.
-    every = 0.1 if sys.stderr.isatty() else 10
-    with tqdm.tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"--to={to}", mininterval=every
-    ) as bar:
+    with _bar(npz.flatten_tree(params), to) as bar:
         kw = dict(dtype=dtype, progress=bar.update)
         if to == "npz":
             npz.save_npz(dst, params, **kw)
@@ -87,6 +90,27 @@ def convert(
             orbax.save_orbax(dst, params, overwrite=overwrite, **kw)
 
 
+def _to_big_vision(src, dst, dtype, overwrite):
+    if checkpoints.kind_of(src) != "workdir":
+        raise CheckpointError(
+            f"{src} has no optimizer's state: --to=big_vision is for the workdir of a run; as "
+            "weights to start from, big_vision reads --to=npz"
+        )
+    from paligemma_med.upstream import state  # it needs no big_vision
+
+    step, found = state.train_state(src)
+    with _bar(bv.flatten(found), "big_vision") as bar:
+        prefix = os.path.join(dst, bv.PREFIX)
+        bv.save_bv(prefix, step, found, dtype=dtype, overwrite=overwrite, progress=bar.update)
+
+
+def _bar(flat, to):
+    # In a log each state of the bar is a line of its own.
+    every = 0.1 if sys.stderr.isatty() else 10
+    total = sum(leaf.nbytes for leaf in flat.values())
+    return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"--to={to}", mininterval=every)
+
+
 def _model_of(src):
     """((img, llm), config.lora) as far as the source records them: None is unknown."""
     kind = checkpoints.kind_of(src)
@@ -96,9 +120,14 @@ def _model_of(src):
         from paligemma_med.checkpoints import workdir
 
         config = workdir.read_config(workdir.split_spec(src)[0])
-        model = config.get("model") or {}
-        return (model.get("img") or {}, model.get("llm") or {}), config.get("lora")
-    return (None, None), None
+    elif kind == "big_vision":
+        config = bv.read_config(src)
+    else:
+        config = {}
+    model = config.get("model")
+    if model is None:
+        return (None, None), None
+    return (model.get("img") or {}, model.get("llm") or {}), config.get("lora")
 
 
 def _specs_of(src, params, rules):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints import bv, lazy
 from paligemma_med.checkpoints.adapter import (
     Adapter,
     apply_adapter,
@@ -62,12 +62,13 @@ __all__ = [
 
 _FORMS = (
     "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face PaliGemma directory, "
-    "an Orbax checkpoint, or a workdir of this project (or one 'workdir@step' of its checkpoints)"
+    "an Orbax checkpoint, a workdir of this project (or one 'workdir@step' of its checkpoints), or "
+    "a training checkpoint of big_vision's (folder, prefix 'x/checkpoint.bv' or workdir)"
 )
 
 
 def kind_of(spec) -> str:
-    """Which form of weights `spec` names: "npz", "hf", "orbax" or "workdir".
+    """Which form of weights `spec` names: "npz", "hf", "orbax", "workdir" or "big_vision".
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -77,6 +78,11 @@ def kind_of(spec) -> str:
     if os.path.isdir(spec):
         entries = set(os.listdir(spec))
         if {"config.json", "checkpoints"} <= entries:
+            if bv.PREFIX + bv.LAST in entries:
+                raise CheckpointError(
+                    f"{spec} holds checkpoints of this project and of big_vision's: name "
+                    f"{spec}@step, or {os.path.join(spec, bv.PREFIX)}"
+                )
             return "workdir"
         if "adapter_config.json" in entries:
             raise CheckpointError(
@@ -87,6 +93,8 @@ def kind_of(spec) -> str:
             return "hf"
         if "_METADATA" in entries:
             return "orbax"
+        if bv.find(spec):
+            return "big_vision"
         if any(e.endswith((".bin", ".pt", ".pth")) for e in entries):
             raise CheckpointError(
                 f"{spec} holds PyTorch pickles, which are never read: save it with "
@@ -101,6 +109,8 @@ def kind_of(spec) -> str:
     path, _ = split_spec(spec)
     if path.lower().endswith(".npz"):
         return "npz"
+    if bv.find(spec):
+        return "big_vision"
     if not os.path.exists(path):
         raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
     raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
@@ -111,7 +121,7 @@ def open_params(spec) -> dict:
 
     Args:
       spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
-        or "workdir@step".
+        or "workdir@step", or a training checkpoint of big_vision's, as `bv.find` takes it.
 
     Returns:
       {"img": …, "llm": …} (or the subtree asked for), layers stacked on a leading axis; dtypes as
@@ -132,6 +142,8 @@ def open_params(spec) -> dict:
         from paligemma_med.checkpoints import orbax
 
         return stack_layers(orbax.open_orbax(spec))
+    if kind == "big_vision":
+        return stack_layers(bv.open_bv(spec))
     from paligemma_med.checkpoints import workdir
 
     return workdir.open_params(spec)

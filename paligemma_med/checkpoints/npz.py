@@ -254,10 +254,11 @@ def save_npz(path, params: Mapping, *, dtype=None, prefix: str = _PREFIX, progre
             entry = zipfile.ZipInfo(f"{prefix}{key}.npy")
             entry.external_attr = 0o644 << 16
             with archive.open(entry, "w", force_zip64=True) as out:
-                _write_array(out, _numbers(key, flat[key]), dtype, progress)
+                _write_array(out, numbers(key, flat[key]), dtype, progress)
 
 
-def _numbers(key: str, leaf) -> np.ndarray:
+def numbers(key: str, leaf) -> np.ndarray:
+    """`leaf` as an array; CheckpointError if it isn't one of numbers."""
     array = np.asarray(leaf)
     if array.dtype != BFLOAT16 and array.dtype.kind not in "fiubc":
         raise CheckpointError(

@@ -358,15 +358,7 @@ def open_params(spec):
     workdir, step = split_spec(spec)
     config = read_config(workdir)
     with _manager(workdir) as manager:
-        steps = manager.all_steps()
-        if not steps:
-            raise npz.CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
-        step = max(steps) if step is None else step
-        if step not in steps:
-            raise npz.CheckpointError(
-                f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: "
-                "has the run gone on since?"
-            )
+        step = _complete_step(manager, workdir, step)
         # Numpy arrays ask for numpy arrays: whole, in every process. These hold no memory.
         target = {
             k: np.broadcast_to(np.zeros((), v.dtype), v.shape)
@@ -388,6 +380,55 @@ def open_params(spec):
     if os.path.exists(own_base):
         flat |= npz.flatten_tree(npz.open_npz(own_base))
     return npz.unflatten_tree({**flat, **trained})
+
+
+def _complete_step(manager, workdir, step):
+    """`step`, or the newest one where it is None; CheckpointError if it isn't there."""
+    steps = manager.all_steps()
+    if not steps:
+        raise npz.CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise npz.CheckpointError(
+            f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: "
+            "has the run gone on since?"
+        )
+    return step
+
+
+def load_opt_state(spec, expected):
+    """The optimizer's state of a run.
+
+    Args:
+      spec: as in `open_params`.
+      expected: what `tx.init` gives, of arrays or jax.ShapeDtypeStruct.
+
+    Returns:
+      The tree of `expected`, of numpy arrays.
+
+    Raises:
+      npz.CheckpointError: the run has another optimizer, or its state is damaged.
+    """
+    workdir, step = split_spec(spec)
+    if not jax.tree.leaves(expected):
+        return expected
+    with _manager(workdir) as manager:
+        step = _complete_step(manager, workdir, step)
+        where = f"{manager.directory}/{step}"
+        try:
+            if _shapes(manager.item_metadata(step)["opt_state"]) != _shapes(expected):
+                raise npz.CheckpointError(
+                    f"{where}: the optimizer's state doesn't fit the config of {workdir}."
+                )
+            target = jax.tree.map(
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), expected
+            )
+            args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(target))
+            return manager.restore(step, args=args)["opt_state"]
+        except npz.CheckpointError:
+            raise
+        except Exception as e:  # Orbax and TensorStore have no errors of their own
+            raise Damaged(f"{where}: can't be read: {_first_line(e)}") from e
 
 
 def load_params(spec):

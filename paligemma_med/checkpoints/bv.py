@@ -1,0 +1,310 @@
+"""big_vision's training checkpoints, read and written without big_vision.
+
+    <prefix>-000000300/             a checkpoint; `…-tmp` if the next one replaces it
+    <prefix>-000000300/params~img~head~kernel/      one array: zarr, by TensorStore
+    <prefix>-LAST                   the end of the newest whole one's name, "000000300"
+
+The prefix is `<workdir>/checkpoint.bv` in its trainers (utils.py, `save_checkpoint_ts`). Beside
+`params` a checkpoint has `opt`, the optimizer's state, and `chrono`, its clock; "/" is "~" in the
+name of a file. An array has a file for each shard that was written, and TensorStore takes one that
+isn't there for zeros: here that is an error.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from paligemma_med.checkpoints import atomic, lazy, npz
+from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
+from paligemma_med.checkpoints.npz import CheckpointError
+
+PREFIX = "checkpoint.bv"
+LAST = "-LAST"
+_NAME = re.compile(r"(.+)-(\d{9,})(?:-tmp)?")
+_PARAMS = "params/"
+_CHUNK = 2**28  # bytes of an array that are compressed at once
+
+
+# --- which folder ------------------------------------------------------------------------------
+
+
+def find(spec):
+    """Which checkpoint a path means.
+
+    Args:
+      spec: the folder of a checkpoint, its prefix "…/checkpoint.bv", or a workdir of big_vision's;
+        ":params/llm" or ":llm" behind it means this part alone.
+
+    Returns:
+      (folder, part or None), or None if `spec` names nothing of the kind. The folder is that of the
+      newest checkpoint unless `spec` names one itself.
+
+    Raises:
+      CheckpointError: there is a pointer, but it is damaged or what it names isn't there.
+    """
+    spec = os.path.expanduser(os.fspath(spec))
+    head, colon, part = spec.rpartition(":")
+    for path, subtree in [(spec, None), (head, part)][: 1 + bool(head and colon)]:
+        if folder := _folder(path):
+            if subtree is not None and not subtree.strip("/"):
+                raise CheckpointError(f"{spec!r}: expected a part such as 'img' after the colon")
+            return folder, subtree
+    return None
+
+
+def _folder(path):
+    path = path.rstrip("/") or path
+    inner = os.path.join(path, PREFIX)
+    for prefix in (path, inner):
+        if os.path.isfile(prefix + LAST):
+            return _pointed(prefix)
+    if not os.path.isdir(path):
+        return None
+    named = re.fullmatch(re.escape(PREFIX) + r"-\d{9,}(-tmp)?", os.path.basename(path))
+    return path if named or any(n.startswith("params~") for n in os.listdir(path)) else None
+
+
+def _pointed(prefix):
+    last = _last(prefix)
+    folder = f"{prefix}-{last}"
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{prefix}{LAST} names {last!r}, but there is no folder {folder}")
+    return folder
+
+
+def _last(prefix):
+    with open(prefix + LAST, "rb") as f:
+        text = f.read(100).decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"\d{9,}(-tmp)?", text):  # it becomes a part of a path
+        raise CheckpointError(
+            f"{prefix}{LAST} holds {text!r}: expected the number of a step, such as '000000300'"
+        )
+    return text
+
+
+def pin(spec):
+    """ "out/bv" → "out/bv/checkpoint.bv-000000300"; a spec of another kind as it is.
+
+    What starts from a run must go on meaning those weights when the run itself goes on.
+    """
+    found = find(spec)
+    if found is None:
+        return spec
+    folder, part = found
+    return f"{folder}:{part}" if part else folder
+
+
+def pinned_from(spec):
+    """The specs that `pin` may have made this one of, itself among them."""
+    match = re.fullmatch(r"(.+)-\d{9,}(?:-tmp)?(:[\w/]+)?", spec)
+    if not match:
+        return {spec}
+    prefix, part = match[1], match[2] or ""
+    return {spec, prefix + part, os.path.dirname(prefix) + part}
+
+
+def read_config(spec):
+    """What the config.json beside a checkpoint says of the model, in the words of our configs.
+
+    Returns:
+      dict(model=dict(img=…, llm=…), lora=rules or None); {} if there is no such file, or if another
+      model than ours (model_name "paligemma_med") was trained.
+    """
+    found = find(spec)
+    path = found and os.path.join(os.path.dirname(os.path.abspath(found[0])), "config.json")
+    if not path or not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+        if config.get("model_name") != "paligemma_med":
+            return {}
+        model = dict(config.get("model") or {})
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path} is not the config of a run: {e}") from None
+    return dict(
+        model={k: model[k] for k in ("img", "llm") if k in model}, lora=model.get("lora") or None
+    )
+
+
+def _check_whole(folder):
+    """A checkpoint newer than the one that the pointer names was never finished."""
+    match = _NAME.fullmatch(folder.rstrip("/"))
+    if not match or not os.path.isfile(match[1] + LAST):
+        return
+    if int(match[2]) > int(_last(match[1]).removesuffix("-tmp")):
+        raise CheckpointError(
+            f"{folder} was not written to its end: {match[1]}{LAST} names step "
+            f"{_last(match[1])} as the newest whole one"
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def open_bv(spec):
+    """Opens the parameters of a checkpoint: a nested dict of `lazy.Lazy`, read one by one.
+
+    Args:
+      spec: as `find` takes it.
+
+    Returns:
+      The tree below `params`, or the part of it that was asked for; dtypes as stored.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      CheckpointError: it is damaged, was never finished, or has no such part. Damage within an
+        array shows when it is read.
+    """
+    found = find(spec)
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint of big_vision at {spec}")
+    folder, part = found
+    part = (part or "").strip("/").removeprefix("params").strip("/")
+    inside = _PARAMS + part + "/" if part else _PARAMS
+    return npz.unflatten_tree(_open(folder, inside))
+
+
+def open_state(spec):
+    """All of a checkpoint: {"params/img/head/kernel": `lazy.Lazy`, "opt/1/0/0": …}."""
+    return _open(find(spec)[0], "")
+
+
+def _open(folder, inside):
+    _check_whole(folder)
+    names = {name.replace("~", "/"): name for name in sorted(os.listdir(folder))}
+    if not any(key.startswith(_PARAMS) for key in names):
+        raise CheckpointError(f"{folder} holds no parameters: expected folders params~img~…")
+    chosen = {key: name for key, name in names.items() if key.startswith(inside)}
+    if not chosen:
+        part = inside.strip("/").removeprefix(_PARAMS)
+        if inside.strip("/") in names:
+            raise CheckpointError(f"{folder}:{part} is a single array: expected a part with many")
+        top = sorted({k.split("/")[1] for k in names if k.startswith(_PARAMS)})
+        raise CheckpointError(f"{folder} has no part {part!r}: found {npz.listed(top)}")
+    return {key[len(inside) :]: _open_array(folder, key, name) for key, name in chosen.items()}
+
+
+def _open_array(folder, key, name):
+    store = _store(folder, key, name)
+    dtype = np.dtype(store.dtype.numpy_dtype)
+    if dtype != BFLOAT16 and dtype.kind not in "fiub":
+        raise CheckpointError(f"{folder}: {key} has dtype {dtype}: expected numbers")
+
+    def read():
+        store = _store(folder, key, name)
+        if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
+            raise CheckpointError(f"{folder}: {key} changed while the checkpoint was in use")
+        try:
+            return np.asarray(store.read().result())
+        except Exception as e:  # TensorStore has no errors of its own
+            raise _unreadable(folder, key, e) from e
+
+    shape = store.shape
+    return Lazy(shape, dtype, read)
+
+
+def _store(folder, key, name):
+    import tensorstore  # here, so that reading other forms does not pay for it
+
+    path = os.path.join(os.path.abspath(folder), name)
+    spec = dict(_spec(path), fill_missing_data_reads=False)
+    try:
+        return tensorstore.open(spec, open=True, read=True).result()
+    except Exception as e:
+        raise _unreadable(folder, key, e) from e
+
+
+def _spec(path):
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": path}}
+
+
+def _unreadable(folder, key, error):
+    # TensorStore writes the whole specification into its message, behind what went wrong.
+    text = str(error).splitlines()[0].split(" [")[0][:300] if str(error) else "nothing"
+    return CheckpointError(
+        f"{folder}: {key} can't be read; the checkpoint may be damaged or not whole (TensorStore "
+        f"says: {text.rstrip('. ')})"
+    )
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
+    """Writes a checkpoint of big_vision's, and makes it the one that its trainers resume from.
+
+    Leaves pass through memory one at a time. The folder appears whole or not at all, and the
+    pointer after it.
+
+    Args:
+      prefix: "<workdir>/checkpoint.bv"; missing folders are made.
+      step: int, in the folder's name.
+      state: {"params": …, "opt": …, "chrono": …}, trees of mappings, tuples and arrays (numpy, jax
+        or `lazy.Lazy`), as `flatten` names them.
+      dtype: floating parameters are cast to this; None keeps each as it is. The rest stays.
+      overwrite: replace an existing checkpoint of this step.
+      progress: called with the number of bytes (of `state`, before the cast) just written.
+
+    Raises:
+      FileExistsError: there is a checkpoint of this step, or a newer one that the pointer names.
+      CheckpointError: a leaf is not an array of numbers, or a name holds "~".
+    """
+    prefix, flat, dtype = os.fspath(prefix), flatten(state), lazy.dtype_of(dtype)
+    for key in flat:
+        if "~" in key:
+            raise CheckpointError(
+                f"{key!r} holds a '~', which stands for '/' in big_vision's files"
+            )
+    folder = f"{prefix}-{step:09d}"
+    if os.path.isfile(prefix + LAST):
+        last = _last(prefix)
+        if int(last.removesuffix("-tmp")) > step:
+            raise FileExistsError(f"{prefix}{LAST} names a newer checkpoint, of step {last}")
+    replaces = [key.replace("/", "~") for key in flat] if overwrite else None
+    with atomic.folder(folder, replaces=replaces) as new:
+        for key, leaf in flat.items():
+            array = npz.numbers(key, leaf)
+            cast = dtype is not None and key.startswith(_PARAMS) and lazy.is_float(array.dtype)
+            path = os.path.join(os.path.abspath(new), key.replace("/", "~"))
+            _write(path, array.astype(dtype, copy=False) if cast else array)
+            if progress:
+                progress(array.nbytes)
+            del array
+    with atomic.file(prefix + LAST) as f:
+        f.write(f"{step:09d}".encode())
+
+
+def flatten(tree):
+    """{name: leaf} of nested mappings, lists and tuples, named as big_vision names them: keys and
+    numbers with "/" between; named tuples count as tuples; None and what is empty give nothing."""
+    if tree is None:
+        return {}
+    if isinstance(tree, Mapping):
+        children = tree.items()
+    elif isinstance(tree, list | tuple):
+        children = enumerate(tree)
+    else:
+        return {"": tree}
+    return {
+        f"{key}/{name}".rstrip("/"): leaf
+        for key, child in children
+        for name, leaf in flatten(child).items()
+    }
+
+
+def _write(path, array):
+    import tensorstore
+
+    chunks = [max(1, n) for n in array.shape]
+    if chunks:  # whole rows of the first axis
+        row = max(1, array.nbytes // chunks[0])
+        chunks[0] = max(1, min(chunks[0], _CHUNK // row))
+    # As `jax.experimental.array_serialization` writes it.
+    metadata = dict(compressor={"id": "zstd"}, shape=list(array.shape), chunks=chunks)
+    spec = dict(_spec(path), metadata=metadata, dtype=array.dtype.name)
+    store = tensorstore.open(spec, create=True, open=True).result()
+    store.write(array).result()

@@ -1,0 +1,87 @@
+"""A run of ours as big_vision's trainer would have left it, so that it goes on there.
+
+Neither big_vision nor TensorFlow is needed for it. Its trainer restores three things
+(trainers/proj/paligemma/train.py, "Init and/or load model"): `params`, `opt` (the state of the
+chain that big_vision/optax.py, `make`, builds) and `chrono` (utils.py, `Chrono`).
+"""
+
+import jax
+import numpy as np
+import optax
+
+from paligemma_med import experiment, optim
+from paligemma_med.checkpoints import bv, lazy, npz, workdir
+from paligemma_med.upstream import config as configs
+
+
+def train_state(spec):
+    """The newest checkpoint of a run, or the one asked for, as a checkpoint of big_vision's.
+
+    Args:
+      spec: a workdir of this project, or "workdir@step".
+
+    Returns:
+      (step, {"params": …, "opt": …, "chrono": …}) for `bv.save_bv`. step: of the optimizer, which
+      doesn't count the steps that skip_nonfinite left out. Parameters have the types they are
+      trained in; the base's are still in their files.
+
+    Raises:
+      ValueError: a config that big_vision's trainer can't run; CheckpointError: a damaged run.
+    """
+    folder, _ = workdir.split_spec(spec)
+    config = experiment.config_from_json(workdir.read_config(folder))
+    theirs = configs.translate(config, note=lambda _: None)
+    abstract = experiment.abstract_params(config, experiment.make_model(config))
+    trained = optim.trained_names(config, list(abstract))
+    # How long the run is does not change the shape of its state.
+    tx, _ = optim.make(config, trained, total_steps=10**9, num_examples=10**6, batch_size=1)
+    expected = jax.eval_shape(tx.init, {n: abstract[n] for n in trained})
+    opt_state = workdir.load_opt_state(spec, expected)
+
+    params = experiment.load_host_params(spec, abstract, config.get("resample_posemb"))
+    dtypes = experiment.param_dtypes(config, abstract, trained)
+    params = {n: _cast(x, np.dtype(dtypes[n])) for n, x in params.items()}
+    step, opt = optimizer_state(config, theirs, opt_state)
+    examples = step * config.input.batch_size
+    chrono = dict(
+        accum_examples_seen=np.int32(min(examples, 2**31 - 1)),
+        **{f"accum_{what}_time": np.float32(0) for what in ("program", "train", "pause")},
+    )
+    return step, {"params": npz.unflatten_tree(params), "opt": opt, "chrono": chrono}
+
+
+def optimizer_state(config, theirs, opt_state):
+    """The state of our optimizer under the names that big_vision's has for it.
+
+    Both chains hold a clip without a state, then `optax.<optax_name>`, then what only scales, and
+    at the end the counters of the schedules. big_vision has one counter for each schedule that
+    isn't None, and wraps every link in `optax.masked`, whose state is its link's at index 0.
+
+    Args:
+      config: ours. theirs: its translation.
+      opt_state: state of `optim.make(config, …)`'s transformation.
+
+    Returns:
+      (the counter, {"1/0/1/img/head/kernel": array}).
+    """
+    counters = [
+        int(x.count) for x in jax.tree.leaves(opt_state, is_leaf=_is_counter) if _is_counter(x)
+    ]
+    moments = bv.flatten(opt_state[1 if config.get("grad_clip_norm") else 0])
+    schedule = theirs.get("schedule", {})
+    schedules = [s for _, s in schedule] if isinstance(schedule, list | tuple) else [schedule]
+    decays = theirs.get("wd_mults", [(".*/kernel$", 1.0)]) if theirs.get("wd") else []
+    # 0: clip, 1: moments, 2: lr.
+    first = 3 + len(theirs.get("lr_mults") or []) + len(decays)
+    count = np.int32(counters[0])
+    out = {f"1/0/{name}".rstrip("/"): leaf for name, leaf in moments.items()}
+    trained = [s for s in schedules if s is not None]
+    return counters[0], out | {f"{first + i}/0/0": count for i in range(len(trained))}
+
+
+def _is_counter(x):
+    return isinstance(x, optax.ScaleByScheduleState)
+
+
+def _cast(leaf, dtype):
+    return lazy.derive(leaf, leaf.shape, lambda x: x.astype(dtype, copy=False), dtype)
