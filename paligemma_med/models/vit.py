@@ -99,7 +99,7 @@ class MultiHeadDotProductAttention(nn.Module):
             q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture is not False,
             perturb=attention.perturbation(self),
         )  # fmt: skip
-        return lora.Dense(width, axis=(-2, -1), name="out", **kw)(y), probs
+        return lora.Dense(width, inputs=2, name="out", **kw)(y), probs
 
 
 class EncoderBlock(nn.Module):
@@ -218,7 +218,8 @@ class _Model(nn.Module):
             lora=self.lora,
             name="Transformer",
         )(x, deterministic=not train, capture=capture_attention)
-        out = {"encoded": x}
+        # The same under the name by which big_vision's image_avg_repr asks for it.
+        out = {"encoded": x, "pre_logits": x}
         if capture_attention is not False:
             out["attn"] = probs
         if self.num_classes:
