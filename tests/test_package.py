@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "saliency": ("models", "decode", "pp"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
+# big_vision does, and is no package: `upstream`, which nobody imports, is the place for both.
 HEAVY = ("tensorflow", "tf_keras", "keras", "torch", "torchvision", "torchaudio", "transformers")
 UNSAFE_MODULES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")
 UNSAFE_CALLS = ("eval", "exec")
@@ -69,7 +70,10 @@ def import_faults(source, module, is_package=False):
     faults = []
     for name in imported(ast.parse(source), module, is_package):
         top, *below = name.split(".")
-        if top in HEAVY and package != "tools":
+        inside = package == "paligemma_med" and part == "upstream"
+        if top == "big_vision" and not inside:
+            faults.append(f"{module} imports {name}: that is for paligemma_med.upstream alone")
+        if top in HEAVY and package != "tools" and not (inside and top == "tensorflow"):
             faults.append(f"{module} imports {name}: PyTorch is for tools and tests alone")
         if package == "data_prep" and top in OURS and top != "data_prep":
             faults.append(f"{module} imports {name}: data_prep imports nothing of ours")
@@ -81,6 +85,8 @@ def import_faults(source, module, is_package=False):
                 if part in MAY_IMPORT and target not in (part, *MAY_IMPORT[part]):
                     allowed = ", ".join(MAY_IMPORT[part]) or "nobody"
                     faults.append(f"{module} imports {name}: {part} may know {allowed}")
+                if target == "upstream" and not inside:
+                    faults.append(f"{module} imports {name}, which is for big_vision alone")
                 if target in ENTRY_POINTS and part not in ENTRY_POINTS:
                     faults.append(f"{module} imports {name}, which is a program")
     return faults
@@ -169,6 +175,11 @@ def test_every_file_says_what_it_is_for():
         ("paligemma_med.losses", "from paligemma_med import train", True),
         ("paligemma_med.train", "from paligemma_med import evaluate", False),
         ("paligemma_med.train", "from configs import common", True),
+        ("paligemma_med.upstream.pp_ops", "import tensorflow as tf", False),
+        ("paligemma_med.upstream.pp_ops", "import torch", True),
+        ("paligemma_med.upstream.evaluators", "import big_vision.utils as u", False),
+        ("paligemma_med.evaluators.vqa", "import big_vision.utils as u", True),
+        ("paligemma_med.evaluate", "from paligemma_med import upstream", True),
     ],
 )
 def test_the_import_rules_can_fail(module, source, wrong):

@@ -178,7 +178,8 @@ def _pick(section, keys, where, note):
         elif key.what == "left out":
             note(f"{where}.{name} = {value}: big_vision's trainer {key.why}.")
         elif key.what == "refused":
-            raise ValueError(f"{where}.{name} is {value!r}, but big_vision's trainer {key.why}.")
+            shown = dict(value) if config_values.is_mapping(value) else value
+            raise ValueError(f"{where}.{name} is {shown!r}, but big_vision's trainer {key.why}.")
     return out
 
 
