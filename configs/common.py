@@ -146,6 +146,31 @@ def vqa_eval(
     )
 
 
+def big_vision_vqa_eval(
+    c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, batch_size=64, answer="answer", **kw
+):  # fmt: skip
+    """The same questions for big_vision's own VQA evaluator, which `paligemma_med.upstream.train`
+    alone runs: one greedy answer each, right if it is the truth to the letter; see
+    docs/big_vision.md.
+
+    Arguments as of `vqa_eval`; outfile: where it writes the answers, by default
+    <workdir>/<split>.json.
+    """
+    # It takes any other text that is kept for an array.
+    keep = ("question_id", "answer")
+    return dict(
+        type="proj.paligemma.transfers.vqa",
+        pred="decode",
+        pred_kw=dict(max_decode_len=max_new_tokens),
+        tokenizer=c.tokenizer,
+        data=dict(name=name, split=split),
+        pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
+        batch_size=batch_size,
+        skip_first=True,
+        **kw,
+    )
+
+
 def dialogue_eval(
     c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw
 ):  # fmt: skip

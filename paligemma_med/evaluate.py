@@ -13,7 +13,7 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import distributed, experiment, preflight, sharding
+from paligemma_med import config_values, distributed, experiment, preflight, sharding
 from paligemma_med.evaluators import scoring
 
 
@@ -61,6 +61,8 @@ def _set_controls(config, controls):
     if controls is None:
         return
     for section in (config.get("evals") or {}).values():
+        if config_values.is_big_visions(section):
+            continue
         if controls == "all" and "controls" in section:
             continue
         names = scoring.CONTROLS if controls == "all" else controls

@@ -472,7 +472,7 @@ def place_params(host, dtypes, shardings):
 
 
 def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
-    """{name: (evaluator, its section of the config)} for config.evals.
+    """{name: (evaluator, its section of the config)} for config.evals, but for big_vision's own.
 
     Evaluators are `paligemma_med.evaluators.<type>.Evaluator`; what they write goes to
     <folder>/eval/<name>, and names `checkpoint` as the weights' origin, by default the folder.
@@ -481,6 +481,10 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
     for name, section in (config.get("evals") or {}).items():
         kw = {k: v for k, v in section.to_dict().items() if k not in config_values.WHEN}
         kind = kw.pop("type")
+        if config_values.is_big_visions(section):
+            if distributed.is_main():
+                print(f"config.evals.{name} is big_vision's own: left out.", file=sys.stderr)
+            continue
         if not re.fullmatch(r"\w+", kind):
             raise ValueError(f"config.evals.{name}.type is {kind!r}; expected a module name.")
         try:

@@ -216,38 +216,3 @@ def _about(section, inputs, folder, params):
         checkpoint=folder and experiment._absolute(folder),
         command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),
     )
-
-
-def its_own(section, tokenizer, outfile="{workdir}/{split}.json"):
-    """A section of ours as one for big_vision's own VQA evaluator: the same questions and prompts,
-    the answer of greedy decoding, scored by equality of the whole string.
-
-    Args:
-      section: of config.evals, of type "vqa", with a greedy single answer.
-      tokenizer: config.tokenizer.
-      outfile: where big_vision writes its answers.
-
-    Returns:
-      A dict for config.evals, next to the section itself.
-
-    Raises:
-      ValueError: several samples, or a temperature.
-    """
-    kw = section["pred_kw"]
-    if kw.get("num_samples", 1) != 1 or kw.get("temperature"):
-        raise ValueError(
-            f"pred_kw is {dict(kw)}; big_vision's VQA evaluator takes one greedy answer."
-        )
-    kept = {k: section[k] for k in ("data", "batch_size", *config_values.WHEN)
-            if k in section}  # fmt: skip
-    return dict(
-        type="proj.paligemma.transfers.vqa",
-        # It would put any other text on a device, too.
-        pp_fn=section["pp_fn"] + '|keep("image", "text", "mask_ar", "mask_input", '
-        '"question_id", "answer")',
-        pred="decode",
-        pred_kw=dict(max_decode_len=kw["max_new_tokens"]),
-        tokenizer=tokenizer,
-        outfile=outfile,
-        **kept,
-    )
