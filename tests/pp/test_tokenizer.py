@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paligemma_med.pp.tokenizer import get_tokenizer
+from tests.pp import gemma_model
 from tools import train_tokenizer
 
 BOTH = 'tokensets=("loc", "seg")'
@@ -377,35 +378,9 @@ def test_real_round_trip(real, text):
 
 @pytest.mark.real_data
 def test_sentencepiece_and_json_agree(real, real_file, tmp_path):
-    """The same vocabulary written as a SentencePiece model gives the same ids.
-
-    Gemma's pieces are in the order in which they merge, so an id is a rank and `-id` a score.
-    """
-    model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    content = json.loads(gzip.decompress(real_file.read_bytes()))
-    user_defined = {t["content"] for t in content["added_tokens"] if not t["special"]}
-    kind = model_pb2.ModelProto.SentencePiece
-    proto = model_pb2.ModelProto()
-    for piece, i in sorted(content["model"]["vocab"].items(), key=lambda item: item[1]):
-        entry = proto.pieces.add(piece=piece, score=-float(i), type=kind.NORMAL)
-        if i < 4:
-            entry.type = kind.UNKNOWN if i == 3 else kind.CONTROL
-        elif piece == "\t":  # the json has the tab itself where the model has its byte
-            entry.piece, entry.type = "<0x09>", kind.BYTE
-        elif piece in user_defined:
-            entry.type = kind.USER_DEFINED
-        elif piece.startswith("<0x") and len(piece) == 6:
-            entry.type = kind.BYTE
-    proto.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
-    proto.trainer_spec.byte_fallback = True
-    proto.trainer_spec.pad_id, proto.trainer_spec.eos_id = 0, 1
-    proto.trainer_spec.bos_id, proto.trainer_spec.unk_id = 2, 3
-    proto.trainer_spec.pad_piece, proto.trainer_spec.eos_piece = "<pad>", "<eos>"
-    proto.trainer_spec.bos_piece, proto.trainer_spec.unk_piece = "<bos>", "<unk>"
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = False
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    (tmp_path / "gemma.model").write_bytes(proto.SerializeToString())
+    """The same vocabulary written as a SentencePiece model gives the same ids."""
+    pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    gemma_model.write(real_file, tmp_path / "gemma.model")
     other = get_tokenizer(f'gemma({BOTH}, model="{tmp_path}/gemma.model")')
     assert other.vocab_size == real.vocab_size
     for text in [*SENTENCES, "a<loc0001>b <seg001>"]:
