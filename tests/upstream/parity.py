@@ -1,0 +1,71 @@
+"""Weights, batches and our own steps, for the tests that compare them with big_vision's."""
+
+import json
+
+import jax
+import numpy as np
+
+from paligemma_med import experiment, optim, sharding, train_step
+from paligemma_med.checkpoints import npz
+from tests.upstream import parity_config, replay
+
+
+def config(stage, init="", **kw):
+    more = "".join(f",{k}={v}" for k, v in kw.items())
+    return parity_config.get_config(f"stage={stage},init={init}{more}")
+
+
+def random_weights(c, seed=0):
+    """A tree for every leaf of the model, the second factors of adapters included, which a fresh
+    model has at zero."""
+    rng = np.random.default_rng(seed)
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    flat = {}
+    for name, x in abstract.items():
+        scale = 1.0 / np.sqrt(max(1, np.prod(x.shape[-2:]) // x.shape[-1]))
+        flat[name] = (scale * rng.normal(size=x.shape)).astype(np.float32)
+    return npz.unflatten_tree(flat)
+
+
+def random_batches(c, steps, seed=1):
+    """As the training pp makes them: prompts and answers of many lengths, then padding."""
+    rng = np.random.default_rng(seed)
+    rows, length = (steps, c.input.batch_size), c.text_len + 1
+    prompt = rng.integers(2, length // 2, (*rows, 1))
+    end = prompt + rng.integers(2, 6, (*rows, 1))  # supervised_len is 6
+    place = np.arange(length)
+    text = rng.integers(3, 1000, (*rows, length))
+    answer = (place >= prompt) & (place < end)
+    return dict(
+        image=rng.uniform(-1, 1, (*rows, c.res, c.res, 3)).astype(np.float32),
+        text=np.where(place < end, text, 0).astype(np.int32),
+        mask_ar=(place >= prompt).astype(np.int32),
+        mask_loss=answer.astype(np.int32),
+    )
+
+
+def our_steps(c, batches):
+    """[metrics of each step], {name: what was trained}, the optimizer's state."""
+    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
+    with sharding.rules(c, mesh):
+        names = optim.trained_names(c, list(experiment.abstract_params(c, model)))
+        tx, learning_rate = optim.make(
+            c, names, total_steps=c.total_steps, num_examples=replay.EXAMPLES,
+            batch_size=c.input.batch_size,
+        )  # fmt: skip
+        params, _ = experiment.initial_params(c, model, mesh)
+        trained = {n: params.pop(n) for n in names}
+        opt_state = jax.jit(tx.init)(trained)
+        step = jax.jit(train_step.make_train_step(c, model, tx, learning_rate))
+        rows = []
+        for i in range(len(batches["text"])):
+            batch = {k: v[i] for k, v in batches.items()}
+            trained, opt_state, metrics = step(trained, opt_state, params, batch, i)
+            rows.append({k: float(v) for k, v in metrics.items()})
+    return rows, {**params, **trained}, opt_state
+
+
+def their_metrics(workdir):
+    """The rows of big_vision_metrics.txt that have a loss."""
+    lines = (workdir / "big_vision_metrics.txt").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "training_loss" in row]
