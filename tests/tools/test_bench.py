@@ -1,4 +1,4 @@
-"""The benchmarks of training: all sides do the same work, and a side that doesn't is found out."""
+"""The benchmarks: all sides do the same work, and one that doesn't is found out."""
 
 import json
 import os
@@ -12,12 +12,20 @@ import torch
 
 from paligemma_med.models import paligemma
 from tools.bench import (
+    __main__,
+    decode_hf,
+    decode_ours,
+    decode_speed,
     load_speed,
     peers_big_vision,
     peers_hf,
     peers_ours,
+    saliency_hf,
+    saliency_ours,
+    saliency_speed,
     sizes,
     train_speed,
+    turns,
     workers,
 )
 
@@ -38,20 +46,25 @@ def compile_quickly():
 @pytest.fixture(autouse=True)
 def unbound(monkeypatch):
     """What binds to cores would do so for the tests that follow."""
-    monkeypatch.setattr(train_speed, "bind", lambda cores: None)
+    monkeypatch.setattr(turns, "bind", lambda cores: None)
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """{what: settings of the tiny size, with weights}."""
+    """Settings of the tiny size, with weights."""
+    folder = str(tmp_path_factory.mktemp("weights"))
+    sizes.write_weights(folder, sizes.SIZES["tiny"], "float32")
+    return dict(turns.model_settings("tiny", None, 1), weights=folder, rows=ROWS, samples=3,
+                tokens=4)  # fmt: skip
 
-    def one(what):
-        folder = str(tmp_path_factory.mktemp(what))
-        sizes.write_weights(folder, sizes.SIZES["tiny"], "float32", what)
-        return dict(size="tiny", dtype="float32", what=what, weights=folder, rows=ROWS,
-                    remat_policy="nothing_saveable", scan=True)  # fmt: skip
 
-    return {what: one(what) for what in sizes.WHATS}
+@pytest.fixture
+def torch_threads():
+    """PyTorch's sides set their own."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
 
 
 def losses(peer, settings, steps=3):
@@ -62,24 +75,71 @@ def losses(peer, settings, steps=3):
 @pytest.mark.parametrize(
     "what", ["lora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("stage1", "full"))]
 )
-def test_ours_and_torch_do_the_same(drawn, what):
-    threads = torch.get_num_threads()
-    ours, about = losses(peers_ours, drawn[what])
-    theirs, of_theirs = losses(peers_hf, dict(drawn[what], cores=1))
-    assert torch.get_num_threads() == 1
-    torch.set_num_threads(threads)
+def test_ours_and_torch_do_the_same(drawn, what, torch_threads):
+    ours, about = losses(peers_ours, dict(drawn, what=what))
+    theirs, of_theirs = losses(peers_hf, dict(drawn, what=what))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert about["trained"] == of_theirs["trained"]
     # The steps must have done something, or it would not matter what is trained.
     assert ours[0] - ours[-1] > 0.01
 
 
+def test_both_draw_the_same_answers(drawn, torch_threads):
+    ours, theirs = decode_ours.build(drawn), decode_hf.build(drawn)
+    greedy = {"ours": ours.result(), "hf": theirs.result()}
+    assert decode_speed.check_answers(greedy, "float32") == {"ours": 1.0, "hf": 1.0}
+    assert np.shape(greedy["ours"]) == (ROWS, 4)
+    for side in (ours, theirs):
+        assert side.value(side.step()) == ROWS * 3 * 4
+    # Each call draws anew, or a cache might answer.
+    assert not np.array_equal(ours.step(), ours.step())
+    assert not np.array_equal(theirs.step(), theirs.step())
+
+
+def test_both_roll_the_same_attention_out(drawn, torch_threads):
+    found = {n: s.build(drawn).result() for n, s in (("ours", saliency_ours), ("hf", saliency_hf))}
+    differ = saliency_speed.check_results(found, "float32")
+    assert sorted(differ) == ["image_rollout", "logprobs", "rollout"]
+    size = sizes.SIZES["tiny"]
+    # The text that is read holds all of the answer but its last token.
+    assert np.shape(found["ours"]["rollout"]) == (size.answer_len - 1, 9 + size.text_len)
+    np.testing.assert_allclose(np.sum(found["hf"]["rollout"], axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "theirs, message",
+    [
+        ([[1, 2], [3, 5]], "greedy answers of hf differ from ours: 75.0% are the same"),
+        ([[1, 2]], r"greedy answers of hf have shape \(1, 2\), ours \(2, 2\)"),
+    ],
+)
+def test_other_answers_are_found_out(theirs, message):
+    greedy = {"ours": [[1, 2], [3, 4]], "hf": theirs}
+    with pytest.raises(ValueError, match=message):
+        decode_speed.check_answers(greedy, "float32")
+
+
+def test_answers_in_bfloat16_may_differ():
+    greedy = {"ours": [[1, 2], [3, 4]], "hf": [[1, 2], [3, 5]]}
+    assert decode_speed.check_answers(greedy, "bfloat16") == {"ours": 1.0, "hf": 0.75}
+
+
+def test_another_rollout_is_found_out():
+    found = {"ours": dict(rollout=[[0.5, 0.5]]), "hf": dict(rollout=[[0.501, 0.499]])}
+    with pytest.raises(ValueError, match="rollout of hf differs from ours by 0.002 of it"):
+        saliency_speed.check_results(found, "float32")
+    assert saliency_speed.check_results(found, "bfloat16")["rollout"]["hf"] == 0.002
+    found["hf"] = dict(rollout=[[0.5]])
+    with pytest.raises(ValueError, match=r"rollout of hf has shape \(1, 1\)"):
+        saliency_speed.check_results(found, "bfloat16")
+
+
 @BIG_VISION
 @pytest.mark.slow
 @pytest.mark.parametrize("what", sizes.WHATS)
 def test_ours_and_big_vision_do_the_same(drawn, what):
-    ours, about = losses(peers_ours, drawn[what])
-    theirs, of_theirs = losses(peers_big_vision, drawn[what])
+    ours, about = losses(peers_ours, dict(drawn, what=what))
+    theirs, of_theirs = losses(peers_big_vision, dict(drawn, what=what))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert about["trained"] == of_theirs["trained"]
 
@@ -87,9 +147,9 @@ def test_ours_and_big_vision_do_the_same(drawn, what):
 def test_big_vision_is_refused_where_it_is_not_or_can_not(drawn, monkeypatch):
     monkeypatch.setenv("BIG_VISION_DIR", "/no/such")
     with pytest.raises(ValueError, match="'/no/such'; expected a checkout of google-research/big"):
-        peers_big_vision.build(drawn["lora"])
+        peers_big_vision.build(drawn)
     with pytest.raises(ValueError, match="float32 alone, found --dtype=bfloat16"):
-        peers_big_vision.build(dict(drawn["lora"], dtype="bfloat16"))
+        peers_big_vision.build(dict(drawn, dtype="bfloat16"))
 
 
 def test_sizes_are_those_of_the_issue():
@@ -122,6 +182,38 @@ def test_every_row_has_the_same_answer_and_no_padding():
     assert batch["text"].shape == (3, size.text_len + 1)
 
 
+def test_prompts_are_questions_and_the_first_is_the_longest():
+    batch = sizes.draw_prompts(sizes.SIZES["3b-224"], 8)
+    lengths = batch["mask_input"].sum(1)
+    assert lengths[0] == lengths.max() == 28 and 12 <= lengths.min() < 28
+    np.testing.assert_array_equal(batch["text"] > 0, batch["mask_input"] > 0)
+    assert sizes.draw_prompts(sizes.SIZES["tiny"], 2)["mask_input"].sum(1)[0] == 12
+
+
+def test_weights_are_kept_where_told(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(folder, size, dtype):
+        drawn.append((size, dtype))
+        with open(os.path.join(folder, "base"), "w") as f:
+            f.write(size)
+        if size == "3b-448":
+            raise ValueError("no space")
+
+    monkeypatch.setattr(turns, "draw", draw)
+    for _ in range(2):
+        with turns.weights("tiny", "float32", str(tmp_path / "kept")) as folder:
+            assert open(os.path.join(folder, "base")).read() == "tiny"
+    assert drawn == [("tiny", "float32")]
+    with turns.weights("tiny", "float32") as folder:
+        pass
+    assert not os.path.exists(folder) and len(drawn) == 2
+    with pytest.raises(ValueError, match="no space"):
+        with turns.weights("3b-448", "bfloat16", str(tmp_path / "kept")):
+            pass
+    assert os.listdir(tmp_path / "kept") == ["tiny-float32"]  # nothing half drawn is found again
+
+
 # ---- Turns, with sides that only tell numbers
 
 FAKE = """
@@ -130,7 +222,7 @@ sys.path.insert(0, {root!r})
 from tools.bench import workers
 
 class Side:
-    about = dict(trained={trained}, parameters=7, flops_per_example=10**9)
+    about = dict(trained={trained}, parameters=7, flops_a_step=2 * 10**9)
     def __init__(self):
         self.taken = 0
     def step(self):
@@ -156,9 +248,9 @@ workers.serve(lambda: dict(platform={platform!r}, device="a chip"), build)
 def sides(tmp_path, monkeypatch, repo_root):
     """Makes `workers.SIDES` and the drawing of weights quick; sides are made by its arguments."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(train_speed, "draw", lambda *args: None)
+    monkeypatch.setattr(turns, "draw", lambda *args: None)
     found = {}
-    monkeypatch.setattr(workers, "SIDES", found)
+    monkeypatch.setattr(workers, "SIDES", {"train_step": found})
 
     def add(name, trained=5, loss=9.0, peak=2 * 10**9, platform="gpu", refuses=False):
         kw = dict(trained=trained, loss=loss, peak=peak, platform=platform, refuses=refuses)
@@ -169,7 +261,7 @@ def sides(tmp_path, monkeypatch, repo_root):
 
 
 KW = dict(size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
-          cores=None)  # fmt: skip
+          attn_impl=None, cores=None)  # fmt: skip
 TRAIN = dict(KW, peer_batch_size=None, rounds=3, steps=2)
 
 
@@ -237,8 +329,9 @@ def test_losses_of_another_type_or_batch_may_differ(sides):
         (dict(size="2b"), "'2b'; expected one of .*bench-s"),
         (dict(what="head"), "'head'; expected one of .*stage1"),
         (dict(dtype="float16"), "'float16'; expected one of"),
-        (dict(peer="vllm"), "'vllm'; expected 'hf', 'big_vision'"),
-        (dict(rounds=0), "--rounds=0 and --steps=2 must be 1"),
+        (dict(peer="vllm"), "'vllm'; expected 'hf', 'big_vision' or 'none'"),
+        (dict(rounds=0), "--rounds is 0; expected 1 or more"),
+        (dict(peer_batch_size=0), "--peer_batch_size is 0; expected 1"),
     ],
 )
 def test_wrong_settings_are_told(wrong, message):
@@ -266,41 +359,103 @@ def test_load_starts_processes_in_turns(sides, monkeypatch):
     assert out["ratio"] > 0 and out["row"].startswith("| load, lora, tiny, float32 |")
 
 
-def test_the_program_needs_neither_tfds_nor_grain(repo_root):
-    """Nor does it hold a device: the driver has no JAX."""
-    code = (
-        "import sys; from tools.bench import train_speed, load_speed, __main__;"
-        "print([m for m in ('tensorflow_datasets', 'grain', 'jax', 'torch') if m in sys.modules])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=60
-    )
-    assert run.stdout.strip() == "[]", run.stderr
+def test_parts_without_such_a_peer_say_so():
+    given = {k: v for k, v in __main__.PARTS["decode"][1].items()}
+    with pytest.raises(ValueError, match="--peer is 'big_vision'; expected 'hf' or 'none'"):
+        decode_speed.run(**{**given, "peer": "big_vision"})
+    given = dict(__main__.PARTS["saliency"][1])
+    with pytest.raises(ValueError, match="--peer is 'big_vision'; expected 'hf' or 'none'"):
+        saliency_speed.run(**{**given, "peer": "big_vision"})
+
+
+# ---- What a bare GPU box lacks
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow_datasets", "grain", "ml_collections"):
+            raise ModuleNotFoundError(name + " is not on this box")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture
+def bare(tmp_path, repo_root):
+    """Runs Python where neither TFDS, Grain nor ml_collections can be imported."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BLOCKER, "utf-8")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "bare")}
+
+    def run(*args, timeout=60):
+        return subprocess.run(
+            [sys.executable, *args], cwd=repo_root, env=env, capture_output=True, text=True,
+            timeout=timeout,
+        )  # fmt: skip
+
+    assert "not on this box" in run("-c", "import grain").stderr
+    return run
+
+
+def test_all_but_input_import_on_a_bare_box(bare):
+    """Nor does the driver hold a device: it has neither JAX nor PyTorch."""
+    drivers = "train_speed, load_speed, decode_speed, saliency_speed, gpu, __main__"
+    ours = "peers_ours, decode_ours, saliency_ours, saliency_memory"
+    found = bare("-c", f"import sys; from tools.bench import {drivers};"
+                 "print([m for m in ('jax', 'torch') if m in sys.modules]);"
+                 f"from tools.bench import {ours}")  # fmt: skip
+    assert (found.stdout.strip(), found.returncode) == ("[]", 0), found.stderr
+
+
+@pytest.mark.parametrize("part", ["train_step", "decode", "saliency", "load"])
+@pytest.mark.slow
+def test_the_command(bare, tmp_path, part):
+    found = bare("-m", "tools.bench", part, "--size=tiny", "--peer=hf", "--rounds=1",
+                 f"--json={tmp_path}/found.json", timeout=900)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    *figures, row, last = found.stdout.strip().splitlines()
+    figures = json.loads("\n".join(figures))
+    assert figures["size"] == "tiny" and figures["versions"]["torch"] == torch.__version__
+    assert row.startswith("| ") and last.startswith("ratio ") and float(last.split()[1]) > 0
+    assert json.loads((tmp_path / "found.json").read_text()) == {**figures, "row": row}
+
+
+@pytest.mark.slow
+def test_the_command_alone(bare):
+    found = bare("-m", "tools.bench", "decode", "--size=tiny", "--peer=none", "--rounds=1",
+                 timeout=300)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip().splitlines()[-1].startswith("| 2 × 5 answers of 8, tiny, float32 |")
 
 
 @pytest.mark.parametrize("peer", ["ours", "hf", pytest.param("big_vision", marks=BIG_VISION)])
 @pytest.mark.slow
-def test_sides_need_neither_tfds_nor_grain(drawn, peer):
-    with workers.Worker(peer, drawn["lora"]) as side:
-        assert side.about["unwanted"] == []
-        assert len(side.ask(do="steps", n=1)["losses"]) == 1
+def test_sides_tell_what_they_import_and_take(drawn, peer):
+    settings = dict(drawn, work="train_step", what="lora")
+    with workers.Worker(peer, settings) as side:
+        assert side.about["unwanted"] == (["ml_collections"] if peer == "big_vision" else [])
+        assert len(side.ask(do="steps", n=1)["values"]) == 1
         if side.about["platform"] == "cpu":
             assert 10**6 < side.ask(do="memory")["bytes"] < 10**10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["train_step", "load"])
-def test_the_command(repo_root, part):
-    command = [sys.executable, "-m", "tools.bench", part, "--size=tiny", "--peer=hf", "--rounds=1"]
-    run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    *found, row, last = run.stdout.strip().splitlines()
-    assert json.loads("\n".join(found))["size"] == "tiny"
-    assert row.startswith("| ") and last.startswith("ratio ") and float(last.split()[1]) > 0
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["train_step", "--size=2b"], "error: found '2b'; expected one of"),
+        (["load", "--samples=3"], "load has no --samples; it takes"),
+    ],
+)
+def test_the_command_tells_mistakes_in_a_line(monkeypatch, capsys, args, message):
+    from absl import app, flags
+
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    monkeypatch.setattr(__main__.flags, "FLAGS", flags.FLAGS)
+    flags.FLAGS(["bench"])
+    with pytest.raises((SystemExit, app.UsageError), match=message):
+        __main__.main(["bench", *args])
 
 
-def test_the_command_tells_mistakes_in_a_line(repo_root):
-    command = [sys.executable, "-m", "tools.bench", "train_step", "--size=2b"]
-    run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1 and run.stderr.startswith("error: found '2b'; expected one of")
-    assert "Traceback" not in run.stderr
+def test_help_names_every_argument():
+    takes = {k for _, given in __main__.PARTS.values() for k in given} - {"peer"}
+    assert takes == {name for of_kind in __main__._TYPES.values() for name in of_kind}

@@ -1,16 +1,20 @@
 """Compares a part of paligemma_med with what a user would take instead, on the same work.
 
     python -m tools.bench train_step --size=bench-s --peer=hf
+    python -m tools.bench decode --size=bench-s --peer=hf
+    python -m tools.bench saliency --size=bench-s --peer=hf
     python -m tools.bench load --size=bench-s --peer=hf
-    python -m tools.bench input --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
-    python -m tools.bench decode --peer=hf
-    python -m tools.bench saliency --res=448
-    python -m tools.bench synthesis --model=FILE.gguf --input=release:medpix2:FOLDER
+    python -m tools.bench input --size=3b-448 --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
+    python -m tools.bench gpu --out=bench_gpu
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
-slows both; what is printed are medians, and on the last line `ratio R`, the peer's time over ours.
-(`saliency` has no peer: it tells the compiled program's memory. `synthesis` compares a batch with
-one caption at a time.)
+slows both; what is printed are medians as JSON, a line of a Markdown table, and on the last line
+`ratio R`, the peer's time over ours. --peer=none measures ours alone, without a ratio.
+
+`gpu` runs all rows that want a GPU, each as one of the commands above (tools/bench/gpu.py).
+`saliency_memory` tells what capture adds to a compiled program's memory; `synthesis` compares a
+batch with one caption at a time. Of TFDS, Grain and ml_collections only `input` needs any (and
+--peer=big_vision needs ml_collections).
 """
 
 import importlib
@@ -19,29 +23,33 @@ import sys
 
 from absl import app, flags
 
+from tools.bench import turns
+
+_MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
+_OURS = dict(scan=None, attn_impl=None)
 # The module of each part, and what it is given of the flags, with its own defaults of those that
 # parts share. Modules are imported when they are asked for: some need what a GPU box lacks.
 PARTS = {
     "train_step": (
         "train_speed",
-        dict(size="bench-s", peer="hf", what="lora", dtype=None, batch_size=None,
-             peer_batch_size=None, rounds=7, steps=2, remat_policy=None, scan=None, cores=None),
+        dict(_MODEL, **_OURS, what="lora", batch_size=None, peer_batch_size=None, rounds=7, steps=2,
+             remat_policy=None),
     ),
+    "decode": (
+        "decode_speed", dict(_MODEL, **_OURS, batch_size=None, rounds=5, samples=5, tokens=8),
+    ),
+    "saliency": ("saliency_speed", dict(_MODEL, rounds=5, steps=1)),
     "load": (
         "load_speed",
-        dict(size="bench-s", peer="hf", what="lora", dtype=None, batch_size=None, rounds=3,
-             remat_policy=None, scan=None, cores=None),
+        dict(_MODEL, **_OURS, what="lora", batch_size=None, rounds=3, remat_policy=None),
     ),
     "input": (
         "input_speed",
-        dict(data="slake/en", split="train", data_dir=None, manual_dir=None, res=448, batch_size=32,
-             rounds=5, batches=6, peer="hf", cores=1),
+        dict(size="3b-448", data="slake/en", split="train", data_dir=None, manual_dir=None,
+             res=None, batch_size=32, rounds=5, batches=6, peer="hf", cores=1),
     ),
-    "decode": (
-        "decode_speed",
-        dict(res=224, batch_size=4, rounds=5, samples=5, tokens=8, peer="hf", cores=2),
-    ),
-    "saliency": (
+    "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
+    "saliency_memory": (
         "saliency_memory",
         dict(res=448, text_len=128, tokens=16, img="So400m/14", llm="gemma_2b"),
     ),
@@ -51,16 +59,57 @@ PARTS = {
              cores=2),
     ),
 }  # fmt: skip
+_TYPES = {
+    "DEFINE_integer": dict(
+        batch_size="Examples in a batch, or questions; by default the size's own.",
+        peer_batch_size="Where it isn't --batch_size.",
+        rounds="Turns of each.", steps="Steps in a turn.", batches="Batches in a turn.",
+        samples="Answers to each question.", tokens="Of an answer.", res="Pixels.",
+        text_len="Of prompt and answer.", rows="Captions.",
+        cores="CPU cores that all sides are bound to.",
+    ),
+    "DEFINE_string": dict(
+        size="Of the model, as tools/bench/sizes.py names them.",
+        what="Is trained: lora, stage1 or full.", dtype="Of the weights.",
+        remat_policy="Ours, in both towers.", attn_impl="Ours, in both towers: xla or cudnn.",
+        weights="Folder that drawn weights are kept in, for other runs to find.",
+        data="Data set, built with data_prep.build.", split="Of it.",
+        data_dir="Where it is built.", manual_dir="The released folder, which the peer reads.",
+        img="Variant of the image tower.", llm="Variant of the language model.",
+        model="Folder, .gguf file or name.", input="Source of captions.",
+        out="Folder for the figures of each row.",
+    ),
+    "DEFINE_bool": dict(
+        scan="Ours loops over layers, or unrolls them.", retry="Rows that failed before, too.",
+    ),
+    "DEFINE_float": dict(minutes="No row is begun that wouldn't end within them."),
+    "DEFINE_list": dict(only="Names of rows; by default all."),
+}  # fmt: skip
+
+
+def define_flags():
+    """One flag for each argument of a part; its help names the parts that take it."""
+    for kind, flags_of_kind in _TYPES.items():
+        for name, text in flags_of_kind.items():
+            parts = ", ".join(part for part, (_, takes) in PARTS.items() if name in takes)
+            getattr(flags, kind)(name, None, f"{parts}: {text}")
+    flags.DEFINE_enum("peer", None, ("hf", "big_vision", "none"), "What to compare with.")
+    flags.DEFINE_string("json", None, "File to write the figures to, too.")
 
 
 def main(argv):
     if len(argv) != 2 or argv[1] not in PARTS:
         raise app.UsageError(f"Give one of {sorted(PARTS)}; found {argv[1:]}.")
-    module, defaults = PARTS[argv[1]]
-    given = {k: flags.FLAGS[k].value for k in flags.FLAGS if flags.FLAGS[k].present}
+    module, takes = PARTS[argv[1]]
+    known = {"peer", *(name for of_kind in _TYPES.values() for name in of_kind)}
+    given = {k: flags.FLAGS[k].value for k in known if flags.FLAGS[k].present}
+    if unknown := sorted(set(given) - set(takes)):
+        raise app.UsageError(f"{argv[1]} has no --{unknown[0]}; it takes {sorted(takes)}.")
     part = importlib.import_module(f"tools.bench.{module}")
     try:
-        found = part.run(**{k: given.get(k, v) for k, v in defaults.items()})
+        found = part.run(**{**takes, **given})
+        if to := flags.FLAGS.json:
+            turns.write(to, json.dumps(found, indent=1))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     row = found.pop("row", None)
@@ -72,29 +121,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("size", None, "train_step, load: of the model, as sizes.py names them.")
-    flags.DEFINE_string("what", None, "train_step, load: what is trained: lora, stage1 or full.")
-    flags.DEFINE_integer("peer_batch_size", None, "train_step: where it isn't --batch_size.")
-    flags.DEFINE_integer("steps", None, "train_step: in a turn.")
-    flags.DEFINE_string("remat_policy", None, "train_step, load: ours, in both towers.")
-    flags.DEFINE_bool("scan", None, "train_step, load: ours loops over layers, or unrolls them.")
-    flags.DEFINE_string("data", None, "input: data set, built with data_prep.build.")
-    flags.DEFINE_string("split", None, "input: split of it.")
-    flags.DEFINE_string("data_dir", None, "input: where it is built.")
-    flags.DEFINE_string("manual_dir", None, "input: the released folder, which the peer reads.")
-    flags.DEFINE_integer("res", None, "Pixels.")
-    flags.DEFINE_integer("batch_size", None, "Examples in a batch.")
-    flags.DEFINE_integer("rounds", None, "Turns of each.")
-    flags.DEFINE_integer("batches", None, "input: batches a turn.")
-    flags.DEFINE_integer("samples", None, "decode: answers to each question.")
-    flags.DEFINE_integer("tokens", None, "decode, saliency, synthesis: of an answer.")
-    flags.DEFINE_integer("text_len", None, "saliency: length of prompt and answer.")
-    flags.DEFINE_string("img", None, "saliency: variant of the image tower.")
-    flags.DEFINE_string("llm", None, "saliency: variant of the language model.")
-    flags.DEFINE_integer("cores", None, "CPU cores that both are bound to.")
-    flags.DEFINE_string("model", None, "synthesis: folder, .gguf file or name of the model.")
-    flags.DEFINE_string("input", None, "synthesis: source of captions.")
-    flags.DEFINE_integer("rows", None, "synthesis: captions.")
-    flags.DEFINE_string("dtype", None, "train_step, load, synthesis: of the weights.")
-    flags.DEFINE_enum("peer", None, ("hf", "big_vision", "none"), "What to compare with.")
+    define_flags()
     app.run(main)

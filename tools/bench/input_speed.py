@@ -17,26 +17,38 @@ import jax
 from configs import common
 from data_prep import slake_layout
 from paligemma_med import input_pipeline
+from tools.bench import sizes, turns
 
 # More batches than either side holds ready.
 _AHEAD = 8
 
 
 def run(
-    *, data, split, data_dir, manual_dir, res, batch_size, rounds, batches, peer, cores, text_len=64
+    *, size, data, split, data_dir, manual_dir, res, batch_size, rounds, batches, peer, cores,
+    text_len=64,
 ):  # fmt: skip
     """Measures both.
 
+    Args:
+      size: a name in `sizes.SIZES`, of which res is by default; nothing else of it matters here.
+      peer: "hf" or "none".
+
     Returns:
-      dict: examples per second per core of each (median over rounds), and `ratio`.
+      dict: examples per second per core of each (median over rounds), `ratio`, what the figures
+      hold for, and "row", a line of a Markdown table.
 
     Raises:
-      ValueError: no tokenizer ($PALIGEMMA_TOKENIZER), or no manual_dir for the peer.
+      ValueError: an unknown name, no tokenizer ($PALIGEMMA_TOKENIZER), or no manual_dir for the
+        peer.
     """
+    sizes.check(size, "lora", None)
+    turns.check(peer, ("hf", "none"), rounds=rounds, batches=batches, batch_size=batch_size)
+    res = res or sizes.SIZES[size].res
+    load_before = os.getloadavg()[0]
     if not os.environ.get("PALIGEMMA_TOKENIZER"):
         raise ValueError("$PALIGEMMA_TOKENIZER must name the Gemma tokenizer's file.")
     jax.config.update("jax_platforms", "cpu")  # what is measured is the host's work
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
+    turns.bind(cores)
     sides = {"ours": _ours(data, split, data_dir, res, batch_size, cores, text_len)}
     if peer == "hf":
         if not manual_dir:
@@ -58,10 +70,14 @@ def run(
             n: round(count / statistics.median(s) / cores, 1) for n, s in seconds.items()
         },
         "seconds_a_round": {n: [round(x, 3) for x in s] for n, s in seconds.items()},
+        **turns.surroundings([dict(device="cpu", jax=jax.__version__)], load_before),
     }  # fmt: skip
-    if "hf" in seconds:
+    if peer != "none":
         out["ratio"] = statistics.median(seconds["hf"]) / statistics.median(seconds["ours"])
-    return out
+    speeds = ", ".join(f"{x:.1f}" for x in out["examples_per_second_per_core"].values())
+    work = f"input, {data}, {res} px, batch {batch_size}" + f", {peer}" * (peer != "none")
+    ratio = f"{out['ratio']:.2f}" if "ratio" in out else ""
+    return {**out, "row": turns.line(work, speeds, ratio, turns.where(out))}
 
 
 def _ours(name, split, data_dir, res, batch_size, cores, text_len):

@@ -24,31 +24,18 @@ def device():
     return dict(platform="cpu", device="cpu")
 
 
-class _Side:
-    """See `workers`."""
+class TorchSide:
+    """What sides in PyTorch share; see `workers`. next_step: () → a number, on the device."""
 
-    def __init__(self, model, trained, inputs, dtype):
-        self.about = dict(
-            torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__,
-            trained=sum(p.numel() for p in trained),
-        )  # fmt: skip
-        self._model, self._inputs, self._dtype = model, inputs, dtype
-        self._optimizer = torch.optim.AdamW(
-            trained, lr=sizes.LEARNING_RATE, weight_decay=sizes.WEIGHT_DECAY
-        )
-        self._matrices = {}
+    def __init__(self, next_step, dtype, about):
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        self.step, self.about = next_step, {**versions, **about}
+        self._dtype, self._matrices = getattr(torch, dtype), {}
 
-    def step(self):
-        self._optimizer.zero_grad()
-        loss = self._model(**self._inputs).loss
-        loss.backward()
-        self._optimizer.step()
-        return loss.detach()
-
-    def value(self, loss):
+    def value(self, x):
         if _device() == "cuda":
             torch.cuda.synchronize()
-        return loss.item()
+        return x.item()
 
     def multiply(self, n):
         if n not in self._matrices:
@@ -61,29 +48,24 @@ class _Side:
         return torch.cuda.max_memory_allocated() if _device() == "cuda" else None
 
 
-def build(settings):
-    """See `workers`. settings: size, dtype, what, weights (a folder), rows, cores."""
-    size, what, dtype = settings["size"], settings["what"], getattr(torch, settings["dtype"])
-    size, where = sizes.SIZES[size], _device()
+def load(settings, attn_implementation="sdpa"):
+    """The model of the benchmark's folder, on the device, without adapters."""
+    size = sizes.SIZES[settings["size"]]
     if settings.get("cores"):
         torch.set_num_threads(settings["cores"])
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
-        f"{settings['weights']}/base", dtype=dtype, attn_implementation="sdpa", device_map=where
-    )
+        f"{settings['weights']}/base", dtype=getattr(torch, settings["dtype"]),
+        attn_implementation=attn_implementation, device_map=_device(),
+    )  # fmt: skip
     vocab = size.llm["vocab_size"]
     # The image's token is one of the rows that go; one beyond `vocab_size` is no row to look up.
     model.resize_token_embeddings(vocab)
     model.model.vocab_size = vocab
-    if what == "lora":
-        model = peft.PeftModel.from_pretrained(
-            model, f"{settings['weights']}/adapter", is_trainable=True
-        )
-    else:
-        model.requires_grad_(what == "full")
-        model.get_submodule("model.multi_modal_projector").requires_grad_(True)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    batch = sizes.draw_batch(size, settings["rows"])
+    return model
+
+
+def arrange(model, batch):
+    """The batch of `sizes.draw_batch` as the model takes it: image, then text without padding."""
     image_token, patches = model.config.image_token_id, model.config.text_config.num_image_tokens
     text, answer = (torch.tensor(batch[k], dtype=torch.long) for k in ("text", "mask_loss"))
     ids = torch.nn.functional.pad(text, (patches, 0), value=image_token)
@@ -93,9 +75,35 @@ def build(settings):
         attention_mask=torch.ones_like(ids),
         token_type_ids=answer,
         labels=torch.where(answer > 0, ids, -100),
-        pixel_values=torch.tensor(batch["image"].transpose(0, 3, 1, 2)).to(dtype),
+        pixel_values=torch.tensor(batch["image"].transpose(0, 3, 1, 2)).to(model.dtype),
     )
-    return _Side(model, trained, {k: x.to(where) for k, x in inputs.items()}, dtype)
+    return {k: x.to(model.device) for k, x in inputs.items()}
+
+
+def build(settings):
+    """See `workers`. settings: size, dtype, what, weights (a folder), rows, cores."""
+    what, model = settings["what"], load(settings)
+    inputs = arrange(model, sizes.draw_batch(sizes.SIZES[settings["size"]], settings["rows"]))
+    if what == "lora":
+        model = peft.PeftModel.from_pretrained(
+            model, f"{settings['weights']}/adapter", is_trainable=True
+        )
+    else:
+        model.requires_grad_(what == "full")
+        model.get_submodule("model.multi_modal_projector").requires_grad_(True)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=sizes.LEARNING_RATE, weight_decay=sizes.WEIGHT_DECAY)
+
+    def step():
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    about = dict(peft=peft.__version__, trained=sum(p.numel() for p in trained))
+    return TorchSide(step, settings["dtype"], about)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Our training step as a side of a benchmark: `train_step`, jitted as `train` does it.
 
 It reads the weights by `checkpoints` and holds frozen ones in the benchmark's type, trained ones in
-float32. Neither TFDS nor Grain is imported: the batch lies on the device.
+float32. Neither TFDS, Grain nor ml_collections is imported: the batch lies on the device, and the
+config is a plain dict.
 """
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, flops, optim, sharding, train_step
@@ -21,12 +21,15 @@ def device():
 
 
 class JaxSide:
-    """What sides in JAX share; see `workers`. next_step: () → loss, on the device."""
+    """What sides in JAX share; see `workers`. next_step: () → what `value` waits for."""
 
     def __init__(self, next_step, dtype, about):
         self.step = next_step
         self.about = {"jax": jax.__version__, **about}
         self._dtype, self._matrices = jnp.dtype(dtype), {}
+        if dtype == "float32" and jax.default_backend() == "gpu":
+            # As PyTorch computes by default; JAX would take tf32. No step has been compiled yet.
+            jax.config.update("jax_default_matmul_precision", "float32")
 
     value = staticmethod(float)
 
@@ -46,6 +49,12 @@ def _product(a, b):
     return a @ b
 
 
+class _Config(dict):
+    """What `train_step` and `optim` ask of a config."""
+
+    __getattr__ = dict.__getitem__
+
+
 def read_weights(settings, **towers):
     """(model, {name: numpy array, or lazy.Lazy}) of the folder that `sizes.write_weights` made.
 
@@ -54,7 +63,7 @@ def read_weights(settings, **towers):
     size, folder = sizes.SIZES[settings["size"]], settings["weights"]
     params = checkpoints.open_hf(f"{folder}/base")
     img, llm = ({**kw, **towers} for kw in (size.img, size.llm))
-    if settings["what"] == "lora":
+    if settings.get("what") == "lora":
         adapter = checkpoints.load_adapter(f"{folder}/adapter")
         model, params = checkpoints.apply_adapter(
             img, llm, params, adapter, dtype=settings["dtype"]
@@ -66,19 +75,27 @@ def read_weights(settings, **towers):
     return model, npz.flatten_tree(params)
 
 
+def put_weights(settings):
+    """(model, parameters on the device, all in the benchmark's type), without adapters."""
+    towers = {k: settings[k] for k in ("scan", "attn_impl")}
+    model, host = read_weights({**settings, "what": None}, **towers)
+    dtype, params = jnp.dtype(settings["dtype"]), {}
+    for name in list(host):  # one at a time, so that the host never holds all of them
+        params[name] = jax.device_put(np.asarray(host.pop(name)).astype(dtype, copy=False))
+    return model, npz.unflatten_tree(params)
+
+
 def build(settings):
-    """See `workers`. settings: size, dtype, what, weights (a folder), rows, remat_policy, scan."""
+    """See `workers`. settings: size, dtype, what, weights (a folder), rows, remat_policy, scan,
+    attn_impl."""
     size = sizes.SIZES[settings["size"]]
-    model, host = read_weights(
-        settings, remat_policy=settings["remat_policy"], scan=settings["scan"]
-    )
-    config = ml_collections.ConfigDict(
-        dict(
-            sizes.optimizer(),
-            supervised_len=size.answer_len,
-            schedule=[(sizes.TRAINED[settings["what"]], dict(decay_type="constant"))]
-            + ([] if settings["what"] == "full" else [(".*", None)]),
-        )
+    towers = {k: settings[k] for k in ("remat_policy", "scan", "attn_impl")}
+    model, host = read_weights(settings, **towers)
+    config = _Config(
+        sizes.optimizer(),
+        supervised_len=size.answer_len,
+        schedule=[(sizes.TRAINED[settings["what"]], dict(decay_type="constant"))]
+        + ([] if settings["what"] == "full" else [(".*", None)]),
     )
     mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
     names = optim.trained_names(config, list(host))
@@ -112,7 +129,7 @@ def build(settings):
         model, names, res=size.res, text_len=size.text_len, supervised_len=size.answer_len
     )
     about = dict(
-        flops_per_example=counted.per_example_model,
+        flops_a_step=counted.per_example_model * settings["rows"],
         trained=sum(x.size for x in trained.values()),
         parameters=sum(x.size for x in (*trained.values(), *frozen.values())),
     )

@@ -1,6 +1,6 @@
 """What streamed capture of attention adds to the memory of a forward pass, as compiled.
 
-    python -m tools.bench saliency --res=448
+    python -m tools.bench saliency_memory --res=448
 
 Compiles three passes over one sequence and reads XLA's `memory_analysis`; nothing is allocated, so
 a laptop can ask about the 3B model. What a pass adds is its temporary and output bytes less those

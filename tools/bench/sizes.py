@@ -1,10 +1,10 @@
-"""What the benchmarks of training compute: sizes, batch, what is trained, and the numbers drawn.
+"""What the benchmarks compute: sizes, batches, what is trained, and the numbers drawn.
 
 All sides take everything from here, so that they do the same work: the same weights (a Hugging Face
 folder and a PEFT folder, drawn once a run), the same batch, the same trained parameters, AdamW with
 the same settings. Nothing at the top of this file needs JAX or PyTorch.
 
-    python -m tools.bench.sizes FOLDER '{"size": "bench-s", "dtype": "float32", "what": "lora"}'
+    python -m tools.bench.sizes FOLDER '{"size": "bench-s", "dtype": "float32"}'
 
 writes FOLDER/base and FOLDER/adapter.
 """
@@ -62,6 +62,16 @@ SIZES = {
         res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
         remat_policy="dots_with_no_batch_dims_saveable", scan=True,
     ),
+    # 22 M in the image tower, 213 M in the language model: between the two in size.
+    "m-224": Size(
+        img=dict(variant="S/14"),
+        llm=dict(
+            width=1024, depth=12, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=128,
+            vocab_size=32_768,
+        ),
+        res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
+        remat_policy="dots_with_no_batch_dims_saveable", scan=False,
+    ),
     "3b-224": Size(**_3B, res=224, batch_size=8),
     "3b-448": Size(**_3B, res=448, batch_size=8),
     # For tests: every width differs from every other.
@@ -81,6 +91,7 @@ DTYPES = ("float32", "bfloat16")
 # published. No dropout, so that the losses of all sides can be compared.
 LORA = [("img/Transformer/.*MultiHead.*/kernel|llm/layers/attn/.*", dict(rank=8, alpha=32.0))]
 TRAINED = {"lora": ".*/lora_[ab]", "stage1": "img/head/.*", "full": ".*"}
+PROMPT_LENGTHS = (12, 28)  # tokens, from and to: those of VQA questions
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01  # decay: PyTorch's default, which is times the former
 
 
@@ -115,10 +126,27 @@ def draw_batch(size, rows):
     )
 
 
-def write_weights(folder, size, dtype, what):
-    """Draws the weights of `size`: <folder>/base as Hugging Face has them, and for "lora" an
-    adapter <folder>/adapter as PEFT has it. Each leaf is drawn when it is written, so that a large
-    model needs little memory."""
+def draw_prompts(size, rows):
+    """Numpy arrays as the eval pp makes them: image float32[rows, res, res, 3], text, mask_ar,
+    mask_input int32[rows, text_len]. Prompts have 12 to 28 tokens, as questions do, or less where
+    the text is shorter; the first is the longest."""
+    rng = np.random.default_rng(1)
+    low, high = min(PROMPT_LENGTHS[0], size.text_len // 2), min(PROMPT_LENGTHS[1], size.text_len)
+    lengths = rng.integers(low, high, rows, endpoint=True)
+    lengths[0] = high
+    on = np.arange(size.text_len) < lengths[:, None]
+    return dict(
+        image=rng.uniform(-1, 1, (rows, size.res, size.res, 3)).astype(np.float32),
+        text=np.where(on, rng.integers(3, size.llm["vocab_size"], on.shape), 0).astype(np.int32),
+        mask_ar=np.where(on, 0, 1).astype(np.int32),
+        mask_input=on.astype(np.int32),
+    )
+
+
+def write_weights(folder, size, dtype):
+    """Draws the weights of `size`: <folder>/base as Hugging Face has them, and an adapter
+    <folder>/adapter as PEFT has it. Each leaf is drawn when it is written, so that a large model
+    needs little memory."""
     from paligemma_med import checkpoints
     from paligemma_med.checkpoints import lazy, npz
     from paligemma_med.models import lora, paligemma
@@ -141,8 +169,6 @@ def write_weights(folder, size, dtype, what):
     leaves = npz.unflatten_tree({n: leaf(n, x) for n, x in flat.items()})
     base = os.path.join(folder, "base")
     checkpoints.save_hf(base, leaves, img=dict(model.img), llm=dict(model.llm))
-    if what != "lora":
-        return
     specs, factors = lora.resolve(LORA, flat), {}
     for target, spec in specs.items():
         a, b = lora.factor_shapes(target, spec, flat[target.param].shape)
@@ -175,4 +201,4 @@ def _fan_in(name, shape):
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     _settings = json.loads(sys.argv[2])
-    write_weights(sys.argv[1], SIZES[_settings["size"]], _settings["dtype"], _settings["what"])
+    write_weights(sys.argv[1], SIZES[_settings["size"]], _settings["dtype"])

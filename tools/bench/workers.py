@@ -7,8 +7,10 @@ So the memory of one can be told from that of the other, and pools of threads do
 A side is a module with `device()` and `build(settings)`, run as `python -m MODULE JSON`. `build`
 gives an object with
 
-    step()       takes a training step and gives its loss, on the device
-    value(x)     waits for a loss of `step` and gives it as a float
+    step()       does the work once and gives what comes of it (a training step: its loss), on the
+                 device
+    value(x)     waits for what `step` gave, and gives a number of it
+    result()     what sides are compared by beside those numbers, for JSON; not all have it
     multiply(n)  multiplies two n × n matrices of the type once, and waits
     about        dict of what is to be told
     peak()       bytes the device says it held at most; None on a CPU
@@ -27,10 +29,14 @@ import subprocess
 import sys
 import time
 
-# The module of each side.
-SIDES = {name: f"tools.bench.peers_{name}" for name in ("ours", "hf", "big_vision")}
-# What a bare GPU box lacks: no side may import it.
-UNWANTED = ("tensorflow_datasets", "grain")
+# The module of each side, by the work.
+SIDES = {
+    "train_step": {n: f"tools.bench.peers_{n}" for n in ("ours", "hf", "big_vision")},
+    "decode": {n: f"tools.bench.decode_{n}" for n in ("ours", "hf")},
+    "saliency": {n: f"tools.bench.saliency_{n}" for n in ("ours", "hf")},
+}
+# What a bare GPU box lacks: no side may import it (but for big_vision, which does itself).
+UNWANTED = ("tensorflow_datasets", "grain", "ml_collections")
 
 
 def resident(name):
@@ -52,7 +58,7 @@ class Worker:
 
     Args:
       name: of the side, in SIDES.
-      settings: for its `build`.
+      settings: for its `build`; of them, `work` is one of SIDES.
       env: more of the environment.
 
     Attributes:
@@ -66,7 +72,7 @@ class Worker:
         self.name = name
         settings = {**settings, "started": time.time()}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", SIDES[name], json.dumps(settings)],
+            [sys.executable, "-m", SIDES[settings["work"]][name], json.dumps(settings)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, **_ENV, **(env or {})},
         )  # fmt: skip
@@ -121,9 +127,9 @@ def serve(device, build):
     """The side's part: builds it, says what it is, answers until there are no more requests.
 
     Requests: {"do": "steps", "n": N} gives the seconds a step (`seconds`), those of the processor
-    (`cpu_seconds`) and the loss of each step; {"do": "multiply", "n": N, "times": K} the FLOP/s of
-    the best of K products; {"do": "forget"} starts the memory's peak anew; {"do": "memory"} gives
-    its `bytes`.
+    (`cpu_seconds`) and the value of each step (`values`); {"do": "result"} the side's `result`;
+    {"do": "multiply", "n": N, "times": K} the FLOP/s of the best of K products; {"do": "forget"}
+    starts the memory's peak anew; {"do": "memory"} gives its `bytes`.
     """
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between
@@ -152,13 +158,13 @@ def serve(device, build):
 def _answer(side, request, before):
     if request["do"] == "steps":
         start, cpu = time.perf_counter(), time.process_time()
-        losses = [side.step() for _ in range(request["n"])]
-        losses = [side.value(x) for x in losses]
+        values = [side.step() for _ in range(request["n"])]
+        values = [side.value(x) for x in values]
         n = request["n"]
         return dict(
             seconds=(time.perf_counter() - start) / n,
             cpu_seconds=(time.process_time() - cpu) / n,
-            losses=losses,
+            values=values,
         )
     if request["do"] == "multiply":
         n, seconds = request["n"], []
@@ -167,6 +173,8 @@ def _answer(side, request, before):
             side.multiply(n)
             seconds.append(time.perf_counter() - start)
         return dict(flops_per_second=2 * n**3 / min(seconds[1:]))
+    if request["do"] == "result":
+        return dict(result=side.result())
     if request["do"] == "forget":
         forget_peak()
         return {}

@@ -1,0 +1,223 @@
+"""All rows of the benchmarks that want a GPU, one after another, each as a command of its own.
+
+    python -m tools.bench gpu --out=bench_gpu
+
+For a box that is lent by the minute: it needs JAX, Flax, optax, safetensors, PyTorch, transformers
+and peft, and neither TFDS, Grain, ml_collections nor a network. No row is begun that wouldn't end
+within --minutes; the same command again goes on with the rows that are left. Each leaves
+OUT/NAME.json (its figures and command, or why there are none) and OUT/NAME.log; a row that failed
+is tried again only with --retry. Weights and JAX's compiled programs stay in OUT/cache, so that
+rows share them.
+
+Rows come in the order of what is asked first: the training step and sampled answers beside
+transformers, then batches and settings one by one to find the best of each side, and these beside
+each other. --size=tiny tries all of it out on a CPU.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tools.bench import sizes, turns
+
+
+class Row(NamedTuple):
+    """A command: `python -m tools.bench part --key=value …`.
+
+    Attributes:
+      part: of tools.bench.
+      flags: {name: value}, or a function that makes them of what was found, {name of row: figures},
+        and gives None where what it needs isn't there.
+      minutes: that it may take; what is lent must have as many left.
+    """
+
+    part: str
+    flags: dict | Callable
+    minutes: float
+
+
+_STEP = dict(what="lora", rounds=5, steps=4)
+_ALONE = dict(_STEP, peer="none", rounds=3)
+_MINUTES = 4.0  # for a start of both sides; a row's own figures take seconds
+
+
+def _best(found, prefix, side):
+    """The figures with most examples of a side a second, of "train" and rows named so."""
+    rows = [x for n, x in found.items() if n == "train" or n.startswith(prefix)]
+    rows = [x for x in rows if side in x.get("per_second", {})]
+    return max(rows, key=lambda x: x["per_second"][side], default=None)
+
+
+def _best_of_each(found):
+    ours, theirs = _best(found, "train-ours", "ours"), _best(found, "train-hf", "hf")
+    if ours is None or theirs is None:
+        return None
+    return dict(
+        _STEP, peer="hf", batch_size=ours["batch_size"]["ours"],
+        peer_batch_size=theirs["batch_size"]["hf"],
+        remat_policy=ours["ours"]["remat_policy"], attn_impl=ours["ours"]["attn_impl"],
+    )  # fmt: skip
+
+
+def _ours(batch_size, remat_policy="nothing_saveable", attn_impl="xla"):
+    flags = dict(batch_size=batch_size, remat_policy=remat_policy, attn_impl=attn_impl)
+    return Row("train_step", dict(_ALONE, **flags), 3.0)
+
+
+def _theirs(batch_size):
+    # Ours is there for its count of FLOPs; a batch of one takes little memory and is compiled.
+    flags = dict(_STEP, peer="hf", batch_size=1, peer_batch_size=batch_size, rounds=3)
+    return Row("train_step", flags, 3.0)
+
+
+_DOTS = "dots_with_no_batch_dims_saveable"
+ROWS = {
+    "train": Row("train_step", dict(_STEP, peer="hf"), _MINUTES),
+    "decode": Row("decode", dict(peer="hf", rounds=5), _MINUTES),
+    "memory-1": Row("train_step", dict(_ALONE, batch_size=1), 3.0),
+    "train-ours-16": _ours(16),
+    "train-ours-16-cudnn": _ours(16, attn_impl="cudnn"),
+    "train-ours-32": _ours(32),
+    "train-ours-16-dots": _ours(16, _DOTS),
+    "train-ours-4-none": _ours(4, "none"),
+    "train-hf-4": _theirs(4),
+    "train-hf-16": _theirs(16),
+    "train-best": Row("train_step", _best_of_each, _MINUTES),
+    "train-stage1": Row("train_step", dict(_STEP, what="stage1", peer="hf"), _MINUTES),
+    "saliency": Row("saliency", dict(peer="hf"), _MINUTES),
+    # In float32 greedy answers must be equal: what `decode` measures is the same work.
+    "decode-same": Row("decode", dict(peer="hf", rounds=1, dtype="float32"), 7.0),
+    "load": Row("load", dict(peer="hf", rounds=1), 6.0),
+}
+
+
+def run(*, out, minutes, size, only, retry):
+    """Runs what is left of ROWS.
+
+    Args:
+      out: folder of figures.
+      minutes: that this call may take.
+      size: a name in `sizes.SIZES`.
+      only: names of rows; None is all.
+      retry: rows that failed, too.
+
+    Returns:
+      dict(left: rows still to run, failed: {row: why}, row: a Markdown table of all figures).
+
+    Raises:
+      ValueError: no `out`, an unknown row or size, figures of another size in `out`.
+    """
+    if not out:
+        raise ValueError("give --out, a folder for the figures.")
+    sizes.check(size, "lora", None)
+    if unknown := sorted(set(only or ()) - set(ROWS)):
+        raise ValueError(f"--only has {unknown}; expected some of {list(ROWS)}.")
+    out = os.path.abspath(os.path.expanduser(out))
+    os.makedirs(os.path.join(out, "cache"), exist_ok=True)
+    found, end = read(out, size), time.monotonic() + 60 * minutes
+    began = False
+    for name, row in ROWS.items():
+        before = found.get(name)
+        if (only and name not in only) or (before and not (retry and "error" in before)):
+            continue
+        flags = row.flags(found) if callable(row.flags) else row.flags
+        if flags is None:
+            continue
+        left = end - time.monotonic()
+        # The first row is tried in any case, or a call would change nothing.
+        if began and left < 60 * row.minutes:
+            print(f"{name}: for another call", file=sys.stderr)
+            break
+        figures = _run_one(out, name, row.part, {"size": size, **flags}, max(left, 1))
+        if figures is None and began:
+            break
+        began = True
+        if figures is None:
+            figures = dict(error=f"took longer than --minutes={minutes:g}.", size=size)
+        turns.write(os.path.join(out, f"{name}.json"), json.dumps(figures, indent=1))
+        found[name] = figures
+        print(f"{name}: {figures.get('error') or figures.get('row')}", file=sys.stderr)
+    wanted = [n for n in ROWS if not only or n in only]
+    return dict(
+        left=[n for n in wanted if n not in found],
+        failed={n: found[n]["error"] for n in wanted if "error" in found.get(n, {})},
+        row=table({n: found[n] for n in wanted if n in found}),
+    )
+
+
+def read(out, size):
+    """{row: figures} of what is in a folder."""
+    found = {}
+    for name in ROWS:
+        path = os.path.join(out, f"{name}.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                found[name] = json.load(f)
+            if found[name].get("size") != size:
+                raise ValueError(
+                    f"{path} is of size {found[name].get('size')!r}; expected {size!r}: "
+                    "give another --out."
+                )
+    return found
+
+
+def table(found):
+    """A Markdown table of the rows that have figures; a part's `row` is its line."""
+    head = ["row", "work", "seconds: ours, theirs", "ratio", "memory, GB", "TFLOP/s", "of peak",
+            "device"]  # fmt: skip
+    lines = [turns.line(*head), turns.line(*["---"] * len(head))]
+    for name, figures in found.items():
+        if "row" in figures:
+            cells = [x.strip() for x in figures["row"].strip("| ").split("|")]
+            cells[3:3] = [""] * (len(head) - 1 - len(cells))  # `load` has no FLOPs
+            lines.append(turns.line(name, *cells))
+    return "\n".join(lines)
+
+
+def _run_one(out, name, part, flags, seconds):
+    """Figures of one command; what it says goes to a log. None: it took longer."""
+    made = os.path.join(out, "cache", "figures.json")
+    given = [f"--{k}={v}" for k, v in flags.items()]
+    kept = [f"--weights={out}/cache/weights", f"--json={made}"]
+    command = [sys.executable, "-m", "tools.bench", part, *given]
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.join(out, "cache", "jax")}
+    log = os.path.join(out, f"{name}.log")
+    if os.path.exists(made):
+        os.remove(made)
+    start = time.monotonic()
+    with open(log, "w", encoding="utf-8") as f:
+        # A group of its own: its sides end with it.
+        process = subprocess.Popen(
+            [*command, *kept], stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end(process)
+    about = dict(command=" ".join(["python", *command[1:]]), size=flags["size"],
+                 took_seconds=round(time.monotonic() - start, 1))  # fmt: skip
+    if process.returncode:
+        with open(log, encoding="utf-8") as f:
+            said = [x for x in f.read().splitlines() if x.strip()]
+        # A side that broke says why, then the driver that it did.
+        why = [x for x in said[:-1] if re.match(r"[\w.]*Error\b", x)][-1:] + said[-1:]
+        return {**about, "error": " ".join(why) or f"status {process.returncode}"}
+    with open(made, encoding="utf-8") as f:
+        return {**json.load(f), **about}
+
+
+def _end(process):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

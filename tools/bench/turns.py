@@ -1,0 +1,212 @@
+"""What the parts that compare sides share: the same weights and cores, turns, and figures of them.
+
+Each side is a process of its own (`workers`). A turn is some steps of one side; the sides take
+turns, so that a busy machine slows all of them, and a figure is a median over turns. Nothing here
+imports JAX or PyTorch: the driver holds no device.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from tools.bench import sizes, workers
+
+_MATRIX = {"cpu": 2048}  # rows of the matrices; 8192 on other platforms
+_PRODUCTS = 20
+
+
+def check(peer, peers, **counts):
+    """ValueError unless `peer` is one of `peers` and the counts are 1 or more."""
+    if peer not in peers:
+        *most, last = map(repr, peers)
+        raise ValueError(f"--peer is {peer!r}; expected {', '.join(most)} or {last}.")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected 1 or more.")
+
+
+def bind(cores):
+    """Binds this process, and those it starts, to so many cores; None leaves them free."""
+    if cores:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
+        os.environ["OMP_NUM_THREADS"] = str(cores)
+
+
+@contextlib.contextmanager
+def weights(size, dtype, folder=None):
+    """The folder of `sizes.write_weights`: one that ends with the block, or in `folder`, where it
+    stays and is found again."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="bench-") as made:
+            draw(made, size, dtype)
+            yield made
+        return
+    path = os.path.join(os.path.expanduser(folder), f"{size}-{dtype}")
+    if not os.path.isdir(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        made = tempfile.mkdtemp(prefix="part-", dir=os.path.dirname(path))
+        try:
+            draw(made, size, dtype)
+            os.rename(made, path)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    yield path
+
+
+def draw(folder, size, dtype):
+    """`sizes.write_weights` in a process of its own, so that this one never holds a device."""
+    settings = json.dumps(dict(size=size, dtype=dtype))
+    command = [sys.executable, "-m", "tools.bench.sizes", folder, settings]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"the weights of {size} could not be written to {folder}; see above.")
+
+
+@contextlib.contextmanager
+def sides(rows, settings):
+    """{name: `workers.Worker`} of the sides, ready for their turns.
+
+    Args:
+      rows: {name: examples in a step}.
+      settings: of all sides.
+
+    Raises:
+      ValueError: sides on devices of different kinds.
+    """
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for name, n in rows.items():
+            made[name] = stack.enter_context(workers.Worker(name, {**settings, "rows": n}))
+        kinds = {n: s.about["platform"] for n, s in made.items()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"the sides compute on different devices, {kinds}: expected one kind.")
+        yield made
+
+
+def take(sides, units, rounds, steps):
+    """Figures of `rounds` turns of each side.
+
+    Args:
+      sides: as from `sides`, warmed up. Ours says the FLOPs of its step, `flops_a_step`.
+      units: {name: what a step of it makes: examples, or answers}.
+      rounds, steps: turns, and steps in each.
+
+    Returns:
+      dict for JSON. `of_peak` is what a side does of our FLOPs by the fastest product of two large
+      matrices, in the same type, that any side made in the same run. With a peer: `ratio`, its
+      seconds a unit over ours, and `cpu_ratio`, the same of the processor's time.
+    """
+    for side in sides.values():
+        side.ask(do="forget")
+    seconds, cpu = ({n: [] for n in sides} for _ in range(2))
+    for _ in range(rounds):
+        for name, side in sides.items():
+            turn = side.ask(do="steps", n=steps)
+            seconds[name].append(turn["seconds"])
+            cpu[name].append(turn["cpu_seconds"])
+    memory = {n: s.ask(do="memory")["bytes"] for n, s in sides.items()}
+    # After the memory, since matrices take some, too.
+    about = sides["ours"].about
+    n = _MATRIX.get(about["platform"], 8192)
+    products = {
+        name: side.ask(do="multiply", n=n, times=_PRODUCTS)["flops_per_second"]
+        for name, side in sides.items()
+    }
+    each = {n: statistics.median(x) / units[n] for n, x in seconds.items()}
+    flops = {n: about["flops_a_step"] / units["ours"] / s for n, s in each.items()}
+    out = {
+        "seconds_a_step": {n: [round(x, 4) for x in s] for n, s in seconds.items()},
+        "median_seconds": {n: workers.median(x) for n, x in seconds.items()},
+        "fastest_seconds": {n: round(min(x), 4) for n, x in seconds.items()},
+        "median_cpu_seconds": {n: workers.median(x) for n, x in cpu.items()},
+        "per_second": {n: round(1 / s, 3) for n, s in each.items()},
+        "memory_gb": {n: round(x / 1e9, 3) for n, x in memory.items()},
+        "memory_is": "growth of resident memory"
+        if about["platform"] == "cpu"
+        else "the device's peak",
+        "tflops_per_second": {n: round(x / 1e12, 4) for n, x in flops.items()},
+        "matmul_tflops_per_second": {n: round(x / 1e12, 4) for n, x in products.items()},
+        "of_peak": {n: round(x / max(products.values()), 3) for n, x in flops.items()},
+    }
+    for name in sides:
+        if name != "ours":
+            of_cpu = {n: statistics.median(x) / units[n] for n, x in cpu.items()}
+            out["cpu_ratio"] = round(of_cpu[name] / of_cpu["ours"], 2) if of_cpu["ours"] else None
+            out["ratio"] = each[name] / each["ours"]
+    return out
+
+
+def surroundings(abouts, load_before):
+    """What figures hold for: device, machine, versions, date, and the load before and after."""
+    known = ("jax", "torch", "transformers", "peft")
+    return {
+        "device": abouts[0]["device"],
+        "machine": workers.machine(),
+        "versions": {k: about[k] for about in abouts for k in known if k in about},
+        "date": time.strftime("%Y-%m-%d"),
+        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+    }
+
+
+def row(work, out, peer):
+    """| work | seconds a step: ours, theirs | ratio | memory, GB | TFLOP/s | of peak | device |"""
+    if peer != "none":
+        work += f", {peer}"
+
+    def both(key, form):
+        return ", ".join(form.format(x) for x in out[key].values())
+
+    return line(
+        work, both("median_seconds", "{:.3f}"),
+        f"{out['ratio']:.2f}" if "ratio" in out else "", both("memory_gb", "{:.2f}"),
+        both("tflops_per_second", "{:.3f}"), both("of_peak", "{:.0%}"), where(out),
+    )  # fmt: skip
+
+
+def where(out):
+    """A cell: the accelerator's name, or the processor's."""
+    return out["machine"] if out["device"] == "cpu" else out["device"]
+
+
+def line(*cells):
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def write(path, text):
+    """Writes a file whole: at its path there is never a part of it."""
+    path = os.path.expanduser(path)
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
+        f.write(text + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def same(found, one, tolerance, what):
+    """ValueError unless all sides found the numbers that side `one` did.
+
+    Args:
+      found: {name: list of numbers}, of one length.
+      tolerance: relative.
+      what: the numbers are called, such as "loss of {} at step".
+    """
+    for name, numbers in found.items():
+        for i, (a, b) in enumerate(zip(numbers, found[one], strict=True)):
+            if not abs(a - b) <= tolerance * abs(b):
+                raise ValueError(f"the {what.format(name)} {i + 1} is {a}, that of {one} {b}.")
+
+
+def model_settings(size, dtype, cores, remat_policy=None, scan=None, attn_impl=None):
+    """Settings of all sides, by `size` where they are None."""
+    made = sizes.SIZES[size]
+    return dict(
+        size=size, dtype=dtype or made.dtype, cores=cores or made.cores,
+        remat_policy=remat_policy or made.remat_policy,
+        scan=made.scan if scan is None else scan, attn_impl=attn_impl or "xla",
+    )  # fmt: skip
