@@ -1,17 +1,16 @@
 """Every pp string of our configs, through big_vision's ops and through ours: a program for test_pp.
 
-    python -m tests.upstream.compare_pp DATA_DIR NAME SPLIT STEP
+    python -m tests.upstream.compare_pp DATA_DIR NAME SPLIT STEP [CONFIGS]
 
 Reads every STEP-th row of a set (array_record) and prints one JSON object: for each string how many
-rows it saw, and the largest difference of images in grey levels. Ends with an error at the first
-text, mask or key that differs. $PALIGEMMA_TOKENIZER may name Gemma's file; without it the strings
-that ask for Gemma get `tiny` in its place.
+rows it saw, and the largest difference of images in grey levels. CONFIGS: a regex of their names.
+Ends with an error at the first text, mask or key that differs. $PALIGEMMA_TOKENIZER may name
+Gemma's file; without it the strings that ask for Gemma get `tiny` in its place.
 """
 
 import importlib
 import json
 import os
-import pathlib
 import re
 import sys
 
@@ -19,7 +18,8 @@ import numpy as np
 
 from configs import common
 from paligemma_med import input_pipeline, upstream
-from paligemma_med.pp import get_preprocess_fn, registry
+from paligemma_med.pp import get_preprocess_fn
+from tests.upstream.pp_strings import config_strings, fixed
 
 upstream.install()
 import big_vision.pp.builder as bv_builder  # noqa: E402  after install
@@ -27,44 +27,7 @@ import tensorflow as tf  # noqa: E402
 
 from paligemma_med.upstream.config import PP_MODULES  # noqa: E402
 
-RANDOM = ("inception_crop", "brightness", "contrast", "choice_no_replacement")
-# Arguments of a config that change its pp strings.
-VARIANTS = {
-    "slake_mini": ["turns=3"],
-    "quickstart": ["stage=2"],
-    "stage1_slake": ["res=224", "lang=all", "lang=zh"],
-    "stage2_pmc_vqa": ["answer=text", "version=v2_open", "tiny=True"],
-    "stage2_medpix2": ["letters=True", "prompt=bare", "tiny=True"],
-    "tiny_base": ["lesson=2"],
-}
 GREY = 2 / 255 * 2 + 1e-6  # two grey levels, of images in [-1, 1]
-
-
-def config_strings():
-    """{pp string: where it stands first} over all configs and their variants."""
-    folder, found = pathlib.Path(common.__file__).parent, {}
-    for path in sorted(folder.glob("*.py")):
-        if path.stem.startswith(("__", "common")):
-            continue
-        module = importlib.import_module(f"configs.{path.stem}")
-        for arg in (None, *VARIANTS.get(path.stem, ())):
-            c = module.get_config(arg)
-            _collect(c.to_dict(), f"{path.stem}:{arg or ''}", found)
-    return found
-
-
-def _collect(section, where, found):
-    for key, value in section.items():
-        if isinstance(value, dict):
-            _collect(value, f"{where}.{key}", found)
-        elif key.endswith("pp") or key == "pp_fn":
-            found.setdefault(value, f"{where}.{key}")
-
-
-def fixed(pp):
-    """`pp` without its random ops, which draw other numbers on each side."""
-    ops = registry.split(pp)
-    return "|".join(op for op in ops if registry.parse_call(op)[0] not in RANDOM)
 
 
 def as_others_have_it(row):
@@ -103,13 +66,13 @@ def difference(ours, theirs, where):
     return worst
 
 
-def main(data_dir, name, split, step):
+def main(data_dir, name, split, step, configs=".*"):
     for module in PP_MODULES:
         importlib.import_module(f"big_vision.pp.{module}")
     source = input_pipeline.open_source(dict(name=name, split=split, data_dir=data_dir))
     rows = [as_others_have_it(source[i]) for i in range(0, len(source), int(step))]
     out, seen = {}, set()
-    for pp, where in config_strings().items():
+    for pp, where in config_strings(configs).items():
         # Both build the whole string, random ops and all; rows go through what is left of it.
         if not os.environ.get("PALIGEMMA_TOKENIZER"):
             pp = pp.replace(repr(common.GEMMA), "'tiny'")
