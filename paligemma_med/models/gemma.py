@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import attention, lora, vit
+from paligemma_med.models import attention, lora, quantised, vit
 from paligemma_med.models.activations import constrain
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
 class Einsum(nn.Module):
     """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
-    whole stack outside the scan would hold a second copy of it).
+    whole stack outside the scan would hold a second copy of it; see `quantised`).
 
     With `parts`, the output's leading axis is over them, and each may have an adapter."""
 
@@ -95,8 +95,8 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, eqn, x):
-        w = self.param("w", self.w_init, self.shape)
-        y = jnp.einsum(eqn, x, w.astype(x.dtype))
+        w = quantised.param(self, "w", self.w_init, self.shape)
+        y = quantised.product(lambda x, w: jnp.einsum(eqn, x, w), x, w)
         if self.parts:
             return [lora.add(self, y[i], x, "w", part) for i, part in enumerate(self.parts)]
         return lora.add(self, y, x, "w", inputs=self.inputs)
@@ -110,20 +110,20 @@ class Embedder(nn.Module):
     dtype: str
 
     def setup(self):
-        self.table = self.param(
+        self.table = quantised.param(
+            self,
             "input_embedding",
             nn.initializers.normal(stddev=self.width**-0.5),
             (self.vocab_size, self.width),
         )
 
     def encode(self, tokens):
-        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        x = quantised.rows(self.table, tokens, self.dtype)
         x = x * jnp.asarray(self.width**0.5, self.dtype)
         return constrain(x, "act_batch", "act_len", "act_emb")
 
     def decode(self, x):
-        table = self.table.astype(x.dtype)
-        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+        return quantised.logits(x, self.table)
 
 
 class Attention(nn.Module):
@@ -215,12 +215,13 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         d, f = x.shape[-1], self.mlp_dim
-        gating = self.param("gating_einsum", _init(1, (0, 2)), (2, d, f)).astype(x.dtype)
-        linear = self.param("linear", _init(0, 1), (f, d)).astype(x.dtype)
-        gate = lora.add(self, x @ gating[0], x, "gating_einsum", "gate")
-        up = lora.add(self, x @ gating[1], x, "gating_einsum", "up")
+        gating = quantised.param(self, "gating_einsum", _init(1, (0, 2)), (2, d, f))
+        linear = quantised.param(self, "linear", _init(0, 1), (f, d))
+        gate, up = quantised.product(lambda x, w: (x @ w[0], x @ w[1]), x, gating)
+        gate = lora.add(self, gate, x, "gating_einsum", "gate")
+        up = lora.add(self, up, x, "gating_einsum", "up")
         y = constrain(nn.gelu(gate) * up, "act_batch", "act_len", "act_mlp")
-        return lora.add(self, y @ linear, y, "linear", "down")
+        return lora.add(self, quantised.product(jnp.matmul, y, linear), y, "linear", "down")
 
 
 class Block(nn.Module):

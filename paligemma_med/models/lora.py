@@ -23,6 +23,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from paligemma_med.models import quantised
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -259,14 +261,38 @@ def add(module, y, x, param, part="", *, inputs=1):
     return y + made.astype(y.dtype)
 
 
-class Dense(nn.DenseGeneral):
-    """nn.DenseGeneral over the last axes, with an adapter where the rules say so."""
+class Dense(nn.Module):
+    """A linear map of the last axes, with an adapter where the rules say so.
 
+    Parameters, their initial values and the result are those of nn.DenseGeneral, which would make a
+    dense weight of a quantised one before a layer can say when.
+
+    Attributes:
+      features: size or sizes of the output's axes.
+      inputs: number of input axes, the last of x.
+      dtype: of the computation.
+    """
+
+    features: int | tuple[int, ...]
+    inputs: int = 1
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
     lora: tuple = ()
     deterministic: bool = True
 
     @nn.compact
     def __call__(self, x):
-        y = super().__call__(x)
-        inputs = len(self.axis) if isinstance(self.axis, tuple) else 1
-        return add(self, y, x.astype(y.dtype), "kernel", inputs=inputs)
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        ins = x.shape[x.ndim - self.inputs :]
+        flat = math.prod(ins), math.prod(features)  # as initialisers want it
+
+        def kernel_init(key, shape):
+            return self.kernel_init(key, flat).reshape(shape)
+
+        kernel = quantised.param(self, "kernel", kernel_init, (*ins, *features))
+        bias = self.param("bias", lambda key: self.bias_init(key, flat[1:]).reshape(features))
+        x = x.astype(self.dtype)
+        axes = range(x.ndim - self.inputs, x.ndim), range(self.inputs)
+        y = quantised.product(lambda x, w: jax.lax.dot_general(x, w, (axes, ((), ()))), x, kernel)
+        return add(self, y + bias.astype(y.dtype), x, "kernel", inputs=self.inputs)

@@ -1,0 +1,139 @@
+"""Frozen weights in 8 or 4 bits, as layers read them. `paligemma_med.quantise` makes them.
+
+A kernel `w` is stored as codes under its own name, with scales beside it as `w_scale`. Codes int8
+are whole numbers; codes uint8 are pairs of nf4, the 16 quantiles of the normal distribution of
+QLoRA (arXiv 2305.14314, appendix E). Scales have the kernel's axes, each as long as the kernel's or
+dividing it into blocks.
+
+A layer makes the dense weight of its own codes, so that one layer's is there at a time. `product`
+sees to it that the backward pass makes it again, too, rather than keep it.
+
+Axis letters: V vocabulary, D width of the language model.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+SCALE = "_scale"  # behind the name of what it scales
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter as it is stored.
+
+    Attributes:
+      value: float[shape], or codes.
+      scale: None, or the codes' scales.
+      shape: of the dense weight.
+    """
+
+    value: jax.Array
+    scale: jax.Array | None
+    shape: tuple[int, ...]
+
+
+def param(module, name, init, shape):
+    """The parameter `name` of `module` as a Weight; made by `init`, it is dense."""
+    if module.has_variable("params", name + SCALE):
+        value, scale = (module.get_variable("params", n) for n in (name, name + SCALE))
+        return Weight(value, scale, tuple(shape))
+    return Weight(module.param(name, init, shape), None, tuple(shape))
+
+
+def product(f, x, weight):
+    """f(x, w) with the Weight in the type of x.
+
+    If that takes a copy, the copy isn't kept for the backward pass, whatever the remat policy:
+    in a loop over layers, copies of all of them would be.
+    """
+    if weight.scale is None and weight.value.dtype == x.dtype:
+        return f(x, weight.value)
+
+    def run(x, value, scale):
+        return f(x, _dense(value, scale, weight.shape, x.dtype))
+
+    return jax.checkpoint(run, prevent_cse=False)(x, weight.value, weight.scale)
+
+
+def _dense(value, scale, shape, dtype):
+    if scale is None:
+        return value.astype(dtype)
+    codes = _unpacked(value, shape) if value.dtype == jnp.uint8 else value.astype(jnp.float32)
+    return _scaled(codes, scale).astype(dtype)
+
+
+def _unpacked(pairs, shape):
+    """uint8 of two codes each → float32[shape] of their quantiles."""
+    axis = next(i for i, (a, b) in enumerate(zip(pairs.shape, shape)) if a != b)
+    codes = jnp.stack([pairs & 15, pairs >> 4], axis + 1).reshape(shape)
+    # Bit by bit a choice between neighbours: a look-up would be a gather, slow on some devices.
+    values = list(map(jnp.float32, NF4))
+    for bit in range(4):
+        one = (codes >> bit) & 1 != 0
+        values = [jnp.where(one, b, a) for a, b in zip(values[::2], values[1::2])]
+    return values[0]
+
+
+def _scaled(x, scale):
+    """x · scale, each of whose axes is as long as x's, or divides it into blocks."""
+    split = [(s, n // s) for n, s in zip(x.shape, scale.shape)]
+    blocks = x.reshape([n for pair in split for n in pair])
+    each = scale.astype(jnp.float32).reshape([n for s, _ in split for n in (s, 1)])
+    return (blocks * each).reshape(x.shape)
+
+
+# --- The vocabulary table ---
+
+_COPY = 2**26  # numbers: as many as the widest layer of gemma_2b has in one kernel
+
+
+def rows(table, tokens, dtype):
+    """dtype[…, D]: rows of the table, a Weight [V, D], for int32[…] tokens."""
+    found = jnp.take(table.value, tokens, axis=0)
+    if table.scale is not None:
+        found = found.astype(jnp.float32) * jnp.take(table.scale, tokens, axis=0)
+    return found.astype(dtype)
+
+
+def logits(x, table):
+    """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D].
+
+    A table that has to be copied into the type of x is copied in parts, by width: by rows it may be
+    cut over devices.
+    """
+    plain = table.scale is None and table.value.dtype == x.dtype
+    parts = 1 if plain else _parts(table.shape)
+    if parts == 1:
+        return product(_logits, x, table)
+    width = x.shape[-1] // parts
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_part(i, x, value, scale):
+        x, value = (jax.lax.dynamic_slice_in_dim(a, i * width, width, axis=-1) for a in (x, value))
+        return _logits(x, _dense(value, scale, value.shape, x.dtype))
+
+    def add(total, i):
+        return total + of_part(i, x, table.value, table.scale), None
+
+    zero = jnp.zeros((*x.shape[:-1], table.shape[0]), jnp.float32)
+    return jax.lax.scan(add, zero, jnp.arange(parts))[0]
+
+
+def _logits(x, w):
+    return jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32)
+
+
+def _parts(shape):
+    """Into how many equal parts a table's width is cut so that each has at most _COPY numbers."""
+    least = max(1, math.ceil(math.prod(shape) / _COPY))
+    return next(n for n in range(least, shape[1] + 1) if shape[1] % n == 0)

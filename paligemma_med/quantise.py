@@ -1,0 +1,160 @@
+"""Makes frozen weights of 8 or 4 bits: config.frozen_dtype = "int8" or "nf4".
+
+- int8: one float32 scale for each output of a kernel, the largest weight on its inputs / 127.5.
+- nf4 (QLoRA, arXiv 2305.14314): two codes in a byte along the kernel's last input axis, and one
+  bfloat16 scale, the largest weight, for each block of up to 64 along that axis.
+
+Quantised are the kernels that adapters can have, and the vocabulary table: that is int8 by rows in
+either case, since its errors are the logits' own. Biases, norms, position embeddings and the patch
+kernel are 0.05 % of PaliGemma, and stay in bfloat16. What is trained is never quantised.
+
+Codes and scales are those of `qwix.quantize`. Of qwix this is all that fits: its model-wide
+providers replace the products that a module calls, and know neither a look-up in the table (whose
+transpose gives the logits) nor a kernel of several projections that is indexed before use; its nf4
+isn't packed in memory on every device, and is read by a gather. `models/quantised.py` reads codes.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from paligemma_med.models import lora
+from paligemma_med.models.quantised import SCALE
+
+KINDS = ("int8", "nf4")
+REST = "bfloat16"  # what isn't quantised
+BLOCK = 64
+_ROWS = 2**14  # of the table, that are worked on at a time
+_TABLE = "llm/embedder/input_embedding"
+
+# Axes of each kernel's inputs, counted from the end: the same for one layer and for all.
+_INPUTS = {
+    t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs)
+    for t in lora.TARGETS
+}
+_INPUTS[_TABLE] = (-1,)
+
+
+def kind_of(name, shape, wanted):
+    """What the parameter `name` is stored in where config.frozen_dtype is `wanted`, of KINDS.
+
+    Returns:
+      `wanted`; "int8" for the table, and for what doesn't fit in pairs; None if not quantised.
+    """
+    if name not in _INPUTS:
+        return None
+    odd = shape[_INPUTS[name][-1]] % 2
+    return "int8" if name == _TABLE or odd else wanted
+
+
+def stored(name, x, kind):
+    """What a parameter becomes when stored in `kind`.
+
+    Args:
+      x: has the dense parameter's shape, and its sharding (or None). Codes and scales are cut as it
+        is, as far as they can be.
+
+    Returns:
+      {name: codes, name of the scales: scales}, of jax.ShapeDtypeStruct.
+    """
+    codes, scale = list(x.shape), list(x.shape)
+    axes = _INPUTS[name]
+    if kind == "int8":
+        for i in axes:
+            scale[i] = 1
+        types = jnp.int8, jnp.float32
+    else:
+        codes[axes[-1]] //= 2
+        scale[axes[-1]] //= _block(x.shape[axes[-1]])
+        types = jnp.uint8, jnp.bfloat16
+    return {
+        n: jax.ShapeDtypeStruct(shape, dtype, sharding=_cut(x.sharding, shape))
+        for n, shape, dtype in zip((name, name + SCALE), (codes, scale), types)
+    }
+
+
+def _block(size):
+    """How many weights of an axis of `size` share a scale: its largest divisor up to BLOCK."""
+    return next(n for n in range(min(size, BLOCK), 0, -1) if size % n == 0)
+
+
+def _cut(where, shape):
+    """The sharding, without the axes that don't divide `shape`."""
+    if not isinstance(where, NamedSharding):
+        return where
+    mesh = where.mesh.shape
+
+    def parts(axes):
+        return math.prod(mesh[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    spec = [axes if n % parts(axes) == 0 else None for axes, n in zip(where.spec, shape)]
+    return NamedSharding(where.mesh, PartitionSpec(*spec))
+
+
+def quantise(name, array, kind):
+    """Codes and scales of a parameter, as numpy arrays, made layer by layer.
+
+    Args:
+      array: float[…], on the host.
+      kind: of `kind_of`.
+
+    Returns:
+      {name: codes, name of the scales: scales}, shapes and dtypes as `stored` tells.
+
+    Raises:
+      ValueError: qwix isn't installed, or a weight isn't finite.
+    """
+    made = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind)
+    out = {n: np.empty(x.shape, x.dtype) for n, x in made.items()}
+    for i in _pieces(name, array.shape[0]):
+        layer = np.asarray(array[i], np.float32)
+        if not np.isfinite(layer).all():
+            raise ValueError(f"{name} has weights that aren't finite, and can't be quantised.")
+        for n, x in zip(out, _quantise(layer, kind, _INPUTS[name])):
+            out[n][i] = x
+    return out
+
+
+def _pieces(name, length):
+    """Indices along the first axis: layer by layer, or some rows of the table at a time."""
+    if "/layers/" in name or "/encoderblock/" in name:
+        return range(length)
+    step = _ROWS if name == _TABLE else length
+    return [slice(i, i + step) for i in range(0, length, step)]
+
+
+def _quantise(layer, kind, axes):
+    axes = tuple(i % layer.ndim for i in axes)
+    codes, scale = map(np.asarray, _compiled(layer.shape, kind, axes)(layer))
+    if kind == "nf4":
+        first, second = (
+            np.take(codes, range(k, codes.shape[axes[-1]], 2), axes[-1]) for k in (0, 1)
+        )
+        codes = first | (second << 4)
+    return codes, scale
+
+
+@functools.lru_cache
+def _compiled(shape, kind, axes):
+    try:
+        import qwix
+    except ModuleNotFoundError as e:
+        raise ValueError(
+            f"config.frozen_dtype={kind!r} needs qwix: pip install 'paligemma_med[quantised]'"
+        ) from e
+    tiles = {axes[-1]: _block(shape[axes[-1]])} if kind == "nf4" else {}
+    shared = tiles if kind == "nf4" else axes
+    one_each = [i for i in range(len(shape)) if i not in shared]
+
+    @jax.jit
+    def run(x):
+        q = qwix.quantize(x, kind, channelwise_axes=one_each, tiled_axes=tiles)
+        if kind == "nf4":
+            return q.qvalue.astype(jnp.uint8), q.scale.astype(jnp.bfloat16)
+        return q.qvalue, q.scale
+
+    return run
