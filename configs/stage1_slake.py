@@ -8,18 +8,22 @@ with 16 accumulated (96 in effect), fp16. Here frozen weights and activations ar
 has float32's range, and what is trained stays float32.
 
 Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), res,
-lang (en, zh or all), micro (examples at a time) and accum (how many of those make a step).
+lang (en, zh or all), micro (examples at a time), accum (how many of those make a step) and tiny
+(the tiny base model of the quickstart, to try out data and commands; see configs/common_3b.py).
 """
 
-from configs import common, common_3b
+from configs import common, common_3b, quickstart, tiny_base
 
 
 def get_config(arg=None):
-    args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16)
+    args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16, tiny=False)
     c = common.ml_collections.ConfigDict()
     c.seed = 0
-    common_3b.model(c, args.res)
-    c.model_init = args.init or None
+    if args.tiny:
+        c.update(res=tiny_base.RES, tokenizer=tiny_base.TOKENIZER, model=tiny_base.MODEL)
+    else:
+        common_3b.model(c, args.res)
+    c.model_init = args.init or (quickstart.BASE if args.tiny else None)
     # Measured on all of SLAKE, en and zh: prompts take 26 tokens at most, answers 25, both 45.
     c.text_len = 64
     c.supervised_len = 32  # logits are computed at this many positions
@@ -32,7 +36,7 @@ def get_config(arg=None):
     c.input = dict(
         data=dict(name=name, split="train"),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt),
-        num_workers=4,
+        num_workers=0 if args.tiny else 4,
     )
     c.predict_pp = common.eval_pp(
         c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en")
