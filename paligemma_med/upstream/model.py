@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -65,13 +66,14 @@ def load(
             res=_resolution(init_params),
         )
     )
-    host, adapter = experiment.initial_host_params(config, experiment.make_model(config))
     out = npz.flatten_tree(init_params)
-    for name, array in {**host, **adapter}.items():
-        is_trained = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
-        out[name] = np.asarray(array).astype(
-            jax.numpy.dtype("float32" if is_trained else frozen_dtype)
-        )
+    # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
+    with jax.transfer_guard("allow"):
+        host, adapter = experiment.initial_host_params(config, experiment.make_model(config))
+        for name, array in {**host, **adapter}.items():
+            stays = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
+            dtype = jnp.dtype("float32" if stays else frozen_dtype)
+            out[name] = np.asarray(array).astype(dtype)
     return npz.unflatten_tree(out)
 
 

@@ -38,3 +38,15 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tfrecord_data(tmp_path_factory):
+    """A TFDS folder with the phantoms of `tiny_data`, as TensorFlow reads them."""
+    from data_prep import build
+    from tests import tiny
+
+    pytest.importorskip("google_crc32c")
+    folder = tmp_path_factory.mktemp("tfrecord")
+    build.build("phantom", data_dir=folder, num_images=tiny.NUM_IMAGES, file_format="tfrecord")
+    return folder
