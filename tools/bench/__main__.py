@@ -5,6 +5,7 @@
     python -m tools.bench saliency --size=bench-s --peer=hf
     python -m tools.bench load --size=bench-s --peer=hf
     python -m tools.bench input --size=3b-448 --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
+    python -m tools.bench profile --size=bench-s
     python -m tools.bench gpu --out=bench_gpu
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
@@ -48,6 +49,11 @@ PARTS = {
         dict(size="3b-448", data="slake/en", split="train", data_dir=None, manual_dir=None,
              res=None, batch_size=32, rounds=5, batches=6, peer="hf", cores=1),
     ),
+    "profile": (
+        "profile_step",
+        dict(size="bench-s", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
+             attn_impl=None, top=25, weights=None),
+    ),
     "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
     "saliency_memory": (
         "saliency_memory",
@@ -66,7 +72,7 @@ _TYPES = {
         rounds="Turns of each.", steps="Steps in a turn.", batches="Batches in a turn.",
         samples="Answers to each question.", tokens="Of an answer.", res="Pixels.",
         text_len="Of prompt and answer.", rows="Captions.",
-        cores="CPU cores that all sides are bound to.",
+        cores="CPU cores that all sides are bound to.", top="Longest operations to list.",
     ),
     "DEFINE_string": dict(
         size="Of the model, as tools/bench/sizes.py names them.",
@@ -104,7 +110,7 @@ def main(argv):
     known = {"peer", *(name for of_kind in _TYPES.values() for name in of_kind)}
     given = {k: flags.FLAGS[k].value for k in known if flags.FLAGS[k].present}
     if unknown := sorted(set(given) - set(takes)):
-        raise app.UsageError(f"{argv[1]} has no --{unknown[0]}; it takes {sorted(takes)}.")
+        sys.exit(f"error: {argv[1]} has no --{unknown[0]}; it takes {sorted(takes)}.")
     part = importlib.import_module(f"tools.bench.{module}")
     try:
         found = part.run(**{**takes, **given})

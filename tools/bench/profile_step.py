@@ -1,0 +1,143 @@
+"""Where the time of a training step goes: its operations, by what they are for.
+
+The step is that of the benchmark `train_step`, in this process; JAX's profiler times each operation
+of the compiled program, whose metadata says which line of the model it came from. On a CPU all runs
+on one core, since operations that share cores can't be told apart by time. An operation that XLA
+fused from several counts where its product does, or else where its name says.
+
+    python -m tools.bench profile --size=bench-s
+"""
+
+import collections
+import glob
+import os
+import re
+import tempfile
+import time
+
+from tools.bench import sizes, turns
+
+# The first that is found in an operation's name (and kind) says what it is for.
+_PRODUCTS = (
+    (r"lora", "adapters: products"),
+    (r"/mlp/|MlpBlock", "MLPs: products"),
+    (r"q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum|/query/|/key/|/value/|/out/",
+     "attention: projections"),
+    (r"/attn/|MultiHeadDotProductAttention", "attention: scores and values"),
+    (r"decode|compute_logits", "logits: products"),
+)  # fmt: skip
+_OTHERS = (
+    (r"/attn/|MultiHeadDotProductAttention", "attention: the rest"),
+    (r"/mlp/|MlpBlock", "MLPs: the rest"),
+    (r"dynamic_(update|index|slice)|^$|broadcast_in_dim$", "layers: what is kept, taken, cleared"),
+)  # fmt: skip
+_STEPS = 3
+
+
+def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, weights=None):
+    """Profiles the step.
+
+    Args:
+      size, what, dtype, batch_size, remat_policy, scan, attn_impl, weights: as in `train_speed`.
+      top: how many single operations to list.
+
+    Returns:
+      dict: `milliseconds` a step by group, `operations` (the longest), the sum, what the step took
+      without the profiler, and "row", a Markdown table.
+
+    Raises:
+      ValueError: an unknown name, or a profile without operations.
+    """
+    sizes.check(size, what, dtype)
+    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+        turns.bind(1)
+    import jax
+
+    from tools.bench import peers_ours
+
+    load = os.getloadavg()[0]
+    settings = turns.model_settings(size, dtype, None, remat_policy, scan, attn_impl)
+    settings |= dict(what=what, rows=batch_size or sizes.SIZES[size].batch_size)
+    with (
+        turns.weights(size, settings["dtype"], weights) as drawn,
+        tempfile.TemporaryDirectory() as to,
+    ):
+        side = peers_ours.build({**settings, "weights": drawn})
+        for _ in range(2):
+            side.value(side.step())
+        start = time.perf_counter()
+        for _ in range(_STEPS):
+            side.value(side.step())
+        seconds = (time.perf_counter() - start) / _STEPS
+        with jax.profiler.trace(to):
+            for _ in range(_STEPS):
+                side.value(side.step())
+        (path,) = glob.glob(f"{to}/**/*.xplane.pb", recursive=True)
+        events = _events(path)
+    client = jax.devices()[0].client
+    modules = [m for x in client.live_executables() for m in x.hlo_modules()]
+    known = operations(next(m.to_string() for m in modules if m.name.startswith("jit_step")))
+    times = collections.Counter()
+    for name, ns in events.items():
+        if name in known:
+            times[name] += ns / _STEPS / 1e6
+    if not times:
+        raise ValueError("the profiler saw no operation of the step.")
+    groups = collections.Counter()
+    for name, ms in times.items():
+        groups[group(*known[name])] += ms
+    total = sum(times.values())
+    table = ["| part of a step | ms | share |", "| --- | ---: | ---: |"]
+    table += [f"| {k} | {v:.0f} | {v / total:.0%} |" for k, v in groups.most_common()]
+    return {
+        **settings, **turns.surroundings([{**side.about, **peers_ours.device()}], load),
+        "seconds_a_step": round(seconds, 3), "milliseconds": round(total, 1),
+        "groups": {k: round(v, 1) for k, v in groups.most_common()},
+        "operations": [
+            f"{ms:.1f} ms {name} {known[name][1][-90:]}" for name, ms in times.most_common(top)
+        ],
+        "row": "\n".join(table),
+    }  # fmt: skip
+
+
+def _events(path):
+    """{name: nanoseconds in all} of a trace."""
+    import jax
+
+    found = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        for line in plane.lines:
+            for event in line.events:
+                found[event.name] += event.duration_ns
+    return found
+
+
+def operations(hlo):
+    """{instruction: (whether it holds a matrix product, its op_name)} of a compiled module's text.
+
+    Loops and calls are left out: the profiler has what they run, too.
+    """
+    found, products, inner, name = {}, set(), {}, ""
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = head[1]
+        elif m := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
+            text = m[2]
+            product = " dot(" in text or " convolution(" in text or "__cublas" in text
+            if product:
+                products.add(name)
+            if " while(" in text or " call(" in text or " conditional(" in text:
+                continue
+            calls = re.search(r"calls=%?([\w.\-]+)", text)
+            inner[m[1]] = calls[1] if calls else None
+            op = re.search(r'op_name="([^"]*)"', text)
+            found[m[1]] = (product, op[1] if op else "")
+    return {k: (p or inner[k] in products, op) for k, (p, op) in found.items()}
+
+
+def group(product, op):
+    """What an operation is for."""
+    for regex, what in _PRODUCTS if product else _OTHERS:
+        if re.search(regex, op):
+            return what
+    return "other products" if product else "all else"
