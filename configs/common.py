@@ -158,6 +158,8 @@ def big_vision_vqa_eval(
     """
     # It takes any other text that is kept for an array.
     keep = ("question_id", "answer")
+    if not any(key.startswith("log_") for key in kw):
+        kw["log_percent"] = 1.0  # or it would never run
     return dict(
         type="proj.paligemma.transfers.vqa",
         pred="decode",

@@ -123,11 +123,11 @@ def read_config(spec):
         if config.get("model_name") != "paligemma_med":
             return {}
         model = dict(config.get("model") or {})
+        # There a rule's settings are pairs: [["rank", 8], …].
+        rules = [(regex, spec and dict(spec)) for regex, spec in model.get("lora") or ()]
     except (ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is not the config of a run: {e}") from None
-    return dict(
-        model={k: model[k] for k in ("img", "llm") if k in model}, lora=model.get("lora") or None
-    )
+    return dict(model={k: model[k] for k in ("img", "llm") if k in model}, lora=rules or None)
 
 
 def _check_whole(folder):
