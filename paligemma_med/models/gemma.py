@@ -84,7 +84,8 @@ class Einsum(nn.Module):
     """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
     whole stack outside the scan would hold a second copy of it; see `quantised`).
 
-    With `parts`, the output's leading axis is over them, and each may have an adapter."""
+    With `parts`, the output's third axis is over them, and each may have an adapter. (Were it the
+    first, the product would be w·x, and x be copied transposed.)"""
 
     shape: tuple[int, ...]
     w_init: nn.initializers.Initializer
@@ -98,7 +99,7 @@ class Einsum(nn.Module):
         w = quantised.param(self, "w", self.w_init, self.shape)
         y = quantised.product(lambda x, w: jnp.einsum(eqn, x, w), x, w)
         if self.parts:
-            return [lora.add(self, y[i], x, "w", part) for i, part in enumerate(self.parts)]
+            return [lora.add(self, y[:, :, i], x, "w", part) for i, part in enumerate(self.parts)]
         return lora.add(self, y, x, "w", inputs=self.inputs)
 
 
@@ -154,12 +155,12 @@ class Attention(nn.Module):
         if n == k_heads:
             q, k, v = Einsum(
                 (3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw
-            )("BTD,3NDH->3BTNH", x)
+            )("BTD,3NDH->BT3NH", x)
         else:
             q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
             k, v = Einsum(
                 (2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw
-            )("BTD,2KDH->2BTKH", x)
+            )("BTD,2KDH->BT2KH", x)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         q, k, v = (constrain(a, "act_batch", "act_len", "act_heads", None) for a in (q, k, v))
 

@@ -221,8 +221,9 @@ def _low_rank(module, spec, x, inputs, outputs, deterministic):
     b = module.param("lora_b", nn.initializers.zeros_init(), (spec.rank, *outputs))
     if spec.dropout:
         x = nn.Dropout(spec.dropout, deterministic=deterministic, name="lora_dropout")(x)
-    low = jnp.tensordot(x, a.astype(x.dtype), inputs)
-    return jnp.tensordot(low * jnp.asarray(spec.scale, x.dtype), b.astype(x.dtype), 1)
+    with jax.named_scope("lora"):  # so that profiles tell its products
+        low = jnp.tensordot(x, a.astype(x.dtype), inputs)
+        return jnp.tensordot(low * jnp.asarray(spec.scale, x.dtype), b.astype(x.dtype), 1)
 
 
 class _Part(nn.Module):
