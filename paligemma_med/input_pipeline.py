@@ -86,6 +86,13 @@ def _find_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     )
 
 
+def folder_of(data: Mapping[str, Any]) -> pathlib.Path:
+    """The folder that `open_source` reads; InputError where the set isn't built."""
+    data_dir = data.get("data_dir")
+    data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    return _find_version(str(data["name"]), data_dir)
+
+
 def _to_numpy_and_text(value: Any, feature: Any) -> Any:
     """`value` with Text features as str and plain numbers as numpy; the rest is left alone."""
     if isinstance(feature, tfds.features.FeaturesDict):
@@ -170,10 +177,7 @@ def open_source(data: Mapping[str, Any]) -> Source:
             + (f"unknown: {unknown}" if unknown else f"missing: {missing}")
         )
     name, split = str(data["name"]), str(data["split"])
-    data_dir = data.get("data_dir")
-    folder = _find_version(
-        name, pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    )
+    folder = folder_of(data)
     builder = tfds.builder_from_directory(str(folder))
     splits = {k: info.num_examples for k, info in builder.info.splits.items()}
     for part in split.split("+"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from paligemma_med import config_values, durations, optim, sharding, upstream
+from paligemma_med import config_values, durations, optim, quantise, sharding, upstream
 from paligemma_med.models import lora
 
 PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops", upstream.NAME)
@@ -134,6 +134,11 @@ def translate(config, *, note=print):
       ValueError: a key is unknown, or asks for something that its trainer can't do.
     """
     config = config.copy_and_resolve_references()
+    if config.get("frozen_dtype") in quantise.KINDS:
+        raise ValueError(
+            f"config.frozen_dtype is {config.frozen_dtype!r}, but big_vision's trainer knows no "
+            "quantised weights: set it to 'bfloat16'."
+        )
     out = _pick(config, KEYS, "config", note)
     out["model_name"] = upstream.NAME
     out["pp_modules"] = PP_MODULES
@@ -256,13 +261,8 @@ def _strategy(text):
     return "|".join(out)
 
 
-def is_upstreams(section):
-    """Whether an evals section names an evaluator of big_vision's own."""
-    return "." in section.get("type", "")
-
-
 def _eval(name, section, config):
-    if is_upstreams(section):
+    if config_values.is_big_visions(section):
         return section
     when = {k: section[k] for k in config_values.WHEN if section.get(k) is not None}
     if not _says(when, "log"):

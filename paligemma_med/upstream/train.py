@@ -11,24 +11,41 @@ Example:
 # trainer, which defines them when it is imported.
 
 import importlib
+import json
 import sys
 
 from absl import app, flags, logging
 
-from paligemma_med import compilation_cache, experiment, sharding, upstream
+from paligemma_med import compilation_cache, experiment, input_pipeline, sharding, upstream
 from paligemma_med.upstream import config as configs
 
 TRAINER = "big_vision.trainers.proj.paligemma.train"
 
 
 def check(config):
-    """What our own trainer would refuse, but for evaluators of big_vision's; ValueError."""
-    ours = config.copy_and_resolve_references()
-    evals = ours.get("evals") or {}
-    with ours.unlocked():
-        ours.evals = {k: v for k, v in evals.items() if not configs.is_upstreams(v)}
-    experiment.check_training_config(ours)
-    experiment.make_tokenizer(ours, experiment.make_model(ours))
+    """What our own trainer would refuse, and data sets that TensorFlow can't read; ValueError."""
+    experiment.check_training_config(config)
+    experiment.make_tokenizer(config, experiment.make_model(config))
+    for data in _data_sets(config):
+        if data["name"].startswith("bv:") or data["name"] == "from_data_dir":
+            continue  # big_vision's own ways of naming one
+        folder = input_pipeline.folder_of(data)
+        info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
+        if (found := info.get("fileFormat")) != "tfrecord":
+            raise ValueError(
+                f"{folder} holds {found} files, but big_vision reads tfrecord: build the set with "
+                "`python -m data_prep.build … --file_format=tfrecord` into another --data_dir, and "
+                "point data.data_dir or $TFDS_DATA_DIR there."
+            )
+
+
+def _data_sets(config):
+    """Each `data` section of the config."""
+    data = config.input.data
+    is_mixture = not isinstance(data.get("name"), str)
+    yield from (config.input[name].data for name in data) if is_mixture else (data,)
+    for section in (config.get("evals") or {}).values():
+        yield from (section[key] for key in ("data", "train_data") if section.get(key))
 
 
 def train(config, workdir, trainer):
