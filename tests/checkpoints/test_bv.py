@@ -259,11 +259,13 @@ def test_a_run_that_starts_from_one_notes_its_step(their):
 
 def test_the_model_comes_from_the_config_beside_it(their):
     assert bv.read_config(their) == {}
-    config = '{"model_name": "%s", "model": {"img": {"a": 1}, "llm": {}, "lora": [["x", {}]]}}'
-    (their / "config.json").write_text(config % "paligemma_med")
+    config = '{"model_name": "%s", "model": {"img": {"a": 1}, "llm": {}, "lora": [%s]}}'
+    (their / "config.json").write_text(
+        config % ("paligemma_med", '["y", null], ["x", [["rank", 2]]]')
+    )
     found = bv.read_config(f"{their}/checkpoint.bv:llm")
-    assert found == dict(model=dict(img={"a": 1}, llm={}), lora=[["x", {}]])
-    (their / "config.json").write_text(config % "proj.paligemma.paligemma")
+    assert found == dict(model=dict(img={"a": 1}, llm={}), lora=[("y", None), ("x", {"rank": 2})])
+    (their / "config.json").write_text(config % ("proj.paligemma.paligemma", ""))
     assert bv.read_config(their) == {}
     (their / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="config.json is not the config of a run"):

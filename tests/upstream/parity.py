@@ -1,12 +1,13 @@
 """Weights, batches and our own steps, for the tests that compare them with big_vision's."""
 
 import json
+import os
 
 import jax
 import numpy as np
 
-from paligemma_med import experiment, optim, sharding, train_step
-from paligemma_med.checkpoints import npz
+from paligemma_med import experiment, optim, run_files, sharding, train_step
+from paligemma_med.checkpoints import npz, workdir
 from tests.upstream import parity_config, replay
 
 
@@ -44,8 +45,9 @@ def random_batches(c, steps, seed=1):
     )
 
 
-def our_steps(c, batches):
-    """[metrics of each step], {name: what was trained}, the optimizer's state."""
+def our_steps(c, batches, save_at=None, folder=None):
+    """Our own steps on these batches; with `save_at`, `folder` becomes the workdir of a run that
+    stopped there. Gives [metrics of each step], {name: parameter at the end}."""
     model, mesh = experiment.make_model(c), experiment.make_mesh(c)
     with sharding.rules(c, mesh):
         names = optim.trained_names(c, list(experiment.abstract_params(c, model)))
@@ -62,10 +64,15 @@ def our_steps(c, batches):
             batch = {k: v[i] for k, v in batches.items()}
             trained, opt_state, metrics = step(trained, opt_state, params, batch, i)
             rows.append({k: float(v) for k, v in metrics.items()})
-    return rows, {**params, **trained}, opt_state
+            if i + 1 == save_at:
+                os.makedirs(folder)
+                run_files.start(folder, c, {}, 0)
+                with workdir.Checkpoints(folder) as checkpoints:
+                    checkpoints.save(i + 1, trained, opt_state, {})
+    return rows, {**params, **trained}
 
 
-def their_metrics(workdir):
-    """The rows of big_vision_metrics.txt that have a loss."""
-    lines = (workdir / "big_vision_metrics.txt").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "training_loss" in row]
+def their_metrics(folder):
+    """{step: row} of big_vision_metrics.txt, of the rows that have a loss."""
+    lines = (folder / "big_vision_metrics.txt").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines) if "training_loss" in row}

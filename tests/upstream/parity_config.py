@@ -1,5 +1,5 @@
-"""The quickstart's two stages and a training of everything, small enough to be compared step by step
-with big_vision's trainer: no dropout (its random numbers differ), no evals, 20 steps.
+"""The quickstart's two stages and a training of everything, small enough to be compared step by
+step with big_vision's trainer: no dropout (its random numbers differ), no evals, 20 steps.
 
 Arguments: stage (1: the head; 2: LoRA in both towers; 3: all, with decay, multipliers and
 smoothing), init (weights), steps, ckpt (save every so many steps).
