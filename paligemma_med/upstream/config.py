@@ -150,8 +150,8 @@ def translate(config, *, note=print):
             f"config.adapter_init is {config.adapter_init!r}, but big_vision's trainer loads "
             "nothing without a model_init."
         )
-    elif config.get("frozen_dtype", "float32") != "float32":
-        note(f"config.frozen_dtype = {config.frozen_dtype}: random weights are float32 there.")
+    elif (frozen := config.get("frozen_dtype") or "float32") != "float32":
+        note(f"config.frozen_dtype = {frozen}: random weights are float32 there.")
     out["input"] = _input(config.input, note)
     if config.input.get("prefetch") is not None:
         out["prefetch_to_device"] = config.input.prefetch
@@ -209,7 +209,7 @@ def _model_load(config):
     return dict(
         resample_posemb=bool(config.get("resample_posemb")),
         adapter_init=config.get("adapter_init") or "",
-        frozen_dtype=config.get("frozen_dtype", "float32"),
+        frozen_dtype=config.get("frozen_dtype") or "float32",
         trained=trained,
     )
 

@@ -163,6 +163,8 @@ def test_weights_and_what_is_frozen_go_to_load():
     config.frozen_dtype, config.resample_posemb = "bfloat16", True
     assert quiet(config).model_load.frozen_dtype == "bfloat16"
     assert quiet(config).model_load.resample_posemb
+    with pytest.raises(ValueError, match="frozen_dtype is 'nf4'.*knows no quantised"):
+        quiet(tiny.config(frozen_dtype="nf4"))
     config.model_init, config.adapter_init = None, "out/adapter"
     with pytest.raises(ValueError, match="adapter_init is 'out/adapter'.*without a model_init"):
         translate(config)
