@@ -73,6 +73,11 @@ def our_steps(c, batches, save_at=None, folder=None):
 
 
 def their_metrics(folder):
-    """{step: row} of big_vision_metrics.txt, of the rows that have a loss."""
+    """{step: row} of big_vision_metrics.txt, of the rows that have a loss.
+
+    The number in a row may be that of the next step (utils.py:1290 reads it in a thread of its
+    own, later), and the last row is there twice; `examples_seen` is right.
+    """
     lines = (folder / "big_vision_metrics.txt").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines) if "training_loss" in row}
+    rows = [row for row in map(json.loads, lines) if "training_loss" in row]
+    return {int(row["examples_seen"]) // parity_config.BATCH: row for row in rows}

@@ -22,7 +22,8 @@ def run_of_ours(folder, stage, **changes):
     """A workdir at step 7 whose optimizer's state is made of random numbers."""
     init = folder / "w.npz"
     c = parity.config(stage)
-    c.update(changes)
+    for key, value in changes.items():
+        c[key] = value
     npz.save_npz(init, parity.random_weights(c))
     c.model_init = str(init)
     abstract = experiment.abstract_params(c, experiment.make_model(c))
