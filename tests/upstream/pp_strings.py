@@ -12,7 +12,7 @@ RANDOM = ("inception_crop", "brightness", "contrast", "choice_no_replacement")
 VARIANTS = {
     "slake_mini": ["turns=3"],
     "quickstart": ["stage=2"],
-    "stage1_slake": ["res=224", "lang=all", "lang=zh"],
+    "stage1_slake": ["res=224", "lang=all", "lang=zh", "tiny=True"],
     "stage2_pmc_vqa": ["answer=text", "version=v2_open", "tiny=True"],
     "stage2_medpix2": ["letters=True", "prompt=bare", "tiny=True"],
     "tiny_base": ["lesson=2"],
