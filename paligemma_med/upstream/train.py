@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 from paligemma_med import compilation_cache, experiment, input_pipeline, sharding, upstream
 from paligemma_med.upstream import config as configs
+from paligemma_med.upstream import shims
 
 TRAINER = "big_vision.trainers.proj.paligemma.train"
 
@@ -59,6 +60,7 @@ def train(config, workdir, trainer):
     check(config)
     theirs = configs.translate(config, note=lambda s: print(s, file=sys.stderr, flush=True))
     compilation_cache.start(config.get("compilation_cache", True) and bool(workdir), workdir)
+    shims.number_metrics(trainer.u.BigVisionMetricWriter)
     flags.FLAGS["config"].value = theirs
     flags.FLAGS["workdir"].value = workdir
     with sharding.rules(config, experiment.make_mesh(config)):

@@ -1,6 +1,8 @@
 """Where big_vision is found, what is said where it isn't, and our modules under its names."""
 
+import multiprocessing.pool
 import sys
+import time
 
 import pytest
 
@@ -88,6 +90,34 @@ def test_the_shim_lays_one_number_on_each_device():
     x = jax.device_put(np.arange(jax.device_count()), sharding)
     assert [int(s.data[0]) for s in x.addressable_shards] == list(range(jax.device_count()))
     assert [s.device for s in x.addressable_shards] == jax.devices()
+
+
+def test_rows_of_metrics_keep_their_number():
+    """A writer as big_vision's, whose thread is slow to take the number."""
+
+    class Writer:
+        def __init__(self):
+            self.pool, self.fname, self.rows = multiprocessing.pool.ThreadPool(1), "x", []
+
+        def step_end(self):
+            def write():
+                time.sleep(0.02)
+                self.rows.append(self.step)
+
+            self.pool.apply_async(write)
+
+    def rows():
+        writer = Writer()
+        for writer.step in (1, 2, 3):
+            writer.step_end()
+        writer.pool.close()
+        writer.pool.join()
+        return writer.rows
+
+    assert rows() == [3, 3, 3]
+    shims.number_metrics(Writer)
+    shims.number_metrics(Writer)
+    assert rows() == [1, 2, 3]
 
 
 @pytest.mark.big_vision

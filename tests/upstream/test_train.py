@@ -101,6 +101,7 @@ def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data
     assert {row["examples_seen"] for row in rows if "examples_seen" in row} == {
         16 * step for step in range(left_at + 1, left_at + 8)
     }
+    assert all(row["examples_seen"] == 16 * row["step"] for row in rows if "examples_seen" in row)
     losses = [r["training_loss"] for r in metrics(out) if "training_loss" in r]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
 
@@ -142,6 +143,8 @@ def test_mixtures(run_python, tfrecord_data, tmp_path):
     path = write_config(tmp_path, tfrecord_data, more, evals={}, total_steps=8)
     run_python(*program(path, tmp_path / "run"))
     last = metrics(tmp_path / "run")[-1]
+    # Closing its writer writes the last row once more.
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [*range(1, 9), 8]
     assert last["examples_seen_a"] == 96 and last["examples_seen_b"] == 32
 
 
