@@ -1,10 +1,10 @@
 """This project's evaluators inside big_vision's training loop: evals[name].type = "paligemma_med".
 
-What they ask, how they score and what they write are those of `paligemma_med.evaluators`. What they
-read comes through big_vision: its data sources, its pp ops in TensorFlow, its batches. So they need
-the tfrecord build alone, and see what the rest of its run sees. Images may therefore differ in
-their last bits from those that `paligemma_med.evaluate` makes of the same rows (docs/big_vision.md
-says by how much).
+What they ask, how they score and what they write are those of `paligemma_med.evaluators`. Rows
+come from big_vision's data sources, so that the tfrecord build suffices; what is made of them comes
+from our own pp ops, not TensorFlow's. Their images differ in the last bits, which is enough to turn
+an answer that two candidates tie for: this way a checkpoint has the same figures in its loop and by
+`paligemma_med.evaluate`, to the last digit.
 
 Made from what `upstream.config.translate` leaves of a section of config.evals. Files go where
 training here puts them: <workdir>/eval/<name>/.
@@ -14,26 +14,23 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import shlex
 import sys
 
-import big_vision.input_pipeline as bv_input
-import big_vision.utils as u
 import jax
 import numpy as np
 import tensorflow as tf
 from absl import flags
 from big_vision.datasets import core as ds_core
-from big_vision.pp import builder as pp_builder
 
 import paligemma_med
-from paligemma_med import config_values, experiment
+from paligemma_med import config_values, experiment, input_pipeline, sharding
 from paligemma_med.checkpoints import fingerprint, npz
 
 API = "jit"  # which big_vision asks each evaluator for
 KINDS = ("vqa", "dialogue")
-_ARRAYS = ("image", "text", "mask_ar", "mask_input", "_mask")
 
 
 class Evaluator:
@@ -69,7 +66,7 @@ class Evaluator:
                 "big_vision's own, such as 'proj.paligemma.transfers.vqa'."
             )
         size = section.pop("batch_size", None) or batch_size
-        inputs = Input(section.pop("data"), section.pop("pp_fn"), size, devices)
+        inputs = open_input(section.pop("data"), section.pop("pp_fn"), size, devices)
         if train_data := section.pop("train_data", None):
             answer = section.pop("train_answer", "answer")
             section["train_data"] = _TrainingRows(train_data, answer)
@@ -96,35 +93,72 @@ def model_of(predict_fn):
     return fn.keywords["model"]
 
 
-class Input:
-    """A split read by big_vision, as an iterable of (batch, rows) like `input_pipeline.EvalInput`.
+def open_input(data, pp_fn, batch_size, devices):
+    """A split that big_vision reads, as the `input_pipeline.EvalInput` that our evaluators go
+    through; its `source` is big_vision's data source."""
+    mesh = jax.sharding.Mesh(devices, (sharding.DATA_AXIS,))
+    source = ds_core.get(**data)
+    rows = _Rows(source, data)
+    out = input_pipeline.EvalInput(
+        _Batches(rows, pp_fn, batch_size),
+        num_examples=len(rows),
+        batch_size=batch_size,
+        sharding=sharding.batch_sharding(mesh),
+        piece=0,
+        name=str(rows),
+    )
+    out.source = source
+    return out
 
-    len(): number of questions. cut: tokens that each row of the latest batch lost to `tolen`.
-    """
 
-    def __init__(self, data, pp_fn, batch_size, devices):
-        source = ds_core.get(**data)
-        self.source, self.cut = source, []
-        self._devices = devices
-        self._data, self._steps = bv_input.make_for_inference(
-            _in_order(source, data["name"]),
-            preprocess_fn=_counting(pp_fn),
-            batch_size=batch_size,
-            num_ex_per_process=source.num_examples_per_process(),
-        )
+class _Batches:
+    """What an EvalInput reads: each pass makes the batches one by one, in order."""
 
-    def __len__(self):
-        return self.source.total_examples
+    def __init__(self, rows, pp_fn, batch_size):
+        self._rows = rows
+        self._size = batch_size
+        preprocess = input_pipeline._Preprocess(pp_fn, rows)
+        self._make = functools.partial(input_pipeline._EvalBatch, pp=preprocess, piece=0, pieces=1)
 
     def __iter__(self):
-        batches = bv_input.start_global(self._data, self._devices, keep_on_cpu=_AllBut(_ARRAYS))
-        for _, batch in zip(range(self._steps), batches):
-            host = {k: batch.pop(k) for k in [*batch] if k not in _ARRAYS}
-            mask = np.asarray(u.get_local_slice_from_fsarray(batch["_mask"]))
-            valid = range(int(mask.sum()))
-            self.cut = host["_cut"][: len(valid)].tolist()
-            texts = {k: v for k, v in host.items() if not k.startswith("_") and _is_text(v)}
-            yield batch, [{k: _plain(v[i]) for k, v in texts.items()} for i in valid]
+        make = self._make(_InOrder(self._rows), batch_size=self._size)
+        for batch in range(math.ceil(len(self._rows) / self._size)):
+            yield make(batch)
+
+
+class _InOrder:
+    """One pass over rows that can be gone through alone: `[i]` for i = 0, 1, 2, …"""
+
+    def __init__(self, rows):
+        self._rows, self._iterator, self._next = rows, iter(rows), 0
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        assert index == self._next
+        self._next += 1
+        return next(self._iterator)
+
+
+class _Rows:
+    """A split's rows as `input_pipeline.Source` gives them: encoded images as the bytes of the
+    file, text as str, lists of texts as lists, numbers as numpy."""
+
+    def __init__(self, source, data):
+        self._name = f"data set {data['name']} split {data.get('split')}"
+        self._length = source.total_examples
+        self._data = _in_order(source, data["name"])
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        for row in self._data.as_numpy_iterator():
+            yield {k: _plain(k, v) for k, v in row.items() if k not in ("_id", "tfds_id")}
+
+    def __str__(self):
+        return self._name
 
 
 def _in_order(source, name):
@@ -134,43 +168,13 @@ def _in_order(source, name):
     return source.get_tfdata(ordered=True, **kw)
 
 
-def _counting(pp_fn):
-    """The function of a pp string that adds "_cut": the tokens of "text" that the first `tolen`,
-    and what follows it, leave out."""
-    ops = pp_fn.split("|")  # as big_vision does
-    first = next((i for i, op in enumerate(ops) if op.startswith("tolen(")), len(ops))
-    before, after = (
-        pp_builder.get_preprocess_fn("|".join(some), log_data=False)
-        for some in (ops[:first], ops[first:])
-    )
-
-    def fn(data):
-        data = before(data)
-        length = tf.shape(data["text"])[0]
-        data = after(data)
-        return {**data, "_cut": tf.maximum(length - tf.shape(data["text"])[0], 0)}
-
-    return fn
-
-
-class _AllBut:
-    """Says of every key but these that it stays on the host: the rows' texts, whatever they are."""
-
-    def __init__(self, names):
-        self._names = names
-
-    def __contains__(self, name):
-        return name not in self._names
-
-
-def _is_text(values):
-    """Whether these are texts, lists of them, or one number a row (other arrays aren't written)."""
-    return values.dtype.kind in "OU" or values.ndim == 1
-
-
-def _plain(value):
-    """A row's value as `input_pipeline` would give it: str, a list of them, or a number."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+def _plain(key, value):
+    """bytes → str, but for images; arrays of bytes → lists of str."""
+    if isinstance(value, bytes) and key != "image":
+        return value.decode()
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_plain(key, v) for v in value]
+    return value
 
 
 class _TrainingRows:
@@ -192,7 +196,7 @@ class _TrainingRows:
     def __iter__(self):
         keys = (self._answer, *self._KEYS)
         for row in self._rows.map(lambda row: {k: row[k] for k in keys}).as_numpy_iterator():
-            row = {k: v.decode() for k, v in row.items()}
+            row = {k: _plain(k, v) for k, v in row.items()}
             yield {**row, "answer": row[self._answer]}
 
 
