@@ -31,6 +31,11 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Programs are small and run once or twice: compiling is nearly all that tests take, and what XLA
+# makes of a program is seldom what they test (measured: a third less). Those that look at compiled
+# programs ask for a fixture, `optimised` or `optimised_file`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # What a hub has is not what these tests test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -70,3 +75,19 @@ def forget_programs():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+def _optimised():
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+# Compile as users' programs are compiled: for one test, and for all of a file.
+optimised = pytest.fixture(_optimised, name="optimised")
+optimised_file = pytest.fixture(_optimised, scope="module", name="optimised_file")

@@ -1,6 +1,6 @@
 """What a train step must not hold or compute, read off its program rather than timed.
 
-Logits beyond the supervised positions, float32 copies of frozen bfloat16 weights, gradients and
+Logits beyond the supervised positions, wider copies of frozen weights, gradients and
 optimizer state of frozen leaves: each is easily brought back by an innocent change, costs
 gigabytes at the true size, and no test of values would notice. What is looked at is the traced
 program (jaxpr), since XLA rewrites it for each kind of device: on a CPU it makes float32 copies of
@@ -19,7 +19,10 @@ from jax.extend import core
 
 from paligemma_med import dry_run, flops, losses, train_step
 from paligemma_med.checkpoints import npz
+from paligemma_med.models import paligemma, quantised
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("optimised_file")
 
 BATCH, TEXT_LEN, SUPERVISED, VOCAB = 16, 37, 8, 1009
 MODEL = dict(
@@ -134,6 +137,19 @@ def float32_stacks(step):
             if a.dtype == jnp.float32 and _key(a.shape) in known}  # fmt: skip
 
 
+def dense_frozen(step):
+    """{name: dense leaf} of what is frozen, quantised or not."""
+    made = npz.flatten_tree(paligemma.abstract_params(step.model, image_size=tiny.RES))
+    return {n: x for n, x in made.items() if n not in step.trained}
+
+
+def dense_stacks(step, dtype):
+    """Frozen kernels of all layers that exist in `dtype` at once, other than as they are stored."""
+    known = {_key(x.shape): n for n, x in dense_frozen(step).items() if _layers(n) and x.ndim > 2}
+    return {known[_key(a.shape)] for _, a in arrays(step)
+            if a.dtype == dtype and _key(a.shape) in known}  # fmt: skip
+
+
 # What makes gradients of weights (and, as sums of them, of what is used more than once), biases and
 # the embedding table; what merely moves or casts a leaf is not among them.
 _GRADIENTS = ("dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "add_any", "scan")
@@ -199,11 +215,34 @@ def test_frozen_bfloat16_stays_bfloat16(lora_step):
     assert not float32_stacks(lora_step)
 
 
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
+POLICIES = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "none")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_float32_activations_cast_one_layer_at_a_time(policy):
     step = dry_run.trace_step(config(policy, **ADAPTERS, dtype="float32"))
     assert float32_kernels(step)  # of a layer each
-    assert not float32_stacks(step)
+    assert not dense_stacks(step, jnp.float32)
+
+
+@pytest.mark.parametrize("policy, kind", zip(POLICIES, ("int8", "nf4", "nf4")))
+def test_quantised_weights_are_dense_one_layer_at_a_time(monkeypatch, policy, kind):
+    monkeypatch.setattr(quantised, "_COPY", VOCAB * 8)
+    c = config(policy, **ADAPTERS, frozen_dtype=kind)
+    step = dry_run.trace_step(c)
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in step.frozen.values()]
+    assert sum(sizes) < (0.6 if kind == "int8" else 0.5) * 2 * sum(
+        math.prod(x.shape) for n, x in dense_frozen(step).items()
+    )
+    assert not dense_stacks(step, jnp.bfloat16) and not dense_stacks(step, jnp.float32)
+    table = MODEL["llm"]["width"], VOCAB
+    floats = {_key(a.shape) for _, a in arrays(step) if jnp.issubdtype(a.dtype, jnp.floating)}
+    assert _key(table) not in floats and _key((VOCAB, 8)) in floats
+    if policy == "nothing_saveable":
+        found = flops.count(
+            step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED
+        )
+        assert product_flops(step) == found.per_example_executed
 
 
 def test_nothing_is_computed_for_frozen_leaves(lora_step):
@@ -253,6 +292,18 @@ def test_a_cast_of_all_weights_would_be_seen(monkeypatch):
     step = mutant(monkeypatch, npz, "unflatten_tree", made)
     assert {"llm/layers/mlp/gating_einsum", "llm/embedder/input_embedding"} <= float32_kernels(step)
     assert float32_stacks(step) == {*stacks(step).values()}
+
+
+@pytest.mark.parametrize("frozen_dtype", ["bfloat16", "nf4"])
+def test_casts_that_are_kept_would_be_seen(monkeypatch, frozen_dtype):
+    def product(f, x, weight):
+        return f(x, quantised._dense(weight.value, weight.scale, weight.shape, x.dtype))
+
+    monkeypatch.setattr(quantised, "product", product)
+    kw = dict(dtype="float32", frozen_dtype=frozen_dtype)
+    step = dry_run.trace_step(config("none", **ADAPTERS, **kw))
+    found = dense_stacks(step, jnp.float32)
+    assert {"llm/layers/mlp/gating_einsum", "llm/layers/attn/q_einsum/w"} <= found
 
 
 def test_gradients_by_all_would_be_seen(monkeypatch):

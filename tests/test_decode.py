@@ -594,7 +594,8 @@ def test_options_of_texts():
 
 def test_scores_of_texts():
     model = paligemma.Model(img=IMG, llm=dict(variant="gemma_mu", depth=1))
-    params = paligemma.init_params(model, jax.random.key(0), image_size=8)
+    init = jax.jit(lambda key: paligemma.init_params(model, key, image_size=8))
+    params = init(jax.random.key(0))
     batch = make_batch([3, 4, 5]) | {"_mask": np.array([True, True, False])}
     choices, tok = [["yes", "no"], ["liver", "left lung", "no"]], get_tokenizer("tiny")
     logprobs, lengths = options_lib.score(model, params, batch, choices, tok)

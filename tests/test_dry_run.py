@@ -15,6 +15,8 @@ import pytest
 from paligemma_med import dry_run, experiment, train
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("optimised_file")
+
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 HEAD_SIZE = 32 * 64 + 64
 FSDP = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
@@ -26,7 +28,7 @@ def config(**kw):
 
 
 @pytest.fixture(scope="module")
-def step():
+def step(optimised_file):
     """The compiled step of `config()`, on eight devices."""
     return dry_run.compile_step(config())
 

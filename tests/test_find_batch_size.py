@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from paligemma_med import dry_run, find_batch_size, train
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("optimised_file")
+
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 
 

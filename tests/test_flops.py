@@ -9,6 +9,8 @@ from paligemma_med import decode, experiment, flops, optim, train_step
 from paligemma_med.models import paligemma
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("optimised_file")
+
 CONSTANT = dict(decay_type="constant")
 HEAD = [("img/head/.*", CONSTANT), (".*", None)]
 FACTORS = [(".*/lora_[ab]", CONSTANT), (".*", None)]

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -18,14 +17,6 @@ from tests import tiny
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 ADAPTERS = [(".*/lora_[ab]", dict(decay_type="constant")), (".*", None)]
 RULES = [("img/Transformer/.*/(query|out)/kernel|llm/layers/attn/.*", dict(rank=2, alpha=4))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all that these tests take; what XLA optimises is not what they test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def stage2(data, init, **kw):

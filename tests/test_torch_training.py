@@ -31,14 +31,6 @@ ATTENTION = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all that these tests take; what XLA optimises is not what they test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def our_steps(name, model, params, regex, **kw):
     """[(loss, {name: array} of what matches `regex`, after the step), …] of our train step."""
     batch = train_batch(name)

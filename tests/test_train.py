@@ -33,14 +33,6 @@ from tests import tiny
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all that these tests take; what XLA optimises is not what they test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- One step ---
 
 
@@ -510,7 +502,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
         last = step
 
 
-def test_accumulation_holds_no_second_copy_of_the_frozen_weights():
+def test_accumulation_holds_no_second_copy_of_the_frozen_weights(optimised):
     """Compiled: as much scratch memory as one microbatch needs, and the sums of gradients."""
     llm = dict(variant="gemma_mu", depth=4, width=128, mlp_dim=2048)
     model = dict(img=dict(variant="mu/16"), llm=llm)  # layers stacked, as at the true size

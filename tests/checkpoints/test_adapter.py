@@ -17,13 +17,6 @@ from tests.models import hf
 CASES = ("mqa", "mha", "gemma2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def applied(name, made, params=None):
     case, _, _, base, _ = hf.reference(name)
     img, llm = (dict(variant=None, **case[k]) for k in ("img", "llm"))

@@ -43,13 +43,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model, params, image, text, mask_ar):
     return model.apply({"params": params}, image, text, mask_ar)[0]

@@ -59,16 +59,14 @@ def apply_plainly(model, params, inputs, train=False, rng=None):
 apply = jax.jit(apply_plainly, static_argnums=0, static_argnames="train")
 
 
+def init(model, seed):
+    """{name: what the model initialises it to}."""
+    made = jax.jit(lambda key: paligemma.init_params(model, key, image_size=16))
+    return npz.flatten_tree(made(jax.random.key(seed)))
+
+
 def targets_of(model):
     return lora.resolve(model.lora, flat_shapes(model.clone(lora=())))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all that these tests take; what XLA optimises is not what they test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- What can be adapted, and how large that is
@@ -157,23 +155,26 @@ def test_rules_that_are_wrong(rules, message):
 # ---- What it adds
 
 
-@pytest.mark.parametrize("llm, dtype", [(LLM, "float32"), (MHA, "bfloat16")])
-def test_fresh_adapters_change_no_bit(llm, dtype):
+@pytest.mark.parametrize(
+    "llm, dtype",
+    [
+        (LLM, "bfloat16"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(LLM, "float32"), (MHA, "bfloat16")]),
+    ],
+)
+def test_fresh_adapters_change_no_bit(llm, dtype, optimised):
     # Fully optimised: what XLA fuses otherwise is just what could change a bit.
-    jax.config.update("jax_disable_most_optimizations", False)
-    apply = jax.jit(apply_plainly, static_argnums=0, static_argnames="train")
     plain, model = make(llm=llm, dtype=dtype), make(ALL, llm=llm, dtype=dtype)
-    fresh = npz.flatten_tree(paligemma.init_params(model, jax.random.key(3), image_size=16))
-    params = params_of(plain)
+    params, fresh = params_of(plain), init(model, 3)
     factors = {n: x for n, x in fresh.items() if lora.is_factor(n)}
     assert all((x == 0).all() == n.endswith("lora_b") for n, x in factors.items())
+    want = apply(plain, params, batch())
     got = apply(model, {**params, **factors}, batch())
-    np.testing.assert_array_equal(got, apply(plain, params, batch()))
+    np.testing.assert_array_equal(got, want)
     # In training as well, dropout of adapters included: B is zero.
     dropping = make([(".*", dict(rank=3, dropout=0.5))], llm=llm, dtype=dtype)
     got = apply(dropping, {**params, **factors}, batch(), train=True, rng=jax.random.key(0))
-    np.testing.assert_array_equal(got, apply(plain, params, batch(), train=True))
-    jax.config.update("jax_disable_most_optimizations", True)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("llm", [LLM, MHA])
@@ -227,7 +228,7 @@ def test_scale_is_alpha_over_rank_or_its_root():
 def test_a_is_kaiming_uniform_and_each_layer_has_its_own():
     wide = dict(LLM, width=256, num_heads=4, head_dim=32)
     model = make([("llm/layers/attn/.*", dict(rank=64))], llm=wide)
-    fresh = npz.flatten_tree(paligemma.init_params(model, jax.random.key(0), image_size=16))
+    fresh = init(model, 0)
     for name, inputs in (("q_einsum", 256), ("kv_einsum/k", 256), ("attn_vec_einsum", 4 * 32)):
         a = np.asarray(fresh[f"llm/layers/attn/{name}/lora_a"]).reshape(3, inputs, 64)
         bound = 1 / math.sqrt(inputs)  # sqrt(6 / ((1 + 5) · inputs))
@@ -274,28 +275,37 @@ def grads_of(model, params, inputs):
     return jax.value_and_grad(loss)(factors, rest)
 
 
-def test_sharded_over_devices_it_is_the_same():
+FSDP = "fsdp(axis={}, min_size_to_shard_mb=0)"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [(".*lora_a", FSDP.format('"model"')), (".*", FSDP.format('"data"'))],
+        pytest.param([(".*", FSDP.format('"data"'))], marks=pytest.mark.slow),
+        pytest.param(
+            [(".*lora_a", FSDP.format('"model"')), (".*", "replicate")], marks=pytest.mark.slow
+        ),
+        pytest.param([(".*", FSDP.format('("data", "model")'))], marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_over_devices_it_is_the_same(rules):
     from paligemma_med import sharding
 
     model, inputs = make(ALL), batch(rows=8)
     params = params_of(model)
     loss, grads = grads_of(model, params, inputs)
     mesh = sharding.make_mesh([("data", 4), ("model", 2)])
-    for rules in (
-        [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')],
-        [(".*lora_a", 'fsdp(axis="model", min_size_to_shard_mb=0)'), (".*", "replicate")],
-        [(".*", 'fsdp(axis=("data", "model"), min_size_to_shard_mb=0)')],
-    ):
-        places = sharding.infer_sharding(flat_shapes(model), rules, mesh)
-        placed = {n: jax.device_put(x, places[n]) for n, x in params.items()}
-        assert any(not x.sharding.is_fully_replicated for x in placed.values())
-        on_rows = jax.device_put(inputs, sharding.batch_sharding(mesh))
-        loss2, grads2 = grads_of(model, placed, on_rows)
-        np.testing.assert_allclose(loss2, loss, rtol=1e-5)
-        for n in grads:
-            scale = np.abs(grads[n]).max()
-            assert scale > 0, n
-            np.testing.assert_allclose(grads2[n], grads[n], atol=1e-5 * scale, rtol=0, err_msg=n)
+    places = sharding.infer_sharding(flat_shapes(model), rules, mesh)
+    placed = {n: jax.device_put(x, places[n]) for n, x in params.items()}
+    assert any(not x.sharding.is_fully_replicated for x in placed.values())
+    on_rows = jax.device_put(inputs, sharding.batch_sharding(mesh))
+    loss2, grads2 = grads_of(model, placed, on_rows)
+    np.testing.assert_allclose(loss2, loss, rtol=1e-5)
+    for n in grads:
+        scale = np.abs(grads[n]).max()
+        assert scale > 0, n
+        np.testing.assert_allclose(grads2[n], grads[n], atol=1e-5 * scale, rtol=0, err_msg=n)
 
 
 def test_dropout_is_seeded_drops_inputs_of_adapters_only_and_keeps_the_mean():
@@ -326,16 +336,22 @@ def test_decoding_with_a_cache_goes_through_the_adapters():
     image, text, _ = batch(rows=1)
     mask_ar = np.array([[0, 0, 0, 0, 1]])
     whole = apply(model, params_of(model), (image, text, mask_ar))
-    (x, valid, ar), _ = model.apply(
-        params, image, text[:, :4], mask_ar=mask_ar[:, :4], method="embed_image_and_text"
-    )
-    first, cache = model.apply(
-        params, x, valid, ar, cache_size=x.shape[1] + 1, method="prefill_cache",
-        mutable=["cache"],
-    )  # fmt: skip
+
+    @jax.jit
+    def prefill_and_step(params):
+        (x, valid, ar), _ = model.apply(
+            params, image, text[:, :4], mask_ar=mask_ar[:, :4], method="embed_image_and_text"
+        )
+        first, cache = model.apply(
+            params, x, valid, ar, cache_size=x.shape[1] + 1, method="prefill_cache",
+            mutable=["cache"],
+        )  # fmt: skip
+        ztxt, _ = model.apply(params, text[:, 4:], method="embed_text")
+        second = model.apply({**params, **cache}, ztxt, method="extend_cache", mutable=["cache"])
+        return first, second[0]
+
+    first, second = prefill_and_step(params)
     np.testing.assert_allclose(first[:, 0], whole[:, 3], atol=1e-5, rtol=0)
-    ztxt, _ = model.apply(params, text[:, 4:], method="embed_text")
-    second, _ = model.apply({**params, **cache}, ztxt, method="extend_cache", mutable=["cache"])
     np.testing.assert_allclose(second[:, 0], whole[:, 4], atol=1e-5, rtol=0)
 
 

@@ -169,7 +169,7 @@ def test_probabilities_are_float32_under_bfloat16():
         np.testing.assert_allclose(x, exact, atol=0.05)
 
 
-def test_streamed_never_holds_all_layers():
+def test_streamed_never_holds_all_layers(optimised):
     """Of 18 layers' probabilities, not two more than the one that any pass holds."""
     shapes = 280, 96, 8, "mu/14", "gemma_2b"
     found = saliency_memory.run(*shapes, dtypes=("float32",), gradients=False)
@@ -181,7 +181,7 @@ def test_streamed_never_holds_all_layers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_megabytes_at_448_px_and_the_shapes_of_3b(dtype):
+def test_megabytes_at_448_px_and_the_shapes_of_3b(dtype, optimised):
     kw = dict(discard=0.5)
     found = saliency_memory.added(448, 128, 64, "So400m/14", "gemma_2b", dtype, **kw)
     assert found["added"] < 200 and found["added_by_page"] < 200

@@ -135,7 +135,7 @@ def test_how_layers_are_run_in_training_changes_nothing():
 
 
 @pytest.mark.slow
-def test_no_layer_s_heads_are_kept_at_448_px_and_the_shapes_of_3b():
+def test_no_layer_s_heads_are_kept_at_448_px_and_the_shapes_of_3b(optimised):
     """All probabilities are 2.4 GiB, and so are their gradients."""
     found = saliency_memory.run(448, 64, 8, "So400m/14", "gemma_2b", dtypes=())
     assert found["all probabilities"] > 2300

@@ -35,14 +35,6 @@ BIG_VISION = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all that these tests take; what XLA optimises is not what they test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def unbound(monkeypatch):
     """What binds to cores would do so for the tests that follow."""
