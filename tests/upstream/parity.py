@@ -1,12 +1,14 @@
 """Weights, batches and our own steps, for the tests that compare them with big_vision's."""
 
+import itertools
 import json
 import os
 
 import jax
 import numpy as np
 
-from paligemma_med import experiment, optim, run_files, sharding, train_step
+from configs import common, quickstart
+from paligemma_med import experiment, input_pipeline, optim, run_files, sharding, train_step
 from paligemma_med.checkpoints import npz, workdir
 from tests.upstream import parity_config, replay
 
@@ -45,6 +47,22 @@ def random_batches(c, steps, seed=1):
     )
 
 
+def slake_batches(c, steps, data_dir):
+    """The first rows of SLAKE's training split, through the training pp."""
+    pp = common.train_pp(c.res, c.text_len, c.tokenizer)
+    data = dict(name="slake/en", split="train", data_dir=str(data_dir))
+    rows = itertools.islice(input_pipeline.evaluation(data, pp, c.input.batch_size), steps)
+    rows = [batch for batch, *_ in rows]
+    keys = ("image", "text", "mask_ar", "mask_loss")
+    return {k: np.stack([np.asarray(batch[k]) for batch in rows]) for k in keys}
+
+
+def tiny_base(c, seed=0):
+    """The quickstart's weights, with random adapters where the config has some."""
+    base = npz.flatten_tree(npz.load_npz(quickstart.BASE))
+    return npz.unflatten_tree(npz.flatten_tree(random_weights(c, seed)) | base)
+
+
 def our_steps(c, batches, save_at=None, folder=None):
     """Our own steps on these batches; with `save_at`, `folder` becomes the workdir of a run that
     stopped there. Gives [metrics of each step], {name: parameter at the end}."""
@@ -75,8 +93,8 @@ def our_steps(c, batches, save_at=None, folder=None):
 def their_metrics(folder):
     """{step: row} of big_vision_metrics.txt, of the rows that have a loss.
 
-    The number in a row may be that of the next step (utils.py:1290 reads it in a thread of its
-    own, later), and the last row is there twice; `examples_seen` is right.
+    By `examples_seen`: big_vision itself may number a row as the step after (utils.py:1290 looks
+    at the number later, in another thread), and writes the last one twice (utils.py:1296).
     """
     lines = (folder / "big_vision_metrics.txt").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "training_loss" in row]

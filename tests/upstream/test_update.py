@@ -6,13 +6,15 @@ import functools
 import numpy as np
 import pytest
 
+from data_prep import build
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import bv, npz
-from tests.upstream import parity
+from tests.upstream import parity, parity_config
+from tests.upstream.parity_config import STEPS
 from tools import convert_checkpoint
 
 pytestmark = [pytest.mark.big_vision, pytest.mark.slow]
-STEPS, STOPPED = 20, 10
+STOPPED = 10
 
 
 class Pair:
@@ -23,30 +25,36 @@ class Pair:
     10; init: path of the weights.
     """
 
-    def __init__(self, stage, folder, replay):
-        self.stage, self.folder, self.replay = stage, folder, replay
+    def __init__(self, stage, folder, replay, weights, batches, small=True):
+        """weights, batches: functions of a config that make them."""
+        self.folder, self.replay = folder, replay
         self.init, self.workdir, self.run = (folder / n for n in ("w.npz", "theirs", "ours"))
-        npz.save_npz(self.init, parity.random_weights(parity.config(stage)))
-        self.config = parity.config(stage, init=self.init)
-        self.batches = parity.random_batches(self.config, STEPS)
+        self.arg = f"stage={stage},init={self.init},small={small}"
+        self.config = parity_config.get_config(self.arg)
+        npz.save_npz(self.init, weights(self.config))
+        self.batches = batches(self.config, STEPS)
         self.theirs = self.their_steps(self.batches, self.workdir)
         rows, self.params = parity.our_steps(self.config, self.batches, STOPPED, self.run)
         self.ours = dict(enumerate(rows, 1))
 
     def their_steps(self, batches, workdir):
         np.savez(self.folder / "batches.npz", **batches)
-        config = f"tests/upstream/parity_config.py:stage={self.stage},init={self.init}"
-        self.replay(self.folder / "batches.npz", f"--config={config}", f"--workdir={workdir}")
+        config = f"--config=tests/upstream/parity_config.py:{self.arg}"
+        self.replay(self.folder / "batches.npz", config, f"--workdir={workdir}")
         return parity.their_metrics(workdir)
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory, run_python):
-    replay = functools.partial(run_python, "-m", "tests.upstream.replay")
+def replay(run_python):
+    return functools.partial(run_python, "-m", "tests.upstream.replay")
 
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, replay):
     @functools.cache
     def pair(stage):
-        return Pair(stage, tmp_path_factory.mktemp(f"stage{stage}"), replay)
+        folder = tmp_path_factory.mktemp(f"stage{stage}")
+        return Pair(stage, folder, replay, parity.random_weights, parity.random_batches)
 
     return pair
 
@@ -97,3 +105,17 @@ def test_a_run_begun_here_goes_on_there(pairs, stage, tmp_path):
     assert_same_steps(resumed, pair.ours, range(STOPPED + 1, STEPS + 1))
     assert resumed[STEPS]["examples_seen"] == STEPS * pair.config.input.batch_size
     assert_same_params(checkpoints.load_params(folder), pair.params)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("stage", [1, 2])
+def test_losses_on_slake(replay, real_data, tmp_path, stage):
+    data = tmp_path / "data"
+    build.build("slake", config="en", manual_dir=real_data / "slake", data_dir=data)
+    batches = functools.partial(parity.slake_batches, data_dir=data)
+    pair = Pair(stage, tmp_path, replay, parity.tiny_base, batches, small=False)
+    losses = {i: (pair.theirs[i]["training_loss"], pair.ours[i]["training_loss"])
+              for i in range(1, STEPS + 1)}  # fmt: skip
+    print(*(f"{i} {a:.7f} {b:.7f}" for i, (a, b) in losses.items()), sep="\n")
+    assert max(abs(a - b) for a, b in losses.values()) < 1e-4
+    assert not any(row["lost"] for row in pair.ours.values())

@@ -66,7 +66,7 @@ def test_the_optimizer_has_the_names_of_big_vision(tmp_path):
         "accum_examples_seen": np.int32, "accum_program_time": np.float32,
         "accum_train_time": np.float32, "accum_pause_time": np.float32,
     }  # fmt: skip
-    assert found["chrono"]["accum_examples_seen"] == 7 * 4
+    assert found["chrono"]["accum_examples_seen"] == 7 * 8
 
 
 def test_a_run_without_moments_and_with_frozen_weights_in_bfloat16(tmp_path):
