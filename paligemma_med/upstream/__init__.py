@@ -43,8 +43,8 @@ def locate():
       ValueError: there is none; the sentence says how to get it.
     """
     folder = os.environ.get("BIG_VISION_DIR", "")
-    if "big_vision" in sys.modules or importlib.util.find_spec("big_vision"):
-        spec = importlib.util.find_spec("big_vision")
+    spec = importlib.util.find_spec("big_vision")
+    if spec and spec.origin:  # a folder without __init__.py is the clone, beside us by chance
         return os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
     if os.path.isfile(os.path.join(folder, "big_vision", "utils.py")):
         return os.path.abspath(folder)

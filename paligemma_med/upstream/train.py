@@ -12,8 +12,10 @@ Example:
 
 import importlib
 import json
+import os
 import sys
 
+import jax
 from absl import app, flags, logging
 
 from paligemma_med import compilation_cache, experiment, input_pipeline, sharding, upstream
@@ -57,9 +59,12 @@ def train(config, workdir, trainer):
     Raises:
       ValueError: the config has a mistake, or asks for what its trainer can't do.
     """
+    if os.environ.pop("BV_JAX_INIT", ""):
+        jax.distributed.initialize()  # its trainer would, but our checks ask for devices before
     check(config)
     theirs = configs.translate(config, note=lambda s: print(s, file=sys.stderr, flush=True))
-    compilation_cache.start(config.get("compilation_cache", True) and bool(workdir), workdir)
+    cache = config.get("compilation_cache", True)
+    compilation_cache.start(cache if workdir or cache is not True else False, workdir)
     shims.number_metrics(trainer.u.BigVisionMetricWriter)
     flags.FLAGS["config"].value = theirs
     flags.FLAGS["workdir"].value = workdir

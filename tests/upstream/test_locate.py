@@ -75,6 +75,22 @@ def test_an_importable_one_counts_before_the_folder(monkeypatch, tmp_path):
     assert upstream.locate() == str(tmp_path / "site")
 
 
+def test_a_clone_in_the_working_directory_is_no_package(monkeypatch, tmp_path):
+    """Python takes ~/big_vision for a namespace where the home directory is on its path."""
+    clone = tmp_path / "big_vision"
+    (clone / "big_vision").mkdir(parents=True)
+    for name in ("__init__.py", "utils.py"):
+        (clone / "big_vision" / name).touch()
+    monkeypatch.delitem(sys.modules, "big_vision", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("BIG_VISION_DIR", raising=False)
+    assert upstream.importlib.util.find_spec("big_vision").origin is None
+    with pytest.raises(ValueError, match="can't be imported"):
+        upstream.locate()
+    monkeypatch.setenv("BIG_VISION_DIR", str(clone))
+    assert upstream.locate() == str(clone)
+
+
 def test_the_program_ends_with_that_sentence(no_big_vision):
     with pytest.raises(SystemExit, match="^error: .*BIG_VISION_DIR isn't set: clone"):
         train.start()
