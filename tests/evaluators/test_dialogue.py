@@ -253,9 +253,9 @@ def test_with_a_model_and_a_mesh(tmp_path):
         img=dict(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=(4, 4)),
         llm=dict(variant="gemma_mu", depth=1),
     )
-    init = jax.jit(lambda key: paligemma.init_params(model, key, image_size=8))
-    params = init(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.3 * np.random.default_rng(0).normal(size=x.shape), params)
+    rng = np.random.default_rng(0)
+    shapes = paligemma.abstract_params(model, image_size=8)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes)
     mesh = sharding.make_mesh()
     inputs = [
         (jax.device_put(b, sharding.batch_sharding(mesh)), r) for b, r in make_inputs(batch_size=8)

@@ -4,6 +4,7 @@ Most tests answer in the model's place, by a function of prompt and image; the l
 model.
 """
 
+import functools
 import json
 
 import jax
@@ -332,6 +333,7 @@ def test_nothing_to_evaluate_or_to_shuffle(monkeypatch):
 # --- With a model ---
 
 
+@functools.cache
 def make_model(vocab_size=1024):
     img = dict(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=(4, 4))
     llm = dict(
@@ -339,8 +341,9 @@ def make_model(vocab_size=1024):
         vocab_size=vocab_size,
     )  # fmt: skip
     model = paligemma.Model(img=img, llm=llm)
-    params = jax.jit(lambda key: paligemma.init_params(model, key, image_size=8))
-    return model, params(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    shapes = paligemma.abstract_params(model, image_size=8)
+    return model, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 def test_with_a_model_and_a_mesh(tmp_path):
@@ -381,17 +384,23 @@ def test_multiple_choice_with_a_model(tmp_path):
         pred_kw=dict(max_new_tokens=3, num_samples=2, temperature=1.0),
     )  # fmt: skip
 
-    def run(options, batch_size=3):
-        inputs = list(make_inputs(choice_questions(), batch_size, size=8))
+    inputs = list(make_inputs(choice_questions(), size=8))  # the last batch is not full
+
+    def run(options):
         evaluator = vqa.Evaluator(model, "tiny", inputs=inputs, options=options, **kw)
         return evaluator.run(params), results.read_rows(tmp_path / "predictions.jsonl")
 
+    def score(texts):
+        """(log-likelihoods, tokens) of the same options to each question."""
+        for batch, valid in inputs:
+            each = [texts] * len(valid)
+            yield from zip(*options.score(model, params, batch, each, TOKENIZER), strict=True)
+
     metrics, rows = run("text")
-    batch = next(make_inputs(choice_questions(), 3, size=8))[0]
-    texts = [list(CHOICES.values())] * 3
-    sums, lengths = options.score(model, params, batch, texts, TOKENIZER)
+    texts = list(CHOICES.values())
+    sums, lengths = zip(*score(texts))
     for row, a, b in zip(rows, sums, lengths, strict=True):
-        assert row["choices"] == texts[0] and not set(CHOICES) & set(row)
+        assert row["choices"] == texts and not set(CHOICES) & set(row)
         assert row["option_logprobs"] == pytest.approx(a, abs=1e-5) and row["option_tokens"] == b
         assert "blank_image_option_tokens" not in row
         assert row["blank_image_option_logprobs"] != row["option_logprobs"]
@@ -401,9 +410,8 @@ def test_multiple_choice_with_a_model(tmp_path):
     assert "majority/overall/acc_letter" in metrics
     assert scoring.summarise(rows, "multiple_choice") == metrics
 
-    _, letters = run("letter", batch_size=2)
-    sums, _ = options.score(model, params, batch, [list("ABCD")] * 3, TOKENIZER)
-    for row, a in zip(letters, sums, strict=True):
+    _, letters = run("letter")
+    for row, (a, _) in zip(letters, score(list("ABCD")), strict=True):
         assert row["option_logprobs"] == pytest.approx(a, abs=1e-4)
     assert not [k for row in run("")[1] for k in row if "option" in k]
 
