@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 
-from paligemma_med import durations, losses
+from paligemma_med import durations, losses, quantise
 from paligemma_med.models import attention, gemma, vit
 
 
@@ -62,6 +62,10 @@ _WHOLE = ("a whole number, 0 or more", lambda x: _is_whole(x) and x >= 0)
 _NOT_NEGATIVE = ("a number, 0 or more", lambda x: _is_number(x) and x >= 0)
 _SHARE = ("a number from 0 up to below 1", lambda x: _is_number(x) and 0 <= x < 1)
 _FLOAT_TYPE = ("a type like 'float32' or 'bfloat16'", _is_float_type)
+_FROZEN_TYPE = (
+    "a type like 'float32' or 'bfloat16', or one of 'int8' and 'nf4'",
+    lambda x: x in quantise.KINDS or _is_float_type(x),
+)
 _SEED = ("a whole number from 0 up to 2**32 - 1", lambda x: _is_whole(x) and 0 <= x < 2**32)
 _TEXT = ("a string", lambda x: isinstance(x, str))
 _SECTION = ("a dict", is_mapping)
@@ -79,7 +83,7 @@ _CONFIG = {
     "tokenizer": _TEXT,
     "model": _SECTION,
     "dtype": _FLOAT_TYPE,
-    "frozen_dtype": _FLOAT_TYPE,
+    "frozen_dtype": _FROZEN_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
     "resample_posemb": _YES_NO,
     "input": _SECTION,

@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from paligemma_med import experiment, flops, optim, sharding, train_step
+from paligemma_med import experiment, flops, optim, quantise, sharding, train_step
 
 # A loop that keeps the device busy has one step running and one waiting, each with its batch, and
 # holds one more that has just been fetched.
@@ -76,10 +76,8 @@ def trace_step(config):
     )
     dtypes = experiment.param_dtypes(config, abstract, names)
     shardings = experiment.param_shardings(config, abstract, mesh)
-    frozen = {
-        n: jax.ShapeDtypeStruct(x.shape, dtypes[n], sharding=shardings[n])
-        for n, x in abstract.items()
-    }
+    kinds = experiment.param_kinds(config, abstract, names)
+    frozen = experiment.stored_params(abstract, dtypes, shardings, kinds)
     trained = {n: frozen.pop(n) for n in names}
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -165,13 +163,15 @@ def memory(config, step):
 
 def float32_twin(config, mesh):
     """The config in float32 throughout, whose "temporary" bounds what a GPU or TPU needs, if this
-    is a CPU that needs more because of bfloat16; else None."""
-    kinds = {str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
-    if mesh.devices.flat[0].platform != "cpu" or kinds == {"float32"}:
+    is a CPU that needs more because of bfloat16; else None. Quantised weights stay quantised."""
+    types = {k: str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
+    if types["frozen_dtype"] in quantise.KINDS:
+        del types["frozen_dtype"]
+    if mesh.devices.flat[0].platform != "cpu" or {*types.values()} == {"float32"}:
         return None
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.dtype = config.frozen_dtype = "float32"
+        config.update({k: "float32" for k in types})
     return config
 
 
@@ -247,8 +247,8 @@ def _print_flops(config, step, names):
 
 
 _ADVICE = {
-    "frozen weights": "set config.frozen_dtype='bfloat16', or cut them over more devices with "
-    "config.sharding_strategy (fsdp, tp)",
+    "frozen weights": "set config.frozen_dtype to 'bfloat16', 'int8' or 'nf4', or cut them over "
+    "more devices with config.sharding_strategy (fsdp, tp)",
     "trained weights": "train fewer (config.lora, config.schedule), or cut them over more devices "
     "with config.sharding_strategy",
     "optimizer state": "train fewer (config.lora, config.schedule), or cut it over more devices "

@@ -29,6 +29,7 @@ from paligemma_med import (
     distributed,
     input_pipeline,
     optim,
+    quantise,
     sharding,
 )
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
@@ -156,10 +157,29 @@ def _abstract_params(model, res):
 
 
 def param_dtypes(config, names, trained):
-    """{name: dtype}: trained leaves float32, frozen ones config.frozen_dtype."""
-    frozen = jnp.dtype(config.get("frozen_dtype", "float32"))
+    """{name: dtype}: trained leaves float32, frozen ones config.frozen_dtype.
+
+    Those that are quantised (`param_kinds`) have the type here that the others then have.
+    """
+    frozen = config.get("frozen_dtype", "float32")
+    frozen = jnp.dtype(quantise.REST if frozen in quantise.KINDS else frozen)
     trained = set(trained)
     return {n: jnp.dtype("float32") if n in trained else frozen for n in names}
+
+
+def param_kinds(config, abstract, trained):
+    """{name: kind, of `quantise.kind_of`} of the leaves that config.frozen_dtype quantises.
+
+    Args:
+      abstract: {name: array or jax.ShapeDtypeStruct}.
+    """
+    wanted = config.get("frozen_dtype")
+    if wanted not in quantise.KINDS:
+        return {}
+    kinds = {
+        n: quantise.kind_of(n, x.shape, wanted) for n, x in abstract.items() if n not in trained
+    }
+    return {n: kind for n, kind in kinds.items() if kind}
 
 
 def param_shardings(config, abstract, mesh):
@@ -171,29 +191,35 @@ def _sharding_strategy(config):
     return config.get("sharding_strategy") or [(".*", "replicate")]
 
 
-def initial_params(config, model, mesh, *, dtypes=None):
+def initial_params(config, model, mesh, *, dtypes=None, kinds=None):
     """The parameters training starts from, on the devices.
 
     They come from config.model_init, or are random by config.seed if that is None. Factors of
     adapters come from config.adapter_init, or from a model_init that has them, or are fresh.
-    Weights from files go to the devices leaf by leaf, each in its type.
+    Weights from files go to the devices leaf by leaf, each in its type; of `kinds`, quantised.
 
     Returns:
       ({name: jax.Array} sharded by config.sharding_strategy, names that model_init didn't give).
 
     Raises:
       checkpoints.CheckpointError: what was found doesn't fit the config.
+      ValueError: weights to be quantised that no file gives.
     """
-    abstract = abstract_params(config, model)
+    abstract, kinds = abstract_params(config, model), kinds or {}
     shardings = param_shardings(config, abstract, mesh)
     dtypes = dtypes or param_dtypes(config, abstract, abstract)
     host, adapter = initial_host_params(config, model)
     random = [n for n in abstract if n not in host and n not in adapter]
+    if given := next((n for n in random if n in kinds), None):
+        raise ValueError(
+            f"config.frozen_dtype={config.frozen_dtype!r} quantises weights that config.model_init "
+            f"gives, but it gives none for {given}: set it, or train them."
+        )
     beside = {*random, *adapter}
-    params = place_params({**host, **adapter}, dtypes, shardings)
+    params = place_params({**host, **adapter}, dtypes, shardings, kinds)
     if random:
         params |= _random_params(config, model, random, dtypes, shardings)
-    return {n: params[n] for n in abstract}, beside
+    return {n: params.pop(n) for n in abstract} | params, beside
 
 
 def initial_host_params(config, model):
@@ -300,7 +326,7 @@ def load(config, checkpoint):
 
     Returns:
       (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
-      config.frozen_dtype, since nothing is trained.
+      config.frozen_dtype, since nothing is trained (quantised ones have their scales beside them).
     """
     with config.unlocked():
         config.model_init = checkpoint
@@ -322,7 +348,8 @@ def load(config, checkpoint):
         print(f"{checkpoint} has no adapters: config.lora is left out.", file=sys.stderr)
         model = model.clone(lora=())
     dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
-    return model, tok, mesh, npz.unflatten_tree(place_params(host, dtypes, shardings))
+    kinds = param_kinds(config, abstract, ())
+    return model, tok, mesh, npz.unflatten_tree(place_params(host, dtypes, shardings, kinds))
 
 
 def command(main):
@@ -459,15 +486,36 @@ def _check_resolution(spec, loaded, abstract):
     )
 
 
-def place_params(host, dtypes, shardings):
+def place_params(host, dtypes, shardings, kinds=None):
     """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one.
 
     Of several processes each reads the weights, and copies to its devices what they hold of them.
+
+    Args:
+      kinds: of `param_kinds`: these become codes and scales (`quantise`).
     """
-    out = {}
+    out, kinds = {}, kinds or {}
     for name in list(host):
-        array = np.asarray(host.pop(name)).astype(dtypes[name])
-        out[name] = distributed.place(array, shardings[name])
+        array = np.asarray(host.pop(name))
+        if name in kinds:
+            where = quantise.stored(name, _with_sharding(array, shardings[name]), kinds[name])
+            for n, x in quantise.quantise(name, array, kinds[name]).items():
+                out[n] = distributed.place(x, where[n].sharding)
+        else:
+            out[name] = distributed.place(array.astype(dtypes[name]), shardings[name])
+    return out
+
+
+def _with_sharding(x, where, dtype=None):
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
+
+
+def stored_params(abstract, dtypes, shardings, kinds):
+    """{name: jax.ShapeDtypeStruct with its sharding} of what `place_params` makes."""
+    out = {}
+    for name, x in abstract.items():
+        x = _with_sharding(x, shardings[name], dtypes[name])
+        out |= quantise.stored(name, x, kinds[name]) if name in kinds else {name: x}
     return out
 
 
@@ -598,6 +646,7 @@ def describe_params(config, abstract, trained, mesh=None):
     """
     mesh = mesh or make_mesh(config)
     dtypes = param_dtypes(config, abstract, trained)
+    kinds = param_kinds(config, abstract, trained)
     rules = optim.schedule_rules(config)
     matched = optim.match_names(abstract, rules, "config.schedule")
     places = sharding.plan(abstract, _sharding_strategy(config), mesh)
@@ -605,13 +654,15 @@ def describe_params(config, abstract, trained, mesh=None):
     for name, leaf in abstract.items():
         state = "trained" if name in trained else "frozen"
         place, note = places[name]
-        here = math.prod(place.shard_shape(leaf.shape)) * dtypes[name].itemsize
+        parts = stored_params({name: leaf}, dtypes, {name: place}, kinds).values()
+        here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
         totals[state][0] += leaf.size
         totals[state][1] += here
         shape = "×".join(map(str, leaf.shape))
         cut = sharding.short_spec(place) + (f" ({note})" if note else "")
         rule = rules[matched[name][0]][0]
-        rows.append((name, shape, str(dtypes[name]), state, rule, cut, f"{here:,} B"))
+        dtype = kinds.get(name) or str(dtypes[name])
+        rows.append((name, shape, dtype, state, rule, cut, f"{here:,} B"))
     widths = [max(len(r[i]) for r in rows) for i in range(7)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
     lines += [

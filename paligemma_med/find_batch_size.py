@@ -13,7 +13,7 @@ import math
 
 import jax
 
-from paligemma_med import dry_run, experiment, sharding
+from paligemma_med import dry_run, experiment, quantise, sharding
 
 _MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
 
@@ -122,6 +122,8 @@ def _parts(config):
         return dry_run.memory(config, dry_run.compile_step(config))
     step = dry_run.compile_step(elsewhere)
     dtype = config.get("frozen_dtype", "float32")
+    if dtype in quantise.KINDS:
+        return dry_run.memory(config, step)
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.frozen
     )

@@ -1,6 +1,7 @@
 """Makes frozen weights of 8 or 4 bits: config.frozen_dtype = "int8" or "nf4".
 
-- int8: one float32 scale for each output of a kernel, the largest weight on its inputs / 127.5.
+- int8: one float32 scale for each output of a kernel, 1/127.5 of the largest weight on its
+  inputs.
 - nf4 (QLoRA, arXiv 2305.14314): two codes in a byte along the kernel's last input axis, and one
   bfloat16 scale, the largest weight, for each block of up to 64 along that axis.
 
@@ -8,13 +9,13 @@ Quantised are the kernels that adapters can have, and the vocabulary table: that
 either case, since its errors are the logits' own. Biases, norms, position embeddings and the patch
 kernel are 0.05 % of PaliGemma, and stay in bfloat16. What is trained is never quantised.
 
-Codes and scales are those of `qwix.quantize`. Of qwix this is all that fits: its model-wide
-providers replace the products that a module calls, and know neither a look-up in the table (whose
-transpose gives the logits) nor a kernel of several projections that is indexed before use; its nf4
-isn't packed in memory on every device, and is read by a gather. `models/quantised.py` reads codes.
+Codes and scales are those of the library qwix, which the tests compare with. It isn't used itself:
+its model-wide providers replace the products that a module calls, and know neither a look-up in the
+table (whose transpose gives the logits) nor a kernel of several projections that is indexed before
+use; and its `quantize` compiles a program for each shape, and took four times as long for nf4 as
+the few lines here. `models/quantised.py` reads codes.
 """
 
-import functools
 import math
 
 import jax
@@ -23,13 +24,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_med.models import lora
-from paligemma_med.models.quantised import SCALE
+from paligemma_med.models.quantised import NF4, SCALE
 
 KINDS = ("int8", "nf4")
 REST = "bfloat16"  # what isn't quantised
 BLOCK = 64
 _ROWS = 2**14  # of the table, that are worked on at a time
 _TABLE = "llm/embedder/input_embedding"
+
+_BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
 # Axes of each kernel's inputs, counted from the end: the same for one layer and for all.
 _INPUTS = {
@@ -106,7 +109,7 @@ def quantise(name, array, kind):
       {name: codes, name of the scales: scales}, shapes and dtypes as `stored` tells.
 
     Raises:
-      ValueError: qwix isn't installed, or a weight isn't finite.
+      ValueError: a weight isn't finite.
     """
     made = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind)
     out = {n: np.empty(x.shape, x.dtype) for n, x in made.items()}
@@ -128,33 +131,25 @@ def _pieces(name, length):
 
 
 def _quantise(layer, kind, axes):
-    axes = tuple(i % layer.ndim for i in axes)
-    codes, scale = map(np.asarray, _compiled(layer.shape, kind, axes)(layer))
-    if kind == "nf4":
-        first, second = (
-            np.take(codes, range(k, codes.shape[axes[-1]], 2), axes[-1]) for k in (0, 1)
-        )
-        codes = first | (second << 4)
-    return codes, scale
+    """(codes, scales) of float32[…], whose inputs lie along `axes`."""
+    if kind == "int8":
+        scale = _or_one(np.max(np.abs(layer), axes, keepdims=True) / np.float32(127.5))
+        return np.clip(np.rint(layer / scale), -128, 127), scale
+    # The axis of blocks and, behind it, that of the weights in each.
+    axis = axes[-1] % layer.ndim
+    size = _block(layer.shape[axis])
+    split = (*layer.shape[:axis], -1, size, *layer.shape[axis + 1 :])
+    blocks = layer.reshape(split)
+    scale = _or_one(np.max(np.abs(blocks), axis + 1, keepdims=True))
+    blocks = blocks / scale
+    codes = np.zeros(blocks.shape, np.uint8)
+    for border in _BORDERS:
+        codes += blocks > border
+    codes = np.moveaxis(codes.reshape(layer.shape), axis, -1)
+    pairs = codes[..., ::2] | codes[..., 1::2] << 4
+    return np.moveaxis(pairs, -1, axis), np.squeeze(scale, axis + 1)
 
 
-@functools.lru_cache
-def _compiled(shape, kind, axes):
-    try:
-        import qwix
-    except ModuleNotFoundError as e:
-        raise ValueError(
-            f"config.frozen_dtype={kind!r} needs qwix: pip install 'paligemma_med[quantised]'"
-        ) from e
-    tiles = {axes[-1]: _block(shape[axes[-1]])} if kind == "nf4" else {}
-    shared = tiles if kind == "nf4" else axes
-    one_each = [i for i in range(len(shape)) if i not in shared]
-
-    @jax.jit
-    def run(x):
-        q = qwix.quantize(x, kind, channelwise_axes=one_each, tiled_axes=tiles)
-        if kind == "nf4":
-            return q.qvalue.astype(jnp.uint8), q.scale.astype(jnp.bfloat16)
-        return q.qvalue, q.scale
-
-    return run
+def _or_one(scale):
+    """Scales of zeros are 1."""
+    return np.where(scale > 0, scale, np.float32(1))

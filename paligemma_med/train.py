@@ -92,7 +92,8 @@ def _train(config, workdir, signals, profile):
 
     # --- The state: from weights or random, and from a checkpoint where there is one ---
     dtypes = experiment.param_dtypes(config, abstract, trained_names)
-    params, beside = experiment.initial_params(config, model, mesh, dtypes=dtypes)
+    kinds = experiment.param_kinds(config, abstract, trained_names)
+    params, beside = experiment.initial_params(config, model, mesh, dtypes=dtypes, kinds=kinds)
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)

@@ -5,9 +5,10 @@ import ml_collections
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, experiment, input_pipeline
+from paligemma_med import checkpoints, experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
+from paligemma_med.models import lora
 from tests import tiny
 
 
@@ -110,6 +111,42 @@ def test_load_gives_frozen_weights_alone(weights):
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     assert tok.vocab_size <= 1024
     assert npz.flatten_tree(params).keys() == flat.keys()
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_load_quantises(weights, kind):
+    """What is foretold of the leaves is what is there, and no kernel of a layer is left dense."""
+    path, flat = weights
+    c = tiny.config(frozen_dtype=kind)
+    model, _, mesh, params = experiment.load(c, path)
+    found, abstract = npz.flatten_tree(params), experiment.abstract_params(c, model)
+    kinds = experiment.param_kinds(c, abstract, ())
+    told = experiment.stored_params(
+        abstract, experiment.param_dtypes(c, abstract, ()),
+        experiment.param_shardings(c, abstract, mesh), kinds,
+    )  # fmt: skip
+    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
+        n: (x.shape, x.dtype) for n, x in told.items()
+    }
+    assert found["llm/layers/mlp/linear"].dtype == ("int8" if kind == "int8" else "uint8")
+    assert found["llm/final_norm/scale"].dtype == "bfloat16"
+    table = experiment.describe_params(c, abstract, ())
+    size = sum(x.nbytes for x in found.values())
+    assert f"frozen, {size:,} bytes" in table and f"  {kind}  " in table
+    with pytest.raises(checkpoints.CheckpointError, match="is quantised; merge into the base's"):
+        rules = [("llm/layers/mlp/linear", dict(rank=1))]
+        specs = lora.resolve(rules, abstract)
+        factors = dict(zip(lora.factor_names(specs), (np.ones((1, 128, 1)), np.ones((1, 1, 64)))))
+        checkpoints.merge(npz.unflatten_tree({**found, **factors}), specs)
+
+
+def test_random_weights_are_not_quantised():
+    c = tiny.config(frozen_dtype="int8")
+    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
+    abstract = experiment.abstract_params(c, model)
+    kinds = experiment.param_kinds(c, abstract, ["img/head/kernel"])
+    with pytest.raises(ValueError, match="config.model_init gives, but it gives none for img/Tr"):
+        experiment.initial_params(c, model, mesh, kinds=kinds)
 
 
 def test_relative_paths_become_absolute(tmp_path, monkeypatch):

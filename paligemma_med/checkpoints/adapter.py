@@ -16,6 +16,7 @@ import numpy as np
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError, flatten_tree, unflatten_tree
 from paligemma_med.models import lora, paligemma
+from paligemma_med.models.quantised import SCALE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,9 +118,15 @@ def merge(params, specs):
       New nested dict without factors. Where W or a factor is Lazy, what is merged is Lazy too.
 
     Raises:
-      CheckpointError: factors are missing, or there are others, or they have other shapes.
+      CheckpointError: factors are missing, or there are others, or they have other shapes; W is
+        quantised.
     """
     flat = flatten_tree(params)
+    if codes := next((t.param for t in specs if t.param + SCALE in flat), None):
+        raise CheckpointError(
+            f"{codes} is quantised; merge into the base's own weights, as tools.convert_checkpoint "
+            "does with a run, and quantise what comes out"
+        )
     _check_factors(flat, specs)
     by_param = {}
     for target, spec in specs.items():
