@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import npz
+from paligemma_med.models import activations
+from paligemma_med.upstream import train
 from tests import tiny
 from tests.upstream.conftest import ROOT
 
-pytestmark = pytest.mark.big_vision
+big_vision = pytest.mark.big_vision
 
 CONFIG = """
 from tests import tiny
@@ -79,6 +83,42 @@ def newest(workdir):
     return (workdir / "checkpoint.bv-LAST").read_text()
 
 
+def test_what_its_trainer_is_given(tfrecord_data, tmp_path, monkeypatch):
+    """A trainer that only looks: our processes have met, the config is its own, our rules hold."""
+    calls = []
+    given = {name: types.SimpleNamespace(value=None) for name in ("config", "workdir")}
+
+    def main(argv):
+        mesh, rules = activations.active.value
+        calls.append(("main", mesh.shape["data"], rules, os.environ.get("BV_JAX_INIT")))
+
+    writer = type("Writer", (), {"step_end": lambda self: None})
+    trainer = types.SimpleNamespace(
+        main=main, u=types.SimpleNamespace(BigVisionMetricWriter=writer)
+    )
+    monkeypatch.setenv("BV_JAX_INIT", "1")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("met"))
+    monkeypatch.setattr(train.flags, "FLAGS", given)
+    train.train(tiny.config(tfrecord_data), str(tmp_path), trainer)
+    assert calls == ["met", ("main", jax.device_count(), (("act_batch", "data"),), None)]
+    assert given["config"].value.model_name == "paligemma_med" and writer.step_end.waits
+    assert given["workdir"].value == str(tmp_path)
+
+
+def test_data_that_tensorflow_can_not_read_are_told(tfrecord_data, tiny_data, tmp_path):
+    train.check(tiny.config(tfrecord_data))
+    with pytest.raises(ValueError, match="holds array_record files.*--file_format=tfrecord"):
+        train.check(tiny.config(tiny_data))
+    config = tiny.config(tfrecord_data)
+    config.evals.val.train_data.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="phantom' is not built in"):
+        train.check(config)
+    config = tiny.config(tfrecord_data)
+    config.input.data = dict(name="bv:jsonl", fname="x.jsonl", split="train")
+    train.check(config)
+
+
+@big_vision
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data, tmp_path):
     out = tmp_path / "run"
@@ -106,6 +146,7 @@ def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
 
 
+@big_vision
 def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
     """Frozen leaves keep their bits and their type; factors, which no file has, are trained."""
     tiny.write_workdir(tmp_path / "base", tiny.config())
@@ -132,6 +173,7 @@ def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
     assert any(name.endswith("lora_b") for name in found)
 
 
+@big_vision
 @pytest.mark.slow
 def test_mixtures(run_python, tfrecord_data, tmp_path):
     data = dict(split="train", data_dir=str(tfrecord_data))
@@ -148,6 +190,7 @@ def test_mixtures(run_python, tfrecord_data, tmp_path):
     assert last["examples_seen_a"] == 96 and last["examples_seen_b"] == 32
 
 
+@big_vision
 def test_mistakes_are_told_in_a_sentence(tfrecord_data, tmp_path):
     path = write_config(tmp_path, tfrecord_data, loss_norm="token")
     argv = program(path, tmp_path / "run", "--config.lr=1e-5")
@@ -157,6 +200,7 @@ def test_mistakes_are_told_in_a_sentence(tfrecord_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@big_vision
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec, params, trained",
