@@ -73,9 +73,10 @@ def assert_same_params(found, expected):
     assert set(found) == set(expected)
     for name, array in expected.items():
         # A softmax is the same whatever is added to all keys, so the gradient of their bias is
-        # nothing but rounding, which Adam makes as large as any other.
+        # nothing but rounding, which Adam makes as large as any other. Of other small gradients
+        # rounding is a part; 20 steps move a weight by up to 4e-2.
         if not name.endswith("key/bias"):
-            np.testing.assert_allclose(found[name], array, atol=3e-5, err_msg=name)
+            np.testing.assert_allclose(found[name], array, atol=3e-4, err_msg=name)
 
 
 # 1 is stage 1 of the paper, 2 its stage 2 (LoRA), 3 trains all, with everything an optimizer has.
