@@ -125,8 +125,9 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
         layers, heads, width, _ = params[out].shape
         once = 4 * layers * heads * width * tokens[tower] ** 2
         attention += once * (1 + 2 * backward[tower])
-        if backward[tower] and policies[tower] not in _SAVES_ALL:
-            recompute += once
+        if backward[tower]:
+            # Scores are made again, whatever is kept (models/attention.py).
+            recompute += once // 2 + once * (policies[tower] not in _SAVES_ALL)
     return Flops(weights, attention, recompute)
 
 

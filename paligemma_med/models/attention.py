@@ -17,6 +17,8 @@ G query heads per key/value head (N = K·G), H width of a head, R samples of one
 M key positions that belong to one sample.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -64,6 +66,9 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
         return out, None
 
+    if not capture and perturb is None:
+        return _attend(q, k, v, mask, scale, softcap), None
+
     groups = q.shape[2] // k.shape[2]
     q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
@@ -80,6 +85,91 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if capture:
         return out, probs.reshape(probs.shape[0], -1, *probs.shape[3:])
     return out, None
+
+
+# Attention that writes T × S floats as seldom as it can. Probabilities are divided by their sum
+# after the product with v, where there are H of them and not S. The backward pass is written out:
+# it makes the exponentials again from q and k, and no product in it wants a T × S matrix
+# transposed, which on a CPU is a copy of it (five of them in what JAX derives). The gradient by the
+# logits is FlashAttention's (arXiv 2205.14135, appendix B.2).
+#
+# Axes: B, K if it isn't 1, T, G, H of queries; B, K, S, H of keys and values. T and G stay apart,
+# so that each can be cut over devices.
+
+
+def _attend(q, k, v, mask, scale, softcap):
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if kv_heads == 1:
+        return _attention(q, k[:, :, 0], v[:, :, 0], mask, scale, softcap)
+    q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[3])
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    out = jnp.moveaxis(_attention(q, k, v, mask, scale, softcap), 1, 2)
+    return out.reshape(*out.shape[:2], heads, -1)
+
+
+def _dot(a, b, batch, contracted=1):
+    """The last `contracted` axes of a by the first of b after `batch` common ones, in float32."""
+    common = tuple(range(batch))
+    last = tuple(range(a.ndim - contracted, a.ndim))
+    first = tuple(range(batch, batch + contracted))
+    return jax.lax.dot_general(
+        a, b, ((last, first), (common, common)), preferred_element_type=jnp.float32
+    )
+
+
+def _logits(q, k, scale, softcap):
+    logits = _dot(q, jnp.swapaxes(k, -1, -2), k.ndim - 2)
+    return _cap(logits * scale, softcap)
+
+
+def _exponentials(logits, mask, most=None):
+    """(exp(logits − most), most), most being the largest of each row unless it is given."""
+    if mask is not None:
+        mask = mask[:, :, None] if logits.ndim == 4 else mask[:, None, :, None]
+        logits = jnp.where(mask, logits, MASKED)
+    if most is None:
+        most = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - most), most
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, mask, scale, softcap):
+    return _attention_fwd(q, k, v, mask, scale, softcap)[0]
+
+
+def _attention_fwd(q, k, v, mask, scale, softcap):
+    exps, most = _exponentials(_logits(q, k, scale, softcap), mask)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    out = (_dot(exps.astype(v.dtype), v, v.ndim - 2) / total).astype(v.dtype)
+    return out, (q, k, v, mask, out, most, total)
+
+
+def _attention_bwd(scale, softcap, kept, grad):
+    q, k, v, mask, out, most, total = kept
+    batch = k.ndim - 2
+    logits = _logits(q, k, scale, softcap)
+    exps, _ = _exponentials(logits, mask, most)
+    grad = grad.astype(jnp.float32) / total
+    by_sum = jnp.sum(grad * out.astype(jnp.float32), axis=-1, keepdims=True)
+    grad = grad.astype(v.dtype)
+    # A row that sees nothing weighs all alike, whatever its logits are.
+    factor = jnp.where(most > MASKED, scale, 0.0)
+    by_logits = exps * (_dot(grad, jnp.swapaxes(v, -1, -2), batch) - by_sum) * factor
+    if softcap:
+        by_logits *= 1 - jnp.square(logits / softcap)
+    by_logits = by_logits.astype(q.dtype)
+
+    def by_keys(x, weights):  # H in front, so that not the weights are transposed, but this is
+        out = _dot(jnp.moveaxis(x, -1, batch), weights, batch, 2)
+        return jnp.swapaxes(out, -1, -2)
+
+    by_q = _dot(by_logits, k, batch).astype(q.dtype)
+    by_k = by_keys(q, by_logits).astype(k.dtype)
+    by_v = by_keys(grad, exps.astype(v.dtype)).astype(v.dtype)
+    return by_q, by_k, by_v, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def attend_cached(q, prefix, new, *, scale, softcap=None):

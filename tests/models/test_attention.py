@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core as jex
 
 from paligemma_med.models import attention
 
@@ -63,6 +64,52 @@ def test_attend_equals_the_definition(seed, shape, softcap):
     plain, nothing = attend(q, k, v, mask, scale=0.7, softcap=softcap)
     assert nothing is None
     np.testing.assert_allclose(plain, got, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradients_are_those_that_jax_derives(heads, kv_heads, softcap):
+    """The backward pass is written by hand; that under capture, which is plain, is derived."""
+    rng = np.random.default_rng(5)
+    q, k, v = random_qkv(rng, 2, 5, 7, heads, kv_heads, 4)
+    weight = rng.normal(size=q.shape).astype(np.float32)
+    mask = rng.random((2, 5, 7)) < 0.5
+    mask[0, 2] = False  # sees nothing
+    mask[1] = True
+
+    def loss(q, k, v, capture):
+        kw = dict(scale=0.7, softcap=softcap, capture=capture)
+        return jnp.sum(weight * attention.attend(3 * q, k, v, mask, **kw)[0])
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnames="capture")
+    for got, want in zip(grad(q, k, v, capture=False), grad(q, k, v, capture=True), strict=True):
+        assert np.abs(want).max() > 0.1
+        np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 1), (6, 6)])
+def test_no_product_wants_a_matrix_of_scores_transposed(heads, kv_heads):
+    """Which would be a copy of it on a CPU: contracted are the last axes of a left factor, and of
+    a right one the first behind those in common."""
+    (q, k, v), found = random_qkv(np.random.default_rng(6), 2, 5, 7, heads, kv_heads, 3), []
+
+    def loss(q, k, v):
+        return jnp.sum(attention.attend(q, k, v, scale=1.0)[0] ** 2)
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                contracted, (common, _) = eqn.params["dimension_numbers"]
+                for i, x in enumerate(eqn.invars):
+                    if {5, 7} <= set(x.aval.shape):
+                        n, axes = len(contracted[i]), x.aval.ndim
+                        first = axes - n if i == 0 else len(common)
+                        found.append(tuple(contracted[i]) == tuple(range(first, first + n)))
+            for inner in jex.jaxprs_in_params(eqn.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v).jaxpr)
+    assert found == 4 * [True]  # by v, of the output, by q, by k
 
 
 def test_no_mask_means_all_are_seen():
