@@ -11,14 +11,13 @@ Gemma's file; without it the strings that ask for Gemma get `tiny` in its place.
 import importlib
 import json
 import os
-import re
 import sys
 
 import numpy as np
 
 from configs import common
 from paligemma_med import input_pipeline, upstream
-from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp import get_preprocess_fn, registry
 from tests.upstream.pp_strings import config_strings, fixed
 
 upstream.install()
@@ -89,7 +88,7 @@ def main(data_dir, name, split, step, configs=".*"):
             at = f"{where}, question {row['question_id']}"
             worst = max(worst, difference(ours(row), theirs(to_tf(row)), at))
         assert worst <= GREY, f"{where}: images differ by {worst * 127.5} grey levels"
-        ops = sorted(set(re.findall(r"\b([a-z_]+)\(", pp)))
+        ops = sorted({registry.parse_call(op)[0] for op in registry.split(pp)})
         out[where] = dict(rows=len(rows), grey=round(worst * 127.5, 3), ops=ops)
     print(json.dumps(out))
 
