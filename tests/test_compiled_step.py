@@ -225,24 +225,20 @@ def test_float32_activations_cast_one_layer_at_a_time(policy):
     assert not dense_stacks(step, jnp.float32)
 
 
-@pytest.mark.parametrize("policy, kind", zip(POLICIES, ("int8", "nf4", "nf4")))
+@pytest.mark.parametrize("policy, kind", [*zip(POLICIES, ("int8", "nf4", "nf4"))])
 def test_quantised_weights_are_dense_one_layer_at_a_time(monkeypatch, policy, kind):
     monkeypatch.setattr(quantised, "_COPY", VOCAB * 8)
     c = config(policy, **ADAPTERS, frozen_dtype=kind)
     step = dry_run.trace_step(c)
-    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in step.frozen.values()]
-    assert sum(sizes) < (0.6 if kind == "int8" else 0.5) * 2 * sum(
-        math.prod(x.shape) for n, x in dense_frozen(step).items()
-    )
     assert not dense_stacks(step, jnp.bfloat16) and not dense_stacks(step, jnp.float32)
     table = MODEL["llm"]["width"], VOCAB
     floats = {_key(a.shape) for _, a in arrays(step) if jnp.issubdtype(a.dtype, jnp.floating)}
     assert _key(table) not in floats and _key((VOCAB, 8)) in floats
-    if policy == "nothing_saveable":
-        found = flops.count(
-            step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED
-        )
-        assert product_flops(step) == found.per_example_executed
+    # Products are computed again where the policy says, and for the parts of the table never.
+    found = flops.count(
+        step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED
+    )
+    assert product_flops(step) == found.per_example_executed
 
 
 def test_nothing_is_computed_for_frozen_leaves(lora_step):
@@ -303,7 +299,7 @@ def test_casts_that_are_kept_would_be_seen(monkeypatch, frozen_dtype):
     kw = dict(dtype="float32", frozen_dtype=frozen_dtype)
     step = dry_run.trace_step(config("none", **ADAPTERS, **kw))
     found = dense_stacks(step, jnp.float32)
-    assert {"llm/layers/mlp/gating_einsum", "llm/layers/attn/q_einsum/w"} <= found
+    assert {"llm/layers/mlp/linear", "llm/layers/attn/q_einsum/w"} <= found
 
 
 def test_gradients_by_all_would_be_seen(monkeypatch):

