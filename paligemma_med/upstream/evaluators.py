@@ -169,7 +169,9 @@ def _in_order(source, name):
 
 
 def _plain(key, value):
-    """bytes → str, but for images; arrays of bytes → lists of str."""
+    """bytes → str, but for images; arrays of bytes → lists of str; in nested dicts, too."""
+    if isinstance(value, dict):
+        return {k: _plain(k, v) for k, v in value.items()}
     if isinstance(value, bytes) and key != "image":
         return value.decode()
     if isinstance(value, np.ndarray) and value.dtype == object:
