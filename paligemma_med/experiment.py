@@ -542,8 +542,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
                 raise
             raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
         arguments = {*_arguments(module.Evaluator)}
-        known = {*_EVAL_KEYS, *arguments} - _GIVEN
-        config_values.check_keys(section, known, f"config.evals.{name}")
+        check_eval_keys(section, module.Evaluator, f"config.evals.{name}")
         if "about" in arguments:
             kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder)
         outdir = os.path.join(folder, "eval", name) if folder else None
@@ -565,6 +564,12 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
 _EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer",
               *config_values.WHEN)  # fmt: skip
 _GIVEN = {"inputs", "total", "outdir", "about"}  # by make_evaluators
+
+
+def check_eval_keys(section, evaluator, where):
+    """ValueError if a section of config.evals has keys that this evaluator doesn't take."""
+    known = {*_EVAL_KEYS, *_arguments(evaluator)} - _GIVEN
+    config_values.check_keys(section, known, where)
 
 
 def _arguments(evaluator):

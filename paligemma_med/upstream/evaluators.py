@@ -51,32 +51,35 @@ class Evaluator:
           ValueError: an evaluator that isn't there, what it needs and section lacks, or a run of
             several processes.
         """
+        where = f"config.evals.{name}"
         if jax.process_count() > 1:
             raise ValueError(
-                f"config.evals.{name}: in big_vision's loop our evaluators run in one process, "
-                f"found {jax.process_count()}: leave config.evals empty there, and evaluate its "
+                f"{where}: in big_vision's loop our evaluators run in one process, found "
+                f"{jax.process_count()}: leave config.evals empty there, and evaluate its "
                 "checkpoints with paligemma_med.evaluate."
             )
-        about = dict(section)
-        section = {k: v for k, v in section.items() if k not in config_values.WHEN}
-        kind = section.pop("type")
-        if kind not in KINDS:
+        if section["type"] not in KINDS:
             raise ValueError(
-                f"config.evals.{name}.type is {kind!r}; expected one of {list(KINDS)}, or one of "
+                f"{where}.type is {section['type']!r}; expected one of {list(KINDS)}, or one of "
                 "big_vision's own, such as 'proj.paligemma.transfers.vqa'."
             )
-        size = section.pop("batch_size", None) or batch_size
-        inputs = open_input(section.pop("data"), section.pop("pp_fn"), size, devices)
-        if train_data := section.pop("train_data", None):
-            answer = section.pop("train_answer", "answer")
-            section["train_data"] = _TrainingRows(train_data, answer)
+        module = importlib.import_module(f"paligemma_med.evaluators.{section['type']}")
+        experiment.check_eval_keys(section, module.Evaluator, where)
+        kw = {k: v for k, v in section.items() if k not in ("type", *config_values.WHEN)}
         folder = flags.FLAGS.workdir
-        module = importlib.import_module(f"paligemma_med.evaluators.{kind}")
-        self._evaluator = module.Evaluator(
-            model_of(predict_fn), tokenizer, inputs=inputs, total=len(inputs),
-            outdir=os.path.join(folder, "eval", name) if folder else None,
-            about=functools.partial(_about, about, inputs, folder), **section,
-        )  # fmt: skip
+        try:
+            size = kw.pop("batch_size", None) or batch_size
+            inputs = open_input(kw.pop("data"), kw.pop("pp_fn"), size, devices)
+            if train_data := kw.pop("train_data", None):
+                answer = kw.pop("train_answer", "answer")
+                kw["train_data"] = _TrainingRows(train_data, answer)
+            self._evaluator = module.Evaluator(
+                model_of(predict_fn), tokenizer, inputs=inputs, total=len(inputs),
+                outdir=os.path.join(folder, "eval", name) if folder else None,
+                about=functools.partial(_about, section, inputs, folder), **kw,
+            )  # fmt: skip
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from e
 
     def run(self, train_state):
         """Yields (name, number) of each figure, as `evaluators.scoring` describes them."""

@@ -80,6 +80,45 @@ def test_its_own_evaluator_agrees_where_the_definitions_do(runs):
     assert logged["phantom_validate/model/overall/acc"] == metrics["model/overall/acc"]
 
 
+MISTAKES = """
+import types
+from paligemma_med import upstream
+upstream.install()
+import jax
+import numpy as np
+from absl import flags
+from paligemma_med.upstream import evaluators
+from tests.upstream import evals_config
+
+flags.DEFINE_string("workdir", None, "")
+flags.FLAGS(["x"])
+c = evals_config.get_config("data_dir=DATA")
+section = c.evals.short.to_dict()
+fn = types.SimpleNamespace(keywords=dict(model=None))
+changes = dict(type="vqaa"), dict(promptt=1), dict(controls=["blank"]), dict(controls=["majority"])
+for change in changes:
+    try:
+        evaluators.Evaluator(
+            fn, section={k: v for k, v in (section | change).items() if k != "train_data"},
+            name="short", tokenizer="tiny", devices=np.array(jax.devices()),
+        )
+    except ValueError as e:
+        print(e)
+"""
+
+
+@pytest.mark.big_vision
+@pytest.mark.slow
+def test_mistakes_in_a_section_are_told_with_its_name(tmp_path, run_python):
+    build.build("phantom", data_dir=tmp_path, num_images=(2, 2, 2), file_format="tfrecord")
+    said = run_python("-c", MISTAKES.replace("DATA", str(tmp_path))).splitlines()
+    kind, key, control, lacking = said[-4:]
+    assert kind.startswith("config.evals.short.type is 'vqaa'; expected one of ['vqa', 'dialogue']")
+    assert key.startswith("config.evals.short has unknown keys ['promptt']")
+    assert control.startswith("config.evals.short: controls has 'blank'")
+    assert lacking.startswith("config.evals.short: the majority control needs train_data")
+
+
 @pytest.mark.big_vision
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
