@@ -37,9 +37,11 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
       k: float[B, S, K, H] keys; N is a multiple of K.
       v: float[B, S, K, H] values.
       mask: bool[B, T, S], True where a query may see a key; None lets every query see every key.
+        "cudnn" also takes what `split_mask` gives.
       scale: factor on the dot products.
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
-      impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture).
+      impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture; H up
+        to 128, from Hopper on 256).
       capture: also return the probabilities.
       perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it. Or
         float32[B, T, S], of which only the gradient is used: see `weigh`.
@@ -61,10 +63,7 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
             )
         if softcap:
             raise ValueError("attn_impl='cudnn' has no soft-cap (Gemma 2): use attn_impl='xla'.")
-        # cuDNN wants a full [B, 1, T, S] mask; a broadcast one fails (jax#28974).
-        mask = None if mask is None else mask[:, None]
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-        return out, None
+        return _attend_fused(q, k, v, mask, scale), None
 
     if not capture and perturb is None:
         return _attend(q, k, v, mask, scale, softcap), None
@@ -85,6 +84,44 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if capture:
         return out, probs.reshape(probs.shape[0], -1, *probs.shape[3:])
     return out, None
+
+
+def split_mask(mask, first):
+    """The mask of a prefix-LM sequence as fused kernels like it.
+
+    A kernel that is given a mask reads it for every head, and its backward pass makes a gradient of
+    it; one that is given lengths does neither, and skips what lies beyond them. Image tokens, most
+    of a sequence, all see the same: themselves and the prompt, whose length differs by row.
+
+    Args:
+      mask: bool[B, T, S] whose first queries of a row all see the same keys, the first ones.
+      first: how many queries those are, 1 or more.
+
+    Returns:
+      (int32[B] how many keys they see, bool[B, T − first, S] what the other queries see).
+    """
+    return jnp.sum(mask[:, 0], axis=-1, dtype=jnp.int32), mask[:, first:]
+
+
+_FUSED = "cudnn"  # "xla" in tests: the same function without a GPU
+
+
+def _attend_fused(q, k, v, mask, scale):
+    def fused(q, **kw):
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=_FUSED, **kw)
+
+    try:
+        if mask is None:
+            return fused(q)
+        if not isinstance(mask, tuple):
+            # cuDNN wants a full [B, 1, T, S] mask; a broadcast one fails (jax#28974).
+            return fused(q, mask=mask[:, None])
+        lengths, mask = mask
+        first = q.shape[1] - mask.shape[1]
+        out = fused(q[:, :first], key_value_seq_lengths=lengths)
+    except (NotImplementedError, RuntimeError) as e:
+        raise ValueError(f"attn_impl='cudnn' can't be had here: {e} Use attn_impl='xla'.") from e
+    return jnp.concatenate([out, _attend(q[:, first:], k, v, mask, scale, None)], axis=1)
 
 
 # Attention that writes T × S floats as seldom as it can. Probabilities are divided by their sum

@@ -297,7 +297,8 @@ class _Model(nn.Module):
 
         Args:
           x: float[B, T, D] from `embed_tokens` or the image tower.
-          mask: bool[B, T, T], True where a query (rows) may see a key.
+          mask: bool[B, T, T], True where a query (rows) may see a key; under attn_impl="cudnn" also
+            what `attention.split_mask` gives.
           train: switches dropout on (needs a "dropout" rng).
           capture_attention: return the probabilities of every layer and head (True), or what a
             fold makes of them (`attention`).

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from paligemma_med.models import gemma, lora, vit
+from paligemma_med.models import attention, gemma, lora, vit
 
 
 def make_attn_mask(input_mask, mask_ar):
@@ -139,9 +139,11 @@ class Model(nn.Module):
         (x, input_mask, mask_ar), out = self.embed_image_and_text(
             image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
         )
-        mask = make_attn_mask(input_mask, mask_ar)
+        out["attn_mask"] = mask = make_attn_mask(input_mask, mask_ar)
+        if self._llm.attn_impl == "cudnn":
+            mask = attention.split_mask(mask, x.shape[1] - text.shape[1])
         y, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
-        out["attn_mask"], out["llm/pre_logits"] = mask, y
+        out["llm/pre_logits"] = y
         if of_llm is not False:
             out["llm/attn"] = probs
         of_text = y[:, x.shape[1] - text.shape[1] :]

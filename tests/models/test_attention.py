@@ -1,5 +1,8 @@
 """attend and attend_cached against loops and float64, and what each implementation refuses."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +115,59 @@ def test_no_product_wants_a_matrix_of_scores_transposed(heads, kv_heads):
     assert found == 4 * [True]  # by v, of the output, by q, by k
 
 
+# Five image tokens, then text: prompts of 1 and 3 tokens, then causal.
+PREFIX = np.array([6, 8])
+PREFIX_LM = np.arange(9) < np.maximum(PREFIX[:, None, None], np.arange(9)[:, None] + 1)
+
+
+def test_a_split_mask_says_the_same(monkeypatch):
+    """Values and gradients, with what computes lengths on any device in cuDNN's place."""
+    monkeypatch.setattr(attention, "_FUSED", "xla")
+    q, k, v = random_qkv(np.random.default_rng(7), 2, 9, 9, 4, 1, 8)
+    lengths, rows = attention.split_mask(PREFIX_LM, 5)
+    np.testing.assert_array_equal(lengths, PREFIX)
+    assert rows.shape == (2, 4, 9)
+
+    @functools.partial(jax.jit, static_argnames="impl")
+    def run(q, k, v, mask, impl):
+        def loss(*qkv):
+            out, _ = attention.attend(*qkv, mask, scale=0.7, impl=impl)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    got, want = run(q, k, v, (lengths, rows), "cudnn"), run(q, k, v, PREFIX_LM, "xla")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), got, want)
+    longer = run(q, k, v, (lengths + 1, rows), "cudnn")
+    assert np.abs(longer[1] - want[1])[:, :5].max() > 1e-2
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_cudnn_kernels_without_a_gpu(monkeypatch, split):
+    """The program for one, as far as it can be made here: with a split mask its kernels, forward
+    and backward, get lengths and no bias, of which they would also make a gradient."""
+    there = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{there}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{there}.check_compute_capability", lambda _: True)
+    monkeypatch.setattr(f"{there}.is_cuda_compute_capability_equal", lambda _: False)
+    q = jnp.zeros((2, 10, 8, 256), jnp.bfloat16)
+    k = jnp.zeros((2, 10, 1, 256), jnp.bfloat16)
+    mask = jnp.ones((2, 10, 10), bool)
+
+    def loss(q, k, v):
+        shown = attention.split_mask(mask, 6) if split else mask
+        return jnp.sum(attention.attend(q, k, v, shown, scale=0.1, impl="cudnn")[0])
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    quoted = program.replace(r"\22", '"')
+    kernels = re.findall(r'@__cudnn\$fmha(\w+)\(.*"mask_type": "(\w+)"', quoted)
+    expected = [("Softmax", "PADDING"), ("SoftmaxBackward", "PADDING")]
+    if not split:
+        expected = [(f"ScaleBias{name}", "NO_MASK") for name, _ in expected]
+    assert kernels == expected
+
+
 def test_no_mask_means_all_are_seen():
     q, k, v = random_qkv(np.random.default_rng(0), 2, 3, 5, 4, 2, 6)
     got, _ = attend(q, k, v, scale=0.4)
@@ -179,5 +235,7 @@ def test_refusals():
         attention.attend(q, k, v, scale=1.0, impl="cudnn", capture=True)
     with pytest.raises(ValueError, match="'cudnn' has no soft-cap"):
         attention.attend(q, k, v, scale=1.0, impl="cudnn", softcap=50.0)
+    with pytest.raises(ValueError, match="'cudnn' can't be had here: .* Use attn_impl='xla'"):
+        attention.attend(q, k, v, scale=1.0, impl="cudnn")
     with pytest.raises(ValueError, match="attn_impl is 'flash'; expected one of"):
         attention.attend(q, k, v, scale=1.0, impl="flash")

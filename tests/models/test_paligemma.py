@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import attention, paligemma
 from tests.models import hf
 
 TOLERANCE = 1e-5
@@ -405,6 +405,15 @@ def test_capture_is_refused_under_a_fused_kernel():
     model = variant_of("mha", attn_impl="cudnn")
     with pytest.raises(ValueError, match="can't be captured under attn_impl='cudnn'"):
         run(model, params, batch, capture_attention=True)
+
+
+def test_a_fused_kernel_sees_the_same(monkeypatch):
+    """The whole model with the split mask, and in cuDNN's place what any device computes."""
+    monkeypatch.setattr(attention, "_FUSED", "xla")
+    _, _, _, params, batch = hf.reference("mha")
+    want, _ = outputs("mha")
+    got, _ = run(variant_of("mha", attn_impl="cudnn"), params, batch)
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
 # ---- Cache
