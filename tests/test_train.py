@@ -155,7 +155,13 @@ def test_the_norms_differ_where_answers_differ_in_length():
     assert abs(a - b) > 1e-3 * a
 
 
-@pytest.mark.parametrize("kw", [dict(supervised_len=5), dict(supervised_len=5, loss_chunk=2)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        pytest.param(dict(supervised_len=5), marks=pytest.mark.slow),
+        dict(supervised_len=5, loss_chunk=2),
+    ],
+)
 def test_logits_at_supervised_positions_alone_give_the_same_step(kw):
     whole = one_sgd_step("example")
     some, _, _, metrics, _ = steps(sgd(**kw), [tiny.batch()])
