@@ -8,6 +8,7 @@ sentence that names the key, what was found and what is expected.
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def is_mapping(x):
 def is_big_visions(section):
     """Whether a section of config.evals names an evaluator of big_vision's own (a dotted module,
     "proj.paligemma.transfers.vqa"), which `paligemma_med.upstream.train` alone runs."""
-    return "." in str(section.get("type"))
+    return bool(re.fullmatch(r"\w+(\.\w+)+", str(section.get("type"))))
 
 
 def _is_float_type(x):
