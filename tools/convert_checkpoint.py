@@ -93,8 +93,8 @@ def convert(
 def _to_big_vision(src, dst, dtype, overwrite):
     if checkpoints.kind_of(src) != "workdir":
         raise CheckpointError(
-            f"{src} has no optimizer's state: --to=big_vision is for the workdir of a run; as "
-            "weights to start from, big_vision reads --to=npz"
+            f"{src} is no workdir of this project: --to=big_vision carries over the optimizer of "
+            "such a run; as weights to start from, big_vision reads --to=npz"
         )
     from paligemma_med.upstream import state  # it needs no big_vision
 
