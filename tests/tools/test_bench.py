@@ -76,6 +76,16 @@ def test_ours_and_torch_do_the_same(drawn, what, torch_threads):
     assert ours[0] - ours[-1] > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_are_other_weights_and_smaller(drawn, kind):
+    settings = dict(drawn, what="lora")
+    dense, about = losses(peers_ours, settings)
+    found, of_found = losses(peers_ours, dict(settings, frozen_dtype=kind))
+    assert of_found == about
+    assert found != dense and found == pytest.approx(dense, rel=0.05)
+
+
 def test_both_draw_the_same_answers(drawn, torch_threads):
     ours, theirs = decode_ours.build(drawn), decode_hf.build(drawn)
     greedy = {"ours": ours.result(), "hf": theirs.result()}
@@ -254,7 +264,7 @@ def sides(tmp_path, monkeypatch, repo_root):
 
 KW = dict(size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
           attn_impl=None, cores=None)  # fmt: skip
-TRAIN = dict(KW, peer_batch_size=None, rounds=3, steps=2)
+TRAIN = dict(KW, frozen_dtype=None, peer_batch_size=None, rounds=3, steps=2)
 
 
 def test_figures_of_turns(sides, monkeypatch):
@@ -322,6 +332,7 @@ def test_losses_of_another_type_or_batch_may_differ(sides):
         (dict(what="head"), "'head'; expected one of .*stage1"),
         (dict(dtype="float16"), "'float16'; expected one of"),
         (dict(peer="vllm"), "'vllm'; expected 'hf', 'big_vision' or 'none'"),
+        (dict(frozen_dtype="int4"), "--frozen_dtype is 'int4'; expected 'int8' or 'nf4'"),
         (dict(rounds=0), "--rounds is 0; expected 1 or more"),
         (dict(peer_batch_size=0), "--peer_batch_size is 0; expected 1"),
     ],

@@ -34,7 +34,7 @@ PARTS = {
     "train_step": (
         "train_speed",
         dict(_MODEL, **_OURS, what="lora", batch_size=None, peer_batch_size=None, rounds=7, steps=2,
-             remat_policy=None),
+             remat_policy=None, frozen_dtype=None),
     ),
     "decode": (
         "decode_speed", dict(_MODEL, **_OURS, batch_size=None, rounds=5, samples=5, tokens=8),
@@ -78,6 +78,7 @@ _TYPES = {
         size="Of the model, as tools/bench/sizes.py names them.",
         what="Is trained: lora, stage1 or full.", dtype="Of the weights.",
         remat_policy="Ours, in both towers.", attn_impl="Ours, in both towers: xla or cudnn.",
+        frozen_dtype="Ours, of frozen weights: int8 or nf4, in place of --dtype.",
         weights="Folder that drawn weights are kept in, for other runs to find.",
         data="Data set, built with data_prep.build.", split="Of it.",
         data_dir="Where it is built.", manual_dir="The released folder, which the peer reads.",

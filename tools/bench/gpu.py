@@ -70,6 +70,12 @@ def _ours(batch_size, remat_policy="nothing_saveable", attn_impl="xla"):
     return Row("train_step", dict(_ALONE, **flags), 3.0)
 
 
+def _frozen(batch_size, dtype):
+    """Quantised; at the size's batch by default, as "train" is."""
+    batch = dict(batch_size=batch_size) if batch_size else {}
+    return Row("train_step", dict(_ALONE, **batch, frozen_dtype=dtype), 5.0)
+
+
 def _theirs(batch_size):
     # Ours is there for its count of FLOPs; a batch of one takes little memory and is compiled.
     flags = dict(_STEP, peer="hf", batch_size=1, peer_batch_size=batch_size, rounds=3)
@@ -89,6 +95,10 @@ ROWS = {
     "train-hf-4": _theirs(4),
     "train-hf-16": _theirs(16),
     "train-best": Row("train_step", _best_of_each, _MINUTES),
+    "memory-1-int8": _frozen(1, "int8"),
+    "memory-1-nf4": _frozen(1, "nf4"),
+    "frozen-int8": _frozen(None, "int8"),
+    "frozen-nf4": _frozen(None, "nf4"),
     "train-stage1": Row("train_step", dict(_STEP, what="stage1", peer="hf"), _MINUTES),
     "saliency": Row("saliency", dict(peer="hf"), _MINUTES),
     # In float32 greedy answers must be equal: what `decode` measures is the same work.

@@ -5,11 +5,13 @@ float32. Neither TFDS, Grain nor ml_collections is imported: the batch lies on t
 config is a plain dict.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import checkpoints, flops, optim, sharding, train_step
+from paligemma_med import checkpoints, flops, optim, quantise, sharding, train_step
 from paligemma_med.checkpoints import npz
 from tools.bench import sizes, workers
 
@@ -87,7 +89,7 @@ def put_weights(settings):
 
 def build(settings):
     """See `workers`. settings: size, dtype, what, weights (a folder), rows, remat_policy, scan,
-    attn_impl."""
+    attn_impl, frozen_dtype (int8 or nf4; None is dtype)."""
     size = sizes.SIZES[settings["size"]]
     towers = {k: settings[k] for k in ("remat_policy", "scan", "attn_impl")}
     model, host = read_weights(settings, **towers)
@@ -105,10 +107,17 @@ def build(settings):
     whole = sharding.replicated(mesh)
 
     def put(name):
+        array = np.asarray(host.pop(name))
+        wanted = None if name in names else settings.get("frozen_dtype")
+        if wanted and (kind := quantise.kind_of(name, array.shape, wanted)):
+            return jax.device_put(quantise.quantise(name, array, kind), whole)
         dtype = np.float32 if name in names else jnp.dtype(settings["dtype"])
-        return jax.device_put(np.asarray(host.pop(name)).astype(dtype, copy=False), whole)
+        return {name: jax.device_put(array.astype(dtype, copy=False), whole)}
 
-    params = {n: put(n) for n in list(host)}
+    parameters = sum(math.prod(x.shape) for x in host.values())
+    params = {}
+    for name in list(host):
+        params |= put(name)
     trained = {n: params.pop(n) for n in names}
     frozen = params
     where = train_step.opt_shardings(tx, trained, mesh)
@@ -131,7 +140,7 @@ def build(settings):
     about = dict(
         flops_a_step=counted.per_example_model * settings["rows"],
         trained=sum(x.size for x in trained.values()),
-        parameters=sum(x.size for x in (*trained.values(), *frozen.values())),
+        parameters=parameters,
     )
     return JaxSide(step, settings["dtype"], about)
 

@@ -29,7 +29,7 @@ _WARM_UP = 3  # steps; with fewer, the adapters' first factors have hardly chang
 
 def run(
     *, size, peer, what, dtype, batch_size, peer_batch_size, rounds, steps, remat_policy, scan,
-    attn_impl, cores, weights=None,
+    attn_impl, frozen_dtype, cores, weights=None,
 ):  # fmt: skip
     """Measures both.
 
@@ -41,6 +41,8 @@ def run(
       peer_batch_size: by default as ours.
       rounds, steps: turns of each, and steps in a turn.
       attn_impl: ours, of both towers.
+      frozen_dtype: ours, "int8" or "nf4": how frozen weights are stored, in place of dtype. Losses
+        are then not compared.
       weights: folder to keep weights in.
 
     Returns:
@@ -57,7 +59,9 @@ def run(
         peer_batch_size=peer_batch_size,
     )  # fmt: skip
     settings = turns.model_settings(size, dtype, cores, remat_policy, scan, attn_impl)
-    settings |= dict(work="train_step", what=what)
+    settings |= dict(work="train_step", what=what, frozen_dtype=frozen_dtype)
+    if frozen_dtype not in (None, "int8", "nf4"):
+        raise ValueError(f"--frozen_dtype is {frozen_dtype!r}; expected 'int8' or 'nf4'.")
     rows = {"ours": batch_size or sizes.SIZES[size].batch_size}
     if peer != "none":
         rows[peer] = peer_batch_size or rows["ours"]
@@ -65,32 +69,34 @@ def run(
     load_before = os.getloadavg()[0]
     with turns.weights(size, settings["dtype"], weights) as folder:
         with turns.sides(rows, {**settings, "weights": folder}) as sides:
-            first = _first_steps(sides, rows, settings["dtype"])
+            first = _first_steps(sides, rows, settings)
             found = turns.take(sides, rows, rounds, steps)
             about = {n: s.about for n, s in sides.items()}
     out = {
         "size": size, "what": what, "dtype": settings["dtype"], "batch_size": rows,
         "parameters": about["ours"]["parameters"], "trained": about["ours"]["trained"],
         "rounds": rounds, "steps_a_round": steps, "ours": {
-            k: settings[k] for k in ("remat_policy", "scan", "attn_impl")
+            k: settings[k] for k in ("remat_policy", "scan", "attn_impl", "frozen_dtype")
         },
         "losses": first, "units": "examples", **found,
         **turns.surroundings(list(about.values()), load_before),
     }  # fmt: skip
-    work = f"{what}, {size}, {settings['dtype']}, batch {rows['ours']}"
+    dtype = settings["dtype"] + (f", frozen {frozen_dtype}" if frozen_dtype else "")
+    work = f"{what}, {size}, {dtype}, batch {rows['ours']}"
     if peer != "none" and rows[peer] != rows["ours"]:
         work += f" and {rows[peer]}"
     return {**out, "row": turns.row(work, out, peer)}
 
 
-def _first_steps(sides, rows, dtype):
+def _first_steps(sides, rows, settings):
     """{name: losses}, or ValueError where the sides don't do the same."""
     trained = {n: s.about["trained"] for n, s in sides.items()}
     if len(set(trained.values())) > 1:
         raise ValueError(f"the sides train different numbers of parameters: {trained}.")
     first = {n: s.ask(do="steps", n=_WARM_UP)["values"] for n, s in sides.items()}
-    if len(set(rows.values())) == 1:  # other batches are other work
-        check_losses(first, dtype, "ours")
+    # Other batches are other work, and quantised weights other weights.
+    if len(set(rows.values())) == 1 and not settings["frozen_dtype"]:
+        check_losses(first, settings["dtype"], "ours")
     return first
 
 
