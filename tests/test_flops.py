@@ -66,6 +66,7 @@ def case(*args, slow=True, id, **kw):  # noqa: A002
         case(FACTORS, LORA, id="lora"),
         case(FACTORS, LORA, policy="nothing_saveable", id="lora, remat"),
         case(FACTORS, LORA, policy="dots_with_no_batch_dims_saveable", id="lora, dots kept"),
+        case(FACTORS, LORA, policy="dots_and_attention_saveable", id="lora, attention kept"),
         case(CONSTANT, id="all"),
         case(CONSTANT, policy="nothing_saveable", post_norms=True, id="all, remat, norms"),
         case([("llm/embedder/.*", CONSTANT), (".*", None)], id="embedder"),
@@ -74,8 +75,10 @@ def case(*args, slow=True, id, **kw):  # noqa: A002
 def test_agrees_with_xla(args, kw):
     made = make(*args, **kw)
     found, of_xla = count(made[0], made[1], made[3]), count_by_xla(*made)
+    # Where nothing stands between, XLA merges what is made again with what was made before.
+    merged = found.per_example_recompute if "policy" not in kw else 0
     # What is left out (norms, softmax, the optimizer) is 2 to 3 % at this width.
-    assert 0.95 < found.per_example_executed / of_xla < 1.0
+    assert 0.95 < (found.per_example_executed - merged) / of_xla < 1.0
     left_out = ["per_example_model", "per_example_attention"]
     assert all(getattr(found, k) > 0.05 * of_xla for k in left_out)  # neither could be forgotten
 
