@@ -8,15 +8,16 @@ dividing it into blocks.
 A layer makes the dense weight of its own codes, so that one layer's is there at a time. `product`
 sees to it that the backward pass makes it again, too, rather than keep it.
 
-Axis letters: V vocabulary, D width of the language model.
+Axis letters: V vocabulary, D width of the language model; rows of the table are G groups of C rows
+in each of P parts.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SCALE = "_scale"  # behind the name of what it scales
 NF4 = (
@@ -95,6 +96,7 @@ def _scaled(x, scale):
 # --- The vocabulary table ---
 
 _COPY = 2**26  # numbers: as many as the widest layer of gemma_2b has in one kernel
+_GROUPS = 64
 
 
 def rows(table, tokens, dtype):
@@ -106,34 +108,72 @@ def rows(table, tokens, dtype):
 
 
 def logits(x, table):
-    """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D].
-
-    A table that has to be copied into the type of x is copied in parts, by width: by rows it may be
-    cut over devices.
-    """
-    plain = table.scale is None and table.value.dtype == x.dtype
-    parts = 1 if plain else _parts(table.shape)
-    if parts == 1:
-        return product(_logits, x, table)
-    width = x.shape[-1] // parts
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_part(i, x, value, scale):
-        x, value = (jax.lax.dynamic_slice_in_dim(a, i * width, width, axis=-1) for a in (x, value))
-        return _logits(x, _dense(value, scale, value.shape, x.dtype))
-
-    def add(total, i):
-        return total + of_part(i, x, table.value, table.scale), None
-
-    zero = jnp.zeros((*x.shape[:-1], table.shape[0]), jnp.float32)
-    return jax.lax.scan(add, zero, jnp.arange(parts))[0]
+    """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D]."""
+    if table.scale is not None and _parts(table.shape)[1] > 1:
+        return _logits_by_parts(x, table.value, table.scale)
+    return product(
+        lambda x, w: jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32),
+        x,
+        table,
+    )
 
 
-def _logits(x, w):
-    return jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32)
+@jax.custom_vjp
+def _logits_by_parts(x, codes, scale):
+    """As `logits`, of a quantised table of which a part is dense at a time. A rule of its own for
+    the gradient, since JAX's would hold the logits, the largest array of a step, twice."""
+    groups, parts = _parts(codes.shape)
+    size = codes.shape[0] // (groups * parts)
+
+    def put(i, out):
+        part = jnp.einsum(
+            "...D,GCD->...GC", x, _part(codes, scale, i, x.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return jax.lax.dynamic_update_index_in_dim(out, part, i, out.ndim - 2)
+
+    out = jnp.zeros((*x.shape[:-1], groups, parts, size), jnp.float32)
+    return jax.lax.fori_loop(0, parts, put, out).reshape(*x.shape[:-1], -1)
+
+
+def _forward(x, codes, scale):
+    return _logits_by_parts(x, codes, scale), (jnp.zeros((), x.dtype), codes, scale)
+
+
+def _backward(kept, g):
+    like, codes, scale = kept
+    groups, parts = _parts(codes.shape)
+    g = g.reshape(*g.shape[:-1], groups, parts, -1)
+
+    def add(i, total):
+        of_part = jax.lax.dynamic_index_in_dim(g, i, g.ndim - 2, keepdims=False)
+        return total + jnp.einsum(
+            "...GC,GCD->...D", of_part.astype(like.dtype), _part(codes, scale, i, like.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    total = jnp.zeros((*g.shape[:-3], codes.shape[1]), jnp.float32)
+    total = jax.lax.fori_loop(0, parts, add, total).astype(like.dtype)
+    return total, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+
+
+_logits_by_parts.defvjp(_forward, _backward)
 
 
 def _parts(shape):
-    """Into how many equal parts a table's width is cut so that each has at most _COPY numbers."""
-    least = max(1, math.ceil(math.prod(shape) / _COPY))
-    return next(n for n in range(least, shape[1] + 1) if shape[1] % n == 0)
+    """(G, P): how a table's rows are dealt out as [G, P, C] so that parts [:, i] have at most _COPY
+    numbers. They may be cut over a number of devices that divides G: each has rows of each part."""
+    groups = math.gcd(shape[0], _GROUPS)
+    rows = shape[0] // groups
+    least = math.ceil(math.prod(shape) / _COPY)
+    return groups, next(n for n in range(max(1, min(least, rows)), rows + 1) if rows % n == 0)
+
+
+def _part(codes, scale, i, dtype):
+    """dtype[G, C, D] of a part of the table."""
+    groups, parts = _parts(codes.shape)
+    codes, scale = (
+        jax.lax.dynamic_index_in_dim(a.reshape(groups, parts, -1, a.shape[1]), i, 1, keepdims=False)
+        for a in (codes, scale)
+    )
+    return _dense(codes, scale, codes.shape, dtype)

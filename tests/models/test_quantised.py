@@ -114,28 +114,33 @@ def test_layers_read_quantised_weights(form):
         np.testing.assert_allclose(stored[1], dense[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantise_it", [True, False])
-def test_a_large_table_is_read_in_parts(monkeypatch, quantise_it):
+def test_a_large_table_is_read_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((40, 12)).astype(np.float32)
     x = rng.standard_normal((2, 3, 12)).astype(np.float32)
-    if quantise_it:
-        name = "llm/embedder/input_embedding"
-        found = quantise.quantise(name, table, "int8")
-        weight = quantised.Weight(*map(jnp.asarray, found.values()), table.shape)
-    else:
-        weight = quantised.Weight(jnp.asarray(table, jnp.bfloat16), None, table.shape)
+    name = "llm/embedder/input_embedding"
+    found = quantise.quantise(name, table, "int8")
+    weight = quantised.Weight(*map(jnp.asarray, found.values()), table.shape)
 
     def loss(x):
-        return jnp.sum(jnp.sin(quantised.logits(x, weight)))
+        logits = quantised.logits(x, weight)
+        return jnp.sum(jnp.sin(logits)), logits
 
-    whole, whole_grad = jax.value_and_grad(loss)(x)
-    monkeypatch.setattr(quantised, "_COPY", 130)  # 480 numbers: 4 parts of 3 columns
-    text = str(jax.make_jaxpr(jax.grad(loss))(x))
-    assert "f32[40,3]" in text and "f32[40,12]" not in text
-    parts, parts_grad = jax.value_and_grad(loss)(x)
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    run = jax.value_and_grad(loss, has_aux=True)
+    (_, whole), whole_grad = run(x)
+    monkeypatch.setattr(quantised, "_COPY", 100)
+    assert quantised._parts((40, 12)) == (8, 5)  # 8 rows, 96 numbers
+    text = str(jax.make_jaxpr(run)(x))
+    assert "f32[8,1,12]" in text and "f32[40,12]" not in text
+    (_, parts), parts_grad = run(x)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(parts_grad, whole_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_the_true_table():
+    groups, parts = quantised._parts((257_152, 2048))
+    assert 257_152 * 2048 // parts <= 2**26 and groups == 64
+    assert quantised._parts((1009, 24)) == (1, 1)
 
 
 def test_rows_of_a_quantised_table():
