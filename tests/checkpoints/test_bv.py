@@ -6,12 +6,13 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.array_serialization import serialization
 
-from paligemma_med import checkpoints
+from paligemma_med import checkpoints, experiment, run_files
 from paligemma_med.checkpoints import CheckpointError, bv, lazy, npz, workdir
 from tests.checkpoints.trees import assert_same
 from tools import convert_checkpoint
@@ -255,6 +256,15 @@ def test_a_run_that_starts_from_one_notes_its_step(their):
     assert {str(their), f"{their}/checkpoint.bv", pinned} == bv.pinned_from(pinned)
     assert f"{their}:llm" in bv.pinned_from(f"{pinned}:llm")
     assert bv.pinned_from("out/x@30") == {"out/x@30"}
+
+
+def test_a_resumed_run_keeps_to_the_step_it_started_from(their, tmp_path):
+    config = ml_collections.ConfigDict({"model_init": str(their)})
+    (tmp_path / "ours" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "ours" / "config.json").write_text(experiment.config_to_json(config))
+    theirs(their, state(1), "000000060")
+    run_files.keep_model_init(config, str(tmp_path / "ours"))
+    assert config.model_init == f"{their}/checkpoint.bv-000000030-tmp"
 
 
 def test_the_model_comes_from_the_config_beside_it(their):

@@ -133,6 +133,7 @@ def tree():
 
 
 @pytest.mark.big_vision
+@pytest.mark.slow
 def test_what_big_vision_reads_and_writes(tmp_path, run_python):
     ours = tree()
     ours["llm"]["s"] = ours["llm"]["s"].astype(np.float32)
