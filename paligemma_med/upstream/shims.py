@@ -31,7 +31,7 @@ def _one_axis(devices):
 def number_metrics(writer):
     """Rows of big_vision_metrics.txt get the number of their own step. Idempotent.
 
-    big_vision/utils.py:1290: a thread writes the row, and takes the number when it gets to it, from
+    big_vision/utils.py:1289: a thread writes the row, and takes the number when it gets to it, from
     the loop that has gone on: step 50 was seen as 55. Here the loop waits for the thread.
 
     Args:
