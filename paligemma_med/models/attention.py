@@ -135,15 +135,19 @@ def _attend_fused(q, k, v, mask, scale):
 # transposed, which on a CPU is a copy of it (five of them in what JAX derives). The gradient by the
 # logits is FlashAttention's (arXiv 2205.14135, appendix B.2).
 #
-# Axes: B, K if it isn't 1, T, G, H of queries; B, K, S, H of keys and values. T and G stay apart,
-# so that each can be cut over devices.
+# Axes: B, K, T, G, H of queries; B, K, S, H of keys and values; no K or G where it would be 1. They
+# stay apart, so that each can be cut over devices.
 
 
 def _attend(q, k, v, mask, scale, softcap):
     heads, kv_heads = q.shape[2], k.shape[2]
     if kv_heads == 1:
+        mask = None if mask is None else mask[:, :, None]
         return _attention(q, k[:, :, 0], v[:, :, 0], mask, scale, softcap)
-    q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[3])
+    mask = None if mask is None else mask[:, None]
+    if kv_heads < heads:
+        q = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[3])
+        mask = None if mask is None else mask[:, :, :, None]
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
     out = jnp.moveaxis(_attention(q, k, v, mask, scale, softcap), 1, 2)
     return out.reshape(*out.shape[:2], heads, -1)
@@ -167,7 +171,6 @@ def _logits(q, k, scale, softcap):
 def _exponentials(logits, mask, most=None):
     """(exp(logits − most), most), most being the largest of each row unless it is given."""
     if mask is not None:
-        mask = mask[:, :, None] if logits.ndim == 4 else mask[:, None, :, None]
         logits = jnp.where(mask, logits, MASKED)
     if most is None:
         most = jnp.max(logits, axis=-1, keepdims=True)
@@ -203,7 +206,7 @@ def _attention_bwd(scale, softcap, kept, grad):
     by_logits = by_logits.astype(q.dtype)
 
     def by_keys(x, weights):  # H in front, so that not the weights are transposed, but this is
-        out = _dot(jnp.moveaxis(x, -1, batch), weights, batch, 2)
+        out = _dot(jnp.moveaxis(x, -1, batch), weights, batch, x.ndim - 1 - batch)
         return jnp.swapaxes(out, -1, -2)
 
     by_q = _dot(by_logits, k, batch).astype(q.dtype)
