@@ -7,8 +7,10 @@ import pytest
 import qwix
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med import quantise, sharding
-from paligemma_med.models import quantised
+from paligemma_med import checkpoints, experiment, quantise, sharding, train
+from paligemma_med.checkpoints import npz
+from paligemma_med.models import lora, quantised
+from tests import tiny
 
 Q = "llm/layers/attn/q_einsum/w"  # [L, N, D, H], inputs D
 OUT = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel"  # [L, N, H, D]
@@ -117,3 +119,40 @@ def test_the_dense_weights_are_those_of_qwix(kind):
     # A weight halfway between two codes may be rounded either way.
     differ = np.abs(found[0] - qwix.dequantize(theirs)) > tolerance * np.abs(found[0]) + 1e-6
     assert np.mean(differ) < 0.01
+
+
+@pytest.mark.slow
+def test_a_run_on_quantised_weights(tiny_data, tmp_path):
+    """It trains, goes on where it was, evaluates, and its adapters merge into the dense base."""
+    init, out = str(tmp_path / "base.npz"), str(tmp_path / "run")
+    c = tiny.config(tiny_data)
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    rng = np.random.default_rng(0)
+    base = {n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()}
+    npz.save_npz(init, npz.unflatten_tree(base))
+
+    def config(**kw):
+        constant = dict(decay_type="constant")
+        schedule = [(".*/lora_[ab]", constant), (".*", None)]
+        rules = [("llm/layers/.*", dict(rank=2))]
+        kw = dict(model_init=init, lora=rules, schedule=schedule, frozen_dtype="nf4") | kw
+        return tiny.config(tiny_data, **kw)
+
+    train.train(config(total_steps=3, evals={}), out)
+    with pytest.raises(ValueError, match="frozen weights .* in nf4; .* in int8 has other ones"):
+        train.train(config(frozen_dtype="int8"), out)
+    found = train.train(config(), out)["val"]
+    whole = str(tmp_path / "whole")
+    assert train.train(config(), whole)["val"] == found  # in one go
+    assert np.isfinite(found["model/overall/acc"])
+
+    params = npz.flatten_tree(checkpoints.load_params(out))
+    assert not [n for n in params if n.endswith("_scale")]
+    for name, x in base.items():
+        np.testing.assert_array_equal(params[name], x)
+    merged = checkpoints.merge(
+        npz.unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract)
+    )
+    assert np.any(npz.flatten_tree(merged)[LINEAR] != base[LINEAR])
+    _, _, _, loaded = experiment.load(config(), out)
+    assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8
