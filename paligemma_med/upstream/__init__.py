@@ -30,7 +30,7 @@ ALIASES = {
 }
 _HOW = (
     f"clone https://github.com/google-research/big_vision at commit {COMMIT}, set BIG_VISION_DIR "
-    "to that folder, and pip install 'paligemma_med[big_vision]'"
+    "to that folder, and pip install 'paligemma_med[big-vision]'"
 )
 
 
@@ -62,7 +62,7 @@ def missing():
         return str(e)
     lacking = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if lacking:
-        return f"big_vision needs {', '.join(lacking)}: pip install 'paligemma_med[big_vision]'."
+        return f"big_vision needs {', '.join(lacking)}: pip install 'paligemma_med[big-vision]'."
     return ""
 
 

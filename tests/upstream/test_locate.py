@@ -1,13 +1,16 @@
 """Where big_vision is found, what is said where it isn't, and our modules under its names."""
 
 import multiprocessing.pool
+import re
 import sys
 import time
+import tomllib
 
 import pytest
 
 from paligemma_med import upstream
 from paligemma_med.upstream import shims, train
+from tests.upstream.conftest import ROOT
 
 CODE = """
 import importlib, sys
@@ -45,7 +48,7 @@ def test_without_it_one_sentence_says_how_to_get_it(no_big_vision):
         upstream.install()
     text = str(e.value)
     assert "BIG_VISION_DIR isn't set" in text and upstream.COMMIT in text
-    assert "github.com/google-research/big_vision" in text and "paligemma_med[big_vision]" in text
+    assert "github.com/google-research/big_vision" in text and "paligemma_med[big-vision]" in text
     assert text.count("\n") == 0 and upstream.missing() == text and not upstream.found()
 
 
@@ -63,6 +66,13 @@ def test_a_checkout_without_its_libraries_tells_which(no_big_vision, monkeypatch
     assert upstream.locate() == str(tmp_path)
     with pytest.raises(ValueError, match="needs no_such_library: pip install"):
         upstream.install()
+
+
+def test_the_extra_that_is_named_brings_what_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    packages = {re.split("[>=]", p)[0] for p in project["optional-dependencies"]["big-vision"]}
+    needed = {"tensorflow-cpu" if name == "tensorflow" else name for name in upstream.REQUIRED}
+    assert packages == needed | {"google-crc32c"}  # with which data_prep writes tfrecord
 
 
 def test_an_importable_one_counts_before_the_folder(monkeypatch, tmp_path):
