@@ -156,3 +156,34 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
     assert np.any(npz.flatten_tree(merged)[LINEAR] != base[LINEAR])
     _, _, _, loaded = experiment.load(config(), out)
     assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ['fsdp(axis="data", min_size_to_shard_mb=0)', 'tp(axis="model")']
+)
+def test_logits_are_the_same_on_several_devices(monkeypatch, strategy, tmp_path):
+    monkeypatch.setattr(quantise, "_ROWS", 100)
+    monkeypatch.setattr(quantised, "_COPY", 2**13)  # the table is read in parts
+    init = str(tmp_path / "base.npz")
+    c = tiny.config()
+    abstract = experiment.abstract_params(c, experiment.make_model(c))
+    rng = np.random.default_rng(0)
+    base = {n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()}
+    npz.save_npz(init, npz.unflatten_tree(base))
+    batch = tiny.batch(rows=8)
+
+    def logits(**kw):
+        c = tiny.config(frozen_dtype="nf4", **kw)
+        model, _, mesh, params = experiment.load(c, init)
+        found = params["llm"]["layers"]["mlp"]["linear"].sharding.spec
+        args = [batch[k] for k in ("image", "text", "mask_ar")]
+        with sharding.rules(c, mesh):
+            run = jax.jit(lambda p, *args: model.apply({"params": p}, *args)[0])
+            return np.asarray(run(params, *args)), found
+
+    whole, _ = logits(mesh=[("data", 8)])
+    mesh = [("data", 4), ("model", 2)]
+    cut, spec = logits(mesh=mesh, sharding_strategy=[(".*", strategy)])
+    assert any(spec)
+    np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4)
