@@ -87,7 +87,7 @@ def test_gradients_are_those_that_jax_derives(heads, kv_heads, softcap):
     grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnames="capture")
     for got, want in zip(grad(q, k, v, capture=False), grad(q, k, v, capture=True), strict=True):
         assert np.abs(want).max() > 0.1
-        np.testing.assert_allclose(got, want, atol=3e-6)
+        np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 1), (6, 6)])
