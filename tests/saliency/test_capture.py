@@ -74,19 +74,19 @@ SETTINGS = (dict(), dict(fuse="max", discard=0.4), dict(fuse="min", discard=0.9,
 
 @pytest.mark.parametrize("name,kw", [*(("gqa", kw) for kw in SETTINGS), ("gemma2", SETTINGS[0])])
 def test_streamed_equals_whole(name, kw):
-    """Rows to the bit. Rollout to 1e-6: its products are rounded otherwise inside the loop over
-    layers than outside."""
+    """To 1e-6: products are rounded otherwise inside the loop over layers than outside, and rows in
+    another program (by some emitters of XLA; by others they are equal to the bit)."""
     model, params, seq = example(name)
     full, got = whole(name), capture.streamed(model, params, seq.batch, seq.queries, **kw)
     rows = full.llm[:, 0][:, :, seq.queries]
-    np.testing.assert_array_equal(got.rows, rows)
+    np.testing.assert_allclose(got.rows, rows, rtol=0, atol=1e-6)
     fixed = functools.partial(rollout.rollout, **kw)
     np.testing.assert_allclose(
         got.rollout, jax.jit(fixed)(full.llm[:, 0])[seq.queries], rtol=0, atol=1e-6
     )
     img = functools.partial(rollout.rollout, **{**kw, "start_layer": 0})
     np.testing.assert_allclose(got.img_rollout, jax.jit(img)(full.img[:, 0]), rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(got.mass, raw.mass(rows, seq.patches, seq.prompt))
+    np.testing.assert_array_equal(got.mass, raw.mass(got.rows, seq.patches, seq.prompt))
     np.testing.assert_allclose(got.mass.sum(-1), 1, atol=1e-6)
     np.testing.assert_allclose(got.rollout.sum(-1), 1, atol=1e-6)
     assert (got.mass[:, :, 0, 2] == 0).all()  # the first query comes before the answer
