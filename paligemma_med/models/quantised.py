@@ -109,7 +109,7 @@ def rows(table, tokens, dtype):
 
 def logits(x, table):
     """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D]."""
-    if table.scale is not None and _parts(table.shape)[1] > 1:
+    if table.scale is not None and _parts(table.shape)[1] > 1 and _few(x):
         return _logits_by_parts(x, table.value, table.scale)
     return product(
         lambda x, w: jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32),
@@ -118,10 +118,16 @@ def logits(x, table):
     )
 
 
+def _few(x):
+    """Whether a row of the table in the type of x is larger than the logits for it. Where they are
+    the larger, a loop doesn't pay: XLA then holds them once more."""
+    return 4 * math.prod(x.shape[:-1]) < x.dtype.itemsize * x.shape[-1]
+
+
 @jax.custom_vjp
 def _logits_by_parts(x, codes, scale):
     """As `logits`, of a quantised table of which a part is dense at a time. A rule of its own for
-    the gradient, since JAX's would hold the logits, the largest array of a step, twice."""
+    the gradient, since JAX's would hold the logits' twice."""
     groups, parts = _parts(codes.shape)
     size = codes.shape[0] // (groups * parts)
 

@@ -135,6 +135,8 @@ def test_a_large_table_is_read_in_parts(monkeypatch):
     (_, parts), parts_grad = run(x)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(parts_grad, whole_grad, rtol=1e-4, atol=1e-5)
+    x = np.concatenate([x, x])  # 12 rows of logits are as large as the table
+    assert "f32[8,1,12]" not in str(jax.make_jaxpr(run)(x))
 
 
 def test_parts_of_the_true_table():
