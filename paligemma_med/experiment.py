@@ -578,15 +578,17 @@ def _arguments(evaluator):
     return [p.name for p in found if p.kind == p.KEYWORD_ONLY]
 
 
-def about(section, checkpoint, params):
-    """What is evaluated, for metrics.json: split, data (what was opened), section (of the config),
-    fingerprint (of the weights), versions, checkpoint, command. Collective."""
+def about(section, checkpoint, params, data=None):
+    """What is evaluated, for metrics.json: split, data (what was opened; by this project's reader
+    unless it is given), section (of the config), fingerprint (of the weights), versions,
+    checkpoint, command. Collective."""
     flat = npz.flatten_tree(params)
     names = sorted(flat)
     prints = fingerprint.of_leaves([flat[n] for n in names])
-    data = input_pipeline.open_source(section["data"]).about()
+    data = data or input_pipeline.open_source(section["data"]).about()
+    name = "/".join(filter(None, [data["name"], data.get("version")]))
     return dict(
-        split=f"{data['name']}/{data['version']} {data['split']}",
+        split=" ".join(filter(None, [name, data["split"]])),
         data=data,
         section=section,
         fingerprint=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest()[:32],

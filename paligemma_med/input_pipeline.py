@@ -219,7 +219,7 @@ def _is_array(value: Any) -> bool:
     ).dtype.kind not in ("O", "S", "U", "M", "m")
 
 
-class _Preprocess:
+class Preprocess:
     """Applies pp to `(index, record)` and splits the result into what may go to a device or not.
 
     Gives (arrays, others, cut): key -> numpy, key -> anything else, tokens that `tolen` cut off.
@@ -276,7 +276,7 @@ class _TrainRow:
         allow_missing_eos: bool,
     ):
         self._source = source
-        self._pp = _Preprocess(pp, source)
+        self._pp = Preprocess(pp, source)
         self._name = name
         self._prefix = f"{name}:" if in_mixture else ""
         self._skips = on_error == "skip"
@@ -906,10 +906,10 @@ def training(
 # --- Evaluation ---
 
 
-class _EvalBatch:
+class EvalBatch:
     """Batch number -> (arrays, `_mask` among them; other keys of the valid rows; tokens cut)."""
 
-    def __init__(self, source: Any, pp: _Preprocess, batch_size: int, piece: int, pieces: int):
+    def __init__(self, source: Any, pp: Preprocess, batch_size: int, piece: int, pieces: int):
         self._source = _WithIndex(source)
         self._pp = pp
         self._batch_size = batch_size
@@ -1042,7 +1042,7 @@ def evaluation(
     source = open_source(data)
     sharding = _sharding_of(mesh)
     piece, pieces = _process_share(sharding, batch_size)
-    make = _EvalBatch(source, _Preprocess(pp, source), batch_size, piece, pieces)
+    make = EvalBatch(source, Preprocess(pp, source), batch_size, piece, pieces)
     batches = grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(make)
     return EvalInput(
         _run_ahead(

@@ -22,8 +22,8 @@ class Key(NamedTuple):
 
     Attributes:
       what: "same": read as here. "kept": not read there, but needed to come back. "translated": by
-        this file. "launched": `upstream.train` sees to it. "left out": without a word, or with
-        `why` where the value isn't idle. "refused" where the value isn't idle.
+        this file. "launched": `upstream.train` sees to it. "left out": with `why` where the value
+        isn't idle. "ignored": left out without a word. "refused" where the value isn't idle.
       why: how it is translated; or the end of a sentence about big_vision's trainer.
       idle: values that ask for nothing.
     """
@@ -101,10 +101,10 @@ INPUT_KEYS = {
     "anneal": Key(
         "refused", "mixes in constant shares; the config's argument anneal=False has them so"
     ),
-    "num_workers": Key("left out", "reads with TensorFlow's threads", (None, *range(1025))),
-    "num_threads": Key("left out", "reads with TensorFlow's threads", (None, *range(1025))),
+    "num_workers": Key("ignored", "reads with TensorFlow's threads"),
+    "num_threads": Key("ignored", "reads with TensorFlow's threads"),
     "prefetch": Key("translated", "prefetch_to_device"),
-    "allow_missing_eos": Key("left out", "never looks for the EOS", (None, False, True)),
+    "allow_missing_eos": Key("ignored", "never looks for the EOS"),
     "on_error": Key("translated", "'skip' is skip_errors=True"),
     # Of big_vision to begin with; here they mean nothing.
     "shuffle_buffer_size": Key("same", "10,000 where it isn't given: nothing is shuffled without"),

@@ -11,13 +11,9 @@ training here puts them: <workdir>/eval/<name>/.
 """
 
 import functools
-import hashlib
 import importlib
-import json
 import math
 import os
-import shlex
-import sys
 
 import jax
 import numpy as np
@@ -25,9 +21,7 @@ import tensorflow as tf
 from absl import flags
 from big_vision.datasets import core as ds_core
 
-import paligemma_med
 from paligemma_med import config_values, experiment, input_pipeline, sharding
-from paligemma_med.checkpoints import fingerprint, npz
 
 API = "jit"  # which big_vision asks each evaluator for
 KINDS = ("vqa", "dialogue")
@@ -120,8 +114,8 @@ class _Batches:
     def __init__(self, rows, pp_fn, batch_size):
         self._rows = rows
         self._size = batch_size
-        preprocess = input_pipeline._Preprocess(pp_fn, rows)
-        self._make = functools.partial(input_pipeline._EvalBatch, pp=preprocess, piece=0, pieces=1)
+        preprocess = input_pipeline.Preprocess(pp_fn, rows)
+        self._make = functools.partial(input_pipeline.EvalBatch, pp=preprocess, piece=0, pieces=1)
 
     def __iter__(self):
         make = self._make(_InOrder(self._rows), batch_size=self._size)
@@ -206,22 +200,11 @@ class _TrainingRows:
 
 
 def _about(section, inputs, folder, params):
-    """What is evaluated, for metrics.json; as `experiment.about`, and which reader it came by."""
-    flat = npz.flatten_tree(params)
-    names = sorted(flat)
-    prints = fingerprint.of_leaves([flat[n] for n in names])
-    name, split = section["data"]["name"], section["data"]["split"]
-    data = dict(name=name, split=split, examples=len(inputs), reader="big_vision")
+    """What is evaluated, for metrics.json: `experiment.about`, and which reader it came by."""
+    where = section["data"]
+    data = dict(name=where["name"], split=where.get("split"), examples=len(inputs))
     if builder := getattr(inputs.source, "builder", None):
         data["version"] = str(builder.version)
-    return dict(
-        split=" ".join(filter(None, [f"{name}/{data.get('version', '')}".rstrip("/"), split])),
-        data=data,
-        section=section,
-        fingerprint=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest()[:32],
-        versions=dict(
-            paligemma_med=paligemma_med.__version__, jax=jax.__version__, tensorflow=tf.__version__
-        ),
-        checkpoint=folder and experiment._absolute(folder),
-        command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),
-    )
+    out = experiment.about(section, folder, params, data | dict(reader="big_vision"))
+    out["versions"]["tensorflow"] = tf.__version__
+    return out

@@ -32,7 +32,10 @@ def check(config):
     for data in _data_sets(config):
         if data["name"].startswith("bv:") or data["name"] == "from_data_dir":
             continue  # big_vision's own ways of naming one
-        folder = input_pipeline.folder_of(data)
+        try:
+            folder = input_pipeline.folder_of(data)
+        except input_pipeline.InputError as e:
+            raise ValueError(f"{e}; for big_vision, build it with --file_format=tfrecord") from e
         info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
         if (found := info.get("fileFormat")) != "tfrecord":
             raise ValueError(
@@ -79,6 +82,8 @@ def main(argv):
         logging.set_verbosity(logging.INFO)  # where its trainer tells its metrics
     if flags.FLAGS.config is None:
         raise app.UsageError("--config is needed.")
+    if not flags.FLAGS.workdir:  # its trainer would train, and keep nothing
+        raise app.UsageError("--workdir is needed.")
     train(flags.FLAGS.config, flags.FLAGS.workdir, importlib.import_module(TRAINER))
 
 
