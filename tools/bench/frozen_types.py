@@ -1,0 +1,138 @@
+"""What frozen weights in fewer bits cost: logits and answers beside float32's, and time of a step.
+
+    python -m tools.bench.frozen_types --workdir=out/slake_mini --out=out/frozen_types
+    python -m tools.bench.frozen_types --rounds=5
+
+The first asks the evals of a run's config with its weights in each type; activations are float32,
+so that nothing else differs. Logits are those of the first answer token of --batches batches. The
+second times LoRA steps of the size bench-s (float32 activations, random weights), taking turns in
+one process; read the processor's time where other work runs on the machine, on one core (taskset).
+"""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from paligemma_med import experiment, input_pipeline, optim, quantise, sharding, train_step
+from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.models import paligemma
+from tools.bench import sizes
+
+TYPES = ("float32", "bfloat16", *quantise.KINDS)
+
+
+def ask(folder, dtype, out, batches):
+    """(logits float32[questions, V] of first answer tokens, {eval: metrics}) of a run's weights in
+    `dtype`; predictions go to out/<dtype>."""
+    config = experiment.config_from_json(workdir.read_config(folder))
+    with config.unlocked():
+        config.frozen_dtype, config.dtype = dtype, "float32"
+    model, tok, mesh, params = experiment.load(config, folder)
+
+    @jax.jit
+    def run(params, batch):
+        args = (batch[k] for k in ("image", "text", "mask_ar"))
+        logits, _ = model.apply({"params": params}, *args)
+        last = jnp.sum(batch["mask_input"], axis=1, dtype=jnp.int32) - 1
+        return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+
+    section = next(iter(config.evals.values()))
+    inputs = input_pipeline.evaluation(
+        section.data.to_dict(), section.pp_fn, section.batch_size, mesh=mesh
+    )
+    found = []
+    for _, batch in zip(range(batches), inputs):
+        batch = batch[0] if isinstance(batch, tuple) else batch
+        wanted = {k: batch[k] for k in ("image", "text", "mask_ar", "mask_input")}
+        found.append(np.asarray(run(params, wanted)))
+    evals = experiment.make_evaluators(config, model, tok, mesh, os.path.join(out, dtype))
+    return np.concatenate(found), {name: e.run(params) for name, (e, _) in evals.items()}
+
+
+def compare(logits, exact):
+    """{what: number} of logits beside the exact ones."""
+    p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (exact, logits))
+    error, kl = np.abs(logits - exact), np.sum(np.exp(p) * (p - q), -1)
+    same = np.mean(logits.argmax(-1) == exact.argmax(-1))
+    return dict(max=error.max(), mean=error.mean(), kl=kl.mean(), worst_kl=kl.max(), same_top=same)
+
+
+def make_step(dtype, size, rows):
+    """() → loss: takes a LoRA step with frozen weights in `dtype`, and waits for it."""
+    tower = dict(remat_policy=size.remat_policy, scan=size.scan)
+    model = paligemma.Model(img=size.img | tower, llm=size.llm | tower, lora=sizes.LORA)
+    config = ConfigDict(dict(sizes.optimizer(), supervised_len=size.answer_len))
+    config.schedule = [(sizes.TRAINED["lora"], dict(decay_type="constant")), (".*", None)]
+    config.frozen_dtype = dtype
+    abstract = npz.flatten_tree(paligemma.abstract_params(model, image_size=size.res))
+    names = optim.trained_names(config, list(abstract))
+    tx, rate = optim.make(config, names, total_steps=10, num_examples=10, batch_size=rows)
+    mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
+    where = dict.fromkeys(abstract, sharding.replicated(mesh))
+    rng = np.random.default_rng(0)
+    host = {n: 0.02 * rng.standard_normal(x.shape, np.float32) for n, x in abstract.items()}
+    frozen = experiment.place_params(
+        host, experiment.param_dtypes(config, abstract, names), where,
+        experiment.param_kinds(config, abstract, names),
+    )  # fmt: skip
+    trained = {n: frozen.pop(n) for n in names}
+    opt_shardings = train_step.opt_shardings(tx, trained, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(trained)
+    step = train_step.make_train_step(config, model, tx, rate)
+    step = train_step.jit_step(step, tx, trained, mesh)
+    batch = jax.device_put(sizes.draw_batch(size, rows), sharding.batch_sharding(mesh))
+
+    def run():
+        nonlocal trained, opt_state
+        trained, opt_state, metrics = step(trained, opt_state, frozen, batch, jnp.int32(1))
+        return float(metrics["training_loss"])
+
+    return run
+
+
+def main(argv):
+    del argv
+    v = flags.FLAGS
+    if v.workdir:
+        head = ("frozen", "largest error of a logit", "mean", "mean KL", "worst KL",
+                "same most probable token", "exact match")  # fmt: skip
+        print(f"| {' | '.join(head)} |\n| --- |{' ---: |' * 6}")
+        exact = None
+        for dtype in TYPES:
+            logits, found = ask(v.workdir, dtype, v.out, v.batches)
+            exact = logits if exact is None else exact
+            c = compare(logits, exact)
+            match = ", ".join(f"{100 * m['model/overall/acc']:.2f}" for m in found.values())
+            print(f"| {dtype} | {c['max']:.3f} | {c['mean']:.4f} | {c['kl']:.1e} | "
+                  f"{c['worst_kl']:.1e} | {c['same_top']:.3f} | {match} |", flush=True)  # fmt: skip
+        return
+    size = sizes.SIZES[v.size]
+    steps = {dtype: make_step(dtype, size, size.batch_size) for dtype in TYPES}
+    losses = {dtype: step() for dtype, step in steps.items()}  # compiles
+    seconds, processor = ({dtype: [] for dtype in TYPES} for _ in range(2))
+    for _ in range(v.rounds):
+        for dtype, step in steps.items():
+            start, spent = time.monotonic(), time.process_time()
+            step()
+            seconds[dtype].append(time.monotonic() - start)
+            processor[dtype].append(time.process_time() - spent)
+    print("| frozen | loss | seconds | processor's | ratio to float32 |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for dtype in TYPES:
+        a, b = (np.median(x[dtype]) for x in (seconds, processor))
+        ratio = b / np.median(processor["float32"])
+        print(f"| {dtype} | {losses[dtype]:.4f} | {a:.3f} | {b:.3f} | {ratio:.3f} |")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A run, whose evals are asked.")
+    flags.DEFINE_string("out", "frozen_types", "Folder of their predictions.")
+    flags.DEFINE_integer("batches", 4, "Of the first eval, whose logits are compared.")
+    flags.DEFINE_enum("size", "bench-s", sorted(sizes.SIZES), "Of the timed step.")
+    flags.DEFINE_integer("rounds", 5, "Steps of each type, by turns.")
+    app.run(main)
