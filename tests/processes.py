@@ -26,14 +26,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+def xla_flags(devices):
+    """$XLA_FLAGS of the test run, with another number of devices."""
+    ours = os.environ.get("XLA_FLAGS", "").split()
+    kept = [x for x in ours if "host_platform_device_count" not in x]
+    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
+
+
 def start(module, args, *, num, devices=1):
     """Starts `python -m module args` as `num` processes of one run, of `devices` devices each.
 
     Returns:
       [subprocess.Popen]; with num=1 one on its own.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flags}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     port, out = free_port(), []
     for i in range(num):
         place = [f"--coordinator_address=localhost:{port}", f"--num_processes={num}",

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from paligemma_med import checkpoints, progress
-from tests import tiny
+from tests import processes, tiny
 from tools import random_kills
 
 CONFIG = """
@@ -117,9 +117,9 @@ def run(folder, data, steps, repo_root, kills, kw):
 
 
 def popen(folder, repo_root):
-    """One device, as an empty XLA_FLAGS gives; what is said on stderr is kept for failures."""
+    """One device; what is said on stderr is kept for failures."""
     log = open(folder / "stderr.txt", "a")
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": processes.xla_flags(1)}
     return dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=log)
 
 
