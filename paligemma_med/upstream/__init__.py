@@ -42,7 +42,7 @@ def locate():
     Raises:
       ValueError: there is none; the sentence says how to get it.
     """
-    folder = os.environ.get("BIG_VISION_DIR", "")
+    folder = os.path.expanduser(os.environ.get("BIG_VISION_DIR", ""))
     spec = importlib.util.find_spec("big_vision")
     if spec and spec.origin:  # a folder without __init__.py is the clone, beside us by chance
         return os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))

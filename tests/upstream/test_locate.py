@@ -64,6 +64,9 @@ def test_a_checkout_without_its_libraries_tells_which(no_big_vision, monkeypatch
     monkeypatch.setenv("BIG_VISION_DIR", str(tmp_path))
     monkeypatch.setattr(upstream, "REQUIRED", ("os", "no_such_library"))
     assert upstream.locate() == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("BIG_VISION_DIR", f"~/{tmp_path.name}")
+    assert upstream.locate() == str(tmp_path)
     with pytest.raises(ValueError, match="needs no_such_library: pip install"):
         upstream.install()
 
