@@ -62,10 +62,11 @@ def pairs(tmp_path_factory, replay):
 def assert_same_steps(theirs, ours, steps):
     assert set(theirs) == set(steps)
     for step in steps:
-        # Losses are near 7: float32 has steps of 5e-7 there.
-        assert abs(theirs[step]["training_loss"] - ours[step]["training_loss"]) < 5e-6, step
+        # Losses are near 7, where float32 has steps of 5e-7. Seen: 5e-6, and 2e-4 of the norms. A
+        # decay that is off by 5 % changes these by 4e-2, a learning rate's factor by 2 % by 1e-2.
+        assert abs(theirs[step]["training_loss"] - ours[step]["training_loss"]) < 2e-5, step
         for name in ("l2_grads", "l2_updates"):
-            np.testing.assert_allclose(theirs[step][name], ours[step][name], rtol=2e-4)
+            np.testing.assert_allclose(theirs[step][name], ours[step][name], rtol=5e-4)
 
 
 def assert_same_params(found, expected):
@@ -74,9 +75,10 @@ def assert_same_params(found, expected):
     for name, array in expected.items():
         # A softmax is the same whatever is added to all keys, so the gradient of their bias is
         # nothing but rounding, which Adam makes as large as any other. Of other small gradients
-        # rounding is a part; 20 steps move a weight by up to 4e-2.
+        # rounding is a part. 20 steps move a weight by up to 4e-2; seen: 3e-5 between the two, and
+        # 2e-3 where the decay is off by 5 %.
         if not name.endswith("key/bias"):
-            np.testing.assert_allclose(found[name], array, atol=3e-4, err_msg=name)
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-4, err_msg=name)
 
 
 # 1 is stage 1 of the paper, 2 its stage 2 (LoRA), 3 trains all, with everything an optimizer has.
