@@ -45,11 +45,9 @@ _ATTENTION_OUT = {
 # The last names of weights that meet activations in a matrix product.
 _PRODUCTS = ("kernel", "w", "gating_einsum", "linear", "lora_a", "lora_b", "input_embedding")
 
-# What a remat policy computes again: scores alone, attention's products, or (any other) all.
+# What a remat policy computes again: nothing, attention's products alone, or (any other) all.
 _SAVES_ALL = ("none", "everything_saveable", "dots_saveable", "checkpoint_dots")
-_SAVES_ATTENTION = (*_SAVES_ALL, vit.DOTS_AND_ATTENTION)
 _SAVES_WEIGHT_PRODUCTS = (
-    *_SAVES_ATTENTION,
     "dots_with_no_batch_dims_saveable",
     "checkpoint_dots_with_no_batch_dims",
 )
@@ -129,7 +127,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
         attention += once * (1 + 2 * backward[tower])
         if backward[tower]:
             # Scores are made again, whatever is kept (models/attention.py).
-            recompute += once // 2 + once * (policies[tower] not in _SAVES_ATTENTION)
+            recompute += once // 2 + once * (policies[tower] not in _SAVES_ALL)
     return Flops(weights, attention, recompute)
 
 
@@ -198,7 +196,7 @@ def _place(name):
 
 def _is_recomputed(name, params, policy):
     """Whether a stack's product is computed again before its layer's backward pass."""
-    if policy in _SAVES_WEIGHT_PRODUCTS:
+    if policy in (*_SAVES_ALL, *_SAVES_WEIGHT_PRODUCTS):
         return False
     # The block's last product gives its output, which the next block has kept, and which nothing
     # in its own backward pass reads, unless there is a norm behind it.

@@ -255,7 +255,6 @@ def test_nothing_is_computed_for_frozen_leaves(lora_step):
         ("stage 1", {}),
         ("lora", dict(loss_chunk=4)),
         ("lora", dict(policy="dots_with_no_batch_dims_saveable")),
-        ("lora", dict(policy="dots_and_attention_saveable")),
         ("full", {}),
     ],
 )

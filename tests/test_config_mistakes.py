@@ -103,7 +103,7 @@ MISTAKES = [
     (("attn_impl", "cudnn"), "'cudnn', which needs an NVIDIA GPU.*set it to 'xla'"),
     (("model.llm.width", "64"), "config.model.llm.width is '64'; expected a whole number"),
     (("model.llm.variant", "gemma_3b"), "variant 'gemma_3b' is unknown; expected one of"),
-    (("model.img.remat_policy", "all"), "remat_policy is 'all'; expected 'none'"),
+    (("model.img.remat_policy", "all"), "remat_policy is 'all'; expected 'none' or"),
     (("model.img.num_classes", 3), "config.model can't be built: .*concat"),
     (("lr", "1e-3"), "config.lr is '1e-3'; expected a number"),
     (("grad_clip_norm", 0), "config.grad_clip_norm is 0; expected a number above 0"),

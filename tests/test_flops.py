@@ -66,7 +66,6 @@ def case(*args, slow=True, id, **kw):  # noqa: A002
         case(FACTORS, LORA, id="lora"),
         case(FACTORS, LORA, policy="nothing_saveable", id="lora, remat"),
         case(FACTORS, LORA, policy="dots_with_no_batch_dims_saveable", id="lora, dots kept"),
-        case(FACTORS, LORA, policy="dots_and_attention_saveable", id="lora, attention kept"),
         case(CONSTANT, id="all"),
         case(CONSTANT, policy="nothing_saveable", post_norms=True, id="all, remat, norms"),
         case([("llm/embedder/.*", CONSTANT), (".*", None)], id="embedder"),

@@ -21,17 +21,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 # Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
 # gives finite garbage that nobody reads, not NaN that spreads through gradients.
 MASKED = -(2.0**127)
 
 IMPLEMENTATIONS = ("xla", "cudnn")
-
-# The name by which a remat policy may keep the output, and what else the backward pass wants of the
-# forward one: two numbers a row.
-KEPT = "attention"
 
 
 def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False, perturb=None):
@@ -186,7 +181,6 @@ def _attention_fwd(q, k, v, mask, scale, softcap):
     exps, most = _exponentials(_logits(q, k, scale, softcap), mask)
     total = jnp.sum(exps, axis=-1, keepdims=True)
     out = (_dot(exps.astype(v.dtype), v, v.ndim - 2) / total).astype(v.dtype)
-    out, most, total = checkpoint_name((out, most, total), KEPT)
     return out, (q, k, v, mask, out, most, total)
 
 

@@ -240,9 +240,9 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
       num_classes: width of the `head` that projects each token; None leaves it out.
       variant: e.g. "So400m/14"; any keyword below stands on top of it.
       **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair), dropout, scan (False
-        unrolls the loop over layers; parameters stay stacked), remat_policy ("none",
-        DOTS_AND_ATTENTION or a name in jax.checkpoint_policies), dtype of activations, attn_impl,
-        lora (of `lora.as_rules`, over paths that begin with "img/").
+        unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
+        jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over
+        paths that begin with "img/").
 
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
@@ -257,26 +257,6 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
     return _Model(num_classes, **kw)
 
 
-# A policy beside those of JAX: it keeps products with weights, as does
-# dots_with_no_batch_dims_saveable, and attention's output, so that its forward pass runs but once.
-DOTS_AND_ATTENTION = "dots_and_attention_saveable"
-
-
-def _policy(name):
-    known = jax.checkpoint_policies
-    if name == DOTS_AND_ATTENTION:
-        return known.save_from_both_policies(
-            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(attention.KEPT)
-        )
-    policy = getattr(known, name, None)
-    if policy is None:
-        raise ValueError(
-            f"remat_policy is {name!r}; expected 'none', {DOTS_AND_ATTENTION!r} or a name in "
-            "jax.checkpoint_policies, such as 'nothing_saveable'."
-        )
-    return policy
-
-
 def stacked(block, depth, scan, remat_policy, variable_axes=None):
     """Repeats `block` over stacked parameters; shared by both towers.
 
@@ -285,7 +265,13 @@ def stacked(block, depth, scan, remat_policy, variable_axes=None):
     `remat_policy` says what is kept rather than computed again.
     """
     if remat_policy != "none":
-        block = nn.remat(block, prevent_cse=not scan, policy=_policy(remat_policy))
+        policy = getattr(jax.checkpoint_policies, remat_policy, None)
+        if policy is None:
+            raise ValueError(
+                f"remat_policy is {remat_policy!r}; expected 'none' or a name in "
+                "jax.checkpoint_policies, such as 'nothing_saveable'."
+            )
+        block = nn.remat(block, prevent_cse=not scan, policy=policy)
     return nn.scan(
         block,
         variable_axes={"params": 0, "perturbations": 0, **(variable_axes or {})},

@@ -82,7 +82,7 @@ def _theirs(batch_size):
     return Row("train_step", flags, 3.0)
 
 
-_DOTS = "dots_and_attention_saveable"
+_DOTS = "dots_with_no_batch_dims_saveable"
 ROWS = {
     "train": Row("train_step", dict(_STEP, peer="hf"), _MINUTES),
     "decode": Row("decode", dict(peer="hf", rounds=5), _MINUTES),

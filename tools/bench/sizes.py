@@ -60,7 +60,7 @@ SIZES = {
             vocab_size=8256,
         ),
         res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
-        remat_policy="dots_and_attention_saveable", scan=True,
+        remat_policy="dots_with_no_batch_dims_saveable", scan=True,
     ),
     # 22 M in the image tower, 213 M in the language model: between the two in size.
     "m-224": Size(
