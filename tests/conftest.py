@@ -23,9 +23,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
+# PALIGEMMA_MED_TESTS_OPTIMISED=1 compiles all programs as users' are: once before a release.
+_OPTIMISED = os.environ.get("PALIGEMMA_MED_TESTS_OPTIMISED", "") not in ("", "0")
+
 # Most of compiling at this size is XLA's newer emitter of fused loops (measured, one program of
 # decoding: 2.1 s with it, 0.8 s without). Later versions have no other, and no such flag.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith("0.10.") and not _OPTIMISED:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # Compiling is most of what these tests spend. A second run, or a program that tests start twice,
@@ -40,7 +43,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Programs are small and run once or twice: compiling is nearly all that tests take, and what XLA
 # makes of a program is seldom what they test (measured: a third less). Those that look at compiled
 # programs ask for a fixture, `optimised` or `optimised_file`.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if _OPTIMISED else "1")
 
 # What a hub has is not what these tests test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
