@@ -15,8 +15,7 @@ PROMPT = "answer en {question}"
 SEPARATOR = "\n"
 
 # What evaluators need to know of each question, beside the arrays.
-EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type",
-             "modality", "location")  # fmt: skip
+EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type", "modality", "location")
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
@@ -45,10 +44,7 @@ def parse_arg(arg, **defaults):
             value = ast.literal_eval(text) if _is_literal(text) else text
         is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int, too
         if default is not None and (is_flag or not isinstance(value, _accepted(default))):
-            raise ValueError(
-                f"Config argument {item!r}: expected {type(default).__name__}, as in "
-                f"{name}={default!r}."
-            )
+            raise ValueError(f"Config argument {item!r}: expected {type(default).__name__}, as in {name}={default!r}.")
         out[name] = value
     return ml_collections.ConfigDict(out, convert_dict=False)
 
@@ -83,20 +79,21 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
     the model reads, since it predicts the next token.
     """
-    return "|".join([
-        *image_pp(res, augment),
-        _op("strfmt", prompt, outkey="prefix"),
-        _op("copy", inkey=answer, outkey="suffix"),
-        _op("tok", model=tokenizer, key="prefix", bos="yes"),
-        _op("tok", model=tokenizer, key="suffix", eos="yes"),
-        _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
-        _op("masked_concat", ["prefix", "septok", "suffix"], outkey="text",
-            mask_ar=[0, 0, 1], mask_loss=[0, 0, 1]),
-        _op("tolen", text_len + 1, pad_value=0, key="text"),
-        _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
-        _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
-        _op("keep", "image", "text", "mask_ar", "mask_loss"),
-    ])  # fmt: skip
+    return "|".join(
+        [
+            *image_pp(res, augment),
+            _op("strfmt", prompt, outkey="prefix"),
+            _op("copy", inkey=answer, outkey="suffix"),
+            _op("tok", model=tokenizer, key="prefix", bos="yes"),
+            _op("tok", model=tokenizer, key="suffix", eos="yes"),
+            _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
+            _op("masked_concat", ["prefix", "septok", "suffix"], outkey="text", mask_ar=[0, 0, 1], mask_loss=[0, 0, 1]),
+            _op("tolen", text_len + 1, pad_value=0, key="text"),
+            _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
+            _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
+            _op("keep", "image", "text", "mask_ar", "mask_loss"),
+        ]
+    )
 
 
 def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer"):
@@ -105,17 +102,18 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="ans
 
     Gives image as above, and text, mask_ar, mask_input int32[text_len].
     """
-    return "|".join([
-        *image_pp(res),
-        _op("strfmt", prompt, outkey="prefix"),
-        _op("tok", model=tokenizer, key="prefix", bos="yes"),
-        _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
-        _op("masked_concat", ["prefix", "septok"], outkey="text",
-            mask_ar=[0, 0], mask_input=[1, 1]),
-        *_prompt_lengths(text_len),
-        *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
-        _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
-    ])  # fmt: skip
+    return "|".join(
+        [
+            *image_pp(res),
+            _op("strfmt", prompt, outkey="prefix"),
+            _op("tok", model=tokenizer, key="prefix", bos="yes"),
+            _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
+            _op("masked_concat", ["prefix", "septok"], outkey="text", mask_ar=[0, 0], mask_input=[1, 1]),
+            *_prompt_lengths(text_len),
+            *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
+            _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
+        ]
+    )
 
 
 def _prompt_lengths(text_len):
@@ -124,9 +122,21 @@ def _prompt_lengths(text_len):
 
 
 def vqa_eval(
-    c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, train_split="train",
-    batch_size=64, keep=EVAL_KEYS, answer="answer", samples=1, temperature=None, **kw,
-):  # fmt: skip
+    c,
+    name,
+    split,
+    *,
+    text_len,
+    max_new_tokens,
+    prompt=PROMPT,
+    train_split="train",
+    batch_size=64,
+    keep=EVAL_KEYS,
+    answer="answer",
+    samples=1,
+    temperature=None,
+    **kw,
+):
     """An evals section: exact match on a split of data set `name`, with its controls.
 
     Several `samples` of each question are drawn at `temperature` (by default 1) and give a mean and
@@ -148,7 +158,7 @@ def vqa_eval(
 
 def big_vision_vqa_eval(
     c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, batch_size=64, answer="answer", **kw
-):  # fmt: skip
+):
     """The same questions for big_vision's own VQA evaluator, which `paligemma_med.upstream.train`
     alone runs: one greedy answer each, right if it is the truth to the letter; see
     docs/big_vision.md.
@@ -173,18 +183,23 @@ def big_vision_vqa_eval(
     )
 
 
-def dialogue_eval(
-    c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw
-):  # fmt: skip
+def dialogue_eval(c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw):
     """Dialogues of several `turns` on one image, questions and answers in the history of the next;
     see `paligemma_med.evaluators.dialogue`.
 
     Arguments as of `vqa_eval`; text_len is that of the whole prompt, history included.
     """
     section = vqa_eval(
-        c, name, split, text_len=text_len, prompt=prompt, answer=answer, protocol=protocol,
-        controls=("majority", "majority_type", "echo"), **kw,
-    )  # fmt: skip
+        c,
+        name,
+        split,
+        text_len=text_len,
+        prompt=prompt,
+        answer=answer,
+        protocol=protocol,
+        controls=("majority", "majority_type", "echo"),
+        **kw,
+    )
     turn = [
         _op("strfmt", prompt, outkey="prefix"),
         _op("tok", model=c.tokenizer, key="prefix"),
@@ -199,13 +214,12 @@ def dialogue_eval(
     prompt_pp = [
         *turn,
         _op("tok", model=c.tokenizer, key="bos", text="", bos="yes"),
-        _op("masked_concat", ["bos", "history", "prefix", "septok"], outkey="text",
-            mask_ar=[0] * 4, mask_input=[1] * 4),
+        _op(
+            "masked_concat", ["bos", "history", "prefix", "septok"], outkey="text", mask_ar=[0] * 4, mask_input=[1] * 4
+        ),
         *_prompt_lengths(text_len),
-    ]  # fmt: skip
-    return section | dict(
-        type="dialogue", turns=turns, prompt_pp="|".join(prompt_pp), history_pp="|".join(history_pp)
-    )
+    ]
+    return section | dict(type="dialogue", turns=turns, prompt_pp="|".join(prompt_pp), history_pp="|".join(history_pp))
 
 
 def closed_eval(c, name, split, *, samples=5, **kw):
@@ -226,9 +240,17 @@ def open_eval(c, name, split, *, samples=1, **kw):
 
 
 def multiple_choice_eval(
-    c, name, split, *, samples=5, choices=CHOICES, keep=EVAL_KEYS, answer="answer_letter",
-    options=None, **kw,
-):  # fmt: skip
+    c,
+    name,
+    split,
+    *,
+    samples=5,
+    choices=CHOICES,
+    keep=EVAL_KEYS,
+    answer="answer_letter",
+    options=None,
+    **kw,
+):
     """Multiple choice by letter, by the nearest text, and by the likelihood of each choice; five
     samples at temperature 1 as in the paper.
 
@@ -242,6 +264,14 @@ def multiple_choice_eval(
     if options is None:
         options = "letter" if answer == "answer_letter" else "text"
     return vqa_eval(
-        c, name, split, samples=samples, keep=(*keep, *choices, "answer_letter"), answer=answer,
-        protocol="multiple_choice", choices=choices, options=options, **kw,
-    )  # fmt: skip
+        c,
+        name,
+        split,
+        samples=samples,
+        keep=(*keep, *choices, "answer_letter"),
+        answer=answer,
+        protocol="multiple_choice",
+        choices=choices,
+        options=options,
+        **kw,
+    )

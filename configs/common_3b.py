@@ -40,8 +40,7 @@ and activations are bfloat16, which has float32's range, and what is trained sta
 
 from configs import common, quickstart, tiny_base
 
-KEEP = ("question_id", "image_id", "question", "answer", "answer_type", "modality", "location",
-        "location_category")  # fmt: skip
+KEEP = ("question_id", "image_id", "question", "answer", "answer_type", "modality", "location", "location_category")
 _EVALS = {"open": common.open_eval, "multiple_choice": common.multiple_choice_eval}
 
 _TOWERS = "img/Transformer/.*"
@@ -105,10 +104,18 @@ def lora(which, rank, alpha, dropout):
 
 
 def stage2(
-    arg, sets, *, epochs, text_len, max_new_tokens, choices="", answer_key="answer", mixture=None,
+    arg,
+    sets,
+    *,
+    epochs,
+    text_len,
+    max_new_tokens,
+    choices="",
+    answer_key="answer",
+    mixture=None,
     protocol="open",
     **defaults,
-):  # fmt: skip
+):
     """A config of stage 2.
 
     Args:
@@ -128,14 +135,29 @@ def stage2(
       (ConfigDict, the arguments).
     """
     args = common.parse_arg(
-        arg, stage1="", init="", res=448, lora="attention", rank=8, alpha=32.0, dropout=0.05,
-        prompt="en", norm="example", clip=1.0, micro=6, accum=16, epochs=float(epochs), lr=1e-5,
-        tiny=False, samples=1, seed=0, data_dir="", **defaults,
-    )  # fmt: skip
+        arg,
+        stage1="",
+        init="",
+        res=448,
+        lora="attention",
+        rank=8,
+        alpha=32.0,
+        dropout=0.05,
+        prompt="en",
+        norm="example",
+        clip=1.0,
+        micro=6,
+        accum=16,
+        epochs=float(epochs),
+        lr=1e-5,
+        tiny=False,
+        samples=1,
+        seed=0,
+        data_dir="",
+        **defaults,
+    )
     if args.stage1 and args.init:
-        raise ValueError(
-            "Give stage1=… (a workdir) or init=… (weights, without stage 1), not both."
-        )
+        raise ValueError("Give stage1=… (a workdir) or init=… (weights, without stage 1), not both.")
     if args.prompt not in _PROMPTS:
         raise ValueError(f"prompt={args.prompt!r}: expected one of {sorted(_PROMPTS)}.")
     sets, answer_key = _call(sets, args), _call(answer_key, args)
@@ -177,10 +199,18 @@ def stage2(
     for key, name in sets.items():
         c.evals[f"{key}_validate"] = section = common.ml_collections.ConfigDict(
             _EVALS[_call(protocol, args)](
-                c, name, "validate", text_len=c.text_len, max_new_tokens=max_new_tokens,
-                prompt=prompt, answer=answer_key, keep=KEEP, samples=args.samples, log_epochs=1,
+                c,
+                name,
+                "validate",
+                text_len=c.text_len,
+                max_new_tokens=max_new_tokens,
+                prompt=prompt,
+                answer=answer_key,
+                keep=KEEP,
+                samples=args.samples,
+                log_epochs=1,
             )
-        )  # fmt: skip
+        )
         for data in (section.data, section.train_data):
             data.update(where)
     return c

@@ -20,9 +20,17 @@ LR = {1: 3e-3, 2: 2e-3}
 
 def get_config(arg=None):
     args = common.parse_arg(
-        arg, stage=1, init=BASE, epochs=0.0, lr=0.0, rank=16, size=32, seed=0, eval="test",
+        arg,
+        stage=1,
+        init=BASE,
+        epochs=0.0,
+        lr=0.0,
+        rank=16,
+        size=32,
+        seed=0,
+        eval="test",
         data_dir="",
-    )  # fmt: skip
+    )
     if args.stage not in LR:
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
     c = common.ml_collections.ConfigDict()
@@ -62,9 +70,7 @@ def get_config(arg=None):
     c.update(common.LOOP)
     name = f"phantom_{args.eval}"
     c.evals = {}
-    c.evals[name] = common.vqa_eval(
-        c, "phantom", args.eval, text_len=c.text_len, max_new_tokens=12, batch_size=128
-    )
+    c.evals[name] = common.vqa_eval(c, "phantom", args.eval, text_len=c.text_len, max_new_tokens=12, batch_size=128)
     for key in ("data", "train_data"):
         c.evals[name][key].update(where)
     return c

@@ -15,9 +15,21 @@ from configs import common
 
 def get_config(arg=None):
     args = common.parse_arg(
-        arg, epochs=30.0, res=128, eval="validate", seed=0, lr=1e-3, drop=0.1, wd=0.1, size=32,
-        area=60, every=0.5, samples=1, protocol="vqa", turns=0,
-    )  # fmt: skip
+        arg,
+        epochs=30.0,
+        res=128,
+        eval="validate",
+        seed=0,
+        lr=1e-3,
+        drop=0.1,
+        wd=0.1,
+        size=32,
+        area=60,
+        every=0.5,
+        samples=1,
+        protocol="vqa",
+        turns=0,
+    )
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
     c.res = args.res
@@ -67,12 +79,25 @@ def get_config(arg=None):
     c.update(common.LOOP)
     c.evals = {}
     c.evals[f"slake_en_{args.eval}"] = common.vqa_eval(
-        c, "slake/en", args.eval, text_len=36, max_new_tokens=48, samples=args.samples,
-        protocol=args.protocol, log_percent=args.every,
-    )  # fmt: skip
+        c,
+        "slake/en",
+        args.eval,
+        text_len=36,
+        max_new_tokens=48,
+        samples=args.samples,
+        protocol=args.protocol,
+        log_percent=args.every,
+    )
     if args.turns:
         c.evals[f"slake_en_{args.eval}_dialogues"] = common.dialogue_eval(
-            c, "slake/en", args.eval, turns=args.turns, text_len=48 * args.turns, max_new_tokens=48,
-            samples=args.samples, protocol=args.protocol, log_percent=args.every,
-        )  # fmt: skip
+            c,
+            "slake/en",
+            args.eval,
+            turns=args.turns,
+            text_len=48 * args.turns,
+            max_new_tokens=48,
+            samples=args.samples,
+            protocol=args.protocol,
+            log_percent=args.every,
+        )
     return c

@@ -30,17 +30,13 @@ def get_config(arg=None):
 
     name = f"slake/{args.lang}"
     # PaliGemma is told the language of the answer; with both, each question says its own.
-    prompt = (
-        "answer {q_lang} {question}" if args.lang == "all" else f"answer {args.lang} {{question}}"
-    )
+    prompt = "answer {q_lang} {question}" if args.lang == "all" else f"answer {args.lang} {{question}}"
     c.input = dict(
         data=dict(name=name, split="train"),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt),
         num_workers=0 if args.tiny else 4,
     )
-    c.predict_pp = common.eval_pp(
-        c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en")
-    )
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en"))
     c.total_epochs = 5
     common_3b.recipe(c, args.micro, args.accum, lr=1e-5)
     c.schedule = [("img/head/.*", dict(decay_type="constant")), (".*", None)]

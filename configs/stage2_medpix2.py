@@ -13,6 +13,10 @@ from configs import common_3b
 def get_config(arg=None):
     # Answers have 21 words on average and 77 at most.
     return common_3b.stage2(
-        arg, dict(medpix2="medpix2/qa"), epochs=4, text_len=256, max_new_tokens=128,
+        arg,
+        dict(medpix2="medpix2/qa"),
+        epochs=4,
+        text_len=256,
+        max_new_tokens=128,
         **common_3b.LETTERS,
-    )  # fmt: skip
+    )

@@ -33,7 +33,14 @@ def _protocol(args):
 
 def get_config(arg=None):
     return common_3b.stage2(
-        arg, lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"), epochs=4, text_len=192,
-        max_new_tokens=48, choices=_choices, answer_key=_answer_key, protocol=_protocol,
-        answer="letter", version="v1",
-    )  # fmt: skip
+        arg,
+        lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"),
+        epochs=4,
+        text_len=192,
+        max_new_tokens=48,
+        choices=_choices,
+        answer_key=_answer_key,
+        protocol=_protocol,
+        answer="letter",
+        version="v1",
+    )

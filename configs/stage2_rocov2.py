@@ -14,6 +14,11 @@ from configs import common_3b
 def get_config(arg=None):
     # Answers come from captions: 20 words on average, a few over 200.
     return common_3b.stage2(
-        arg, lambda args: dict(rocov2=common_3b.roco(args)), epochs=7, text_len=256,
-        max_new_tokens=128, version="v2", **common_3b.LETTERS,
-    )  # fmt: skip
+        arg,
+        lambda args: dict(rocov2=common_3b.roco(args)),
+        epochs=7,
+        text_len=256,
+        max_new_tokens=128,
+        version="v2",
+        **common_3b.LETTERS,
+    )

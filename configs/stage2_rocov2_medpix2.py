@@ -29,7 +29,13 @@ def _mixture(args):
 
 def get_config(arg=None):
     return common_3b.stage2(
-        arg, lambda args: dict(rocov2=common_3b.roco(args), medpix2="medpix2/qa"),
-        mixture=_mixture, epochs=9, text_len=256, max_new_tokens=128, medpix=0.15, anneal=True,
+        arg,
+        lambda args: dict(rocov2=common_3b.roco(args), medpix2="medpix2/qa"),
+        mixture=_mixture,
+        epochs=9,
+        text_len=256,
+        max_new_tokens=128,
+        medpix=0.15,
+        anneal=True,
         version="v2",
-    )  # fmt: skip
+    )

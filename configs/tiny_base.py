@@ -26,9 +26,7 @@ LR = {1: 2e-3, 2: 2e-3}
 
 
 def get_config(arg=None):
-    args = common.parse_arg(
-        arg, lesson=1, init="", epochs=0.0, lr=0.0, size=32, seed=0, eval="test", data_dir=""
-    )
+    args = common.parse_arg(arg, lesson=1, init="", epochs=0.0, lr=0.0, size=32, seed=0, eval="test", data_dir="")
     if args.lesson not in DATA:
         raise ValueError(f"Config argument lesson={args.lesson}: expected 1 or 2.")
     data = DATA[args.lesson]
@@ -67,9 +65,7 @@ def get_config(arg=None):
     c.update(common.LOOP)
     name = f"{data}_{args.eval}"
     c.evals = {}
-    c.evals[name] = common.vqa_eval(
-        c, data, args.eval, text_len=c.text_len, max_new_tokens=16, batch_size=128
-    )
+    c.evals[name] = common.vqa_eval(c, data, args.eval, text_len=c.text_len, max_new_tokens=16, batch_size=128)
     for key in ("data", "train_data"):
         c.evals[name][key].update(where)
     return c

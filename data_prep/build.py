@@ -130,9 +130,7 @@ def _beam_options(arguments: Sequence[str] | None) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as e:
-        raise DataError(
-            f"--beam needs Apache Beam ({e}); pip install 'paligemma_med[beam]'"
-        ) from None
+        raise DataError(f"--beam needs Apache Beam ({e}); pip install 'paligemma_med[beam]'") from None
     return PipelineOptions(list(arguments) or ["--runner=DirectRunner"])
 
 
@@ -237,10 +235,7 @@ def build(
         known = ", ".join(module.Builder.OPTIONS) or "none"
         raise DataError(f"{name}: unknown option {', '.join(unknown)}; its options: {known}")
     if file_format not in tfrecord.FORMATS:
-        raise DataError(
-            f"{name}: unknown file_format {file_format!r}; known ones: "
-            f"{', '.join(tfrecord.FORMATS)}"
-        )
+        raise DataError(f"{name}: unknown file_format {file_format!r}; known ones: {', '.join(tfrecord.FORMATS)}")
     if file_format == tfrecord.TFRECORD:
         tfrecord.check_installed()
         if report is not None:
@@ -256,9 +251,7 @@ def build(
     if manual_dir is not None and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawing, not with a manual_dir")
     if not own and manual_dir is None:
-        raise DataError(
-            f"{name}: --manual_dir is needed. {module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-        )
+        raise DataError(f"{name}: --manual_dir is needed. {module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}")
     if manual_dir is not None:
         manual_dir = module.Builder.check_manual_dir(manual_dir)
     configs = list(module.Builder.builder_configs) or [None]
@@ -309,9 +302,7 @@ def _options() -> dict[str, tuple[Option, list[str]]]:
 def _define_flags() -> None:
     # Not at import: other programs import `build` and have a --data_dir of their own.
     flags.DEFINE_string("manual_dir", None, "Folder with the released files (unpacked).")
-    flags.DEFINE_string(
-        "data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets."
-    )
+    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
     flags.DEFINE_enum(
         "file_format",

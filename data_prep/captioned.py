@@ -73,7 +73,6 @@ def check_disjoint(release: Release, folder: pathlib.Path) -> None:
         for image_id in figures:
             if image_id in seen:
                 raise DataError(
-                    f"{folder}: image {image_id!r} is in {seen[image_id]} and {split}; "
-                    "expected it in one split"
+                    f"{folder}: image {image_id!r} is in {seen[image_id]} and {split}; expected it in one split"
                 )
             seen[image_id] = split

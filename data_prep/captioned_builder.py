@@ -53,9 +53,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
     ]
     OPTIONS = {
         "qa": Option(None, f"file(s,) of question-answer pairs; else {QA_FILES[0]} in manual_dir."),
-        "allow_missing_images": Option(
-            False, "build what is there; leave out rows whose image is missing or broken."
-        ),
+        "allow_missing_images": Option(False, "build what is there; leave out rows whose image is missing or broken."),
     }
 
     @classmethod
@@ -107,9 +105,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
         )
         self.report = {"dataset": self.info.full_name, **report}
         return {
-            split: row_file.generate(
-                rows, functools.partial(example, store), f"writing {split}", self.beam
-            )
+            split: row_file.generate(rows, functools.partial(example, store), f"writing {split}", self.beam)
             for split, (rows, store) in made.items()
         }
 
@@ -181,9 +177,7 @@ def make_rows(
                         digest = checked.check(names[figure.image_id])
                     except DataError as e:
                         if not allow_missing:
-                            raise DataError(
-                                f"{e} (--allow_missing_images leaves such rows out)"
-                            ) from None
+                            raise DataError(f"{e} (--allow_missing_images leaves such rows out)") from None
                         reason = "image broken"
                 if reason:
                     books.drop(split, reason, row["question_id"])
@@ -200,13 +194,9 @@ def make_rows(
     report["splits_left_out"] = empty = [s for s in SPLITS if s not in made]
     report["notes"] = release.notes
     if empty and (not allow_missing or not made):
-        why = {
-            s: {reason: note["count"] for reason, note in report["splits"][s]["dropped"].items()}
-            for s in empty
-        }
+        why = {s: {reason: note["count"] for reason, note in report["splits"][s]["dropped"].items()} for s in empty}
         raise DataError(
-            f"{folder}: no row is left for {', '.join(empty)}; expected at least one in each "
-            f"split; rows dropped: {why}"
+            f"{folder}: no row is left for {', '.join(empty)}; expected at least one in each split; rows dropped: {why}"
         )
     return made, report
 
@@ -271,10 +261,7 @@ def _sort_pairs(
             f"{', '.join(map(str, qa))}: no pair is about an image of this release; found image "
             f"ids such as {unknown or 'none'}, expected such as {known}"
         )
-    rows = {
-        split: functools.partial(_pair_rows, release.figures[split], w.path)
-        for split, w in writers.items()
-    }
+    rows = {split: functools.partial(_pair_rows, release.figures[split], w.path) for split, w in writers.items()}
     files = [str(pathlib.Path(p).expanduser().resolve()) for p in qa]
     return rows, {"files": files, **books.to_report()}
 
@@ -299,9 +286,7 @@ def _choices(pair: medm_qa.Pair) -> tuple[dict[str, str], str]:
     return found, ""
 
 
-def _pair_rows(
-    figures: Mapping[str, Figure], path: pathlib.Path
-) -> Iterator[tuple[Figure, dict[str, str]]]:
+def _pair_rows(figures: Mapping[str, Figure], path: pathlib.Path) -> Iterator[tuple[Figure, dict[str, str]]]:
     for row in row_file.read_rows(path):
         figure = figures[row["image_id"]]
         yield figure, {**figure.features, **row}
@@ -339,9 +324,7 @@ def _find_images(
     return stores, names
 
 
-def _keep(
-    books: ledger.Ledger, split: str, figure: Figure, row: dict[str, str], digest: bytes
-) -> None:
+def _keep(books: ledger.Ledger, split: str, figure: Figure, row: dict[str, str], digest: bytes) -> None:
     books.keep(split, row)
     for flag in figure.flags:
         books.flag(split, flag, row["question_id"])
@@ -376,6 +359,5 @@ def _note(note: Any) -> str:
     if not isinstance(note, Mapping):
         return f"{note:,}" if isinstance(note, int) else str(note)
     return ", ".join(
-        f"{key} ({_note(v)})" if isinstance(v, Mapping) else f"{key} {_note(v)}"
-        for key, v in note.items()
+        f"{key} ({_note(v)})" if isinstance(v, Mapping) else f"{key} {_note(v)}" for key, v in note.items()
     )

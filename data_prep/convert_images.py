@@ -33,9 +33,7 @@ def _inputs(paths: Iterable[str | os.PathLike]) -> Iterator[tuple[pathlib.Path, 
             yield path, pathlib.Path(path.name)
 
 
-def convert_files(
-    paths: Sequence[str | os.PathLike], output_dir: str | os.PathLike
-) -> tuple[int, list[str]]:
+def convert_files(paths: Sequence[str | os.PathLike], output_dir: str | os.PathLike) -> tuple[int, list[str]]:
     """Converts files and folders into `output_dir`; see `images.convert` for the rules.
 
     Returns:

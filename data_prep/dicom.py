@@ -143,9 +143,7 @@ def to_rgb(content: bytes) -> np.ndarray:
     try:
         from pydicom.pixels import apply_color_lut, pixel_array
     except ImportError:
-        raise DataError(
-            "a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'"
-        ) from None
+        raise DataError("a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's remarks on values that no pixel depends on
@@ -166,9 +164,7 @@ def to_rgb(content: bytes) -> np.ndarray:
         raise
     except Exception as e:  # pydicom raises nearly every kind, depending on where a file is damaged
         reason = " ".join(str(e).split()) or type(e).__name__
-        raise DataError(
-            f"a DICOM file that can't be decoded ({len(content)} bytes; {reason:.200})"
-        ) from None
+        raise DataError(f"a DICOM file that can't be decoded ({len(content)} bytes; {reason:.200})") from None
     if not np.isfinite(x).all():
         raise DataError("a DICOM file with pixel values that are not numbers")
     x = np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -72,8 +72,7 @@ def make_raw(
     }
     if len(settings["num_images"]) != len(SPLITS) or min(settings["num_images"]) < 1:
         raise files.DataError(
-            f"num_images is {settings['num_images']}; expected at least one image for each of "
-            f"{', '.join(SPLITS)}"
+            f"num_images is {settings['num_images']}; expected at least one image for each of {', '.join(SPLITS)}"
         )
     if settings["seed"] < 0:
         raise files.DataError(f"seed is {seed}; expected 0 or more")
@@ -110,9 +109,7 @@ def _write_split(
 ) -> int:
     """Writes n images, numbered from `first`, and their questions; returns how many of those."""
     rows: list[dict[str, Any]] = []
-    progress = tqdm.tqdm(
-        itertools.islice(pictures, n), desc=f"drawing {split}", total=n, leave=False, disable=None
-    )
+    progress = tqdm.tqdm(itertools.islice(pictures, n), desc=f"drawing {split}", total=n, leave=False, disable=None)
     for i, picture in enumerate(progress, start=first):
         image_folder = folder / "imgs" / f"{name}{i}"
         image_folder.mkdir(parents=True)

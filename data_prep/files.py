@@ -102,8 +102,7 @@ def check_image_bytes(content: bytes, where: str) -> str:
     except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as e:
         reason = re.sub(r" ?<_io\.[^>]*>", "", " ".join(str(e).split()))  # no memory addresses
         raise DataError(
-            f"{where}: not a readable image ({len(content)} bytes; {reason}); "
-            "expected a whole JPEG or PNG file"
+            f"{where}: not a readable image ({len(content)} bytes; {reason}); expected a whole JPEG or PNG file"
         ) from None
     return hashlib.sha256(content).hexdigest()
 

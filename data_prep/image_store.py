@@ -195,15 +195,13 @@ class _Zip(Store):
             raise DataError(f"{self._where(name)}: encrypted; expected a zip file without password")
         if member.file_size > MAX_BYTES:
             raise DataError(
-                f"{self._where(name)}: {member.file_size:,} bytes; expected an image of at most "
-                f"{MAX_BYTES:,}"
+                f"{self._where(name)}: {member.file_size:,} bytes; expected an image of at most {MAX_BYTES:,}"
             )
         try:
             return zip_file.read(member)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
             raise DataError(
-                f"{self._where(name)}: damaged or not readable in the zip file "
-                f"({e or type(e).__name__})"
+                f"{self._where(name)}: damaged or not readable in the zip file ({e or type(e).__name__})"
             ) from None
 
 

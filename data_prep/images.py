@@ -109,9 +109,7 @@ def _pil_to_rgb(image: PIL.Image.Image) -> tuple[np.ndarray, bool]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise DataError(
-                f"grey values from {values.min()} to {values.max()}; expected 0 to 65535"
-            )
+            raise DataError(f"grey values from {values.min()} to {values.max()}; expected 0 to 65535")
         white_is_zero = 262  # TIFF's PhotometricInterpretation; PIL heeds it for 8 bits only
         if image.format == "TIFF" and image.tag_v2.get(white_is_zero) == 0:
             values = 65535 - values

@@ -51,8 +51,7 @@ _CHUNK = 1 << 20
 _LONGEST_OBJECT = 1 << 24
 _RAW_KEYS = ("qa_pairs_raw", "qa_pairs")
 _EXPECTED = (
-    "expected rows with image_id, question and answer, or with image_id and one of "
-    "qa_pairs_raw, qa_pairs, qa_pair"
+    "expected rows with image_id, question and answer, or with image_id and one of qa_pairs_raw, qa_pairs, qa_pair"
 )
 
 
@@ -213,9 +212,7 @@ def _numbered(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, st
             open_block = True
         elif not line.strip():
             # The answer may be a paragraph of its own below its question.
-            open_block = (
-                open_block and len(blocks[-1]) == 1 and blocks[-1][0].strip(" *_")[-1:] == "?"
-            )
+            open_block = open_block and len(blocks[-1]) == 1 and blocks[-1][0].strip(" *_")[-1:] == "?"
         elif open_block:
             blocks[-1].append(_BULLET.sub("", line.strip(), count=1))
     pairs, rejected, question = [], [], None
@@ -303,9 +300,7 @@ def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 if more and len(buffer) - at < _LONGEST_OBJECT:
                     break  # it may go on in the next chunk
                 number = line + buffer.count("\n", 0, e.pos)
-                raise DataError(
-                    f"{path}: not valid JSON at line {number} ({e.msg}); {_EXPECTED}"
-                ) from None
+                raise DataError(f"{path}: not valid JSON at line {number} ({e.msg}); {_EXPECTED}") from None
             except RecursionError:
                 raise DataError(f"{path}: JSON nested too deeply; {_EXPECTED}") from None
             if not isinstance(found, dict):
@@ -326,8 +321,7 @@ def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[st
             header = [c.strip() for c in header]
             if missing := [k for k in ("image_id", "question", "answer") if k not in header]:
                 raise DataError(
-                    f"{path}: no column {', '.join(missing)} in the header "
-                    f"{','.join(header)!r:.80}; {_EXPECTED}"
+                    f"{path}: no column {', '.join(missing)} in the header {','.join(header)!r:.80}; {_EXPECTED}"
                 )
             for row in reader:
                 if not any(c.strip() for c in row):
@@ -335,9 +329,7 @@ def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[st
                 where = f"line {reader.line_num}"
                 if len(row) != len(header):
                     ledger.read("records")
-                    ledger.drop(
-                        "records", "another number of cells than the header", f"{path.name} {where}"
-                    )
+                    ledger.drop("records", "another number of cells than the header", f"{path.name} {where}")
                     continue
                 # The index column that pandas writes has no name.
                 yield where, {k: v for k, v in zip(header, row, strict=True) if k}
@@ -352,9 +344,7 @@ def qa_ledger() -> Ledger:
     return Ledger(("records", "pairs"), ("rule",))
 
 
-def read_qa(
-    paths: pathlib.Path | str | Sequence[pathlib.Path | str], ledger: Ledger | None = None
-) -> Iterator[Pair]:
+def read_qa(paths: pathlib.Path | str | Sequence[pathlib.Path | str], ledger: Ledger | None = None) -> Iterator[Pair]:
     """Yields the question-answer pairs of one or several files in their order, each once.
 
     Args:
@@ -397,9 +387,7 @@ def read_qa(
             per_image[image] += 1
             question_id = extra.get("question_id") or f"{image}_{per_image[image]}"
             if question_id in ids:
-                raise DataError(
-                    f"{where}: question_id {question_id!r} is used before; expected each once"
-                )
+                raise DataError(f"{where}: question_id {question_id!r} is used before; expected each once")
             ids.add(question_id)
             if "\n" in question.strip():
                 ledger.flag("pairs", "question on several lines, joined", question_id)
@@ -426,9 +414,7 @@ def read_qa(
             yield pair
 
 
-def _records(
-    paths: Sequence[pathlib.Path | str], ledger: Ledger
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(paths: Sequence[pathlib.Path | str], ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and place, record) of all files."""
     for path in (pathlib.Path(p).expanduser() for p in paths):
         if path.suffix.lower() == ".csv":

@@ -91,17 +91,11 @@ def load_tokenizer(path: str | None) -> Callable[[list[str]], list[int]] | None:
         content = gzip.decompress(content) if path.endswith(".gz") else content
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as e:  # of three libraries, each with its own
-        raise DataError(
-            f"{path}: no tokenizer ({e}); expected ${TOKENIZER} to name a .model or .json file"
-        ) from None
-    return lambda texts: [
-        len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)
-    ]
+        raise DataError(f"{path}: no tokenizer ({e}); expected ${TOKENIZER} to name a .model or .json file") from None
+    return lambda texts: [len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def describe_set(
-    name: str, folder: pathlib.Path, tokens: Callable[[list[str]], list[int]] | None
-) -> dict[str, Any]:
+def describe_set(name: str, folder: pathlib.Path, tokens: Callable[[list[str]], list[int]] | None) -> dict[str, Any]:
     """Build report, lengths and distributions of one built set."""
     path = folder / REPORT_NAME
     build = files.read_json(path) if path.is_file() else {"splits": {}}
@@ -122,9 +116,7 @@ def describe_set(
 
 
 def _panels(features: Any) -> dict[str, str]:
-    found = {
-        title: next((k for k in keys if k in features), None) for title, keys in PANELS.items()
-    }
+    found = {title: next((k for k in keys if k in features), None) for title, keys in PANELS.items()}
     return {title: key for title, key in found.items() if key} | {FIRST_WORD: FIRST_WORD}
 
 
@@ -209,9 +201,7 @@ def summary(counts: Mapping[int, int]) -> dict[str, float]:
 def _normal(split: Mapping[str, Any]) -> dict[str, Any]:
     """A split's part of a build report, also of the sets that list all ids of dropped rows."""
     dropped = {
-        reason: note
-        if isinstance(note, Mapping)
-        else {"count": len(note), "first": [str(i) for i in note[:FIRST]]}
+        reason: note if isinstance(note, Mapping) else {"count": len(note), "first": [str(i) for i in note[:FIRST]]}
         for reason, note in split["dropped"].items()
     }
     flags_ = dict(split.get("flags", {}))
@@ -276,9 +266,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
                 continue
             key = r["panels"][title]
             totals = _over_splits(r, title)
-            rows = [
-                (value, _n(n), f"{100 * n / totals.total():.1f} %") for value, n in _shown(totals)
-            ]
+            rows = [(value, _n(n), f"{100 * n / totals.total():.1f} %") for value, n in _shown(totals)]
             parts += [f"### {title} (`{key}`)\n", _table("value, examples, share", rows)]
     return "\n".join(parts)
 
@@ -320,9 +308,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
     heights = [1.2 + 0.23 * _longest(r) for r in found.values()]
     figure = Figure(figsize=(15, sum(heights)), layout="constrained")
-    axes = figure.subplots(
-        len(found), len(PANELS), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
+    axes = figure.subplots(len(found), len(PANELS), squeeze=False, gridspec_kw={"height_ratios": heights})
     for (name, r), row in zip(found.items(), axes):
         examples = sum(s["examples"] for s in r["splits"].values())
         for title, ax in zip(PANELS, row):

@@ -245,8 +245,7 @@ def _concepts(folder: pathlib.Path, name: str, kind: str) -> dict[str, tuple[str
     if not path.is_file():
         return None
     return {
-        image_id: tuple(c.strip() for c in cuis.split(";") if c.strip())
-        for _, image_id, cuis in _table(path, "CUIs")
+        image_id: tuple(c.strip() for c in cuis.split(";") if c.strip()) for _, image_id, cuis in _table(path, "CUIs")
     }
 
 

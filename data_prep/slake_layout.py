@@ -22,9 +22,7 @@ SPLITS = {
     "validate": ("validate.json", "validation.json"),
     "test": ("test.json",),
 }
-TEXT_KEYS = (
-    "img_name question answer q_lang location modality answer_type base_type content_type".split()
-)
+TEXT_KEYS = "img_name question answer q_lang location modality answer_type base_type content_type".split()
 KEYS = (*TEXT_KEYS, "img_id", "triple", "qid")
 EXPECTED = "train.json, validate.json (or validation.json), test.json and imgs/"
 
@@ -55,11 +53,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
-    missing = [
-        " or ".join(names)
-        for names in SPLITS.values()
-        if not any((folder / n).is_file() for n in names)
-    ]
+    missing = [" or ".join(names) for names in SPLITS.values() if not any((folder / n).is_file() for n in names)]
     if not (folder / "imgs").is_dir():
         missing.append("imgs/")
     if not missing:
@@ -71,8 +65,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     if right := [p for p in near if (p / "train.json").is_file() and (p / "imgs").is_dir()]:
         hint = f"; did you mean {right[0]}?"
     raise DataError(
-        f"{folder}: not a folder in SLAKE's layout: {', '.join(missing)} not found in it; "
-        f"expected {EXPECTED}{hint}"
+        f"{folder}: not a folder in SLAKE's layout: {', '.join(missing)} not found in it; expected {EXPECTED}{hint}"
     )
 
 
@@ -94,9 +87,7 @@ def _check_row(row: Any, where: str) -> dict[str, Any]:
     if row["q_lang"] not in ("en", "zh"):
         raise DataError(f"{where}: q_lang is {row['q_lang']!r}; expected 'en' or 'zh'")
     if row["answer_type"].strip().upper() not in ("OPEN", "CLOSED"):
-        raise DataError(
-            f"{where}: answer_type is {row['answer_type']!r}; expected 'OPEN' or 'CLOSED'"
-        )
+        raise DataError(f"{where}: answer_type is {row['answer_type']!r}; expected 'OPEN' or 'CLOSED'")
     if not row["question"].strip():
         raise DataError(f"{where}: the question is empty; expected text")
     return row
@@ -132,9 +123,7 @@ def read_boxes(path: pathlib.Path) -> list[dict[str, Any]]:
     return boxes
 
 
-def _read_split(
-    folder: pathlib.Path, split: str, language: str
-) -> tuple[list[Row], dict[str, Any], Counter]:
+def _read_split(folder: pathlib.Path, split: str, language: str) -> tuple[list[Row], dict[str, Any], Counter]:
     """Rows of one split in one language, its part of the report, and the qids seen in the file."""
     path = next(p for n in SPLITS[split] if (p := folder / n).is_file())
     content = files.read_json(path, "a list of question rows")
@@ -180,7 +169,7 @@ def _read_split(
         "answer_types": dict(Counter(r.features["answer_type"] for r in rows).most_common()),
         "content_types": dict(Counter(r.features["content_type"] for r in rows).most_common()),
         "images": len({r.image for r in rows}),
-    }  # fmt: skip
+    }
     return rows, report, qids
 
 
@@ -191,9 +180,7 @@ def _check_images(rows: dict[str, list[Row]]) -> dict[pathlib.Path, str]:
         for row in split_rows:
             first.setdefault(row.image, (split, row))
     digests = {}
-    for image, (split, row) in tqdm.tqdm(
-        first.items(), desc="checking images", unit="", leave=False, disable=None
-    ):
+    for image, (split, row) in tqdm.tqdm(first.items(), desc="checking images", unit="", leave=False, disable=None):
         try:
             digests[image] = files.check_image(image)
         except DataError as e:
@@ -202,16 +189,13 @@ def _check_images(rows: dict[str, list[Row]]) -> dict[pathlib.Path, str]:
     return digests
 
 
-def shared_images(
-    rows: dict[str, list[Row]], digests: dict[pathlib.Path, str]
-) -> dict[str, list[str]]:
+def shared_images(rows: dict[str, list[Row]], digests: dict[pathlib.Path, str]) -> dict[str, list[str]]:
     """Images that two splits have in common, by content: `{"train+test": [image ids], ...}`.
 
     By content and not by name, since a renamed copy leaks as much as the file itself.
     """
     by_split = {
-        split: {digests[r.image]: r.features["image_id"] for r in split_rows}
-        for split, split_rows in rows.items()
+        split: {digests[r.image]: r.features["image_id"] for r in split_rows} for split, split_rows in rows.items()
     }
     names = list(rows)
     return {
@@ -262,11 +246,7 @@ def read_folder(folder: pathlib.Path | str, language: str) -> Folder:
             boxes[image] = []
             without.append(image.parent.name)
     used = {image.parent.name for image in digests}
-    on_disk = {
-        p.name
-        for p in (folder / "imgs").iterdir()
-        if p.is_dir() and not p.name.startswith((".", "__MACOSX"))
-    }
+    on_disk = {p.name for p in (folder / "imgs").iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))}
     report = {
         "folder": str(folder.resolve()),
         "language": language,
@@ -291,8 +271,7 @@ def describe(report: dict[str, Any]) -> Sequence[str]:
     for split, r in report["splits"].items():
         types = ", ".join(f"{k} {v:,}" for k, v in r["answer_types"].items())
         lines.append(
-            f"{split}: {r['rows_read']:,} rows read, {r['rows_kept']:,} kept ({types}), "
-            f"{r['images']:,} images"
+            f"{split}: {r['rows_read']:,} rows read, {r['rows_kept']:,} kept ({types}), {r['images']:,} images"
         )
         for reason, ids in r["dropped"].items():
             lines.append(f"  dropped, {reason}: {len(ids)} (qid {', '.join(ids[:10])})")

@@ -25,9 +25,7 @@ _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 def check_installed() -> None:
     """DataError if checksums can't be computed here: better before a build than in it."""
     if importlib.util.find_spec("google_crc32c") is None:
-        raise DataError(
-            "--file_format=tfrecord needs google-crc32c; pip install 'paligemma_med[tfrecord]'"
-        )
+        raise DataError("--file_format=tfrecord needs google-crc32c; pip install 'paligemma_med[tfrecord]'")
 
 
 def check_random_access(file_format: Any, where: str | os.PathLike) -> None:

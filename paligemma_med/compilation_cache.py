@@ -27,9 +27,7 @@ def start(setting, workdir):
       ValueError: `setting` is something else.
     """
     if not isinstance(setting, bool | str) or setting == "":
-        raise ValueError(
-            f"config.compilation_cache is {setting!r}; expected True, False or a folder."
-        )
+        raise ValueError(f"config.compilation_cache is {setting!r}; expected True, False or a folder.")
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return folder
     folder = None

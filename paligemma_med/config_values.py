@@ -25,9 +25,7 @@ def check_keys(section, known, where):
         near = [difflib.get_close_matches(key, known, n=1) for key in unknown]
         hint = ", ".join(repr(n[0]) for n in near if n)
         hint = f" (did you mean {hint}?)" if hint else ""
-        raise ValueError(
-            f"{where} has unknown keys {unknown}{hint}; known are {', '.join(sorted(known))}."
-        )
+        raise ValueError(f"{where} has unknown keys {unknown}{hint}; known are {', '.join(sorted(known))}.")
 
 
 def _is_number(x):

@@ -256,9 +256,7 @@ def _check_batch(batch, params):
     image, text = batch[seen], batch["text"]
     shape = {"image": "[B, height, width, 3]", "zimg": "[B, P, D]"}[seen]
     if text.ndim != 2 or image.ndim != shape.count(",") + 1 or image.shape[0] != text.shape[0]:
-        raise ValueError(
-            f"text has shape {text.shape} and {seen} {image.shape}; expected [B, T] and {shape}."
-        )
+        raise ValueError(f"text has shape {text.shape} and {seen} {image.shape}; expected [B, T] and {shape}.")
     for key in ("mask_ar", "mask_input"):
         if batch[key].shape != text.shape:
             raise ValueError(f"{key} has shape {batch[key].shape}, but text {text.shape}.")
@@ -271,8 +269,7 @@ def _check_batch(batch, params):
     mask = _as_bool(mask)
     if np.any(bad := (~mask[:, :-1] & mask[:, 1:]).any(axis=1)):
         raise ValueError(
-            f"mask_input of row {bad.argmax()} has a 1 after a 0; "
-            "expected the prompt first, padding after it."
+            f"mask_input of row {bad.argmax()} has a 1 after a 0; expected the prompt first, padding after it."
         )
     _check_tokens(text[mask], params, "text")
     arrays = {k: batch[k] for k in (seen, *_KEYS)}
@@ -315,15 +312,25 @@ def _read_prompts(model, params, batch, *, text_len, new, copies):
     mask_input = _as_bool(mask_input)
     text = jnp.where(mask_input, text, PAD_TOKEN).astype(jnp.int32)
     (x, input_mask, mask_ar), _ = model.apply(
-        variables, batch.get("image"), text, input_mask=mask_input,
-        mask_ar=mask_ar.astype(jnp.int32), zimg=batch.get("zimg"), method="embed_image_and_text",
-    )  # fmt: skip
+        variables,
+        batch.get("image"),
+        text,
+        input_mask=mask_input,
+        mask_ar=mask_ar.astype(jnp.int32),
+        zimg=batch.get("zimg"),
+        method="embed_image_and_text",
+    )
     logits, cache = model.apply(
-        variables, x, input_mask, mask_ar,
+        variables,
+        x,
+        input_mask,
+        mask_ar,
         # The last token is never read back, but an empty cache would be a case of its own.
-        cache_size=x.shape[1] + max(new - 1, 1), num_samples=copies,
-        method="prefill_cache", mutable=["cache", "prefix"],
-    )  # fmt: skip
+        cache_size=x.shape[1] + max(new - 1, 1),
+        num_samples=copies,
+        method="prefill_cache",
+        mutable=["cache", "prefix"],
+    )
     # The prefix never changes: kept out of a loop's state, it isn't copied at each step.
     return {**variables, "prefix": cache.pop("prefix")}, cache, logits[:, 0]
 
@@ -331,9 +338,7 @@ def _read_prompts(model, params, batch, *, text_len, new, copies):
 def _extend(model, variables, cache, tokens):
     """int32[BR] tokens → (float32[BR, V] logits after them, cache that holds them)."""
     ztxt, _ = model.apply(variables, tokens[:, None], method="embed_text")
-    logits, cache = model.apply(
-        {**variables, **cache}, ztxt, method="extend_cache", mutable=["cache"]
-    )
+    logits, cache = model.apply({**variables, **cache}, ztxt, method="extend_cache", mutable=["cache"])
     return logits[:, 0], cache
 
 
@@ -343,13 +348,22 @@ def _logprob(logits, tokens):
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "num_samples", "greedy", "text_len")
-)
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "num_samples", "greedy", "text_len"))
 def _generate(
-    model, params, batch, key, temperature, top_k, top_p, eos_token, *, max_new_tokens, num_samples,
-    greedy, text_len,
-):  # fmt: skip
+    model,
+    params,
+    batch,
+    key,
+    temperature,
+    top_k,
+    top_p,
+    eos_token,
+    *,
+    max_new_tokens,
+    num_samples,
+    greedy,
+    text_len,
+):
     """`generate` without its checks; also gives the number of tokens it took, int32[]."""
     variables, cache, logits = _read_prompts(
         model, params, batch, text_len=text_len, new=max_new_tokens, copies=num_samples
@@ -416,17 +430,21 @@ def _generate(
 _pick = jax.vmap(lambda x, index: x[index])  # x[B, n, …], int[B, m] → [B, m, …]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "beams", "max_new_tokens", "early_stopping", "text_len")
-)
+@functools.partial(jax.jit, static_argnames=("model", "beams", "max_new_tokens", "early_stopping", "text_len"))
 def _beam_search(
-    model, params, batch, length_penalty, eos_token, *, beams, max_new_tokens, early_stopping,
+    model,
+    params,
+    batch,
+    length_penalty,
+    eos_token,
+    *,
+    beams,
+    max_new_tokens,
+    early_stopping,
     text_len,
-):  # fmt: skip
+):
     """`beam_search` without its checks."""
-    variables, cache, logits = _read_prompts(
-        model, params, batch, text_len=text_len, new=max_new_tokens, copies=beams
-    )
+    variables, cache, logits = _read_prompts(model, params, batch, text_len=text_len, new=max_new_tokens, copies=beams)
     rows, vocab = logits.shape
 
     def select(state, logits, count):
@@ -442,9 +460,7 @@ def _beam_search(
 
         best = ends & (jnp.arange(2 * beams) < beams) & state["open"][:, None]
         final = jnp.where(best, score / count.astype(jnp.float32) ** length_penalty, -jnp.inf)
-        ended_score, place = jax.lax.top_k(
-            jnp.concatenate([state["ended_score"], final], axis=1), beams
-        )
+        ended_score, place = jax.lax.top_k(jnp.concatenate([state["ended_score"], final], axis=1), beams)
         ended = _pick(jnp.concatenate([state["ended"], tokens], axis=1), place)
 
         score, place = jax.lax.top_k(jnp.where(ends, -jnp.inf, score), beams)
@@ -466,8 +482,7 @@ def _beam_search(
     none = jnp.full((rows, beams), -jnp.inf)
     tokens = jnp.full((rows, beams, max_new_tokens), PAD_TOKEN, jnp.int32)
     # All beams are the bare prompt: but for the first they are left out, or all would be the same.
-    state = dict(score=none.at[:, 0].set(0.0), tokens=tokens, ended_score=none, ended=tokens,
-                 open=~batch["skip"])  # fmt: skip
+    state = dict(score=none.at[:, 0].set(0.0), tokens=tokens, ended_score=none, ended=tokens, open=~batch["skip"])
     state, parent = select(state, jnp.repeat(logits, beams, axis=0), jnp.int32(1))
 
     def goes_on(carry):
@@ -504,9 +519,7 @@ def _follow(cache, parent):
 def _score_options(model, params, batch, options, lengths, *, text_len):
     """`score_options` without its checks: float32[B, C] sums."""
     rows, count, length = options.shape
-    variables, cache, logits = _read_prompts(
-        model, params, batch, text_len=text_len, new=length, copies=count
-    )
+    variables, cache, logits = _read_prompts(model, params, batch, text_len=text_len, new=length, copies=count)
     tokens, lengths = options.reshape(-1, length), lengths.reshape(-1)
 
     def add(sums, logits, step):

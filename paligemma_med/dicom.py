@@ -30,9 +30,7 @@ def to_rgb(content):
         import pydicom
         from pydicom import pixels
     except ImportError:
-        raise ValueError(
-            "a DICOM file, and pydicom is not installed: pip install 'paligemma_med[dicom]'."
-        ) from None
+        raise ValueError("a DICOM file, and pydicom is not installed: pip install 'paligemma_med[dicom]'.") from None
     try:
         with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
             warnings.simplefilter("ignore")  # remarks on values that no pixel depends on

@@ -44,8 +44,14 @@ def define_flags():
 def start_from_flags(**kw):
     """`start` with the flags of `define_flags`."""
     v = flags.FLAGS
-    start(v.coordinator_address, v.num_processes, v.process_id,
-          start_timeout=v.start_timeout, peer_timeout=v.peer_timeout, **kw)  # fmt: skip
+    start(
+        v.coordinator_address,
+        v.num_processes,
+        v.process_id,
+        start_timeout=v.start_timeout,
+        peer_timeout=v.peer_timeout,
+        **kw,
+    )
 
 
 def start(

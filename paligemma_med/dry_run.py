@@ -81,8 +81,9 @@ def trace_step(config):
     trained = {n: frozen.pop(n) for n in names}
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, trained), train_step.opt_shardings(tx, trained, mesh),
-    )  # fmt: skip
+        jax.eval_shape(tx.init, trained),
+        train_step.opt_shardings(tx, trained, mesh),
+    )
     batch = abstract_batch(config, config.input.batch_size, sharding.batch_sharding(mesh))
     step = train_step.make_train_step(config, model, tx, learning_rate)
     step = train_step.jit_step(step, tx, trained, mesh)
@@ -100,9 +101,7 @@ def compile_step(config):
         compiled = t.traced.lower().compile()
         seconds = time.monotonic() - started
         activations = _saved_bytes(config, t.model, t.mesh, t.trained, t.frozen)
-    return Step(
-        compiled, t.trained, t.opt_state, t.frozen, t.batch, activations, t.model, t.mesh, seconds
-    )
+    return Step(compiled, t.trained, t.opt_state, t.frozen, t.batch, activations, t.model, t.mesh, seconds)
 
 
 def abstract_batch(config, size, where=None):
@@ -130,10 +129,7 @@ def _saved_bytes(config, model, mesh, trained, frozen):
         loss = lambda x: loss_fn(x, frozen, batch, rng)[0]  # noqa: E731
         return jax.tree.leaves(jax.vjp(loss, trained)[1])
 
-    plain = [
-        {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()}
-        for tree in (trained, frozen, batch)
-    ]
+    plain = [{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()} for tree in (trained, frozen, batch)]
     jaxpr = jax.make_jaxpr(saved)(*plain, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
     given = set(jaxpr.invars)
     made = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var) and v not in given}
@@ -203,15 +199,14 @@ def dry_run(config, hbm_gib=None):
     out["activations"] = min(step.activations, parts["temporary"]) / 2**30
 
     devices = step.mesh.devices.flat
-    print(
-        f"Compiled in {step.seconds:.0f} s for {len(devices)} × {devices[0].device_kind}; "
-        "on each, GiB:"
-    )
+    print(f"Compiled in {step.seconds:.0f} s for {len(devices)} × {devices[0].device_kind}; on each, GiB:")
     for name in parts:
         print(f"  {name:<18} {out[name]:9.3f}")
         if name == "temporary":
-            print(f"    activations kept for the backward pass of {_rows(config, step.mesh)} "
-                  f"examples: at most {out['activations']:.3f}")  # fmt: skip
+            print(
+                f"    activations kept for the backward pass of {_rows(config, step.mesh)} "
+                f"examples: at most {out['activations']:.3f}"
+            )
     print(f"  {'peak':<18} {out['peak']:9.3f}")
     if (twin := float32_twin(config, step.mesh)) is not None:
         elsewhere = compile_step(twin).compiled.memory_analysis().temp_size_in_bytes
@@ -229,9 +224,13 @@ def dry_run(config, hbm_gib=None):
 
 def _print_flops(config, step, names):
     found = flops.count(
-        step.model, names, res=config.res, text_len=config.text_len,
-        supervised_len=config.get("supervised_len"), loss_chunk=config.get("loss_chunk"),
-    )  # fmt: skip
+        step.model,
+        names,
+        res=config.res,
+        text_len=config.text_len,
+        supervised_len=config.get("supervised_len"),
+        loss_chunk=config.get("loss_chunk"),
+    )
     tera = config.input.batch_size / 1e12
     model, executed = (x * tera for x in (found.per_example_model, found.per_example_executed))
     print(

@@ -77,9 +77,7 @@ def check_training_config(config):
         raise ValueError(f"config.input lacks ['batch_size'], found {sorted(config.input)}.")
     size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
     if size % accum:
-        raise ValueError(
-            f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}."
-        )
+        raise ValueError(f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}.")
     mesh = make_mesh(config)
     shards = sharding.batch_sharding(mesh).mesh.shape[sharding.DATA_AXIS]
     if size % (accum * shards):
@@ -176,9 +174,7 @@ def param_kinds(config, abstract, trained):
     wanted = config.get("frozen_dtype")
     if wanted not in quantise.KINDS:
         return {}
-    kinds = {
-        n: quantise.kind_of(n, x.shape, wanted) for n, x in abstract.items() if n not in trained
-    }
+    kinds = {n: quantise.kind_of(n, x.shape, wanted) for n, x in abstract.items() if n not in trained}
     return {n: kind for n, kind in kinds.items() if kind}
 
 
@@ -255,8 +251,7 @@ def _random_params(config, model, names, dtypes, shardings):
     """Those of a fresh model's parameters; what isn't asked for is not computed."""
 
     def init():
-        tree = paligemma.init_params(model, jax.random.key(config.get("seed", 0)),
-                                     image_size=config.res)  # fmt: skip
+        tree = paligemma.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
         flat = npz.flatten_tree(tree)
         return {n: flat[n].astype(dtypes[n]) for n in names}
 
@@ -547,22 +542,17 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
             kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder)
         outdir = os.path.join(folder, "eval", name) if folder else None
         try:
-            inputs = input_pipeline.evaluation(
-                kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh
-            )
+            inputs = input_pipeline.evaluation(kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh)
             if train_data := kw.pop("train_data", None):
                 kw["train_data"] = _Answered(train_data, kw.pop("train_answer", "answer"))
-            evaluator = module.Evaluator(
-                model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw
-            )
+            evaluator = module.Evaluator(model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw)
         except ValueError as e:
             raise ValueError(f"config.evals.{name}: {e}") from e
         out[name] = (evaluator, section)
     return out
 
 
-_EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer",
-              *config_values.WHEN)  # fmt: skip
+_EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer", *config_values.WHEN)
 _GIVEN = {"inputs", "total", "outdir", "about"}  # by make_evaluators
 
 
@@ -609,8 +599,7 @@ class _Answered:
         for key in (answer, *self._KEYS):
             if key not in self._source.features:
                 what = f"train_answer={answer!r}" if key == answer else "train_data"
-                raise ValueError(f"{what}: {self._source} has no {key!r}, only "
-                                 f"{sorted(self._source.features)}")  # fmt: skip
+                raise ValueError(f"{what}: {self._source} has no {key!r}, only {sorted(self._source.features)}")
 
     def __iter__(self):
         for row in self._source.columns((self._answer, *self._KEYS)):

@@ -61,15 +61,26 @@ def load(config, checkpoint):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     pp = get_preprocess_fn(config.predict_pp)
     model, tokenizer, mesh, params = experiment.load(config, checkpoint)
-    names = [os.path.basename(os.path.normpath(str(x)))
-             for x in (checkpoint, config.get("adapter_init")) if x]  # fmt: skip
+    names = [os.path.basename(os.path.normpath(str(x))) for x in (checkpoint, config.get("adapter_init")) if x]
     prints = "".join(fingerprint.of_leaves(params))
     weights = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
     return Loaded(config, weights, capture.capturable(model), tokenizer, mesh, params, pp)
 
 
-def explain(loaded, image, question, *, title="image", mask=None, num_samples=5, temperature=1.0,
-            seed=0, max_new_tokens=64, methods=report.METHODS, fill="blur"):  # fmt: skip
+def explain(
+    loaded,
+    image,
+    question,
+    *,
+    title="image",
+    mask=None,
+    num_samples=5,
+    temperature=1.0,
+    seed=0,
+    max_new_tokens=64,
+    methods=report.METHODS,
+    fill="blur",
+):
     """Answers a question about an image, and measures what the answer rests on.
 
     Args:
@@ -104,20 +115,18 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
     prompt = row["text"][row["mask_input"] > 0]
     patch = _patch(loaded.model, seen)
     images = {
-        "image": seen, "blank": checks.blank(seen), "shuffled": checks.shuffled(seen, patch),
-    }  # fmt: skip
+        "image": seen,
+        "blank": checks.blank(seen),
+        "shuffled": checks.shuffled(seen, patch),
+    }
     if mask is not None:
         mask = fit_mask(mask, image.shape, seen.shape, _is_stretched(image, seen))
         images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
 
-    answers, samples = _answers(
-        loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens
-    )
+    answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
     answer_ids, answer = answers[0]
     texts = dict(zip(images, (text for _, text in answers)))
-    arrays, score = report.measure(
-        loaded.model, loaded.params, seen, prompt, answer_ids, methods=methods, fill=fill
-    )
+    arrays, score = report.measure(loaded.model, loaded.params, seen, prompt, answer_ids, methods=methods, fill=fill)
     names = [name for name in images if name != "image"]
     # In batches as occlusion's, whose program is compiled already.
     size = report.BATCH if "occlusion" in methods else len(names)
@@ -132,9 +141,7 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
         prompt=[piece(tok, t) for t in prompt],
         tokens=[piece(tok, t) for t in answer_ids[: len(arrays["logprobs"])]],
         ended=int(answer_ids[len(arrays["logprobs"]) - 1]) == tok.eos_token,
-        others=[
-            [(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays["others"])
-        ],
+        others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays["others"])],
         picture=image if _is_stretched(image, seen) else _pixels(seen),
         seen=_pixels(seen),
         samples=samples,
@@ -148,8 +155,9 @@ def explain(loaded, image, question, *, title="image", mask=None, num_samples=5,
         mask=None,
     )
     if mask is not None:
-        out["mask"] = dict(fill=fill, picture=_pixels(images["masked"]),
-                           logprobs=others["masked"], answer=texts["masked"])  # fmt: skip
+        out["mask"] = dict(
+            fill=fill, picture=_pixels(images["masked"]), logprobs=others["masked"], answer=texts["masked"]
+        )
     raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in ("blank", "shuffled")})]
     out["flags"] = [dict(name=words(f.name), says=f.says) for f in raised if f.raised]
     out["about"] = _about(loaded, out, seen, answer_ids, num_samples, temperature, seed)
@@ -242,9 +250,15 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
     def draw(**kw):
         with sharding.rules(loaded.config, loaded.mesh):
             found = decode.generate(
-                loaded.model, loaded.params, batch, eos_token=tok.eos_token, seed=seed,
-                num_samples=max(num_samples, 1), max_new_tokens=max_new_tokens, **kw,
-            )  # fmt: skip
+                loaded.model,
+                loaded.params,
+                batch,
+                eos_token=tok.eos_token,
+                seed=seed,
+                num_samples=max(num_samples, 1),
+                max_new_tokens=max_new_tokens,
+                **kw,
+            )
         return distributed.to_host(found)
 
     tokens, _ = draw(temperature=1.0, top_k=1)
@@ -252,23 +266,22 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
     if not num_samples:
         return greedy, []
     tokens, logprobs = draw(temperature=temperature)
-    return greedy, [
-        dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum()))
-        for t, p in zip(tokens[0], logprobs[0])
-    ]
+    return greedy, [dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum())) for t, p in zip(tokens[0], logprobs[0])]
 
 
 def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed):
     # No time and no duration: the same command makes the same bytes.
     out = [
         ("Weights", loaded.weights),
-        ("Image", f"{seen.shape[1]} × {seen.shape[0]} px as the model sees it, "
-                  f"{made['grid'][0]} × {made['grid'][1]} patches"),
+        (
+            "Image",
+            f"{seen.shape[1]} × {seen.shape[0]} px as the model sees it, {made['grid'][0]} × {made['grid'][1]} patches",
+        ),
         ("Language model", f"{made['raw'].shape[0]} layers of {made['raw'].shape[1]} heads"),
         ("Answer", "most probable token at each place (greedy)"),
         ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
         ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
-    ]  # fmt: skip
+    ]
     if loaded.tokenizer.eos_token not in np.asarray(answer_ids):
         out.append(("Cut off", f"the answer had not ended after {len(answer_ids)} tokens"))
     return out
@@ -286,17 +299,28 @@ def write_page(made, path):
 def write_npz(made, path):
     """All arrays of a report, exact: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
     and `texts`, JSON as UTF-8 bytes in an array (no pickle)."""
-    arrays = {
-        k: np.asarray(made[k]) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")
-    }
+    arrays = {k: np.asarray(made[k]) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")}
     for m in made["maps"]:
         arrays[slug("_".join(filter(None, (m["method"], m["variant"]))))] = np.asarray(m["values"])
     for key in ("boxes", "logprobs") if made["regions"] else ():
         arrays[f"regions_{key}"] = np.asarray(made["regions"][key])
     if made["mask"]:
         arrays["mask_logprobs"] = np.asarray(made["mask"]["logprobs"])
-    texts = {k: made[k] for k in ("title", "question", "answer", "prompt", "tokens", "samples",
-                                  "controls", "flags", "about", "occlusion")}  # fmt: skip
+    texts = {
+        k: made[k]
+        for k in (
+            "title",
+            "question",
+            "answer",
+            "prompt",
+            "tokens",
+            "samples",
+            "controls",
+            "flags",
+            "about",
+            "occlusion",
+        )
+    }
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     with atomic.file(path) as f:
         np.savez_compressed(f, **arrays)
@@ -352,9 +376,7 @@ def read_questions(path, folder):
         raise ValueError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}).") from None
     reader = csv.DictReader(lines, delimiter="\t" if str(path).endswith(".tsv") else ",")
     if missing := {"image", "question"} - {*(reader.fieldnames or ())}:
-        raise ValueError(
-            f"{path}: no column {' and '.join(sorted(missing))}; found {reader.fieldnames}."
-        )
+        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; found {reader.fieldnames}.")
     out = []
     for row in reader:
         image, question = ((row[k] or "").strip() for k in ("image", "question"))
@@ -412,10 +434,14 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
       How many have no page.
     """
     identity = dict(
-        weights=loaded.weights, settings=kw, npz=npz, png=png,
-        config=experiment.config_to_json(loaded.config), software=paligemma_med.__version__,
+        weights=loaded.weights,
+        settings=kw,
+        npz=npz,
+        png=png,
+        config=experiment.config_to_json(loaded.config),
+        software=paligemma_med.__version__,
         asked=[(page.clean(name), page.clean(question)) for name, question in asked],
-    )  # fmt: skip
+    )
     rows = []
     with contextlib.closing(results.Part(out, identity)) as part:
         for i, (name, question) in enumerate(asked):
@@ -451,8 +477,17 @@ def _content(path):
 
 def _row(loaded, content, name, question, stem, *, npz, png, **kw):
     """Writes the files of one of many, `stem` and an ending; → its row in the index, as JSON."""
-    row = dict(name=page.clean(name), question=page.clean(question), answer="", probability=None,
-               flags=[], raised=[], thumb=None, href=None, error=None)  # fmt: skip
+    row = dict(
+        name=page.clean(name),
+        question=page.clean(question),
+        answer="",
+        probability=None,
+        flags=[],
+        raised=[],
+        thumb=None,
+        href=None,
+        error=None,
+    )
     try:
         if isinstance(content, OSError):
             raise content
@@ -465,10 +500,13 @@ def _row(loaded, content, name, question, stem, *, npz, png, **kw):
     if png:
         write_pngs(made, os.path.dirname(stem), f"{os.path.basename(stem)}_")
     return row | dict(
-        answer=page.clean(made["answer"]), flags=made["flags"], raised=results.plain(raised, name),
+        answer=page.clean(made["answer"]),
+        flags=made["flags"],
+        raised=results.plain(raised, name),
         probability=float(np.exp(min(0.0, made["logprobs"].sum()))),
-        thumb=page.data_url(made["picture"], 96), href=f"{os.path.basename(stem)}.html",
-    )  # fmt: skip
+        thumb=page.data_url(made["picture"], 96),
+        href=f"{os.path.basename(stem)}.html",
+    )
 
 
 def worst_first(rows, raised):
@@ -478,8 +516,12 @@ def worst_first(rows, raised):
     def key(i):
         row = rows[i]
         probability = row["probability"]
-        return (row["error"] is None, [-x for x in checks.severity(raised[i])],
-                -1 if probability is None else probability, by_flags[i])  # fmt: skip
+        return (
+            row["error"] is None,
+            [-x for x in checks.severity(raised[i])],
+            -1 if probability is None else probability,
+            by_flags[i],
+        )
 
     return sorted(range(len(rows)), key=key)
 
@@ -533,15 +575,15 @@ def main(argv):
     loaded = load(config, checkpoint)
     kw = {k: values[k].value for k in _OPTIONS}
     if asked:
-        failed = explain_many(loaded, values.image_dir, asked, values.out,
-                              npz=bool(values.npz), png=bool(values.png), **kw)  # fmt: skip
+        failed = explain_many(
+            loaded, values.image_dir, asked, values.out, npz=bool(values.npz), png=bool(values.png), **kw
+        )
         print(f"Written to {os.path.join(values.out, 'index.html')}")
         if failed:
             raise ValueError(f"{failed} of {len(asked)} have no report; index.html says why.")
         return
     try:
-        made, _ = explain(loaded, image, values.question[0], mask=mask,
-                          title=os.path.basename(values.image), **kw)  # fmt: skip
+        made, _ = explain(loaded, image, values.question[0], mask=mask, title=os.path.basename(values.image), **kw)
     except ValueError as e:
         raise ValueError(f"{values.image}: {e}") from e
     command = shlex.join(["python", "-m", "paligemma_med.explain", *sys.argv[1:]])

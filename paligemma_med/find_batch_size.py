@@ -44,8 +44,7 @@ def find_batch_size(config, hbm_gib):
             known[rows, accum] = parts = _parts(c)
             size = sum(parts.values()) / 2**30
             what = "example" if rows == 1 else "examples"
-            print(f"{rows:5d} {what} at a time on each device, {accum} times a step: "
-                  f"{size:.2f} GiB", flush=True)  # fmt: skip
+            print(f"{rows:5d} {what} at a time on each device, {accum} times a step: {size:.2f} GiB", flush=True)
         return sum(known[rows, accum].values()) / 2**30
 
     shards = experiment.make_mesh(config).shape[sharding.DATA_AXIS]
@@ -71,8 +70,10 @@ def find_batch_size(config, hbm_gib):
         return out
     out |= dict(batch_size=whole * shards, grad_accum_steps=whole // own, rows_of_own=own)
     out["peak_of_own"] = peak(own, whole // own)
-    print(f"For the config's {whole * shards} examples a step: --config.grad_accum_steps="
-          f"{whole // own} ({own} at a time, {out['peak_of_own']:.2f} GiB)")  # fmt: skip
+    print(
+        f"For the config's {whole * shards} examples a step: --config.grad_accum_steps="
+        f"{whole // own} ({own} at a time, {out['peak_of_own']:.2f} GiB)"
+    )
     return out
 
 
@@ -124,7 +125,5 @@ def _parts(config):
     dtype = config.get("frozen_dtype", "float32")
     if dtype in quantise.KINDS:
         return dry_run.memory(config, step)
-    frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.frozen
-    )
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.frozen)
     return dry_run.memory(config, dataclasses.replace(step, frozen=frozen))

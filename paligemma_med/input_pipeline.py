@@ -67,11 +67,7 @@ def _find_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
         raise InputError(f"data.name={name!r}: expected a name like 'phantom' or 'slake/en'")
     folder = data_dir.joinpath(*parts)
     inside = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    versions = [
-        p
-        for p in inside
-        if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()
-    ]
+    versions = [p for p in inside if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and (p / "dataset_info.json").is_file()]
     if versions:
         return max(versions, key=_version_key)
     configs = sorted(f"{name}/{p.name}" for p in inside if any(p.glob("*/dataset_info.json")))
@@ -214,9 +210,13 @@ def _instructions(builder: Any, split: str) -> list[Any]:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | np.generic | bool | int | float) and np.asarray(
-        value
-    ).dtype.kind not in ("O", "S", "U", "M", "m")
+    return isinstance(value, np.ndarray | np.generic | bool | int | float) and np.asarray(value).dtype.kind not in (
+        "O",
+        "S",
+        "U",
+        "M",
+        "m",
+    )
 
 
 class Preprocess:
@@ -283,16 +283,13 @@ class _TrainRow:
         self._eos_token = eos_token
         self._allow_missing_eos = allow_missing_eos
 
-    def __call__(
-        self, index: int, rng: np.random.Generator
-    ) -> tuple[dict[str, np.ndarray], int, list[dict[str, Any]]]:
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], int, list[dict[str, Any]]]:
         item, (arrays, others, cut), skipped = self._make(int(index), rng)
         if others:
             kept = ", ".join(f'"{k}"' for k in arrays)
             found = ", ".join(f"{k} ({type(v).__name__})" for k, v in others.items())
             raise InputError(
-                f"input.pp leaves keys that are no arrays: {found}; "
-                f"add keep({kept}) at its end, or fewer of these"
+                f"input.pp leaves keys that are no arrays: {found}; add keep({kept}) at its end, or fewer of these"
             )
         if not self._allow_missing_eos:
             self._check_eos(arrays, cut, *item)
@@ -340,9 +337,7 @@ class _TrainRow:
             label = f"{self._source.split}[{index}]"
         return f"{self._prefix}{label}"
 
-    def _check_eos(
-        self, arrays: Mapping[str, np.ndarray], cut: int, index: int, record: Mapping[str, Any]
-    ) -> None:
+    def _check_eos(self, arrays: Mapping[str, np.ndarray], cut: int, index: int, record: Mapping[str, Any]) -> None:
         where = self._pp.where(index, record)
         if missing := [k for k in ("text", "mask_loss") if k not in arrays]:
             raise InputError(
@@ -357,8 +352,7 @@ class _TrainRow:
             )
         if not np.any((mask_loss > 0) & (text == self._eos_token)):
             advice = (
-                f"tolen cut {cut} tokens off, raise text_len (the length given to tolen, now "
-                f"{len(text)})"
+                f"tolen cut {cut} tokens off, raise text_len (the length given to tolen, now {len(text)})"
                 if cut
                 else "add eos='yes' to the tok(...) of the suffix and supervise it with mask_loss"
             )
@@ -380,9 +374,7 @@ def _stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Rows of equal keys and shapes -> key -> array[len(rows), ...]."""
     for row in rows:
         if row.keys() != rows[0].keys():
-            raise InputError(
-                f"pp gives rows of one batch different keys: {sorted(rows[0])} and {sorted(row)}"
-            )
+            raise InputError(f"pp gives rows of one batch different keys: {sorted(rows[0])} and {sorted(row)}")
     out = {}
     for key in rows[0]:
         shapes = sorted({row[key].shape for row in rows})
@@ -450,12 +442,9 @@ def _process_share(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[in
     return low // size, batch_size // size
 
 
-def _put(
-    batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, batch_size: int
-) -> dict[str, jax.Array]:
+def _put(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
     return {
-        k: jax.make_array_from_process_local_data(sharding, v, (batch_size, *v.shape[1:]))
-        for k, v in batch.items()
+        k: jax.make_array_from_process_local_data(sharding, v, (batch_size, *v.shape[1:])) for k, v in batch.items()
     }
 
 
@@ -496,9 +485,7 @@ def _exit_after_parent() -> None:
         os._exit(1)
 
 
-def _run_ahead(
-    batches: grain.MapDataset, *, num_workers: int, num_threads: int, ahead: int
-) -> grain.IterDataset:
+def _run_ahead(batches: grain.MapDataset, *, num_workers: int, num_threads: int, ahead: int) -> grain.IterDataset:
     """Makes `batches` in order and ahead of their use, by workers or by threads of this process."""
     if num_workers:
         # Grain reads flags of its own when it starts workers. Outside of app.run (a notebook, a
@@ -600,9 +587,7 @@ class TrainingInput:
             host, cut, skipped = made
             return _put(host, sharding, batch_size), np.array(cut), skipped
 
-        ahead = grain.experimental.ThreadPrefetchIterDataset(
-            batches.map(to_devices), prefetch_buffer_size=prefetch
-        )
+        ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(to_devices), prefetch_buffer_size=prefetch)
         self._iterator = iter(ahead)
 
     def __iter__(self) -> "TrainingInput":
@@ -745,8 +730,7 @@ def _parts(cfg: Mapping[str, Any]) -> dict[str, tuple[Source, str | PpFn]]:
         pp = section.get("pp", cfg.get("pp"))
         if "data" not in section or pp is None:
             raise InputError(
-                f"input.data has {name!r}, so input.{name}=dict(data=..., pp=...) is expected; "
-                f"found {sorted(section)}"
+                f"input.data has {name!r}, so input.{name}=dict(data=..., pp=...) is expected; found {sorted(section)}"
             )
         if any(shares[name] for _, shares in phases):
             out[name] = (open_source(section["data"]), pp)

@@ -76,8 +76,10 @@ class Writers:
 def _warn(writer, error):
     logging.warning(
         "%s fails; the run goes on without (metrics.jsonl has everything): %s: %s",
-        writer.name, type(error).__name__, error,
-    )  # fmt: skip
+        writer.name,
+        type(error).__name__,
+        error,
+    )
 
 
 class _CannotStart(ValueError):
@@ -100,9 +102,7 @@ class _TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder = os.path.join(workdir, "tensorboard")
         os.makedirs(folder, exist_ok=True)
-        self._file = event_file_writer.EventsWriter(
-            os.path.join(folder, "events"), f".{time.time_ns()}"
-        )
+        self._file = event_file_writer.EventsWriter(os.path.join(folder, "events"), f".{time.time_ns()}")
         # Says to TensorBoard that later steps of earlier files are void.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(first_step + 1, session_log=start)

@@ -35,13 +35,9 @@ def check_phases(weights, anneal, what="input"):
             start, by_name = phase
             by_name = dict(by_name)
         except (TypeError, ValueError):
-            raise ValueError(
-                f"{where} is {phase!r}; expected (fraction, {{name: weight}})"
-            ) from None
+            raise ValueError(f"{where} is {phase!r}; expected (fraction, {{name: weight}})") from None
         if not _is_number(start) or not last < start < 1 or (i and not start):
-            raise ValueError(
-                f"{where}: fraction {start!r}; expected numbers that rise within (0, 1)"
-            )
+            raise ValueError(f"{where}: fraction {start!r}; expected numbers that rise within (0, 1)")
         if by_name.keys() != dict(weights).keys():
             raise ValueError(f"{where} has the names {[*by_name]}; expected {[*weights]}")
         for name, weight in by_name.items():
@@ -74,9 +70,7 @@ def draw(phases, total):
     starts = np.array([round(s * total) for s, _ in phases] + [total], np.float64)
     shares = np.array([[p[n] for n in names] for _, p in phases])
     # What is due to each set at the borders of phases; between them it rises steadily.
-    due = np.concatenate(
-        [np.zeros((1, len(names))), np.cumsum(shares * np.diff(starts)[:, None], 0)]
-    )
+    due = np.concatenate([np.zeros((1, len(names))), np.cumsum(shares * np.diff(starts)[:, None], 0)])
     slack = 1 / (2 * len(names) - 2) if len(names) > 1 else 0.0
     may, must = [], []
     for i in range(len(names)):

@@ -50,8 +50,7 @@ def match_names(names, rules, what):
     for pattern, _ in patterns:
         if pattern.pattern != ".*" and not any(pattern.fullmatch(n) for n in names):
             raise ValueError(
-                f"{what}: {pattern.pattern!r} matches no parameter; names look like "
-                f"{', '.join(sorted(names)[:3])}, …"
+                f"{what}: {pattern.pattern!r} matches no parameter; names look like {', '.join(sorted(names)[:3])}, …"
             )
     return out
 
@@ -104,15 +103,17 @@ def make_schedule(schedule, *, total_steps, num_examples, batch_size):
     kind = schedule.pop("decay_type", "constant")
     end = schedule.pop("linear_end", 0.0)
     warmup = durations.to_steps(
-        schedule, "warmup", num_examples=num_examples, batch_size=batch_size,
-        total_steps=total_steps, default=0,
-    )  # fmt: skip
+        schedule,
+        "warmup",
+        num_examples=num_examples,
+        batch_size=batch_size,
+        total_steps=total_steps,
+        default=0,
+    )
     if unknown := sorted(set(schedule) - {f"warmup_{u}" for u in durations.UNITS}):
         raise ValueError(f"config.schedule: unknown keys {unknown}.")
     if kind not in ("constant", "cosine", "linear"):
-        raise ValueError(
-            f"config.schedule: decay_type is {kind!r}; expected 'constant', 'cosine' or 'linear'."
-        )
+        raise ValueError(f"config.schedule: decay_type is {kind!r}; expected 'constant', 'cosine' or 'linear'.")
     if total_steps > 1 and warmup >= total_steps:
         raise ValueError(f"config.schedule: warmup of {warmup} steps in {total_steps} steps.")
 
@@ -134,9 +135,7 @@ def _make_tx(name, kw):
     """optax.NAME(**kw)"""
     factory = getattr(optax, name, None)
     if name.startswith("_") or not callable(factory):
-        raise ValueError(
-            f"optax_name is {name!r}; expected a transformation in optax, like 'scale_by_adam'."
-        )
+        raise ValueError(f"optax_name is {name!r}; expected a transformation in optax, like 'scale_by_adam'.")
     try:
         return factory(**kw)
     except TypeError as e:
@@ -188,9 +187,7 @@ def make(config, names, *, total_steps, num_examples, batch_size):
     txs.append(scale(lambda n: config.lr * lr_mults.get(n, (0, 1.0))[1]))
     if wd:
         txs.append(optax.stateless(decay))
-    txs.append(
-        optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label)
-    )
+    txs.append(optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label))
     txs.append(optax.scale(-1.0))
     first = next(iter(schedules.values()), lambda step: jnp.float32(0))
     return optax.chain(*txs), lambda step: config.lr * first(step)

@@ -59,8 +59,7 @@ def main(argv):
     distributed.start_from_flags(awaits_sigterm=False)
     if values.num_samples > 1 and not values.temperature:
         raise app.UsageError(
-            f"--num_samples={values.num_samples} at --temperature=0 is one answer so many times; "
-            "give --temperature=1."
+            f"--num_samples={values.num_samples} at --temperature=0 is one answer so many times; give --temperature=1."
         )
     config, checkpoint = experiment.from_flags()
     try:

@@ -45,9 +45,7 @@ def _check_durations(config):
     """Number of steps; all durations are sound."""
     if "data" not in config.input:
         raise ValueError(f"config.input lacks ['data'], found {sorted(config.input)}.")
-    kw = dict(
-        num_examples=input_pipeline.num_examples(config.input), batch_size=config.input.batch_size
-    )
+    kw = dict(num_examples=input_pipeline.num_examples(config.input), batch_size=config.input.batch_size)
     total_steps = durations.to_steps(config, "total", **kw)
     if total_steps is None:
         raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
@@ -64,24 +62,29 @@ def _check_durations(config):
 def _check_optimizer(config, trained, total_steps):
     """Takes an abstract step."""
     tx, _ = optim.make(
-        config, list(trained), total_steps=total_steps, num_examples=1,
+        config,
+        list(trained),
+        total_steps=total_steps,
+        num_examples=1,
         batch_size=config.input.batch_size,
-    )  # fmt: skip
+    )
     try:
         jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), trained)
     except (TypeError, ValueError) as e:
         raise ValueError(
-            f"optax.{config.optax_name} can't take a step with config.optax = "
-            f"{dict(config.get('optax') or {})}: {e}"
+            f"optax.{config.optax_name} can't take a step with config.optax = {dict(config.get('optax') or {})}: {e}"
         ) from e
 
 
 def _check_training_rows(config, abstract, tok, mesh, total_steps):
     try:
         with input_pipeline.training(
-            config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
+            config.input,
+            seed=config.get("seed", 0),
+            mesh=mesh,
+            eos_token=tok.eos_token,
             total_steps=total_steps,
-        ) as batches:  # fmt: skip
+        ) as batches:
             rows = batches.first_rows()
     except input_pipeline.InputError:
         raise
@@ -112,9 +115,7 @@ def _check_eval_row(config, name, section, abstract):
     choices = tuple(section.get("choices") or ())
     needed = (*getattr(module, "NEEDED", ()), *choices, *(["answer_letter"] if choices else []))
     if missing := [k for k in needed if k not in row]:
-        raise ValueError(
-            f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...)."
-        )
+        raise ValueError(f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...).")
     _check_image(config, row, what)
     _check_tokens(row, abstract, what)
 
@@ -128,9 +129,7 @@ def _build_pp(text, what):
 
 def _check_arrays(row, needed, what):
     if missing := [k for k in needed if k not in row]:
-        raise ValueError(
-            f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...)."
-        )
+        raise ValueError(f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...).")
 
 
 def _check_image(config, row, what):

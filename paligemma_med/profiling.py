@@ -80,7 +80,6 @@ def parse(steps):
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(
-            f"--profile is {steps!r}; expected first:last, two step numbers with the first smaller,"
-            " such as 10:15."
+            f"--profile is {steps!r}; expected first:last, two step numbers with the first smaller, such as 10:15."
         )
     return int(match[1]), int(match[2])

@@ -48,9 +48,13 @@ class Progress:
             self.say(_accounting(flops, peak))
         if self._shown and sys.stderr.isatty() and _has_width(sys.stderr):
             self._bar = tqdm.tqdm(
-                total=total_steps, initial=first_step, unit="step", miniters=1, dynamic_ncols=True,
+                total=total_steps,
+                initial=first_step,
+                unit="step",
+                miniters=1,
+                dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
-            )  # fmt: skip
+            )
 
     def step(self, step, loss, wait=False):
         """Moves the bar; to be called after each step. Costs nothing where there is no bar.

@@ -35,10 +35,7 @@ _TABLE = "llm/embedder/input_embedding"
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
 # Axes of each kernel's inputs, counted from the end: the same for one layer and for all.
-_INPUTS = {
-    t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs)
-    for t in lora.TARGETS
-}
+_INPUTS = {t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs) for t in lora.TARGETS}
 _INPUTS[_TABLE] = (-1,)
 
 

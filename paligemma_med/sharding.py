@@ -53,14 +53,11 @@ def make_mesh(
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh={shown}: the sizes given multiply to {known}, "
-            f"which doesn't fit the {len(devices)} devices there are"
+            f"mesh={shown}: the sizes given multiply to {known}, which doesn't fit the {len(devices)} devices there are"
         )
     # Auto: the compiler places intermediate arrays, as big_vision's jit does. make_mesh's own
     # default asks every operation to state its sharding.
-    return jax.make_mesh(
-        tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -170,8 +167,7 @@ def _shard_dim(
         raise ValueError(f"shard_dim: dimension {dim} of {leaf.shape} is cut already")
     if leaf.shape[dim] % _size(axis, mesh):
         raise ValueError(
-            f"shard_dim: {_shown(axis)}={_size(axis, mesh)} doesn't divide dimension {dim} "
-            f"of {leaf.shape}"
+            f"shard_dim: {_shown(axis)}={_size(axis, mesh)} doesn't divide dimension {dim} of {leaf.shape}"
         )
     return _cut(spec, dim, axis), ""
 
@@ -201,9 +197,7 @@ def _shown(axis: str | tuple[str, ...]) -> str:
 
 
 # Strategy name -> (function, {argument: types it may have}, arguments it must have).
-_STRATEGIES: Mapping[
-    str, tuple[Callable[..., tuple[Spec, str]], Mapping[str, tuple[type, ...]], tuple[str, ...]]
-] = {
+_STRATEGIES: Mapping[str, tuple[Callable[..., tuple[Spec, str]], Mapping[str, tuple[type, ...]], tuple[str, ...]]] = {
     "replicate": (_replicate, {}, ()),
     "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float)}, ()),
     "shard_dim": (
@@ -240,9 +234,7 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
     call = node if isinstance(node, ast.Call) else None
     name_node = call.func if call else node
     if not isinstance(name_node, ast.Name) or name_node.id not in _STRATEGIES:
-        raise ValueError(
-            f"sharding strategy {text!r} is not known, there are {list(_STRATEGIES)}; {example}"
-        )
+        raise ValueError(f"sharding strategy {text!r} is not known, there are {list(_STRATEGIES)}; {example}")
     name = name_node.id
     if call and call.args:
         raise ValueError(f"sharding strategy {text!r}: arguments go by name; {example}")
@@ -251,8 +243,7 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
     for keyword in call.keywords if call else ():
         if keyword.arg not in allowed:
             raise ValueError(
-                f"sharding strategy {text!r}: {name} has no argument {keyword.arg!r}, "
-                f"it has {list(allowed)}"
+                f"sharding strategy {text!r}: {name} has no argument {keyword.arg!r}, it has {list(allowed)}"
             )
         types = allowed[keyword.arg]
         try:
@@ -261,8 +252,7 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
             value = None
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(
-                f"sharding strategy {text!r}: {keyword.arg} must be a literal "
-                f"{' or '.join(t.__name__ for t in types)}"
+                f"sharding strategy {text!r}: {keyword.arg} must be a literal {' or '.join(t.__name__ for t in types)}"
             )
         kwargs[keyword.arg] = value
     if missing := [k for k in needed if k not in kwargs]:
@@ -272,9 +262,7 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
 
 def _leaf_name(path: Sequence[Any]) -> str:
     """A tree path as big_vision names parameters: "llm/layers/attn/q_einsum/w"."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _leaf(name: str, x: Any) -> Leaf:
@@ -305,16 +293,13 @@ def _read_rules(
             for a in (axis,) if isinstance(axis, str) else axis:
                 if a not in mesh.shape:
                     raise ValueError(
-                        f"sharding_strategy: {op}: axis {a!r} is not in the mesh, "
-                        f"it has {list(mesh.shape)}"
+                        f"sharding_strategy: {op}: axis {a!r} is not in the mesh, it has {list(mesh.shape)}"
                     )
         rules.append((pattern, ops))
     return rules
 
 
-def plan(
-    tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh
-) -> dict[str, tuple[NamedSharding, str]]:
+def plan(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str, tuple[NamedSharding, str]]:
     """`infer_sharding` by name, with a note on what stayed whole though a strategy would cut it.
 
     {name: (sharding, note or "")}; arguments and errors are those of `infer_sharding`.
@@ -404,17 +389,12 @@ def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextMa
             raise ValueError(f"sharding_rules: {pair!r} is not a (name, mesh axes) pair")
         name, axes = pair
         if name not in activations.NAMES:
-            raise ValueError(
-                f"sharding_rules: there is no {name!r}, expected one of {list(activations.NAMES)}"
-            )
+            raise ValueError(f"sharding_rules: there is no {name!r}, expected one of {list(activations.NAMES)}")
         if axes is not None and not isinstance(axes, str):
             axes = tuple(axes)
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis not in mesh.shape:
-                raise ValueError(
-                    f"sharding_rules: {name}: axis {axis!r} is not in the mesh, "
-                    f"it has {list(mesh.shape)}"
-                )
+                raise ValueError(f"sharding_rules: {name}: axis {axis!r} is not in the mesh, it has {list(mesh.shape)}")
         found.append((name, axes))
     if not found or mesh.size == 1:
         return contextlib.nullcontext()

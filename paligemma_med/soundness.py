@@ -54,8 +54,7 @@ class Soundness:
                 self._not_finite(step, found)
             elif not math.isfinite(found["l2_params"]):
                 raise FloatingPointError(
-                    f"Step {step}: l2_params is {found['l2_params']}: the update was too large. "
-                    "Lower config.lr."
+                    f"Step {step}: l2_params is {found['l2_params']}: the update was too large. Lower config.lr."
                 )
 
     def _not_finite(self, step, found):

@@ -75,17 +75,18 @@ def _train(config, workdir, signals, profile):
     if distributed.is_main():
         print(experiment.describe_params(config, abstract, trained_names), flush=True)
     num_examples = input_pipeline.num_examples(config.input)
-    to_steps = functools.partial(
-        durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size
-    )
+    to_steps = functools.partial(durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size)
     total_steps = to_steps(config, "total")
     if total_steps is None:
         raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
     to_steps = functools.partial(to_steps, total_steps=total_steps)
     tx, learning_rate = optim.make(
-        config, trained_names, total_steps=total_steps, num_examples=num_examples,
+        config,
+        trained_names,
+        total_steps=total_steps,
+        num_examples=num_examples,
         batch_size=config.input.batch_size,
-    )  # fmt: skip
+    )
 
     trace = profiling.Profile(profile, workdir, total_steps)
     writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
@@ -97,9 +98,7 @@ def _train(config, workdir, signals, profile):
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    checkpoints = workdirs.Checkpoints(
-        workdir, keep=config.get("keep_ckpt", 2), best=workdirs.best_of(workdir, config)
-    )
+    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 2), best=workdirs.best_of(workdir, config))
     first_step, gone_on = 0, {}
     if found := checkpoints.restore_newest(trained, opt_state):
         first_step, trained, opt_state, gone_on = found
@@ -121,16 +120,28 @@ def _train(config, workdir, signals, profile):
     log_every = to_steps(config, "log_training", default=50)
     save_every = to_steps(config, "ckpt", default=0)
     bar = progress.Progress(
-        first_step, total_steps, config.input.batch_size,
-        flops=flops.count(model, trained_names, res=config.res, text_len=config.text_len,
-                          supervised_len=config.get("supervised_len"),
-                          loss_chunk=config.get("loss_chunk")),
+        first_step,
+        total_steps,
+        config.input.batch_size,
+        flops=flops.count(
+            model,
+            trained_names,
+            res=config.res,
+            text_len=config.text_len,
+            supervised_len=config.get("supervised_len"),
+            loss_chunk=config.get("loss_chunk"),
+        ),
         peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
-    )  # fmt: skip
+    )
     batches = input_pipeline.training(
-        config.input, seed=config.get("seed", 0), mesh=mesh, eos_token=tok.eos_token,
-        start_step=first_step, total_steps=total_steps, state=gone_on.get("input"),
-    )  # fmt: skip
+        config.input,
+        seed=config.get("seed", 0),
+        mesh=mesh,
+        eos_token=tok.eos_token,
+        start_step=first_step,
+        total_steps=total_steps,
+        state=gone_on.get("input"),
+    )
     soundness = Soundness(config, workdir, batches, skipped=gone_on.get("skipped_steps", 0))
 
     def is_due(name):
@@ -242,9 +253,7 @@ def _check_keep_best(config, evaluators):
     if not best:
         return
     if not config_values.is_mapping(best):
-        raise ValueError(
-            f"config.keep_best is {best!r}; expected dict(metric='NAME/METRIC', mode='max')."
-        )
+        raise ValueError(f"config.keep_best is {best!r}; expected dict(metric='NAME/METRIC', mode='max').")
     if unknown := sorted(set(best) - {"metric", "mode"}):
         raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
     metric, mode = best.get("metric", ""), best.get("mode", "max")
@@ -283,10 +292,7 @@ def main(argv):
     elif values.dry_run:
         dry_run.dry_run(values.config, values.hbm_gib)
     elif values.hbm_gib is not None:
-        raise ValueError(
-            "--hbm_gib is for --dry_run and --find_batch_size alone: give one of them, or leave it "
-            "out."
-        )
+        raise ValueError("--hbm_gib is for --dry_run and --find_batch_size alone: give one of them, or leave it out.")
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:

@@ -24,21 +24,23 @@ def make_loss_fn(config, model):
         params = npz.unflatten_tree({**frozen, **trained})
         # The model reads all but the last token and predicts all but the first.
         text, mask_ar = batch["text"][:, :-1], batch["mask_ar"][:, :-1]
-        positions, weights, lost = losses.supervised_positions(
-            batch["mask_loss"][:, 1:], config.get("supervised_len")
-        )
+        positions, weights, lost = losses.supervised_positions(batch["mask_loss"][:, 1:], config.get("supervised_len"))
         x, _ = model.apply(
-            {"params": params}, batch["image"], text, mask_ar, True,
-            logit_positions=positions, pre_logits=True, rngs={"dropout": rng},
-        )  # fmt: skip
+            {"params": params},
+            batch["image"],
+            text,
+            mask_ar,
+            True,
+            logit_positions=positions,
+            pre_logits=True,
+            rngs={"dropout": rng},
+        )
         labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
 
         def compute_logits(x):
             return model.apply({"params": params}, x, method="compute_logits")
 
-        nll = losses.chunked_cross_entropy(
-            compute_logits, x, labels, config.get("loss_chunk"), smoothing
-        )
+        nll = losses.chunked_cross_entropy(compute_logits, x, labels, config.get("loss_chunk"), smoothing)
         return jnp.sum(nll * weights * batch["row_weight"][:, None]), lost
 
     return loss_fn

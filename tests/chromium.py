@@ -91,8 +91,14 @@ def _start(profile, size, log):
     """(pid, file to write to, file to read from). Chromium reads at 3 and writes at 4."""
     its_in, to = map(_high, os.pipe())
     of, its_out = map(_high, os.pipe())
-    command = [find(), *_FLAGS, size, f"--user-data-dir={profile}",
-               "--host-resolver-rules=MAP * ~NOTFOUND", "about:blank"]  # fmt: skip
+    command = [
+        find(),
+        *_FLAGS,
+        size,
+        f"--user-data-dir={profile}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "about:blank",
+    ]
     env = {k: v for k, v in os.environ.items() if k != "DBUS_SESSION_BUS_ADDRESS"}
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -182,8 +188,7 @@ class Page:
 
         The protocol evaluates it: the page's content policy, which forbids eval, stays in force.
         """
-        said = self._call("Runtime.evaluate", expression=expression, returnByValue=True,
-                          awaitPromise=True)  # fmt: skip
+        said = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in said:
             raise RuntimeError(f"{expression}: {_exception(said['exceptionDetails'])}")
         return said["result"].get("value")
@@ -233,8 +238,7 @@ class Page:
     def key(self, name, *, shift=False):
         """Presses a key where the focus is: a name of `_KEYS`, or a character."""
         code, number, text = _KEYS.get(name, (name, ord(name.upper()[0]), name))
-        same = dict(key=name, code=code, windowsVirtualKeyCode=number,
-                    modifiers=_SHIFT if shift else 0)  # fmt: skip
+        same = dict(key=name, code=code, windowsVirtualKeyCode=number, modifiers=_SHIFT if shift else 0)
         down = dict(type="keyDown", text=text) if text else dict(type="rawKeyDown")
         self._call("Input.dispatchKeyEvent", **down, **same)
         self._call("Input.dispatchKeyEvent", type="keyUp", **same)
@@ -261,8 +265,7 @@ class Page:
 
     def resize(self, width, height):
         """Size of the window in CSS pixels."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                   deviceScaleFactor=1, mobile=False)  # fmt: skip
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def emulate(self, *, dark=None, reduced_motion=None, media=""):
         """Preferences of the user; media="print" shows the page as it would be printed."""
@@ -270,13 +273,18 @@ class Page:
             "prefers-color-scheme": {True: "dark", False: "light"}.get(dark, ""),
             "prefers-reduced-motion": {True: "reduce"}.get(reduced_motion, ""),
         }
-        self._call("Emulation.setEmulatedMedia", media=media,
-                   features=[dict(name=k, value=v) for k, v in features.items()])  # fmt: skip
+        self._call(
+            "Emulation.setEmulatedMedia", media=media, features=[dict(name=k, value=v) for k, v in features.items()]
+        )
 
     def screenshot(self, path, *, whole=True):
         """A PNG of the window, or of the whole page."""
-        said = self._call("Page.captureScreenshot", captureBeyondViewport=whole, format="png",
-                          **(dict(clip=self._whole()) if whole else {}))  # fmt: skip
+        said = self._call(
+            "Page.captureScreenshot",
+            captureBeyondViewport=whole,
+            format="png",
+            **(dict(clip=self._whole()) if whole else {}),
+        )
         pathlib.Path(path).write_bytes(base64.b64decode(said["data"]))
 
     def downloads(self):
@@ -349,10 +357,7 @@ class Page:
 
 def _element(selector):
     quoted = json.dumps(selector)
-    return (
-        f"(document.querySelector({quoted}) || (() => {{throw new Error("
-        f"'no element ' + {quoted})}})())"
-    )
+    return f"(document.querySelector({quoted}) || (() => {{throw new Error('no element ' + {quoted})}})())"
 
 
 def _exception(details):

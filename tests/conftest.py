@@ -19,9 +19,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices, so that sharded code meets a real mesh. Measured: 20 MB more, compiling 5 % slower.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 
 # PALIGEMMA_MED_TESTS_OPTIMISED=1 compiles all programs as users' are: once before a release.
 _OPTIMISED = os.environ.get("PALIGEMMA_MED_TESTS_OPTIMISED", "") not in ("", "0")

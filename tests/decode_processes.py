@@ -23,9 +23,7 @@ def main(argv):
     placed = {k: distributed.place(v, where) for k, v in batch.items()}
     params = jax.tree.map(lambda x: distributed.place(x, sharding.replicated(mesh)), params)
     kw = dict(max_new_tokens=3, eos_token=NO_EOS)
-    drawn = decode.generate(
-        model, params, placed, num_samples=2, temperature=1.0, top_k=9, top_p=0.9, **kw
-    )
+    drawn = decode.generate(model, params, placed, num_samples=2, temperature=1.0, top_k=9, top_p=0.9, **kw)
     zimg = decode.encode_images(model, params, placed["image"])
     text = {k: v for k, v in placed.items() if k != "image"} | {"zimg": zimg}
     greedy = decode.generate(model, params, text, **kw)

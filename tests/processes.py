@@ -42,8 +42,7 @@ def start(module, args, *, num, devices=1):
     env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     port, out = free_port(), []
     for i in range(num):
-        place = [f"--coordinator_address=localhost:{port}", f"--num_processes={num}",
-                 f"--process_id={i}"]  # fmt: skip
+        place = [f"--coordinator_address=localhost:{port}", f"--num_processes={num}", f"--process_id={i}"]
         out.append(
             subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, args), *(place if num > 1 else [])],
@@ -52,7 +51,7 @@ def start(module, args, *, num, devices=1):
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-            )  # fmt: skip
+            )
         )
     return out
 
@@ -70,9 +69,7 @@ def run(module, args, **kw):
     """`start` and `finish`; all must end well."""
     done = finish(start(module, args, **kw))
     for i, (code, out, err) in enumerate(done):
-        assert code == 0, (
-            f"process {i} of {module} ended with {code}:\n{out[-2000:]}\n{err[-4000:]}"
-        )
+        assert code == 0, f"process {i} of {module} ended with {code}:\n{out[-2000:]}\n{err[-4000:]}"
     return done
 
 
@@ -110,10 +107,15 @@ def evaluate(data_dir, outdir, mesh, dies_at=None):
     data = {**val.data.to_dict(), "split": f"validate[:{NUM_QUESTIONS}]"}
     inputs = input_pipeline.evaluation(data, val.pp_fn, EVAL_BATCH, mesh=mesh)
     evaluator = vqa.Evaluator(
-        None, Tokenizer(), inputs=inputs, total=NUM_QUESTIONS, outdir=outdir,
-        pred_kw=dict(max_new_tokens=3), controls=("shuffled_images", "noise_image"),
+        None,
+        Tokenizer(),
+        inputs=inputs,
+        total=NUM_QUESTIONS,
+        outdir=outdir,
+        pred_kw=dict(max_new_tokens=3),
+        controls=("shuffled_images", "noise_image"),
         about=lambda params: {"fingerprint": "of answers"},
-    )  # fmt: skip
+    )
     asked = []
 
     def generate(*args, **kw):
@@ -148,18 +150,19 @@ def _words():
     whole = {s: distributed.place(host, spec(*s)) for s in [("data",), (None, "model"), ()]}
     # Each process's own copy, so that it shows whose rows came from where.
     own = distributed.to_host(distributed.place(host + 1000 * me, spec("data")))
-    placed = experiment.place_params(
-        {"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")}
-    )["w"]
+    placed = experiment.place_params({"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")})["w"]
     return dict(
         to_host=[np.array_equal(distributed.to_host(x), host) for x in whole.values()],
         owners=(own[:, 0] // 1000).astype(int).tolist(),
-        place_params=[str(placed.dtype), placed.addressable_shards[0].data.shape,
-                      distributed.to_host(placed).astype(int).tolist()],
+        place_params=[
+            str(placed.dtype),
+            placed.addressable_shards[0].data.shape,
+            distributed.to_host(placed).astype(int).tolist(),
+        ],
         gather=distributed.gather({"me": me, "text": "é" * 300 * me, "n": np.int64(me)}),
         broadcast=distributed.broadcast([me, None]),
         is_main=distributed.is_main(),
-    )  # fmt: skip
+    )
 
 
 @experiment.command

@@ -25,12 +25,27 @@ import urllib.error
 import urllib.request
 
 FAULTS = (
-    "429", "429_date", "500", "503", "timeout", "drop", "half_body", "half_json", "html",
-    "cut", "hostile",
-)  # fmt: skip
+    "429",
+    "429_date",
+    "500",
+    "503",
+    "timeout",
+    "drop",
+    "half_body",
+    "half_json",
+    "html",
+    "cut",
+    "hostile",
+)
 HOSTILE = (
-    "", "{" * 5000, "[" * 100_000, "null", "I can't help with that.", "\x00\ufeff", "1. " * 3000,
-)  # fmt: skip
+    "",
+    "{" * 5000,
+    "[" * 100_000,
+    "null",
+    "I can't help with that.",
+    "\x00\ufeff",
+    "1. " * 3000,
+)
 
 
 def fenced(messages):
@@ -48,9 +63,7 @@ def completion(content, usage, finish="stop", model="fake-model-1"):
     """A chat completion as a dict."""
     choice = dict(index=0, message=dict(role="assistant", content=content), finish_reason=finish)
     counts = dict(zip(("prompt_tokens", "completion_tokens"), usage), total_tokens=sum(usage))
-    return dict(
-        id="x", object="chat.completion", created=0, model=model, choices=[choice], usage=counts
-    )
+    return dict(id="x", object="chat.completion", created=0, model=model, choices=[choice], usage=counts)
 
 
 class Server:
@@ -254,9 +267,7 @@ class RealModel(Server):
         # Threads wait for each other on a busy machine: two were twelve times slower than one.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, **kw, **how
-        ).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kw, **how).eval()
 
     def __exit__(self, *exc):
         super().__exit__(*exc)
@@ -264,9 +275,7 @@ class RealModel(Server):
 
     def respond(self, handler, body):
         request = json.loads(body)
-        prompt = self._tokenizer.apply_chat_template(
-            request["messages"], add_generation_prompt=True, tokenize=False
-        )
+        prompt = self._tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, tokenize=False)
         ids = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         form = (request.get("response_format") or {}).get("json_schema", {}).get("schema", {})
         score = form.get("properties", {}).get("score")
@@ -276,9 +285,11 @@ class RealModel(Server):
                 new = self._likeliest(ids, [json.dumps({"score": x}) for x in score["enum"]])
             else:
                 new = self._model.generate(
-                    ids, max_new_tokens=most, do_sample=False,
+                    ids,
+                    max_new_tokens=most,
+                    do_sample=False,
                     attention_mask=self._torch.ones_like(ids),
-                )[0, ids.shape[1] :]  # fmt: skip
+                )[0, ids.shape[1] :]
                 if len(new) == most and new[-1] != self._tokenizer.eos_token_id:
                     finish = "length"
         text = self._tokenizer.decode(new, skip_special_tokens=True)

@@ -27,9 +27,7 @@ pytestmark = pytest.mark.usefixtures("optimised_file")
 BATCH, TEXT_LEN, SUPERVISED, VOCAB = 16, 37, 8, 1009
 MODEL = dict(
     img=dict(width=20, depth=3, mlp_dim=28, num_heads=2, patch_size=16),
-    llm=dict(
-        width=24, depth=5, mlp_dim=46, num_heads=3, num_kv_heads=1, head_dim=22, vocab_size=VOCAB
-    ),
+    llm=dict(width=24, depth=5, mlp_dim=46, num_heads=3, num_kv_heads=1, head_dim=22, vocab_size=VOCAB),
 )
 CONSTANT = dict(decay_type="constant")
 ADAPTERS = dict(
@@ -120,8 +118,7 @@ def most_logits(step):
 def float32_kernels(step):
     """Kernels of frozen leaves that exist in float32, whole or of one layer."""
     known = frozen_shapes(step, min_ndim=2)
-    return {known[_key(a.shape)] for _, a in arrays(step)
-            if a.dtype == jnp.float32 and _key(a.shape) in known}  # fmt: skip
+    return {known[_key(a.shape)] for _, a in arrays(step) if a.dtype == jnp.float32 and _key(a.shape) in known}
 
 
 def stacks(step):
@@ -133,8 +130,7 @@ def float32_stacks(step):
     """Frozen leaves of all layers that exist in float32 at once: made outside of the loop over
     layers, or layer by layer as its output."""
     known = stacks(step)
-    return {known[_key(a.shape)] for _, a in arrays(step)
-            if a.dtype == jnp.float32 and _key(a.shape) in known}  # fmt: skip
+    return {known[_key(a.shape)] for _, a in arrays(step) if a.dtype == jnp.float32 and _key(a.shape) in known}
 
 
 def dense_frozen(step):
@@ -146,8 +142,7 @@ def dense_frozen(step):
 def dense_stacks(step, dtype):
     """Frozen kernels of all layers that exist in `dtype` at once, other than as they are stored."""
     known = {_key(x.shape): n for n, x in dense_frozen(step).items() if _layers(n) and x.ndim > 2}
-    return {known[_key(a.shape)] for _, a in arrays(step)
-            if a.dtype == dtype and _key(a.shape) in known}  # fmt: skip
+    return {known[_key(a.shape)] for _, a in arrays(step) if a.dtype == dtype and _key(a.shape) in known}
 
 
 # What makes gradients of weights (and, as sums of them, of what is used more than once), biases and
@@ -158,8 +153,7 @@ _GRADIENTS = ("dot_general", "conv_general_dilated", "reduce_sum", "scatter-add"
 def gradients_of_frozen(step):
     """Frozen leaves for which something is computed that has their shape."""
     known = frozen_shapes(step, min_ndim=1)
-    return {known[_key(a.shape)] for primitive, a in arrays(step)
-            if primitive in _GRADIENTS and _key(a.shape) in known}  # fmt: skip
+    return {known[_key(a.shape)] for primitive, a in arrays(step) if primitive in _GRADIENTS and _key(a.shape) in known}
 
 
 def state_of_frozen(step):
@@ -238,9 +232,7 @@ def test_quantised_weights_are_dense_one_layer_at_a_time(monkeypatch, policy, ki
     floats = {_key(a.shape) for _, a in arrays(step) if jnp.issubdtype(a.dtype, jnp.floating)}
     assert _key((vocab, width)) not in floats and _key((7 * 11, width)) in floats
     # Products are computed again where the policy says, and for the parts of the table never.
-    found = flops.count(
-        step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED
-    )
+    found = flops.count(step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED)
     assert product_flops(step) == found.per_example_executed
 
 
@@ -262,9 +254,13 @@ def test_flops_of_the_loops_are_those_of_the_formula(stage, kw):
     c = config(**STAGES[stage], **kw)
     step = dry_run.trace_step(c)
     found = flops.count(
-        step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED,
+        step.model,
+        step.trained,
+        res=c.res,
+        text_len=TEXT_LEN,
+        supervised_len=SUPERVISED,
         loss_chunk=c.get("loss_chunk"),
-    )  # fmt: skip
+    )
     assert product_flops(step) == found.per_example_executed
 
 
@@ -274,8 +270,12 @@ def test_state_is_written_over_and_nothing_else_is(lora_step):
     lowered = lora_step.traced.lower()
     info = lowered.args_info[0]
     assert [{x.donated for x in jax.tree.leaves(arg)} for arg in info] == [
-        {True}, {True}, {False}, {False}, {False},
-    ]  # fmt: skip
+        {True},
+        {True},
+        {False},
+        {False},
+        {False},
+    ]
     state = jax.tree.leaves((lora_step.trained, lora_step.opt_state))
     assert lowered.as_text().count("tf.aliasing_output") == len(state)
 
@@ -290,9 +290,7 @@ def mutant(monkeypatch, where, name, made):
 
 
 def test_logits_everywhere_would_be_seen(monkeypatch):
-    step = mutant(
-        monkeypatch, losses, "supervised_positions", lambda true: lambda mask, _: true(mask, None)
-    )
+    step = mutant(monkeypatch, losses, "supervised_positions", lambda true: lambda mask, _: true(mask, None))
     assert most_logits(step) == BATCH * TEXT_LEN * VOCAB
 
 

@@ -24,10 +24,13 @@ MODELS = {
     "gqa": dict(num_kv_heads=2, depth=3),
     "mha": dict(num_kv_heads=4, scan=False),
     "gemma2": dict(
-        num_kv_heads=2, post_norms=True, attn_logits_softcap=5.0, final_logits_softcap=3.0,
+        num_kv_heads=2,
+        post_norms=True,
+        attn_logits_softcap=5.0,
+        final_logits_softcap=3.0,
         query_pre_attn_norm="rsqrt_emb_per_head",
     ),
-}  # fmt: skip
+}
 NO_EOS = -1  # no token is this one: every row runs to its end
 
 
@@ -82,9 +85,7 @@ def full_forward(model, params, batch, new):
     return logp[np.arange(len(new)), lengths - 1 + np.array([len(t) for t in new])]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("gqa", "mha"))) for m in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("gqa", "mha"))) for m in MODELS])
 def test_greedy_equals_step_by_step_full_forward_passes(name):
     model, params = make(name)
     batch = make_batch([1, 2, 3, 4, 5, 6], text_len=7)
@@ -105,9 +106,15 @@ def test_sampled_logprobs_are_the_models_own(name):
     model, params = make(name)
     batch = make_batch([3, 5])
     tokens, logprobs = decode.generate(
-        model, params, batch, max_new_tokens=3, num_samples=3, temperature=2.0, top_p=0.9,
+        model,
+        params,
+        batch,
+        max_new_tokens=3,
+        num_samples=3,
+        temperature=2.0,
+        top_p=0.9,
         eos_token=NO_EOS,
-    )  # fmt: skip
+    )
     assert len({tuple(s) for s in np.asarray(tokens).reshape(6, 3).tolist()}) > 2
     for sample, step in np.ndindex(3, 3):
         drawn = np.asarray(tokens[:, sample])
@@ -137,11 +144,20 @@ def steps_taken(model, params, batch, eos_token, max_new_tokens):
     arrays |= dict(skip=~batch["_mask"], row_id=np.arange(len(batch["_mask"]), dtype=np.uint32))
     return int(
         decode._generate(
-            model, params, arrays, jax.random.key(0), np.float32(0), np.float32(1), np.float32(1),
-            np.int32(eos_token), max_new_tokens=max_new_tokens, num_samples=1, greedy=True,
+            model,
+            params,
+            arrays,
+            jax.random.key(0),
+            np.float32(0),
+            np.float32(1),
+            np.float32(1),
+            np.int32(eos_token),
+            max_new_tokens=max_new_tokens,
+            num_samples=1,
+            greedy=True,
             text_len=batch["text"].shape[1],
         )[2]
-    )  # fmt: skip
+    )
 
 
 def test_loop_ends_when_all_rows_have():
@@ -163,12 +179,14 @@ def test_rows_that_fill_up_the_batch_stay_empty():
     model, params = make()
     batch = make_batch([3, 4, 5])
     tokens, logprobs = decode.generate(
-        model, params, batch | {"_mask": np.array([True, False, True])}, max_new_tokens=4,
-        num_samples=2, eos_token=NO_EOS,
-    )  # fmt: skip
-    full, _ = decode.generate(
-        model, params, batch, max_new_tokens=4, num_samples=2, eos_token=NO_EOS
+        model,
+        params,
+        batch | {"_mask": np.array([True, False, True])},
+        max_new_tokens=4,
+        num_samples=2,
+        eos_token=NO_EOS,
     )
+    full, _ = decode.generate(model, params, batch, max_new_tokens=4, num_samples=2, eos_token=NO_EOS)
     assert not tokens[1].any() and not logprobs[1].any()
     np.testing.assert_array_equal(tokens[::2], full[::2])
 
@@ -181,9 +199,7 @@ def test_samples_do_not_depend_on_the_batch():
     batch = make_batch([1, 5, 3]) | {"row_id": np.array([9, 4, 7])}
     whole, logprobs = decode.generate(model, params, batch, num_samples=2, seed=5, **SAMPLING)
     for rows in ([2, 1, 0], [1, 1, 2], [2]):
-        part, part_logprobs = decode.generate(
-            model, params, rows_of(batch, rows), num_samples=2, seed=5, **SAMPLING
-        )
+        part, part_logprobs = decode.generate(model, params, rows_of(batch, rows), num_samples=2, seed=5, **SAMPLING)
         np.testing.assert_array_equal(part, whole[np.array(rows)])
         np.testing.assert_allclose(part_logprobs, logprobs[np.array(rows)], atol=1e-5)
     # Padding and the other rows' texts change nothing either.
@@ -191,9 +207,7 @@ def test_samples_do_not_depend_on_the_batch():
         k: np.pad(v, ((0, 0), (0, 3)), constant_values=int(k == "mask_ar")) if v.ndim == 2 else v
         for k, v in batch.items()
     }
-    np.testing.assert_array_equal(
-        decode.generate(model, params, wider, num_samples=2, seed=5, **SAMPLING)[0], whole
-    )
+    np.testing.assert_array_equal(decode.generate(model, params, wider, num_samples=2, seed=5, **SAMPLING)[0], whole)
 
 
 def test_more_samples_begin_with_the_same_ones():
@@ -208,18 +222,13 @@ def test_more_samples_begin_with_the_same_ones():
 def test_same_seed_same_samples_other_seed_others():
     model, params = make()
     batch = make_batch([2, 5, 4])
-    a, b, c = (
-        decode.generate(model, params, batch, num_samples=2, seed=s, **SAMPLING)[0]
-        for s in (1, 1, 2)
-    )
+    a, b, c = (decode.generate(model, params, batch, num_samples=2, seed=s, **SAMPLING)[0] for s in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.any(a != c)
     # Equal prompts in one batch are different rows, and so differ unless row_id says otherwise.
     twins = rows_of(batch, [0, 0, 1])
     free = decode.generate(model, params, twins, num_samples=2, **SAMPLING)[0]
-    tied = decode.generate(
-        model, params, twins | {"row_id": np.array([3, 3, 1])}, num_samples=2, **SAMPLING
-    )[0]
+    tied = decode.generate(model, params, twins | {"row_id": np.array([3, 3, 1])}, num_samples=2, **SAMPLING)[0]
     assert np.any(free[0] != free[1])
     np.testing.assert_array_equal(tied[0], tied[1])
 
@@ -261,9 +270,15 @@ def test_sampling_frequencies_match_the_softmax(temperature, top_p):
     model, params = make()
     batch = make_batch([4])
     tokens = decode.generate(
-        model, params, batch, max_new_tokens=1, num_samples=4000, temperature=temperature,
-        top_p=top_p, seed=11,
-    )[0]  # fmt: skip
+        model,
+        params,
+        batch,
+        max_new_tokens=1,
+        num_samples=4000,
+        temperature=temperature,
+        top_p=top_p,
+        seed=11,
+    )[0]
     logp = full_forward(model, params, batch, [[]])[0].astype(np.float64)
     probs = np.exp(logp / temperature) / np.exp(logp / temperature).sum()
     order = np.argsort(-probs)
@@ -282,10 +297,15 @@ def test_second_tokens_are_drawn_afresh():
     model, params = make()
     tokens = np.asarray(
         decode.generate(
-            model, params, make_batch([4]), max_new_tokens=2, num_samples=9610, temperature=1e4,
+            model,
+            params,
+            make_batch([4]),
+            max_new_tokens=2,
+            num_samples=9610,
+            temperature=1e4,
             eos_token=NO_EOS,
         )[0]
-    )  # fmt: skip
+    )
     pairs = tokens[0, :, 0] * 31 + tokens[0, :, 1]
     assert p_value(pairs, np.full(31 * 31, 1.0)) > 0.01  # hot enough to be uniform
 
@@ -293,9 +313,16 @@ def test_second_tokens_are_drawn_afresh():
 def test_top_k_then_top_p():
     model, params = make()
     tokens = decode.generate(
-        model, params, make_batch([4]), max_new_tokens=1, num_samples=4000, temperature=2.0,
-        top_k=6, top_p=0.8, seed=3,
-    )[0]  # fmt: skip
+        model,
+        params,
+        make_batch([4]),
+        max_new_tokens=1,
+        num_samples=4000,
+        temperature=2.0,
+        top_k=6,
+        top_p=0.8,
+        seed=3,
+    )[0]
     logp = full_forward(model, params, make_batch([4]), [[]])[0].astype(np.float64)
     probs = np.where(logp >= np.sort(logp)[-6], np.exp(logp / 2.0), 0)
     probs /= probs.sum()
@@ -382,9 +409,14 @@ def test_bfloat16_stays_near_float32():
     half_params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     batch = make_batch([3, 4, 5])
     tokens, logprobs = decode.generate(
-        half_model, half_params, batch, max_new_tokens=3, num_samples=2, temperature=1.0,
+        half_model,
+        half_params,
+        batch,
+        max_new_tokens=3,
+        num_samples=2,
+        temperature=1.0,
         eos_token=NO_EOS,
-    )  # fmt: skip
+    )
     expected = full_forward(model, params, batch, [[]] * 3)
     expected = np.take_along_axis(expected, np.asarray(tokens[:, :, 0]), axis=1)
     assert logprobs.dtype == jnp.float32 and np.isfinite(logprobs).all()
@@ -475,8 +507,15 @@ def test_bad_batches(change, message):
 
 def test_buckets():
     assert [decode.bucket(n, 100) for n in (0, 1, 16, 17, 32, 33, 65, 100)] == [
-        16, 16, 16, 32, 32, 64, 100, 100,
-    ]  # fmt: skip
+        16,
+        16,
+        16,
+        32,
+        32,
+        64,
+        100,
+        100,
+    ]
     assert decode.bucket(5, 7) == 7
 
 
@@ -484,9 +523,7 @@ def test_padding_is_not_computed_and_few_programs_are_compiled(monkeypatch):
     model, params = make()
     seen = []
     read = decode._read_prompts
-    monkeypatch.setattr(
-        decode, "_read_prompts", lambda *a, **kw: seen.append(kw["text_len"]) or read(*a, **kw)
-    )
+    monkeypatch.setattr(decode, "_read_prompts", lambda *a, **kw: seen.append(kw["text_len"]) or read(*a, **kw))
     kw = dict(max_new_tokens=2, num_samples=3, temperature=1.0, eos_token=NO_EOS)
     for longest in (1, 5, 9, 16, 17):
         wide = make_batch([1, longest], text_len=17, seed=longest)
@@ -542,9 +579,7 @@ def test_options_are_scored_as_by_full_forward_passes(name):
             logp = full_forward(model, params, batch, new)[[0, 1], options[:, option, step]]
             want += np.where(mask[:, option, step], logp, 0)
         np.testing.assert_allclose(sums[:, option], want, atol=2e-5)
-    empty = decode.score_options(
-        model, params, batch | {"_mask": np.array([True, False])}, options, mask
-    )[0]
+    empty = decode.score_options(model, params, batch | {"_mask": np.array([True, False])}, options, mask)[0]
     np.testing.assert_array_equal(empty, np.array(sums) * [[1], [0]])
 
 
@@ -636,11 +671,19 @@ def beams_of_transformers(case, theirs, batch, row, **kw):
     ids = np.append(np.full(patches, case["llm"]["vocab_size"]), batch["text"][row, :n])[None]
     ids = torch.tensor(ids, dtype=torch.long)
     out = theirs.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=torch.zeros_like(ids),
         pixel_values=torch.tensor(batch["image"][row][None].transpose(0, 3, 1, 2)),
-        num_beams=3, num_return_sequences=3, max_new_tokens=5, pad_token_id=0, do_sample=False,
-        output_scores=True, return_dict_in_generate=True, **kw,
-    )  # fmt: skip
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        pad_token_id=0,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **kw,
+    )
     tokens = out.sequences[:, ids.shape[1] :].numpy()
     tokens = np.pad(tokens, ((0, 0), (0, 5 - tokens.shape[1])))
     # A pad token of 0 counts as none there, and EOS fills up instead.
@@ -661,9 +704,7 @@ def beams_of_transformers(case, theirs, batch, row, **kw):
 def test_beam_search_equals_that_of_transformers(name, length_penalty, early_stopping):
     case, theirs, model, params, batch, eos = beam_case(name)
     kw = dict(length_penalty=length_penalty, early_stopping=early_stopping)
-    tokens, scores = decode.beam_search(
-        model, params, batch, beams=3, max_new_tokens=5, eos_token=eos, **kw
-    )
+    tokens, scores = decode.beam_search(model, params, batch, beams=3, max_new_tokens=5, eos_token=eos, **kw)
     assert tokens.dtype == jnp.int32 and scores.dtype == jnp.float32
     ended = 0
     for row in range(3):
@@ -704,12 +745,9 @@ def test_a_beam_as_wide_as_all_finds_the_best():
     )
     first = full_forward(model, params, batch, [[], []])
     total = np.stack(
-        [
-            first[:, [t]] + full_forward(model, params, batch, [[t], [t]])
-            for t in range(31)
-        ],
+        [first[:, [t]] + full_forward(model, params, batch, [[t], [t]]) for t in range(31)],
         axis=1,
-    )  # fmt: skip
+    )
     for row in range(2):
         order = np.sort(total[row].ravel())[::-1][:5]
         np.testing.assert_allclose(scores[row, :5], order, atol=1e-5)
@@ -728,9 +766,7 @@ def test_a_beam_as_wide_as_all_finds_the_best():
 def test_bad_beams(kw, message):
     model, params = make()
     with pytest.raises(ValueError, match=message):
-        decode.beam_search(
-            model, params, make_batch([3]), **{"beams": 2, "max_new_tokens": 2, **kw}
-        )
+        decode.beam_search(model, params, make_batch([3]), **{"beams": 2, "max_new_tokens": 2, **kw})
 
 
 @pytest.mark.slow

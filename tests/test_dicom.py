@@ -14,8 +14,7 @@ from tests.data_prep.test_dicom import CT, make  # noqa: E402
 
 FILES = {
     "window": make(CT, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400),
-    "second window": make(CT, RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=[40, -600],
-                          WindowWidth=[400, 1500]),
+    "second window": make(CT, RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=[40, -600], WindowWidth=[400, 1500]),
     "sigmoid": make(CT, WindowCenter=1000, WindowWidth=800, VOILUTFunction="SIGMOID"),
     "no window": make(CT),
     "8 bits": make(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20, bits=8),
@@ -23,7 +22,7 @@ FILES = {
     "frames": make(np.stack([CT, CT[:, ::-1]])),
     "flat": make(np.full((2, 3), 7, np.uint16)),
     "colours": make(np.arange(24, dtype=np.uint8).reshape(2, 4, 3), bits=8, kind="RGB"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)

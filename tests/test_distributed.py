@@ -58,9 +58,7 @@ def test_schedulers(started, monkeypatch, env, starts):
         monkeypatch.setenv(name, value)
     distributed.start()
     assert started == (
-        [((None, None, None), dict(initialization_timeout=300, heartbeat_timeout_seconds=60))]
-        if starts
-        else []
+        [((None, None, None), dict(initialization_timeout=300, heartbeat_timeout_seconds=60))] if starts else []
     )
     started.clear()
     distributed.start(num_processes=1)  # a task of an array job, on its own
@@ -101,8 +99,15 @@ def test_wrong_setups(started, monkeypatch, args, env, sentence):
 def test_who_does_not_come_is_not_waited_for():
     """Process 1 of 2, and no process 0: it says whom it waits for, and ends in time."""
     begin = time.monotonic()
-    args = ["data", "out", "well", "--coordinator_address=localhost:" + str(processes.free_port()),
-            "--num_processes=2", "--process_id=1", "--start_timeout=2"]  # fmt: skip
+    args = [
+        "data",
+        "out",
+        "well",
+        "--coordinator_address=localhost:" + str(processes.free_port()),
+        "--num_processes=2",
+        "--process_id=1",
+        "--start_timeout=2",
+    ]
     [(code, _, err)] = processes.finish(processes.start("tests.processes", args, num=1))
     assert code not in (0, -signal.SIGKILL) and time.monotonic() - begin < 90
     assert "process 1 of 2: waiting for the other processes of this run at localhost:" in err

@@ -34,11 +34,7 @@ def test_tables_and_files(run, tmp_path, capsys):
     for name in ("val", "test"):
         assert f"{name} on {workdir}" in out
         metrics, about = read_metrics(tmp_path / "eval" / name / "metrics.json")
-        assert (
-            metrics
-            == results[name]
-            == scoring.summarise(read_rows(tmp_path / "eval" / name / "predictions.jsonl"))
-        )
+        assert metrics == results[name] == scoring.summarise(read_rows(tmp_path / "eval" / name / "predictions.jsonl"))
         assert about["checkpoint"] == f"{workdir}@2" and about["command"].startswith("python")
         assert about["section"]["data"]["split"] in about["split"]
         assert about["section"]["type"] == "vqa" and about["protocol"] == "vqa"
@@ -76,20 +72,14 @@ def test_all_controls_but_where_a_config_names_its_own(run, tmp_path, capsys):
     def found(**kw):
         results = evaluate.evaluate(config, workdir, str(tmp_path), only=names, **kw)
         columns = {k.split("/")[0] for name in names for k in results[name]} & {*scoring.TITLES}
-        by_name = {
-            name: [w for w in scoring.TITLES if f"{w}/overall/acc" in results[name]]
-            for name in names
-        }
+        by_name = {name: [w for w in scoring.TITLES if f"{w}/overall/acc" in results[name]] for name in names}
         return columns, by_name
 
     columns, by_name = found(controls="all")
     assert columns == {"model", *scoring.CONTROLS}
     assert by_name["test"] == list(scoring.TITLES)[: len(scoring.CONTROLS) + 1]
     assert by_name["own"] == ["model", "echo"]
-    assert (
-        not [w for w in by_name["bare"] if "majority" in w]
-        and "grey image" in capsys.readouterr().out
-    )
+    assert not [w for w in by_name["bare"] if "majority" in w] and "grey image" in capsys.readouterr().out
     # The same again asks nothing; other controls do.
     found(controls="all")
     assert capsys.readouterr().err.count("is there for these weights") == 3

@@ -122,12 +122,12 @@ def test_load_quantises(weights, kind):
     found, abstract = npz.flatten_tree(params), experiment.abstract_params(c, model)
     kinds = experiment.param_kinds(c, abstract, ())
     told = experiment.stored_params(
-        abstract, experiment.param_dtypes(c, abstract, ()),
-        experiment.param_shardings(c, abstract, mesh), kinds,
-    )  # fmt: skip
-    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
-        n: (x.shape, x.dtype) for n, x in told.items()
-    }
+        abstract,
+        experiment.param_dtypes(c, abstract, ()),
+        experiment.param_shardings(c, abstract, mesh),
+        kinds,
+    )
+    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {n: (x.shape, x.dtype) for n, x in told.items()}
     assert found["llm/layers/mlp/linear"].dtype == ("int8" if kind == "int8" else "uint8")
     assert found["llm/final_norm/scale"].dtype == "bfloat16"
     table = experiment.describe_params(c, abstract, ())
@@ -173,9 +173,7 @@ def test_evaluators_that_are_none(section, message):
 
 def test_training_rows_have_the_answer_that_is_asked_for(tiny_data, monkeypatch):
     made = {}
-    monkeypatch.setattr(vqa, "Evaluator", lambda *args, train_data, **kw: made.update(
-        rows=list(train_data)
-    ))  # fmt: skip
+    monkeypatch.setattr(vqa, "Evaluator", lambda *args, train_data, **kw: made.update(rows=list(train_data)))
     monkeypatch.setattr(input_pipeline, "evaluation", lambda *args, **kw: [])
     data = dict(name="phantom", split="train[:4]", data_dir=str(tiny_data))
     section = dict(type="vqa", data=data, train_data=data, pp_fn="", batch_size=1)

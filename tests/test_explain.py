@@ -20,9 +20,7 @@ from tests.saliency import reports
 
 QUESTION = "Is this an MRI?"
 KW = dict(max_new_tokens=3, num_samples=2, seed=5)
-LEFT = np.arange(50) < np.full(
-    (40, 1), 25
-)  # a mask; all reports here have one: one program for all
+LEFT = np.arange(50) < np.full((40, 1), 25)  # a mask; all reports here have one: one program for all
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +117,7 @@ def test_files(made, tmp_path):
     explain.write_pngs(made, tmp_path / "maps", "x_")
     names = {p.name for p in (tmp_path / "maps").iterdir()}
     assert names == {
-        f"x_{m}_{t}.png"
-        for m in page.METHODS
-        for t in ("all", *(f"{r:02d}" for r in range(len(made["tokens"]))))
+        f"x_{m}_{t}.png" for m in page.METHODS for t in ("all", *(f"{r:02d}" for r in range(len(made["tokens"]))))
     }
     with PIL.Image.open(tmp_path / "maps" / "x_raw_all.png") as image:
         assert image.size == (50, 40)
@@ -155,8 +151,10 @@ def test_many(run, tmp_path, capsys):
     failed = explain.explain_many(loaded, films, asked, str(tmp_path / "out"), mask=LEFT, **KW)
     assert failed == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "0001_img_src_x_onerror_alert_1.html", "0002_film_one.html", "index.html",
-    ]  # fmt: skip
+        "0001_img_src_x_onerror_alert_1.html",
+        "0002_film_one.html",
+        "index.html",
+    ]
     index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<img src=x" not in index
     rows = index.split("<tr")[2:]
@@ -304,8 +302,9 @@ def test_command_line(run, repo_root, tmp_path):
     args = [f"--workdir={workdir}", f"--question={reports.HOSTILE[:200]}", "--max_new_tokens=3"]
     args = [a.replace("\x00", "").replace("\ud800", "") for a in args]
     out = tmp_path / "r.html"
-    done = program(repo_root, *args, f"--image={file}", f"--out={out}", f"--npz={tmp_path}/a.npz",
-                   f"--png={tmp_path}/maps")  # fmt: skip
+    done = program(
+        repo_root, *args, f"--image={file}", f"--out={out}", f"--npz={tmp_path}/a.npz", f"--png={tmp_path}/maps"
+    )
     assert done.returncode == 0, done.stderr
     assert f"Written to {out}" in done.stdout
     assert out.stat().st_size < 2_000_000 and "<img src=x" not in out.read_text("utf-8")

@@ -25,10 +25,16 @@ def make(schedule, lora=None, policy="none", depth=2, **llm):
     model = dict(
         img=dict(width=128, mlp_dim=256, num_heads=2, patch_size=8, **both),
         llm=dict(
-            width=128, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32, vocab_size=1024,
-            **both, **llm,
+            width=128,
+            mlp_dim=512,
+            num_heads=4,
+            num_kv_heads=1,
+            head_dim=32,
+            vocab_size=1024,
+            **both,
+            **llm,
         ),
-    )  # fmt: skip
+    )
     c = tiny.config(model=model, lora=lora, schedule=schedule, supervised_len=SUPERVISED, res=RES)
     model = experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
@@ -49,9 +55,7 @@ def count_by_xla(c, model, abstract, names):
     batch = {k: jax.ShapeDtypeStruct(length, "int32") for k in ("text", "mask_ar", "mask_loss")}
     batch["image"] = jax.ShapeDtypeStruct((BATCH, RES, RES, 3), "float32")
     step = jax.jit(train_step.make_train_step(c, model, tx, learning_rate))
-    step = step.lower(
-        trained, jax.eval_shape(tx.init, trained), frozen, batch, jax.ShapeDtypeStruct((), "int32")
-    )
+    step = step.lower(trained, jax.eval_shape(tx.init, trained), frozen, batch, jax.ShapeDtypeStruct((), "int32"))
     return step.compile().cost_analysis()["flops"] / BATCH
 
 
@@ -90,10 +94,16 @@ def test_four_and_six_per_weight_and_token():
     model = dict(
         img=dict(width=8, depth=2, mlp_dim=16, num_heads=2, patch_size=16, **both),
         llm=dict(
-            width=10, depth=3, mlp_dim=20, num_heads=3, num_kv_heads=1, head_dim=4,
-            vocab_size=1024, **both,
+            width=10,
+            depth=3,
+            mlp_dim=20,
+            num_heads=3,
+            num_kv_heads=1,
+            head_dim=4,
+            vocab_size=1024,
+            **both,
         ),
-    )  # fmt: skip
+    )
     patches, text, logits = 4, tiny.TEXT_LEN, 7
     tokens = patches + text
 
@@ -147,10 +157,19 @@ def test_answers_agree_with_xla(samples):
     batch["skip"] = jax.ShapeDtypeStruct((BATCH,), bool)
     one = jax.ShapeDtypeStruct((), "float32")
     lowered = decode._generate.lower(
-        model, abstract, batch, jax.eval_shape(lambda: jax.random.key(0)), one, one, one,
-        jax.ShapeDtypeStruct((), "int32"), max_new_tokens=2, num_samples=samples, greedy=True,
+        model,
+        abstract,
+        batch,
+        jax.eval_shape(lambda: jax.random.key(0)),
+        one,
+        one,
+        one,
+        jax.ShapeDtypeStruct((), "int32"),
+        max_new_tokens=2,
+        num_samples=samples,
+        greedy=True,
         text_len=16,
-    )  # fmt: skip
+    )
     of_xla = lowered.compile().cost_analysis()["flops"] / BATCH
     found = flops.count_answers(model, res=RES, prompt_len=16, samples=samples, tokens=2)
     assert 0.95 < found.per_example_executed / of_xla < 1.0

@@ -308,9 +308,7 @@ def test_processes_load_the_rows_their_devices_hold(spec, processes, expected):
     devices = list(mesh.devices.flat)
     each = len(devices) // processes
     shares = [
-        input_pipeline._process_share(
-            _OneOfSeveral(mesh, devices[p * each : (p + 1) * each]), batch_size=16
-        )
+        input_pipeline._process_share(_OneOfSeveral(mesh, devices[p * each : (p + 1) * each]), batch_size=16)
         for p in range(processes)
     ]
     assert shares == expected
@@ -644,9 +642,7 @@ def _mix(data, weights, *, steps, total_steps=None, start_step=0, seed=7, mesh=N
     sections = {name: dict(data={**data, "split": splits[name]}) for name in weights}
     cfg = {"data": weights, "pp": _make_pp(), "batch_size": 8, **sections, **kw}
     total = total_steps or start_step + steps
-    with input_pipeline.training(
-        cfg, seed=seed, mesh=mesh, start_step=start_step, total_steps=total
-    ) as batches:
+    with input_pipeline.training(cfg, seed=seed, mesh=mesh, start_step=start_step, total_steps=total) as batches:
         return [next(batches) for _ in range(steps)], batches.epochs()
 
 
@@ -794,8 +790,9 @@ def test_skipped_records_are_replaced_counted_and_listed(data):
     for s in skipped:
         assert set(s) == {"step", "set", "record", "question_id", "reason"}
         assert source[s["record"]]["question_id"] == s["question_id"]
-        assert s["reason"].endswith(f"({'question_id ' + s['question_id']}): pp failed: OSError: "
-                                    "image file is truncated")  # fmt: skip
+        assert s["reason"].endswith(
+            f"({'question_id ' + s['question_id']}): pp failed: OSError: image file is truncated"
+        )
     for step, (a, b) in enumerate(zip(batches, plain)):
         good = ~np.isin(b["number"], (4, 11))
         for key in a:

@@ -33,8 +33,7 @@ EVERY = 20  # steps from one eval to the next
 def command(folder, data, steps, workdir):
     config = folder / "killed_config.py"
     config.write_text(CONFIG.replace("EVERY", str(EVERY)))
-    return [sys.executable, "-m", "paligemma_med.train", f"--config={config}:{data},{steps}",
-            f"--workdir={workdir}"]  # fmt: skip
+    return [sys.executable, "-m", "paligemma_med.train", f"--config={config}:{data},{steps}", f"--workdir={workdir}"]
 
 
 def last_row(workdir):
@@ -102,9 +101,11 @@ def run(folder, data, steps, repo_root, kills, kw):
     beside = subprocess.Popen(command(folder, data, steps, straight), **popen(folder, repo_root))
     try:
         _, found = random_kills.run(
-            command(folder, data, steps, killed), limit=lambda n: n >= kills,
-            **popen(folder, repo_root), **kw(killed),
-        )  # fmt: skip
+            command(folder, data, steps, killed),
+            limit=lambda n: n >= kills,
+            **popen(folder, repo_root),
+            **kw(killed),
+        )
         assert beside.wait(300) == 0
     except Exception:
         print((folder / "stderr.txt").read_text()[-5000:])

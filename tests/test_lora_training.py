@@ -44,8 +44,7 @@ def base(tmp_path_factory):
 def stage1(tiny_data, base, tmp_path_factory):
     """Workdir of two steps of stage 1."""
     folder = str(tmp_path_factory.mktemp("stage1") / "w")
-    train.train(tiny.config(tiny_data, model_init=base, schedule=HEAD, total_steps=2, evals={},
-                            lr=1e-2), folder)  # fmt: skip
+    train.train(tiny.config(tiny_data, model_init=base, schedule=HEAD, total_steps=2, evals={}, lr=1e-2), folder)
     return folder
 
 
@@ -207,15 +206,11 @@ def test_rules_that_match_nothing_are_refused_at_once():
 def peft_folder(finished, tmp_path_factory):
     """The adapter of stage 2 as a PEFT folder."""
     folder = str(tmp_path_factory.mktemp("peft") / "adapter")
-    checkpoints.save_adapter(
-        folder, checkpoints.extract_adapter(RULES, checkpoints.load_params(finished[0]))
-    )
+    checkpoints.save_adapter(folder, checkpoints.extract_adapter(RULES, checkpoints.load_params(finished[0])))
     return folder
 
 
-def test_training_starts_from_an_adapter_and_takes_its_rules(
-    tiny_data, stage1, finished, peft_folder, tmp_path
-):
+def test_training_starts_from_an_adapter_and_takes_its_rules(tiny_data, stage1, finished, peft_folder, tmp_path):
     folder = str(tmp_path / "w")
     c = stage2(tiny_data, stage1, lora=None, adapter_init=peft_folder, total_steps=1, lr=0.0)
     train.train(c, folder)
@@ -230,16 +225,12 @@ def test_training_starts_from_an_adapter_and_takes_its_rules(
     experiment.load(found, folder)  # whose adapter began as adapter_init, and is its own since
 
 
-def test_evaluating_base_and_adapter_equals_evaluating_the_run(
-    tiny_data, stage1, finished, peft_folder, tmp_path
-):
+def test_evaluating_base_and_adapter_equals_evaluating_the_run(tiny_data, stage1, finished, peft_folder, tmp_path):
     c = tiny.config(tiny_data, adapter_init=peft_folder)
     assert evaluate.evaluate(c, stage1, str(tmp_path)) == finished[1]
 
 
-@pytest.mark.parametrize(
-    "rules", [[(RULES[0][0], dict(rank=2, alpha=8))], [("llm/.*", dict(rank=2, alpha=4))]]
-)
+@pytest.mark.parametrize("rules", [[(RULES[0][0], dict(rank=2, alpha=8))], [("llm/.*", dict(rank=2, alpha=4))]])
 def test_an_adapter_that_differs_from_the_rules_is_refused(stage1, peft_folder, rules):
     c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
     with pytest.raises(checkpoints.CheckpointError, match="differs from config.lora at"):

@@ -114,9 +114,8 @@ def test_schedules_are_their_formulas(kind, warmup):
 
 
 @pytest.mark.parametrize(
-    "warmup", [dict(warmup_steps=10), dict(warmup_percent=0.1), dict(warmup_epochs=0.1),
-               dict(warmup_examples=100)]
-)  # fmt: skip
+    "warmup", [dict(warmup_steps=10), dict(warmup_percent=0.1), dict(warmup_epochs=0.1), dict(warmup_examples=100)]
+)
 def test_warmup_in_every_unit(warmup):
     np.testing.assert_allclose(factors(dict(decay_type="constant", **warmup), [5, 10]), [0.5, 1])
 
@@ -148,10 +147,10 @@ def test_logged_learning_rate_is_the_one_used():
 
 def test_groups_have_their_own_schedules():
     c = config(
-        optax_name="identity", lr=1.0,
-        schedule=[("img/.*", dict(decay_type="constant", warmup_steps=4)),
-                  (".*", dict(decay_type="linear"))],
-    )  # fmt: skip
+        optax_name="identity",
+        lr=1.0,
+        schedule=[("img/.*", dict(decay_type="constant", warmup_steps=4)), (".*", dict(decay_type="linear"))],
+    )
     before, g = params(), gradients(1)[0]
     after = run(c, [g, g], before)
     expected = {n: before[n] - (0.25 if n.startswith("img") else 1.99) * g[n] for n in NAMES}
@@ -172,8 +171,13 @@ def test_learning_rate_multipliers():
 
 
 def test_weight_decay_is_decoupled_from_the_learning_rate():
-    c = config(lr=0.5, wd=0.03, wd_mults=[(".*kernel", 1.0), (".*/w", 0.5)], lr_mults=[(".*", 0)],
-               schedule=dict(decay_type="linear"))  # fmt: skip
+    c = config(
+        lr=0.5,
+        wd=0.03,
+        wd_mults=[(".*kernel", 1.0), (".*/w", 0.5)],
+        lr_mults=[(".*", 0)],
+        schedule=dict(decay_type="linear"),
+    )
     before = params()
     after = run(c, gradients(2), before)
     for n in NAMES:
@@ -229,9 +233,7 @@ def test_five_steps_of_pytorchs_adamw():
 
     lr, wd, betas, eps = 3e-2, 0.1, (0.8, 0.95), 1e-6
     before, grads = params(), gradients(5)
-    c = config(
-        lr=lr, wd=lr * wd, wd_mults=[(".*", 1.0)], optax=dict(b1=betas[0], b2=betas[1], eps=eps)
-    )
+    c = config(lr=lr, wd=lr * wd, wd_mults=[(".*", 1.0)], optax=dict(b1=betas[0], b2=betas[1], eps=eps))
     after = run(c, grads, before)
 
     theirs = {n: torch.nn.Parameter(torch.tensor(np.array(before[n]))) for n in NAMES}

@@ -95,11 +95,7 @@ def import_faults(source, module, is_package=False):
 def unsafe_faults(source, module):
     """Ways to run code out of data that a file uses, as a list of sentences."""
     tree = ast.parse(source)
-    faults = [
-        f"{module} imports {name}"
-        for name in imported(tree, module)
-        if name.split(".")[0] in UNSAFE_MODULES
-    ]
+    faults = [f"{module} imports {name}" for name in imported(tree, module) if name.split(".")[0] in UNSAFE_MODULES]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -118,9 +114,7 @@ def test_import_is_quick_and_brings_no_framework():
         "print([m for m in ('jax', 'flax', 'tensorflow', 'torch', 'numpy') if m in sys.modules])"
     )
     start = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     seconds = time.monotonic() - start
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"

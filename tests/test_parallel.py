@@ -60,11 +60,15 @@ def make_config(mesh, strategy, rules=None, *, lora=True):
     # Keys' biases have no gradient but rounding, which Adam with a small eps takes for a signal.
     all_of = [(".*", dict(decay_type="constant"))]
     return tiny.config(
-        model=MODEL, mesh=mesh, lora=LORA if lora else None, lr=1e-2, optax=dict(eps=1e-4),
+        model=MODEL,
+        mesh=mesh,
+        lora=LORA if lora else None,
+        lr=1e-2,
+        optax=dict(eps=1e-4),
         schedule=[(".*/lora_[ab]", all_of[0][1]), (".*", None)] if lora else all_of,
         sharding_strategy=[(".*", strategy)] if isinstance(strategy, str) else strategy,
         sharding_rules=rules,
-    )  # fmt: skip
+    )
 
 
 def make_mesh(c):
@@ -109,9 +113,7 @@ def losses_of(name, lora):
     # Donated with the first step, which `run_of` keeps.
     trained, opt_state = jax.tree.map(lambda x: x.copy(), (run.trained, run.opt_state))
     for i in range(20):
-        trained, opt_state, metrics = run.compiled(
-            trained, opt_state, run.frozen, batch_of(i, run.mesh), np.int32(i)
-        )
+        trained, opt_state, metrics = run.compiled(trained, opt_state, run.frozen, batch_of(i, run.mesh), np.int32(i))
         losses.append(metrics["training_loss"])
     return np.array(jax.device_get(losses))
 
@@ -164,12 +166,8 @@ class Sent(NamedTuple):
         return math.prod(self.shape)
 
 
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^}\s]*[^},\s])"
-)
+_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^}\s]*[^},\s])")
 
 
 def sent(compiled):
@@ -205,12 +203,8 @@ def forward(c):
     mesh, model = make_mesh(c), experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
     places = experiment.param_shardings(c, abstract, mesh)
-    params = {
-        n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in abstract.items()
-    }
-    image = jax.ShapeDtypeStruct(
-        (ROWS, tiny.RES, tiny.RES, 3), "float32", sharding=sharding.batch_sharding(mesh)
-    )
+    params = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in abstract.items()}
+    image = jax.ShapeDtypeStruct((ROWS, tiny.RES, tiny.RES, 3), "float32", sharding=sharding.batch_sharding(mesh))
     with sharding.rules(c, mesh):
         embed = jax.jit(lambda p, x: model.apply({"params": p}, x, method="embed_image")[0])
         return embed.lower(experiment.npz.unflatten_tree(params), image).compile(QUICKLY)
@@ -248,9 +242,7 @@ def test_fsdp_gathers_a_layer_at_a_time():
     found = sent(run.compiled)
     assert not gathers_stack(found) and not holds_stack(run) and not sends_batch(found)
     for backward in (False, True):
-        gathered = {
-            s.size for s in found if s.in_loop and s.kind == "all-gather" and s.backward == backward
-        }
+        gathered = {s.size for s in found if s.in_loop and s.kind == "all-gather" and s.backward == backward}
         assert gathered >= set(kernels(run).values())
     # Gradients are summed layer by layer. On a CPU, XLA makes no reduce-scatters of these.
     reduced = {s.size for s in found if s.in_loop and s.kind in ("all-reduce", "reduce-scatter")}
@@ -326,9 +318,14 @@ def answers(name):
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     with sharding.rules(c, mesh):
         out = decode.generate(
-            model, experiment.npz.unflatten_tree(flat), batch, max_new_tokens=6, num_samples=2,
-            temperature=0.7, eos_token=1,
-        )  # fmt: skip
+            model,
+            experiment.npz.unflatten_tree(flat),
+            batch,
+            max_new_tokens=6,
+            num_samples=2,
+            temperature=0.7,
+            eos_token=1,
+        )
     return jax.device_get(out)
 
 

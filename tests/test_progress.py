@@ -135,13 +135,10 @@ def test_lines_of_a_log(clock, capsys):
     bar.close()
     captured = capsys.readouterr()
     first, second, third, fourth = captured.out.splitlines()
-    assert first == (
-        f"MFU is of 2 TFLOP/s each of 8 × cpu, at 6 TFLOP an example: {flops.ACCOUNTING}."
-    )
+    assert first == (f"MFU is of 2 TFLOP/s each of 8 × cpu, at 6 TFLOP an example: {flops.ACCOUNTING}.")
     assert second == "step 1/4000  loss 1.5000  grad 0.25  lr 1.00e-03  compiled and run once"
     assert third == (
-        "step 3/4000  loss 1.5000  grad 0.25  lr 1.00e-03  "
-        "4.0 images/s  MFU 150.0%  wait 25%  ETA 4:26:28"
+        "step 3/4000  loss 1.5000  grad 0.25  lr 1.00e-03  4.0 images/s  MFU 150.0%  wait 25%  ETA 4:26:28"
     )
     assert fourth == "step 3/4000  val: acc 0.5"
     assert captured.err == ""

@@ -40,9 +40,7 @@ def test_nf4_worked_by_hand():
     kernel = np.stack([4 * up, 0.5 * up[::-1]], -1)[None]
     found, codes = dense(LINEAR, kernel, "nf4")
     # The first of two is the lower half of their byte.
-    assert codes[LINEAR].tolist()[0] == [
-        [i | (i + 1) << 4, (15 - i) | (14 - i) << 4] for i in range(0, 16, 2)
-    ]
+    assert codes[LINEAR].tolist()[0] == [[i | (i + 1) << 4, (15 - i) | (14 - i) << 4] for i in range(0, 16, 2)]
     np.testing.assert_allclose(found, kernel, rtol=1e-6)
     assert codes[LINEAR + "_scale"].tolist() == [[[4.0, 0.5]]]
 
@@ -86,9 +84,7 @@ def test_stored_foretells_what_is_made(kind):
     array = np.ones((2, 3, 128, 4), np.float32)
     made = quantise.quantise(Q, array, kind)
     told = quantise.stored(Q, jax.ShapeDtypeStruct(array.shape, "float32"), kind)
-    assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
-        n: (x.shape, x.dtype) for n, x in told.items()
-    }
+    assert {n: (x.shape, x.dtype) for n, x in made.items()} == {n: (x.shape, x.dtype) for n, x in told.items()}
 
 
 def test_codes_and_scales_are_cut_as_the_kernel_is():
@@ -150,18 +146,14 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
     assert not [n for n in params if n.endswith("_scale")]
     for name, x in base.items():
         np.testing.assert_array_equal(params[name], x)
-    merged = checkpoints.merge(
-        npz.unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract)
-    )
+    merged = checkpoints.merge(npz.unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract))
     assert np.any(npz.flatten_tree(merged)[LINEAR] != base[LINEAR])
     _, _, _, loaded = experiment.load(config(), out)
     assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy", ['fsdp(axis="data", min_size_to_shard_mb=0)', 'tp(axis="model")']
-)
+@pytest.mark.parametrize("strategy", ['fsdp(axis="data", min_size_to_shard_mb=0)', 'tp(axis="model")'])
 def test_logits_are_the_same_on_several_devices(monkeypatch, strategy, tmp_path):
     monkeypatch.setattr(quantise, "_ROWS", 100)
     monkeypatch.setattr(quantised, "_COPY", 2**13)  # the table is read in parts

@@ -166,12 +166,7 @@ def cut_by(strategy, tree, *, only=("model",)):
     """{name: dimension that is cut} along the axes `only`."""
     mesh = sharding.make_mesh([("data", 4), ("model", 2)])
     found = sharding.plan(tree, [(".*", strategy)], mesh)
-    return {
-        name: place.spec.index(axis)
-        for name, (place, _) in found.items()
-        for axis in only
-        if axis in place.spec
-    }
+    return {name: place.spec.index(axis) for name, (place, _) in found.items() for axis in only if axis in place.spec}
 
 
 def test_tp_cuts_heads_mlps_and_vocabulary():
@@ -276,9 +271,8 @@ def test_rules_are_read_of_a_config():
     c = ml_collections.ConfigDict()
     for given, expected in [
         (None, (("act_batch", "data"),)),
-        ([("act_len", ["data", "model"]), ("act_emb", None)],
-         (("act_len", ("data", "model")), ("act_emb", None))),
-    ]:  # fmt: skip
+        ([("act_len", ["data", "model"]), ("act_emb", None)], (("act_len", ("data", "model")), ("act_emb", None))),
+    ]:
         c.sharding_rules = given
         with sharding.rules(c, mesh):
             assert activations.active.value == (mesh, expected)

@@ -15,9 +15,13 @@ class Batches:
 
 
 def metrics(finite=True, lost=0, loss=1.0, params=3):
-    return {"finite": jnp.asarray(finite), "lost": jnp.int32(lost),
-            "training_loss": jnp.float32(loss), "l2_grads": jnp.float32(2),
-            "l2_params": jnp.float32(params)}  # fmt: skip
+    return {
+        "finite": jnp.asarray(finite),
+        "lost": jnp.int32(lost),
+        "training_loss": jnp.float32(loss),
+        "l2_grads": jnp.float32(2),
+        "l2_params": jnp.float32(params),
+    }
 
 
 def rows(folder):

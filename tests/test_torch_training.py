@@ -37,12 +37,15 @@ def our_steps(name, model, params, regex, **kw):
     flat = npz.flatten_tree(params)
     config = ml_collections.ConfigDict(
         dict(
-            optax_name="scale_by_adam", lr=LR, loss_norm="token",
+            optax_name="scale_by_adam",
+            lr=LR,
+            loss_norm="token",
             # Decay is of the parameter itself here, and of lr times the parameter in PyTorch.
-            wd=LR * WD, wd_mults=[(".*", 1.0)],
+            wd=LR * WD,
+            wd_mults=[(".*", 1.0)],
             schedule=[(regex, dict(decay_type="constant")), (".*", None)],
         )
-    )  # fmt: skip
+    )
     config.update(kw)
     names = optim.trained_names(config, list(flat))
     tx, lr = optim.make(config, names, total_steps=STEPS, num_examples=9, batch_size=3)
@@ -99,9 +102,7 @@ def assert_same_steps(ours, theirs, start):
 def factors_of(theirs, targets, start):
     """{our name: array} of the factors of a PEFT model, shaped as those of `start`."""
     modules = {
-        hf.canonical(n.removeprefix("base_model.model.")): m
-        for n, m in theirs.named_modules()
-        if hasattr(m, "lora_A")
+        hf.canonical(n.removeprefix("base_model.model.")): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")
     }
     out = {}
     for target in targets:
@@ -126,20 +127,14 @@ def test_steps_of_adapters_equal_peft(name, rules, fresh, clip, accum, tmp_path)
     case, base, _, params, _ = models.reference(name)
     made = adapters.random_adapter(name, rules)
     if fresh:
-        made = checkpoints.Adapter(
-            made.specs, {t: (a, np.zeros_like(b)) for t, (a, b) in made.factors.items()}
-        )
+        made = checkpoints.Adapter(made.specs, {t: (a, np.zeros_like(b)) for t, (a, b) in made.factors.items()})
     img, llm = (dict(variant=None, **case[k]) for k in ("img", "llm"))
     model, params = checkpoints.apply_adapter(img, llm, params, made)
     start = {n: x for n, x in npz.flatten_tree(params).items() if lora.is_factor(n)}
-    ours = our_steps(
-        name, model, params, ".*/lora_[ab]", grad_clip_norm=clip, grad_accum_steps=accum
-    )
+    ours = our_steps(name, model, params, ".*/lora_[ab]", grad_clip_norm=clip, grad_accum_steps=accum)
 
     checkpoints.save_adapter(tmp_path / "adapter", made)
-    theirs = peft.PeftModel.from_pretrained(
-        copy.deepcopy(base), tmp_path / "adapter", is_trainable=True
-    ).eval()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter", is_trainable=True).eval()
     read = functools.partial(factors_of, theirs, made.specs, start)
     for n, x in read().items():
         np.testing.assert_array_equal(x, start[n])
@@ -166,9 +161,7 @@ def test_steps_of_the_head_equal_adamw():
     assert_same_steps(ours, their_steps(name, theirs, list(linear.parameters()), read), start)
 
 
-@pytest.mark.parametrize(
-    "change", [dict(loss_norm="example"), dict(wd=0.0), dict(optax=dict(b1=0.8))], ids=str
-)
+@pytest.mark.parametrize("change", [dict(loss_norm="example"), dict(wd=0.0), dict(optax=dict(b1=0.8))], ids=str)
 def test_the_comparison_sees_other_settings(change):
     name = "mqa"
     _, _, model, params, _ = models.reference(name)
@@ -217,18 +210,19 @@ def ask_torch(model, batch, max_new_tokens):
         ids = torch.cat([image, text], 1)
         with torch.no_grad():
             answers = model.generate(
-                input_ids=ids, token_type_ids=torch.zeros_like(ids), do_sample=False,
-                attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                input_ids=ids,
+                token_type_ids=torch.zeros_like(ids),
+                do_sample=False,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
                 pixel_values=torch.tensor(batch["image"][rows].transpose(0, 3, 1, 2)),
-            )[:, ids.shape[1] :]  # fmt: skip
+            )[:, ids.shape[1] :]
         out |= {row: until_eos(answer) for row, answer in zip(rows, answers.tolist())}
     return [out[row] for row in range(len(lengths))]
 
 
 def ask_ours(model, params, batch, max_new_tokens, eos_token):
-    tokens, _ = decode.generate(
-        model, params, batch, max_new_tokens=max_new_tokens, eos_token=eos_token
-    )
+    tokens, _ = decode.generate(model, params, batch, max_new_tokens=max_new_tokens, eos_token=eos_token)
     return [until_eos(row, eos_token) for row in np.asarray(tokens)[:, 0].tolist()]
 
 
@@ -256,8 +250,9 @@ def test_what_was_trained_here_answers_alike_in_torch(tmp_path):
 
     inputs = input_pipeline.evaluation(
         dict(name="phantom", split="test", data_dir=str(tmp_path / "data")),
-        common.eval_pp(config.res, config.text_len, config.tokenizer), QUESTIONS,
-    )  # fmt: skip
+        common.eval_pp(config.res, config.text_len, config.tokenizer),
+        QUESTIONS,
+    )
     batch, rows = next(iter(inputs))
     batch = jax.device_get(batch)
     assert len(rows) == QUESTIONS and batch["_mask"].all()

@@ -120,8 +120,10 @@ def test_loss_and_gradients_are_those_of_the_formula():
     def loss(flat, is_example):
         logits, _ = model.apply(
             {"params": checkpoints.npz.unflatten_tree(flat)},
-            batch["image"], batch["text"][:, :-1], batch["mask_ar"][:, :-1],
-        )  # fmt: skip
+            batch["image"],
+            batch["text"][:, :-1],
+            batch["mask_ar"][:, :-1],
+        )
         logp = jax.nn.log_softmax(logits)
         nll = -jnp.sum(jax.nn.one_hot(batch["text"][:, 1:], logits.shape[-1]) * logp, -1)
         mask = batch["mask_loss"][:, 1:]
@@ -258,8 +260,16 @@ def test_workdir(finished):
     rows = rows_of(workdir)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
-        names = {"training_loss", "l2_grads", "l2_params", "l2_updates", "lr",
-                 "examples_per_second", "input_wait", "eta_seconds"}  # fmt: skip
+        names = {
+            "training_loss",
+            "l2_grads",
+            "l2_params",
+            "l2_updates",
+            "lr",
+            "examples_per_second",
+            "input_wait",
+            "eta_seconds",
+        }
         assert names <= set(row) and "lost" not in row
         assert ("val/model/overall/acc" in row) == (row["step"] in (3, 6))
     assert [r["lr"] for r in rows[:3]] == pytest.approx([0, 5e-4, 1e-3])
@@ -398,14 +408,19 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     train.train(c, workdir)
     saved = checkpoints.load_params(workdir)
     expected, _ = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
-    np.testing.assert_array_equal(
-        saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"]
-    )
+    np.testing.assert_array_equal(saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"])
 
 
 def test_not_finite_stops_and_is_not_saved(tiny_data, tmp_path):
-    c = tiny.config(tiny_data, lr=1e38, log_training_steps=0, ckpt_steps=2, evals={},
-                    optax_name="identity", schedule=dict(decay_type="constant"))  # fmt: skip
+    c = tiny.config(
+        tiny_data,
+        lr=1e38,
+        log_training_steps=0,
+        ckpt_steps=2,
+        evals={},
+        optax_name="identity",
+        schedule=dict(decay_type="constant"),
+    )
     with pytest.raises(FloatingPointError, match=r"Step \d: \w+ is (nan|inf)"):
         train.train(c, str(tmp_path / "w"))
     assert os.listdir(tmp_path / "w" / "checkpoints") == []
@@ -438,9 +453,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(tiny_data, tmp_path, monkeypat
     assert rows[2]["l2_params"] == rows[1]["l2_params"] != rows[3]["l2_params"]
     (bad,) = map(json.loads, (tmp_path / "straight" / "nonfinite.jsonl").read_text().splitlines())
     assert bad["step"] == 3 and len(bad["question_ids"]) == 16
-    tiny.assert_trees_equal(
-        *(checkpoints.load_params(str(tmp_path / n)) for n in ("stops", "straight"))
-    )
+    tiny.assert_trees_equal(*(checkpoints.load_params(str(tmp_path / n)) for n in ("stops", "straight")))
 
 
 @pytest.mark.parametrize(
@@ -484,12 +497,16 @@ def get_config(arg=None):
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
     (tmp_path / "c.py").write_text(CONFIG_FILE)
-    command = [sys.executable, "-m", "paligemma_med.train", f"--workdir={tmp_path / 'w'}",
-               f"--config={tmp_path / 'c.py'}:{tiny_data}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "paligemma_med.train",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config={tmp_path / 'c.py'}:{tiny_data}",
+    ]
     last = 0
     for _ in range(2):
-        run = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+        run = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and run.poll() is None:

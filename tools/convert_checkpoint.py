@@ -27,9 +27,18 @@ FORMS = ("npz", "hf", "peft", "orbax", "big_vision")
 
 
 def convert(
-    src, dst, to, *, dtype=None, merge=False, adapter_dir=None, part=None, overwrite=False,
-    base_model=None, key_style="4.52",
-):  # fmt: skip
+    src,
+    dst,
+    to,
+    *,
+    dtype=None,
+    merge=False,
+    adapter_dir=None,
+    part=None,
+    overwrite=False,
+    base_model=None,
+    key_style="4.52",
+):
     """Reads weights and writes them in another form.
 
     Args:
@@ -68,9 +77,13 @@ def convert(
     if to == "peft":
         rules = adapter.rules_of(adapter.Adapter(specs, {}))
         peft.save_adapter(
-            dst, adapter.extract_adapter(rules, params), base_model=base_model, dtype=dtype,
-            key_style=key_style, overwrite=overwrite,
-        )  # fmt: skip
+            dst,
+            adapter.extract_adapter(rules, params),
+            base_model=base_model,
+            dtype=dtype,
+            key_style=key_style,
+            overwrite=overwrite,
+        )
         return
     if merge:
         params = adapter.merge(params, specs)
@@ -149,10 +162,17 @@ def main(argv):
     jax.config.update("jax_platforms", "cpu")  # nothing here is for an accelerator
     v = flags.FLAGS
     convert(
-        argv[1], os.path.expanduser(argv[2]), v.to, dtype=v.dtype, merge=v.merge,
-        adapter_dir=v.adapter, part=v.part, overwrite=v.overwrite, base_model=v.base_model,
+        argv[1],
+        os.path.expanduser(argv[2]),
+        v.to,
+        dtype=v.dtype,
+        merge=v.merge,
+        adapter_dir=v.adapter,
+        part=v.part,
+        overwrite=v.overwrite,
+        base_model=v.base_model,
         key_style=v.key_style,
-    )  # fmt: skip
+    )
     print(f"Wrote {argv[2]}.")
 
 
@@ -165,7 +185,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it is of the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model beneath.")
-    flags.DEFINE_enum(
-        "key_style", "4.52", tuple(peft.STYLES), "--to=peft: transformers that names are from."
-    )
+    flags.DEFINE_enum("key_style", "4.52", tuple(peft.STYLES), "--to=peft: transformers that names are from.")
     app.run(main)

@@ -40,8 +40,7 @@ from paligemma_med.saliency import (
 from paligemma_med.saliency import flags as checks
 
 # Of the model; `maps_of` makes them.
-METHODS = ("raw_last", "raw_mean", "rollout", "rollout_siglip", "relevancy", "relevancy_siglip",
-           "occlusion")  # fmt: skip
+METHODS = ("raw_last", "raw_mean", "rollout", "rollout_siglip", "relevancy", "relevancy_siglip", "occlusion")
 # Of nothing, of where things mostly are, of where the patient is, of where training boxes are, of
 # where training boxes of the same label are (which takes the answer from the truth).
 PRIORS = ("random", "centre", "body", "train_boxes", "label_boxes")
@@ -169,9 +168,7 @@ def box_priors(source, grid):
             continue
         seen.add(row["image_id"])
         for label in {label.lower() for label in row["boxes"]["label"]}:
-            covered = localisation.coverage(
-                _boxes(row["boxes"], [label]), size_of(index, row["image_id"]), grid
-            )
+            covered = localisation.coverage(_boxes(row["boxes"], [label]), size_of(index, row["image_id"]), grid)
             by_label.setdefault(label, []).append(covered)
     return np.mean(questions, axis=0), {k: np.mean(v, axis=0) for k, v in by_label.items()}
 
@@ -201,9 +198,7 @@ def maps_of(model, params, seq, score, *, fill="blur"):
         "raw_last": raw.raw(streamed.rows, layers=-1),
         "raw_mean": raw.raw(streamed.rows),
         "rollout": streamed.rollout,
-        "rollout_siglip": rollout.to_patches(
-            streamed.rollout[:, : seq.patches], streamed.img_rollout
-        ),
+        "rollout_siglip": rollout.to_patches(streamed.rollout[:, : seq.patches], streamed.img_rollout),
         "relevancy": relevant.rows,
         "relevancy_siglip": relevant.patches,
     }
@@ -299,9 +294,12 @@ class Subject:
         keys = ("image", "text", "mask_ar", "mask_input")
         batch = {k: np.asarray(row[k])[None] for k in keys}
         tokens, _ = decode.generate(
-            self.model, self.params, batch, eos_token=self.tok.eos_token,
+            self.model,
+            self.params,
+            batch,
+            eos_token=self.tok.eos_token,
             max_new_tokens=max_new_tokens,
-        )  # fmt: skip
+        )
         tokens = distributed.to_host(tokens)[0, 0]
         prompt = batch["text"][0][batch["mask_input"][0] > 0]
         length = len(prompt) + np.count_nonzero(tokens)
@@ -366,9 +364,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
         "correct": answers.normalise(said) == answers.normalise(asked["answer"]),
         "figures": {name: {**figures[name], **areas.get(name, {})} for name in figures},
         "sanity": sanity_of(subject, image, asked["other_question"], seq, of_model, fill),
-        "maps": {
-            name: [[float(f"{x:.5g}") for x in row] for row in x] for name, x in of_model.items()
-        },
+        "maps": {name: [[float(f"{x:.5g}") for x in row] for row in x] for name, x in of_model.items()},
     }
 
 
@@ -383,8 +379,7 @@ def sanity_of(subject, image, other_question, seq, maps, fill):
         other, _ = subject.ask(image, other_question)
         changed["other_question"] = subject.maps(other, None, fill)
     return {
-        name: {k: x and sanity.similarity(values, x[name]) for k, x in changed.items()}
-        for name, values in maps.items()
+        name: {k: x and sanity.similarity(values, x[name]) for k, x in changed.items()} for name, values in maps.items()
     }
 
 
@@ -424,9 +419,7 @@ def _table(rows, images, seed):
     table = {name: {} for name in (*METHODS, *PRIORS)}
     for figure in (*BOX_FIGURES, *CURVES):
         values = {
-            name: [row["figures"][name][figure] for row in rows]
-            for name in table
-            if figure in rows[0]["figures"][name]
+            name: [row["figures"][name][figure] for row in rows] for name in table if figure in rows[0]["figures"][name]
         }
         low, high = stats.bootstrap(np.stack([*values.values()], 1), images, seed=seed)
         for i, name in enumerate(values):
@@ -454,9 +447,11 @@ def _sanity(rows, name, seed):
         low, high = stats.bootstrap(values, images, seed=seed)
         out[check] = dict(mean=float(np.mean(values)), low=low, high=high, questions=len(values))
     pairs = sanity.between_questions(
-        [np.ravel(row["maps"][name]) for row in rows], [row["image_key"] for row in rows],
-        [row["question_id"] for row in rows], seed=seed,
-    )["other_image"]  # fmt: skip
+        [np.ravel(row["maps"][name]) for row in rows],
+        [row["image_key"] for row in rows],
+        [row["question_id"] for row in rows],
+        seed=seed,
+    )["other_image"]
     if pairs:
         out["other_image"] = dict(mean=float(np.mean(pairs)))
     return out
@@ -474,11 +469,16 @@ def holm(ps):
 # --- The page ---
 
 _TITLES = {
-    "pointing": "pointing", "touching": "touching", "energy": "energy in box",
-    "iou": "IoU, best threshold", "deletion": "deletion ↓", "insertion": "insertion ↑",
-    "randomised": "randomised weights", "other_question": "another question, same image",
+    "pointing": "pointing",
+    "touching": "touching",
+    "energy": "energy in box",
+    "iou": "IoU, best threshold",
+    "deletion": "deletion ↓",
+    "insertion": "insertion ↑",
+    "randomised": "randomised weights",
+    "other_question": "another question, same image",
     "other_image": "another image",
-}  # fmt: skip
+}
 
 
 def markdown(summary):
@@ -564,9 +564,7 @@ def main(argv):
     if rows is None:
         part = results.Part(v.out, identity)
         with contextlib.closing(part), sharding.rules(config, subject.mesh):
-            rows = measure_all(
-                subject, source, train_source, asked, part, batch_size=v.batch_size, **settings
-            )
+            rows = measure_all(subject, source, train_source, asked, part, batch_size=v.batch_size, **settings)
     else:
         print(f"{v.out} is there for these weights.", file=sys.stderr)
     summary = summarise(rows, v.seed)
@@ -586,9 +584,7 @@ def measure_all(subject, source, train, asked, part, **settings):
     """
     priors, rows = None, []
     every = 0.1 if sys.stderr.isatty() else 30
-    for i, question in enumerate(
-        tqdm.tqdm(asked, desc="saliency", unit=" questions", mininterval=every)
-    ):
+    for i, question in enumerate(tqdm.tqdm(asked, desc="saliency", unit=" questions", mininterval=every)):
         found = part.found.get(("model", i))
         if found is None:
             image = source[question["index"]]["image"]

@@ -84,8 +84,7 @@ def fit(x, d, loss, level=0.95):
         )
     if len(x) <= len(free):
         raise ValueError(
-            f"found {len(x)} rows for {len(free)} parameters ({', '.join(free)}); "
-            f"expected at least {len(free) + 1}."
+            f"found {len(x)} rows for {len(free)} parameters ({', '.join(free)}); expected at least {len(free) + 1}."
         )
     problem = _Problem(np.stack([logs[k] for k in free[1:-1]]), loss)
     best, error = problem.optimum()
@@ -130,9 +129,7 @@ class _Problem:
 
     def _residuals(self, theta):
         with np.errstate(over="ignore"):
-            return np.exp(np.minimum(theta[0] - theta[1:-1] @ self.logs, 50)) + (
-                math.exp(theta[-1]) - self.loss
-            )
+            return np.exp(np.minimum(theta[0] - theta[1:-1] @ self.logs, 50)) + (math.exp(theta[-1]) - self.loss)
 
     def _jacobian(self, theta):
         power = np.exp(np.minimum(theta[0] - theta[1:-1] @ self.logs, 50))
@@ -164,21 +161,24 @@ class _Problem:
             part[0] -= part[1:-1] @ self.centre
         low, high = self.low[free], self.high[free]
         found = scipy.optimize.least_squares(
-            lambda p: self._residuals(whole(p)), np.clip(part[free], low, high), gradient,
-            bounds=(low, high), x_scale="jac", ftol=1e-14, xtol=1e-14, gtol=1e-14, max_nfev=300,
-        )  # fmt: skip
+            lambda p: self._residuals(whole(p)),
+            np.clip(part[free], low, high),
+            gradient,
+            bounds=(low, high),
+            x_scale="jac",
+            ftol=1e-14,
+            xtol=1e-14,
+            gtol=1e-14,
+            max_nfev=300,
+        )
         return whole(found.x), 2 * found.cost
 
     def optimum(self):
         """(θ, sum of squares): starts on a grid of exponents, A and E by linear least squares."""
         starts = []
-        for exponents in np.stack(
-            np.meshgrid(*[_STARTS] * len(self.logs)), axis=-1
-        ).reshape(-1, len(self.logs)):  # fmt: skip
+        for exponents in np.stack(np.meshgrid(*[_STARTS] * len(self.logs)), axis=-1).reshape(-1, len(self.logs)):
             power = np.exp(-exponents @ (self.logs - self.centre[:, None]))
-            (a, e), residual = scipy.optimize.nnls(
-                np.stack([power, np.ones_like(power)], axis=1), self.loss
-            )
+            (a, e), residual = scipy.optimize.nnls(np.stack([power, np.ones_like(power)], axis=1), self.loss)
             a, e = max(a, 1e-12), max(e, 2e-6 * self.loss.min())
             log_a = math.log(a) + exponents @ self.centre
             starts.append((residual, np.array([log_a, *exponents, math.log(e)])))
@@ -217,9 +217,7 @@ class _Problem:
         for start in (near, best):
             start = np.array(start)
             if index != 0:  # keep the curve's height at the centre, where it is well known
-                start[0] += (value - start[index]) * (
-                    self.centre[index - 1] if index <= len(self.centre) else 0.0
-                )
+                start[0] += (value - start[index]) * (self.centre[index - 1] if index <= len(self.centre) else 0.0)
             start[index] = value
             theta, error = self.solve(start, held=index)
             found.append((error, theta))
@@ -230,9 +228,7 @@ def _estimate(name, problem, index, best, limit):
     low, high = (problem.limit_of(best, index, limit, direction) for direction in (-1, 1))
     value = best[index]
     if name in ("A", "E"):
-        value, low, high = (
-            None if v is None else math.exp(min(v, 700)) for v in (value, low, high)
-        )
+        value, low, high = (None if v is None else math.exp(min(v, 700)) for v in (value, low, high))
         if name == "E" and low is None and high is not None:
             return Estimate(value, 0.0, high, "may be 0")
         if low is None or high is None:
@@ -242,9 +238,7 @@ def _estimate(name, problem, index, best, limit):
         return Estimate(value, low, high, "not identified: its profile is flat")
     if low is None:
         variable = "X" if name == "alpha" else "D"
-        return Estimate(
-            value, 0.0, high, f"may be 0: no effect of {variable} can be told from none"
-        )
+        return Estimate(value, 0.0, high, f"may be 0: no effect of {variable} can be told from none")
     return Estimate(value, low, high, "")
 
 
@@ -297,8 +291,7 @@ def columns(rows, where, x, d, loss, d_scale=1.0):
             out.append([float(row[n]) if isinstance(n, str) else float(n) for n in (x, d, loss)])
         except (TypeError, ValueError):
             raise ValueError(
-                f"{where}, row {number}: expected numbers in {wanted}, "
-                f"found {[row.get(name) for name in wanted]}."
+                f"{where}, row {number}: expected numbers in {wanted}, found {[row.get(name) for name in wanted]}."
             ) from None
     if not out:
         raise ValueError(f"{where} has no row with all of {wanted}.")
@@ -328,9 +321,7 @@ def main(argv):
         xs *= len(argv) - 1
     if len(xs) != len(argv) - 1:
         raise ValueError(f"--x has {len(xs)} values for {len(argv) - 1} files; expected one each.")
-    parts = [
-        columns(read_rows(path), path, x, f.d, f.loss, f.d_scale) for path, x in zip(argv[1:], xs)
-    ]
+    parts = [columns(read_rows(path), path, x, f.d, f.loss, f.d_scale) for path, x in zip(argv[1:], xs)]
     result = fit(*(np.concatenate(column) for column in zip(*parts)))
     print(to_markdown(result))
     print(f"L is the column {f.loss}, D is {f.d_scale:g} · {f.d}.")

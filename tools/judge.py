@@ -105,9 +105,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("human", None, "CSV question_id,label[,sample] to compare the judge with.")
     flags.DEFINE_string("cache", None, "File of replies; default: judge_cache.jsonl in the folder.")
     flags.DEFINE_string(
-        "settings", "{}", "JSON of request arguments, on top of temperature 0 and max_tokens 32; "
-        'null takes one away: {"max_tokens": null, "max_completion_tokens": 2000}.'
-    )  # fmt: skip
+        "settings",
+        "{}",
+        "JSON of request arguments, on top of temperature 0 and max_tokens 32; "
+        'null takes one away: {"max_tokens": null, "max_completion_tokens": 2000}.',
+    )
     flags.DEFINE_bool("structured", False, "Ask the server to hold replies to a JSON schema.")
     flags.DEFINE_integer("concurrency", 8, "Requests under way at a time.", lower_bound=1)
     flags.DEFINE_float("requests_per_minute", None, "Begin at most so many; default: no limit.")

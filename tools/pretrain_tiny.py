@@ -56,9 +56,7 @@ def main(argv):
 if __name__ == "__main__":
     path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "tiny_base.py")
     for lesson in (1, 2):
-        config_flags.DEFINE_config_file(
-            f"lesson{lesson}", f"{path}:lesson={lesson}", f"Experiment of lesson {lesson}."
-        )
+        config_flags.DEFINE_config_file(f"lesson{lesson}", f"{path}:lesson={lesson}", f"Experiment of lesson {lesson}.")
     flags.DEFINE_string("workdir", "out/tiny_base", "Folder of the run.")
     flags.DEFINE_string("output", "tools/tiny_base.npz", "Where the weights are written.")
     app.run(main)

@@ -56,31 +56,40 @@ def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
     (name, section), *_ = stage2.evals.items()
 
     sizes = ",".join(map(str, num_images))
-    _announce(1, "build the data", f"python -m data_prep.build phantom --data_dir {data_dir} "
-              f"--num_images={sizes}")  # fmt: skip
+    _announce(1, "build the data", f"python -m data_prep.build phantom --data_dir {data_dir} --num_images={sizes}")
     build.build("phantom", data_dir=data_dir, num_images=num_images)
 
-    _announce(2, "evaluate the base model",
-              f"python -m paligemma_med.evaluate --config={config_argument(1, out)} "
-              f"--checkpoint={stage1.model_init} --out={base}")  # fmt: skip
+    _announce(
+        2,
+        "evaluate the base model",
+        f"python -m paligemma_med.evaluate --config={config_argument(1, out)} "
+        f"--checkpoint={stage1.model_init} --out={base}",
+    )
     before = _finished(base, name)
     if before is None:  # a copy: evaluate and predict put their weights into the config
         config = stage1.copy_and_resolve_references()
         before = evaluate.evaluate(config, stage1.model_init, str(base))[name]
 
-    _announce(3, "stage 1: train the projection head",
-              f"python -m paligemma_med.train --config={config_argument(1, out)} "
-              f"--workdir={first}")  # fmt: skip
+    _announce(
+        3,
+        "stage 1: train the projection head",
+        f"python -m paligemma_med.train --config={config_argument(1, out)} --workdir={first}",
+    )
     middle = _train(stage1, first, name)
 
-    _announce(4, "stage 2: train LoRA in both towers",
-              f"python -m paligemma_med.train --config={config_argument(2, out)} "
-              f"--workdir={second}")  # fmt: skip
+    _announce(
+        4,
+        "stage 2: train LoRA in both towers",
+        f"python -m paligemma_med.train --config={config_argument(2, out)} --workdir={second}",
+    )
     after = _train(stage2, second, name)
 
     image, rows = _example(section.data, out)
-    _announce(5, "ask it about an image", f"python -m paligemma_med.predict --workdir={second} "
-              f'--image={image} --question="{rows[0]["question"]}"')  # fmt: skip
+    _announce(
+        5,
+        "ask it about an image",
+        f'python -m paligemma_med.predict --workdir={second} --image={image} --question="{rows[0]["question"]}"',
+    )
     questions = [r["question"] for r in rows]
     config = stage2.copy_and_resolve_references()
     answered = predict.predict(config, str(second), rows[0]["image"], questions, max_new_tokens=12)
@@ -184,9 +193,7 @@ def _check_same(config, workdir):
     path = workdir / "config.json"
     text = experiment.config_to_json(config)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{workdir} holds a run with other settings: give another --out, or --overwrite."
-        )
+        raise ValueError(f"{workdir} holds a run with other settings: give another --out, or --overwrite.")
 
 
 def _example(data, out):

@@ -60,9 +60,7 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
             try:
                 process.wait(grace)
             except subprocess.TimeoutExpired:
-                raise RuntimeError(
-                    f"the command didn't end within {grace} s of {kind.name}."
-                ) from None
+                raise RuntimeError(f"the command didn't end within {grace} s of {kind.name}.") from None
             if process.returncode == 0:  # it was faster
                 return 0, kills
             kills.append((kind.name, time.monotonic() - started))
@@ -95,9 +93,11 @@ def main(argv):
     end = time.monotonic() + flags.FLAGS["for"].value
     started = time.monotonic()
     status, kills = run(
-        argv[1:], moment=after_seconds(low, high), limit=lambda _: time.monotonic() > end,
+        argv[1:],
+        moment=after_seconds(low, high),
+        limit=lambda _: time.monotonic() > end,
         seed=flags.FLAGS.seed,
-    )  # fmt: skip
+    )
     print(f"{len(kills)} kills in {time.monotonic() - started:.0f} s; it ended with {status}.")
     sys.exit(status)
 

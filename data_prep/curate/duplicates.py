@@ -77,8 +77,7 @@ class NearDuplicates:
     def _runs(self, row: Mapping[str, Any]) -> np.ndarray:
         """The fields' runs; those of different fields are different."""
         parts = [
-            shingles(str(row.get(field) or ""), self._shingle)
-            ^ np.uint32(zlib.crc32(field.encode()))
+            shingles(str(row.get(field) or ""), self._shingle) ^ np.uint32(zlib.crc32(field.encode()))
             for field in self._fields
         ]
         return np.unique(np.concatenate(parts))

@@ -52,8 +52,7 @@ def make_rules(specs: Sequence[Mapping[str, Any]]) -> list[Rule]:
         known = inspect.signature(RULES[kind]).parameters
         if unknown := [k for k in settings if k not in known]:
             raise DataError(
-                f"rules[{i}] ({kind}): unknown setting {', '.join(unknown)}; it has "
-                f"{', '.join(known) or 'none'}"
+                f"rules[{i}] ({kind}): unknown setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
             )
         if name in [r.name for r in made]:
             raise DataError(f"rules[{i}]: a second rule {name!r}; give it another name=")
@@ -142,9 +141,7 @@ def question_form(
         text = str(row.get("question") or "").strip()
         if "\n" in text:
             return "question: several lines", None
-        if not text.rstrip("\"'”’*) ").endswith("?") and text.lower().split()[:1] not in [
-            [s] for s in starts
-        ]:
+        if not text.rstrip("\"'”’*) ").endswith("?") and text.lower().split()[:1] not in [[s] for s in starts]:
             return f"question: no question mark, {text[-30:]!r}", None
         return PASS
 
@@ -261,9 +258,7 @@ MARKUP = (
 
 
 @rule
-def chatter(
-    patterns: Sequence[str] = REFUSALS + CHATTER + META + MARKUP, fields: Sequence[str] = BOTH
-):
+def chatter(patterns: Sequence[str] = REFUSALS + CHATTER + META + MARKUP, fields: Sequence[str] = BOTH):
     """Drops a chatbot's refusals, greetings, remarks on "the caption", and left-over markup."""
     return pattern(patterns, fields)
 
@@ -295,9 +290,7 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
 
 
 @rule
-def not_in_source(
-    min_share: float = 0.5, min_words: int = 2, fields: Sequence[str] = ("caption",), stem: int = 5
-):
+def not_in_source(min_share: float = 0.5, min_words: int = 2, fields: Sequence[str] = ("caption",), stem: int = 5):
     """Drops rows whose answer says what neither the source nor the question does.
 
     Score: the share of the answer's content words that occur in one of `fields` or in the question,
@@ -305,9 +298,7 @@ def not_in_source(
     for the same thing count as absent, so that a low share is a hint and no proof.
     """
     if not 0 < min_share <= 1 or stem < 1:
-        raise ValueError(
-            f"min_share is {min_share}, stem {stem}; expected above 0 and at most 1, and 1 or more"
-        )
+        raise ValueError(f"min_share is {min_share}, stem {stem}; expected above 0 and at most 1, and 1 or more")
 
     def stems(text):
         return {w[:stem] for w in content_words(text)}
@@ -354,14 +345,11 @@ FUNCTION_WORDS = {
     "pt": "os da do dos uma com em na não por para mostrando ao pela",
     "nl": "het een van en met op de dat niet bij voor is",
 }
-SCRIPTS = {"zh": r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", "ru": r"[\u0400-\u04ff]",
-           "ar": r"[\u0600-\u06ff]"}  # fmt: skip
+SCRIPTS = {"zh": r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", "ru": r"[\u0400-\u04ff]", "ar": r"[\u0600-\u06ff]"}
 
 
 @rule
-def language(
-    allowed: Sequence[str] = ("en",), min_hits: int = 2, fields: Sequence[str] = BOTH
-):  # fmt: skip
+def language(allowed: Sequence[str] = ("en",), min_hits: int = 2, fields: Sequence[str] = BOTH):
     """Drops rows in which a field is in a language not allowed, as far as short words tell.
 
     A field is in another language if at least `min_hits` of its words are function words there and

@@ -153,8 +153,7 @@ def curate(
             paths.journal.unlink(missing_ok=True)  # killed just before it would have done so
             return {**report, "already_there": True}
         raise DataError(
-            f"{paths.output}: is there, made from other rules or other input; expected a new name "
-            "or --overwrite"
+            f"{paths.output}: is there, made from other rules or other input; expected a new name or --overwrite"
         )
     try:
         paths.output.parent.mkdir(parents=True, exist_ok=True)
@@ -378,9 +377,7 @@ def describe(report: Mapping[str, Any]) -> Sequence[str]:
     lines.append(f"{'rule':24}{'dropped':>9}{'fails it':>10}{'only it':>9}  e.g.")
     for name, r in report["rules"].items():
         example = f"{r['first'][0]['row']} {r['first'][0]['why']}" if r["first"] else ""
-        lines.append(
-            f"{name:24}{r['dropped']:9,}{r['would_drop']:10,}{r['only_this_one']:9,}  {example:.80}"
-        )
+        lines.append(f"{name:24}{r['dropped']:9,}{r['would_drop']:10,}{r['only_this_one']:9,}  {example:.80}")
     counted = (report["config"].get("relevance") or {}).get("count", "cases")
     for name, c in report.get("categories", {}).items():
         lines.append(

@@ -64,9 +64,7 @@ FEATURES = (
 
 _NOT_RADIOLOGICAL = ("Photograph", "Gross Pathology", "Drawing")
 _SEVERAL_VIEWS = ("Montage", "3D Reconstruction")
-_SAYS_NOTHING = re.compile(
-    r"(axial |coronal |sagittal )?((ct|mri?|x-?ray) )?(images?|figure|fig\.?)( \d+\w?)?\.?"
-)
+_SAYS_NOTHING = re.compile(r"(axial |coronal |sagittal )?((ct|mri?|x-?ray) )?(images?|figure|fig\.?)( \d+\w?)?\.?")
 
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
@@ -81,8 +79,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     right = [p for p in near if not _missing(p)]
     hint = f"; did you mean {right[0]}?" if right else ""
     raise DataError(
-        f"{folder}: not a folder of MedPix 2.0: {', '.join(missing)} not found in it; expected "
-        f"{EXPECTED}{hint}"
+        f"{folder}: not a folder of MedPix 2.0: {', '.join(missing)} not found in it; expected {EXPECTED}{hint}"
     )
 
 
@@ -250,17 +247,14 @@ def _split(folder: pathlib.Path) -> dict[str, str]:
     else:
         path = folder
         named = {
-            name: _jsonl_cases(folder / f"descriptions_{name}.jsonl")
-            for names in SPLITS.values()
-            for name in names
+            name: _jsonl_cases(folder / f"descriptions_{name}.jsonl") for names in SPLITS.values() for name in names
         }
     split_of: dict[str, str] = {}
     for split, names in SPLITS.items():
         for case_id in (str(c).strip() for name in names for c in named[name]):
             if split_of.setdefault(case_id, split) != split:
                 raise DataError(
-                    f"{path}: case {case_id} is in {split_of[case_id]} and {split}; expected each "
-                    "case in one split"
+                    f"{path}: case {case_id} is in {split_of[case_id]} and {split}; expected each case in one split"
                 )
     if missing := [s for s in SPLITS if s not in split_of.values()]:
         raise DataError(

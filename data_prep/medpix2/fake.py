@@ -80,9 +80,7 @@ def release() -> dict[str, Any]:
     return {"cases": cases, "descriptions": descriptions, "uid_list": uid_list}
 
 
-def write(
-    folder: pathlib.Path, content: dict[str, Any] | None = None, pixels: int = 24
-) -> pathlib.Path:
+def write(folder: pathlib.Path, content: dict[str, Any] | None = None, pixels: int = 24) -> pathlib.Path:
     """Writes a release with its images: PNG, some with an opaque alpha channel."""
     content = content or release()
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,7 @@ class Builder(CaptionedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Get MedPix 2.0 (https://github.com/CHILab1/MedPix-2.0) and give the folder that holds "
-        + cases.EXPECTED
+        "Get MedPix 2.0 (https://github.com/CHILab1/MedPix-2.0) and give the folder that holds " + cases.EXPECTED
     )
     FEATURES = cases.FEATURES
     TABLES = ("modality", "plane", "location", "location_category", "content_type")

@@ -81,9 +81,7 @@ def _ellipse(
     return _step((1 - np.sqrt(u * u + v * v)) * min(rx, ry), edge)
 
 
-def _blob(
-    rng: np.random.Generator, b: _Body, cx: float, cy: float, r: float, rough: float, edge: float
-) -> np.ndarray:
+def _blob(rng: np.random.Generator, b: _Body, cx: float, cy: float, r: float, rough: float, edge: float) -> np.ndarray:
     """A circle with a wavy outline: `rough` is the waves' height as a share of the radius."""
     dx, dy = b.x - cx, b.y - cy
     phi = np.arctan2(dy, dx)
@@ -324,8 +322,7 @@ def draw(
     boxes = []
     for label, cx, cy, rx, ry in placed:
         ix, iy = b.to_image(cx, cy)
-        corners = np.array([ix - rx * b.scale, iy - ry * b.scale, ix + rx * b.scale,
-                            iy + ry * b.scale])  # fmt: skip
+        corners = np.array([ix - rx * b.scale, iy - ry * b.scale, ix + rx * b.scale, iy + ry * b.scale])
         x0, y0, x1, y1 = np.round(np.clip((corners + 1) * SIZE / 2, 0, SIZE)).tolist()
         boxes.append({label: [x0, y0, x1 - x0, y1 - y0]})
     return _expose(rng, image), boxes

@@ -65,9 +65,8 @@ def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[
     ]
     yield [
         *opens(asked, region, tuple(FINDINGS), "Organ"),
-        *yes_no([(f"Does the picture contain the {r.lower()}?", r == region) for r in FINDINGS],
-                "Organ"),
-    ]  # fmt: skip
+        *yes_no([(f"Does the picture contain the {r.lower()}?", r == region) for r in FINDINGS], "Organ"),
+    ]
     yield yes_no(
         [
             ("Is the scan normal?", finding is None),
@@ -98,12 +97,19 @@ def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[
 
     yield sided
     yield [
-        *opens(["What is the main finding in this image?", "What abnormality is visible?"],
-               finding.kind, ALL_KINDS, "Abnormality"),
-        *opens([f"What abnormality is in the {region.lower()}?",
-                f"Which finding does this {region.lower()} image show?"],
-               finding.kind, FINDINGS[region], "Abnormality"),
-    ]  # fmt: skip
+        *opens(
+            ["What is the main finding in this image?", "What abnormality is visible?"],
+            finding.kind,
+            ALL_KINDS,
+            "Abnormality",
+        ),
+        *opens(
+            [f"What abnormality is in the {region.lower()}?", f"Which finding does this {region.lower()} image show?"],
+            finding.kind,
+            FINDINGS[region],
+            "Abnormality",
+        ),
+    ]
     kind = finding.kind.lower()
     levels = opens(
         [
@@ -140,13 +146,11 @@ def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[
             "Position",
         ),
         *yes_no(
-            [(f"Is the abnormality on the {s.lower()} side of the image?", s == finding.side)
-             for s in SIDES]
-            + [(f"Is the abnormality in the {v.lower()} half of the image?", v == finding.level)
-               for v in LEVELS],
+            [(f"Is the abnormality on the {s.lower()} side of the image?", s == finding.side) for s in SIDES]
+            + [(f"Is the abnormality in the {v.lower()} half of the image?", v == finding.level) for v in LEVELS],
             "Position",
         ),
-    ]  # fmt: skip
+    ]
 
 
 class Balancer:

@@ -82,8 +82,7 @@ class Builder(VqaBuilder):
         self.report = {"dataset": self.info.full_name, **made.report}
         example = functools.partial(_example, made.images)
         return {
-            split: row_file.generate(rows, example, f"writing {split}", self.beam)
-            for split, rows in made.rows.items()
+            split: row_file.generate(rows, example, f"writing {split}", self.beam) for split, rows in made.rows.items()
         }
 
     def _generate_examples(self, *args: Any) -> Any:

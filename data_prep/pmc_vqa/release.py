@@ -32,8 +32,7 @@ IMAGES = {
     "v2": ("images_2", "figures", "images_2.zip", "images", "images.zip"),
 }
 EXPECTED = (
-    "train.csv, test.csv and images.zip or images/ (v1), or train_2.csv, test_2.csv and "
-    "images_2.zip or figures/ (v2)"
+    "train.csv, test.csv and images.zip or images/ (v1), or train_2.csv, test_2.csv and images_2.zip or figures/ (v2)"
 )
 
 
@@ -177,9 +176,7 @@ def _refuse_missing(asked: Iterable[RowWriter], images: Store, allow: bool) -> N
         )
 
 
-def _check_images(
-    asked: Mapping[str, RowWriter], checked: CheckedImages, articles: "_Articles", allow: bool
-) -> None:
+def _check_images(asked: Mapping[str, RowWriter], checked: CheckedImages, articles: "_Articles", allow: bool) -> None:
     """Decodes all images, and learns which articles of train belong together.
 
     Also those of rows that are dropped: which are may differ between a version's configs, and their
@@ -195,8 +192,7 @@ def _check_images(
             except DataError as e:
                 if not allow and not row["dropped"]:
                     raise DataError(
-                        f"{e} (first used by {row['question_id']}; --allow_missing_images leaves "
-                        "such rows out)"
+                        f"{e} (first used by {row['question_id']}; --allow_missing_images leaves such rows out)"
                     ) from None
         if split == "train" and row["paper"]:
             articles.add(row["paper"], digest)

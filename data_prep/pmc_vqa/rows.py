@@ -74,9 +74,7 @@ def read_table(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str] | None]
             for i, fields in enumerate(line for line in table if line):
                 yield i, dict(zip(columns, fields)) if len(fields) == len(columns) else None
         except csv.Error as e:
-            raise DataError(
-                f"{path} row {i + 1}: not CSV ({e}); expected a table whose quotes are closed"
-            ) from None
+            raise DataError(f"{path} row {i + 1}: not CSV ({e}); expected a table whose quotes are closed") from None
         finally:
             csv.field_size_limit(limit)
 

@@ -38,24 +38,43 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
     """Yields groups of questions that fit a picture; one of each group is asked if it can be."""
     items = scene.items
     yield [
-        *_opens(["What background does this image have?", "Which background was used here?"],
-                scene.background, BACKGROUNDS, "Background"),
-        *_yes_no([(f"Does the picture contain {b.lower()}?", b == scene.background)
-                  for b in BACKGROUNDS if b not in ("Plain", "Plates")]
-                 + [("Is the background plain?", scene.background == "Plain"),
-                    ("Is this a gray image?", scene.grey)], "Background"),
-    ]  # fmt: skip
+        *_opens(
+            ["What background does this image have?", "Which background was used here?"],
+            scene.background,
+            BACKGROUNDS,
+            "Background",
+        ),
+        *_yes_no(
+            [
+                (f"Does the picture contain {b.lower()}?", b == scene.background)
+                for b in BACKGROUNDS
+                if b not in ("Plain", "Plates")
+            ]
+            + [("Is the background plain?", scene.background == "Plain"), ("Is this a gray image?", scene.grey)],
+            "Background",
+        ),
+    ]
     yield [
-        *_opens(["How many shapes are in this image?", "How many shapes does the picture show?"],
-                str(len(items)), COUNTS, "Quantity"),
-        *_yes_no([("Is the picture empty?", not items),
-                  ("Is there any shape in this image?", bool(items)),
-                  ("Are there shapes in this picture?", bool(items)),
-                  ("Is there more than one shape in this image?", len(items) > 1)], "Quantity"),
-    ]  # fmt: skip
+        *_opens(
+            ["How many shapes are in this image?", "How many shapes does the picture show?"],
+            str(len(items)),
+            COUNTS,
+            "Quantity",
+        ),
+        *_yes_no(
+            [
+                ("Is the picture empty?", not items),
+                ("Is there any shape in this image?", bool(items)),
+                ("Are there shapes in this picture?", bool(items)),
+                ("Is there more than one shape in this image?", len(items) > 1),
+            ],
+            "Quantity",
+        ),
+    ]
     if scene.background == "Plates":
-        yield _yes_no([("Is this image even?", not items),
-                       ("Is anything odd in this picture?", bool(items))], "Evenness")  # fmt: skip
+        yield _yes_no(
+            [("Is this image even?", not items), ("Is anything odd in this picture?", bool(items))], "Evenness"
+        )
 
     presence, placed = [], []
     for shape in SHAPES:
@@ -87,14 +106,12 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
 
     for quadrant in QUADRANTS:
         found = next((i.shape for i in items if f"{i.level} {i.side}" == quadrant), "None")
-        yield _opens([f"Which shape is in the {quadrant.lower()} of the image?"],
-                     found, (*SHAPES, "None"), "Shape")  # fmt: skip
+        yield _opens([f"Which shape is in the {quadrant.lower()} of the image?"], found, (*SHAPES, "None"), "Shape")
     for item in items:
         if [i.shape for i in items].count(item.shape) == 1:
             yield from _about(f"the {item.shape.lower()}", scene, item)
     if len(items) == 1:
-        asked = ["What is the main shape in this image?", "What shape is visible?",
-                 "Which shape does this image show?"]  # fmt: skip
+        asked = ["What is the main shape in this image?", "What shape is visible?", "Which shape does this image show?"]
         yield _opens(asked, items[0].shape, SHAPES, "Shape")
         yield from _about("the shape", scene, items[0])
         if scene.background == "Plates":
@@ -104,24 +121,37 @@ def candidates(scene: Scene) -> Iterator[list[Question]]:
 def _about(noun, scene, item) -> Iterator[list[Question]]:
     """Groups of questions about one item that `noun` names without doubt."""
     where = [
-        *_opens([f"On which side of the image is {noun}?",
-                 f"Which side of the image has {noun}, left or right?"],
-                item.side, SIDES, "Position"),
-        *_opens([f"Is {noun} in the upper or the lower half of the image?",
-                 f"At which level of the image is {noun}, upper or lower?"],
-                item.level, LEVELS, "Position"),
-        *_opens([f"Where in the image is {noun}?", f"In which quadrant is {noun}?"],
-                f"{item.level} {item.side}", QUADRANTS, "Position"),
-        *_yes_no([(f"Is {noun} on the {s.lower()} side of the image?", s == item.side)
-                  for s in SIDES]
-                 + [(f"Is {noun} in the {v.lower()} half of the image?", v == item.level)
-                    for v in LEVELS], "Position"),
-    ]  # fmt: skip
+        *_opens(
+            [f"On which side of the image is {noun}?", f"Which side of the image has {noun}, left or right?"],
+            item.side,
+            SIDES,
+            "Position",
+        ),
+        *_opens(
+            [
+                f"Is {noun} in the upper or the lower half of the image?",
+                f"At which level of the image is {noun}, upper or lower?",
+            ],
+            item.level,
+            LEVELS,
+            "Position",
+        ),
+        *_opens(
+            [f"Where in the image is {noun}?", f"In which quadrant is {noun}?"],
+            f"{item.level} {item.side}",
+            QUADRANTS,
+            "Position",
+        ),
+        *_yes_no(
+            [(f"Is {noun} on the {s.lower()} side of the image?", s == item.side) for s in SIDES]
+            + [(f"Is {noun} in the {v.lower()} half of the image?", v == item.level) for v in LEVELS],
+            "Position",
+        ),
+    ]
     yield where
     looks = _opens([f"Is {noun} large or small?"], item.size, SIZES, "Size")
     if scene.grey:
-        looks += _opens([f"Is {noun} brighter or darker than the background?"],
-                        item.paint, TONES, "Brightness")  # fmt: skip
+        looks += _opens([f"Is {noun} brighter or darker than the background?"], item.paint, TONES, "Brightness")
     else:
         looks += _opens([f"What color is {noun}?"], item.paint, tuple(COLOURS), "Color")
     yield looks
@@ -147,8 +177,7 @@ def descriptions(scene: Scene) -> Iterator[Question]:
         yield question("What is where in this image?", [f"{places[0]} {items[0].shape}"])
         yield question("How does the shape look?", [look(items[0])])
     else:
-        yield question("Which shapes are where?",
-                       [f"{p} {i.shape}" for p, i in zip(places, items)])  # fmt: skip
+        yield question("Which shapes are where?", [f"{p} {i.shape}" for p, i in zip(places, items)])
         yield question("What shapes are shown?", [i.shape for i in items])
         yield question("Where are the shapes?", places)
 

@@ -33,6 +33,11 @@ def make_raw(
 ) -> pathlib.Path:
     """`drawn.make_raw` of the easy shapes; num_images None: NUM_IMAGES."""
     return drawn.make_raw(
-        folder, _pictures, name="shapes_easy", drawing=DRAWING, default_num_images=NUM_IMAGES,
-        num_images=num_images, seed=seed,
-    )  # fmt: skip
+        folder,
+        _pictures,
+        name="shapes_easy",
+        drawing=DRAWING,
+        default_num_images=NUM_IMAGES,
+        num_images=num_images,
+        seed=seed,
+    )

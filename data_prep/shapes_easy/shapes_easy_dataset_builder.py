@@ -11,6 +11,4 @@ class Builder(DrawnBuilder):
     """Single plain shapes. `manual_dir` is a folder made by `make_raw`."""
 
     SETTINGS_NAME = raw.SETTINGS_NAME
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Run `python -m data_prep.build shapes_easy`: it draws its images."
-    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Run `python -m data_prep.build shapes_easy`: it draws its images."

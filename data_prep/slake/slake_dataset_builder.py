@@ -61,8 +61,7 @@ class Builder(SlakeLayoutBuilder):
         SlakeConfig(name="all", language="all", description="Both; splits share images"),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds "
-        + slake_layout.EXPECTED
+        "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds " + slake_layout.EXPECTED
     )
 
     @property

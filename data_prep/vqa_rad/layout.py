@@ -131,8 +131,7 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
         raise DataError(f"{where}: found {row!r:.80}; expected an object with {', '.join(KEYS)}")
     if missing := [k for k in KEYS if k not in row]:
         raise DataError(
-            f"{where}: key {', '.join(missing)} missing; expected the keys {', '.join(KEYS)}; "
-            f"found {', '.join(row)}"
+            f"{where}: key {', '.join(missing)} missing; expected the keys {', '.join(KEYS)}; found {', '.join(row)}"
         )
     texts, notes = {}, []
     for key in KEYS[1:]:
@@ -145,16 +144,13 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
     if qid is None:
         raise DataError(f"{where}: qid is {row['qid']!r:.80}; expected a whole number")
     if (kind := texts["answer_type"].upper()) not in ("OPEN", "CLOSED"):
-        raise DataError(
-            f"{where}: answer_type is {row['answer_type']!r}; expected 'OPEN' or 'CLOSED'"
-        )
+        raise DataError(f"{where}: answer_type is {row['answer_type']!r}; expected 'OPEN' or 'CLOSED'")
     content_type, found = _question_type(texts["question_type"])
     notes += found
     phrase = texts["phrase_type"].lower()
     features = {
         # trainset and testset count from 1, the public file from 0; frames share a row's number.
-        "question_id": str(qid if layout == "public" else qid - 1)
-        + ("_frame" if phrase == "frame" else ""),
+        "question_id": str(qid if layout == "public" else qid - 1) + ("_frame" if phrase == "frame" else ""),
         "image_id": pathlib.PurePosixPath(texts["image_name"].replace("\\", "/")).stem,
         "question": texts["question"],
         "answer": texts["answer"],
@@ -229,9 +225,7 @@ def read_folder(
     if where is None:
         raise DataError(f"{folder}: the images not found; expected {EXPECTED}")
     store = image_store.open_store(where, by_name=True)
-    read = [
-        (split, *_read_row(row, place, layout)) for split, place, row in _raw_rows(folder, layout)
-    ]
+    read = [(split, *_read_row(row, place, layout)) for split, place, row in _raw_rows(folder, layout)]
     train_images = {features["image_id"] for split, _, features, _ in read if split == "train"}
     validate = validation_images(train_images, validate_fraction, seed)
     ledger = Ledger(SPLITS, ("content_type", "phrase_type", "location"))
@@ -288,9 +282,7 @@ def _note_members(ledger: Ledger, split: str, features: dict[str, str], digest: 
     if features["case_id"]:
         ledger.member(split, "case", features["case_id"], features["case_id"])
     if features["linked_id"]:
-        ledger.member(
-            split, "question and its paraphrase", features["linked_id"], features["question_id"]
-        )
+        ledger.member(split, "question and its paraphrase", features["linked_id"], features["question_id"])
 
 
 def describe(report: dict[str, Any]) -> Sequence[str]:

@@ -23,9 +23,7 @@ class Builder(VqaBuilder):
     RELEASE_NOTES = {"1.0.0": "First version."}
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="public", description="The public JSON on OSF: 2,248 rows"),
-        tfds.core.BuilderConfig(
-            name="trainset", description="trainset.json and testset.json: 3,515 rows, with frames"
-        ),
+        tfds.core.BuilderConfig(name="trainset", description="trainset.json and testset.json: 3,515 rows, with frames"),
     ]
     OPTIONS = {
         "validate_fraction": Option(0.1, "share of train's images that becomes validate"),
@@ -57,9 +55,7 @@ class Builder(VqaBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = layout.read_folder(
-            dl_manager.manual_dir, self.builder_config.name, **self.options
-        )  # fmt: skip
+        folder = layout.read_folder(dl_manager.manual_dir, self.builder_config.name, **self.options)
         self.report = {"dataset": self.info.full_name, **folder.report}
         return {split: self._generate_examples(folder, split) for split in folder.rows}
 

@@ -97,8 +97,7 @@ def kind_of(spec) -> str:
             return "big_vision"
         if any(e.endswith((".bin", ".pt", ".pth")) for e in entries):
             raise CheckpointError(
-                f"{spec} holds PyTorch pickles, which are never read: save it with "
-                "safe_serialization=True"
+                f"{spec} holds PyTorch pickles, which are never read: save it with safe_serialization=True"
             )
         raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
     if "@" in spec:

@@ -188,8 +188,7 @@ def _fit(flat, adapter):
     """The adapter for these parameters: targets as they have them, shapes checked."""
     if there := [n for n in flat if lora.is_factor(n)]:
         raise CheckpointError(
-            f"the parameters have adapters already, the first of which is {there[0]}: merge them, "
-            "or take them out"
+            f"the parameters have adapters already, the first of which is {there[0]}: merge them, or take them out"
         )
     if set(adapter.specs) != set(adapter.factors):
         odd = sorted(t.name for t in set(adapter.specs) ^ set(adapter.factors))

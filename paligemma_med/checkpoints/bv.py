@@ -79,9 +79,7 @@ def _last(prefix):
     with open(prefix + LAST, "rb") as f:
         text = f.read(100).decode("utf-8", "replace").strip()
     if not re.fullmatch(r"\d{9,}(-tmp)?", text):  # it becomes a part of a path
-        raise CheckpointError(
-            f"{prefix}{LAST} holds {text!r}: expected the number of a step, such as '000000300'"
-        )
+        raise CheckpointError(f"{prefix}{LAST} holds {text!r}: expected the number of a step, such as '000000300'")
     return text
 
 
@@ -256,9 +254,7 @@ def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
     prefix, flat, dtype = os.fspath(prefix), flatten(state), lazy.dtype_of(dtype)
     for key in flat:
         if "~" in key:
-            raise CheckpointError(
-                f"{key!r} holds a '~', which stands for '/' in big_vision's files"
-            )
+            raise CheckpointError(f"{key!r} holds a '~', which stands for '/' in big_vision's files")
     folder = f"{prefix}-{step:09d}"
     if os.path.isfile(prefix + LAST):
         last = _last(prefix)
@@ -289,11 +285,7 @@ def flatten(tree):
         children = enumerate(tree)
     else:
         return {"": tree}
-    return {
-        f"{key}/{name}".rstrip("/"): leaf
-        for key, child in children
-        for name, leaf in flatten(child).items()
-    }
+    return {f"{key}/{name}".rstrip("/"): leaf for key, child in children for name, leaf in flatten(child).items()}
 
 
 def _write(path, array):

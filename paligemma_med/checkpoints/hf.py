@@ -173,44 +173,79 @@ _TANH = "gelu_pytorch_tanh"
 # models/{siglip,gemma,gemma2}/configuration_*.py. Google's own files leave out head_dim, for one.
 _DEFAULTS = {
     "siglip_vision_model": dict(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        num_channels=3, image_size=224, patch_size=16,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_channels=3,
+        image_size=224,
+        patch_size=16,
     ),
     "gemma": dict(
-        hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=16, head_dim=256, vocab_size=256_000,
+        hidden_size=3072,
+        intermediate_size=24_576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        vocab_size=256_000,
     ),
     "gemma2": dict(
-        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, vocab_size=256_000, query_pre_attn_scalar=256,
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=256_000,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
     ),
-}  # fmt: skip
+}
 # Where a whole section is missing, PaliGemmaConfig has defaults of its own
 # (models/paligemma/configuration_paligemma.py).
 _SECTIONS = {
     "vision_config": dict(
-        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4096,
-        num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=224,
+        model_type="siglip_vision_model",
+        hidden_size=1152,
+        intermediate_size=4096,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=224,
     ),
     "text_config": dict(
-        model_type="gemma", hidden_size=2048, intermediate_size=16_384, num_hidden_layers=18,
-        num_attention_heads=8, num_key_value_heads=1, vocab_size=257_152,
+        model_type="gemma",
+        hidden_size=2048,
+        intermediate_size=16_384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        vocab_size=257_152,
     ),
-}  # fmt: skip
+}
 _IMAGE_TOKEN = 256_000
 # What our model computes and has no argument for.
 _FIXED = {
     "siglip_vision_model": dict(hidden_act=_TANH, layer_norm_eps=1e-6),
     "gemma": dict(
-        hidden_act=_TANH, rms_norm_eps=1e-6, attention_bias=False, rope_theta=1e4,
-        rope_type="default", rope_scaling=None,
+        hidden_act=_TANH,
+        rms_norm_eps=1e-6,
+        attention_bias=False,
+        rope_theta=1e4,
+        rope_type="default",
+        rope_scaling=None,
     ),
     "gemma2": dict(
-        hidden_activation=_TANH, rms_norm_eps=1e-6, attention_bias=False, rope_theta=1e4,
-        rope_type="default", rope_scaling=None,
+        hidden_activation=_TANH,
+        rms_norm_eps=1e-6,
+        attention_bias=False,
+        rope_theta=1e4,
+        rope_type="default",
+        rope_scaling=None,
     ),
-}  # fmt: skip
+}
 
 
 class _Config(NamedTuple):
@@ -241,9 +276,7 @@ def _read_config(folder):
     path = os.path.join(folder, "config.json")
     whole = _read_json(path)
     if whole.get("model_type") != "paligemma":
-        raise CheckpointError(
-            f"{path} has model_type {whole.get('model_type')!r}: expected 'paligemma'"
-        )
+        raise CheckpointError(f"{path} has model_type {whole.get('model_type')!r}: expected 'paligemma'")
     vision = _section(whole, "vision_config", ("siglip_vision_model",), path)
     text = _section(whole, "text_config", ("gemma", "gemma2"), path)
 
@@ -254,8 +287,7 @@ def _read_config(folder):
         return n
 
     width, heads, patch, side = (
-        number(vision, k)
-        for k in ("hidden_size", "num_attention_heads", "patch_size", "image_size")
+        number(vision, k) for k in ("hidden_size", "num_attention_heads", "patch_size", "image_size")
     )
     if width % heads or side % patch:
         raise CheckpointError(
@@ -291,14 +323,27 @@ def _read_config(folder):
         )
     size = {
         "img": dict(
-            P=patch, Q=patch, C=number(vision, "num_channels"), T=(side // patch) ** 2, D=width,
-            N=heads, H=width // heads, F=img["mlp_dim"], E=llm["width"], L=img["depth"],
+            P=patch,
+            Q=patch,
+            C=number(vision, "num_channels"),
+            T=(side // patch) ** 2,
+            D=width,
+            N=heads,
+            H=width // heads,
+            F=img["mlp_dim"],
+            E=llm["width"],
+            L=img["depth"],
         ),
         "llm": dict(
-            V=rows, D=llm["width"], N=llm["num_heads"], K=llm["num_kv_heads"], H=llm["head_dim"],
-            F=llm["mlp_dim"], L=llm["depth"],
+            V=rows,
+            D=llm["width"],
+            N=llm["num_heads"],
+            K=llm["num_kv_heads"],
+            H=llm["head_dim"],
+            F=llm["mlp_dim"],
+            L=llm["depth"],
         ),
-    }  # fmt: skip
+    }
     mha = llm["num_heads"] == llm["num_kv_heads"]
     return _Config(img, llm, size, table(mha=mha, post_norms=post_norms), rows)
 
@@ -311,16 +356,12 @@ def _section(whole, key, types, path):
         raise CheckpointError(f"{path}: {key} is {section!r}, expected an object")
     kind = section.get("model_type") or types[0]
     if kind not in types:
-        raise CheckpointError(
-            f"{path}: {key} has model_type {kind!r}, expected {' or '.join(types)}"
-        )
+        raise CheckpointError(f"{path}: {key} has model_type {kind!r}, expected {' or '.join(types)}")
     rope = section.get("rope_parameters")
     section = {**section, **(rope if isinstance(rope, dict) else {})}
     for name, value in _FIXED[kind].items():
         if section.get(name, value) != value:
-            raise CheckpointError(
-                f"{path}: {key}.{name} is {section[name]!r}, but this model has {value!r}"
-            )
+            raise CheckpointError(f"{path}: {key}.{name} is {section[name]!r}, but this model has {value!r}")
     return {**_DEFAULTS[kind], **section, "model_type": kind}
 
 
@@ -505,20 +546,16 @@ def _open_tensors(folder):
             if any(re.fullmatch(b, name) for b in _BUFFERS):
                 continue
             if name in out:
-                raise CheckpointError(
-                    f"{path}: {tensor.name} is the same as {out[name].name} in {out[name].path}"
-                )
+                raise CheckpointError(f"{path}: {tensor.name} is the same as {out[name].name} in {out[name].path}")
             if tensor.dtype is None:
                 raise CheckpointError(
-                    f"{path}: {tensor.name} is no tensor of {', '.join(_TYPES)}; quantised weights "
-                    "are not read"
+                    f"{path}: {tensor.name} is no tensor of {', '.join(_TYPES)}; quantised weights are not read"
                 )
             out[name] = tensor
     if listed is not None and listed != names:
         wrong = sorted(listed ^ names)
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors are either in the index or in the files, not in both: "
-            f"{npz.listed(wrong)}"
+            f"{folder}: {len(wrong)} tensors are either in the index or in the files, not in both: {npz.listed(wrong)}"
         )
     return out
 
@@ -559,9 +596,7 @@ def _files(folder):
     for name, file in where.items():
         # A plain name: an index can't reach out of its folder.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
-            raise CheckpointError(
-                f"{index}: {name} is in {file!r}, expected a .safetensors file of this folder"
-            )
+            raise CheckpointError(f"{index}: {name} is in {file!r}, expected a .safetensors file of this folder")
     return sorted(set(where.values())), set(where)
 
 
@@ -586,9 +621,16 @@ class _Planned(NamedTuple):
 
 
 def save_hf(
-    folder, params, *, img=None, llm=None, dtype=None, max_shard_bytes=2 * 2**30, overwrite=False,
+    folder,
+    params,
+    *,
+    img=None,
+    llm=None,
+    dtype=None,
+    max_shard_bytes=2 * 2**30,
+    overwrite=False,
     progress=None,
-):  # fmt: skip
+):
     """Writes a directory that `PaliGemmaForConditionalGeneration.from_pretrained` loads.
 
     Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3,
@@ -664,9 +706,7 @@ def _rows_of(flat):
     )
     expected = {row.param for row in rows}
     problems = [f"{p}: missing" for p in sorted(expected - flat.keys())]
-    problems += [
-        f"{p}: unexpected, found {np.shape(flat[p])}" for p in sorted(flat.keys() - expected)
-    ]
+    problems += [f"{p}: unexpected, found {np.shape(flat[p])}" for p in sorted(flat.keys() - expected)]
     problems += [
         f"{p}: has dtype {flat[p].dtype}, expected a floating type"
         for p in sorted(expected & flat.keys())
@@ -690,9 +730,7 @@ def _measure(flat, rows):
         # A letter stays where any length will do.
         want = [int(c) if c.isdigit() else own.get(c, c) for c in letters]
         if len(shape) != len(want) or any(w not in (n, c) for w, n, c in zip(want, shape, letters)):
-            raise CheckpointError(
-                f"{param}: found shape {shape}, expected ({', '.join(map(str, want))})"
-            )
+            raise CheckpointError(f"{param}: found shape {shape}, expected ({', '.join(map(str, want))})")
         own.update((c, n) for c, n in zip(letters, shape) if not c.isdigit())
     img, llm = size["img"], size["llm"]
     llm.setdefault("K", llm["N"])
@@ -773,9 +811,15 @@ def _config_json(size, img, llm, rows, dtypes):
         patch_size=image["P"],
     )
     ours = dict(
-        width=text["D"], depth=text["L"], mlp_dim=text["F"], num_heads=text["N"],
-        num_kv_heads=text["K"], head_dim=text["H"], vocab_size=text["V"], post_norms=post_norms,
-    )  # fmt: skip
+        width=text["D"],
+        depth=text["L"],
+        mlp_dim=text["F"],
+        num_heads=text["N"],
+        num_kv_heads=text["K"],
+        head_dim=text["H"],
+        vocab_size=text["V"],
+        post_norms=post_norms,
+    )
     unseen = _unseen(ours_img, ours, img, llm)
     kind = "gemma2" if post_norms else "gemma"
     text_config = dict(

@@ -47,9 +47,7 @@ def flatten_tree(tree: Mapping, *, sep: str = "/") -> dict:
         for key, child in node.items():
             if not isinstance(key, str) or not key or sep in key:
                 where = f" under {sep.join(path)}" if path else ""
-                raise CheckpointError(
-                    f"key {key!r}{where}: expected a non-empty string without {sep!r}"
-                )
+                raise CheckpointError(f"key {key!r}{where}: expected a non-empty string without {sep!r}")
             walk(child, (*path, key))
 
     if not isinstance(tree, Mapping):
@@ -179,9 +177,7 @@ def _open_array(archive, key: str, path: str) -> Lazy:
     if dtype.hasobject:
         raise _unreadable(path, key, ValueError("it holds Python objects"))
     if dtype != _VOID2 and dtype.kind not in "fiubc":
-        raise CheckpointError(
-            f"{path}: entry {key!r} has dtype {dtype}: expected numbers, or bfloat16 as V2"
-        )
+        raise CheckpointError(f"{path}: entry {key!r} has dtype {dtype}: expected numbers, or bfloat16 as V2")
     dtype = BFLOAT16 if dtype == _VOID2 else dtype.newbyteorder("=")
     return Lazy(shape, dtype, lambda: _read_array(path, key, shape, dtype))
 
@@ -262,8 +258,7 @@ def numbers(key: str, leaf) -> np.ndarray:
     array = np.asarray(leaf)
     if array.dtype != BFLOAT16 and array.dtype.kind not in "fiubc":
         raise CheckpointError(
-            f"{key}: expected an array of numbers, found {type(leaf).__name__} of dtype "
-            f"{array.dtype}"
+            f"{key}: expected an array of numbers, found {type(leaf).__name__} of dtype {array.dtype}"
         )
     return array
 
@@ -306,8 +301,7 @@ def resample_posemb(old, new_n: int) -> np.ndarray:
     side_old, side_new = math.isqrt(old.shape[1]), math.isqrt(max(new_n, 0))
     if side_old**2 != old.shape[1] or side_new**2 != new_n or not side_old or not side_new:
         raise CheckpointError(
-            f"position embeddings: can only resample square grids, found {old.shape[1]} "
-            f"positions and {new_n} expected"
+            f"position embeddings: can only resample square grids, found {old.shape[1]} positions and {new_n} expected"
         )
     return lazy.derive(old, (1, new_n, old.shape[2]), lambda x: _zoom(x, side_old, side_new))
 
@@ -343,15 +337,13 @@ def stack_layers(params: Mapping, *, name: str = _BLOCK) -> dict:
             if len(by_number) < depth:
                 gap = next(i for i in range(depth) if i not in by_number)
                 raise CheckpointError(
-                    f"{key}: layer {gap} is missing, the last one under "
-                    f"{parent or 'the tree'} is {depth - 1}"
+                    f"{key}: layer {gap} is missing, the last one under {parent or 'the tree'} is {depth - 1}"
                 )
             shapes = {i: np.shape(by_number[i]) for i in range(depth)}
             for i, shape in shapes.items():
                 if shape != shapes[0]:
                     raise CheckpointError(
-                        f"{key}: layer {i} has shape {shape}, layer 0 has {shapes[0]}: expected "
-                        "the same"
+                        f"{key}: layer {i} has shape {shape}, layer 0 has {shapes[0]}: expected the same"
                     )
             if key in flat:
                 raise CheckpointError(f"{key}: the tree holds both stacked and unrolled layers")
@@ -376,9 +368,7 @@ def unstack_layers(params: Mapping, *, name: str = _BLOCK) -> dict:
         shape = np.shape(leaf)
         if not shape or depths.setdefault(base, shape[0]) != shape[0]:
             found = f"shape {shape}" if not shape else f"{shape[0]} layers"
-            raise CheckpointError(
-                f"{key}: found {found}, expected a leading axis of {depths.get(base, 'n')} layers"
-            )
+            raise CheckpointError(f"{key}: found {found}, expected a leading axis of {depths.get(base, 'n')} layers")
         for i in range(shape[0]):
             layer = lazy.derive(leaf, shape[1:], lambda x, i=i: x[i])
             flat[f"{base}_{i}/{rest}"] = layer
@@ -394,9 +384,7 @@ def extend_vocab(embedding, rows: int, *, seed: int = 0) -> np.ndarray:
     embedding = embedding if isinstance(embedding, Lazy) else np.asarray(embedding)
     missing, width = rows - embedding.shape[0], embedding.shape[1]
     if missing < 0:
-        raise CheckpointError(
-            f"embedding table: found {embedding.shape[0]} rows, can't shrink it to {rows}"
-        )
+        raise CheckpointError(f"embedding table: found {embedding.shape[0]} rows, can't shrink it to {rows}")
 
     def extend(table):
         new = np.random.default_rng(seed).standard_normal((missing, width), np.float32)
@@ -466,12 +454,7 @@ def _is_posemb(key: str) -> bool:
 
 
 def _differ_in_length(found: tuple, shape: tuple) -> bool:
-    return (
-        len(found) == len(shape) == 3
-        and found[0] == shape[0] == 1
-        and found[1] != shape[1]
-        and found[2] == shape[2]
-    )
+    return len(found) == len(shape) == 3 and found[0] == shape[0] == 1 and found[1] != shape[1] and found[2] == shape[2]
 
 
 def _first_line(error: Exception) -> str:

@@ -172,9 +172,7 @@ def _check_regex(path, key, regex):
     try:
         re.compile(regex)
     except re.error as e:
-        raise npz.CheckpointError(
-            f"{path}: {key} {regex!r} is not a regular expression: {e}"
-        ) from None
+        raise npz.CheckpointError(f"{path}: {key} {regex!r} is not a regular expression: {e}") from None
 
 
 def _read_tensors(path):
@@ -299,8 +297,7 @@ def _one_spec(path, config, layers):
         a, b = tuple(module["A"].shape), tuple(module["B"].shape)
         if (a[0], b[1]) != (rank, rank):
             raise npz.CheckpointError(
-                f"{path}: {name} has A of shape {a} and B of shape {b}, but {CONFIG} gives it rank "
-                f"{rank}"
+                f"{path}: {name} has A of shape {a} and B of shape {b}, but {CONFIG} gives it rank {rank}"
             )
         found.setdefault((rank, alpha, a, b), name)
     if len(found) > 1:
@@ -311,9 +308,7 @@ def _one_spec(path, config, layers):
         )
     rank, alpha, _, _ = next(iter(found))
     try:
-        return lora.Spec(
-            rank, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora", False))
-        )
+        return lora.Spec(rank, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora", False)))
     except ValueError as e:
         raise npz.CheckpointError(f"{os.path.join(os.path.dirname(path), CONFIG)}: {e}") from None
 
@@ -348,9 +343,7 @@ def _with_one_kernel_for_qkv(adapter):
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save_adapter(
-    folder, adapter, *, base_model=None, dtype=None, key_style="4.52", overwrite=False
-):
+def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.52", overwrite=False):
     """Writes an adapter as a PEFT folder, which appears whole or not at all.
 
     Args:

@@ -121,8 +121,9 @@ class Checkpoints:
     def _set_aside(self, step):
         folder = os.path.join(self._workdir, "damaged")
         os.makedirs(folder, exist_ok=True)
-        name = next(n for i in range(10**6) if not os.path.exists(
-            n := os.path.join(folder, f"{step}" + (f".{i}" if i else ""))))  # fmt: skip
+        name = next(
+            n for i in range(10**6) if not os.path.exists(n := os.path.join(folder, f"{step}" + (f".{i}" if i else "")))
+        )
         _wait_for_all("before a damaged checkpoint is moved")
         if jax.process_index() == 0:
             os.rename(os.path.join(self._manager.directory, str(step)), name)
@@ -251,9 +252,7 @@ def _manager(workdir, options=None):
 
 def is_workdir(folder):
     """Whether `folder` looks like a run's: a config and checkpoints in it."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(
-        os.path.join(folder, "checkpoints")
-    )
+    return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(os.path.join(folder, "checkpoints"))
 
 
 def split_spec(spec):
@@ -304,9 +303,7 @@ def _best_step(folder):
     steps = os.listdir(os.path.join(folder, "checkpoints"))
     step = best([int(n) for n in steps if n.isdigit()]) if best else None
     if step is None:
-        raise npz.CheckpointError(
-            f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training."
-        )
+        raise npz.CheckpointError(f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training.")
     return step
 
 
@@ -374,8 +371,7 @@ def open_params(spec):
             flat = npz.flatten_tree(checkpoints.open_init(config["model_init"]))
         except (FileNotFoundError, npz.CheckpointError) as e:
             raise type(e)(
-                f"the weights that {workdir} started from (model_init in its config.json) can't be "
-                f"read: {e}"
+                f"the weights that {workdir} started from (model_init in its config.json) can't be read: {e}"
             ) from e
     if os.path.exists(own_base):
         flat |= npz.flatten_tree(npz.open_npz(own_base))
@@ -390,8 +386,7 @@ def _complete_step(manager, workdir, step):
     step = max(steps) if step is None else step
     if step not in steps:
         raise npz.CheckpointError(
-            f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: "
-            "has the run gone on since?"
+            f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: has the run gone on since?"
         )
     return step
 
@@ -417,12 +412,8 @@ def load_opt_state(spec, expected):
         where = f"{manager.directory}/{step}"
         try:
             if _shapes(manager.item_metadata(step)["opt_state"]) != _shapes(expected):
-                raise npz.CheckpointError(
-                    f"{where}: the optimizer's state doesn't fit the config of {workdir}."
-                )
-            target = jax.tree.map(
-                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), expected
-            )
+                raise npz.CheckpointError(f"{where}: the optimizer's state doesn't fit the config of {workdir}.")
+            target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), expected)
             args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(target))
             return manager.restore(step, args=args)["opt_state"]
         except npz.CheckpointError:

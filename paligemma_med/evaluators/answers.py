@@ -38,8 +38,7 @@ def squad(text):
 
 _LLAVA_MED_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _LLAVA_MED_NUMBERS = {"none": "0"} | {
-    word: str(i)
-    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 
 

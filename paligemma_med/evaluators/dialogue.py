@@ -84,13 +84,20 @@ class Evaluator(vqa.Evaluator):
         if not isinstance(turns, int) or turns < 2:
             raise ValueError(f"turns is {turns!r}; expected 2 or more.")
         if others := [c for c in controls if c in scoring.IMAGE_CONTROLS]:
-            raise ValueError(
-                f"controls has {others[0]!r}; dialogues have {list(scoring.TEXT_CONTROLS)}."
-            )
+            raise ValueError(f"controls has {others[0]!r}; dialogues have {list(scoring.TEXT_CONTROLS)}.")
         super().__init__(
-            model, tokenizer, inputs=inputs, total=total, pred_kw=pred_kw, train_data=train_data,
-            controls=controls, protocol=protocol, groups=groups, outdir=outdir, about=about,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            inputs=inputs,
+            total=total,
+            pred_kw=pred_kw,
+            train_data=train_data,
+            controls=controls,
+            protocol=protocol,
+            groups=groups,
+            outdir=outdir,
+            about=about,
+        )
         self._texts = self._controls
         self._controls = (*self._texts, *scoring.HISTORIES)
         self._prompt_pp, self._history_pp = map(get_preprocess_fn, (prompt_pp, history_pp))
@@ -101,9 +108,7 @@ class Evaluator(vqa.Evaluator):
         place, size, lines = self._read(images)
         dialogues = [turns for of_image in lines.values() for turns in self._cut(of_image)]
         if not dialogues:
-            raise ValueError(
-                f"no image of the split has {self._turns} questions: there are no dialogues."
-            )
+            raise ValueError(f"no image of the split has {self._turns} questions: there are no dialogues.")
         keys = [turns[0]["image_key"] for turns in dialogues]
         encoded = self._encoder(params, place["image"], size, images, list(dict.fromkeys(keys)))
         for i in range(math.ceil(len(dialogues) / size)):
@@ -216,8 +221,5 @@ class Evaluator(vqa.Evaluator):
         """(key → int32[rows, T], the prompts as texts, tokens that each lost)."""
         made = [self._prompt_pp({**line, "history": h}) for line, h in zip(lines, history)]
         arrays = {k: np.stack([row[k] for row in made]) for k in _TEXT}
-        texts = [
-            self.tokenizer.to_str(row["text"][row["mask_input"] > 0], stop_at_eos=False)
-            for row in made
-        ]
+        texts = [self.tokenizer.to_str(row["text"][row["mask_input"] > 0], stop_at_eos=False) for row in made]
         return arrays, texts, [int(row.get("_truncated", 0)) for row in made]

@@ -42,21 +42,27 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "binary": Protocol(
-        "binary_v1.txt", (0, 1), ("answer", "prediction"),
+        "binary_v1.txt",
+        (0, 1),
+        ("answer", "prediction"),
         "MedM, fig. 10: 1 if factually correct and aligned in meaning with the truth, else 0. As "
         "there, the judge sees generation and truth alone. The mean is the paper's accuracy.",
     ),
     "binary_question": Protocol(
-        "binary_question_v1.txt", (0, 1), ("question", "answer", "prediction"),
+        "binary_question_v1.txt",
+        (0, 1),
+        ("question", "answer", "prediction"),
         "The same with the question, as PeFoMed has it for VQA (gpt_eval/gpt_eval_medvqa.py): what "
         "an answer means depends on what was asked.",
     ),
     "pefomed5": Protocol(
-        "pefomed5_v1.txt", (0, 1, 2, 3, 4), ("answer", "prediction"),
+        "pefomed5_v1.txt",
+        (0, 1, 2, 3, 4),
+        ("answer", "prediction"),
         "PeFoMed, arXiv 2401.02797: a Likert scale of five points, 0 to 4 in its code "
         "(gpt_eval/gpt_eval_iuxray.py), made for reports. The mean is its WASM, Σ k n_k / Σ n_k.",
     ),
-}  # fmt: skip
+}
 
 
 # --- What is asked ---
@@ -76,9 +82,7 @@ def load_prompt(name):
     text = (PROMPTS / name).read_text("utf-8")
     system, found, user = text.partition("\n=====\n")
     if not found:
-        raise ValueError(
-            f"{PROMPTS / name} has no line of '====='; expected one between its parts."
-        )
+        raise ValueError(f"{PROMPTS / name} has no line of '====='; expected one between its parts.")
     return Prompt(name, hashlib.sha256(text.encode()).hexdigest(), system.strip(), user.strip())
 
 
@@ -128,9 +132,7 @@ def schema(scores):
     form = dict(type="object", properties={"score": score}, required=["score"])
     return {
         "type": "json_schema",
-        "json_schema": dict(
-            name="verdict", strict=True, schema=form | {"additionalProperties": False}
-        ),
+        "json_schema": dict(name="verdict", strict=True, schema=form | {"additionalProperties": False}),
     }
 
 
@@ -200,13 +202,16 @@ def judge(rows, protocol, *, model, cache, who=("model",), samples=None, setting
       ServerError: as `judge_client.ask_all`; what was received is in the cache.
     """
     spec, prompt, settings = _prepare(protocol, settings)
-    judgements, requests = plan(rows, protocol, model=model, who=who, samples=samples,
-                                settings=settings)  # fmt: skip
+    judgements, requests = plan(rows, protocol, model=model, who=who, samples=samples, settings=settings)
     before = judge_client.totals(cache, requests)
     why, faults = judge_client.ask_all(
-        requests, lambda _, record: parse(record["reply"], spec.scores), cache, model=model,
-        settings=settings, **client,
-    )  # fmt: skip
+        requests,
+        lambda _, record: parse(record["reply"], spec.scores),
+        cache,
+        model=model,
+        settings=settings,
+        **client,
+    )
     for line in judgements:
         line["scores"] = [cache.score(key) for key in line["keys"]]
         if odd := [s for s in line["scores"] if s is not None and s not in spec.scores]:
@@ -216,14 +221,24 @@ def judge(rows, protocol, *, model, cache, who=("model",), samples=None, setting
             line["unjudged"] = {str(i): why[line["keys"][i]] for i in missing}
     tokens = judge_client.totals(cache, requests)
     about = dict(
-        protocol=protocol, scores=list(spec.scores), source=spec.source, model=model,
+        protocol=protocol,
+        scores=list(spec.scores),
+        source=spec.source,
+        model=model,
         server=judge_client.server_of(client.get("base_url")),
         answered_by=sorted({r["model"] for k in requests for r in cache.replies(k) if r["model"]}),
-        prompt=prompt.name, prompt_digest=prompt.digest,
-        prompt_text=f"{prompt.system}\n=====\n{prompt.user}", settings=settings,
-        who=list(who), samples=samples, questions=len(rows), requests=len(requests), tokens=tokens,
-        tokens_this_run={k: n - before[k] for k, n in tokens.items()}, faults=dict(faults),
-    )  # fmt: skip
+        prompt=prompt.name,
+        prompt_digest=prompt.digest,
+        prompt_text=f"{prompt.system}\n=====\n{prompt.user}",
+        settings=settings,
+        who=list(who),
+        samples=samples,
+        questions=len(rows),
+        requests=len(requests),
+        tokens=tokens,
+        tokens_this_run={k: n - before[k] for k, n in tokens.items()},
+        faults=dict(faults),
+    )
     return judgements, about
 
 
@@ -241,8 +256,7 @@ def plan(rows, protocol, *, model, who=("model",), samples=None, settings=None):
             line = dict(question_id=row.get("question_id"), who=name, scores=[], keys=[])
             try:
                 said = scoring.texts(row, name)[:samples]
-                shown = [{k: text if k == "prediction" else row[k] for k in spec.sees}
-                         for text in said]  # fmt: skip
+                shown = [{k: text if k == "prediction" else row[k] for k in spec.sees} for text in said]
                 good = said and all(isinstance(t, str) for texts in shown for t in texts.values())
             except (KeyError, TypeError):
                 good = False
@@ -362,8 +376,7 @@ def read_labels(path, rows, protocol):
     with open(path, encoding="utf-8-sig", newline="") as f:
         reader = csv.DictReader(f)
         if missing := {"question_id", "label"} - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has no column {sorted(missing)[0]!r}; it has "
-                             f"{reader.fieldnames}.")  # fmt: skip
+            raise ValueError(f"{path} has no column {sorted(missing)[0]!r}; it has {reader.fieldnames}.")
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             question, label = ((row[k] or "").strip() for k in ("question_id", "label"))
@@ -428,9 +441,17 @@ def cost(tokens, price_in, price_out):
 
 
 def judge_folder(
-    folder, protocol, *, model, num_questions=None, human=None, cache=None, price_in=None,
-    price_out=None, **kw,
-):  # fmt: skip
+    folder,
+    protocol,
+    *,
+    model,
+    num_questions=None,
+    human=None,
+    cache=None,
+    price_in=None,
+    price_out=None,
+    **kw,
+):
     """Judges folder/predictions.jsonl and writes judgements.jsonl and judge.json beside it.
 
     Both files may hold several judges, by `version`: prompt, its digest and model. Running one
@@ -476,9 +497,7 @@ def judge_folder(
     }
     lines = [x for x in read_judgements(folder) if x.get("judge") in others]
     lines += [{"judge": version, **line} for line in judgements]
-    results.write_whole(
-        folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
-    )
+    results.write_whole(folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     results.write_whole(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")
     return entry
 
@@ -517,8 +536,7 @@ def format_table(entry):
     def number(x):
         return "–" if x is None else f"{unit * x:.{digits}f}"
 
-    head = ["accuracy, %" if top == 1 else f"WASM, 0–{top}", "mean (95 %)", "sd over runs",
-            "unjudged", "verdicts"]  # fmt: skip
+    head = ["accuracy, %" if top == 1 else f"WASM, 0–{top}", "mean (95 %)", "sd over runs", "unjudged", "verdicts"]
     table = [head]
     for name in (k.removesuffix("/mean") for k in metrics if k.endswith("/mean")):
         who, _, group = name.partition("/")

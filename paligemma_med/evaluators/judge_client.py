@@ -25,9 +25,18 @@ import urllib.parse
 # Arguments of chat.completions.create that a caller may set. Others would change what a reply is
 # (n, stream), or carry secrets into files (extra_headers).
 SETTINGS = (
-    "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop",
-    "response_format", "reasoning_effort", "frequency_penalty", "presence_penalty", "extra_body",
-)  # fmt: skip
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "max_completion_tokens",
+    "seed",
+    "stop",
+    "response_format",
+    "reasoning_effort",
+    "frequency_penalty",
+    "presence_penalty",
+    "extra_body",
+)
 KEPT_CHARACTERS = 2000  # of a judge's reply; a usable one is short
 
 
@@ -73,9 +82,7 @@ class Cache:
             fcntl.flock(self._file, lock | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise ValueError(
-                f"{path} is in use by another process; expected to be alone."
-            ) from None
+            raise ValueError(f"{path} is in use by another process; expected to be alone.") from None
         try:
             sound = self._read(what)
             if write:
@@ -92,9 +99,7 @@ class Cache:
                 if not line.endswith(b"\n"):
                     break
                 if (record := _read_line(line)) is None:
-                    raise ValueError(
-                        f"{self.path}, line {number}: found {line[:60]!r}; expected {what}."
-                    )
+                    raise ValueError(f"{self.path}, line {number}: found {line[:60]!r}; expected {what}.")
                 waiting.append((record, end, len(line)))
                 end += len(line)
                 # Lines that were added together count together: a crash may have come between.
@@ -177,9 +182,7 @@ def totals(cache, keys):
       {"replies", "unusable" (replies that weren't a verdict), "prompt_tokens",
       "completion_tokens", "without_usage" (replies whose tokens the server didn't tell)}.
     """
-    out = dict.fromkeys(
-        ("replies", "unusable", "prompt_tokens", "completion_tokens", "without_usage"), 0
-    )
+    out = dict.fromkeys(("replies", "unusable", "prompt_tokens", "completion_tokens", "without_usage"), 0)
     for record in (r for key in sorted(set(keys)) for r in cache.replies(key)):
         out["replies"] += 1
         out["unusable"] += record["score"] is None
@@ -298,9 +301,7 @@ async def ask_all_async(
             own = check_settings(settings_of(key, attempt)) if settings_of else {}
             try:
                 async with asyncio.timeout(timeout):
-                    completion = await client.chat.completions.create(
-                        model=model, messages=messages, **settings | own
-                    )
+                    completion = await client.chat.completions.create(model=model, messages=messages, **settings | own)
                 record = _record(key, completion)
             except _FAULTS + (openai.APIError,) as e:
                 kind, why = _kind(e), clean(_sentence(e))
@@ -436,9 +437,7 @@ def _record(key, completion):
 
 
 def _is_usage(x):
-    return x is None or (
-        isinstance(x, list) and len(x) == 2 and all(type(n) is int and 0 <= n < 2**40 for n in x)
-    )
+    return x is None or (isinstance(x, list) and len(x) == 2 and all(type(n) is int and 0 <= n < 2**40 for n in x))
 
 
 def _passes(status):
@@ -501,9 +500,7 @@ def _import_openai():
     try:
         import openai
     except ImportError:
-        raise ValueError(
-            "servers are asked through the openai package: pip install 'paligemma_med[judge]'."
-        ) from None
+        raise ValueError("servers are asked through the openai package: pip install 'paligemma_med[judge]'.") from None
     return openai
 
 

@@ -113,9 +113,7 @@ def penalised(correct, predictions, reading="item", threshold=3, form=answers.no
         raise ValueError(f"reading is {reading!r}; expected 'item' or 'total'.")
     correct = _table(correct, "correct")
     if [len(row) for row in predictions] != [correct.shape[1]] * len(correct):
-        raise ValueError(
-            f"predictions aren't {correct.shape} as correct is; expected [Q][R] of both."
-        )
+        raise ValueError(f"predictions aren't {correct.shape} as correct is; expected [Q][R] of both.")
     bad = nonrobust(predictions, threshold, form)
     if reading == "item":
         return accuracy_over_runs(np.where(bad[:, None], 0.0, correct))
@@ -205,10 +203,7 @@ def _denied(text, m):
     """Whether a mention of a letter is of one that is *not* the answer."""
     before = r"\b(?:not|than|instead of|neither|nor|except|excluding)\s+(?:the\s+)?[(\[]?$"
     after = r"[)\].:]?\s*(?:is|was|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)"
-    return bool(
-        re.search(before, text[: m.start()], re.IGNORECASE)
-        or re.match(after, text[m.end() :], re.IGNORECASE)
-    )
+    return bool(re.search(before, text[: m.start()], re.IGNORECASE) or re.match(after, text[m.end() :], re.IGNORECASE))
 
 
 def closest_option(text, choices):

@@ -74,10 +74,7 @@ def score(prediction, answer):
 
 def correct(prediction, answer, prefix=""):
     """The same by the keys of a row: {prefix + "correct", …_strict, …_set: bool}."""
-    return {
-        prefix + figure.replace("acc", "correct"): x
-        for figure, x in score(prediction, answer).items()
-    }
+    return {prefix + figure.replace("acc", "correct"): x for figure, x in score(prediction, answer).items()}
 
 
 def texts(row, who):
@@ -156,9 +153,7 @@ MEANS = ("f1", "recall", "llava_recall", *text_metrics.ROUGES, "cider", "bleu_ro
 def _values(rows, who, protocol):
     said = [texts(row, who) for row in rows]
     if len(lengths := {len(x) for x in said}) != 1:
-        raise ValueError(
-            f"questions have {sorted(lengths)} samples of {who}; expected as many for each."
-        )
+        raise ValueError(f"questions have {sorted(lengths)} samples of {who}; expected as many for each.")
     pairs = [[(text, row["answer"]) for text in x] for x, row in zip(said, rows)]
 
     def each(function):
@@ -203,8 +198,7 @@ def _choices(rows, said, who):
         acc_letter=[[x == row["answer_letter"] for x in xs] for xs, row in zip(letters, rows)],
         no_letter=[[x is None for x in xs] for xs in letters],
         acc_text=[
-            [protocols.closest_option(x, row["choices"]) == i for x in xs]
-            for xs, row, i in zip(said, rows, right)
+            [protocols.closest_option(x, row["choices"]) == i for x in xs] for xs, row, i in zip(said, rows, right)
         ],
         qa_score=[
             [protocols.qa_score(x, row["choices"], row["choices"][i]) for x in xs]
@@ -385,8 +379,5 @@ def to_markdown(table):
     """[[cell, …], …], the head first → an aligned Markdown table, numbers to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        for row in table
-    ]
+    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in table]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

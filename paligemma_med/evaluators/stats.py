@@ -161,9 +161,7 @@ def mcnemar(a, b):
     a, b = _pair(a, b)
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 1 or not np.isin(x, (0, 1)).all():
-            raise ValueError(
-                f"{name} of mcnemar has other values than 0 and 1; expected [Q] bools."
-            )
+            raise ValueError(f"{name} of mcnemar has other values than 0 and 1; expected [Q] bools.")
     only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
     n = only_a + only_b
     p = min(1.0, 2 * float(scipy.stats.binom.cdf(min(only_a, only_b), n, 0.5))) if n else 1.0
@@ -241,10 +239,7 @@ def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, de
         s = p_a * (1 - p_b) + p_b * (1 - p_a) if discordance is None else discordance
         low, high = abs(d), min(p_a + p_b, 2 - p_a - p_b)
         if not low - 1e-9 <= s <= high + 1e-9:
-            raise ValueError(
-                f"discordance is {s}; with accuracies {p_a} and {p_b} expected "
-                f"{low:.6g} to {high:.6g}."
-            )
+            raise ValueError(f"discordance is {s}; with accuracies {p_a} and {p_b} expected {low:.6g} to {high:.6g}.")
         null, other = s, max(0.0, s - d * d)
     else:
         mean = (p_a + p_b) / 2

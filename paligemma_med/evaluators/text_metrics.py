@@ -191,9 +191,7 @@ def cider(predictions, answers, tokenise=tokens):
 
 
 def _ngrams(words):
-    return collections.Counter(
-        tuple(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)
-    )
+    return collections.Counter(tuple(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
 
 
 def meteor(predictions, answers, wordnet=None, tokenise=tokens):
@@ -229,10 +227,7 @@ def meteor(predictions, answers, wordnet=None, tokenise=tokens):
                 "in one that NLTK_DATA names."
             )
     return np.array(
-        [
-            float(single_meteor_score(tokenise(a), tokenise(p), wordnet=wordnet))
-            for p, a in zip(predictions, answers)
-        ]
+        [float(single_meteor_score(tokenise(a), tokenise(p), wordnet=wordnet)) for p, a in zip(predictions, answers)]
     )
 
 
@@ -271,9 +266,7 @@ def embedding_similarity(predictions, answers, embed):
     vectors = np.asarray(embed(predictions + answers), np.float64)
     n = len(answers)
     if vectors.ndim != 2 or len(vectors) != 2 * n or not np.isfinite(vectors).all():
-        raise ValueError(
-            f"embed gave {vectors.shape} for {2 * n} texts; expected finite [{2 * n}, D]."
-        )
+        raise ValueError(f"embed gave {vectors.shape} for {2 * n} texts; expected finite [{2 * n}, D].")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = vectors / np.where(norms > 0, norms, 1)
     return np.sum(vectors[:n] * vectors[n:], axis=1)
@@ -283,8 +276,7 @@ def _texts(predictions, answers):
     predictions, answers = list(predictions), list(answers)
     if len(predictions) != len(answers) or not answers:
         raise ValueError(
-            f"there are {len(predictions)} predictions and {len(answers)} answers; expected as "
-            "many, one or more."
+            f"there are {len(predictions)} predictions and {len(answers)} answers; expected as many, one or more."
         )
     for i, text in enumerate(predictions + answers):
         if not isinstance(text, str):

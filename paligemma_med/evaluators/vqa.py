@@ -191,9 +191,7 @@ class Evaluator:
                 if images is not None:
                     for image, row, source in zip(pixels, asked, given):
                         images.add(image, row["image_key"], source)
-                    batch = {k: v for k, v in batch.items() if k != "image"} | {
-                        "image": _Place(batch["image"])
-                    }
+                    batch = {k: v for k, v in batch.items() if k != "image"} | {"image": _Place(batch["image"])}
                     kept.append((batch, done))
                 progress.update(len(given))
         if not rows:
@@ -341,9 +339,7 @@ class Evaluator:
         if sys.stderr.isatty():
             return tqdm.tqdm(total=total, desc=what, unit="q", leave=False)
         form = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left, {rate_fmt}"
-        return tqdm.tqdm(
-            total=total, desc=what, unit="q", mininterval=30, bar_format=form, file=_Lines()
-        )
+        return tqdm.tqdm(total=total, desc=what, unit="q", mininterval=30, bar_format=form, file=_Lines())
 
 
 class _Lines(io.TextIOBase):
@@ -385,10 +381,7 @@ def _check_rows(batch, rows):
     for row in rows:
         where = f"question {row.get('question_id')!r}"
         if missing := [k for k in NEEDED if k not in row]:
-            raise ValueError(
-                f"{where} has no {missing[0]!r}, found {sorted(row)}; "
-                "add it to the keep(...) of pp_fn."
-            )
+            raise ValueError(f"{where} has no {missing[0]!r}, found {sorted(row)}; add it to the keep(...) of pp_fn.")
         if "suffix" in row:
             raise ValueError(
                 f"{where} has a key 'suffix', which an eval pp would put into the prompt; "
@@ -402,15 +395,11 @@ def _choices(row, keys):
     """{choices, answer_letter} of a multiple-choice question."""
     where = f"question {row['question_id']!r}"
     if missing := [k for k in (*keys, "answer_letter") if k not in row]:
-        raise ValueError(
-            f"{where} has no {missing[0]!r}, found {sorted(row)}; add it to the keep(...) of pp_fn."
-        )
+        raise ValueError(f"{where} has no {missing[0]!r}, found {sorted(row)}; add it to the keep(...) of pp_fn.")
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(keys)]
     letter = row["answer_letter"].strip().upper()
     if letter not in letters or len(letter) != 1:
-        raise ValueError(
-            f"{where} has the answer_letter {row['answer_letter']!r}; expected one of {letters}."
-        )
+        raise ValueError(f"{where} has the answer_letter {row['answer_letter']!r}; expected one of {letters}.")
     return dict(choices=[row[k] for k in keys], answer_letter=letter)
 
 

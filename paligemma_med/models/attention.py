@@ -153,9 +153,7 @@ def _dot(a, b, batch, contracted=1):
     common = tuple(range(batch))
     last = tuple(range(a.ndim - contracted, a.ndim))
     first = tuple(range(batch, batch + contracted))
-    return jax.lax.dot_general(
-        a, b, ((last, first), (common, common)), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, ((last, first), (common, common)), preferred_element_type=jnp.float32)
 
 
 def _logits(q, k, scale, softcap):

@@ -22,29 +22,23 @@ _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=3
 # gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1. The last two are ours,
 # for a laptop and for tests.
 VARIANTS = {
-    "gemma_2b": dict(
-        width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256
-    ),
-    "gemma_7b": dict(
-        width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256
-    ),
-    "gemma2_2b": dict(
-        width=2304, depth=26, mlp_dim=9_216, num_heads=8, num_kv_heads=4, head_dim=256, **_GEMMA2
-    ),
-    "gemma2_9b": dict(
-        width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256, **_GEMMA2
-    ),
+    "gemma_2b": dict(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256),
+    "gemma_7b": dict(width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256),
+    "gemma2_2b": dict(width=2304, depth=26, mlp_dim=9_216, num_heads=8, num_kv_heads=4, head_dim=256, **_GEMMA2),
+    "gemma2_9b": dict(width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256, **_GEMMA2),
     "gemma2_27b": dict(
-        width=4608, depth=46, mlp_dim=36_864, num_heads=32, num_kv_heads=16, head_dim=128,
-        query_pre_attn_norm="rsqrt_emb_per_head", **_GEMMA2,
+        width=4608,
+        depth=46,
+        mlp_dim=36_864,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        query_pre_attn_norm="rsqrt_emb_per_head",
+        **_GEMMA2,
     ),
-    "gemma_mini": dict(
-        width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024
-    ),
-    "gemma_mu": dict(
-        width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024
-    ),
-}  # fmt: skip
+    "gemma_mini": dict(width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024),
+    "gemma_mu": dict(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024),
+}
 
 VOCAB_SIZE = 257_152  # 256,000 pieces of Gemma, then 1,024 <loc> and 128 <seg> tokens.
 
@@ -153,14 +147,14 @@ class Attention(nn.Module):
         n, k_heads, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
         kw = dict(lora=self.lora, deterministic=self.deterministic)
         if n == k_heads:
-            q, k, v = Einsum(
-                (3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw
-            )("BTD,3NDH->BT3NH", x)
+            q, k, v = Einsum((3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw)(
+                "BTD,3NDH->BT3NH", x
+            )
         else:
             q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
-            k, v = Einsum(
-                (2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw
-            )("BTD,2KDH->BT2KH", x)
+            k, v = Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw)(
+                "BTD,2KDH->BT2KH", x
+            )
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         q, k, v = (constrain(a, "act_batch", "act_len", "act_heads", None) for a in (q, k, v))
 
@@ -171,9 +165,16 @@ class Attention(nn.Module):
             if self.mode == "prefill":
                 self._prefill(k, v)
             y, probs = attention.attend(
-                q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.attn_impl,
-                capture=self.capture is not False, perturb=attention.perturbation(self),
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                mask,
+                scale=self.scale,
+                softcap=self.softcap,
+                impl=self.attn_impl,
+                capture=self.capture is not False,
+                perturb=attention.perturbation(self),
+            )
         out = Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
         return out("BTNH,NHD->BTD", y), probs
 
@@ -332,9 +333,13 @@ class _Model(nn.Module):
         # The same number for every row; kept per row so that all cache leaves shard by batch.
         self.put_variable("cache", "step", jnp.zeros(x.shape[0] * num_samples, jnp.int32))
         y, _ = self._layers(
-            x, positions, attn_mask, mode="prefill",
-            new_len=cache_size - x.shape[1], num_samples=num_samples,
-        )  # fmt: skip
+            x,
+            positions,
+            attn_mask,
+            mode="prefill",
+            new_len=cache_size - x.shape[1],
+            num_samples=num_samples,
+        )
         return self.compute_logits(jnp.take_along_axis(y, seq_len[:, None, None] - 1, axis=1))
 
     def extend_cache(self, x):
@@ -348,9 +353,18 @@ class _Model(nn.Module):
 
     @nn.compact
     def _layers(
-        self, x, positions, mask, *, mode="full", step=None, train=False, capture=False,
-        new_len=0, num_samples=1,
-    ):  # fmt: skip
+        self,
+        x,
+        positions,
+        mask,
+        *,
+        mode="full",
+        step=None,
+        train=False,
+        capture=False,
+        new_len=0,
+        num_samples=1,
+    ):
         if self.query_pre_attn_norm == "rsqrt_head_dim":
             scale = self.head_dim**-0.5
         elif self.query_pre_attn_norm == "rsqrt_emb_per_head":
@@ -360,9 +374,7 @@ class _Model(nn.Module):
                 f"query_pre_attn_norm is {self.query_pre_attn_norm!r}; expected "
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
-        block = vit.stacked(
-            Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0}
-        )
+        block = vit.stacked(Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0})
         state = attention.start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="layers",
@@ -405,7 +417,5 @@ def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_visi
     if missing := [name for name in sizes if name not in kw]:
         raise ValueError(f"The LLM has no variant and lacks {missing}: give either.")
     if kw["num_heads"] % kw["num_kv_heads"]:
-        raise ValueError(
-            f"num_heads={kw['num_heads']} is no multiple of num_kv_heads={kw['num_kv_heads']}."
-        )
+        raise ValueError(f"num_heads={kw['num_heads']} is no multiple of num_kv_heads={kw['num_kv_heads']}.")
     return _Model(**kw)

@@ -75,9 +75,16 @@ class Model(nn.Module):
         return ztxt, {"llm/ztxt": ztxt}
 
     def embed_image_and_text(
-        self, image, text, *, input_mask=None, mask_ar=None, zimg=None, train=False,
+        self,
+        image,
+        text,
+        *,
+        input_mask=None,
+        mask_ar=None,
+        zimg=None,
+        train=False,
         capture_attention=False,
-    ):  # fmt: skip
+    ):
         """Image tokens followed by text, as one embedded sequence.
 
         Args:
@@ -107,9 +114,16 @@ class Model(nn.Module):
         return (x, input_mask, mask_ar), {**out_img, **out_txt}
 
     def __call__(
-        self, image, text, mask_ar, train=False, *, logit_positions=None, pre_logits=False,
+        self,
+        image,
+        text,
+        mask_ar,
+        train=False,
+        *,
+        logit_positions=None,
+        pre_logits=False,
         capture_attention=False,
-    ):  # fmt: skip
+    ):
         """Logits for text given the image and the text before.
 
         Args:
@@ -132,9 +146,7 @@ class Model(nn.Module):
         To differentiate by the probabilities, give `apply` the collection of `perturbations`.
         """
         of_img, of_llm = (
-            capture_attention
-            if isinstance(capture_attention, tuple)
-            else (capture_attention, capture_attention)
+            capture_attention if isinstance(capture_attention, tuple) else (capture_attention, capture_attention)
         )
         (x, input_mask, mask_ar), out = self.embed_image_and_text(
             image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
@@ -158,9 +170,7 @@ class Model(nn.Module):
     def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
         """Reads prompts from `embed_image_and_text`; see `gemma._Model.prefill_cache`."""
         mask = make_attn_mask(input_mask, mask_ar)
-        return self._llm.prefill_cache(
-            x, input_mask, mask, cache_size=cache_size, num_samples=num_samples
-        )
+        return self._llm.prefill_cache(x, input_mask, mask, cache_size=cache_size, num_samples=num_samples)
 
     def extend_cache(self, x):
         """One step for every sample: float[B·samples, 1, D] → logits float32[B·samples, 1, V]."""

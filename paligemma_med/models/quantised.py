@@ -21,11 +21,23 @@ import numpy as np
 
 SCALE = "_scale"  # behind the name of what it scales
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +145,11 @@ def _logits_by_parts(x, codes, scale):
 
     def put(i, out):
         part = jnp.einsum(
-            "...D,GCD->...GC", x, _part(codes, scale, i, x.dtype),
+            "...D,GCD->...GC",
+            x,
+            _part(codes, scale, i, x.dtype),
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         return jax.lax.dynamic_update_index_in_dim(out, part, i, out.ndim - 2)
 
     out = jnp.zeros((*x.shape[:-1], groups, parts, size), jnp.float32)
@@ -154,9 +168,11 @@ def _backward(kept, g):
     def add(i, total):
         of_part = jax.lax.dynamic_index_in_dim(g, i, g.ndim - 2, keepdims=False)
         return total + jnp.einsum(
-            "...GC,GCD->...D", of_part.astype(like.dtype), _part(codes, scale, i, like.dtype),
+            "...GC,GCD->...D",
+            of_part.astype(like.dtype),
+            _part(codes, scale, i, like.dtype),
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
 
     total = jnp.zeros((*g.shape[:-3], codes.shape[1]), jnp.float32)
     total = jax.lax.fori_loop(0, parts, add, total).astype(like.dtype)

@@ -33,8 +33,7 @@ def decode_variant(variant):
     name, _, patch = variant.partition("/")
     if name not in VARIANTS or (patch and not patch.isdigit()):
         raise ValueError(
-            f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of "
-            f"{sorted(VARIANTS)}."
+            f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of {sorted(VARIANTS)}."
         )
     out = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name], strict=True))
     if patch:
@@ -78,9 +77,7 @@ class MultiHeadDotProductAttention(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         if width % self.num_heads:
-            raise ValueError(
-                f"The image tower's width={width} is no multiple of num_heads={self.num_heads}."
-            )
+            raise ValueError(f"The image tower's width={width} is no multiple of num_heads={self.num_heads}.")
         head = width // self.num_heads
         kw = dict(
             dtype=self.dtype,
@@ -91,14 +88,22 @@ class MultiHeadDotProductAttention(nn.Module):
         q, k, v = (
             constrain(
                 lora.Dense((self.num_heads, head), name=name, **kw)(x),
-                "act_batch", "act_len", "act_heads", None,
+                "act_batch",
+                "act_len",
+                "act_heads",
+                None,
             )
             for name in ("query", "key", "value")
-        )  # fmt: skip
+        )
         y, probs = attention.attend(
-            q, k, v, scale=head**-0.5, impl=self.attn_impl, capture=self.capture is not False,
+            q,
+            k,
+            v,
+            scale=head**-0.5,
+            impl=self.attn_impl,
+            capture=self.capture is not False,
             perturb=attention.perturbation(self),
-        )  # fmt: skip
+        )
         return lora.Dense(width, inputs=2, name="out", **kw)(y), probs
 
 

@@ -48,9 +48,7 @@ def decode(channels=3, precise=True):
             return _array_to_rgb(image)
         if isinstance(image, (bytes, bytearray, memoryview)):
             return decode_bytes(bytes(image))
-        raise ValueError(
-            f"expected encoded bytes or a uint8 array, found {type(image).__name__}: {image!r:.80}"
-        )
+        raise ValueError(f"expected encoded bytes or a uint8 array, found {type(image).__name__}: {image!r:.80}")
 
     return fn
 
@@ -95,8 +93,7 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"grey values of mode {image.mode} lie in {values.min()}..{values.max()},"
-                " expected 0..65535"
+                f"grey values of mode {image.mode} lie in {values.min()}..{values.max()}, expected 0..65535"
             )
         return _array_to_rgb(values.astype(np.uint16))
     if image.mode == "F":
@@ -111,9 +108,7 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype not in ("u1", "u2"):
-        raise ValueError(
-            f"expected uint8 or uint16 [H, W, 1, 3 or 4], found {array.dtype} {list(array.shape)}"
-        )
+        raise ValueError(f"expected uint8 or uint16 [H, W, 1, 3 or 4], found {array.dtype} {list(array.shape)}")
     if 0 in array.shape:
         raise ValueError(f"the image is empty: shape {list(array.shape)}")
     if array.dtype == np.uint16:
@@ -149,11 +144,7 @@ def resize(size, method="bilinear", antialias=False):
 
 def _two_sizes(size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(n, int) and n > 0 for n in pair)
-    ):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"size must be a positive int or a pair of them, found {size!r}")
     return tuple(pair)
 
@@ -162,8 +153,7 @@ def _check_image(image) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "uif":
         raise ValueError(
-            f"expected an image array [H, W, C], found {image.dtype} {list(image.shape)};"
-            " decode comes first"
+            f"expected an image array [H, W, C], found {image.dtype} {list(image.shape)}; decode comes first"
         )
     return image
 

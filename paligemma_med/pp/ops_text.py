@@ -48,19 +48,14 @@ def strfmt(template, outkey="text"):
     """
     parts = []
     for literal, field, spec, conversion in string.Formatter().parse(template):
-        if field is not None and (
-            not field or field.isdigit() or spec or conversion or set(field) & set(".[]!:")
-        ):
-            raise ValueError(
-                f"template {template!r}: only plain {{key}} fields are allowed, found {field!r}"
-            )
+        if field is not None and (not field or field.isdigit() or spec or conversion or set(field) & set(".[]!:")):
+            raise ValueError(f"template {template!r}: only plain {{key}} fields are allowed, found {field!r}")
         parts.append((literal, field))
 
     def op(data, rng):
         del rng
         data[outkey] = "".join(
-            literal + ("" if field is None else _show(get(data, field), field))
-            for literal, field in parts
+            literal + ("" if field is None else _show(get(data, field), field)) for literal, field in parts
         )
         return data
 
@@ -118,9 +113,7 @@ def _record_cut(data: dict, cut: int) -> None:
 
 
 @register("tolen")
-def tolen(
-    length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, inkey=None, outkey=None
-):
+def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, inkey=None, outkey=None):
     """Pads or cuts a 1-D array to `length` entries (0 or None: leaves it).
 
     Args:

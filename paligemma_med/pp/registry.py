@@ -53,10 +53,7 @@ def on_key(default: str | None = "image"):
             return op
 
         own = inspect.signature(builder)
-        extra = [
-            inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for k in ("key", "inkey", "outkey")
-        ]
+        extra = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in ("key", "inkey", "outkey")]
         build.__signature__ = own.replace(parameters=[*own.parameters.values(), *extra])
         build.__doc__, build.__module__ = builder.__doc__, builder.__module__
         return build
@@ -115,8 +112,7 @@ def _literal(node: ast.expr, text: str) -> Any:
     except (ValueError, TypeError, RecursionError, MemoryError) as e:
         found = ast.get_source_segment(text.strip(), node) or ast.dump(node)
         raise ValueError(
-            f"{text!r}: argument {found!r} is not a literal (number, string, list, tuple, dict,"
-            " True, False or None)"
+            f"{text!r}: argument {found!r} is not a literal (number, string, list, tuple, dict, True, False or None)"
         ) from e
 
 
@@ -156,9 +152,7 @@ def build(section: str) -> Op:
     try:
         inspect.signature(_OPS[name]).bind(*args, **kwargs)
     except TypeError as e:
-        raise ValueError(
-            f"pp op {section!r}: {e}; its arguments are {name}{inspect.signature(_OPS[name])}"
-        ) from e
+        raise ValueError(f"pp op {section!r}: {e}; its arguments are {name}{inspect.signature(_OPS[name])}") from e
     try:
         return _OPS[name](*args, **kwargs)
     except ValueError as e:
@@ -202,9 +196,7 @@ class PreprocessFn:
             try:
                 out = op(out, rng)
             except ValueError as e:
-                row = ", ".join(
-                    f"{k} {data[k]!r}" for k in ("question_id", "image_id") if k in data
-                )
+                row = ", ".join(f"{k} {data[k]!r}" for k in ("question_id", "image_id") if k in data)
                 raise ValueError(f"pp op {section!r}{f' on {row}' if row else ''}: {e}") from e
         return out
 

@@ -133,9 +133,7 @@ def get_tokenizer(spec: str) -> Tokenizer:
     if name == "tiny" and not args and not kwargs:
         return _tiny()
     if name != "gemma":
-        raise ValueError(
-            f'unknown tokenizer {spec!r}; known: tiny, gemma(tokensets=("loc","seg"), model="path")'
-        )
+        raise ValueError(f'unknown tokenizer {spec!r}; known: tiny, gemma(tokensets=("loc","seg"), model="path")')
     unknown = set(kwargs) - {"tokensets", "model"}
     if len(args) > 2 or unknown or (args and "tokensets" in kwargs) or len(args) + len(kwargs) > 2:
         raise ValueError(f"{spec!r}: gemma takes tokensets=(…) and model='path' only")
@@ -184,8 +182,7 @@ def _gemma(tokensets: tuple[str, ...], path: str) -> Tokenizer:
         for i, found in enumerate(own, GEMMA_PIECES):
             if found != surfaces[i]:
                 raise ValueError(
-                    f"{path}: expected token {surfaces[i].decode()} at id {i}, found"
-                    f" {found.decode(errors='replace')!r}"
+                    f"{path}: expected token {surfaces[i].decode()} at id {i}, found {found.decode(errors='replace')!r}"
                 )
     return Tokenizer(encode, surfaces, {token: [i] for token, i in literals.items()})
 
@@ -223,9 +220,7 @@ def _read_sentencepiece(data: bytes):
         size = model.get_piece_size()
     except RuntimeError as e:
         raise ValueError(f"not a SentencePiece model ({len(data)} bytes): {e}") from e
-    _check_special(
-        dict(pad=model.pad_id(), eos=model.eos_id(), bos=model.bos_id(), unk=model.unk_id())
-    )
+    _check_special(dict(pad=model.pad_id(), eos=model.eos_id(), bos=model.bos_id(), unk=model.unk_id()))
     surfaces, byte_ids = [], {}
     for i in range(size):
         if model.is_control(i):

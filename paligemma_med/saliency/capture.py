@@ -142,9 +142,7 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
     count = queries.size
     prompt = slice(patches, patches + int(np.sum(arrays["mask_ar"] == 0)))
     rows = rows[:, :, :count]
-    return Streamed(
-        rows, rolled[:count], img_rolled, raw.mass(rows, patches, prompt), logprobs[:count]
-    )
+    return Streamed(rows, rolled[:count], img_rolled, raw.mass(rows, patches, prompt), logprobs[:count])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
@@ -153,9 +151,7 @@ def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_lay
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
     at = queries - math.prod(paligemma.patch_grid(model, batch["image"]))
-    logits, out = model.apply(
-        {"params": params}, **batch, logit_positions=at[None], capture_attention=folds
-    )
+    logits, out = model.apply({"params": params}, **batch, logit_positions=at[None], capture_attention=folds)
     state, rows = out["llm/attn"]
     rollout.check_start_layer(start_layer, len(rows))
     logprobs = token_logprobs(logits, batch["text"][:, at + 1])[0]

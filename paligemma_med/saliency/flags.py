@@ -98,9 +98,7 @@ def image_ignored(logprobs, controls, threshold=ONE_BIT):
     drop = max(drops.values())
     raised = drop < threshold
     kept = (f"{min(np.exp(-d), 9.99):.0%} as probable with a {n} image" for n, d in drops.items())
-    says = f"The answer is {', '.join(kept)}" + (
-        ": it hardly depends on the image." if raised else "."
-    )
+    says = f"The answer is {', '.join(kept)}" + (": it hardly depends on the image." if raised else ".")
     return _flag("image_ignored", raised, drop, threshold, 1 - drop / threshold, says)
 
 
@@ -143,9 +141,7 @@ def samples_disagree(answer, samples, threshold=0.5):
     same = sum(_words(s) == _words(answer) for s in samples)
     share = same / len(samples)
     says = f"{same} of {len(samples)} sampled answers say the same."
-    return _flag(
-        "samples_disagree", share <= threshold, share, threshold, 1 - share / (2 * threshold), says
-    )
+    return _flag("samples_disagree", share <= threshold, share, threshold, 1 - share / (2 * threshold), says)
 
 
 def _words(text):

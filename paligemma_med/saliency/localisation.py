@@ -31,10 +31,7 @@ def coverage(boxes, size, grid):
     high = low + boxes[:, 2:] * scale
     # The edges of all boxes cut the image into rectangles, each wholly in or out of every box.
     limits = (grid[1], grid[0])
-    xs, ys = (
-        np.unique(np.clip(np.r_[0 : n + 1, low[:, i], high[:, i]], 0, n))
-        for i, n in enumerate(limits)
-    )
+    xs, ys = (np.unique(np.clip(np.r_[0 : n + 1, low[:, i], high[:, i]], 0, n)) for i, n in enumerate(limits))
     x, y = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
     in_x = (low[:, :1] < x) & (x < high[:, :1])
     in_y = (low[:, 1:] < y) & (y < high[:, 1:])

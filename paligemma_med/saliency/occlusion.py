@@ -232,8 +232,6 @@ def _logprobs(model, params, images, text, mask_ar, places, tokens):
     def tile(x):
         return jnp.broadcast_to(x, (images.shape[0], *x.shape[1:]))
 
-    logits, _ = model.apply(
-        {"params": params}, images, tile(text), tile(mask_ar), logit_positions=tile(places)
-    )
+    logits, _ = model.apply({"params": params}, images, tile(text), tile(mask_ar), logit_positions=tile(places))
     chosen = jnp.take_along_axis(logits, tile(tokens[None])[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -182,10 +182,7 @@ def check(report):
         if m["method"] not in METHODS:
             raise ValueError(f"a map is of {m['method']!r}; expected one of {sorted(METHODS)}.")
         if np.shape(m["values"]) not in ((r, patches), (r, s)):
-            raise ValueError(
-                f"the map {name} has shape {np.shape(m['values'])}; expected {(r, patches)} or "
-                f"{(r, s)}."
-            )
+            raise ValueError(f"the map {name} has shape {np.shape(m['values'])}; expected {(r, patches)} or {(r, s)}.")
         arrays[name] = m["values"]
     if report["regions"]:
         arrays["regions"] = report["regions"]["logprobs"]
@@ -282,12 +279,7 @@ def _texts(report):
     mask = report["mask"]
     h, w = report["grid"]
     raw = np.shape(report["raw"])
-    out = clean(
-        {
-            k: report[k]
-            for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")
-        }
-    )
+    out = clean({k: report[k] for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")})
     return dict(
         **{k: v for k, v in out.items() if k not in ("tokens", "samples")},
         about=clean([list(x) for x in report["about"]]),
@@ -301,9 +293,7 @@ def _texts(report):
         seen_size=report["seen"].shape[:2],
         tokens=[
             dict(text=t, probability=percent(p), others=[(o, share(q)) for o, q in others])
-            for t, p, others in zip(
-                clean(report["tokens"]), logprobs, clean(report["others"]), strict=True
-            )
+            for t, p, others in zip(clean(report["tokens"]), logprobs, clean(report["others"]), strict=True)
         ],
         mass=np.asarray(report["mass"], np.float64).mean((1, 2)),
         agreement=_agreement(out["samples"], out["answer"]),
@@ -315,8 +305,7 @@ def _texts(report):
             picture=data_url(mask["picture"]),
             probability=percent(np.sum(mask["logprobs"])),
             tokens=[
-                (t, percent(a), percent(b))
-                for t, a, b in zip(clean(report["tokens"]), logprobs, mask["logprobs"])
+                (t, percent(a), percent(b)) for t, a, b in zip(clean(report["tokens"]), logprobs, mask["logprobs"])
             ],
         ),
         quantised=np.size(report["raw"]) > MAX_RAW,
@@ -374,10 +363,7 @@ def clean(value):
     halves of surrogate pairs, as in file names that are no Unicode, become U+FFFD."""
     if isinstance(value, str):
         text = value.encode("utf-8", "replace").decode("utf-8")
-        return "".join(
-            "\ufffd" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c
-            for c in text
-        )
+        return "".join("\ufffd" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
     if isinstance(value, dict):
         return {k: clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -409,9 +395,7 @@ def _page(name, **values):
     import jinja2
     import markupsafe
 
-    style, script = (
-        (FOLDER / f).read_text(encoding="utf-8").strip() for f in ("page.css", f"{name}.js")
-    )
+    style, script = ((FOLDER / f).read_text(encoding="utf-8").strip() for f in ("page.css", f"{name}.js"))
     policy = (
         "default-src 'none'; img-src data:; "
         f"style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -419,9 +403,12 @@ def _page(name, **values):
         "trusted-types 'none'"
     )
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     safe = {k: markupsafe.Markup(v) for k, v in dict(style=style, script=script).items()}
     if "data" in values:
         values["data"] = markupsafe.Markup(values["data"])

@@ -27,8 +27,7 @@ OTHERS = 5  # alternatives to a token
 BATCH = 32  # images a pass of occlusion
 
 
-def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fill="blur",
-            batch_size=BATCH):  # fmt: skip
+def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fill="blur", batch_size=BATCH):
     """The arrays of one answer.
 
     Args:
@@ -85,9 +84,7 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
     if "occlusion" in methods:
         cell = -(-max(seq.grid) // CELLS)
         image = seq.batch["image"][0]
-        drops = occlusion.occlusion(
-            score, image, seq.grid, cell=cell, fill=fill, batch_size=batch_size
-        )
+        drops = occlusion.occlusion(score, image, seq.grid, cell=cell, fill=fill, batch_size=batch_size)
         # Each patch gets the figure of its cell.
         drops = drops.repeat(cell, axis=1).repeat(cell, axis=2)[:, : seq.grid[0], : seq.grid[1]]
         values = drops.reshape(len(drops), -1)
@@ -160,9 +157,7 @@ def _streamed(model, params, arrays, queries, rollouts):
     llm = _Folds([capture.Rows(queries, **kw) for kw in variants.values()])
     patches = int(np.prod(paligemma.patch_grid(model, arrays["image"])))
     at = queries - patches
-    logits, out = model.apply(
-        {"params": params}, **arrays, logit_positions=at[None], capture_attention=(img, llm)
-    )
+    logits, out = model.apply({"params": params}, **arrays, logit_positions=at[None], capture_attention=(img, llm))
     states, rows = out["llm/attn"]
     rolled = {}
     for variant, of_llm, of_img in zip(variants, states, out["img/attn"][0]):

@@ -113,17 +113,12 @@ def between_questions(maps, images, questions, max_pairs=2000, seed=0):
     Returns:
       dict(same_image=list of (image, similarity), other_image=list of similarities).
     """
-    pairs = [
-        (i, j)
-        for i, j in itertools.combinations(range(len(maps)), 2)
-        if questions[i] != questions[j]
-    ]
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(maps)), 2) if questions[i] != questions[j]]
     same = [(i, j) for i, j in pairs if images[i] == images[j]]
     other = [(i, j) for i, j in pairs if images[i] != images[j]]
     rng = np.random.default_rng(seed)
     same, other = (
-        [x[k] for k in sorted(rng.choice(len(x), min(len(x), max_pairs), replace=False))]
-        for x in (same, other)
+        [x[k] for k in sorted(rng.choice(len(x), min(len(x), max_pairs), replace=False))] for x in (same, other)
     )
     return dict(
         same_image=[(images[i], similarity(maps[i], maps[j])) for i, j in same],

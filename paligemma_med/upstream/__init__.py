@@ -48,9 +48,11 @@ def locate():
         return os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
     if os.path.isfile(os.path.join(folder, "big_vision", "utils.py")):
         return os.path.abspath(folder)
-    where = f"BIG_VISION_DIR is {folder!r}, which holds no big_vision/utils.py" if folder else (
-        "big_vision can't be imported, and BIG_VISION_DIR isn't set"
-    )  # fmt: skip
+    where = (
+        f"BIG_VISION_DIR is {folder!r}, which holds no big_vision/utils.py"
+        if folder
+        else ("big_vision can't be imported, and BIG_VISION_DIR isn't set")
+    )
     raise ValueError(f"{where}: {_HOW}.")
 
 

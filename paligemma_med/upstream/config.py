@@ -66,13 +66,9 @@ KEYS = {
     "wd_mults": _SAME,
     "schedule": Key("translated", "decay_type='constant' is called 'stair' there"),
     "grad_clip_norm": _SAME,
-    "grad_accum_steps": Key(
-        "left out", "takes the batch whole: the same step, with more memory", (None, 1)
-    ),
+    "grad_accum_steps": Key("left out", "takes the batch whole: the same step, with more memory", (None, 1)),
     "label_smoothing": _SAME,
-    "loss_norm": Key(
-        "refused", "has the mean over examples alone (loss_norm='example')", (None, "example")
-    ),
+    "loss_norm": Key("refused", "has the mean over examples alone (loss_norm='example')", (None, "example")),
     "supervised_len": Key("left out", "computes logits at every position: the same loss, slower"),
     "loss_chunk": Key("left out", "computes logits of a batch at once: the same loss, more memory"),
     "skip_nonfinite": Key("refused", "ends at the first loss that isn't finite", (None, 0)),
@@ -83,8 +79,7 @@ KEYS = {
     "sharding_rules": Key("launched", "our model asks our own rules, under which it is run"),
     # When.
     **{f"log_training_{u}": _SAME for u in ("steps", "epochs", "percent")},
-    **{f"ckpt_{u}": Key("same", "saved after the first step, too") for u in
-       ("steps", "epochs", "percent")},
+    **{f"ckpt_{u}": Key("same", "saved after the first step, too") for u in ("steps", "epochs", "percent")},
     "keep_ckpt": Key("left out", "keeps the newest, and those of keep_ckpt_steps", (None, 1, 2)),
     "keep_best": Key("refused", "doesn't choose among checkpoints"),
     "evals": Key("translated", "type='paligemma_med', our section whole under `section`"),
@@ -92,15 +87,13 @@ KEYS = {
     "tensorboard": _METRICS,
     "wandb": _METRICS,
     "peak_tflops": Key("left out", "tells no MFU"),
-}  # fmt: skip
+}
 
 INPUT_KEYS = {
     "data": _SAME,
     "pp": Key("translated", "in a mixture, that of each set"),
     "batch_size": _SAME,
-    "anneal": Key(
-        "refused", "mixes in constant shares; the config's argument anneal=False has them so"
-    ),
+    "anneal": Key("refused", "mixes in constant shares; the config's argument anneal=False has them so"),
     "num_workers": Key("ignored", "reads with TensorFlow's threads"),
     "num_threads": Key("ignored", "reads with TensorFlow's threads"),
     "prefetch": Key("translated", "prefetch_to_device"),

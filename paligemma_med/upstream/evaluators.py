@@ -68,10 +68,14 @@ class Evaluator:
                 answer = kw.pop("train_answer", "answer")
                 kw["train_data"] = _TrainingRows(train_data, answer)
             self._evaluator = module.Evaluator(
-                model_of(predict_fn), tokenizer, inputs=inputs, total=len(inputs),
+                model_of(predict_fn),
+                tokenizer,
+                inputs=inputs,
+                total=len(inputs),
                 outdir=os.path.join(folder, "eval", name) if folder else None,
-                about=functools.partial(_about, section, inputs, folder), **kw,
-            )  # fmt: skip
+                about=functools.partial(_about, section, inputs, folder),
+                **kw,
+            )
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
 
@@ -188,8 +192,7 @@ class _TrainingRows:
         missing = [k for k in (answer, *self._KEYS) if k not in self._rows.element_spec]
         if missing:
             raise ValueError(
-                f"train_data {data['name']} has no {missing[0]!r}, only "
-                f"{sorted(self._rows.element_spec)}."
+                f"train_data {data['name']} has no {missing[0]!r}, only {sorted(self._rows.element_spec)}."
             )
 
     def __iter__(self):

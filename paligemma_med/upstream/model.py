@@ -33,9 +33,15 @@ def _as_dicts(rules):
 
 
 def load(
-    init_params, init_file, model_cfg, *, resample_posemb=False, adapter_init="",
-    frozen_dtype="float32", trained=((".*", True),),
-):  # fmt: skip
+    init_params,
+    init_file,
+    model_cfg,
+    *,
+    resample_posemb=False,
+    adapter_init="",
+    frozen_dtype="float32",
+    trained=((".*", True),),
+):
     """Weights of any form that our `model_init` takes, fitted to the model.
 
     Args:

@@ -64,9 +64,7 @@ def optimizer_state(config, theirs, opt_state):
     Returns:
       (the counter, {"1/0/1/img/head/kernel": array}).
     """
-    counters = [
-        int(x.count) for x in jax.tree.leaves(opt_state, is_leaf=_is_counter) if _is_counter(x)
-    ]
+    counters = [int(x.count) for x in jax.tree.leaves(opt_state, is_leaf=_is_counter) if _is_counter(x)]
     moments = bv.flatten(opt_state[1 if config.get("grad_clip_norm") else 0])
     schedule = theirs.get("schedule", {})
     schedules = [s for _, s in schedule] if isinstance(schedule, list | tuple) else [schedule]

@@ -30,9 +30,7 @@ def apply(model, params, image, text, mask_ar):
 
 def logits_of(name, model, params):
     batch = hf.reference(name)[4]
-    return np.asarray(apply(model, params, batch["image"], batch["text"], batch["mask_ar"]))[
-        batch["valid"]
-    ]
+    return np.asarray(apply(model, params, batch["image"], batch["text"], batch["mask_ar"]))[batch["valid"]]
 
 
 def base_logits(name):
@@ -63,9 +61,7 @@ def test_the_model_has_the_shapes_of_the_parameters():
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
     model, params = applied(name, made, abstract)
     want = npz.flatten_tree(adapter.paligemma.abstract_params(model, image_size=case["image"]))
-    assert {n: x.shape for n, x in npz.flatten_tree(params).items()} == {
-        n: x.shape for n, x in want.items()
-    }
+    assert {n: x.shape for n, x in npz.flatten_tree(params).items()} == {n: x.shape for n, x in want.items()}
 
 
 @pytest.mark.parametrize("name", ["mqa", "mha"])
@@ -99,9 +95,7 @@ def test_merged_logits_equal_the_adapters(name):
     assert abs(want - base_logits(name)).max() > 0.1
     merged = adapter.merge(params, made.specs)
     assert jax.tree.structure(merged) == jax.tree.structure(hf.reference(name)[3])
-    np.testing.assert_allclose(
-        logits_of(name, model.clone(lora=()), merged), want, rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(logits_of(name, model.clone(lora=()), merged), want, rtol=0, atol=1e-5)
 
 
 def test_every_target_is_merged_into_its_own_kernel():
@@ -112,11 +106,17 @@ def test_every_target_is_merged_into_its_own_kernel():
     flat = npz.flatten_tree(params)
     merged = npz.flatten_tree(adapter.merge(params, made.specs))
     sums = {
-        "query": "ldr,lrnh->ldnh", "value": "ldr,lrnh->ldnh", "Dense_0": "ldr,lrf->ldf",
-        "Dense_1": "lfr,lrd->lfd", "head": "dr,re->de", "v": "ldr,lrkh->lkdh",
-        "attn_vec_einsum": "lnhr,lrd->lnhd", "gate": "ldr,lrf->ldf", "up": "ldr,lrf->ldf",
+        "query": "ldr,lrnh->ldnh",
+        "value": "ldr,lrnh->ldnh",
+        "Dense_0": "ldr,lrf->ldf",
+        "Dense_1": "lfr,lrd->lfd",
+        "head": "dr,re->de",
+        "v": "ldr,lrkh->lkdh",
+        "attn_vec_einsum": "lnhr,lrd->lnhd",
+        "gate": "ldr,lrf->ldf",
+        "up": "ldr,lrf->ldf",
         "down": "lfr,lrd->lfd",
-    }  # fmt: skip
+    }
     want = {n: x.astype(np.float64) for n, x in flat.items() if not lora.is_factor(n)}
     for target, spec in made.specs.items():
         a, b = (flat[n].astype(np.float64) for n in lora.factor_names([target]))

@@ -141,9 +141,7 @@ def test_dtype_casts_floating_parameters_alone(tmp_path):
     done = []
     bv.save_bv(tmp_path / "checkpoint.bv", 2, state(), dtype="bfloat16", progress=done.append)
     found = bv.open_state(tmp_path)
-    assert {k.split("/")[0]: v.dtype for k, v in found.items() if v.dtype == BF16} == {
-        "params": BF16
-    }
+    assert {k.split("/")[0]: v.dtype for k, v in found.items() if v.dtype == BF16} == {"params": BF16}
     assert found["opt/1/0/1/img/head/kernel"].dtype == np.float32
     assert sum(done) == sum(np.asarray(x).nbytes for x in bv.flatten(state()).values())
 
@@ -270,9 +268,7 @@ def test_a_resumed_run_keeps_to_the_step_it_started_from(their, tmp_path):
 def test_the_model_comes_from_the_config_beside_it(their):
     assert bv.read_config(their) == {}
     config = '{"model_name": "%s", "model": {"img": {"a": 1}, "llm": {}, "lora": [%s]}}'
-    (their / "config.json").write_text(
-        config % ("paligemma_med", '["y", null], ["x", [["rank", 2]]]')
-    )
+    (their / "config.json").write_text(config % ("paligemma_med", '["y", null], ["x", [["rank", 2]]]'))
     found = bv.read_config(f"{their}/checkpoint.bv:llm")
     assert found == dict(model=dict(img={"a": 1}, llm={}), lora=[("y", None), ("x", {"rank": 2})])
     (their / "config.json").write_text(config % ("proj.paligemma.paligemma", ""))

@@ -113,15 +113,14 @@ def test_every_target_has_the_module_that_holds_its_weight():
     [
         ("model.language_model.layers.0.mlp.up_proj.weight", "language_model.layers.0.mlp.up_proj"),
         ("language_model.model.layers.0.mlp.up_proj.weight", "language_model.layers.0.mlp.up_proj"),
-        ("model.vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight",
-         "vision_tower.encoder.layers.1.mlp.fc1"),
+        ("model.vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight", "vision_tower.encoder.layers.1.mlp.fc1"),
         ("vision_tower.vision_model.post_layernorm.weight", "vision_tower.post_layernorm"),
         ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm"),
         ("model.multi_modal_projector.linear.weight", "multi_modal_projector.linear"),
         ("language_model.lm_head.weight", "lm_head"),
         ("lm_head.weight", "lm_head"),
     ],
-)  # fmt: skip
+)
 def test_canonical_names(name, want):
     assert hf.canonical(name) == want + ".weight"
     assert hf.canonical(hf.canonical(name)) == want + ".weight"
@@ -211,9 +210,7 @@ def assert_logits(ours, theirs, case, batch):
     valid, length = batch["valid"], batch["text"].shape[1]
     logits = logits[:, -length:]
     rows = case["llm"]["vocab_size"]
-    np.testing.assert_allclose(
-        np.asarray(ours)[valid], logits[valid][:, :rows], rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(np.asarray(ours)[valid], logits[valid][:, :rows], rtol=0, atol=TOLERANCE)
     # Padding rows are copies of <pad>'s, so that greedy never answers with one.
     np.testing.assert_array_equal(logits[valid].argmax(-1), logits[valid][:, :rows].argmax(-1))
 
@@ -382,16 +379,26 @@ def test_defaults_are_those_of_transformers():
 def test_googles_sparse_config(tmp_path):
     # As in google/paligemma-3b-mix-224, which leaves out what equals the classes' defaults.
     config = dict(
-        model_type="paligemma", image_token_index=257152,
+        model_type="paligemma",
+        image_token_index=257152,
         text_config=dict(
-            hidden_size=2048, intermediate_size=16384, model_type="gemma", num_attention_heads=8,
-            num_hidden_layers=18, num_key_value_heads=1, vocab_size=257216,
+            hidden_size=2048,
+            intermediate_size=16384,
+            model_type="gemma",
+            num_attention_heads=8,
+            num_hidden_layers=18,
+            num_key_value_heads=1,
+            vocab_size=257216,
         ),
         vision_config=dict(
-            hidden_size=1152, intermediate_size=4304, model_type="siglip_vision_model",
-            num_attention_heads=16, num_hidden_layers=27, patch_size=14,
+            hidden_size=1152,
+            intermediate_size=4304,
+            model_type="siglip_vision_model",
+            num_attention_heads=16,
+            num_hidden_layers=27,
+            patch_size=14,
         ),
-    )  # fmt: skip
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     img, llm = hf.model_config(tmp_path)
     variant = paligemma.abstract_params(paligemma.Model(), image_size=224)
@@ -427,9 +434,7 @@ def test_a_config_that_does_not_fit_is_an_error(section, change, message, tmp_pa
 def test_a_scale_of_queries_that_we_lack_is_an_error(tmp_path):
     theirs_saved("gemma2", tmp_path)
     edit_config(tmp_path, "text_config", query_pre_attn_scalar=13)
-    with pytest.raises(
-        CheckpointError, match="query_pre_attn_scalar is 13, expected head_dim .12."
-    ):
+    with pytest.raises(CheckpointError, match="query_pre_attn_scalar is 13, expected head_dim .12."):
         hf.model_config(tmp_path)
 
 
@@ -478,9 +483,7 @@ def test_a_truncated_or_foreign_file_is_one_error(tmp_path_factory, sharded, dat
     broken = tmp_path_factory.mktemp("broken")
     for file in folder.iterdir():
         (broken / file.name).symlink_to(file)
-    victim = broken / data.draw(
-        st.sampled_from(sorted(p.name for p in folder.glob("*.safetensors")))
-    )
+    victim = broken / data.draw(st.sampled_from(sorted(p.name for p in folder.glob("*.safetensors"))))
     content = victim.read_bytes()
     victim.unlink()
     cut = data.draw(st.integers(0, len(content) - 1))
@@ -569,11 +572,13 @@ def edited(name="mqa", drop=(), **leaves):
         (lambda: edited(img__new=np.ones(2, np.float32)), "img/new: unexpected"),
         (lambda: edited(img__head__bias=np.ones(28, int)), "img/head/bias: has dtype int64"),
         (lambda: edited(img__head__bias=np.ones(29, np.float32)), r"bias: found shape \(29,\)"),
-        (lambda: edited(llm__layers__attn__kv_einsum__w=np.ones((3, 3, 1, 28, 8), np.float32)),
-         r"kv_einsum/w: found shape \(3, 3, 1, 28, 8\), expected \(3, 2, K, 28, 8\)"),
+        (
+            lambda: edited(llm__layers__attn__kv_einsum__w=np.ones((3, 3, 1, 28, 8), np.float32)),
+            r"kv_einsum/w: found shape \(3, 3, 1, 28, 8\), expected \(3, 2, K, 28, 8\)",
+        ),
         (lambda: edited(img__pos_embedding=np.ones((1, 8, 24), np.float32)), "square grid"),
     ],
-)  # fmt: skip
+)
 def test_a_tree_that_does_not_fit_is_not_written(params, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         hf.save_hf(tmp_path / "w", params())
@@ -633,8 +638,10 @@ def test_existing_folders(tmp_path):
     hf.save_hf(tmp_path / "w", params, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["w"]
     assert sorted(os.listdir(tmp_path / "w")) == [
-        "config.json", "generation_config.json", "model.safetensors",
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="holds no model.safetensors"):
@@ -687,8 +694,11 @@ def test_converting_imports_neither_torch_nor_transformers(tmp_path):
         "print([m for m in ('torch', 'transformers', 'tensorflow') if m in sys.modules])"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
         cwd=pathlib.Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"

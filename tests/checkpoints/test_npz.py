@@ -321,8 +321,11 @@ def test_unstack_and_stack_are_inverse():
     params = tree()
     unrolled = npz.unstack_layers(params)
     assert set(unrolled["img"]["Transformer"]) == {
-        "encoder_norm", "encoderblock_0", "encoderblock_1", "encoderblock_2",
-    }  # fmt: skip
+        "encoder_norm",
+        "encoderblock_0",
+        "encoderblock_1",
+        "encoderblock_2",
+    }
     np.testing.assert_array_equal(
         unrolled["img"]["Transformer"]["encoderblock_2"]["mlp"]["kernel"],
         params["img"]["Transformer"]["encoderblock"]["mlp"]["kernel"][2],
@@ -333,9 +336,7 @@ def test_unstack_and_stack_are_inverse():
 
 def test_more_than_ten_layers_keep_their_order():
     blocks = {f"encoderblock_{i}": {"w": np.full(2, i)} for i in reversed(range(12))}
-    np.testing.assert_array_equal(
-        npz.stack_layers(blocks)["encoderblock"]["w"][:, 0], np.arange(12)
-    )
+    np.testing.assert_array_equal(npz.stack_layers(blocks)["encoderblock"]["w"][:, 0], np.arange(12))
 
 
 @pytest.mark.parametrize(
@@ -380,9 +381,7 @@ def test_match_takes_what_fits_and_resamples_position_embeddings():
     want["img"]["pos_embedding"] = np.zeros((1, 25, 6), np.float32)
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
     got = npz.match_params(params, expected)
-    np.testing.assert_array_equal(
-        got["img"]["pos_embedding"], npz.resample_posemb(params["img"]["pos_embedding"], 25)
-    )
+    np.testing.assert_array_equal(got["img"]["pos_embedding"], npz.resample_posemb(params["img"]["pos_embedding"], 25))
     got["img"]["pos_embedding"] = params["img"]["pos_embedding"]
     assert_same(got, params)
 
@@ -416,9 +415,7 @@ def test_match_names_every_key_that_does_not_fit():
 
 def test_match_does_not_resample_a_position_embedding_of_another_width():
     with pytest.raises(CheckpointError, match=r"expected \(1, 16, 8\), found \(1, 25, 6\)"):
-        npz.match_params(
-            {"pos_embedding": np.ones((1, 25, 6))}, {"pos_embedding": np.ones((1, 16, 8))}
-        )
+        npz.match_params({"pos_embedding": np.ones((1, 25, 6))}, {"pos_embedding": np.ones((1, 16, 8))})
 
 
 def test_a_long_list_of_mismatches_is_cut_with_a_count():
@@ -516,10 +513,7 @@ def unreadable(tree):
     def fail():
         raise AssertionError("read")
 
-    return {
-        key: unreadable(x) if isinstance(x, dict) else Lazy(x.shape, x.dtype, fail)
-        for key, x in tree.items()
-    }
+    return {key: unreadable(x) if isinstance(x, dict) else Lazy(x.shape, x.dtype, fail) for key, x in tree.items()}
 
 
 def test_fitting_to_a_model_reads_nothing():
@@ -545,9 +539,7 @@ def test_lazy_and_eager_agree(tmp_path):
     ours = npz.match_params(opened, expected)
     assert_same(lazy.read_all(ours), npz.match_params(params, expected))
     table = opened["llm"]["embedder"]["input_embedding"]
-    np.testing.assert_array_equal(
-        npz.extend_vocab(table, 20), npz.extend_vocab(np.asarray(table), 20)
-    )
+    np.testing.assert_array_equal(npz.extend_vocab(table, 20), npz.extend_vocab(np.asarray(table), 20))
     assert_same(
         lazy.read_all(npz.unstack_layers(npz.stack_layers(opened))),
         npz.load_npz(tmp_path / "w.npz"),

@@ -33,9 +33,7 @@ def test_round_trip_is_exact_and_lazy(tmp_path):
     orbax.save_orbax(tmp_path / "w", tree())
     opened = orbax.open_orbax(tmp_path / "w")
     assert all(isinstance(x, lazy.Lazy) for x in npz.flatten_tree(opened).values())
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), opened) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), tree()
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), opened) == jax.tree.map(lambda x: (x.shape, x.dtype), tree())
     assert_same(opened, tree())
     assert os.listdir(tmp_path) == ["w"]
 
@@ -69,9 +67,7 @@ with ocp.StandardCheckpointer() as c:
 """
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     env["JAX_PLATFORMS"] = "cpu"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     opened = orbax.open_orbax(tmp_path / "w")
     out = np.asarray(opened["a"]["b"])

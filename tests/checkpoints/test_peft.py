@@ -34,13 +34,15 @@ CONFIGS = {
     "q and v": dict(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=2),
     "regex": dict(target_modules=r".*language_model.*\.(k_proj|down_proj)", r=4),
     "patterns": dict(
-        target_modules=LINEAR, r=2, lora_alpha=4,
+        target_modules=LINEAR,
+        r=2,
+        lora_alpha=4,
         rank_pattern={r"encoder\.layers\.\d+\.self_attn\.q_proj": 5, "q_proj": 3, "v_proj": 1},
         alpha_pattern={"self_attn.v_proj": 3, "q_proj": 10, "multi_modal_projector.linear": 0.5},
     ),
     "rslora": dict(target_modules=LINEAR, r=4, lora_alpha=3, use_rslora=True),
     "excluded": dict(target_modules=LINEAR, r=3, exclude_modules=".*vision_tower.*"),
-}  # fmt: skip
+}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,8 +135,9 @@ def test_others_may_read_what_is_written(tmp_path):
     finally:
         os.umask(old)
     assert {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {
-        "adapter_config.json": 0o644, "adapter_model.safetensors": 0o644
-    }  # fmt: skip
+        "adapter_config.json": 0o644,
+        "adapter_model.safetensors": 0o644,
+    }
 
 
 @pytest.mark.parametrize(
@@ -160,9 +163,7 @@ def test_an_adapter_of_ours_gives_its_logits_there(name, rules, style, tmp_path)
     np.testing.assert_allclose(their_logits(name, theirs), want, rtol=0, atol=TOLERANCE)
     # No module of the other tower that bears a like name (vision and text both have a q_proj).
     assert adapted_modules(theirs) == {
-        hf.module_of(t).replace("{i}", str(i))
-        for t, (a, _) in made.factors.items()
-        for i in range(len(a))
+        hf.module_of(t).replace("{i}", str(i)) for t, (a, _) in made.factors.items() for i in range(len(a))
     }
 
 
@@ -250,9 +251,7 @@ def test_types_are_cast_on_demand(tmp_path):
 
 def test_the_file_does_not_depend_on_the_order_of_targets(tmp_path):
     made = adapters.random_adapter("mqa", adapters.MIXED)
-    backwards = adapter.Adapter(
-        dict(reversed(made.specs.items())), dict(reversed(made.factors.items()))
-    )
+    backwards = adapter.Adapter(dict(reversed(made.specs.items())), dict(reversed(made.factors.items())))
     peft.save_adapter(tmp_path / "a", made)
     peft.save_adapter(tmp_path / "b", backwards)
     for name in (peft.WEIGHTS, peft.CONFIG):
@@ -272,9 +271,7 @@ def test_rslora_of_some_keeps_every_scale(tmp_path):
     for target, spec in made.specs.items():
         assert got.specs[target].scale == pytest.approx(spec.scale, rel=1e-12)
     theirs = load_theirs("mqa", tmp_path / "adapter")
-    np.testing.assert_allclose(
-        their_logits("mqa", theirs), our_logits("mqa", made), rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(their_logits("mqa", theirs), our_logits("mqa", made), rtol=0, atol=TOLERANCE)
 
 
 def test_different_dropouts_are_told_of(tmp_path, caplog):
@@ -330,11 +327,22 @@ def test_patterns_written_match_in_every_version(style, tmp_path):
 @pytest.mark.parametrize(
     "regex",
     [
-        "q_proj", "proj", "_proj", ".*proj", "self_attn.q_proj", "self_attn", "attn.q_proj",
-        r"layers\.[02]\.self_attn\.q_proj", "layers.2.*", "2.self_attn.q_proj|linear", "tower.*",
-        "model.language_model.layers.2.self_attn.q_proj", "language_model", "",
+        "q_proj",
+        "proj",
+        "_proj",
+        ".*proj",
+        "self_attn.q_proj",
+        "self_attn",
+        "attn.q_proj",
+        r"layers\.[02]\.self_attn\.q_proj",
+        "layers.2.*",
+        "2.self_attn.q_proj|linear",
+        "tower.*",
+        "model.language_model.layers.2.self_attn.q_proj",
+        "language_model",
+        "",
     ],
-)  # fmt: skip
+)
 def test_patterns_mean_what_they_mean_in_peft(regex):
     from peft.utils.other import get_pattern_key
 
@@ -444,9 +452,7 @@ def test_initialisations_that_change_the_base_are_peft_s(tmp_path):
         config = dict(target_modules=["q_proj"], r=2, init_lora_weights=init)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = reference.get_peft_model(
-                copy.deepcopy(models.reference("mqa")[1]), reference.LoraConfig(**config)
-            )
+            theirs = reference.get_peft_model(copy.deepcopy(models.reference("mqa")[1]), reference.LoraConfig(**config))
         name = "model.language_model.layers.0.self_attn.q_proj"
         same = torch.equal(
             theirs.state_dict()[f"base_model.model.{name}.base_layer.weight"],
@@ -510,9 +516,7 @@ def test_missing_keys_are_listed(saved, gone, listed):
 def test_a_tower_that_is_not_targeted_is_not_missed(tmp_path):
     made = adapters.random_adapter("mqa", [("llm/.*/attn/.*", dict(rank=2))])
     peft.save_adapter(tmp_path / "adapter", made, key_style="5")
-    for target_modules in (
-        r".*language_model.*(q|k|v|o)_proj", r"model\.language_model\.layers\.\d+\.self_attn\..*"
-    ):  # fmt: skip
+    for target_modules in (r".*language_model.*(q|k|v|o)_proj", r"model\.language_model\.layers\.\d+\.self_attn\..*"):
         edit(tmp_path / "adapter", target_modules=target_modules)
         adapters.assert_equal(peft.load_adapter(tmp_path / "adapter"), made)
     # Nor what would be targeted in some versions only, where the file fits others too.

@@ -83,9 +83,7 @@ def test_chain_of_runs(tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert_run_holds(
-        tmp_path / "two", {**base(), **head(13.0)}, {n: x + 3 for n, x in norm.items()}
-    )
+    assert_run_holds(tmp_path / "two", {**base(), **head(13.0)}, {n: x + 3 for n, x in norm.items()})
 
 
 def test_base_that_moved(tmp_path):
@@ -286,8 +284,9 @@ except npz.CheckpointError as e:
 
 def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, repo_root):
     """A limit on file sizes stands in for it: writing fails in the same places."""
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=repo_root,
-                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=repo_root, capture_output=True, text=True, timeout=120
+    )
     assert "could not be written" in run.stdout, run.stdout + run.stderr
     assert "steps [1] are intact" in run.stdout and "disk full" in run.stdout
     assert "File too large" in run.stdout  # the cause stands at the end of a long message

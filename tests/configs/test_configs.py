@@ -30,9 +30,17 @@ def row(**kw):
     """A question as the data sets have it."""
     out = io.BytesIO()
     PIL.Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(out, "PNG")
-    texts = dict(question="Is the lung healthy?", answer=ANSWER, question_id="7", image_id="i3",
-                 answer_type="OPEN", content_type="Organ", base_type="vqa", answer_letter="C",
-                 **{f"choice_{x}": f"option {x}" for x in "abcd"})  # fmt: skip
+    texts = dict(
+        question="Is the lung healthy?",
+        answer=ANSWER,
+        question_id="7",
+        image_id="i3",
+        answer_type="OPEN",
+        content_type="Organ",
+        base_type="vqa",
+        answer_letter="C",
+        **{f"choice_{x}": f"option {x}" for x in "abcd"},
+    )
     return {"image": out.getvalue(), **texts, **kw}
 
 
@@ -54,8 +62,7 @@ def test_config_builds(name):
     kw = dict(total_steps=1000, num_examples=5000, batch_size=c.input.batch_size)
     optim.make(c, names, **kw)
     assert c.input.batch_size % (c.get("grad_accum_steps") or 1) == 0
-    again = experiment.config_from_json(importlib.import_module("json").loads(
-        experiment.config_to_json(c)))  # fmt: skip
+    again = experiment.config_from_json(importlib.import_module("json").loads(experiment.config_to_json(c)))
     assert experiment.make_model(again) == model
     assert optim.trained_names(again, list(abstract)) == names
 
@@ -139,10 +146,7 @@ def test_variants_of_stage2(arg, count):
     abstract = shapes_of(c)
     assert sum(abstract[n].size for n in optim.trained_names(c, list(abstract))) == count
     if "bare" in arg:
-        assert (
-            "'answer {question}'" in c.input.pp
-            and c.evals.medpix2_validate.pp_fn.count("bare") == 0
-        )
+        assert "'answer {question}'" in c.input.pp and c.evals.medpix2_validate.pp_fn.count("bare") == 0
         assert c.res == 224 and c.loss_norm == "token" and c.input.batch_size == 4
 
 
@@ -168,9 +172,7 @@ def test_the_mixture_has_the_share_asked_for():
         phases = mixture.check_phases(dict(config.input.data), config.input.anneal)
         which, _ = mixture.draw(phases, 3000)
         medpix = sorted(config.input.data).index("medpix2")
-        assert abs(np.mean(which == medpix) - 0.4) < 1e-3, (
-            "the share of MedPix over the whole of training"
-        )
+        assert abs(np.mean(which == medpix) - 0.4) < 1e-3, "the share of MedPix over the whole of training"
     assert [p["medpix2"] for _, p in mixture.check_phases(dict(c.input.data), c.input.anneal)] == (
         pytest.approx([0, 0.4, 0.8])
     )
@@ -238,12 +240,15 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
     assert c.evals.pmc_vqa_validate.pred_kw.temperature == 1.0
 
 
-@pytest.mark.parametrize("section, samples, keys", [
-    (common.vqa_eval, 1, set()),
-    (common.closed_eval, 5, set()),
-    (common.open_eval, 1, set()),
-    (common.multiple_choice_eval, 5, {*common.CHOICES, "answer_letter"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, samples, keys",
+    [
+        (common.vqa_eval, 1, set()),
+        (common.closed_eval, 5, set()),
+        (common.open_eval, 1, set()),
+        (common.multiple_choice_eval, 5, {*common.CHOICES, "answer_letter"}),
+    ],
+)
 def test_evaluations_by_protocol(section, samples, keys):
     """What a section says, the evaluator takes; what it keeps is there."""
     c = common.ml_collections.ConfigDict(dict(res=32, tokenizer="tiny"))
@@ -255,9 +260,9 @@ def test_evaluations_by_protocol(section, samples, keys):
     assert (kw["num_samples"], kw["temperature"]) == (samples, float(samples > 1))
     out = pp(made["pp_fn"])(row(modality="CT"))
     assert {*vqa.NEEDED, "image_id", "modality", *keys} <= out.keys()
-    assert section(c, "x", "test", text_len=40, max_new_tokens=4, samples=3, temperature=0.2)[
-        "pred_kw"
-    ] == dict(max_new_tokens=4, num_samples=3, temperature=0.2)
+    assert section(c, "x", "test", text_len=40, max_new_tokens=4, samples=3, temperature=0.2)["pred_kw"] == dict(
+        max_new_tokens=4, num_samples=3, temperature=0.2
+    )
 
 
 # --- Arguments ---

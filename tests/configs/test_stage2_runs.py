@@ -40,9 +40,7 @@ def data_dir(tmp_path_factory):
     def made(name, folder, config, **options):
         build.build(name, manual_dir=folder, data_dir=out, config=config, options=options)
 
-    made(
-        "rocov2", roco_fake.write_v2(raw / "v2"), "qa", qa=str(roco_fake.write_qa(raw / "2.jsonl"))
-    )
+    made("rocov2", roco_fake.write_v2(raw / "v2"), "qa", qa=str(roco_fake.write_qa(raw / "2.jsonl")))
     qa = str(roco_fake.write_qa(raw / "1.jsonl", v2=False))
     made("roco_v1", roco_fake.write_v1(raw / "v1"), "qa", qa=qa)
     real = os.environ.get("PALIGEMMA_MED_REAL_DATA")

@@ -50,9 +50,7 @@ def test_records_are_what_the_folder_holds(slake, tmp_path, capsys):
         for key in "question answer answer_type content_type base_type q_lang location".split():
             assert example[key].decode() == row[key]
         assert [b.decode() for b in example["boxes"]["label"]] == ["Liver", "Lung"]
-        np.testing.assert_array_equal(
-            np.stack(example["boxes"]["bbox"]), np.float32([[1, 2, 3.5, 4], [5, 6, 7, 8]])
-        )
+        np.testing.assert_array_equal(np.stack(example["boxes"]["bbox"]), np.float32([[1, 2, 3.5, 4], [5, 6, 7, 8]]))
     (no_boxes, _) = _read(tmp_path / "d", "slake/en", "validate").values()
     assert len(no_boxes["boxes"]["label"]) == len(no_boxes["boxes"]["bbox"]) == 0
     chinese = _read(tmp_path / "d", "slake/zh", "train")
@@ -121,9 +119,7 @@ def test_killed_build_leaves_no_data_set_and_the_next_one_clears_up(slake, tmp_p
         "l.examples = slow\n"
         f"build('slake', manual_dir={str(slake.root)!r}, data_dir={str(data_dir)!r}, config='en')\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while b"writing" not in child.stderr.readline():
         assert time.monotonic() < deadline and child.poll() is None

@@ -25,9 +25,7 @@ TEXTS = ("question", "answer", "answer_type", "question_id", "image_id", "conten
 
 
 def _read(data_dir, name, split):
-    source = tfds.data_source(
-        name, split=split, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    source = tfds.data_source(name, split=split, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()})
     rows = [{k: v if k == "image" else v.decode() for k, v in row.items()} for row in source]
     return {row["question_id"]: row for row in rows}
 
@@ -135,9 +133,7 @@ def test_a_missing_or_broken_image(tmp_path, form, capsys):
     assert len(_read(tmp_path / "d", "rocov2/caption", "train")) == 7
     reason = "image missing" if form == "missing" else "image broken"
     report = _report(tmp_path / "d", "rocov2/caption")
-    assert report["splits"]["train"]["dropped"] == {
-        reason: {"count": 1, "first": ["ROCOv2_2023_train_000002"]}
-    }
+    assert report["splits"]["train"]["dropped"] == {reason: {"count": 1, "first": ["ROCOv2_2023_train_000002"]}}
     assert f"dropped, {reason}: 1" in capsys.readouterr().out
 
 
@@ -236,10 +232,7 @@ def test_pairs_of_several_files(tmp_path):
     raw = roco_fake.write_v1(tmp_path / "raw")
     texts = roco_fake.write_qa(tmp_path / "qa.jsonl", v2=False).read_text().splitlines()
     valid = [json.loads(t) for t in texts[16:24]]
-    rows = [
-        {"image_id": r["image_id"], "original caption": r["answer"], "qa_pair": r["question"]}
-        for r in valid
-    ]
+    rows = [{"image_id": r["image_id"], "original caption": r["answer"], "qa_pair": r["question"]} for r in valid]
     (tmp_path / "valid.json").write_text(json.dumps(rows))
     (tmp_path / "rest.jsonl").write_text("\n".join(texts[:16] + texts[24:]))
     _build(tmp_path, "roco_v1", "qa", qa=f"{tmp_path}/valid.json,{tmp_path}/rest.jsonl")

@@ -49,8 +49,10 @@ def test_command(scans, tmp_path):
     def command(*args):
         return subprocess.run(
             [sys.executable, "-m", "data_prep.convert_images", *map(str, args)],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     out = f"--output_dir={tmp_path}/out"
     good = command(scans / "deep.tif", out)

@@ -64,16 +64,12 @@ def test_rescale_then_window():
 
 
 def test_slope():
-    content = make(
-        np.array([[0, 10, 20]], np.uint16), bits=12, RescaleSlope=2, WindowCenter=20, WindowWidth=41
-    )
+    content = make(np.array([[0, 10, 20]], np.uint16), bits=12, RescaleSlope=2, WindowCenter=20, WindowWidth=41)
     assert grey(content) == [[3, 131, 255]]  # values 0, 20, 40; ((x - 19.5) / 40 + 0.5) * 255
 
 
 @pytest.mark.parametrize("kind", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
-@pytest.mark.parametrize(
-    "center, width", [(40, 400), (0.5, 1), (1, 1), (300.25, 33.5), (-700, 1500)]
-)
+@pytest.mark.parametrize("center, width", [(40, 400), (0.5, 1), (1, 1), (300.25, 33.5), (-700, 1500)])
 def test_window_is_the_standards(kind, center, width):
     from pydicom.pixels import apply_windowing
 
@@ -85,10 +81,16 @@ def test_window_is_the_standards(kind, center, width):
     np.testing.assert_allclose(dicom.window(values, center, width, kind), wanted, atol=1e-9)
 
 
-@pytest.mark.parametrize("center, width, kind, message", [
-    (0, 0.5, "LINEAR", "at least 1"), (0, 0, "SIGMOID", "above 0"), (0, -3, "LINEAR", "above 0"),
-    (float("nan"), 3, "LINEAR", "window centre nan"), (0, 3, "CUBIC", "'CUBIC'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "center, width, kind, message",
+    [
+        (0, 0.5, "LINEAR", "at least 1"),
+        (0, 0, "SIGMOID", "above 0"),
+        (0, -3, "LINEAR", "above 0"),
+        (float("nan"), 3, "LINEAR", "window centre nan"),
+        (0, 3, "CUBIC", "'CUBIC'"),
+    ],
+)
 def test_window_refused(center, width, kind, message):
     with pytest.raises(DataError, match=message):
         dicom.window(np.zeros(3), center, width, kind)
@@ -131,8 +133,7 @@ def test_modality_and_voi_tables():
     values = np.array([[0, 1, 2, 3, 9]], np.uint16)
     voi = make(values, VOILUTSequence=pydicom.Sequence([table]))
     assert grey(voi) == [[0, 50, 200, 255, 255]]
-    modality = make(values, ModalityLUTSequence=pydicom.Sequence([table]), WindowCenter=128,
-                    WindowWidth=256)  # fmt: skip
+    modality = make(values, ModalityLUTSequence=pydicom.Sequence([table]), WindowCenter=128, WindowWidth=256)
     assert grey(modality) == [[0, 50, 200, 255, 255]]
 
 

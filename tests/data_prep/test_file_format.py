@@ -26,10 +26,7 @@ def _records(folder, split):
 
 def test_same_records_in_the_same_order(slake, tmp_path):
     slake.write()
-    made = {
-        f: build("slake", manual_dir=slake.root, data_dir=tmp_path / f, file_format=f)
-        for f in tfrecord.FORMATS
-    }
+    made = {f: build("slake", manual_dir=slake.root, data_dir=tmp_path / f, file_format=f) for f in tfrecord.FORMATS}
     assert made["tfrecord"].keys() == made["array_record"].keys()
     for name, folder in made["tfrecord"].items():
         assert len(list(folder.glob("*.tfrecord-*"))) == 3 and not list(folder.glob("*.array_*"))
@@ -111,14 +108,10 @@ def test_readers_of_array_record_say_so(slake, tmp_path):
 
 def test_refused_arguments(slake, tmp_path, monkeypatch):
     kw = dict(manual_dir=slake.write(), data_dir=tmp_path / "d")
-    with pytest.raises(
-        DataError, match="unknown file_format 'riegeli'; known ones: array_record, "
-    ):
+    with pytest.raises(DataError, match="unknown file_format 'riegeli'; known ones: array_record, "):
         build("slake", **kw, file_format="riegeli")
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "google_crc32c" else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "google_crc32c" else find(name))
     with pytest.raises(DataError, match=r"needs google-crc32c; pip install 'paligemma_med\[tfr"):
         build("slake", **kw, file_format="tfrecord")
     assert not (tmp_path / "d").exists()
@@ -138,11 +131,14 @@ def test_command_line_without_tensorflow(slake, tmp_path):
         "finally:\n"
         "    print([m for m in ('tensorflow', 'paligemma_med') if m in sys.modules])\n"
     )
-    args = ["slake", "--config=en", "--file_format=tfrecord", f"--manual_dir={slake.root}",
-            f"--data_dir={tmp_path / 'd'}"]  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=120
-    )
+    args = [
+        "slake",
+        "--config=en",
+        "--file_format=tfrecord",
+        f"--manual_dir={slake.root}",
+        f"--data_dir={tmp_path / 'd'}",
+    ]
+    run = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("\n[]\n")
     assert len(_records(tmp_path / "d" / "slake" / "en" / "1.0.0", "train")) == 4

@@ -34,9 +34,22 @@ def test_path_inside_accepts_relative_paths(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.jpg", "a/../../x", "..\\x", "/etc/passwd", "\\etc\\passwd", "C:\\x.jpg", "c:x", "a\0b",
-     "", "  ", None, 3, ["a"]],
-)  # fmt: skip
+    [
+        "../x.jpg",
+        "a/../../x",
+        "..\\x",
+        "/etc/passwd",
+        "\\etc\\passwd",
+        "C:\\x.jpg",
+        "c:x",
+        "a\0b",
+        "",
+        "  ",
+        None,
+        3,
+        ["a"],
+    ],
+)
 def test_path_inside_refuses(name):
     with pytest.raises(files.DataError, match="expected a relative path inside"):
         files.path_inside("/data/imgs", name)

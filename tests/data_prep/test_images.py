@@ -55,9 +55,7 @@ def stored(content):
 def test_plain_files_keep_their_bytes(content):
     kept, rgb = stored(content)
     assert kept == content
-    np.testing.assert_array_equal(
-        rgb, np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGB"))
-    )
+    np.testing.assert_array_equal(rgb, np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def is_plain_png(content):
@@ -88,9 +86,7 @@ def test_16_bit_colour_png():
     import zlib
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(
-            ">I", zlib.crc32(name + data)
-        )  # fmt: skip
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     pixels = RNG.integers(0, 65536, (4, 5, 3)).astype(">u2")
     lines = b"".join(b"\0" + row.tobytes() for row in pixels)

@@ -22,9 +22,7 @@ def test_every_row_is_counted():
     report = books.to_report()
     train = report["splits"]["train"]
     assert (train["rows_read"], train["rows_kept"]) == (30, 15)
-    assert train["dropped"] == {
-        "empty answer": {"count": 15, "first": [str(i) for i in range(1, 2 * FIRST, 2)]}
-    }
+    assert train["dropped"] == {"empty answer": {"count": 15, "first": [str(i) for i in range(1, 2 * FIRST, 2)]}}
     assert train["tables"] == {"answer_type": {"OPEN": 15}, "modality": {"CT": 10, "(none)": 5}}
     assert train["images"] == 2
     assert report["splits"]["test"]["flags"] == {"odd plane": {"count": 1, "first": ["x"]}}

@@ -162,9 +162,7 @@ def test_an_image_with_two_records_keeps_both_and_ids_stay_apart(tmp_path):
 def test_the_two_schemas_of_roco(tmp_path):
     test, valid = tmp_path / "test.json", tmp_path / "valid.json"
     test.write_text(json.dumps([{"image_id": "R_1", "answer": "A scan.", "question": "What?"}]))
-    valid.write_text(
-        json.dumps([{"image_id": "R_1", "original caption": " A scan.", "qa_pair": "What?"}])
-    )
+    valid.write_text(json.dumps([{"image_id": "R_1", "original caption": " A scan.", "qa_pair": "What?"}]))
     (a,), _ = _read(test)
     (b,), _ = _read(valid)
     assert (a.question, a.answer, a.rule) == ("What?", "A scan.", "columns")
@@ -173,9 +171,7 @@ def test_the_two_schemas_of_roco(tmp_path):
 
 def test_the_list_with_captions_and_subjects(tmp_path):
     path = tmp_path / "ours_qa_pairs.json"
-    text = (
-        "Here are the pairs:\n\nQ: Enlarged?\nA: Yes\n\nQ: Where?\n(not asked here)\n\nLet me know!"
-    )
+    text = "Here are the pairs:\n\nQ: Enlarged?\nA: Yes\n\nQ: Where?\n(not asked here)\n\nLet me know!"
     row = {"image_id": "C1_a", "split": "Train", "caption": "c", "subject": "CT \u2022 Axial"}
     path.write_text(json.dumps([row | {"qa_pairs": text}, row | {"qa_pairs": "Sorry."}], indent=4))
     (pair,), splits = _read(path)
@@ -187,9 +183,7 @@ def test_the_list_with_captions_and_subjects(tmp_path):
 
 def test_questions_of_several_lines_are_joined_and_told(tmp_path):
     path = tmp_path / "qa.jsonl"
-    path.write_text(
-        json.dumps({"image_id": "R_1", "question": "What is it? \nWhere ", "answer": "x"})
-    )
+    path.write_text(json.dumps({"image_id": "R_1", "question": "What is it? \nWhere ", "answer": "x"}))
     (pair,), splits = _read(path)
     assert pair.question == "What is it? Where"
     assert splits["pairs"]["flags"]["question on several lines, joined"]["count"] == 1
@@ -302,9 +296,7 @@ def test_the_released_medpix_pairs(real_data):
     assert splits["records"]["images"] == 2050
     twice = splits["records"]["flags"]["another record of the same image"]
     assert twice == {"count": 2, "first": ["MPX1568_synpic21208", "MPX2425_synpic50900"]}
-    assert splits["pairs"]["tables"]["rule"] == {
-        "Q:": 6290, "**Q: …**": 3260, "**Q:**": 430, "Q1:": 275, "unmarked": 5
-    }  # fmt: skip
+    assert splits["pairs"]["tables"]["rule"] == {"Q:": 6290, "**Q: …**": 3260, "**Q:**": 430, "Q1:": 275, "unmarked": 5}
     assert not splits["pairs"]["dropped"] and len(pairs) == 10260
 
 

@@ -42,9 +42,7 @@ def test_report_of_two_sets(slake, tmp_path, tokenizer, monkeypatch):
     assert train["lengths"]["question_tokens"]["max"] == len("What modality is used?")
     assert train["lengths"]["answer_tokens"] == {"mean": 2.67, "median": 3, "p95": 3, "max": 3}
     assert train["tables"]["Body part"] == {"Lung": 3}
-    assert found["slake/en"]["build"]["splits"]["train"]["dropped"] == {
-        "empty answer": {"count": 1, "first": ["0"]}
-    }
+    assert found["slake/en"]["build"]["splits"]["train"]["dropped"] == {"empty answer": {"count": 1, "first": ["0"]}}
     assert found["slake/en"]["shared"]["image"]["train+test"]["count"] == 0
     assert found["pmc_vqa/v1"]["panels"] == {"Question type": report.FIRST_WORD}
     assert found["pmc_vqa/v1"]["splits"]["test"]["tables"] == {"Question type": {"Which": 12}}
@@ -106,9 +104,7 @@ def test_rare_values_are_put_together():
 
 
 def test_table_cells_stay_in_their_cell():
-    assert report._table("a, b", [("x|y", "line\nbreak")]).splitlines()[-1] == (
-        "| x\\|y | line break |"
-    )
+    assert report._table("a, b", [("x|y", "line\nbreak")]).splitlines()[-1] == ("| x\\|y | line break |")
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):

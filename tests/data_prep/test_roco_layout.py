@@ -34,9 +34,7 @@ def _message(read, folder) -> str:
 
 def test_v2_reads_captions_and_concepts(v2):
     release = roco_layout.read_v2(v2)
-    assert {s: len(f) for s, f in release.figures.items()} == {
-        "train": 8, "validate": 4, "test": 5
-    }  # fmt: skip
+    assert {s: len(f) for s, f in release.figures.items()} == {"train": 8, "validate": 4, "test": 5}
     figures = list(release.figures["test"].values())
     assert figures[0].image_id == "ROCOv2_2023_test_000001"
     assert figures[0].names[0] == "ROCOv2_2023_test_000001.jpg"
@@ -76,9 +74,7 @@ def test_captions_used_again_are_flagged_after_the_first(v2):
     _rewrite(v2 / "test_captions.csv", "finding 2 (arrow)\xa0", "finding 0")
     _rewrite(v2 / "valid_captions.csv", "CT of the chest, valid", "CT of the chest, train")
     figures = roco_layout.read_v2(v2).figures
-    again = [
-        i for f in figures.values() for i, g in f.items() if roco_layout.CAPTION_AGAIN in g.flags
-    ]
+    again = [i for f in figures.values() for i, g in f.items() if roco_layout.CAPTION_AGAIN in g.flags]
     assert again == ["ROCOv2_2023_valid_000001", "ROCOv2_2023_test_000003"]
 
 
@@ -94,9 +90,7 @@ def test_v2_quoted_line_breaks_and_crlf(v2):
     path = v2 / "test_captions.csv"
     _rewrite(path, "MRI of the brain,", "MRI of\nthe brain,")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    (v2 / "test_concepts.csv").write_bytes(
-        (v2 / "test_concepts.csv").read_bytes().replace(b"\n", b"\r\n")
-    )
+    (v2 / "test_concepts.csv").write_bytes((v2 / "test_concepts.csv").read_bytes().replace(b"\n", b"\r\n"))
     figures = list(roco_layout.read_v2(v2).figures["test"].values())
     assert figures[2].features["caption"].startswith("MRI of\nthe brain")
     assert figures[2].features["concepts"] == "C0024485;C0856747"
@@ -122,9 +116,7 @@ def test_files_beside_the_captions_are_left_alone(v1, v2):
     (v1 / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_00001,PMC1,NO-CC CODE\n")
     (v2 / "license_information.csv").write_text("ID,licence\n")
     after = [roco_layout.read_v1(v1).figures, roco_layout.read_v2(v2).figures]
-    assert [{s: list(f) for s, f in x.items()} for x in before] == [
-        {s: list(f) for s, f in x.items()} for x in after
-    ]
+    assert [{s: list(f) for s, f in x.items()} for x in before] == [{s: list(f) for s, f in x.items()} for x in after]
 
 
 def test_v2_without_concept_files(v2):
@@ -208,17 +200,13 @@ def test_tables_that_are_no_tables_are_named(v2):
 
 def test_v1_as_its_repository_has_it(v1):
     release = roco_layout.read_v1(v1)
-    assert {s: len(f) for s, f in release.figures.items()} == {
-        "train": 8, "validate": 4, "test": 5
-    }  # fmt: skip
+    assert {s: len(f) for s, f in release.figures.items()} == {"train": 8, "validate": 4, "test": 5}
     figure = next(iter(release.figures["test"].values()))
     # The leading space of the format is no space of the caption, and named after its article.
     assert figure.features["caption"] == "CT of the chest, test finding 0" and not figure.flags
     assert figure.features["concepts"] == "C0040405;C0817096"
     assert (figure.features["modality"], figure.features["location"]) == ("CT", "Chest")
-    assert figure.names == (
-        "ROCO_00012.jpg", "ROCO_00012.png", "ROCO_00012.jpeg", "PMC4002_fig-ROCO_00012.jpg"
-    )  # fmt: skip
+    assert figure.names == ("ROCO_00012.jpg", "ROCO_00012.png", "ROCO_00012.jpeg", "PMC4002_fig-ROCO_00012.jpg")
     assert figure.groups == (("paper", "PMC4002"),)
     assert release.images["validate"] == v1 / "data" / "validation" / "radiology" / "images"
     flagged = [f.flags for f in release.figures["train"].values()]
@@ -228,9 +216,7 @@ def test_v1_as_its_repository_has_it(v1):
 def test_v1_as_medm_has_it(tmp_path):
     folder = roco_fake.write_v1(tmp_path / "medm", medm=True)
     release = roco_layout.read_v1(folder)
-    assert {s: len(f) for s, f in release.figures.items()} == {
-        "train": 8, "validate": 4, "test": 5
-    }  # fmt: skip
+    assert {s: len(f) for s, f in release.figures.items()} == {"train": 8, "validate": 4, "test": 5}
     assert set(release.images.values()) == {folder / "images"}
 
 

@@ -112,9 +112,15 @@ def test_missing_boxes_file_is_reported(slake):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"Liver": [1, 2, 3, 4]}', '[{"Liver": [1, 2, 3]}]', '[{"Liver": [1, 2, 3, "4"]}]',
-     '[{"Liver": [1, 2, 3, NaN]}]', '[["Liver", 1, 2, 3, 4]]', '[{"Liver": [1, 2, 3, true]}]'],
-)  # fmt: skip
+    [
+        '{"Liver": [1, 2, 3, 4]}',
+        '[{"Liver": [1, 2, 3]}]',
+        '[{"Liver": [1, 2, 3, "4"]}]',
+        '[{"Liver": [1, 2, 3, NaN]}]',
+        '[["Liver", 1, 2, 3, 4]]',
+        '[{"Liver": [1, 2, 3, true]}]',
+    ],
+)
 def test_malformed_boxes(slake, content):
     slake.write()
     path = slake.image(1).parent / "detection.json"

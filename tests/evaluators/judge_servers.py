@@ -22,10 +22,22 @@ from tests.servers import (  # noqa: F401
 
 # Replies that hold a score somewhere, none of them a score and nothing else.
 HOSTILE = (
-    "Score: 1", "I would say 1.", '{"score": 1} {"score": 0}', '{"score": 1, "score": 0}',
-    '{"score": "1"}', '{"score": true}', '{"score": 1.0}', '{"score": 7}', '{"verdict": 1}', "",
-    "1\n0", "１", '[{"score": 1}]', "{" * 5000, "0/1",
-)  # fmt: skip
+    "Score: 1",
+    "I would say 1.",
+    '{"score": 1} {"score": 0}',
+    '{"score": 1, "score": 0}',
+    '{"score": "1"}',
+    '{"score": true}',
+    '{"score": 1.0}',
+    '{"score": 7}',
+    '{"verdict": 1}',
+    "",
+    "1\n0",
+    "１",
+    '[{"score": 1}]',
+    "{" * 5000,
+    "0/1",
+)
 
 Proxy = functools.partial(servers.Proxy, hostile=HOSTILE)
 

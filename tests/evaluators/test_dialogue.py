@@ -27,14 +27,29 @@ TRUTH = {"modality": "CT", "plane": "axial", "organ": "liver", "normal": "yes"}
 
 def row(i, image_id, about):
     return dict(
-        question_id=f"q{i}", image_id=image_id, question=f"What {about}, {i}?",
-        answer=TRUTH[about], answer_type="OPEN",
-    )  # fmt: skip
+        question_id=f"q{i}",
+        image_id=image_id,
+        question=f"What {about}, {i}?",
+        answer=TRUTH[about],
+        answer_type="OPEN",
+    )
 
 
 # Six questions on the first image, two on the second, four on the third.
-ABOUTS = ["modality", "plane", "organ", "normal", "plane", "organ", "modality", "plane", "organ",
-          "normal", "modality", "plane"]  # fmt: skip
+ABOUTS = [
+    "modality",
+    "plane",
+    "organ",
+    "normal",
+    "plane",
+    "organ",
+    "modality",
+    "plane",
+    "organ",
+    "normal",
+    "modality",
+    "plane",
+]
 ROWS = [row(i, "aaaaaabbcccc"[i], about) for i, about in enumerate(ABOUTS)]
 VALUES = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
 EVAL_PP = common.eval_pp(8, 32, "tiny", keep=()).partition("strfmt")
@@ -152,9 +167,12 @@ def test_what_is_asked_first_is_the_same_whatever_the_history(monkeypatch):
 def test_prompts_are_those_of_training():
     question = dict(question="Which organ?", answer="left lung")
     train = get_preprocess_fn(
-        common.train_pp(8, 31, "tiny").partition("strfmt")[2].join(["strfmt", ""])
-        .replace("'image', ", "").replace('"image", ', "")
-    )(dict(question))  # fmt: skip
+        common.train_pp(8, 31, "tiny")
+        .partition("strfmt")[2]
+        .join(["strfmt", ""])
+        .replace("'image', ", "")
+        .replace('"image", ', "")
+    )(dict(question))
     trained = train["text"][train["text"] > 0]  # BOS, question, newline, answer, EOS
     history = get_preprocess_fn(PP["history_pp"])(dict(question))["text"]
     newline = TOKENIZER.to_int("\n")
@@ -208,9 +226,7 @@ def test_killed_it_goes_on(monkeypatch, tmp_path):
 
 def test_the_first_sample_goes_on(monkeypatch, tmp_path):
     answer_with(monkeypatch, lambda prompt, pixel, sample: f"s{sample}")
-    make_evaluator(
-        outdir=tmp_path, pred_kw=dict(num_samples=2, temperature=1.0, max_new_tokens=8)
-    ).run({})
+    make_evaluator(outdir=tmp_path, pred_kw=dict(num_samples=2, temperature=1.0, max_new_tokens=8)).run({})
     second = rows_of(tmp_path)[1]
     assert second["predictions"] == ["s0", "s1"] == second["true_history_predictions"]
     assert "\ns0\n" in second["prompt"] and "s1" not in second["prompt"]
@@ -234,8 +250,7 @@ def test_a_prompt_that_is_cut_is_counted(monkeypatch, tmp_path):
         (
             dict(
                 inputs=[
-                    (b, [{k: v for k, v in r.items() if k != "image_id"} for r in rows])
-                    for b, rows in make_inputs()
+                    (b, [{k: v for k, v in r.items() if k != "image_id"} for r in rows]) for b, rows in make_inputs()
                 ]
             ),
             "'q0' has no 'image_id'",
@@ -257,9 +272,7 @@ def test_with_a_model_and_a_mesh(tmp_path):
     shapes = paligemma.abstract_params(model, image_size=8)
     params = jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes)
     mesh = sharding.make_mesh()
-    inputs = [
-        (jax.device_put(b, sharding.batch_sharding(mesh)), r) for b, r in make_inputs(batch_size=8)
-    ]
+    inputs = [(jax.device_put(b, sharding.batch_sharding(mesh)), r) for b, r in make_inputs(batch_size=8)]
     kw = dict(inputs=inputs, controls=(), pred_kw=dict(max_new_tokens=4))
     dialogue.Evaluator(model, "tiny", outdir=tmp_path / "a", turns=3, **PP, **kw).run(params)
     vqa.Evaluator(model, "tiny", outdir=tmp_path / "b", **kw).run(params)

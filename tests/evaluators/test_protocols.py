@@ -170,9 +170,7 @@ def test_letter(text, letter):
     assert protocols.letter(text, CHOICES) == letter
 
 
-@given(
-    st.integers(0, 3), st.sampled_from(["{}", "({})", "{}.", "Answer: {}", "{}: {c}", "{}) {c}"])
-)
+@given(st.integers(0, 3), st.sampled_from(["{}", "({})", "{}.", "Answer: {}", "{}: {c}", "{}) {c}"]))
 def test_a_letter_is_found_in_either_case(i, form):
     for name in (protocols.letter_of(i), protocols.letter_of(i).lower()):
         assert protocols.letter(form.format(name, c=CHOICES[i]), CHOICES) == "ABCD"[i]
@@ -310,9 +308,7 @@ def test_what_holds_for_overlaps(a, b):
     assert (f1 == 1) == (sorted(a) == sorted(b))
     assert protocols.exact_match(said, true) <= f1
     if a and b:
-        assert f1 == pytest.approx(
-            0 if not recall else 2 / (1 / recall + len(a) / (recall * len(b)))
-        )
+        assert f1 == pytest.approx(0 if not recall else 2 / (1 / recall + len(a) / (recall * len(b))))
     # More words never lower recall: it needs another figure beside it.
     if true:
         assert protocols.token_recall(f"{said} mass", true) >= recall
@@ -323,9 +319,12 @@ def test_what_holds_for_overlaps(a, b):
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_text_has_its_scores(said, true):
     for call in (
-        protocols.exact_match, protocols.token_f1, protocols.token_recall,
-        protocols.llava_med_closed, lambda a, b: max(protocols.llava_med_f1(a, b)),
-    ):  # fmt: skip
+        protocols.exact_match,
+        protocols.token_f1,
+        protocols.token_recall,
+        protocols.llava_med_closed,
+        lambda a, b: max(protocols.llava_med_f1(a, b)),
+    ):
         assert 0 <= call(said, true) <= 1
     assert protocols.token_f1(true, true) == protocols.token_recall(true, true) == 1
     if answers.llava_med(true):

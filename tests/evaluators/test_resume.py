@@ -43,9 +43,14 @@ def count_calls(monkeypatch, dies_at=None):
 def evaluate(outdir, about=ABOUT, resume=True, inputs=None, **kw):
     kw = dict(controls=scoring.CONTROLS) | kw
     evaluator = vqa.Evaluator(
-        None, TOKENIZER, inputs=inputs or list(make_inputs()), train_data=TRAIN, outdir=outdir,
-        about=about and (lambda params: about), **kw,
-    )  # fmt: skip
+        None,
+        TOKENIZER,
+        inputs=inputs or list(make_inputs()),
+        train_data=TRAIN,
+        outdir=outdir,
+        about=about and (lambda params: about),
+        **kw,
+    )
     evaluator.resume = resume
     return evaluator.run({})
 
@@ -210,11 +215,8 @@ def test_the_program_is_killed(tiny_data, tmp_path, repo_root):
     tiny.write_workdir(tmp_path / "w", c)
 
     def start(out):
-        command = [sys.executable, "-m", "paligemma_med.evaluate", f"--workdir={tmp_path}/w",
-                   f"--out={out}"]  # fmt: skip
-        return subprocess.Popen(
-            command, cwd=repo_root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "paligemma_med.evaluate", f"--workdir={tmp_path}/w", f"--out={out}"]
+        return subprocess.Popen(command, cwd=repo_root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def lines():
         path = tmp_path / "killed/eval/val" / results.PART

@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 
 from paligemma_med.evaluators import answers, scoring, stats, text_metrics
 
-SENTENCES = ("no", "", "a mass in the left lung", "the left lung has a mass of 2 cm.", "Left lung,",
-             "there is a mass in the left lung and one in the liver")  # fmt: skip
+SENTENCES = (
+    "no",
+    "",
+    "a mass in the left lung",
+    "the left lung has a mass of 2 cm.",
+    "Left lung,",
+    "there is a mass in the left lung and one in the liver",
+)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +64,16 @@ def test_normalise_is_a_normal_form_and_figures_are_nested(a, b):
 
 def row(i, answer, said, image="a", controls=(), **more):
     """Of predictions.jsonl, with what a model said: a list, one a sample."""
-    out = dict(question_id=f"q{i}", question="Where?", answer=answer, answer_type="OPEN",
-               image_id=image, image_key=image, predictions=said, **more)  # fmt: skip
+    out = dict(
+        question_id=f"q{i}",
+        question="Where?",
+        answer=answer,
+        answer_type="OPEN",
+        image_id=image,
+        image_key=image,
+        predictions=said,
+        **more,
+    )
     for who, text in controls:
         out[f"{who}_prediction"] = text
         out |= scoring.correct(text, answer, f"{who}_")
@@ -73,9 +87,7 @@ def test_runs():
         ["no", "no", "no", "no", "no"],  # never
         ["yes", "no", "yes", "no", "yes"],  # 3 of 5, two different
     ]
-    rows = [row(i, a, x, image=str(i // 2)) for i, (a, x) in enumerate(zip(
-        ["lung", "left", "yes", "yes"], said
-    ))]  # fmt: skip
+    rows = [row(i, a, x, image=str(i // 2)) for i, (a, x) in enumerate(zip(["lung", "left", "yes", "yes"], said))]
     found = scoring.summarise(rows)
     runs = [0.75, 0.25, 0.25, 0.5, 0.75]
     assert found["model/overall/acc"] == 0.75  # of the first samples
@@ -140,8 +152,7 @@ def test_groups_and_controls():
 
 
 def test_order_of_rows_and_other_rows_mean_nothing():
-    rows = [row(i, "ab"[i % 2], ["a", "b"], image=str(i % 3), modality="XY"[i // 4])
-            for i in range(8)]  # fmt: skip
+    rows = [row(i, "ab"[i % 2], ["a", "b"], image=str(i % 3), modality="XY"[i // 4]) for i in range(8)]
     found = scoring.summarise(rows)
     assert scoring.summarise(rows[::-1]) == pytest.approx(found)
     part = scoring.summarise([x for x in rows if x["modality"] == "X"])
@@ -251,10 +262,13 @@ def test_multiple_choice_by_text():
     assert found["model/overall/qa_score"] == 0.5 and found["model/overall/no_letter"] == 1
 
 
-@pytest.mark.parametrize("rows, protocol, message", [
-    ([], "vqa", "no questions"),
-    ([row(0, "a", ["a"])], "vqb", "protocol is 'vqb'; expected one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, protocol, message",
+    [
+        ([], "vqa", "no questions"),
+        ([row(0, "a", ["a"])], "vqb", "protocol is 'vqb'; expected one of"),
+    ],
+)
 def test_mistakes(rows, protocol, message):
     with pytest.raises(ValueError, match=message):
         scoring.summarise(rows, protocol)

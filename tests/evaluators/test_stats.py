@@ -38,9 +38,7 @@ def test_limits_are_where_the_score_test_turns(n, part, z):
     assert 0 <= low <= k / n <= high <= 1
     for limit in (low, high):
         if 0 < limit < 1:
-            assert abs(k / n - limit) == pytest.approx(
-                z * math.sqrt(limit * (1 - limit) / n), rel=1e-6, abs=1e-9
-            )
+            assert abs(k / n - limit) == pytest.approx(z * math.sqrt(limit * (1 - limit) / n), rel=1e-6, abs=1e-9)
     assert stats.wilson(n - k, n, z) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 

@@ -46,17 +46,13 @@ def test_cider_by_hand():
     # Two answers; ln N - ln df: "left" is in both and weighs 0, every other word ln 2 =: w.
     # Row 1: "left lung" for "left lobe": the pair of words differs as well, so 0.
     # Row 2: right. One word that counts, one pair: cosines 1, 1, 0, 0, so 10 · 2 / 4.
-    assert text_metrics.cider(["left lung", "left eye"], ["left lobe", "left eye"]) == (
-        pytest.approx([0, 5])
-    )
+    assert text_metrics.cider(["left lung", "left eye"], ["left lobe", "left eye"]) == (pytest.approx([0, 5]))
     # "eye" of "left eye": cosine 1 for words; a pair less, so exp(-1/72).
     assert text_metrics.cider(["eye", "eye"], ["left eye", "left ear"]) == (
         pytest.approx([10 / 4 * math.exp(-1 / 72), 0])
     )
     # Saying it twice is clipped: w · w / (2w · w); two pairs more... than one, "eye eye" and "eye".
-    assert text_metrics.cider(["eye eye", "x"], ["eye", "ear"])[0] == (
-        pytest.approx(10 / 4 / 2 * math.exp(-1 / 72))
-    )
+    assert text_metrics.cider(["eye eye", "x"], ["eye", "ear"])[0] == (pytest.approx(10 / 4 / 2 * math.exp(-1 / 72)))
 
 
 def test_cider_of_the_package():
@@ -233,7 +229,5 @@ def test_meteor_equals_nltk(real_pairs):
     if not text_metrics.has_wordnet():
         pytest.skip("WordNet isn't on this machine")
     said, true = real_pairs
-    expected = [
-        meteor_score([text_metrics.tokens(a)], text_metrics.tokens(p)) for p, a in zip(said, true)
-    ]
+    expected = [meteor_score([text_metrics.tokens(a)], text_metrics.tokens(p)) for p, a in zip(said, true)]
     assert text_metrics.meteor(said, true) == pytest.approx(expected)

@@ -30,9 +30,14 @@ IMAGES = {"ct": 0.1, "mr": 0.2, "xr": 0.3}  # image_id → value of its pixels
 
 def question(i, image_id, text, answer, answer_type, content_type="Organ", **more):
     return dict(
-        question_id=f"q{i}", image_id=image_id, question=text, answer=answer,
-        answer_type=answer_type, content_type=content_type, **more,
-    )  # fmt: skip
+        question_id=f"q{i}",
+        image_id=image_id,
+        question=text,
+        answer=answer,
+        answer_type=answer_type,
+        content_type=content_type,
+        **more,
+    )
 
 
 QUESTIONS = [
@@ -53,15 +58,11 @@ def make_inputs(rows=QUESTIONS, batch_size=2, size=2, text_len=48):
     for start in range(0, len(rows), batch_size):
         valid = rows[start : start + batch_size]
         filled = valid + valid[:1] * (batch_size - len(valid))
-        tokens = [
-            [TOKENIZER.bos_token, *TOKENIZER.to_int(f"answer en {r['question']}\n")] for r in filled
-        ]
+        tokens = [[TOKENIZER.bos_token, *TOKENIZER.to_int(f"answer en {r['question']}\n")] for r in filled]
         on = np.arange(text_len) < np.array([len(t) for t in tokens])[:, None]
         yield (
             dict(
-                image=np.stack(
-                    [np.full((size, size, 3), IMAGES[r["image_id"]], np.float32) for r in filled]
-                ),
+                image=np.stack([np.full((size, size, 3), IMAGES[r["image_id"]], np.float32) for r in filled]),
                 text=np.stack([np.pad(t, (0, text_len - len(t))) for t in tokens]),
                 mask_ar=1 - on.astype(np.int32),
                 mask_input=on.astype(np.int32),
@@ -127,19 +128,39 @@ def test_figures_controls_and_files(monkeypatch, tmp_path):
     assert [row["question_id"] for row in rows] == ["q0", "q1", "q2", "q3", "q4"]
     first = rows[1]
     assert first | {"shuffled_images_image_id": 0, "shuffled_images_predictions": 0} == dict(
-        question_id="q1", image_id="mr", image_key=first["image_key"], question="Which modality?",
-        prompt="answer en Which modality?\n", answer="MR", answer_type="OPEN",
-        content_type="Modality", predictions=["MR."], logprobs=first["logprobs"], correct=True,
-        correct_strict=False, correct_set=True, unfinished=0, majority_prediction="MR",
-        majority_correct=True, majority_correct_strict=True, majority_correct_set=True,
-        majority_type_prediction="MR", majority_type_correct=True,
-        majority_type_correct_strict=True, majority_type_correct_set=True,
-        echo_prediction="Which modality?", echo_correct=False, echo_correct_strict=False,
-        echo_correct_set=False, shuffled_images_image_id=0,
-        shuffled_images_predictions=0, shuffled_images_logprobs=first["shuffled_images_logprobs"],
-        shuffled_images_correct=False, shuffled_images_correct_strict=False,
+        question_id="q1",
+        image_id="mr",
+        image_key=first["image_key"],
+        question="Which modality?",
+        prompt="answer en Which modality?\n",
+        answer="MR",
+        answer_type="OPEN",
+        content_type="Modality",
+        predictions=["MR."],
+        logprobs=first["logprobs"],
+        correct=True,
+        correct_strict=False,
+        correct_set=True,
+        unfinished=0,
+        majority_prediction="MR",
+        majority_correct=True,
+        majority_correct_strict=True,
+        majority_correct_set=True,
+        majority_type_prediction="MR",
+        majority_type_correct=True,
+        majority_type_correct_strict=True,
+        majority_type_correct_set=True,
+        echo_prediction="Which modality?",
+        echo_correct=False,
+        echo_correct_strict=False,
+        echo_correct_set=False,
+        shuffled_images_image_id=0,
+        shuffled_images_predictions=0,
+        shuffled_images_logprobs=first["shuffled_images_logprobs"],
+        shuffled_images_correct=False,
+        shuffled_images_correct_strict=False,
         shuffled_images_correct_set=False,
-    )  # fmt: skip
+    )
     assert first["logprobs"] == [-0.5 * (len(TOKENIZER.to_int("MR.")) + 1)]
     # Questions on one image share its key; the figures can be had from the file again.
     assert rows[2]["image_key"] == first["image_key"] != rows[0]["image_key"]
@@ -213,9 +234,10 @@ def test_the_prompt_is_not_scored(monkeypatch, tmp_path):
 def test_samples(monkeypatch, tmp_path):
     calls = answer_with(monkeypatch, lambda p, x, sample: ["yes", "no", "a long one"][sample])
     metrics = make_evaluator(
-        controls=(), outdir=tmp_path,
+        controls=(),
+        outdir=tmp_path,
         pred_kw=dict(num_samples=3, temperature=0.7, seed=3, max_new_tokens=4),
-    ).run({})  # fmt: skip
+    ).run({})
     row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert row["predictions"][:2] == ["yes", "no"] and len(row["logprobs"]) == 3
     assert metrics["model/answer_type/CLOSED/acc"] == 1.0  # the first is scored
@@ -255,8 +277,13 @@ def test_table(monkeypatch):
     low, high = stats.wilson_clustered([0, 1, 0, 0, 0], [0, 1, 1, 2, 2])
     assert cells[2][2] == f"20.0 ({100 * low:.1f}–{100 * high:.1f})"
     assert [row[0] for row in cells[3:]] == [
-        "CLOSED", "OPEN", "Modality", "Organ", "overall, strict", "overall, any order",
-    ]  # fmt: skip
+        "CLOSED",
+        "OPEN",
+        "Modality",
+        "Organ",
+        "overall, strict",
+        "overall, any order",
+    ]
     assert cells[-2] == ["overall, strict", "80.0", "20.0", "40.0", "5"]
 
 
@@ -337,9 +364,14 @@ def test_nothing_to_evaluate_or_to_shuffle(monkeypatch):
 def make_model(vocab_size=1024):
     img = dict(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=(4, 4))
     llm = dict(
-        width=16, depth=1, mlp_dim=24, num_heads=2, num_kv_heads=1, head_dim=8,
+        width=16,
+        depth=1,
+        mlp_dim=24,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
         vocab_size=vocab_size,
-    )  # fmt: skip
+    )
     model = paligemma.Model(img=img, llm=llm)
     rng = np.random.default_rng(0)
     shapes = paligemma.abstract_params(model, image_size=8)
@@ -351,9 +383,7 @@ def test_with_a_model_and_a_mesh(tmp_path):
     kw = dict(train_data=TRAIN, pred_kw=dict(max_new_tokens=3, num_samples=2, temperature=1.0))
     inputs = list(make_inputs(batch_size=8, size=8))
     metrics = vqa.Evaluator(model, "tiny", inputs=inputs, outdir=tmp_path / "a", **kw).run(params)
-    placed = [
-        (jax.device_put(b, sharding.batch_sharding(sharding.make_mesh())), r) for b, r in inputs
-    ]
+    placed = [(jax.device_put(b, sharding.batch_sharding(sharding.make_mesh())), r) for b, r in inputs]
     params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
     on_mesh = vqa.Evaluator(model, "tiny", inputs=placed, outdir=tmp_path / "b", **kw).run(params)
     assert metrics == on_mesh
@@ -370,19 +400,22 @@ CHOICES = dict(choice_a="CT", choice_b="MR scan", choice_c="X-Ray film", choice_
 
 def choice_questions(**change):
     return [
-        question(i, image, "Which modality? A: CT B: MR scan …", letter, "CLOSED",
-                 answer_letter=letter, **CHOICES) | change
+        question(i, image, "Which modality? A: CT B: MR scan …", letter, "CLOSED", answer_letter=letter, **CHOICES)
+        | change
         for i, (image, letter) in enumerate([("ct", "A"), ("mr", "B"), ("xr", "C")])
-    ]  # fmt: skip
+    ]
 
 
 def test_multiple_choice_with_a_model(tmp_path):
     model, params = make_model()
     kw = dict(
-        protocol="multiple_choice", choices=tuple(CHOICES), train_data=TRAIN, outdir=tmp_path,
+        protocol="multiple_choice",
+        choices=tuple(CHOICES),
+        train_data=TRAIN,
+        outdir=tmp_path,
         controls=("majority", "blank_image"),
         pred_kw=dict(max_new_tokens=3, num_samples=2, temperature=1.0),
-    )  # fmt: skip
+    )
 
     inputs = list(make_inputs(choice_questions(), size=8))  # the last batch is not full
 
@@ -416,12 +449,15 @@ def test_multiple_choice_with_a_model(tmp_path):
     assert not [k for row in run("")[1] for k in row if "option" in k]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(answer_letter="E"), "'q0' has the answer_letter 'E'; expected one of ABCD"),
-    (dict(answer_letter=""), "the answer_letter ''; expected"),
-    (dict(answer_letter=None), "'q0' has no 'answer_letter'"),
-    (dict(choice_c=None), "'q0' has no 'choice_c'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(answer_letter="E"), "'q0' has the answer_letter 'E'; expected one of ABCD"),
+        (dict(answer_letter=""), "the answer_letter ''; expected"),
+        (dict(answer_letter=None), "'q0' has no 'answer_letter'"),
+        (dict(choice_c=None), "'q0' has no 'choice_c'"),
+    ],
+)
 def test_choices_that_are_none(monkeypatch, change, message):
     answer_with(monkeypatch, look)
     rows = [{k: v for k, v in row.items() if v is not None} for row in choice_questions(**change)]
@@ -433,8 +469,7 @@ def test_other_images(monkeypatch, tmp_path):
     """Grey is grey, noise is an image's own; the prompts stay."""
     names = ("blank_image", "noise_image")
     calls = answer_with(monkeypatch, look)
-    metrics = make_evaluator(inputs=make_inputs(batch_size=5), controls=names, train_data=None,
-                             outdir=tmp_path).run({})  # fmt: skip
+    metrics = make_evaluator(inputs=make_inputs(batch_size=5), controls=names, train_data=None, outdir=tmp_path).run({})
     own, blank, noise = (c["image"] for c in calls)
     assert not blank.any() and blank.shape == own.shape and blank.dtype == np.float32
     same = np.array([[np.array_equal(a, b) for a in noise] for b in noise])

@@ -17,81 +17,123 @@ from paligemma_med.models import paligemma
 # fits by chance. scalar is Hugging Face's query_pre_attn_scalar.
 CASES = {
     "mqa": dict(
-        image=42, img=dict(width=24, depth=2, mlp_dim=40, num_heads=3, patch_size=14),
-        llm=dict(
-            width=28, depth=3, mlp_dim=44, num_heads=4, num_kv_heads=1, head_dim=8, vocab_size=97
-        ),
-        prefix=(5, 2, 3), suffix=(3, 4, 1),
+        image=42,
+        img=dict(width=24, depth=2, mlp_dim=40, num_heads=3, patch_size=14),
+        llm=dict(width=28, depth=3, mlp_dim=44, num_heads=4, num_kv_heads=1, head_dim=8, vocab_size=97),
+        prefix=(5, 2, 3),
+        suffix=(3, 4, 1),
     ),
     "gqa": dict(
-        image=30, img=dict(width=20, depth=3, mlp_dim=33, num_heads=2, patch_size=6),
-        llm=dict(
-            width=36, depth=2, mlp_dim=50, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=131
-        ),
-        prefix=(1, 7), suffix=(6, 2),
+        image=30,
+        img=dict(width=20, depth=3, mlp_dim=33, num_heads=2, patch_size=6),
+        llm=dict(width=36, depth=2, mlp_dim=50, num_heads=6, num_kv_heads=2, head_dim=10, vocab_size=131),
+        prefix=(1, 7),
+        suffix=(6, 2),
     ),
     "mha": dict(
-        image=16, img=dict(width=12, depth=1, mlp_dim=31, num_heads=4, patch_size=16),
-        llm=dict(
-            width=18, depth=1, mlp_dim=29, num_heads=3, num_kv_heads=3, head_dim=16, vocab_size=53
-        ),
-        prefix=(4, 6, 1), suffix=(2, 1, 5),
+        image=16,
+        img=dict(width=12, depth=1, mlp_dim=31, num_heads=4, patch_size=16),
+        llm=dict(width=18, depth=1, mlp_dim=29, num_heads=3, num_kv_heads=3, head_dim=16, vocab_size=53),
+        prefix=(4, 6, 1),
+        suffix=(2, 1, 5),
     ),
     "gemma2": dict(
-        image=28, img=dict(width=16, depth=2, mlp_dim=27, num_heads=2, patch_size=14),
+        image=28,
+        img=dict(width=16, depth=2, mlp_dim=27, num_heads=2, patch_size=14),
         llm=dict(
-            width=32, depth=3, mlp_dim=41, num_heads=4, num_kv_heads=2, head_dim=12, vocab_size=89,
-            post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0,
+            width=32,
+            depth=3,
+            mlp_dim=41,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=12,
+            vocab_size=89,
+            post_norms=True,
+            attn_logits_softcap=50.0,
+            final_logits_softcap=30.0,
         ),
-        scalar=12, prefix=(3, 5), suffix=(4, 1),
+        scalar=12,
+        prefix=(3, 5),
+        suffix=(4, 1),
     ),
     # Caps low enough to bend every logit, and a scale that is not that of the head's width.
     "gemma2_emb_per_head": dict(
-        image=32, img=dict(width=30, depth=1, mlp_dim=17, num_heads=5, patch_size=8),
+        image=32,
+        img=dict(width=30, depth=1, mlp_dim=17, num_heads=5, patch_size=8),
         llm=dict(
-            width=40, depth=2, mlp_dim=23, num_heads=4, num_kv_heads=1, head_dim=6, vocab_size=61,
-            post_norms=True, attn_logits_softcap=1.5, final_logits_softcap=2.0,
+            width=40,
+            depth=2,
+            mlp_dim=23,
+            num_heads=4,
+            num_kv_heads=1,
+            head_dim=6,
+            vocab_size=61,
+            post_norms=True,
+            attn_logits_softcap=1.5,
+            final_logits_softcap=2.0,
             query_pre_attn_norm="rsqrt_emb_per_head",
         ),
-        scalar=10, prefix=(2, 6, 4), suffix=(5, 2, 3),
+        scalar=10,
+        prefix=(2, 6, 4),
+        suffix=(5, 2, 3),
     ),
     "gemma2_mha": dict(
-        image=20, img=dict(width=18, depth=2, mlp_dim=21, num_heads=3, patch_size=5),
+        image=20,
+        img=dict(width=18, depth=2, mlp_dim=21, num_heads=3, patch_size=5),
         llm=dict(
-            width=24, depth=2, mlp_dim=37, num_heads=2, num_kv_heads=2, head_dim=14, vocab_size=71,
-            post_norms=True, attn_logits_softcap=4.0, final_logits_softcap=3.0,
+            width=24,
+            depth=2,
+            mlp_dim=37,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=14,
+            vocab_size=71,
+            post_norms=True,
+            attn_logits_softcap=4.0,
+            final_logits_softcap=3.0,
         ),
-        scalar=14, prefix=(8, 2), suffix=(1, 7),
+        scalar=14,
+        prefix=(8, 2),
+        suffix=(1, 7),
     ),
-}  # fmt: skip
+}
 
 
 def to_torch(case):
     """A random PaliGemmaForConditionalGeneration (float32, eager attention) for a case."""
     img, llm = case["img"], case["llm"]
     text = dict(
-        model_type="gemma", hidden_size=llm["width"], intermediate_size=llm["mlp_dim"],
-        num_hidden_layers=llm["depth"], num_attention_heads=llm["num_heads"],
-        num_key_value_heads=llm["num_kv_heads"], head_dim=llm["head_dim"],
+        model_type="gemma",
+        hidden_size=llm["width"],
+        intermediate_size=llm["mlp_dim"],
+        num_hidden_layers=llm["depth"],
+        num_attention_heads=llm["num_heads"],
+        num_key_value_heads=llm["num_kv_heads"],
+        head_dim=llm["head_dim"],
         vocab_size=llm["vocab_size"],
-    )  # fmt: skip
+    )
     if llm.get("post_norms"):
         text |= dict(
-            model_type="gemma2", query_pre_attn_scalar=case["scalar"],
+            model_type="gemma2",
+            query_pre_attn_scalar=case["scalar"],
             attn_logit_softcapping=llm["attn_logits_softcap"],
             final_logit_softcapping=llm["final_logits_softcap"],
-        )  # fmt: skip
+        )
     config = transformers.PaliGemmaConfig(
         vision_config=dict(
-            model_type="siglip_vision_model", hidden_size=img["width"],
-            intermediate_size=img["mlp_dim"], num_hidden_layers=img["depth"],
-            num_attention_heads=img["num_heads"], image_size=case["image"],
-            patch_size=img["patch_size"], vision_use_head=False,
+            model_type="siglip_vision_model",
+            hidden_size=img["width"],
+            intermediate_size=img["mlp_dim"],
+            num_hidden_layers=img["depth"],
+            num_attention_heads=img["num_heads"],
+            image_size=case["image"],
+            patch_size=img["patch_size"],
+            vision_use_head=False,
         ),
         text_config=text,
         projection_dim=llm["width"],
         image_token_index=llm["vocab_size"],
-    )  # fmt: skip
+    )
     config._attn_implementation = "eager"
     model = transformers.PaliGemmaForConditionalGeneration(config).float().eval()
     rng = np.random.default_rng(sum(map(ord, str(case))))
@@ -112,8 +154,7 @@ def to_tree(state, case):
     """
     img, llm = case["img"], case["llm"]
     state = {
-        k.removeprefix("model.").replace(".vision_model.", "."): v.detach().float().numpy()
-        for k, v in state.items()
+        k.removeprefix("model.").replace(".vision_model.", "."): v.detach().float().numpy() for k, v in state.items()
     }
     heads, head = img["num_heads"], img["width"] // img["num_heads"]
     n, kv, h = llm["num_heads"], llm["num_kv_heads"], llm["head_dim"]
@@ -249,7 +290,5 @@ def reference(name):
     """(case, Hugging Face model, our model, our parameters, batch) of a named case, made once."""
     case = CASES[name]
     theirs = to_torch(case)
-    ours = paligemma.Model(
-        img=dict(variant=None, **case["img"]), llm=dict(variant=None, **case["llm"])
-    )
+    ours = paligemma.Model(img=dict(variant=None, **case["img"]), llm=dict(variant=None, **case["llm"]))
     return case, theirs, ours, to_tree(theirs.state_dict(), case), batch_of(case)

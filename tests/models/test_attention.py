@@ -208,9 +208,7 @@ def test_a_row_that_sees_nothing_is_finite_with_finite_gradients():
     assert np.isfinite(attend(q, k, v, mask, scale=0.5)[0]).all()
 
 
-@pytest.mark.parametrize(
-    "samples,softcap,heads,kv_heads", [(1, None, 4, 1), (3, 1.0, 4, 2), (3, None, 3, 3)]
-)
+@pytest.mark.parametrize("samples,softcap,heads,kv_heads", [(1, None, 4, 1), (3, 1.0, 4, 2), (3, None, 3, 3)])
 def test_attend_cached_equals_attend_on_all_keys(samples, softcap, heads, kv_heads):
     rng = np.random.default_rng(3)
     batch, width, before, room, step = 2, 6, 5, 4, 2

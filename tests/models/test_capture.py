@@ -129,9 +129,7 @@ def test_a_fused_kernel_refuses_folds_and_perturbations():
         run(model, {"params": params, "perturbations": perturb}, batch, False)
 
 
-@pytest.mark.parametrize(
-    "img,grid", [(dict(patch_size=7), (4, 6)), (dict(variant="mu/14"), (2, 3))]
-)
+@pytest.mark.parametrize("img,grid", [(dict(patch_size=7), (4, 6)), (dict(variant="mu/14"), (2, 3))])
 def test_patch_grid(img, grid):
     model = paligemma.Model(img=img, llm=dict(variant="gemma_mu"))
     assert paligemma.patch_grid(model, np.zeros((1, 28, 42, 3))) == grid

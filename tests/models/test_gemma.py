@@ -123,9 +123,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_rms_norm_counts_its_epsilon():
-    got = gemma.RMSNorm().apply(
-        {"params": {"scale": np.zeros(4)}}, np.full((1, 4), 1e-3, np.float32)
-    )
+    got = gemma.RMSNorm().apply({"params": {"scale": np.zeros(4)}}, np.full((1, 4), 1e-3, np.float32))
     np.testing.assert_allclose(got, np.full((1, 4), 1e-3 / np.sqrt(2e-6)), rtol=1e-5)
 
 
@@ -146,9 +144,7 @@ def test_rope_of_bfloat16_at_large_positions_is_computed_in_float32():
     want = rope_by_definition(np.float32(x), positions, 256)
     assert got.dtype == jnp.bfloat16
     # A float32 angle of 4,095 rad is off by up to 2.5e-4; a bfloat16 one by 8 rad.
-    np.testing.assert_allclose(
-        np.float64(np.float32(got)), want, rtol=1.01 * BF16_HALF_STEP, atol=2e-3
-    )
+    np.testing.assert_allclose(np.float64(np.float32(got)), want, rtol=1.01 * BF16_HALF_STEP, atol=2e-3)
     exact = gemma.apply_rope(jnp.float32(x), gemma.rope_angles(positions, 256))
     np.testing.assert_allclose(exact, want, atol=2e-3)
     np.testing.assert_allclose(exact[:, :3], want[:, :3], atol=1e-4)
@@ -159,10 +155,7 @@ def test_rope_depends_on_distance_only():
     q, k = np.random.default_rng(2).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     def dot(at_q, at_k):
-        turned = (
-            gemma.apply_rope(x, gemma.rope_angles(np.array([[at]]), 16))
-            for x, at in ((q, at_q), (k, at_k))
-        )
+        turned = (gemma.apply_rope(x, gemma.rope_angles(np.array([[at]]), 16)) for x, at in ((q, at_q), (k, at_k)))
         return np.sum(next(turned) * next(turned))
 
     np.testing.assert_allclose(dot(7, 3), dot(107, 103), atol=1e-4)

@@ -82,12 +82,11 @@ def targets_of(model):
         ([(".*/(query|key|value)/kernel|llm/layers/.*", dict(rank=8))], 11_298_816),
         ([(ATTENTION, dict(rank=12))], 5_750_784),
         # The draft's list, without gate: q, k, v, o, up, down.
-        ([(".*gating_einsum:gate", None),
-          (".*/(query|key|value)/kernel|llm/layers/.*", dict(rank=12))], 12_966_912),
+        ([(".*gating_einsum:gate", None), (".*/(query|key|value)/kernel|llm/layers/.*", dict(rank=12))], 12_966_912),
         # Attention, MLPs and projection head: the paper's figure of stage 2.
         ([("llm/layers/.*|img/.*", dict(rank=12))], 21_268_608),
     ],
-)  # fmt: skip
+)
 def test_counts_at_the_true_size(rules, count):
     shapes = flat_shapes(paligemma.Model(lora=rules), 224)
     assert sum(x.size for n, x in shapes.items() if lora.is_factor(n)) == count
@@ -102,8 +101,9 @@ def test_every_projection_can_be_adapted_and_has_the_shapes_it_says(llm):
     for target, spec in found.items():
         a, b = lora.factor_shapes(target, spec, base[target.param].shape)
         assert (shapes[f"{target.scope}/lora_a"].shape, shapes[f"{target.scope}/lora_b"].shape) == (
-            a, b,
-        )  # fmt: skip
+            a,
+            b,
+        )
     # All weights of rank 2 or more in a layer, but for embeddings.
     kernels = {n for n, x in base.items() if n.split("/")[-1] in ("kernel", "w", "linear")}
     kernels |= {"llm/layers/mlp/gating_einsum"}
@@ -190,10 +190,7 @@ def test_an_adapter_is_the_low_rank_change_of_its_kernel_alone(llm):
     unchanged = apply(plain, base, batch())
     for target in targets_of(model):
         # All others add nothing.
-        kept = {
-            n: x * (n.startswith(f"{target.scope}/lora") or not n.endswith("lora_b"))
-            for n, x in params.items()
-        }
+        kept = {n: x * (n.startswith(f"{target.scope}/lora") or not n.endswith("lora_b")) for n, x in params.items()}
         a, b = (params[f"{target.scope}/{f}"].astype("f8") for f in lora.FACTORS)
         w = base[target.param].astype("f8")
         layers = w.shape[0] if target.stacked else 1
@@ -220,13 +217,9 @@ def test_scale_is_alpha_over_rank_or_its_root():
     base = params_of(make(ALL))
     doubled = {n: x * (2 if n.endswith("lora_b") else 1) for n, x in base.items()}
     twice = make([(".*", dict(rank=3, alpha=12))])
-    np.testing.assert_allclose(
-        apply(twice, base, batch()), apply(make(ALL), doubled, batch()), atol=1e-5, rtol=0
-    )
+    np.testing.assert_allclose(apply(twice, base, batch()), apply(make(ALL), doubled, batch()), atol=1e-5, rtol=0)
     root = make([(".*", dict(rank=3, alpha=6 / math.sqrt(3), rslora=True))])
-    np.testing.assert_allclose(
-        apply(root, base, batch()), apply(make(ALL), base, batch()), atol=1e-5, rtol=0
-    )
+    np.testing.assert_allclose(apply(root, base, batch()), apply(make(ALL), base, batch()), atol=1e-5, rtol=0)
 
 
 def test_a_is_kaiming_uniform_and_each_layer_has_its_own():
@@ -287,9 +280,7 @@ FSDP = "fsdp(axis={}, min_size_to_shard_mb=0)"
     [
         [(".*lora_a", FSDP.format('"model"')), (".*", FSDP.format('"data"'))],
         pytest.param([(".*", FSDP.format('"data"'))], marks=pytest.mark.slow),
-        pytest.param(
-            [(".*lora_a", FSDP.format('"model"')), (".*", "replicate")], marks=pytest.mark.slow
-        ),
+        pytest.param([(".*lora_a", FSDP.format('"model"')), (".*", "replicate")], marks=pytest.mark.slow),
         pytest.param([(".*", FSDP.format('("data", "model")'))], marks=pytest.mark.slow),
     ],
 )
@@ -347,9 +338,14 @@ def test_decoding_with_a_cache_goes_through_the_adapters():
             params, image, text[:, :4], mask_ar=mask_ar[:, :4], method="embed_image_and_text"
         )
         first, cache = model.apply(
-            params, x, valid, ar, cache_size=x.shape[1] + 1, method="prefill_cache",
+            params,
+            x,
+            valid,
+            ar,
+            cache_size=x.shape[1] + 1,
+            method="prefill_cache",
             mutable=["cache"],
-        )  # fmt: skip
+        )
         ztxt, _ = model.apply(params, text[:, 4:], method="embed_text")
         second = model.apply({**params, **cache}, ztxt, method="extend_cache", mutable=["cache"])
         return first, second[0]

@@ -25,9 +25,7 @@ def apply(model, params, image, text, mask_ar, **kw):
 
 def run(model, params, batch, **kw):
     """(logits, out) of a batch as numpy arrays."""
-    return jax.device_get(
-        apply(model, params, batch["image"], batch["text"], batch["mask_ar"], **kw)
-    )
+    return jax.device_get(apply(model, params, batch["image"], batch["text"], batch["mask_ar"], **kw))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,9 +69,7 @@ def test_logits_and_attention_equal_hugging_face(name):
     for ours, theirs_ in zip(out["llm/attn"], want.attentions, strict=True):
         ours, theirs_ = (np.moveaxis(x, 1, 2)[seen] for x in (ours, theirs_.numpy()))
         np.testing.assert_allclose(ours, theirs_, rtol=0, atol=TOLERANCE)
-    assert out["img/attn"].shape[:3] == (
-        case["img"]["depth"], len(valid), case["img"]["num_heads"]
-    )  # fmt: skip
+    assert out["img/attn"].shape[:3] == (case["img"]["depth"], len(valid), case["img"]["num_heads"])
 
 
 def test_long_sequences_equal_hugging_face():
@@ -121,9 +117,7 @@ def test_gradients_of_every_leaf_equal_hugging_face(name, img_remat, llm_remat):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        logits, _ = model.apply(
-            {"params": params}, batch["image"], batch["text"][:, :-1], batch["mask_ar"][:, :-1]
-        )
+        logits, _ = model.apply({"params": params}, batch["image"], batch["text"][:, :-1], batch["mask_ar"][:, :-1])
         logp = jax.nn.log_softmax(logits)
         logp = jnp.take_along_axis(logp, batch["text"][:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(logp * answer[:, 1:]) / np.sum(answer)
@@ -353,9 +347,7 @@ def test_dropout_acts_in_training_only_and_by_seed(tower):
     args = [batch[k] for k in ("image", "text", "mask_ar")]
     want = outputs("gqa")[0]
     np.testing.assert_allclose(run(model, params, batch)[0], want, atol=1e-6)
-    train = jax.jit(
-        lambda key: model.apply({"params": params}, *args, train=True, rngs={"dropout": key})[0]
-    )
+    train = jax.jit(lambda key: model.apply({"params": params}, *args, train=True, rngs={"dropout": key})[0])
     one, same, other = (train(jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.1 and np.abs(one - want).max() > 0.1
@@ -365,9 +357,7 @@ def test_dropout_acts_in_training_only_and_by_seed(tower):
 
 def test_model_is_hashable_and_a_static_argument():
     def make(**kw):
-        return paligemma.Model(
-            img={"variant": "mu/8", "patch_size": [8, 8]}, llm={"variant": "gemma_mu", **kw}
-        )
+        return paligemma.Model(img={"variant": "mu/8", "patch_size": [8, 8]}, llm={"variant": "gemma_mu", **kw})
 
     assert make() == make() and hash(make()) == hash(make())
     assert make() != make(depth=3)
@@ -393,9 +383,7 @@ def test_model_is_hashable_and_a_static_argument():
     ],
 )
 def test_bad_arguments(img, llm, message):
-    model = paligemma.Model(
-        img={"variant": "mu/8", **img}, llm={"variant": "gemma_mu", "vocab_size": 50, **llm}
-    )
+    model = paligemma.Model(img={"variant": "mu/8", **img}, llm={"variant": "gemma_mu", "vocab_size": 50, **llm})
     with pytest.raises(ValueError, match=message):
         paligemma.abstract_params(model, image_size=16)
 
@@ -434,9 +422,7 @@ def prompts_of(case, length=6):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("cache_size", "num_samples"))
 def prefill(model, params, x, input_mask, mask_ar, **kw):
-    return model.apply(
-        {"params": params}, x, input_mask, mask_ar, **kw, method="prefill_cache", mutable=["cache"]
-    )
+    return model.apply({"params": params}, x, input_mask, mask_ar, **kw, method="prefill_cache", mutable=["cache"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -531,6 +517,11 @@ def test_too_small_a_cache():
     x = np.zeros((1, 4, case["llm"]["width"]), np.float32)
     with pytest.raises(ValueError, match="cache_size is 3, less than the prompt's 4"):
         ours.apply(
-            {"params": params}, x, np.ones((1, 4), bool), np.zeros((1, 4), np.int32), cache_size=3,
-            method="prefill_cache", mutable=["cache"],
-        )  # fmt: skip
+            {"params": params},
+            x,
+            np.ones((1, 4), bool),
+            np.zeros((1, 4), np.int32),
+            cache_size=3,
+            method="prefill_cache",
+            mutable=["cache"],
+        )

@@ -95,14 +95,9 @@ def test_layers_read_quantised_weights(form):
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype(np.float32)
     made = jax.eval_shape(lambda: layer.init(jax.random.key(0), *eqn, x))["params"]
-    params = {
-        f"{at}/{n}": rng.standard_normal(v.shape).astype(np.float32)[None] for n, v in made.items()
-    }
+    params = {f"{at}/{n}": rng.standard_normal(v.shape).astype(np.float32)[None] for n, v in made.items()}
     for kind in quantise.KINDS:
-        trees = [
-            {n.removeprefix(at + "/"): v[0] for n, v in tree.items()}
-            for tree in split(params, kind)
-        ]
+        trees = [{n.removeprefix(at + "/"): v[0] for n, v in tree.items()} for tree in split(params, kind)]
         assert len(trees[0]) > len(trees[1]) == len(params)
 
         def loss(x, tree):

@@ -66,9 +66,7 @@ def test_16_bit_grey_uses_its_whole_range(fmt):
 def test_16_bit_big_endian_tiff():
     values = np.array([[0, 0x1234, 0xFFFF]], np.uint16)
     image = Image.frombytes("I;16B", (3, 1), values.astype(">u2").tobytes())
-    np.testing.assert_array_equal(
-        decode_bytes(encode(image, "TIFF"))[0, :, 0], np.rint(values[0] / 257)
-    )
+    np.testing.assert_array_equal(decode_bytes(encode(image, "TIFF"))[0, :, 0], np.rint(values[0] / 257))
 
 
 def test_32_bit_grey_outside_of_16_bits_is_refused():
@@ -100,9 +98,7 @@ def test_alpha_is_put_on_black_and_opaque_is_unchanged():
     hidden = np.dstack([image, np.zeros(image.shape[:2], np.uint8)])
     assert decode_bytes(encode(Image.fromarray(hidden))).max() == 0
     half = np.dstack([image, np.full(image.shape[:2], 128, np.uint8)])
-    np.testing.assert_allclose(
-        decode_bytes(encode(Image.fromarray(half))), image * (128 / 255), atol=1
-    )
+    np.testing.assert_allclose(decode_bytes(encode(Image.fromarray(half))), image * (128 / 255), atol=1)
 
 
 def test_palette_colours_and_transparency():
@@ -136,9 +132,7 @@ def test_exif_orientation_is_left_alone():
 def test_arrays_pass():
     image = picture()
     np.testing.assert_array_equal(run("decode", image), image)
-    assert (
-        run("decode", image[:, :, 0]).shape == run("decode", image[:, :, :1]).shape == image.shape
-    )
+    assert run("decode", image[:, :, 0]).shape == run("decode", image[:, :, :1]).shape == image.shape
     assert run("decode", np.full((2, 2), 65535, np.uint16)).tolist() == [[[255] * 3] * 2] * 2
     data = np.array(encode(Image.fromarray(image)), object)  # how some sources wrap bytes
     np.testing.assert_array_equal(run("decode", data), image)
@@ -302,9 +296,7 @@ def test_resize_is_symmetric():
     image = picture(31, 50)
     out = run("resize((16, 20), antialias=True)", image)
     np.testing.assert_array_equal(run("resize((16, 20), antialias=True)", image[::-1])[::-1], out)
-    np.testing.assert_array_equal(
-        run("resize((16, 20), antialias=True)", image[:, ::-1])[:, ::-1], out
-    )
+    np.testing.assert_array_equal(run("resize((16, 20), antialias=True)", image[:, ::-1])[:, ::-1], out)
 
 
 def test_resize_dtypes_and_shapes():
@@ -362,9 +354,7 @@ def test_inception_crop_varies_and_repeats_with_the_seed():
     outs = [run("inception_crop(16, 30, 90, antialias=True)", image, seed) for seed in range(20)]
     assert {out.shape for out in outs} == {(16, 16, 3)}
     assert len({out.tobytes() for out in outs}) == 20
-    np.testing.assert_array_equal(
-        run("inception_crop(16, 30, 90, antialias=True)", image, 3), outs[3]
-    )
+    np.testing.assert_array_equal(run("inception_crop(16, 30, 90, antialias=True)", image, 3), outs[3])
 
 
 def test_inception_crop_of_the_whole():

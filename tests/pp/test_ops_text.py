@@ -172,8 +172,7 @@ def test_strjoin():
 def test_tok_marks():
     ids = get_tokenizer("tiny").to_int("the left lung")
     out = get_preprocess_fn(
-        "tok('tiny', inkey='a', outkey='b', bos='yes', eos='yes')|"
-        "tok('tiny', inkey='a', outkey='c')"
+        "tok('tiny', inkey='a', outkey='b', bos='yes', eos='yes')|tok('tiny', inkey='a', outkey='c')"
     )({"a": "the left lung"})
     assert out["b"].tolist() == [2, *ids, 1] and out["b"].dtype == np.int32
     assert out["c"].tolist() == ids and out["a"] == "the left lung"

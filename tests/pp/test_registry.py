@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from paligemma_med.pp import get_preprocess_fn, registry
 
 literals = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -90,18 +86,14 @@ def test_not_a_string(pp):
 def test_input_dict_is_not_changed():
     data = {"a": "X", "b": np.arange(3), "c": ["y"]}
     before = dict(data)
-    fn = get_preprocess_fn(
-        "lower(key='a')|copy('a','d')|tolen(2, key='b')|lower(key='c')|drop('c')"
-    )
+    fn = get_preprocess_fn("lower(key='a')|copy('a','d')|tolen(2, key='b')|lower(key='c')|drop('c')")
     fn(data)
     assert data == before and data["b"] is before["b"] and data["c"] == ["y"]
 
 
 def test_errors_name_op_and_row():
     fn = get_preprocess_fn("copy('x', 'y')|lower(key='z')")
-    with pytest.raises(
-        ValueError, match=r"lower\(key='z'\).*question_id '17', image_id 'xm3'.*'z'"
-    ):
+    with pytest.raises(ValueError, match=r"lower\(key='z'\).*question_id '17', image_id 'xm3'.*'z'"):
         fn({"x": 1, "question_id": "17", "image_id": "xm3"})
 
 
@@ -125,9 +117,7 @@ def test_pickles_small_and_works_again():
     fn = get_preprocess_fn("tok('tiny', key='a', bos='yes')")
     data = pickle.dumps(fn)
     assert len(data) < 300
-    np.testing.assert_array_equal(
-        pickle.loads(data)({"a": "the lung"})["a"], fn({"a": "the lung"})["a"]
-    )
+    np.testing.assert_array_equal(pickle.loads(data)({"a": "the lung"})["a"], fn({"a": "the lung"})["a"])
 
 
 def test_a_name_is_registered_once():

@@ -116,9 +116,7 @@ def test_to_str(name, request):
     assert tokenizer.to_str([]) == ""
     assert tokenizer.to_str([3]) == " \u2047 "
     for bad in (-1, tokenizer.vocab_size):
-        with pytest.raises(
-            ValueError, match=f"token {bad} is not one of the {tokenizer.vocab_size}"
-        ):
+        with pytest.raises(ValueError, match=f"token {bad} is not one of the {tokenizer.vocab_size}"):
             tokenizer.to_str([bad])
     with pytest.raises(ValueError, match="must be a str, found bytes"):
         tokenizer.to_int(b"yes")

@@ -47,13 +47,12 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         mass=raw.mass(made, patches, slice(patches, patches + len(prompt))),
         maps=maps,
         occlusion=dict(fill="blur", cell=1),
-        regions=dict(fill="blur", boxes=boxes,
-                     logprobs=-rng.random((len(boxes), r)).astype(np.float32)),
+        regions=dict(fill="blur", boxes=boxes, logprobs=-rng.random((len(boxes), r)).astype(np.float32)),
         samples=[dict(answer=a, logprob=-1.0) for a in ("left lung", "left lung", "liver")],
         controls=[dict(name="Nothing (mid-grey)", answer="left lung", logprob=-0.7)],
         mask=None,
         flags=[dict(name="Image ignored", says="It hardly depends on the image.")],
         about=[("Weights", "none")],
-    )  # fmt: skip
+    )
     assert {m["method"] for m in maps} | {"raw"} == set(page.METHODS)
     return {**out, **kw}

@@ -23,9 +23,7 @@ def example(name, pad_to=17):
     case, _, model, params, batch = hf.reference(name)
     tokens = np.random.default_rng(1).integers(1, case["llm"]["vocab_size"], PROMPT + ANSWER)
     image = batch["image"][0]
-    return model, params, sequence.make(
-        model, tokens[:PROMPT], tokens[PROMPT:], image, pad_to=pad_to
-    )  # fmt: skip
+    return model, params, sequence.make(model, tokens[:PROMPT], tokens[PROMPT:], image, pad_to=pad_to)
 
 
 @functools.cache
@@ -81,9 +79,7 @@ def test_streamed_equals_whole(name, kw):
     rows = full.llm[:, 0][:, :, seq.queries]
     np.testing.assert_allclose(got.rows, rows, rtol=0, atol=1e-6)
     fixed = functools.partial(rollout.rollout, **kw)
-    np.testing.assert_allclose(
-        got.rollout, jax.jit(fixed)(full.llm[:, 0])[seq.queries], rtol=0, atol=1e-6
-    )
+    np.testing.assert_allclose(got.rollout, jax.jit(fixed)(full.llm[:, 0])[seq.queries], rtol=0, atol=1e-6)
     img = functools.partial(rollout.rollout, **{**kw, "start_layer": 0})
     np.testing.assert_allclose(got.img_rollout, jax.jit(img)(full.img[:, 0]), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(got.mass, raw.mass(got.rows, seq.patches, seq.prompt))
@@ -115,8 +111,7 @@ def test_logprobs_are_those_of_decoding():
     model, params, seq = example("gemma2")
     got = capture.streamed(model, params, seq.batch, seq.queries).logprobs
     prompt = seq.batch["text"][:, :PROMPT]
-    batch = dict(image=seq.batch["image"], text=prompt, mask_ar=0 * prompt,
-                 mask_input=np.ones_like(prompt))  # fmt: skip
+    batch = dict(image=seq.batch["image"], text=prompt, mask_ar=0 * prompt, mask_input=np.ones_like(prompt))
     options = seq.tokens[None, None]
     want, _ = decode.score_options(model, params, batch, options, np.ones_like(options, bool))
     np.testing.assert_allclose(got.sum(), want[0, 0], atol=1e-4)

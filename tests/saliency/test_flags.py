@@ -121,9 +121,7 @@ def test_body_may_reach_the_edge_of_the_image_or_be_missing():
     film[:, :10] = film[:20, :] = 0
     assert np.sum(flags.body(film) != (film > 0)) <= 1  # opening rounds the corner
     assert flags.body(np.full((32, 32), 7)).sum() == 0
-    assert (
-        flags.body(np.random.default_rng(0).uniform(100, 200, (64, 64)) + film.max()).mean() > 0.8
-    )
+    assert flags.body(np.random.default_rng(0).uniform(100, 200, (64, 64)) + film.max()).mean() > 0.8
 
 
 def test_a_map_beside_the_body_is_flagged_and_a_uniform_one_is_not():

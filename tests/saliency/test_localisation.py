@@ -94,9 +94,7 @@ def test_scale_and_level_of_a_map_mean_nothing():
     values, box = rng.uniform(0, 1, (5, 10)), [[30, 20, 70, 50]]
     covered = localisation.coverage(box, SIZE, (5, 10))
     other = 7 * values
-    assert localisation.energy(other, covered) == pytest.approx(
-        localisation.energy(values, covered)
-    )
+    assert localisation.energy(other, covered) == pytest.approx(localisation.energy(values, covered))
     other += 3
     for figure in (localisation.best_iou, lambda v, _: localisation.pointing(v, box, SIZE)):
         assert figure(other, covered) == pytest.approx(figure(values, covered))
@@ -121,12 +119,8 @@ def test_centre_prior_is_even_handed():
 def test_steps_take_the_highest_first():
     taken = localisation.steps(np.array([[0.1, 0.9], [0.5, 0.5]]), 4)
     assert taken.shape == (5, 2, 2) and not taken[0].any() and taken[4].all()
-    assert [np.argwhere(b & ~a).tolist() for a, b in zip(taken, taken[1:])] == [
-        [[0, 1]], [[1, 0]], [[1, 1]], [[0, 0]]
-    ]  # fmt: skip
-    assert localisation.steps(np.arange(12.0).reshape(3, 4), 5).sum((1, 2)).tolist() == [
-        0, 2, 5, 7, 10, 12
-    ]  # fmt: skip
+    assert [np.argwhere(b & ~a).tolist() for a, b in zip(taken, taken[1:])] == [[[0, 1]], [[1, 0]], [[1, 1]], [[0, 0]]]
+    assert localisation.steps(np.arange(12.0).reshape(3, 4), 5).sum((1, 2)).tolist() == [0, 2, 5, 7, 10, 12]
 
 
 def test_area_by_hand():

@@ -40,8 +40,15 @@ def test_raw_attention_of_many_patches_is_kept_small():
 
 def test_figures_and_texts_stand_in_the_page_without_its_script():
     text = page.render(reports.fake())
-    for words in ("Which organ is abnormal?", "left lung", "film.png", "Image ignored",
-                  "Not for diagnosis", "never the answer", "2 of 3 sampled answers"):  # fmt: skip
+    for words in (
+        "Which organ is abnormal?",
+        "left lung",
+        "film.png",
+        "Image ignored",
+        "Not for diagnosis",
+        "never the answer",
+        "2 of 3 sampled answers",
+    ):
         assert words in text
     # 0.9 · 0.7 · 0.5
     assert "with probability 32\u00a0%" in text
@@ -51,13 +58,18 @@ def test_figures_and_texts_stand_in_the_page_without_its_script():
 def test_hostile_texts_are_inert_in_the_file():
     bad = reports.HOSTILE
     made = reports.fake(
-        title=bad, question=bad, answer=bad, prompt=[bad] * 5, tokens=[bad] * 3,
-        others=[[(bad, 0.5)]] * 3, about=[(bad, bad)], flags=[dict(name=bad, says=bad)],
+        title=bad,
+        question=bad,
+        answer=bad,
+        prompt=[bad] * 5,
+        tokens=[bad] * 3,
+        others=[[(bad, 0.5)]] * 3,
+        about=[(bad, bad)],
+        flags=[dict(name=bad, says=bad)],
         samples=[dict(answer=bad, logprob=-1.0)],
         controls=[dict(name=bad, answer=bad, logprob=-1.0)],
-        mask=dict(fill="blur", picture=np.zeros((8, 8, 3), np.uint8), answer=bad,
-                  logprobs=-np.ones(3)),
-    )  # fmt: skip
+        mask=dict(fill="blur", picture=np.zeros((8, 8, 3), np.uint8), answer=bad, logprobs=-np.ones(3)),
+    )
     for text in (page.render(made), page.render_index(index_rows(bad), bad)):
         assert "<script>document" not in text and "<img src=x" not in text
         assert text.count("<script") == (2 if "application/json" in text else 1)
@@ -67,8 +79,7 @@ def test_hostile_texts_are_inert_in_the_file():
 
 
 def index_rows(text="film.png"):
-    row = dict(name=text, question=text, answer=text, probability=0.2, thumb=None, href=None,
-               error=None, flags=[])  # fmt: skip
+    row = dict(name=text, question=text, answer=text, probability=0.2, thumb=None, href=None, error=None, flags=[])
     flag = dict(name="Image ignored", says=text)
     thumb = page.data_url(np.full((20, 10, 3), 7, np.uint8), 96)
     return [
@@ -354,18 +365,22 @@ def test_the_view_is_saved(shown):
 def test_hostile_texts_are_inert_in_the_browser(browser, tmp_path):
     bad = reports.HOSTILE
     made = reports.fake(
-        title=bad, question=bad, answer=bad, prompt=[bad] * 5, tokens=[bad] * 3,
-        others=[[(bad, 0.5)]] * 3, about=[(bad, bad)], flags=[dict(name=bad, says=bad)],
+        title=bad,
+        question=bad,
+        answer=bad,
+        prompt=[bad] * 5,
+        tokens=[bad] * 3,
+        others=[[(bad, 0.5)]] * 3,
+        about=[(bad, bad)],
+        flags=[dict(name=bad, says=bad)],
         samples=[dict(answer=bad, logprob=-1.0)],
-    )  # fmt: skip
+    )
     texts = dict(report=page.render(made), index=page.render_index(index_rows(bad), bad))
     for name, text in texts.items():
         (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
         browser.open(tmp_path / f"{name}.html")
         assert "owned" not in browser.js("document.title").split("'")[0:1]
-        assert browser.js("document.title").endswith(
-            "saliency report" if name == "report" else "saliency reports"
-        )
+        assert browser.js("document.title").endswith("saliency report" if name == "report" else "saliency reports")
         assert browser.count("img[src=x]") == 0
         assert "</script><script>" in browser.text("h1" if name == "report" else "td:nth-child(2)")
         if name == "report":

@@ -39,9 +39,7 @@ def test_mass_is_where_it_lies(rows):
     got = raw.mass(rows, 4, slice(4, 7))
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
     one = np.eye(9)[[0, 3, 4, 6, 7, 8]]
-    np.testing.assert_array_equal(
-        raw.mass(one, 4, slice(4, 7)).argmax(-1), [0, 0, 1, 1, 2, 2]
-    )  # fmt: skip
+    np.testing.assert_array_equal(raw.mass(one, 4, slice(4, 7)).argmax(-1), [0, 0, 1, 1, 2, 2])
 
 
 def test_directions(rows):

@@ -80,9 +80,7 @@ def test_occlusion_and_its_regions(setting, measured):
     y0, x0, y1, x1 = boxes[0]
     assert (y1 - y0, x1 - x0) == (1, 1)
     drop = values[:, y0 * grid[1] + x0]
-    np.testing.assert_allclose(
-        arrays["logprobs"] - drop, arrays["regions"]["logprobs"][0], atol=1e-3
-    )
+    np.testing.assert_allclose(arrays["logprobs"] - drop, arrays["regions"]["logprobs"][0], atol=1e-3)
 
 
 def test_a_page_can_be_made_of_it(measured):

@@ -53,10 +53,17 @@ def everything():
 
 def test_stages_run_from_the_output_down():
     assert sanity.stages(params()) == [
-        "llm/final_norm", "llm/layers/2", "llm/layers/1", "llm/layers/0", "llm/embedder",
-        "img/head", "img/Transformer/encoder_norm", "img/Transformer/encoderblock/1",
-        "img/Transformer/encoderblock/0", "img/embeddings",
-    ]  # fmt: skip
+        "llm/final_norm",
+        "llm/layers/2",
+        "llm/layers/1",
+        "llm/layers/0",
+        "llm/embedder",
+        "img/head",
+        "img/Transformer/encoder_norm",
+        "img/Transformer/encoderblock/1",
+        "img/Transformer/encoderblock/0",
+        "img/embeddings",
+    ]
 
 
 def test_each_stage_changes_its_own_leaves_and_all_stages_change_all():
@@ -68,9 +75,7 @@ def test_each_stage_changes_its_own_leaves_and_all_stages_change_all():
     assert set.union(*seen) == everything()
     assert {name for name, i in seen[1]} == {n for n in flat(params()) if "llm/layers/" in n}
     assert {i for _, i in seen[1]} == {2}
-    assert {name for name, _ in seen[-1]} == {
-        "img/embedding/kernel", "img/embedding/bias", "img/pos_embedding"
-    }  # fmt: skip
+    assert {name for name, _ in seen[-1]} == {"img/embedding/kernel", "img/embedding/bias", "img/pos_embedding"}
 
 
 def test_cascade_keeps_the_noise_above_and_ends_in_noise_alone():

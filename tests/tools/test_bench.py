@@ -30,9 +30,7 @@ from tools.bench import (
 )
 
 ROWS = 2
-BIG_VISION = pytest.mark.skipif(
-    "BIG_VISION_DIR" not in os.environ, reason="BIG_VISION_DIR is not set"
-)
+BIG_VISION = pytest.mark.skipif("BIG_VISION_DIR" not in os.environ, reason="BIG_VISION_DIR is not set")
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +44,7 @@ def drawn(tmp_path_factory):
     """Settings of the tiny size, with weights."""
     folder = str(tmp_path_factory.mktemp("weights"))
     sizes.write_weights(folder, sizes.SIZES["tiny"], "float32")
-    return dict(turns.model_settings("tiny", None, 1), weights=folder, rows=ROWS, samples=3,
-                tokens=4)  # fmt: skip
+    return dict(turns.model_settings("tiny", None, 1), weights=folder, rows=ROWS, samples=3, tokens=4)
 
 
 @pytest.fixture
@@ -64,9 +61,7 @@ def losses(peer, settings, steps=3):
     return [side.value(side.step()) for _ in range(steps)], side.about
 
 
-@pytest.mark.parametrize(
-    "what", ["lora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("stage1", "full"))]
-)
+@pytest.mark.parametrize("what", ["lora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("stage1", "full"))])
 def test_ours_and_torch_do_the_same(drawn, what, torch_threads):
     ours, about = losses(peers_ours, dict(drawn, what=what))
     theirs, of_theirs = losses(peers_hf, dict(drawn, what=what))
@@ -160,9 +155,7 @@ def test_sizes_are_those_of_the_issue():
 
     def shapes(name):
         size = sizes.SIZES[name]
-        return paligemma.abstract_params(
-            paligemma.Model(img=size.img, llm=size.llm), image_size=size.res
-        )
+        return paligemma.abstract_params(paligemma.Model(img=size.img, llm=size.llm), image_size=size.res)
 
     small = shapes("bench-s")
     block = small["img"]["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
@@ -262,8 +255,9 @@ def sides(tmp_path, monkeypatch, repo_root):
     return add
 
 
-KW = dict(size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
-          attn_impl=None, cores=None)  # fmt: skip
+KW = dict(
+    size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None, attn_impl=None, cores=None
+)
 TRAIN = dict(KW, frozen_dtype=None, peer_batch_size=None, rounds=3, steps=2)
 
 
@@ -392,9 +386,13 @@ def bare(tmp_path, repo_root):
 
     def run(*args, timeout=60):
         return subprocess.run(
-            [sys.executable, *args], cwd=repo_root, env=env, capture_output=True, text=True,
+            [sys.executable, *args],
+            cwd=repo_root,
+            env=env,
+            capture_output=True,
+            text=True,
             timeout=timeout,
-        )  # fmt: skip
+        )
 
     assert "not on this box" in run("-c", "import grain").stderr
     return run
@@ -404,17 +402,28 @@ def test_all_but_input_import_on_a_bare_box(bare):
     """Nor does the driver hold a device: it has neither JAX nor PyTorch."""
     drivers = "train_speed, load_speed, decode_speed, saliency_speed, gpu, __main__"
     ours = "peers_ours, decode_ours, saliency_ours, saliency_memory"
-    found = bare("-c", f"import sys; from tools.bench import {drivers};"
-                 "print([m for m in ('jax', 'torch') if m in sys.modules]);"
-                 f"from tools.bench import {ours}")  # fmt: skip
+    found = bare(
+        "-c",
+        f"import sys; from tools.bench import {drivers};"
+        "print([m for m in ('jax', 'torch') if m in sys.modules]);"
+        f"from tools.bench import {ours}",
+    )
     assert (found.stdout.strip(), found.returncode) == ("[]", 0), found.stderr
 
 
 @pytest.mark.parametrize("part", ["train_step", "decode", "saliency", "load"])
 @pytest.mark.slow
 def test_the_command(bare, tmp_path, part):
-    found = bare("-m", "tools.bench", part, "--size=tiny", "--peer=hf", "--rounds=1",
-                 f"--json={tmp_path}/found.json", timeout=900)  # fmt: skip
+    found = bare(
+        "-m",
+        "tools.bench",
+        part,
+        "--size=tiny",
+        "--peer=hf",
+        "--rounds=1",
+        f"--json={tmp_path}/found.json",
+        timeout=900,
+    )
     assert found.returncode == 0, found.stderr
     *figures, row, last = found.stdout.strip().splitlines()
     figures = json.loads("\n".join(figures))
@@ -425,8 +434,7 @@ def test_the_command(bare, tmp_path, part):
 
 @pytest.mark.slow
 def test_the_command_alone(bare):
-    found = bare("-m", "tools.bench", "decode", "--size=tiny", "--peer=none", "--rounds=1",
-                 timeout=300)  # fmt: skip
+    found = bare("-m", "tools.bench", "decode", "--size=tiny", "--peer=none", "--rounds=1", timeout=300)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip().splitlines()[-1].startswith("| 2 × 5 answers of 8, tiny, float32 |")
 

@@ -10,9 +10,13 @@ import pytest
 from tools.bench import __main__, gpu, sizes
 
 KW = dict(minutes=9.0, size="tiny", only=None, retry=False)
-FIGURES = dict(size="tiny", batch_size={"ours": 2, "hf": 2}, per_second={"ours": 5.0, "hf": 2.0},
-               ours=dict(remat_policy="nothing_saveable", attn_impl="xla"),
-               row="| work | 1.0 | 2.00 | 3 | 4 | 5% | chip |")  # fmt: skip
+FIGURES = dict(
+    size="tiny",
+    batch_size={"ours": 2, "hf": 2},
+    per_second={"ours": 5.0, "hf": 2.0},
+    ours=dict(remat_policy="nothing_saveable", attn_impl="xla"),
+    row="| work | 1.0 | 2.00 | 3 | 4 | 5% | chip |",
+)
 
 
 @pytest.fixture
@@ -39,8 +43,7 @@ def test_all_rows_are_commands_that_there_are(tmp_path, commands):
     assert out["row"].count("\n") == len(gpu.ROWS) + 1
     # What the issue asks of a GPU: a step and sampled answers beside transformers, memory at one.
     of = {name: (part, flags) for name, part, flags in commands.found}
-    assert of["train"] == ("train_step", dict(size="tiny", peer="hf", what="lora", rounds=5,
-                                              steps=4))  # fmt: skip
+    assert of["train"] == ("train_step", dict(size="tiny", peer="hf", what="lora", rounds=5, steps=4))
     assert of["decode"][1]["peer"] == "hf" and of["memory-1"][1]["batch_size"] == 1
 
 
@@ -140,8 +143,16 @@ def test_a_command_is_ended_with_what_it_started_and_its_error_is_kept(tmp_path,
 
 @pytest.mark.slow
 def test_the_program_on_a_cpu(tmp_path, repo_root):
-    command = [sys.executable, "-m", "tools.bench", "gpu", f"--out={tmp_path}/out", "--size=tiny",
-               "--minutes=20", "--only=train,memory-1,decode"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench",
+        "gpu",
+        f"--out={tmp_path}/out",
+        "--size=tiny",
+        "--minutes=20",
+        "--only=train,memory-1,decode",
+    ]
     run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr
     for name in ("train", "memory-1", "decode"):

@@ -27,15 +27,14 @@ def test_operations_of_a_program_know_their_products_and_names():
     [
         (True, "jit(step)/llm/layers/mlp/dot_general", "MLPs: products"),
         (True, "jit(step)/llm/layers/attn/q_einsum/lora/dot_general", "adapters: products"),
-        (True, "img/encoderblock/MultiHeadDotProductAttention_0/query/dot_general",
-         "attention: projections"),
+        (True, "img/encoderblock/MultiHeadDotProductAttention_0/query/dot_general", "attention: projections"),
         (True, "jit(step)/llm/layers/attn/dot_general", "attention: scores and values"),
         (True, "jit(step)/conv_general_dilated", "other products"),
         (False, "jit(step)/llm/layers/attn/exp", "attention: the rest"),
         (False, "", "layers: what is kept, taken, cleared"),
         (False, "jit(step)/mul", "all else"),
     ],
-)  # fmt: skip
+)
 def test_groups(product, op, want):
     assert profile_step.group(product, op) == want
 
@@ -43,9 +42,15 @@ def test_groups(product, op, want):
 @pytest.mark.slow
 def test_profile_of_the_small_size():
     found = profile_step.run(
-        size="tiny", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
-        attn_impl=None, top=5,
-    )  # fmt: skip
+        size="tiny",
+        what="lora",
+        dtype=None,
+        batch_size=None,
+        remat_policy=None,
+        scan=None,
+        attn_impl=None,
+        top=5,
+    )
     assert {"MLPs: products", "attention: projections"} <= set(found["groups"])
     assert sum(found["groups"].values()) == pytest.approx(found["milliseconds"], abs=1)
     assert len(found["operations"]) == 5

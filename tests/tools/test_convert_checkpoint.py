@@ -167,8 +167,11 @@ def test_what_is_there_is_kept_unless_told_otherwise(to, made, tmp_path):
 def run_program(*args):
     return subprocess.run(
         [sys.executable, "-m", "tools.convert_checkpoint", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_program(made, tmp_path):
@@ -194,9 +197,7 @@ convert({str(made[0] / "run")!r}, {str(tmp_path / "w")!r}, "hf", merge=True)
 convert({str(made[0] / "run")!r}, {str(tmp_path / "a")!r}, "peft")
 print([m for m in ("torch", "transformers", "peft", "tensorflow") if m in sys.modules])
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
 
@@ -205,6 +206,4 @@ def test_jax_arrays_and_lazy_ones_are_counted_alike(made):
     # The bar's total is the sum of what each leaf says of itself.
     opened = checkpoints.open_params(made[0] / "base.npz")
     read = jax.tree.map(np.asarray, opened)
-    assert sum(x.nbytes for x in jax.tree.leaves(opened)) == sum(
-        x.nbytes for x in jax.tree.leaves(read)
-    )
+    assert sum(x.nbytes for x in jax.tree.leaves(opened)) == sum(x.nbytes for x in jax.tree.leaves(read))

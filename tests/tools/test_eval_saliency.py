@@ -46,9 +46,7 @@ def test_a_label_by_its_own_name_counts_beside_a_pair():
 
 
 def test_questions_of_a_data_set(tiny_data):
-    source = input_pipeline.open_source(
-        dict(name="phantom", split="validate", data_dir=str(tiny_data))
-    )
+    source = input_pipeline.open_source(dict(name="phantom", split="validate", data_dir=str(tiny_data)))
     asked = eval_saliency.boxed_questions(source)
     assert 0 < len(asked) < len(source)
     records = [source[i] for i in range(len(source))]
@@ -123,9 +121,16 @@ def rows_of(values, correct):
         maps = {name: [[i, 1], [2, 3]] for name in eval_saliency.METHODS}
         checks = dict(randomised=0.5 - i % 2, other_question=None if i % 2 else 0.25)
         rows.append(
-            dict(figures=row, correct=right, image_key=f"{i // 2}", area=0.25, maps=maps,
-                 question_id=str(i), sanity=dict.fromkeys(eval_saliency.METHODS, checks))
-        )  # fmt: skip
+            dict(
+                figures=row,
+                correct=right,
+                image_key=f"{i // 2}",
+                area=0.25,
+                maps=maps,
+                question_id=str(i),
+                sanity=dict.fromkeys(eval_saliency.METHODS, checks),
+            )
+        )
     return rows
 
 
@@ -218,9 +223,7 @@ def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
     assert FakeSubject.asked == 5
 
 
-@pytest.mark.parametrize(
-    "pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")]
-)
+@pytest.mark.parametrize("pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")])
 def test_configs_that_cannot_be_measured(pp, message):
     with pytest.raises(ValueError, match=message):
         eval_saliency.Subject(tiny.config(predict_pp=pp), "nowhere")

@@ -130,14 +130,21 @@ def test_reads_csv_and_jsonl(tmp_path):
 
 def test_the_program_fits_two_runs(tmp_path):
     for name, x in (("a", 2e6), ("b", 2e7)):
-        lines = [
-            json.dumps(dict(step=s, training_loss=law(x, 1000 * s))) for s in range(100, 4000, 300)
-        ]
+        lines = [json.dumps(dict(step=s, training_loss=law(x, 1000 * s))) for s in range(100, 4000, 300)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     run = subprocess.run(
-        [sys.executable, "-m", "tools.fit_scaling_law", tmp_path / "a.jsonl", tmp_path / "b.jsonl",
-         "--x=2e6,2e7", "--d_scale=1000"], capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tools.fit_scaling_law",
+            tmp_path / "a.jsonl",
+            tmp_path / "b.jsonl",
+            "--x=2e6,2e7",
+            "--d_scale=1000",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert "| alpha | 0.12 |" in run.stdout and "| E | 1.2 |" in run.stdout
     assert "L is the column training_loss, D is 1000 · step." in run.stdout

@@ -25,9 +25,7 @@ from tools.report import (
 )
 from tools.report.__main__ import check_installed, make, write
 
-HOSTILE = (
-    '<script>alert(1)</script> | *x* [a](http://evil.example/) `b`\n# c <img src="//e.example/x">'
-)
+HOSTILE = '<script>alert(1)</script> | *x* [a](http://evil.example/) `b`\n# c <img src="//e.example/x">'
 LOCATIONS = ("Lung", "Abdomen", "Brain_Tissue", "Neck")
 
 
@@ -35,11 +33,16 @@ def row(number, predictions, answer="yes", *, kind="CLOSED", image=None, questio
     """A line of predictions.jsonl with all its marks."""
     question = question or f"Is sign {number} there?"
     out = dict(
-        question_id=f"q{number}", image_id=f"i{number // 3 if image is None else image}",
-        question=question, prompt=f"answer en {question}\n", answer=answer, answer_type=kind,
-        predictions=list(predictions), logprobs=[-0.1 * (i + 1) for i in range(len(predictions))],
+        question_id=f"q{number}",
+        image_id=f"i{number // 3 if image is None else image}",
+        question=question,
+        prompt=f"answer en {question}\n",
+        answer=answer,
+        answer_type=kind,
+        predictions=list(predictions),
+        logprobs=[-0.1 * (i + 1) for i in range(len(predictions))],
         **kw,
-    )  # fmt: skip
+    )
     out |= scoring.correct(predictions[0], answer)
     for who in scoring.CONTROLS:
         if f"{who}_prediction" in kw or f"{who}_predictions" in kw:
@@ -54,9 +57,16 @@ def rows(count=12, samples=5, wrong=lambda i: i % 3 == 0, **kw):
         said = ["no" if wrong(i) else "yes"] * samples
         kind = "CLOSED" if i % 2 else "OPEN"
         out.append(
-            row(i, said, kind=kind, location=LOCATIONS[i % 4], majority_prediction="no",
-                shuffled_images_predictions=said, **kw)
-        )  # fmt: skip
+            row(
+                i,
+                said,
+                kind=kind,
+                location=LOCATIONS[i % 4],
+                majority_prediction="no",
+                shuffled_images_predictions=said,
+                **kw,
+            )
+        )
     return out
 
 
@@ -65,10 +75,14 @@ def save(folder, made, name="slake_test", data="slake/en", split="test", config=
     section = dict(pred_kw=dict(num_samples=len(made[0]["predictions"]), temperature=1.0))
     about = {"protocol": "vqa", **about}
     about |= dict(
-        groups=list(scoring.GROUPS), split_hash=results.split_hash(made),
-        prompt_hash=results.prompt_hash(made), data=dict(name=data, split=split), section=section,
-        split=f"{data} {split}", command="python -m paligemma_med.evaluate",
-    )  # fmt: skip
+        groups=list(scoring.GROUPS),
+        split_hash=results.split_hash(made),
+        prompt_hash=results.prompt_hash(made),
+        data=dict(name=data, split=split),
+        section=section,
+        split=f"{data} {split}",
+        command="python -m paligemma_med.evaluate",
+    )
     out = folder / "eval" / name
     results.write(out, made, scoring.summarise(made, about["protocol"]), about)
     (folder / "config.json").write_text(json.dumps(config or {"evals": {}}))
@@ -87,9 +101,7 @@ def warnings(made):
 
 def table(made, caption):
     """The first table of that caption as {first word cell: {head: cell}}."""
-    found = next(
-        b for s in made for b in s.blocks if b.kind == "table" and b.caption.startswith(caption)
-    )
+    found = next(b for s in made for b in s.blocks if b.kind == "table" and b.caption.startswith(caption))
     return {r[found.left - 1]: dict(zip(found.head, r)) for r in found.rows}
 
 
@@ -123,8 +135,7 @@ def test_tables_show_what_the_rows_say(tmp_path):
     assert not warnings(made)
     cells = table(made, "5 answers a question, temperature 1")
     # 8 of 12 right in every run, so ± 0; the majority never; the interval is clustered Wilson's.
-    low, high = (100 * scoring.summarise(rows())[f"model/overall/acc_mean_{x}"]
-                 for x in ("low", "high"))  # fmt: skip
+    low, high = (100 * scoring.summarise(rows())[f"model/overall/acc_mean_{x}"] for x in ("low", "high"))
     assert cells["overall"]["model"] == f"66.7 ± 0.0 ({low:.1f}–{high:.1f})"
     assert cells["overall"]["majority answer"].startswith("0.0 (")
     assert cells["overall"]["n"] == "12"
@@ -148,10 +159,7 @@ def test_figures_of_several_runs_are_means_with_clustered_intervals():
     assert value == pytest.approx(0.5) and sd == pytest.approx(math.sqrt(2) / 6)
     assert low == metrics["model/overall/acc_mean_low"]
     single = scoring.summarise([row(i, ["yes"]) for i in range(3)])
-    assert (
-        figures.of_figure(single, "model", "overall")[2]
-        == (single["model/overall/acc_cluster_low"])
-    )
+    assert figures.of_figure(single, "model", "overall")[2] == (single["model/overall/acc_cluster_low"])
     assert figures.as_text(single, "echo", "overall") == "–"
     assert set(figures.names(single)) == {"acc", "acc_strict", "acc_set"}
     assert {"nonrobust", "acc_penalised_item"} < set(figures.names(metrics))
@@ -209,10 +217,7 @@ def test_a_mark_that_does_not_follow_from_its_answer_is_said(tmp_path):
     changed[3]["correct"] = True
     save(tmp_path / "a", changed)
     made, *_ = report(tmp_path / "a")
-    assert (
-        "marks in predictions.jsonl do NOT follow from its answers: question q3 (model)"
-        in (warnings(made)[0])
-    )
+    assert "marks in predictions.jsonl do NOT follow from its answers: question q3 (model)" in (warnings(made)[0])
 
 
 def test_other_intervals_and_unknown_figures_and_hashes_are_told_apart(tmp_path):
@@ -257,9 +262,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
 
 def test_hostile_texts_stay_texts(tmp_path):
     made = rows(6)
-    made[0] = row(
-        0, [HOSTILE] * 5, HOSTILE + "!", kind=HOSTILE, question=HOSTILE, content_type="$x_$"
-    )
+    made[0] = row(0, [HOSTILE] * 5, HOSTILE + "!", kind=HOSTILE, question=HOSTILE, content_type="$x_$")
     for other in made[1:]:
         other["content_type"] = "$\\frac$"
         del other["majority_prediction"], other["shuffled_images_predictions"]
@@ -353,33 +356,50 @@ def test_a_run_evaluated_elsewhere_is_described_where_its_weights_lie(tmp_path):
 def test_every_published_figure_is_the_papers():
     # By hand from the paper, read line by line: Tables 1, 2, 4 and 5.
     flat = " ".join(str(x) for t in (paper.TABLE1, paper.TABLE2) for r in t for x in r)
-    for figure in ("79.00 ± 2.75", "86.50 ± 1.60", "32.22 ± 2.23", "33.15 ± 3.15", "58.44 ± 2.53",
-                   "32.25 ± 3.60", "34.00 ± 3.95", "56.56 ± 3.57", "39.53 ± 3.22", "41.48 ± 3.90",
-                   "56.63 ± 3.22", "15/50", "19/50", "28/50", "32/50", "39/50", "41/50", "14/50",
-                   "22/50"):  # fmt: skip
+    for figure in (
+        "79.00 ± 2.75",
+        "86.50 ± 1.60",
+        "32.22 ± 2.23",
+        "33.15 ± 3.15",
+        "58.44 ± 2.53",
+        "32.25 ± 3.60",
+        "34.00 ± 3.95",
+        "56.56 ± 3.57",
+        "39.53 ± 3.22",
+        "41.48 ± 3.90",
+        "56.63 ± 3.22",
+        "15/50",
+        "19/50",
+        "28/50",
+        "32/50",
+        "39/50",
+        "41/50",
+        "14/50",
+        "22/50",
+    ):
         assert figure in flat
     assert {len(v) for v in [*paper.TABLE4.values(), *paper.TABLE5.values()]} == {5}
-    assert paper.TABLE4["ROCO v2.0"][:4] == (
-        "0.325 ± 0.132", "0.179 ± 0.124", "0.278 ± 0.120", "0.059 ± 0.090"
-    )  # fmt: skip
+    assert paper.TABLE4["ROCO v2.0"][:4] == ("0.325 ± 0.132", "0.179 ± 0.124", "0.278 ± 0.120", "0.059 ± 0.090")
     assert paper.TABLE5["MedPix v2.0"][4] == "33/200 (82/200)"
 
 
 def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     made = rows(6)
     folder = save(tmp_path / "a", made)
-    lines = [
-        dict(judge="v", question_id=r["question_id"], who="model", scores=[1, 1, 1, 1, None])
-        for r in made
-    ]
+    lines = [dict(judge="v", question_id=r["question_id"], who="model", scores=[1, 1, 1, 1, None]) for r in made]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     digest = judge.hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
     entry = dict(
-        protocol="binary", model="m", prompt="binary_v1.txt", prompt_text="Is it right?",
-        predictions_sha256=digest, metrics=judge.summarise(lines, made, "binary"), cost=0.5,
+        protocol="binary",
+        model="m",
+        prompt="binary_v1.txt",
+        prompt_text="Is it right?",
+        predictions_sha256=digest,
+        metrics=judge.summarise(lines, made, "binary"),
+        cost=0.5,
         tokens=dict(replies=7, unusable=1, prompt_tokens=1200, completion_tokens=30),
         agreement=dict(n=5, unjudged=1, agree=0.8, kappa=None, table=[[1, 1, 4], [0, 1, 1]]),
-    )  # fmt: skip
+    )
     entry["metrics"] = {k: v for k, v in entry["metrics"].items() if math.isfinite(v)}
     (folder / "judge.json").write_text(json.dumps({"v": entry}))
     sections_, markdown, *_ = report(tmp_path / "a")
@@ -565,17 +585,14 @@ def test_the_authors_layout_shows_their_contamination(tmp_path):
     assert signs["· always answered the same"]["found"] == "6 of 6 (100.0 %)"
     assert signs["· by a majority answer, which sees no image"]["found"] == "6 of 6 (100.0 %)"
     scored = table(made, "What an answer without the image would score")
-    assert set(scored) == {
-        "predictions as given", "without the prompt", "the prompt alone", "the question alone"
-    }  # fmt: skip
+    assert set(scored) == {"predictions as given", "without the prompt", "the prompt alone", "the question alone"}
 
 
 def test_sound_predictions_raise_no_alarm():
     clean = [
-        dict(question="What does it show?", prediction=f"tumour {i}", answer=f"tumour {i}",
-             image=str(i))
+        dict(question="What does it show?", prediction=f"tumour {i}", answer=f"tumour {i}", image=str(i))
         for i in range(8)
-    ]  # fmt: skip
+    ]
     section = contamination.section("t", clean)
     assert not [b for b in section.blocks if b.kind == "warning"]
     found = contamination.examine(clean)
@@ -590,10 +607,14 @@ def test_one_image_asked_twice_is_no_repeated_question():
 
 def test_an_echo_that_scores_as_well_is_said():
     echo = [
-        dict(question=f"Is there a large mass in lobe {i}?", image=str(i), answer=f"large mass {i}",
-             prediction=f"answer en Is there a large mass in lobe {i}?\nno")
+        dict(
+            question=f"Is there a large mass in lobe {i}?",
+            image=str(i),
+            answer=f"large mass {i}",
+            prediction=f"answer en Is there a large mass in lobe {i}?\nno",
+        )
         for i in range(6)
-    ]  # fmt: skip
+    ]
     said = [b.text for b in contamination.section("t", echo).blocks if b.kind == "warning"]
     assert any("Repeating the prompt, without image or model, scores" in text for text in said)
 
@@ -627,9 +648,7 @@ def test_foreign_files_of_every_kind_read_alike(tmp_path, kind):
     elif kind == "jsonl":
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     elif kind == "csv":
-        path.write_text(
-            'image_id,question,predicted_answer,answer\n1,"q, 1","a\n1",b\n2,q 2,,d\n', newline=""
-        )
+        path.write_text('image_id,question,predicted_answer,answer\n1,"q, 1","a\n1",b\n2,q 2,,d\n', newline="")
     else:
         book = openpyxl.Workbook()
         book.active.append(list(lines[0]))

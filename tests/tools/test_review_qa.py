@@ -27,12 +27,18 @@ HOSTILE = (
 
 
 def pair(number, image=None, **kw):
-    return dict(
-        question_id=f"q{number}", image_id=f"i{number // 2 if image is None else image}",
-        question=f"What is sign {number}?", answer=f"Answer {number}.", caption="A caption.",
-        mode=("caption_v1", "case_v1")[number % 3 == 0],
-        quality=dict(leak=0.25, caption_leak=0.5, tags=["history", "not_in_source"]),
-    ) | kw  # fmt: skip
+    return (
+        dict(
+            question_id=f"q{number}",
+            image_id=f"i{number // 2 if image is None else image}",
+            question=f"What is sign {number}?",
+            answer=f"Answer {number}.",
+            caption="A caption.",
+            mode=("caption_v1", "case_v1")[number % 3 == 0],
+            quality=dict(leak=0.25, caption_leak=0.5, tags=["history", "not_in_source"]),
+        )
+        | kw
+    )
 
 
 def save(path, made):
@@ -119,9 +125,16 @@ def test_images_of_a_folder_a_release_and_a_data_set_are_the_same(release, tmp_p
 
 
 @pytest.mark.parametrize(
-    "spec", ["{0}/nowhere", "release:slake:{0}", "release:medpix2", "release:medpix2:{0}/nowhere",
-             "tfds:medpix2/captoin", "tfds:../x"],
-)  # fmt: skip
+    "spec",
+    [
+        "{0}/nowhere",
+        "release:slake:{0}",
+        "release:medpix2",
+        "release:medpix2:{0}/nowhere",
+        "tfds:medpix2/captoin",
+        "tfds:../x",
+    ],
+)
 def test_images_that_aren_t_there_are_told(release, tmp_path, spec):
     with pytest.raises(ValueError) as e:
         pictures.open_pictures(spec.format(release), tmp_path)
@@ -154,8 +167,7 @@ def test_the_page_needs_nothing_and_holds_every_pair(release, tmp_path):
     assert not re.search(r'(?:url\(|@import|style=|\son\w+=")', text)
     assert all(text.count(f"Answer {i}.") == 1 for i in range(6)) and "leak 0.25" in text
     assert "B: MR ✓" in text and "None" in text and "not in source" in text
-    assert write_page(path, out, count=2) == (2, 7, len({r["image_id"] for r in
-                                                         rows.sample(path, 2)[0]}))  # fmt: skip
+    assert write_page(path, out, count=2) == (2, 7, len({r["image_id"] for r in rows.sample(path, 2)[0]}))
 
 
 @chromium.needed
@@ -206,12 +218,21 @@ def test_verdicts_by_mouse_and_keys_are_remembered_and_come_back(release, tmp_pa
 @chromium.needed
 def test_hostile_texts_are_inert(tmp_path):
     made = [
-        pair(1, question=HOSTILE, answer=HOSTILE, caption=HOSTILE, mode=HOSTILE, case_id=HOSTILE,
-             image_id=HOSTILE, question_id=HOSTILE, quality={HOSTILE: 0.5, "tags": [HOSTILE]}),
+        pair(
+            1,
+            question=HOSTILE,
+            answer=HOSTILE,
+            caption=HOSTILE,
+            mode=HOSTILE,
+            case_id=HOSTILE,
+            image_id=HOSTILE,
+            question_id=HOSTILE,
+            quality={HOSTILE: 0.5, "tags": [HOSTILE]},
+        ),
         pair(2, **dict.fromkeys(rows.CHOICES, HOSTILE), answer_letter="A", quality=[HOSTILE]),
         pair(3, caption=None, mode=7, quality=None, case_id={}),
         pair(4, question="half \ud800 of a character"),
-    ]  # fmt: skip
+    ]
     path = save(tmp_path / "<img src=x onerror=hit=1>&amp;.jsonl", made)
     write_page(path, tmp_path / "review.html")
     with chromium.browser(tmp_path / "c") as tab:
@@ -228,8 +249,7 @@ def test_hostile_texts_are_inert(tmp_path):
         assert title == HOSTILE.replace("\0", "")
         assert tab.problems == [] and tab.outside == []
         # Even a script that got in wouldn't run.
-        tab.js("document.body.append(Object.assign(document.createElement('script'),"
-               "{textContent: 'window.hit = 1'}))")  # fmt: skip
+        tab.js("document.body.append(Object.assign(document.createElement('script'),{textContent: 'window.hit = 1'}))")
         assert tab.js("window.hit === undefined") and "Content Security" in str(tab.problems)
 
 

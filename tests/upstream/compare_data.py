@@ -64,9 +64,11 @@ def rows_agree(theirs, ours):
 def eval_batches_agree(theirs, data, pp):
     """All batches of an evaluation: arrays, padding of the last one, and texts."""
     batches, steps = bv_input.make_for_inference(
-        theirs.get_tfdata(ordered=True), bv_builder.get_preprocess_fn(pp, log_data=False), BATCH,
+        theirs.get_tfdata(ordered=True),
+        bv_builder.get_preprocess_fn(pp, log_data=False),
+        BATCH,
         theirs.num_examples_per_process(),
-    )  # fmt: skip
+    )
     ours, questions = list(input_pipeline.evaluation(data, pp, BATCH)), 0
     assert len(ours) == steps
     for (batch, rows), their in zip(ours, batches.as_numpy_iterator()):

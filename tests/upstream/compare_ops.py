@@ -76,9 +76,7 @@ def shifts():
         np.testing.assert_array_equal(ours, theirs.numpy())
     for x in (0.8, 0.913, 1.0, 1.25):
         ours = get_preprocess_fn("contrast(0.8, 1.25)")({"image": IMAGE}, Given([x]))["image"]
-        theirs = pp_ops.shifted(
-            tf.constant(IMAGE), lambda v, x=x: pp_ops.scaled_from_mean(v, np.float32(x))
-        ).numpy()
+        theirs = pp_ops.shifted(tf.constant(IMAGE), lambda v, x=x: pp_ops.scaled_from_mean(v, np.float32(x))).numpy()
         # float32 means may differ in their last bit, and so a value that lies at a half.
         assert np.abs(ours.astype(int) - theirs).max() <= 1 and (ours != theirs).mean() < 1e-3
     print("brightness and contrast agree")
@@ -96,12 +94,13 @@ def crops():
         y, x, h, w = (
             int(v)
             for v in pp_ops.random_box(
-                height, width,
+                height,
+                width,
                 tf.constant(area / 100 * height * width, tf.float32),
                 tf.constant(np.exp(aspect), tf.float32),
                 tf.constant(place, tf.float32),
             )
-        )  # fmt: skip
+        )
         theirs = IMAGE[y : y + h, x : x + w]
         same += ours.shape == theirs.shape and bool((ours == theirs).all())
         whole += (h, w) == (height, width)
@@ -137,10 +136,15 @@ def calls():
     seen, real = [], pp_ops._their_inception_crop
     pp_ops._their_inception_crop = lambda *a, **k: seen.append((a, k)) or real(*a, **k)
     try:
-        theirs = ["inception_crop(32)", "inception_crop(32, 10, 90, 'bilinear', True)",
-                  "inception_crop(size=32, antialias=True, key='image')"]  # fmt: skip
-        ours = ["inception_crop(32, 60, 100, 0.8, 1.25, antialias=True)",
-                "inception_crop(32, aspect_min=1.0, aspect_max=1.0, inkey='image')"]  # fmt: skip
+        theirs = [
+            "inception_crop(32)",
+            "inception_crop(32, 10, 90, 'bilinear', True)",
+            "inception_crop(size=32, antialias=True, key='image')",
+        ]
+        ours = [
+            "inception_crop(32, 60, 100, 0.8, 1.25, antialias=True)",
+            "inception_crop(32, aspect_min=1.0, aspect_max=1.0, inkey='image')",
+        ]
         for pp in (*theirs, *ours):
             out = bv_builder.get_preprocess_fn(pp, log_data=False)({"image": tf.constant(IMAGE)})
             assert out["image"].shape == (32, 32, 3) and out["image"].dtype == tf.uint8

@@ -31,9 +31,13 @@ def run_python():
     def run(*argv, timeout=600, **env):
         env = {**os.environ, "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "2", **env}
         done = subprocess.run(
-            [sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True,
+            [sys.executable, *map(str, argv)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
             timeout=timeout,
-        )  # fmt: skip
+        )
         assert not done.returncode, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done.stdout
 

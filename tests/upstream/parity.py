@@ -70,9 +70,12 @@ def our_steps(c, batches, save_at=None, folder=None):
     with sharding.rules(c, mesh):
         names = optim.trained_names(c, list(experiment.abstract_params(c, model)))
         tx, learning_rate = optim.make(
-            c, names, total_steps=c.total_steps, num_examples=replay.EXAMPLES,
+            c,
+            names,
+            total_steps=c.total_steps,
+            num_examples=replay.EXAMPLES,
             batch_size=c.input.batch_size,
-        )  # fmt: skip
+        )
         params, _ = experiment.initial_params(c, model, mesh)
         trained = {n: params.pop(n) for n in names}
         opt_state = jax.jit(tx.init)(trained)

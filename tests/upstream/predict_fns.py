@@ -20,14 +20,10 @@ NEW = 6
 def main():
     devices = np.array(jax.devices())
     rules = [("llm/.*attn.*", dict(rank=2))]
-    model = paligemma.Model(
-        img=dict(variant="mu/16"), llm=dict(variant="gemma_mu", vocab_size=300), lora=rules
-    )
+    model = paligemma.Model(img=dict(variant="mu/16"), llm=dict(variant="gemma_mu", vocab_size=300), lora=rules)
     params = paligemma.init_params(model, jax.random.key(0), image_size=32)
     # Away from the start, where adapters do nothing.
-    params = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     rng = np.random.default_rng(0)
     lengths = np.array([3, 10, 5, 1])
     batch = dict(
@@ -47,9 +43,7 @@ def main():
     np.testing.assert_allclose(logp[valid], ours_logp[valid, 0], atol=1e-5)
 
     # Of several samples the most probable: never less so than one alone would be by chance.
-    best, _ = fns["decode_with_logp"](
-        state, batch, best_of_n=3, sampler="nucleus(0.9)", eos_look_behind=1, **kw
-    )
+    best, _ = fns["decode_with_logp"](state, batch, best_of_n=3, sampler="nucleus(0.9)", eos_look_behind=1, **kw)
     beams = fns["beam_decode"](state, batch, beam_size=3, **kw)
     assert best.shape == beams.shape == (4, NEW)
 

@@ -29,9 +29,17 @@ CONFIGS = [
 ]
 # A value for each key that isn't idle, so that the table is true of what `translate` does.
 BUSY = dict(
-    grad_accum_steps=2, supervised_len=3, loss_chunk=4, keep_ckpt=5, tensorboard=True, wandb=True,
-    peak_tflops=10.0, loss_norm="token", skip_nonfinite=3, keep_best=dict(metric="val/acc"),
-)  # fmt: skip
+    grad_accum_steps=2,
+    supervised_len=3,
+    loss_chunk=4,
+    keep_ckpt=5,
+    tensorboard=True,
+    wandb=True,
+    peak_tflops=10.0,
+    loss_norm="token",
+    skip_nonfinite=3,
+    keep_best=dict(metric="val/acc"),
+)
 
 
 def get_config(spec):
@@ -59,9 +67,7 @@ def test_each_key_does_what_the_table_says(name):
         if name in BUSY:
             config[name] = BUSY[name]
     if key.what == "refused":
-        with pytest.raises(
-            ValueError, match=f"config.{name} is .* big_vision's trainer {key.why[:9]}"
-        ):
+        with pytest.raises(ValueError, match=f"config.{name} is .* big_vision's trainer {key.why[:9]}"):
             translate(config)
         return
     out = translate(config, note=notes.append)
@@ -76,10 +82,17 @@ def test_each_key_does_what_the_table_says(name):
 def test_idle_values_are_silent():
     notes = []
     translate(
-        tiny.config(grad_accum_steps=1, loss_norm="example", skip_nonfinite=0, keep_best=None,
-                    tensorboard=False, wandb=False, keep_ckpt=2),
+        tiny.config(
+            grad_accum_steps=1,
+            loss_norm="example",
+            skip_nonfinite=0,
+            keep_best=None,
+            tensorboard=False,
+            wandb=False,
+            keep_ckpt=2,
+        ),
         note=notes.append,
-    )  # fmt: skip
+    )
     assert notes == []
 
 
@@ -101,9 +114,7 @@ def test_config_files_are_translated_unchanged(spec):
     json.loads(out.to_json())  # as its trainer writes it
     model = upstream_model.Model(**ml_collections.FrozenConfigDict(out.model))
     assert hash(model) == hash(
-        paligemma.Model(
-            dtype=config.get("dtype", "float32"), lora=config.get("lora"), **config.model
-        )
+        paligemma.Model(dtype=config.get("dtype", "float32"), lora=config.get("lora"), **config.model)
     )
     assert not set(out) - ITS_KEYS - {n for n, k in KEYS.items() if k.what == "kept"}
 
@@ -159,9 +170,11 @@ def test_weights_and_what_is_frozen_go_to_load():
     out = quiet(config)
     assert out.model_init == "out/x"
     assert dict(out.model_load) == dict(
-        resample_posemb=False, adapter_init="", frozen_dtype="float32",
+        resample_posemb=False,
+        adapter_init="",
+        frozen_dtype="float32",
         trained=[(".*/lora_[ab]", True), (".*", False)],
-    )  # fmt: skip
+    )
     config.frozen_dtype, config.resample_posemb = "bfloat16", True
     assert quiet(config).model_load.frozen_dtype == "bfloat16"
     assert quiet(config).model_load.resample_posemb

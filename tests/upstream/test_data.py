@@ -28,12 +28,20 @@ def test_rows_and_batches(run_python, tiny_data, tmp_path):
 def test_all_of_slake(run_python, real_data, tmp_path):
     for file_format in ("tfrecord", "array_record"):
         build(
-            "slake", config="en", manual_dir=real_data / "slake",
-            data_dir=tmp_path / file_format, file_format=file_format,
-        )  # fmt: skip
+            "slake",
+            config="en",
+            manual_dir=real_data / "slake",
+            data_dir=tmp_path / file_format,
+            file_format=file_format,
+        )
     found = _compare(
-        run_python, tmp_path / "tfrecord", tmp_path / "array_record", "slake/en",
-        "train", "test", "validate",
-    )  # fmt: skip
+        run_python,
+        tmp_path / "tfrecord",
+        tmp_path / "array_record",
+        "slake/en",
+        "train",
+        "test",
+        "validate",
+    )
     assert found["rows"] == dict(train=4918, test=1061, validate=1053)
     assert found["eval"] == 1053

@@ -21,10 +21,8 @@ def runs(tmp_path_factory, run_python):
         build.build("phantom", data_dir=folder / name, num_images=(12, 6, 2), file_format=form)
     there, here = folder / "there", folder / "here"
     config = "--config=tests/upstream/evals_config.py:data_dir="
-    run_python("-m", "paligemma_med.upstream.train", f"{config}{folder / 'tf'}",
-               f"--workdir={there}")  # fmt: skip
-    run_python("-m", "paligemma_med.evaluate", f"{config}{folder / 'np'}",
-               f"--checkpoint={there}", f"--out={here}")  # fmt: skip
+    run_python("-m", "paligemma_med.upstream.train", f"{config}{folder / 'tf'}", f"--workdir={there}")
+    run_python("-m", "paligemma_med.evaluate", f"{config}{folder / 'np'}", f"--checkpoint={there}", f"--out={here}")
     return there, here
 
 
@@ -74,9 +72,7 @@ def test_its_own_evaluator_agrees_where_the_definitions_do(runs):
     logged = {k: v for line in logged for k, v in line.items()}
     assert logged["own/acc"] == pytest.approx(right / len(rows))
     assert logged["own/num"] == metrics["n"]
-    assert metrics["model/overall/acc_strict"] == pytest.approx(
-        logged["own/acc"], abs=2 / len(rows)
-    )
+    assert metrics["model/overall/acc_strict"] == pytest.approx(logged["own/acc"], abs=2 / len(rows))
     assert logged["phantom_validate/model/overall/acc"] == metrics["model/overall/acc"]
 
 

@@ -9,9 +9,7 @@ from tests.pp import gemma_model
 from tests.upstream.pp_strings import RANDOM, config_strings
 
 # What our configs use: ops that big_vision has, and those of upstream.pp_ops.
-THEIRS = {
-    "decode", "resize", "value_range", "strfmt", "copy", "tok", "masked_concat", "tolen", "keep"
-}  # fmt: skip
+THEIRS = {"decode", "resize", "value_range", "strfmt", "copy", "tok", "masked_concat", "tolen", "keep"}
 ADDED = {"inception_crop", "brightness", "contrast"}
 
 
@@ -55,9 +53,13 @@ def test_all_configs_on_slake(run_python, real_data, tmp_path):
 
     build("slake", config="all", manual_dir=real_data / "slake", data_dir=tmp_path)
     found = _compare(
-        run_python, tmp_path, "slake/all", "test", "41",
+        run_python,
+        tmp_path,
+        "slake/all",
+        "test",
+        "41",
         PALIGEMMA_TOKENIZER=str(real_data / "gemma_tokenizer.json.gz"),
-    )  # fmt: skip
+    )
     assert len(found) > 40 and min(v["rows"] for v in found.values()) > 50
     assert {op for v in found.values() for op in v["ops"]} == THEIRS
     assert 0 < max(v["grey"] for v in found.values()) <= 2

@@ -93,9 +93,7 @@ def test_what_its_trainer_is_given(tfrecord_data, tmp_path, monkeypatch):
         calls.append(("main", mesh.shape["data"], rules, os.environ.get("BV_JAX_INIT")))
 
     writer = type("Writer", (), {"step_end": lambda self: None})
-    trainer = types.SimpleNamespace(
-        main=main, u=types.SimpleNamespace(BigVisionMetricWriter=writer)
-    )
+    trainer = types.SimpleNamespace(main=main, u=types.SimpleNamespace(BigVisionMetricWriter=writer))
     monkeypatch.setenv("BV_JAX_INIT", "1")
     monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("met"))
     monkeypatch.setattr(train.flags, "FLAGS", given)
@@ -124,9 +122,7 @@ def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data
     out = tmp_path / "run"
     path = write_config(tmp_path, tfrecord_data, evals={}, total_steps=4000, ckpt_steps=20)
     env = dict(os.environ, XLA_FLAGS="", TF_CPP_MIN_LOG_LEVEL="2")
-    with subprocess.Popen(
-        [sys.executable, *program(path, out)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL
-    ) as run:
+    with subprocess.Popen([sys.executable, *program(path, out)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as run:
         end = time.monotonic() + 300
         while not (out / "checkpoint.bv-LAST").exists() or newest(out) == "000000001-tmp":
             assert run.poll() is None and time.monotonic() < end
@@ -152,13 +148,20 @@ def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
     tiny.write_workdir(tmp_path / "base", tiny.config())
     base = npz.flatten_tree(checkpoints.load_params(tmp_path / "base"))
     path = write_config(
-        tmp_path, tfrecord_data, total_steps=3, model_init=str(tmp_path / "base"),
+        tmp_path,
+        tfrecord_data,
+        total_steps=3,
+        model_init=str(tmp_path / "base"),
         lora=[("llm/layers/attn/.*|img/head/kernel", dict(rank=2, alpha=4.0, dropout=0.1))],
-        schedule=[(".*/lora_[ab]", dict(decay_type="constant")), (".*", None)], lr=0.1,
-        frozen_dtype="bfloat16", grad_accum_steps=2, evals={},
-        sharding_strategy=[(".*", 'fsdp(axis="data")')], mesh=[("data", -1)],
+        schedule=[(".*/lora_[ab]", dict(decay_type="constant")), (".*", None)],
+        lr=0.1,
+        frozen_dtype="bfloat16",
+        grad_accum_steps=2,
+        evals={},
+        sharding_strategy=[(".*", 'fsdp(axis="data")')],
+        mesh=[("data", -1)],
         sharding_rules=[("act_vocab", "data"), ("act_batch", "data")],
-    )  # fmt: skip
+    )
     # Four devices, of which each has a part of what is cut.
     flags = "--xla_force_host_platform_device_count=4"
     run_python(*program(path, tmp_path / "run"), XLA_FLAGS=flags)

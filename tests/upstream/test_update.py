@@ -100,9 +100,7 @@ def test_a_run_begun_here_goes_on_there(pairs, stage, tmp_path):
     pair, folder = pairs(stage), tmp_path / "bv"
     convert_checkpoint.convert(str(pair.run), str(folder), "big_vision")
     exported, own = bv.open_state(folder), bv.open_state(pair.workdir)
-    assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {
-        k: (v.shape, v.dtype) for k, v in own.items()
-    }
+    assert {k: (v.shape, v.dtype) for k, v in exported.items()} == {k: (v.shape, v.dtype) for k, v in own.items()}
     rest = {k: v[STOPPED:] for k, v in pair.batches.items()}
     resumed = pair.their_steps(rest, folder)
     assert_same_steps(resumed, pair.ours, range(STOPPED + 1, STEPS + 1))
@@ -117,8 +115,7 @@ def test_losses_on_slake(replay, real_data, tmp_path, stage):
     build.build("slake", config="en", manual_dir=real_data / "slake", data_dir=data)
     batches = functools.partial(parity.slake_batches, data_dir=data)
     pair = Pair(stage, tmp_path, replay, parity.tiny_base, batches, small=False)
-    losses = {i: (pair.theirs[i]["training_loss"], pair.ours[i]["training_loss"])
-              for i in range(1, STEPS + 1)}  # fmt: skip
+    losses = {i: (pair.theirs[i]["training_loss"], pair.ours[i]["training_loss"]) for i in range(1, STEPS + 1)}
     print(*(f"{i} {a:.7f} {b:.7f}" for i, (a, b) in losses.items()), sep="\n")
     assert max(abs(a - b) for a, b in losses.values()) < 1e-4
     assert not any(row["lost"] for row in pair.ours.values())

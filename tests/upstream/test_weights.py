@@ -53,9 +53,7 @@ def test_the_optimizer_has_the_names_of_big_vision(tmp_path):
     # for each schedule that trains. Everything but the clip's neighbour has no state.
     adam = opt_state[1]
     assert step == 7 and int(flat["opt/1/0/0"]) == 7
-    assert {k for k in flat if k.startswith("opt/") and k.count("/") == 3} == {
-        "opt/1/0/0", "opt/7/0/0", "opt/8/0/0"
-    }  # fmt: skip
+    assert {k for k in flat if k.startswith("opt/") and k.count("/") == 3} == {"opt/1/0/0", "opt/7/0/0", "opt/8/0/0"}
     for name in trained:
         assert flat[f"opt/1/0/1/{name}"].tobytes() == np.asarray(adam.mu[name]).tobytes()
         assert flat[f"opt/1/0/2/{name}"].tobytes() == np.asarray(adam.nu[name]).tobytes()
@@ -63,9 +61,11 @@ def test_the_optimizer_has_the_names_of_big_vision(tmp_path):
     frozen = "img/pos_embedding"
     assert f"params/{frozen}" in flat and f"opt/1/0/1/{frozen}" not in flat
     assert {k: v.dtype for k, v in found["chrono"].items()} == {
-        "accum_examples_seen": np.int32, "accum_program_time": np.float32,
-        "accum_train_time": np.float32, "accum_pause_time": np.float32,
-    }  # fmt: skip
+        "accum_examples_seen": np.int32,
+        "accum_program_time": np.float32,
+        "accum_train_time": np.float32,
+        "accum_pause_time": np.float32,
+    }
     assert found["chrono"]["accum_examples_seen"] == 7 * 8
 
 

@@ -33,11 +33,21 @@ _OURS = dict(scan=None, attn_impl=None)
 PARTS = {
     "train_step": (
         "train_speed",
-        dict(_MODEL, **_OURS, what="lora", batch_size=None, peer_batch_size=None, rounds=7, steps=2,
-             remat_policy=None, frozen_dtype=None),
+        dict(
+            _MODEL,
+            **_OURS,
+            what="lora",
+            batch_size=None,
+            peer_batch_size=None,
+            rounds=7,
+            steps=2,
+            remat_policy=None,
+            frozen_dtype=None,
+        ),
     ),
     "decode": (
-        "decode_speed", dict(_MODEL, **_OURS, batch_size=None, rounds=5, samples=5, tokens=8),
+        "decode_speed",
+        dict(_MODEL, **_OURS, batch_size=None, rounds=5, samples=5, tokens=8),
     ),
     "saliency": ("saliency_speed", dict(_MODEL, rounds=5, steps=1)),
     "load": (
@@ -46,13 +56,33 @@ PARTS = {
     ),
     "input": (
         "input_speed",
-        dict(size="3b-448", data="slake/en", split="train", data_dir=None, manual_dir=None,
-             res=None, batch_size=32, rounds=5, batches=6, peer="hf", cores=1),
+        dict(
+            size="3b-448",
+            data="slake/en",
+            split="train",
+            data_dir=None,
+            manual_dir=None,
+            res=None,
+            batch_size=32,
+            rounds=5,
+            batches=6,
+            peer="hf",
+            cores=1,
+        ),
     ),
     "profile": (
         "profile_step",
-        dict(size="bench-s", what="lora", dtype=None, batch_size=None, remat_policy=None, scan=None,
-             attn_impl=None, top=25, weights=None),
+        dict(
+            size="bench-s",
+            what="lora",
+            dtype=None,
+            batch_size=None,
+            remat_policy=None,
+            scan=None,
+            attn_impl=None,
+            top=25,
+            weights=None,
+        ),
     ),
     "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
     "saliency_memory": (
@@ -61,37 +91,49 @@ PARTS = {
     ),
     "synthesis": (
         "synthesis_speed",
-        dict(model=None, input=None, rows=16, tokens=96, rounds=3, batch_size=16, dtype="bfloat16",
-             cores=2),
+        dict(model=None, input=None, rows=16, tokens=96, rounds=3, batch_size=16, dtype="bfloat16", cores=2),
     ),
-}  # fmt: skip
+}
 _TYPES = {
     "DEFINE_integer": dict(
         batch_size="Examples in a batch, or questions; by default the size's own.",
         peer_batch_size="Where it isn't --batch_size.",
-        rounds="Turns of each.", steps="Steps in a turn.", batches="Batches in a turn.",
-        samples="Answers to each question.", tokens="Of an answer.", res="Pixels.",
-        text_len="Of prompt and answer.", rows="Captions.",
-        cores="CPU cores that all sides are bound to.", top="Longest operations to list.",
+        rounds="Turns of each.",
+        steps="Steps in a turn.",
+        batches="Batches in a turn.",
+        samples="Answers to each question.",
+        tokens="Of an answer.",
+        res="Pixels.",
+        text_len="Of prompt and answer.",
+        rows="Captions.",
+        cores="CPU cores that all sides are bound to.",
+        top="Longest operations to list.",
     ),
     "DEFINE_string": dict(
         size="Of the model, as tools/bench/sizes.py names them.",
-        what="Is trained: lora, stage1 or full.", dtype="Of the weights.",
-        remat_policy="Ours, in both towers.", attn_impl="Ours, in both towers: xla or cudnn.",
+        what="Is trained: lora, stage1 or full.",
+        dtype="Of the weights.",
+        remat_policy="Ours, in both towers.",
+        attn_impl="Ours, in both towers: xla or cudnn.",
         frozen_dtype="Ours, of frozen weights: int8 or nf4, in place of --dtype.",
         weights="Folder that drawn weights are kept in, for other runs to find.",
-        data="Data set, built with data_prep.build.", split="Of it.",
-        data_dir="Where it is built.", manual_dir="The released folder, which the peer reads.",
-        img="Variant of the image tower.", llm="Variant of the language model.",
-        model="Folder, .gguf file or name.", input="Source of captions.",
+        data="Data set, built with data_prep.build.",
+        split="Of it.",
+        data_dir="Where it is built.",
+        manual_dir="The released folder, which the peer reads.",
+        img="Variant of the image tower.",
+        llm="Variant of the language model.",
+        model="Folder, .gguf file or name.",
+        input="Source of captions.",
         out="Folder for the figures of each row.",
     ),
     "DEFINE_bool": dict(
-        scan="Ours loops over layers, or unrolls them.", retry="Rows that failed before, too.",
+        scan="Ours loops over layers, or unrolls them.",
+        retry="Rows that failed before, too.",
     ),
     "DEFINE_float": dict(minutes="No row is begun that wouldn't end within them."),
     "DEFINE_list": dict(only="Names of rows; by default all."),
-}  # fmt: skip
+}
 
 
 def define_flags():

@@ -25,17 +25,19 @@ def build(settings):
     def call(**drawing):
         with torch.inference_mode():
             out = model.generate(
-                **inputs, max_new_tokens=settings["tokens"], eos_token_id=None, pad_token_id=0,
+                **inputs,
+                max_new_tokens=settings["tokens"],
+                eos_token_id=None,
+                pad_token_id=0,
                 **drawing,
-            )  # fmt: skip
+            )
         return out[:, width:]
 
     def step():
         nonlocal calls
         calls += 1
         torch.manual_seed(calls)
-        return call(do_sample=True, num_return_sequences=settings["samples"], temperature=1.0,
-                    top_k=0, top_p=1.0)  # fmt: skip
+        return call(do_sample=True, num_return_sequences=settings["samples"], temperature=1.0, top_k=0, top_p=1.0)
 
     side = peers_hf.TorchSide(step, settings["dtype"], {})
     side.value = lambda found: float(found.cpu().numpy().size)

@@ -21,9 +21,7 @@ def build(settings):
     calls = 0
 
     def call(**drawing):
-        return decode.generate(
-            model, params, batch, max_new_tokens=tokens, eos_token=NO_TOKEN, **drawing
-        )[0]
+        return decode.generate(model, params, batch, max_new_tokens=tokens, eos_token=NO_TOKEN, **drawing)[0]
 
     def step():
         nonlocal calls

@@ -25,9 +25,7 @@ import numpy as np
 from tools.bench import sizes, turns
 
 
-def run(
-    *, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_impl, cores, weights=None
-):  # fmt: skip
+def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_impl, cores, weights=None):
     """Measures both.
 
     Args:
@@ -46,8 +44,7 @@ def run(
       ValueError: an unknown name, sides on different devices, or other greedy answers.
     """
     sizes.check(size, "lora", dtype)
-    turns.check(peer, ("hf", "none"), rounds=rounds, samples=samples, tokens=tokens,
-                batch_size=batch_size)  # fmt: skip
+    turns.check(peer, ("hf", "none"), rounds=rounds, samples=samples, tokens=tokens, batch_size=batch_size)
     settings = turns.model_settings(size, dtype, cores, scan=scan, attn_impl=attn_impl)
     settings |= dict(work="decode", samples=samples, tokens=tokens)
     rows = batch_size or sizes.SIZES[size].batch_size
@@ -56,22 +53,30 @@ def run(
     load_before = os.getloadavg()[0]
     with turns.weights(size, settings["dtype"], weights) as folder:
         with turns.sides(dict.fromkeys(names, rows), {**settings, "weights": folder}) as sides:
-            same = check_answers({n: s.ask(do="result")["result"] for n, s in sides.items()},
-                                 settings["dtype"])  # fmt: skip
+            same = check_answers({n: s.ask(do="result")["result"] for n, s in sides.items()}, settings["dtype"])
             for name, side in sides.items():
                 drawn = side.ask(do="steps", n=1)["values"][0]
                 if drawn != rows * samples * tokens:
-                    raise ValueError(f"{name} drew {drawn:.0f} tokens; expected {rows} questions × "
-                                     f"{samples} answers × {tokens}.")  # fmt: skip
+                    raise ValueError(
+                        f"{name} drew {drawn:.0f} tokens; expected {rows} questions × {samples} answers × {tokens}."
+                    )
             found = turns.take(sides, dict.fromkeys(names, rows * samples), rounds, 1)
             about = [s.about for s in sides.values()]
     out = {
-        "size": size, "dtype": settings["dtype"], "batch_size": rows, "samples": samples,
-        "tokens": tokens, "cores": settings["cores"], "parameters": about[0]["parameters"],
-        "rounds": rounds, "ours": {k: settings[k] for k in ("scan", "attn_impl")},
-        "same_greedy_tokens": same, "units": "answers", **found,
+        "size": size,
+        "dtype": settings["dtype"],
+        "batch_size": rows,
+        "samples": samples,
+        "tokens": tokens,
+        "cores": settings["cores"],
+        "parameters": about[0]["parameters"],
+        "rounds": rounds,
+        "ours": {k: settings[k] for k in ("scan", "attn_impl")},
+        "same_greedy_tokens": same,
+        "units": "answers",
+        **found,
         **turns.surroundings(about, load_before),
-    }  # fmt: skip
+    }
     work = f"{rows} × {samples} answers of {tokens}, {size}, {settings['dtype']}"
     return {**out, "row": turns.row(work, out, peer)}
 
@@ -83,12 +88,8 @@ def check_answers(greedy, dtype):
     same = {}
     for name, found in greedy.items():
         if np.shape(found) != ours.shape:
-            raise ValueError(
-                f"greedy answers of {name} have shape {np.shape(found)}, ours {ours.shape}."
-            )
+            raise ValueError(f"greedy answers of {name} have shape {np.shape(found)}, ours {ours.shape}.")
         same[name] = round(float(np.mean(np.asarray(found) == ours)), 4)
         if dtype == "float32" and not np.array_equal(found, ours):
-            raise ValueError(
-                f"greedy answers of {name} differ from ours: {same[name]:.1%} are the same."
-            )
+            raise ValueError(f"greedy answers of {name} differ from ours: {same[name]:.1%} are the same.")
     return same

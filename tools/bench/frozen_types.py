@@ -42,9 +42,7 @@ def ask(folder, dtype, out, batches):
         return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
 
     section = next(iter(config.evals.values()))
-    inputs = input_pipeline.evaluation(
-        section.data.to_dict(), section.pp_fn, section.batch_size, mesh=mesh
-    )
+    inputs = input_pipeline.evaluation(section.data.to_dict(), section.pp_fn, section.batch_size, mesh=mesh)
     found = []
     for _, batch in zip(range(batches), inputs):
         batch = batch[0] if isinstance(batch, tuple) else batch
@@ -77,9 +75,11 @@ def make_step(dtype, size, rows):
     rng = np.random.default_rng(0)
     host = {n: 0.02 * rng.standard_normal(x.shape, np.float32) for n, x in abstract.items()}
     frozen = experiment.place_params(
-        host, experiment.param_dtypes(config, abstract, names), where,
+        host,
+        experiment.param_dtypes(config, abstract, names),
+        where,
         experiment.param_kinds(config, abstract, names),
-    )  # fmt: skip
+    )
     trained = {n: frozen.pop(n) for n in names}
     opt_shardings = train_step.opt_shardings(tx, trained, mesh)
     opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(trained)
@@ -99,8 +99,15 @@ def main(argv):
     del argv
     v = flags.FLAGS
     if v.workdir:
-        head = ("frozen", "largest error of a logit", "mean", "mean KL", "worst KL",
-                "same most probable token", "exact match")  # fmt: skip
+        head = (
+            "frozen",
+            "largest error of a logit",
+            "mean",
+            "mean KL",
+            "worst KL",
+            "same most probable token",
+            "exact match",
+        )
         print(f"| {' | '.join(head)} |\n| --- |{' ---: |' * 6}")
         exact = None
         for dtype in TYPES:
@@ -108,8 +115,11 @@ def main(argv):
             exact = logits if exact is None else exact
             c = compare(logits, exact)
             match = ", ".join(f"{100 * m['model/overall/acc']:.2f}" for m in found.values())
-            print(f"| {dtype} | {c['max']:.3f} | {c['mean']:.4f} | {c['kl']:.1e} | "
-                  f"{c['worst_kl']:.1e} | {c['same_top']:.3f} | {match} |", flush=True)  # fmt: skip
+            print(
+                f"| {dtype} | {c['max']:.3f} | {c['mean']:.4f} | {c['kl']:.1e} | "
+                f"{c['worst_kl']:.1e} | {c['same_top']:.3f} | {match} |",
+                flush=True,
+            )
         return
     size = sizes.SIZES[v.size]
     steps = {dtype: make_step(dtype, size, size.batch_size) for dtype in TYPES}

@@ -59,10 +59,13 @@ def _best_of_each(found):
     if ours is None or theirs is None:
         return None
     return dict(
-        _STEP, peer="hf", batch_size=ours["batch_size"]["ours"],
+        _STEP,
+        peer="hf",
+        batch_size=ours["batch_size"]["ours"],
         peer_batch_size=theirs["batch_size"]["hf"],
-        remat_policy=ours["ours"]["remat_policy"], attn_impl=ours["ours"]["attn_impl"],
-    )  # fmt: skip
+        remat_policy=ours["ours"]["remat_policy"],
+        attn_impl=ours["ours"]["attn_impl"],
+    )
 
 
 def _ours(batch_size, remat_policy="nothing_saveable", attn_impl="xla"):
@@ -171,16 +174,14 @@ def read(out, size):
                 found[name] = json.load(f)
             if found[name].get("size") != size:
                 raise ValueError(
-                    f"{path} is of size {found[name].get('size')!r}; expected {size!r}: "
-                    "give another --out."
+                    f"{path} is of size {found[name].get('size')!r}; expected {size!r}: give another --out."
                 )
     return found
 
 
 def table(found):
     """A Markdown table of the rows that have figures; a part's `row` is its line."""
-    head = ["row", "work", "seconds: ours, theirs", "ratio", "memory, GB", "TFLOP/s", "of peak",
-            "device"]  # fmt: skip
+    head = ["row", "work", "seconds: ours, theirs", "ratio", "memory, GB", "TFLOP/s", "of peak", "device"]
     lines = [turns.line(*head), turns.line(*["---"] * len(head))]
     for name, figures in found.items():
         if "row" in figures:
@@ -204,17 +205,22 @@ def _run_one(out, name, part, flags, seconds):
     with open(log, "w", encoding="utf-8") as f:
         # A group of its own: its sides end with it.
         process = subprocess.Popen(
-            [*command, *kept], stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env,
+            [*command, *kept],
+            stdout=f,
+            stderr=f,
+            stdin=subprocess.DEVNULL,
+            env=env,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
             _end(process)
-    about = dict(command=" ".join(["python", *command[1:]]), size=flags["size"],
-                 took_seconds=round(time.monotonic() - start, 1))  # fmt: skip
+    about = dict(
+        command=" ".join(["python", *command[1:]]), size=flags["size"], took_seconds=round(time.monotonic() - start, 1)
+    )
     if process.returncode:
         with open(log, encoding="utf-8") as f:
             said = [x for x in f.read().splitlines() if x.strip()]

@@ -24,9 +24,20 @@ _AHEAD = 8
 
 
 def run(
-    *, size, data, split, data_dir, manual_dir, res, batch_size, rounds, batches, peer, cores,
+    *,
+    size,
+    data,
+    split,
+    data_dir,
+    manual_dir,
+    res,
+    batch_size,
+    rounds,
+    batches,
+    peer,
+    cores,
     text_len=64,
-):  # fmt: skip
+):
     """Measures both.
 
     Args:
@@ -65,13 +76,15 @@ def run(
             seconds[name].append(time.perf_counter() - start)
     count = batches * batch_size
     out = {
-        "data": data, "res": res, "batch_size": batch_size, "cores": cores, "rounds": rounds,
-        "examples_per_second_per_core": {
-            n: round(count / statistics.median(s) / cores, 1) for n, s in seconds.items()
-        },
+        "data": data,
+        "res": res,
+        "batch_size": batch_size,
+        "cores": cores,
+        "rounds": rounds,
+        "examples_per_second_per_core": {n: round(count / statistics.median(s) / cores, 1) for n, s in seconds.items()},
         "seconds_a_round": {n: [round(x, 3) for x in s] for n, s in seconds.items()},
         **turns.surroundings([dict(device="cpu", jax=jax.__version__)], load_before),
-    }  # fmt: skip
+    }
     if peer != "none":
         out["ratio"] = statistics.median(seconds["hf"]) / statistics.median(seconds["ours"])
     speeds = ", ".join(f"{x:.1f}" for x in out["examples_per_second_per_core"].values())
@@ -131,10 +144,14 @@ def _torch(manual_dir, language, split, res, batch_size, cores):
         )
 
     loader = torch.utils.data.DataLoader(
-        Rows(), batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate,
+        Rows(),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collate,
         num_workers=0 if cores == 1 else cores,
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     batches = iter(loader)
 
     def take(n):

@@ -20,9 +20,19 @@ from tools.bench import sizes, train_speed, turns, workers
 
 
 def run(
-    *, size, peer, what, dtype, batch_size, rounds, remat_policy, scan, attn_impl, cores,
+    *,
+    size,
+    peer,
+    what,
+    dtype,
+    batch_size,
+    rounds,
+    remat_policy,
+    scan,
+    attn_impl,
+    cores,
     weights=None,
-):  # fmt: skip
+):
     """Measures both.
 
     Args:
@@ -73,15 +83,18 @@ def run(
                 found[name].append(turn)
                 abouts.append(about)
     train_speed.check_losses({k: [x] for k, x in losses.items()}, dtype, "warm")
-    medians = {
-        name: {k: workers.median(t[k] for t in x) for k in x[0]} for name, x in found.items()
-    }
+    medians = {name: {k: workers.median(t[k] for t in x) for k in x[0]} for name, x in found.items()}
     out = {
-        "size": size, "what": what, "dtype": dtype, "batch_size": rows, "rounds": rounds,
+        "size": size,
+        "what": what,
+        "dtype": dtype,
+        "batch_size": rows,
+        "rounds": rounds,
         "seconds_until": medians,
         "seconds": {n: [round(t["first_step"], 2) for t in x] for n, x in found.items()},
-        "cores": settings["cores"], **turns.surroundings(abouts, load_before),
-    }  # fmt: skip
+        "cores": settings["cores"],
+        **turns.surroundings(abouts, load_before),
+    }
     if peer != "none":
         out["ratio"] = medians[peer]["first_step"] / medians["warm"]["first_step"]
     return {**out, "row": _row(out)}
@@ -91,6 +104,8 @@ def _row(out):
     """| work | seconds: cold, warm, the peer's | ratio | device |"""
     seconds = [f"{x['first_step']:.1f}" for x in out["seconds_until"].values()]
     return turns.line(
-        f"load, {out['what']}, {out['size']}, {out['dtype']}", ", ".join(seconds),
-        f"{out['ratio']:.2f}" if "ratio" in out else "", turns.where(out),
-    )  # fmt: skip
+        f"load, {out['what']}, {out['size']}, {out['dtype']}",
+        ", ".join(seconds),
+        f"{out['ratio']:.2f}" if "ratio" in out else "",
+        turns.where(out),
+    )

@@ -42,9 +42,7 @@ def load_big_vision():
     """
     folder = os.environ.get("BIG_VISION_DIR", "")
     if not os.path.isfile(os.path.join(folder, *_MODEL.split(".")) + ".py"):
-        raise ValueError(
-            f"$BIG_VISION_DIR is {folder!r}; expected a checkout of google-research/big_vision."
-        )
+        raise ValueError(f"$BIG_VISION_DIR is {folder!r}; expected a checkout of google-research/big_vision.")
     sys.path.insert(0, os.path.abspath(folder))
     empty = {n: types.ModuleType(n) for n in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile")}
     empty["tensorflow.io"].gfile = empty["tensorflow.io.gfile"]
@@ -106,17 +104,13 @@ def _its_name(name):
 def build(settings):
     """See `workers`. settings: size, dtype, what, weights (a folder), rows."""
     if settings["dtype"] != "float32":
-        raise ValueError(
-            f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}."
-        )
+        raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}.")
     paligemma, its_gemma, bv_optax = load_big_vision()
     size, what = sizes.SIZES[settings["size"]], settings["what"]
     model = make_model(paligemma, its_gemma, size)
     _, host = peers_ours.read_weights(settings)
     names = list(host)
-    params = npz.unflatten_tree(
-        {_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names}
-    )
+    params = npz.unflatten_tree({_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names})
     regex = sizes.TRAINED[what].replace("/lora_", "[/_]lora_")
     config = ml_collections.ConfigDict(
         dict(
@@ -125,18 +119,20 @@ def build(settings):
             + ([] if what == "full" else [(".*", None)]),
         )
     )
-    tx, _ = bv_optax.make(
-        config, params, sched_kw=dict(total_steps=10**6, batch_size=1, data_size=10**6)
-    )
+    tx, _ = bv_optax.make(config, params, sched_kw=dict(total_steps=10**6, batch_size=1, data_size=10**6))
     state = dict(params=params, opt=jax.jit(tx.init)(params))
     batch = jax.device_put(sizes.draw_batch(size, settings["rows"]))
 
     def loss_fn(params, batch):
         with nn.intercept_methods(_adapt) if what == "lora" else contextlib.nullcontext():
             logits, _ = model.apply(
-                {"params": params}, batch["image"], batch["text"][:, :-1],
-                batch["mask_ar"][:, :-1], train=True, rngs={"dropout": jax.random.key(0)},
-            )  # fmt: skip
+                {"params": params},
+                batch["image"],
+                batch["text"][:, :-1],
+                batch["mask_ar"][:, :-1],
+                train=True,
+                rngs={"dropout": jax.random.key(0)},
+            )
         targets = jax.nn.one_hot(batch["text"][:, 1:], logits.shape[-1])
         mask = batch["mask_loss"][:, 1:]
         found = jnp.sum(jax.nn.log_softmax(logits) * targets, axis=-1) * mask

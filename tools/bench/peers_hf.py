@@ -54,9 +54,11 @@ def load(settings, attn_implementation="sdpa"):
     if settings.get("cores"):
         torch.set_num_threads(settings["cores"])
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
-        f"{settings['weights']}/base", dtype=getattr(torch, settings["dtype"]),
-        attn_implementation=attn_implementation, device_map=_device(),
-    )  # fmt: skip
+        f"{settings['weights']}/base",
+        dtype=getattr(torch, settings["dtype"]),
+        attn_implementation=attn_implementation,
+        device_map=_device(),
+    )
     vocab = size.llm["vocab_size"]
     # The image's token is one of the rows that go; one beyond `vocab_size` is no row to look up.
     model.resize_token_embeddings(vocab)
@@ -85,9 +87,7 @@ def build(settings):
     what, model = settings["what"], load(settings)
     inputs = arrange(model, sizes.draw_batch(sizes.SIZES[settings["size"]], settings["rows"]))
     if what == "lora":
-        model = peft.PeftModel.from_pretrained(
-            model, f"{settings['weights']}/adapter", is_trainable=True
-        )
+        model = peft.PeftModel.from_pretrained(model, f"{settings['weights']}/adapter", is_trainable=True)
     else:
         model.requires_grad_(what == "full")
         model.get_submodule("model.multi_modal_projector").requires_grad_(True)

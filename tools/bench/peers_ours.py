@@ -67,13 +67,9 @@ def read_weights(settings, **towers):
     img, llm = ({**kw, **towers} for kw in (size.img, size.llm))
     if settings.get("what") == "lora":
         adapter = checkpoints.load_adapter(f"{folder}/adapter")
-        model, params = checkpoints.apply_adapter(
-            img, llm, params, adapter, dtype=settings["dtype"]
-        )
+        model, params = checkpoints.apply_adapter(img, llm, params, adapter, dtype=settings["dtype"])
     else:
-        model = checkpoints.apply_adapter(
-            img, llm, params, checkpoints.Adapter({}, {}), dtype=settings["dtype"]
-        )[0]
+        model = checkpoints.apply_adapter(img, llm, params, checkpoints.Adapter({}, {}), dtype=settings["dtype"])[0]
     return model, npz.flatten_tree(params)
 
 
@@ -101,9 +97,7 @@ def build(settings):
     )
     mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
     names = optim.trained_names(config, list(host))
-    tx, learning_rate = optim.make(
-        config, names, total_steps=10**6, num_examples=10**6, batch_size=settings["rows"]
-    )
+    tx, learning_rate = optim.make(config, names, total_steps=10**6, num_examples=10**6, batch_size=settings["rows"])
     whole = sharding.replicated(mesh)
 
     def put(name):
@@ -134,9 +128,7 @@ def build(settings):
         i += 1
         return metrics["training_loss"]
 
-    counted = flops.count(
-        model, names, res=size.res, text_len=size.text_len, supervised_len=size.answer_len
-    )
+    counted = flops.count(model, names, res=size.res, text_len=size.text_len, supervised_len=size.answer_len)
     about = dict(
         flops_a_step=counted.per_example_model * settings["rows"],
         trained=sum(x.size for x in trained.values()),

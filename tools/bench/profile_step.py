@@ -21,16 +21,15 @@ from tools.bench import sizes, turns
 _PRODUCTS = (
     (r"lora", "adapters: products"),
     (r"/mlp/|MlpBlock", "MLPs: products"),
-    (r"q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum|/query/|/key/|/value/|/out/",
-     "attention: projections"),
+    (r"q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum|/query/|/key/|/value/|/out/", "attention: projections"),
     (r"/attn/|MultiHeadDotProductAttention", "attention: scores and values"),
     (r"decode|compute_logits", "logits: products"),
-)  # fmt: skip
+)
 _OTHERS = (
     (r"/attn/|MultiHeadDotProductAttention", "attention: the rest"),
     (r"/mlp/|MlpBlock", "MLPs: the rest"),
     (r"dynamic_(update|index|slice)|^$|broadcast_in_dim$", "layers: what is kept, taken, cleared"),
-)  # fmt: skip
+)
 _STEPS = 3
 
 
@@ -90,14 +89,14 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
     table = ["| part of a step | ms | share |", "| --- | ---: | ---: |"]
     table += [f"| {k} | {v:.0f} | {v / total:.0%} |" for k, v in groups.most_common()]
     return {
-        **settings, **turns.surroundings([{**side.about, **peers_ours.device()}], load),
-        "seconds_a_step": round(seconds, 3), "milliseconds": round(total, 1),
+        **settings,
+        **turns.surroundings([{**side.about, **peers_ours.device()}], load),
+        "seconds_a_step": round(seconds, 3),
+        "milliseconds": round(total, 1),
         "groups": {k: round(v, 1) for k, v in groups.most_common()},
-        "operations": [
-            f"{ms:.1f} ms {name} {known[name][1][-90:]}" for name, ms in times.most_common(top)
-        ],
+        "operations": [f"{ms:.1f} ms {name} {known[name][1][-90:]}" for name, ms in times.most_common(top)],
         "row": "\n".join(table),
-    }  # fmt: skip
+    }
 
 
 def _events(path):

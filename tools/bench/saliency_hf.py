@@ -44,9 +44,7 @@ def build(settings):
 
     def result():
         rows, image, logprobs = step()
-        return dict(
-            rollout=rows.tolist(), image_rollout=image[:8].tolist(), logprobs=logprobs.tolist()
-        )
+        return dict(rollout=rows.tolist(), image_rollout=image[:8].tolist(), logprobs=logprobs.tolist())
 
     side.result = result
     return side

@@ -46,9 +46,7 @@ def added(*shapes, **kw):
     without = _mib(_plain.lower(model, params, batch, queries))
     streamed = _mib(capture.stream.lower(model, params, batch, queries, **kw))
     page = _mib(report.lower(model, params, batch, queries))
-    return dict(
-        without=without, streamed=streamed, added=streamed - without, added_by_page=page - without
-    )
+    return dict(without=without, streamed=streamed, added=streamed - without, added_by_page=page - without)
 
 
 def _abstract(res, text_len, tokens, img, llm, dtype):

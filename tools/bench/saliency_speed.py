@@ -56,11 +56,17 @@ def run(*, size, peer, dtype, rounds, steps, cores, weights=None):
             found = turns.take(sides, rows, rounds, steps)
             about = [s.about for s in sides.values()]
     out = {
-        "size": size, "dtype": settings["dtype"], "cores": settings["cores"],
-        "parameters": about[0]["parameters"], "rounds": rounds, "steps_a_round": steps,
-        "largest_difference": differ, "units": "answers", **found,
+        "size": size,
+        "dtype": settings["dtype"],
+        "cores": settings["cores"],
+        "parameters": about[0]["parameters"],
+        "rounds": rounds,
+        "steps_a_round": steps,
+        "largest_difference": differ,
+        "units": "answers",
+        **found,
         **turns.surroundings(about, load_before),
-    }  # fmt: skip
+    }
     return {**out, "row": turns.row(f"rollout, {size}, {settings['dtype']}", out, peer)}
 
 
@@ -74,9 +80,7 @@ def check_results(found, dtype):
         for name, theirs in found.items():
             theirs = np.asarray(theirs[what])
             if theirs.shape != ours.shape:
-                raise ValueError(
-                    f"{what} of {name} has shape {theirs.shape}, that of ours {ours.shape}."
-                )
+                raise ValueError(f"{what} of {name} has shape {theirs.shape}, that of ours {ours.shape}.")
             differ = float(np.max(np.abs(theirs - ours)) / np.max(np.abs(ours)))
             if dtype == "float32" and not differ <= _SAME:
                 raise ValueError(f"{what} of {name} differs from ours by {differ:.2g} of it.")

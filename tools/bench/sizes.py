@@ -46,9 +46,13 @@ class Size:
 _3B = dict(
     img=dict(variant="So400m/14"),
     llm=dict(variant="gemma_2b", vocab_size=257_152),
-    text_len=128, answer_len=64, dtype="bfloat16", cores=None,
-    remat_policy="nothing_saveable", scan=True,
-)  # fmt: skip
+    text_len=128,
+    answer_len=64,
+    dtype="bfloat16",
+    cores=None,
+    remat_policy="nothing_saveable",
+    scan=True,
+)
 
 SIZES = {
     # 6 layers of 384 in the image tower, 8 of 512 in the language model: a step is about a second
@@ -56,34 +60,60 @@ SIZES = {
     "bench-s": Size(
         img=dict(variant="S/14", depth=6),
         llm=dict(
-            width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64,
+            width=512,
+            depth=8,
+            mlp_dim=2048,
+            num_heads=8,
+            num_kv_heads=1,
+            head_dim=64,
             vocab_size=8256,
         ),
-        res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
-        remat_policy="dots_with_no_batch_dims_saveable", scan=True,
+        res=224,
+        text_len=32,
+        answer_len=16,
+        batch_size=4,
+        dtype="float32",
+        cores=2,
+        remat_policy="dots_with_no_batch_dims_saveable",
+        scan=True,
     ),
     # 22 M in the image tower, 213 M in the language model: between the two in size.
     "m-224": Size(
         img=dict(variant="S/14"),
         llm=dict(
-            width=1024, depth=12, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=128,
+            width=1024,
+            depth=12,
+            mlp_dim=4096,
+            num_heads=8,
+            num_kv_heads=1,
+            head_dim=128,
             vocab_size=32_768,
         ),
-        res=224, text_len=32, answer_len=16, batch_size=4, dtype="float32", cores=2,
-        remat_policy="dots_with_no_batch_dims_saveable", scan=False,
+        res=224,
+        text_len=32,
+        answer_len=16,
+        batch_size=4,
+        dtype="float32",
+        cores=2,
+        remat_policy="dots_with_no_batch_dims_saveable",
+        scan=False,
     ),
     "3b-224": Size(**_3B, res=224, batch_size=8),
     "3b-448": Size(**_3B, res=448, batch_size=8),
     # For tests: every width differs from every other.
     "tiny": Size(
         img=dict(width=24, depth=2, mlp_dim=40, num_heads=3, patch_size=14),
-        llm=dict(
-            width=32, depth=3, mlp_dim=44, num_heads=4, num_kv_heads=1, head_dim=10, vocab_size=192
-        ),
-        res=42, text_len=12, answer_len=5, batch_size=2, dtype="float32", cores=None,
-        remat_policy="nothing_saveable", scan=True,
+        llm=dict(width=32, depth=3, mlp_dim=44, num_heads=4, num_kv_heads=1, head_dim=10, vocab_size=192),
+        res=42,
+        text_len=12,
+        answer_len=5,
+        batch_size=2,
+        dtype="float32",
+        cores=None,
+        remat_policy="nothing_saveable",
+        scan=True,
     ),
-}  # fmt: skip
+}
 
 WHATS = ("lora", "stage1", "full")
 DTYPES = ("float32", "bfloat16")
@@ -106,9 +136,11 @@ def optimizer():
     """AdamW for `optim.make`, and for big_vision, whose keys are the same: decay isn't scaled by
     the learning rate there, and is for kernels alone unless told."""
     return dict(
-        optax_name="scale_by_adam", lr=LEARNING_RATE,
-        wd=LEARNING_RATE * WEIGHT_DECAY, wd_mults=[(".*", 1.0)],
-    )  # fmt: skip
+        optax_name="scale_by_adam",
+        lr=LEARNING_RATE,
+        wd=LEARNING_RATE * WEIGHT_DECAY,
+        wd_mults=[(".*", 1.0)],
+    )
 
 
 def draw_batch(size, rows):
@@ -177,9 +209,7 @@ def write_weights(folder, size, dtype):
         a = rng.standard_normal(a, np.float32).reshape(layers, -1, spec.rank)
         b = np.zeros(b, np.float32).reshape(layers, spec.rank, -1)
         factors[target] = a / a.shape[1] ** 0.5, b
-    checkpoints.save_adapter(
-        os.path.join(folder, "adapter"), checkpoints.Adapter(specs, factors), base_model=base
-    )
+    checkpoints.save_adapter(os.path.join(folder, "adapter"), checkpoints.Adapter(specs, factors), base_model=base)
 
 
 def _fan_in(name, shape):

@@ -31,9 +31,7 @@ CASES = {
     "all, 4 accumulated": dict(schedule=CONSTANT, depth=4, grad_accum_steps=4),
     "all, nothing remade": dict(schedule=CONSTANT, depth=4, remat_policy="none"),
     "lora": dict(schedule=FACTORS, lora=LORA, depth=12),
-    "lora, bfloat16": dict(
-        schedule=FACTORS, lora=LORA, depth=12, dtype="bfloat16", frozen_dtype="bfloat16"
-    ),
+    "lora, bfloat16": dict(schedule=FACTORS, lora=LORA, depth=12, dtype="bfloat16", frozen_dtype="bfloat16"),
     "head": dict(schedule=HEAD, depth=12),
 }
 
@@ -44,9 +42,17 @@ def make_config(depth, remat_policy="nothing_saveable", **kw):
     c.res, c.text_len, c.tokenizer, c.supervised_len = 112, 48, "tiny", 16
     c.model = dict(
         img=dict(variant="S/14", depth=4, remat_policy=remat_policy),
-        llm=dict(width=1024, depth=depth, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=128,
-                 vocab_size=16_384, remat_policy=remat_policy),
-    )  # fmt: skip
+        llm=dict(
+            width=1024,
+            depth=depth,
+            mlp_dim=4096,
+            num_heads=8,
+            num_kv_heads=1,
+            head_dim=128,
+            vocab_size=16_384,
+            remat_policy=remat_policy,
+        ),
+    )
     c.input = dict(batch_size=16)
     c.optax_name, c.lr = "scale_by_adam", 1e-4
     for key, value in kw.items():
@@ -57,9 +63,7 @@ def make_config(depth, remat_policy="nothing_saveable", **kw):
 def draw_leaf(x):
     """Random numbers of the shape, type and sharding of `x`; one leaf at a time, so that making
     them takes less than a step does."""
-    draw = jax.jit(
-        lambda key: 0.02 * jax.random.normal(key, x.shape, x.dtype), out_shardings=x.sharding
-    )
+    draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, x.shape, x.dtype), out_shardings=x.sharding)
     return draw(jax.random.key(x.size))
 
 
@@ -88,18 +92,14 @@ def measure(config, steps):
     forget_peak()
     before = resident("VmRSS")
     frozen, trained = jax.tree.map(draw_leaf, (step.frozen, step.trained))
-    opt_state = jax.tree.map(
-        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.opt_state
-    )
+    opt_state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.opt_state)
     jax.block_until_ready((frozen, trained, opt_state))
     forget_peak()
     rng = np.random.default_rng(0)
     with sharding.rules(config, step.mesh):
         for i in range(steps):
             batch = draw_batch(rng, step.batch)
-            trained, opt_state, metrics = step.compiled(
-                trained, opt_state, frozen, batch, np.int32(i)
-            )
+            trained, opt_state, metrics = step.compiled(trained, opt_state, frozen, batch, np.int32(i))
             jax.block_until_ready(metrics)
     assert np.isfinite(metrics["training_loss"])
     found = resident("VmHWM") - before
@@ -118,8 +118,7 @@ def main(argv):
     print("| | state, GB | temporary, GB | foretold, GB | found, GB | found / foretold |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for case in CASES:
-        command = [sys.executable, "-m", "tools.bench.step_memory", f"--case={case}",
-                   f"--steps={values.steps}"]  # fmt: skip
+        command = [sys.executable, "-m", "tools.bench.step_memory", f"--case={case}", f"--steps={values.steps}"]
         out = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         state = sum(v for k, v in out.items() if "weights" in k or "optimizer" in k)
         row = [f"{x / 1e9:.3f}" for x in (state, out["temporary"], out["foretold"], out["found"])]

@@ -44,15 +44,14 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
     if not model or not input:
         raise ValueError("give --model and --input, as to tools.synthesize_qa.")
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
-    loaded = local.load(
-        model, dtype=dtype, threads=cores, max_new_tokens=tokens, temperature=0.0, top_p=None
-    )
+    loaded = local.load(model, dtype=dtype, threads=cores, max_new_tokens=tokens, temperature=0.0, top_p=None)
     books = sources.new_books()
     found = sources.open_rows([input], books, max_rows=rows)
     if len(found) < batch_size:
         raise ValueError(f"{input} has {len(found)} captions; expected {batch_size} for a batch.")
-    about = dict(model=loaded.name, weights=loaded.weights, backend="", settings=loaded.settings,
-                 seed=0, pairs=5, examples="")  # fmt: skip
+    about = dict(
+        model=loaded.name, weights=loaded.weights, backend="", settings=loaded.settings, seed=0, pairs=5, examples=""
+    )
     planned = units.plan(found, [templates.load("caption")], about, books)
 
     def usable(*_):
@@ -76,8 +75,13 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
         for pick in (lambda t: t[0][0], lambda t: t[0][1], lambda t: t[1])
     )
     return {
-        "model": loaded.name, "dtype": dtype, "captions": len(planned), "max_new_tokens": tokens,
-        "batch_size": batch_size, "cores": cores, "rounds": rounds,
+        "model": loaded.name,
+        "dtype": dtype,
+        "captions": len(planned),
+        "max_new_tokens": tokens,
+        "batch_size": batch_size,
+        "cores": cores,
+        "rounds": rounds,
         "seconds": {n: [round(t[0][0], 2) for t in x] for n, x in turns.items()},
         "new_tokens": made,
         "captions_per_second": {n: round(len(planned) / s, 3) for n, s in wall.items()},
@@ -85,4 +89,4 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
         "load": os.getloadavg()[0],
         "cpu_ratio": round(cpu["one_at_a_time"] / cpu["batched"], 2),
         "ratio": wall["one_at_a_time"] / wall["batched"],
-    }  # fmt: skip
+    }

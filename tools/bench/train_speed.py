@@ -28,9 +28,22 @@ _WARM_UP = 3  # steps; with fewer, the adapters' first factors have hardly chang
 
 
 def run(
-    *, size, peer, what, dtype, batch_size, peer_batch_size, rounds, steps, remat_policy, scan,
-    attn_impl, frozen_dtype, cores, weights=None,
-):  # fmt: skip
+    *,
+    size,
+    peer,
+    what,
+    dtype,
+    batch_size,
+    peer_batch_size,
+    rounds,
+    steps,
+    remat_policy,
+    scan,
+    attn_impl,
+    frozen_dtype,
+    cores,
+    weights=None,
+):
     """Measures both.
 
     Args:
@@ -55,9 +68,13 @@ def run(
     """
     sizes.check(size, what, dtype)
     turns.check(
-        peer, ("hf", "big_vision", "none"), rounds=rounds, steps=steps, batch_size=batch_size,
+        peer,
+        ("hf", "big_vision", "none"),
+        rounds=rounds,
+        steps=steps,
+        batch_size=batch_size,
         peer_batch_size=peer_batch_size,
-    )  # fmt: skip
+    )
     settings = turns.model_settings(size, dtype, cores, remat_policy, scan, attn_impl)
     settings |= dict(work="train_step", what=what, frozen_dtype=frozen_dtype)
     if frozen_dtype not in (None, "int8", "nf4"):
@@ -73,14 +90,20 @@ def run(
             found = turns.take(sides, rows, rounds, steps)
             about = {n: s.about for n, s in sides.items()}
     out = {
-        "size": size, "what": what, "dtype": settings["dtype"], "batch_size": rows,
-        "parameters": about["ours"]["parameters"], "trained": about["ours"]["trained"],
-        "rounds": rounds, "steps_a_round": steps, "ours": {
-            k: settings[k] for k in ("remat_policy", "scan", "attn_impl", "frozen_dtype")
-        },
-        "losses": first, "units": "examples", **found,
+        "size": size,
+        "what": what,
+        "dtype": settings["dtype"],
+        "batch_size": rows,
+        "parameters": about["ours"]["parameters"],
+        "trained": about["ours"]["trained"],
+        "rounds": rounds,
+        "steps_a_round": steps,
+        "ours": {k: settings[k] for k in ("remat_policy", "scan", "attn_impl", "frozen_dtype")},
+        "losses": first,
+        "units": "examples",
+        **found,
         **turns.surroundings(list(about.values()), load_before),
-    }  # fmt: skip
+    }
     dtype = settings["dtype"] + (f", frozen {frozen_dtype}" if frozen_dtype else "")
     work = f"{what}, {size}, {dtype}, batch {rows['ours']}"
     if peer != "none" and rows[peer] != rows["ours"]:

@@ -113,10 +113,7 @@ def take(sides, units, rounds, steps):
     # After the memory, since matrices take some, too.
     about = sides["ours"].about
     n = _MATRIX.get(about["platform"], 8192)
-    products = {
-        name: side.ask(do="multiply", n=n, times=_PRODUCTS)["flops_per_second"]
-        for name, side in sides.items()
-    }
+    products = {name: side.ask(do="multiply", n=n, times=_PRODUCTS)["flops_per_second"] for name, side in sides.items()}
     each = {n: statistics.median(x) / units[n] for n, x in seconds.items()}
     flops = {n: about["flops_a_step"] / units["ours"] / s for n, s in each.items()}
     out = {
@@ -126,9 +123,7 @@ def take(sides, units, rounds, steps):
         "median_cpu_seconds": {n: workers.median(x) for n, x in cpu.items()},
         "per_second": {n: round(1 / s, 3) for n, s in each.items()},
         "memory_gb": {n: round(x / 1e9, 3) for n, x in memory.items()},
-        "memory_is": "growth of resident memory"
-        if about["platform"] == "cpu"
-        else "the device's peak",
+        "memory_is": "growth of resident memory" if about["platform"] == "cpu" else "the device's peak",
         "tflops_per_second": {n: round(x / 1e12, 4) for n, x in flops.items()},
         "matmul_tflops_per_second": {n: round(x / 1e12, 4) for n, x in products.items()},
         "of_peak": {n: round(x / max(products.values()), 3) for n, x in flops.items()},
@@ -162,10 +157,14 @@ def row(work, out, peer):
         return ", ".join(form.format(x) for x in out[key].values())
 
     return line(
-        work, both("median_seconds", "{:.3f}"),
-        f"{out['ratio']:.2f}" if "ratio" in out else "", both("memory_gb", "{:.2f}"),
-        both("tflops_per_second", "{:.3f}"), both("of_peak", "{:.0%}"), where(out),
-    )  # fmt: skip
+        work,
+        both("median_seconds", "{:.3f}"),
+        f"{out['ratio']:.2f}" if "ratio" in out else "",
+        both("memory_gb", "{:.2f}"),
+        both("tflops_per_second", "{:.3f}"),
+        both("of_peak", "{:.0%}"),
+        where(out),
+    )
 
 
 def where(out):
@@ -206,7 +205,10 @@ def model_settings(size, dtype, cores, remat_policy=None, scan=None, attn_impl=N
     """Settings of all sides, by `size` where they are None."""
     made = sizes.SIZES[size]
     return dict(
-        size=size, dtype=dtype or made.dtype, cores=cores or made.cores,
+        size=size,
+        dtype=dtype or made.dtype,
+        cores=cores or made.cores,
         remat_policy=remat_policy or made.remat_policy,
-        scan=made.scan if scan is None else scan, attn_impl=attn_impl or "xla",
-    )  # fmt: skip
+        scan=made.scan if scan is None else scan,
+        attn_impl=attn_impl or "xla",
+    )

@@ -73,9 +73,11 @@ class Worker:
         settings = {**settings, "started": time.time()}
         self._process = subprocess.Popen(
             [sys.executable, "-m", SIDES[settings["work"]][name], json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, **_ENV, **(env or {})},
-        )  # fmt: skip
+        )
         try:
             self.about = self._read()
         except ValueError:
@@ -118,9 +120,7 @@ class Worker:
 
 
 # Two sides share a GPU: JAX must not take all of its memory at once. Nothing is fetched.
-_ENV = dict(
-    XLA_PYTHON_CLIENT_PREALLOCATE="false", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
-)
+_ENV = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 def serve(device, build):

@@ -51,11 +51,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
 
     out = [sections.overview(found)] if found else []
     if found:
-        out.append(
-            paper.section(
-                found, sections.judge_entry, lambda e: lookup_of(e).column("location")
-            )
-        )  # fmt: skip
+        out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
     for a, b in _pairs(found, workdirs, compare):
         out.append(sections.compare(a, b))
     for e in found:
@@ -124,9 +120,12 @@ def main(argv):
     check_installed()
     workdirs = list(dict.fromkeys([*argv[1:], *(f.compare or [])]))
     made = make(
-        workdirs, compare=f.compare or (), foreign=f.foreign, data_dir=f.data_dir,
+        workdirs,
+        compare=f.compare or (),
+        foreign=f.foreign,
+        data_dir=f.data_dir,
         num_questions=f.questions,
-    )  # fmt: skip
+    )
     out = f.out or os.path.join(workdirs[0] if workdirs else ".", "report")
     write(f.title, made, out)
     said = []

@@ -89,9 +89,12 @@ def to_html(title, sections):
 
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     env = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     return env.get_template("page.html.jinja").render(title=title, sections=sections)
 
 
@@ -126,10 +129,7 @@ def _table(block):
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(block.head))]
 
     def line(row):
-        cells = [
-            cell.ljust(w) if i < block.left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ]
+        cells = [cell.ljust(w) if i < block.left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         return "| " + " | ".join(cells) + " |"
 
     rule = ["-" * w if i < block.left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

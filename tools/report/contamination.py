@@ -19,11 +19,10 @@ from tools.report import blocks
 # Columns of others' files, in any case: the authors' Excel sheet, their JSON, and usual names.
 NAMES = {
     "question": ("question", "prompt"),
-    "prediction": ("predicted_answer", "generated answer", "generated_answer", "prediction",
-                   "generation", "output"),
+    "prediction": ("predicted_answer", "generated answer", "generated_answer", "prediction", "generation", "output"),
     "answer": ("label", "answer", "ground_truth", "ground truth", "truth"),
     "image": ("image id", "image_id", "image"),
-}  # fmt: skip
+}
 _MAX_ROWS = 1_000_000
 
 
@@ -46,14 +45,11 @@ def read(path):
     if not table:
         raise ValueError(f"{path} has no rows.")
     columns = {str(key).strip().lower(): key for row in table[:100] for key in row}
-    where = {
-        k: next((columns[n] for n in names if n in columns), None) for k, names in NAMES.items()
-    }
+    where = {k: next((columns[n] for n in names if n in columns), None) for k, names in NAMES.items()}
     for key, column in where.items():
         if column is None and key != "image":
             raise ValueError(
-                f"{path} has no column for the {key}: found {sorted(columns)}, expected one of "
-                f"{list(NAMES[key])}."
+                f"{path} has no column for the {key}: found {sorted(columns)}, expected one of {list(NAMES[key])}."
             )
     rows = []
     for row in table:
@@ -109,11 +105,13 @@ def ours(evaluation):
     """Rows of the same form from an evaluation, its first answers; with the image's key."""
     return [
         dict(
-            question=row["question"], prediction=row["predictions"][0], answer=row["answer"],
+            question=row["question"],
+            prediction=row["predictions"][0],
+            answer=row["answer"],
             image=str(row.get("image_key") or row.get("image_id") or "") or None,
         )
         for row in evaluation.rows
-    ]  # fmt: skip
+    ]
 
 
 def examine(rows):

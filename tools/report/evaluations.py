@@ -68,9 +68,7 @@ class Evaluation:
     @functools.cached_property
     def rule(self):
         """How its right answers are told, see `figures.RULES`."""
-        return (
-            figures.rule_of(self.rows) if self.about.get("protocol") == "multiple_choice" else "acc"
-        )
+        return figures.rule_of(self.rows) if self.about.get("protocol") == "multiple_choice" else "acc"
 
     @property
     def controls(self):
@@ -193,9 +191,7 @@ def differences(stored, metrics):
     if wrong:
         out.append(_some("metrics.json does NOT follow from predictions.jsonl", wrong))
     if ends:
-        out.append(
-            _some("intervals in metrics.json differ (of another version of this program?)", ends)
-        )
+        out.append(_some("intervals in metrics.json differ (of another version of this program?)", ends))
     if unknown:
         out.append(_some("metrics.json has figures that can't be made from predictions", unknown))
     return out

@@ -119,8 +119,7 @@ def names(metrics, who="model"):
 
     def is_base(name):
         return not any(
-            name.endswith(end) and name.removesuffix(end).removesuffix("_cluster") in found
-            for end in _ENDINGS
+            name.endswith(end) and name.removesuffix(end).removesuffix("_cluster") in found for end in _ENDINGS
         )
 
     # "acc_mean_low" ends on "_low" behind "acc_mean", which is no base itself.

@@ -29,38 +29,29 @@ TABLE1 = (
     ("SLAKE (Closed)", "SLAKE", "CLOSED", "–", "79.00 ± 2.75", "86.50 ± 1.60"),
     ("PMC-VQA (Short)", "PMC-VQA", None, "32.22 ± 2.23", "33.15 ± 3.15", "58.44 ± 2.53"),
     ("ROCO v2.0 (Open)", "ROCO v2.0", None, "32.25 ± 3.60", "34.00 ± 3.95", "56.56 ± 3.57"),
-    ("ROCO + MedPix (Annealing)", "ROCO + MedPix", None, "39.53 ± 3.22", "41.48 ± 3.90",
-     "56.63 ± 3.22"),
-)  # fmt: skip
+    ("ROCO + MedPix (Annealing)", "ROCO + MedPix", None, "39.53 ± 3.22", "41.48 ± 3.90", "56.63 ± 3.22"),
+)
 # Region → (published, LLaVA-Med, our locations: SLAKE's and MedPix' as they are written).
 TABLE2 = (
-    ("Chest", "15/50", "19/50",
-     ("lung", "chest_heart", "chest_mediastinal", "chest, pulmonary", "thorax")),
+    ("Chest", "15/50", "19/50", ("lung", "chest_heart", "chest_mediastinal", "chest, pulmonary", "thorax")),
     ("Gastrointestinal", "28/50", "32/50", ("abdomen", "gastrointestinal")),
     ("Musculoskeletal", "39/50", "41/50", ("musculoskeletal", "spine", "spine and muscles")),
-    ("Brain and Neuro", "14/50", "22/50",
-     ("brain", "brain_tissue", "brain_face", "brain and neuro", "nerve, central")),
-)  # fmt: skip
+    ("Brain and Neuro", "14/50", "22/50", ("brain", "brain_tissue", "brain_face", "brain and neuro", "nerve, central")),
+)
 _TEXT_ROWS = ("ROUGE-S", "ROUGE-M", "ROUGE-L", "BLEU", "Accuracy")
 TABLE4 = {
-    "MedPix v2.0": ("0.311 ± 0.255", "0.167 ± 0.082", "0.308 ± 0.125", "0.055 ± 0.111",
-                    "34/200 (82/200)"),
-    "ROCO v2.0": ("0.325 ± 0.132", "0.179 ± 0.124", "0.278 ± 0.120", "0.059 ± 0.090",
-                  "63/200 (113/200)"),
-    "ROCO + MedPix": ("0.334 ± 0.122", "0.181 ± 0.124", "0.304 ± 0.180", "0.077 ± 0.065",
-                      "71/200 (113/200)"),
+    "MedPix v2.0": ("0.311 ± 0.255", "0.167 ± 0.082", "0.308 ± 0.125", "0.055 ± 0.111", "34/200 (82/200)"),
+    "ROCO v2.0": ("0.325 ± 0.132", "0.179 ± 0.124", "0.278 ± 0.120", "0.059 ± 0.090", "63/200 (113/200)"),
+    "ROCO + MedPix": ("0.334 ± 0.122", "0.181 ± 0.124", "0.304 ± 0.180", "0.077 ± 0.065", "71/200 (113/200)"),
     "PMC-VQA": ("–", "–", "–", "–", "0.3002"),
-}  # fmt: skip
+}
 TABLE5 = {
     "SLAKE": ("–", "–", "–", "–", "0.26 (0.59)"),
-    "MedPix v2.0": ("0.322 ± 0.240", "0.165 ± 0.088", "0.318 ± 0.125", "0.024 ± 0.212",
-                    "33/200 (82/200)"),
-    "ROCO v2.0": ("0.325 ± 0.182", "0.196 ± 0.122", "0.266 ± 0.080", "0.008 ± 0.121",
-                  "68/200 (113/200)"),
-    "ROCO + MedPix": ("0.380 ± 0.077", "0.219 ± 0.111", "0.412 ± 0.109", "0.430 ± 0.086",
-                      "74/200 (113/200)"),
+    "MedPix v2.0": ("0.322 ± 0.240", "0.165 ± 0.088", "0.318 ± 0.125", "0.024 ± 0.212", "33/200 (82/200)"),
+    "ROCO v2.0": ("0.325 ± 0.182", "0.196 ± 0.122", "0.266 ± 0.080", "0.008 ± 0.121", "68/200 (113/200)"),
+    "ROCO + MedPix": ("0.380 ± 0.077", "0.219 ± 0.111", "0.412 ± 0.109", "0.430 ± 0.086", "74/200 (113/200)"),
     "PMC-VQA": ("–", "–", "–", "–", "0.31046"),
-}  # fmt: skip
+}
 
 _PUBLISHED1 = (
     "Published (in italics): mean ± standard deviation over five inference runs, each on a sample "
@@ -128,10 +119,7 @@ def find(evaluations, dataset):
 
 
 def _rows(evaluations, answer_type=None):
-    return [
-        row for e in evaluations for row in e.rows
-        if answer_type is None or row["answer_type"] == answer_type
-    ]  # fmt: skip
+    return [row for e in evaluations for row in e.rows if answer_type is None or row["answer_type"] == answer_type]
 
 
 def accuracy(rows, who="model"):
@@ -171,9 +159,7 @@ def _table1(by_run, judged):
             row.append(text)
         rows.append(row)
     notes.append(f"Ours: {_OURS}")
-    return blocks.Table(
-        head, rows, "Table 1: accuracy in %", list(dict.fromkeys(notes)), published=(1, 2, 3)
-    )
+    return blocks.Table(head, rows, "Table 1: accuracy in %", list(dict.fromkeys(notes)), published=(1, 2, 3))
 
 
 _OURS = (
@@ -189,14 +175,11 @@ def _verdicts(found, judged):
     parts = [judged(e) for e in found]
     if len(parts) != 1 or parts[0] is None:
         return ""
-    m = {k.rpartition("/")[2]: x for k, x in parts[0]["metrics"].items()
-         if k.startswith("model/overall/")}  # fmt: skip
+    m = {k.rpartition("/")[2]: x for k, x in parts[0]["metrics"].items() if k.startswith("model/overall/")}
     if m.get("mean") is None or math.isnan(m["mean"]):
         return "; judge: none"
     sd = f" ± {100 * m['sd']:.1f}" if m.get("sd") is not None else ""
-    ends = "" if m.get("mean_low") is None else (
-        f" ({100 * m['mean_low']:.1f}–{100 * m['mean_high']:.1f})"
-    )  # fmt: skip
+    ends = "" if m.get("mean_low") is None else (f" ({100 * m['mean_low']:.1f}–{100 * m['mean_high']:.1f})")
     return f"; judge {100 * m['mean']:.1f}{sd}{ends}, {m.get('unjudged', 0):,} unjudged"
 
 
@@ -229,9 +212,7 @@ def _table2(by_run, locations):
                 text += f", n = {len(inside):,}"
             row.append(text)
         rows.append(row)
-    return blocks.Table(
-        head, rows, "Table 2: accuracy by region", list(dict.fromkeys(notes)), published=(1, 2)
-    )
+    return blocks.Table(head, rows, "Table 2: accuracy by region", list(dict.fromkeys(notes)), published=(1, 2))
 
 
 def _places(row):
@@ -263,9 +244,7 @@ def _table45(title, published, by_run, judged, stage1):
             "deviation over the first answers to all questions, closed ones included (the answer "
             f"alone is scored); accuracy in %: {_OURS}"
         )
-    return blocks.Table(
-        head, rows, title, list(dict.fromkeys(notes)), published=tuple(range(1, len(published) + 1))
-    )
+    return blocks.Table(head, rows, title, list(dict.fromkeys(notes)), published=tuple(range(1, len(published) + 1)))
 
 
 def _text_column(found, who, judged):
@@ -291,6 +270,4 @@ def has_stage1(config):
     """Whether a run began from stage 1, or is one: its weights' path or its data says slake."""
     data = (config.get("input") or {}).get("data") or {}
     trained = [str(data.get("name", ""))] if isinstance(data, dict) else []
-    return "stage1" in str(config.get("model_init") or "") or any(
-        name.startswith("slake") for name in trained
-    )
+    return "stage1" in str(config.get("model_init") or "") or any(name.startswith("slake") for name in trained)

@@ -50,9 +50,16 @@ def accuracies(name, metrics, who, rule="acc"):
             [max(0, 100 * high - a) for a, (_, _, _, high) in zip(acc, found)],
         ]
         axes.errorbar(
-            acc, y, xerr=error, fmt=marker, color=colour, markersize=4.5, capsize=1.5,
-            linewidth=1.2, label=figures.title_of(column),
-        )  # fmt: skip
+            acc,
+            y,
+            xerr=error,
+            fmt=marker,
+            color=colour,
+            markersize=4.5,
+            capsize=1.5,
+            linewidth=1.2,
+            label=figures.title_of(column),
+        )
     titles = [f"{value} ({n:,})" for _, _, value, n in groups]
     axes.set_yticks(range(len(groups)), titles, parse_math=False)
     axes.set_ylim(len(groups) - 0.45, -0.55)
@@ -82,9 +89,13 @@ def reliability(name, panels):
         axes.errorbar(x, y, yerr=error, fmt=marker, color=colour, capsize=2, linewidth=1.2)
         for a, b, (*_, n) in zip(x, y, bins):
             axes.annotate(
-                f"{n:,}", (a, b), xytext=(5, -9), textcoords="offset points", fontsize=7,
+                f"{n:,}",
+                (a, b),
+                xytext=(5, -9),
+                textcoords="offset points",
+                fontsize=7,
                 color=_INK,
-            )  # fmt: skip
+            )
         axes.set_xlim(-3, 103)
         axes.set_ylim(-3, 103)
         axes.set_title(title, fontsize=10)
@@ -113,9 +124,15 @@ def _figure(width, height, columns=1):
 
 def _legend(axes, columns):
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=9,
-        labelcolor=_INK, borderaxespad=0.2, columnspacing=1.2,
-    )  # fmt: skip
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+    )
 
 
 def _svg(figure, name):

@@ -22,21 +22,23 @@ def overview(evaluations):
             "split_hash": results.split_hash(e.rows),
             "prompt_hash": results.prompt_hash(e.rows),
         }
-        split = e.about.get("split") or " ".join(
-            str(e.data[k]) for k in ("name", "split") if e.data.get(k)
-        )
+        split = e.about.get("split") or " ".join(str(e.data[k]) for k in ("name", "split") if e.data.get(k))
         images = len(set(e.clusters)) if any(map(_has_image, e.rows)) else None
-        rows.append([
-            e.run, e.name, split or "unknown", e.protocol,
-            f"{len(e.rows):,}", "?" if images is None else f"{images:,}",
-            *(h[:12] for h in hashes.values()), str(e.about.get("fingerprint") or "?")[:12],
-        ])  # fmt: skip
+        rows.append(
+            [
+                e.run,
+                e.name,
+                split or "unknown",
+                e.protocol,
+                f"{len(e.rows):,}",
+                "?" if images is None else f"{images:,}",
+                *(h[:12] for h in hashes.values()),
+                str(e.about.get("fingerprint") or "?")[:12],
+            ]
+        )
     head = ["run", "evaluation", "split", "protocol", "questions", "images", "split hash"]
     head += ["prompt hash", "weights"]
-    notes = [
-        f"{e.label}: {e.about['command']}" for e in evaluations if isinstance(
-            e.about.get("command"), str)
-    ]  # fmt: skip
+    notes = [f"{e.label}: {e.about['command']}" for e in evaluations if isinstance(e.about.get("command"), str)]
     notes.append(
         "Equal split hashes: the same questions, images' ids and answers in the same order. "
         "Weights: their fingerprint; ? where metrics.json doesn't say."
@@ -87,10 +89,8 @@ def of_evaluation(e, lookup, num_questions=8):
         accuracy_table(e),
         blocks.Figure(
             plots.accuracies(f"accuracies {e.label}", e.metrics, who, e.rule),
-            f"{figures.RULES[e.rule].capitalize()}, with 95 % intervals; number of questions in "
-            "brackets.",
-            f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in "
-            "the table above.",
+            f"{figures.RULES[e.rule].capitalize()}, with 95 % intervals; number of questions in brackets.",
+            f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in the table above.",
         ),
     ]
     for block in (further_table(e), controls_table(e), judge_table(e)):
@@ -178,13 +178,10 @@ def controls_table(e):
         rows.append([figures.title_of(c), *paired(theirs, model, e.clusters)])
     if not rows:
         return None
-    return blocks.Table(
-        ["against", *_PAIRED], rows, "The model against its controls", [_PAIRED_NOTE]
-    )
+    return blocks.Table(["against", *_PAIRED], rows, "The model against its controls", [_PAIRED_NOTE])
 
 
-_PAIRED = ("gain, points (95 %)", "p, bootstrap", "only this right", "only the other",
-           "p, McNemar", "needed")  # fmt: skip
+_PAIRED = ("gain, points (95 %)", "p, bootstrap", "only this right", "only the other", "p, McNemar", "needed")
 _PAIRED_NOTE = (
     "Paired on the same questions. The bootstrap draws images, not questions, where images can be "
     "told apart. McNemar's test is exact and takes questions for independent. Needed: questions "
@@ -203,9 +200,13 @@ def paired(a, b, clusters):
     n = stats.needed(*both, (only_a + only_b) / len(a), design_effect=effect)
     ends = "–" if math.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
     return [
-        f"{100 * gain:+.1f} ({ends})", _p(p), f"{only_b:,}", f"{only_a:,}", _p(exact),
+        f"{100 * gain:+.1f} ({ends})",
+        _p(p),
+        f"{only_b:,}",
+        f"{only_a:,}",
+        _p(exact),
         "∞" if math.isinf(n) else f"{n:,}",
-    ]  # fmt: skip
+    ]
 
 
 def _p(p):
@@ -223,12 +224,8 @@ def judge_table(e):
     for entry in e.verdicts:
         m, scores = entry["metrics"], judge.PROTOCOLS[entry["protocol"]].scores
         for who in [k.partition("/")[0] for k in m if k.endswith("/overall/mean")]:
-            values = {
-                f: m.get(f"{who}/overall/{f}") for f in ("mean", "mean_low", "mean_high", "sd")
-            }
-            mean, low, high, sd = (
-                "–" if v is None or math.isnan(v) else f"{v:.3f}" for v in values.values()
-            )
+            values = {f: m.get(f"{who}/overall/{f}") for f in ("mean", "mean_low", "mean_high", "sd")}
+            mean, low, high, sd = ("–" if v is None or math.isnan(v) else f"{v:.3f}" for v in values.values())
             counts = (f"{m[f'{who}/overall/{f}']:,}" for f in ("unjudged", "n"))
             name = f"{entry.get('model')}, {entry['protocol']}, {scores[0]} to {scores[-1]}"
             rows.append([name, figures.title_of(who), f"{mean} ({low}–{high})", sd, *counts])
@@ -248,10 +245,7 @@ def judge_table(e):
                 for k, title in kappas
                 if k in found
             ]
-            notes.append(
-                f"Human labels: {found['n']:,} compared, {found['unjudged']:,} unjudged; "
-                f"{', '.join(said)}."
-            )
+            notes.append(f"Human labels: {found['n']:,} compared, {found['unjudged']:,} unjudged; {', '.join(said)}.")
     if not rows:
         return None
     head = ["judge", "of", "mean score (95 %)", "sd over runs", "unjudged", "verdicts"]
@@ -294,14 +288,19 @@ def reliability(e):
     table = blocks.Table(
         ["confidence", "from", "to", "mean, %", "right, %", "95 %", "n"],
         [
-            [name, *_tenth(b), f"{100 * b[0]:.1f}", f"{100 * b[1]:.1f}",
-             f"{100 * b[2]:.1f}–{100 * b[3]:.1f}", f"{b[4]:,}"]
-            for name, found in panels for b in found
+            [
+                name,
+                *_tenth(b),
+                f"{100 * b[0]:.1f}",
+                f"{100 * b[1]:.1f}",
+                f"{100 * b[2]:.1f}–{100 * b[3]:.1f}",
+                f"{b[4]:,}",
+            ]
+            for name, found in panels
+            for b in found
         ],
-    )  # fmt: skip
-    return blocks.Section(
-        title, [blocks.Figure(plots.reliability(title, panels), caption, alt), table], 3
     )
+    return blocks.Section(title, [blocks.Figure(plots.reliability(title, panels), caption, alt), table], 3)
 
 
 def bins(confidence, right):
@@ -369,9 +368,12 @@ def question_block(e, row, lookup):
     remarks = [f"p = {math.exp(min(0.0, x)):.3f}" for x in logprobs]
     remarks += [""] * (len(texts) - len(remarks))
     return blocks.Question(
-        f"{row['question_id']}: {row['question']}", row["prompt"], row["answer"],
-        list(zip(texts, figures.hits(row, e.rule), remarks)), lookup.image(row["question_id"]),
-    )  # fmt: skip
+        f"{row['question_id']}: {row['question']}",
+        row["prompt"],
+        row["answer"],
+        list(zip(texts, figures.hits(row, e.rule), remarks)),
+        lookup.image(row["question_id"]),
+    )
 
 
 def _unmoved(e):
@@ -381,9 +383,7 @@ def _unmoved(e):
         if who not in e.controls:
             continue
         same = [
-            answers.normalise(scoring.texts(row, who)[0])
-            == answers.normalise(row["predictions"][0])
-            for row in e.rows
+            answers.normalise(scoring.texts(row, who)[0]) == answers.normalise(row["predictions"][0]) for row in e.rows
         ]
         right = [s and r for s, r in zip(same, _first(e))]
         shares = (f"{100 * np.mean(x):.1f}" for x in (same, right))
@@ -405,9 +405,7 @@ def compare(a, b):
     changed = sum(x["answer"] != y["answer"] or x["question"] != y["question"] for x, y in pairs)
     parts = []
     if not pairs or changed:
-        what = (
-            "no question ids" if not pairs else f"ids, but {changed:,} other questions or answers"
-        )
+        what = "no question ids" if not pairs else f"ids, but {changed:,} other questions or answers"
         parts.append(blocks.Warning(f"They share {what}: there is nothing to compare."))
         return blocks.Section(f"{b.label} against {a.label}", parts)
     if len(pairs) < max(len(a.rows), len(b.rows)):
@@ -443,9 +441,7 @@ def compare(a, b):
         notes.append(f"{len(rows)} tests: by chance alone one in 20 falls below 0.05.")
     parts.append(blocks.Table(head, rows, "Paired on the same questions", notes))
     if a.samples > 1 and b.samples > 1:
-        shares = [
-            [float(np.mean(figures.hits(row, b.rule))) for row in side] for side in zip(*pairs)
-        ]
+        shares = [[float(np.mean(figures.hits(row, b.rule))) for row in side] for side in zip(*pairs)]
         mine = [scoring.cluster(y) for _, y in pairs]
         gain, low, high, p = stats.paired_bootstrap(*shares, mine)
         parts.append(

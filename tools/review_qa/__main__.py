@@ -42,9 +42,10 @@ def main(argv):
         shown, total, missing = write_page(
             argv[1], f.out, count=f.rows, seed=f.seed, images=f.images, data_dir=f.data_dir
         )
-        print(f"{f.out}: {shown:,} of {total:,} pairs" + (
-            f"; {missing:,} images aren't shown, the page says why" if missing else ""
-        ))  # fmt: skip
+        print(
+            f"{f.out}: {shown:,} of {total:,} pairs"
+            + (f"; {missing:,} images aren't shown, the page says why" if missing else "")
+        )
         return
     found = verdicts.read(f.verdicts)
     report = verdicts.apply(argv[1], found, f.verdicts, f.output, drop_unsure=f.drop_unsure)

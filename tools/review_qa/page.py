@@ -33,9 +33,7 @@ def make(chosen, total, *, name, seed, find=()):
     try:
         import jinja2
     except ImportError:
-        raise ValueError(
-            "tools.review_qa needs jinja2; pip install 'paligemma_med[report]'."
-        ) from None
+        raise ValueError("tools.review_qa needs jinja2; pip install 'paligemma_med[report]'.") from None
     cards, missing = {}, 0
     for row in chosen:
         card = cards.get(row["image_id"])
@@ -46,14 +44,25 @@ def make(chosen, total, *, name, seed, find=()):
     sample = hashlib.sha256("\0".join(map(rows.digest, chosen)).encode()).hexdigest()[:12]
     style, script = ((HERE / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
     env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     text = env.get_template("page.html.jinja").render(
-        cards=list(cards.values()), count=len(chosen), total=total, name=name, seed=seed,
-        key=f"review_qa:{name}:{sample}", verdicts=VERDICTS, style=style, script=script,
-        style_hash=_hash(style), script_hash=_hash(script),
-    )  # fmt: skip
+        cards=list(cards.values()),
+        count=len(chosen),
+        total=total,
+        name=name,
+        seed=seed,
+        key=f"review_qa:{name}:{sample}",
+        verdicts=VERDICTS,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
     return text.encode("utf-8", "replace").decode(), missing
 
 
@@ -71,9 +80,13 @@ def _card(row, find):
             why = f"image broken: {e}"
     keys = ("case_id", "location", "split")
     return dict(
-        image_id=row["image_id"], image=image, why=why, caption=_text(row.get("caption")),
-        about=[(k, row[k]) for k in keys if _text(row.get(k))], pairs=[],
-    )  # fmt: skip
+        image_id=row["image_id"],
+        image=image,
+        why=why,
+        caption=_text(row.get("caption")),
+        about=[(k, row[k]) for k in keys if _text(row.get(k))],
+        pairs=[],
+    )
 
 
 def _pair(row):
@@ -82,8 +95,11 @@ def _pair(row):
     letter = _text(row.get("answer_letter"))
     choices = [(k[-1].upper(), row[k]) for k in rows.CHOICES if _text(row.get(k))]
     return dict(
-        question_id=row["question_id"], digest=rows.digest(row), question=row["question"],
-        answer=row["answer"], template=rows.template(row),
+        question_id=row["question_id"],
+        digest=rows.digest(row),
+        question=row["question"],
+        answer=row["answer"],
+        template=rows.template(row),
         choices=[(a, text, a == letter) for a, text in choices],
         scores=[
             (k.replace("_", " "), f"{v:.2f}")
@@ -91,7 +107,7 @@ def _pair(row):
             if isinstance(v, int | float) and not isinstance(v, bool)
         ],
         tags=[str(t).replace("_", " ") for t in tags] if isinstance(tags, list) else [],
-    )  # fmt: skip
+    )
 
 
 def _text(value):

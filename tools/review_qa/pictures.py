@@ -56,16 +56,10 @@ def _release(spec):
     folder, wanted = (rest, (last,)) if rest and last in SPLITS else (folder, SPLITS)
     known = [n for n in build.BUILDERS if (b := _builder(n)) and issubclass(b, CaptionedBuilder)]
     if name not in known or not folder:
-        raise ValueError(
-            f"--images={spec}: expected release:NAME:FOLDER with NAME one of {', '.join(known)}."
-        )
+        raise ValueError(f"--images={spec}: expected release:NAME:FOLDER with NAME one of {', '.join(known)}.")
     builder = _builder(name)
     release = builder.read_release(builder.check_manual_dir(pathlib.Path(folder).expanduser()))
-    stores = {
-        split: image_store.open_store(root, by_name=True)
-        for split, root in release.images.items()
-        if root
-    }
+    stores = {split: image_store.open_store(root, by_name=True) for split, root in release.images.items() if root}
     figures = {i: (s, f) for s in wanted for i, f in release.figures.get(s, {}).items()}
 
     def find(image_id):

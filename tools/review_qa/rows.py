@@ -33,10 +33,7 @@ def read(path):
                 row = _parse(line, where)
                 key = _number(row["question_id"])
                 if key in seen:
-                    raise ValueError(
-                        f"{where}: question_id {row['question_id']!r} is used before; expected "
-                        "each once."
-                    )
+                    raise ValueError(f"{where}: question_id {row['question_id']!r} is used before; expected each once.")
                 seen.add(key)
                 yield number, line, row
     except OSError as e:

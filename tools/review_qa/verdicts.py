@@ -47,15 +47,11 @@ def read(path):
                     raise ValueError(f"{path}: no one column {missing[0]} in {cells}; {EXPECTED}.")
                 continue
             if len(cells) != len(columns):
-                raise ValueError(
-                    f"{where}: found {len(cells)} cells; expected {len(columns)}, as in its head."
-                )
+                raise ValueError(f"{where}: found {len(cells)} cells; expected {len(columns)}, as in its head.")
             row = {k: _cell(c) for k, c in zip(columns, cells)}
             question, verdict = row["question_id"], row["verdict"].strip().lower()
             if verdict and verdict not in VERDICTS:
-                raise ValueError(
-                    f"{where}: verdict {row['verdict']!r}; expected {', '.join(VERDICTS)}, or ''."
-                )
+                raise ValueError(f"{where}: verdict {row['verdict']!r}; expected {', '.join(VERDICTS)}, or ''.")
             if question in found:
                 raise ValueError(
                     f"{where}: question_id {question!r} has a verdict in line {found[question][3]} "
@@ -168,9 +164,7 @@ def _rates(judged):
             groups[template].append((image, verdict))
     names = sorted(groups)
     every = [x for name in names for x in groups[name]]
-    return {
-        name: _rate(found) for name, found in [("all", every), *((n, groups[n]) for n in names)]
-    }
+    return {name: _rate(found) for name, found in [("all", every), *((n, groups[n]) for n in names)]}
 
 
 def _rate(found):
@@ -191,9 +185,7 @@ def describe(report):
         rate = "-"
         if r["keep_rate"] is not None:
             rate = f"{100 * r['keep_rate']:.1f} % ({100 * r['low']:.1f} to {100 * r['high']:.1f})"
-        yield (
-            f"{name:24.24}{r['reviewed']:9,}{r['keep']:6,}{r['discard']:9,}{r['unsure']:8,}  {rate}"
-        )
+        yield (f"{name:24.24}{r['reviewed']:9,}{r['keep']:6,}{r['discard']:9,}{r['unsure']:8,}  {rate}")
     if n := report["notes_without_verdict"]:
         yield f"{n:,} notes without a verdict: those pairs count as not reviewed"
     yield f"{report['pairs']:,} pairs read, {report['written']:,} written"

@@ -113,30 +113,29 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("input", [], "Captions: " + sources.EXPECTED.removeprefix("expected ")
-                              + ". May be given several times.")  # fmt: skip
+    flags.DEFINE_multi_string(
+        "input", [], "Captions: " + sources.EXPECTED.removeprefix("expected ") + ". May be given several times."
+    )
     flags.DEFINE_string("output", None, "JSON Lines to write; the journal lies beside it.")
     flags.DEFINE_list("templates", ["caption"], f"Some of {', '.join(templates.names())}.")
     flags.DEFINE_bool("list_templates", False, "Show the templates, and do nothing else.")
     flags.DEFINE_integer("pairs", 5, "Questions to ask for in one reply.", lower_bound=1)
     flags.DEFINE_string("examples", None, "JSON Lines of captions with good pairs, shown first.")
-    flags.DEFINE_integer("max_rows", None, "Take so many captions, the first; default: all.",
-                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("max_rows", None, "Take so many captions, the first; default: all.", lower_bound=1)
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_string("id_column", None, "Column of a table that names the image.")
     flags.DEFINE_string("caption_column", None, "Column of a table that holds the caption.")
     config_flags.DEFINE_config_file("config", str(_CONFIG), "Which pairs are dropped.")
 
     flags.DEFINE_enum("backend", "transformers", run.BACKENDS, "What answers.")
-    flags.DEFINE_string("model", DEFAULT_MODEL, "Folder, .gguf file, name on the hub, or as the "
-                        "server calls it.")  # fmt: skip
+    flags.DEFINE_string("model", DEFAULT_MODEL, "Folder, .gguf file, name on the hub, or as the server calls it.")
     flags.DEFINE_integer("max_new_tokens", 1024, "Tokens of a reply, at most.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.", lower_bound=0.0)
-    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that have so much.",
-                       lower_bound=0.0, upper_bound=1.0)  # fmt: skip
+    flags.DEFINE_float(
+        "top_p", 1.0, "Draw among the likeliest tokens that have so much.", lower_bound=0.0, upper_bound=1.0
+    )
     flags.DEFINE_integer("seed", 0, "Of what is drawn: tokens, the order of options.")
-    flags.DEFINE_string("shard", None, "i/n: every n-th unit from the i-th (0 to n-1) on, for job "
-                        "arrays.")  # fmt: skip
+    flags.DEFINE_string("shard", None, "i/n: every n-th unit from the i-th (0 to n-1) on, for job arrays.")
     flags.DEFINE_bool("merge", False, "Write the output from the journals of all shards.")
     flags.DEFINE_bool("from_journal", False, "Write the output anew, without a model.")
     flags.DEFINE_bool("dry_run", False, "Count, show prompts, load no model.")
@@ -155,6 +154,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("timeout", 300.0, "server: seconds for a reply.")
     flags.DEFINE_bool("structured", False, "server: hold replies to a JSON schema.")
     flags.DEFINE_bool("send_seed", True, "server: send a seed with each request.")
-    flags.DEFINE_string("settings", "{}", "server: JSON of further request arguments; null takes "
-                        "one away.")  # fmt: skip
+    flags.DEFINE_string("settings", "{}", "server: JSON of further request arguments; null takes one away.")
     app.run(main, flags_parser=experiment.parse_flags)

@@ -68,9 +68,7 @@ def find(name, download=False):
 
     patterns = [file] if file else ["*.json", "*.model", "*.txt", "*.jinja", *WEIGHTS]
     try:
-        found = huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, local_files_only=not download
-        )
+        found = huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not download)
     except (OSError, ValueError) as e:
         why = " ".join(str(e).split())[:200] if download else "--download fetches it"
         raise ValueError(
@@ -121,9 +119,15 @@ def _file_digest(path):
 
 
 def load(
-    name, *, dtype="bfloat16", quantize="none", device_map=None, download=False, threads=None,
+    name,
+    *,
+    dtype="bfloat16",
+    quantize="none",
+    device_map=None,
+    download=False,
+    threads=None,
     **decoding,
-):  # fmt: skip
+):
     """Loads tokenizer and weights.
 
     Args:
@@ -148,8 +152,7 @@ def load(
         import transformers
     except ImportError as e:
         raise ValueError(
-            f"the transformers backend needs PyTorch and transformers ({e}); install "
-            "paligemma_med[synthesis]."
+            f"the transformers backend needs PyTorch and transformers ({e}); install paligemma_med[synthesis]."
         ) from None
     if threads:
         torch.set_num_threads(threads)
@@ -176,9 +179,7 @@ def load(
         more["use_safetensors"] = True
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", **kw)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), **kw, **more
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **kw, **more)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ValueError(
             f"--model={name}: can't be loaded ({' '.join(str(e).split())[:300]}); expected a "
@@ -197,17 +198,27 @@ def load(
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=decoding["max_new_tokens"],
         do_sample=not greedy,
-        **({} if greedy else {"temperature": decoding["temperature"], "top_k": 0,
-                              "top_p": decoding.get("top_p") or 1.0}),
-        eos_token_id=eos, pad_token_id=eos[0] if pad is None else pad,
-    )  # fmt: skip
+        **(
+            {}
+            if greedy
+            else {"temperature": decoding["temperature"], "top_k": 0, "top_p": decoding.get("top_p") or 1.0}
+        ),
+        eos_token_id=eos,
+        pad_token_id=eos[0] if pad is None else pad,
+    )
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
     settings = {**decoding, "dtype": dtype, "quantize": quantize, "chat_template": template}
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40
     return Model(
-        model, tokenizer, name if not pathlib.Path(name).expanduser().exists() else _short(name),
-        weights, settings, versions, limit, _knows_system(tokenizer),
-    )  # fmt: skip
+        model,
+        tokenizer,
+        name if not pathlib.Path(name).expanduser().exists() else _short(name),
+        weights,
+        settings,
+        versions,
+        limit,
+        _knows_system(tokenizer),
+    )
 
 
 def _short(name):
@@ -311,9 +322,17 @@ def _common(a, b):
 
 
 def answer(
-    units, journal, model, read, *, seed=0, batch_size=16, batch_tokens=65_536, progress=None,
+    units,
+    journal,
+    model,
+    read,
+    *,
+    seed=0,
+    batch_size=16,
+    batch_tokens=65_536,
+    progress=None,
     log=lambda text: print(text, file=sys.stderr, flush=True),
-):  # fmt: skip
+):
     """Has `model` answer all units that aren't settled; see `units` for the journal's records.
 
     A batch's replies, second ones to what couldn't be used included, are on the disk together.
@@ -347,8 +366,7 @@ def answer(
             if not is_open:
                 continue
             prompts = {u.key: prompt(model, u.messages()) for u in window}
-            for batch in plan(window, prompts, model.settings["max_new_tokens"],
-                              batch_size, batch_tokens):  # fmt: skip
+            for batch in plan(window, prompts, model.settings["max_new_tokens"], batch_size, batch_tokens):
                 if any(u.key in is_open for u in batch):
                     records = _answer_batch(batch, prompts, model, read, seed, log)
                     # Of a batch that had been made of other units, some may be there.
@@ -387,8 +405,7 @@ def _answer_batch(batch, prompts, model, read, seed, log):
         for unit, ids in asked:
             if len(ids) > room:
                 problem = f"the prompt of {len(ids)} tokens leaves no room for a reply"
-                out.append(_record(unit, attempt, "", units_lib.TOO_LONG, len(ids), 0, 0.0,
-                                   problem, None, model))  # fmt: skip
+                out.append(_record(unit, attempt, "", units_lib.TOO_LONG, len(ids), 0, 0.0, problem, None, model))
         asked = [(u, ids) for u, ids in asked if len(ids) <= room]
         if not asked:
             break
@@ -398,8 +415,20 @@ def _answer_batch(batch, prompts, model, read, seed, log):
         again = []
         for (unit, ids), (text, finish, tokens) in zip(asked, replies):
             found = read(text, unit.template.kind, finish == "length")
-            out.append(_record(unit, attempt, text, finish, len(ids), tokens, seconds,
-                               found.problem, len(found.pairs) or None, model))  # fmt: skip
+            out.append(
+                _record(
+                    unit,
+                    attempt,
+                    text,
+                    finish,
+                    len(ids),
+                    tokens,
+                    seconds,
+                    found.problem,
+                    len(found.pairs) or None,
+                    model,
+                )
+            )
             if not found.pairs and attempt + 1 < units_lib.MAX_REPLIES:
                 again.append((unit, prompt(model, unit.messages(attempt + 1, found.problem))))
         asked = again
@@ -408,11 +437,21 @@ def _answer_batch(batch, prompts, model, read, seed, log):
 
 def _record(unit, attempt, text, finish, asked, tokens, seconds, problem, score, model):
     return dict(
-        key=unit.key, score=score, reply=text, finish=finish, usage=[asked, tokens], model=None,
-        time=round(time.time(), 3), attempt=attempt, row_id=unit.row.row_id,
-        template=f"{unit.template.name}_v{unit.template.version}", problem=problem,
-        seconds=round(seconds, 4), versions=model.versions, system_fingerprint=None,
-    )  # fmt: skip
+        key=unit.key,
+        score=score,
+        reply=text,
+        finish=finish,
+        usage=[asked, tokens],
+        model=None,
+        time=round(time.time(), 3),
+        attempt=attempt,
+        row_id=unit.row.row_id,
+        template=f"{unit.template.name}_v{unit.template.version}",
+        problem=problem,
+        seconds=round(seconds, 4),
+        versions=model.versions,
+        system_fingerprint=None,
+    )
 
 
 def _generate(asked, model, seed, attempt, log):
@@ -434,10 +473,11 @@ def _generate(asked, model, seed, attempt, log):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(asked) // 2
-    log(f"{len(asked)} replies at a time don't fit into memory: {half} and {len(asked) - half} now "
-        "(a smaller --batch_size or --batch_tokens saves the attempt)")  # fmt: skip
-    return [r for part in (asked[:half], asked[half:])
-            for r in _generate(part, model, seed, attempt, log)]  # fmt: skip
+    log(
+        f"{len(asked)} replies at a time don't fit into memory: {half} and {len(asked) - half} now "
+        "(a smaller --batch_size or --batch_tokens saves the attempt)"
+    )
+    return [r for part in (asked[:half], asked[half:]) for r in _generate(part, model, seed, attempt, log)]
 
 
 def _generate_all(asked, model, seed, attempt):
@@ -468,9 +508,7 @@ def _generate_all(asked, model, seed, attempt):
     out = []
     for ids in made:
         end = next((i for i, t in enumerate(ids) if t in eos), None)
-        text = model.tokenizer.decode(
-            ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = model.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text = text.encode("utf-8", "replace").decode()
         ended = end is not None
         out.append((text, "stop" if ended else "length", end + 1 if ended else len(ids)))

@@ -201,10 +201,7 @@ def _options(value: Any) -> Any:
 _QUESTION_KEYS = ("question", "q", "questiontext")
 _ANSWER_KEYS = ("answer", "a", "answertext", "response")
 _CHOICES_KEYS = ("choices", "options", "answers", "answerchoices", "answeroptions")
-_RIGHT_KEYS = (
-    "answer correctanswer correct answerletter correctoption correctchoice correctletter "
-    "rightanswer".split()
-)
+_RIGHT_KEYS = "answer correctanswer correct answerletter correctoption correctchoice correctletter rightanswer".split()
 
 
 def _read_json(text: str, kind: str) -> tuple[list[Pair], list[tuple[str, str]], str]:
@@ -229,9 +226,7 @@ def _read_json(text: str, kind: str) -> tuple[list[Pair], list[tuple[str, str]],
     if broken:
         return pairs, rejected, "json broken"
     roots = [node for node in nodes if node[2] is None]
-    outside = "".join(
-        text[a:b] for a, b in zip([0, *(n[1] for n in roots)], [*(n[0] for n in roots), len(text)])
-    )
+    outside = "".join(text[a:b] for a, b in zip([0, *(n[1] for n in roots)], [*(n[0] for n in roots), len(text)]))
     if not outside.strip(" \t\r\n,"):
         return pairs, rejected, "json"
     return pairs, rejected, "json fenced" if "```" in outside else "json in chatter"

@@ -27,10 +27,24 @@ _TOLD = 5  # units without a reply that are told of
 
 
 def run(
-    inputs, output, config, *, chosen=("caption",), pairs=5, examples=None, seed=0,
-    backend="transformers", model=None, shard=None, replay=False, merge=False, rows=None,
-    decoding=None, local=None, server=None,
-):  # fmt: skip
+    inputs,
+    output,
+    config,
+    *,
+    chosen=("caption",),
+    pairs=5,
+    examples=None,
+    seed=0,
+    backend="transformers",
+    model=None,
+    shard=None,
+    replay=False,
+    merge=False,
+    rows=None,
+    decoding=None,
+    local=None,
+    server=None,
+):
     """Makes question-answer pairs of captions, or goes on where an earlier run was stopped.
 
     Args:
@@ -65,9 +79,7 @@ def run(
         raise ValueError(f"--{odd[0]} is {decoding[odd[0]]}; expected a finite number.")
     if replay or merge:
         about = _read_run(output)["about"]
-        _check_same(
-            about, {"pairs": pairs, "seed": seed, "examples": _examples_digest(shown)}, output
-        )
+        _check_same(about, {"pairs": pairs, "seed": seed, "examples": _examples_digest(shown)}, output)
         return _write_from_journals(output, config, about, books, found, asked, shown, merge)
     others = [p for p in journal_lib.paths_of(output) if p != str(own)]
     if shard is None and others:
@@ -146,29 +158,39 @@ def _open_backend(backend, model, decoding, local, server, seed):
         settings |= server.pop("settings", {})
         settings = {k: v for k, v in settings.items() if v is not None}
         structured = server.get("structured", False)
-        about = dict(model=model, weights="", backend=backend,
-                     settings={**settings, "structured": structured})  # fmt: skip
+        about = dict(model=model, weights="", backend=backend, settings={**settings, "structured": structured})
         own_seed = seed if server.pop("send_seed", True) else None
 
         def answer(units, journal, progress):
             return backend_lib.answer(
-                units, journal, model, parse.read_reply, settings=settings, seed=own_seed,
-                progress=progress, **server,
-            )  # fmt: skip
+                units,
+                journal,
+                model,
+                parse.read_reply,
+                settings=settings,
+                seed=own_seed,
+                progress=progress,
+                **server,
+            )
 
         return answer, about
     from tools.synthesize_qa import local as backend_lib
 
     batches = {k: local.pop(k) for k in ("batch_size", "batch_tokens") if k in local}
     loaded = backend_lib.load(model, **local, **decoding)
-    about = dict(model=loaded.name, weights=loaded.weights, backend=backend,
-                 settings=loaded.settings)  # fmt: skip
+    about = dict(model=loaded.name, weights=loaded.weights, backend=backend, settings=loaded.settings)
 
     def answer(units, journal, progress):
         backend_lib.answer(
-            units, journal, loaded, parse.read_reply, seed=seed, progress=progress,
-            log=lambda text: tqdm.tqdm.write(text, file=sys.stderr), **batches,
-        )  # fmt: skip
+            units,
+            journal,
+            loaded,
+            parse.read_reply,
+            seed=seed,
+            progress=progress,
+            log=lambda text: tqdm.tqdm.write(text, file=sys.stderr),
+            **batches,
+        )
         return {}
 
     return answer, about
@@ -215,14 +237,10 @@ def _read_run(output):
     path = _run_path(output)
     try:
         found = json.loads(path.read_text("utf-8"))
-        if {"model", "weights", "backend", "settings", "seed", "pairs", "examples"} <= found[
-            "about"
-        ].keys():
+        if {"model", "weights", "backend", "settings", "seed", "pairs", "examples"} <= found["about"].keys():
             return found
     except FileNotFoundError:
-        raise ValueError(
-            f"there is no {path}; expected that of a run with this --output."
-        ) from None
+        raise ValueError(f"there is no {path}; expected that of a run with this --output.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{path} isn't what a run of this program writes; expected its settings.")
@@ -246,8 +264,7 @@ def _write_run(output, about, asked, inputs):
         if begun:
             _check_same(before, about, output)
     elif output.exists():
-        raise ValueError(f"{output} is there, without {path.name} of an earlier run beside it; "
-                         "expected a new name.")  # fmt: skip
+        raise ValueError(f"{output} is there, without {path.name} of an earlier run beside it; expected a new name.")
     content = {
         "about": about,
         "templates": {f"{t.name}_v{t.version}": t.digest for t in asked},
@@ -278,13 +295,9 @@ def _write_from_journals(output, config, about, books, found, asked, shown, merg
 
 def _check_shards(output, paths):
     """ValueError: a shard's journal is missing."""
-    there = [
-        tuple(map(int, m.groups())) for p in paths if (m := re.search(r"\.(\d+)-of-(\d+)$", p))
-    ]
+    there = [tuple(map(int, m.groups())) for p in paths if (m := re.search(r"\.(\d+)-of-(\d+)$", p))]
     if not there:
-        raise ValueError(
-            f"there is no {journal_lib.path_of(output)}.i-of-n; expected journals of shards."
-        )
+        raise ValueError(f"there is no {journal_lib.path_of(output)}.i-of-n; expected journals of shards.")
     for n in sorted({n for _, n in there}):
         if missing := [i for i in range(n) if (i, n) not in there]:
             raise ValueError(

@@ -42,8 +42,7 @@ def schema(kind: str) -> dict[str, Any]:
     form that the templates of this kind ask for."""
 
     def form(**properties):
-        return dict(type="object", properties=properties, required=list(properties),
-                    additionalProperties=False)  # fmt: skip
+        return dict(type="object", properties=properties, required=list(properties), additionalProperties=False)
 
     text = {"type": "string"}
     if kind == "choices":
@@ -52,9 +51,7 @@ def schema(kind: str) -> dict[str, Any]:
     else:
         pair = form(question=text, answer=text)
     whole = form(pairs={"type": "array", "items": pair})
-    return {
-        "type": "json_schema", "json_schema": dict(name="questions", strict=True, schema=whole)
-    }  # fmt: skip
+    return {"type": "json_schema", "json_schema": dict(name="questions", strict=True, schema=whole)}
 
 
 def answer(
@@ -126,8 +123,16 @@ def answer(
             return None
         if progress:
             progress(1, 0)
-        record = dict(key=key, score=None, reply="", finish=units_lib.TOO_LONG, usage=[0, 0],
-                      model=None, time=round(time.time(), 3), system_fingerprint=None)  # fmt: skip
+        record = dict(
+            key=key,
+            score=None,
+            reply="",
+            finish=units_lib.TOO_LONG,
+            usage=[0, 0],
+            model=None,
+            time=round(time.time(), 3),
+            system_fingerprint=None,
+        )
         return record | about(key, attempt, f"the prompt has no room in the model: {why}", 0.0)
 
     def about(key, attempt, problem, seconds):

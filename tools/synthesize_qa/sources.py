@@ -138,9 +138,7 @@ def _tfds(spec, data_dir):
     name, _, split = spec.removeprefix("tfds:").rpartition(":")
     if not name or not split:
         raise DataError(f"--input={spec}: expected tfds:NAME/CONFIG:SPLIT")
-    source = input_pipeline.open_source(
-        dict(name=name, split=split, data_dir=str(data_dir or default_data_dir()))
-    )
+    source = input_pipeline.open_source(dict(name=name, split=split, data_dir=str(data_dir or default_data_dir())))
     if missing := [k for k in ("image_id", CAPTION) if k not in source.features]:
         raise DataError(
             f"--input={spec}: no feature {missing[0]} among {', '.join(source.features)}; expected "
@@ -157,19 +155,14 @@ def _tfds(spec, data_dir):
 def _release(spec):
     kind, _, rest = spec.removeprefix("release:").partition(":")
     if kind not in NAMES or not rest:
-        raise DataError(
-            f"--input={spec}: expected release:NAME:FOLDER[:SPLIT] with NAME one of "
-            f"{', '.join(NAMES)}"
-        )
+        raise DataError(f"--input={spec}: expected release:NAME:FOLDER[:SPLIT] with NAME one of {', '.join(NAMES)}")
     folder, _, split = rest.rpartition(":")
     if split not in captioned.SPLITS or not folder:
         folder, split = rest, None
     builder = importlib.import_module(BUILDERS[kind]).Builder
     figures = builder.read_release(pathlib.Path(folder).expanduser()).figures
     if split and not figures.get(split):
-        raise DataError(
-            f"--input={spec}: no split {split}; found {', '.join(s for s in figures if figures[s])}"
-        )
+        raise DataError(f"--input={spec}: no split {split}; found {', '.join(s for s in figures if figures[s])}")
     for part in [split] if split else [s for s in captioned.SPLITS if s in figures]:
         for figure in figures[part].values():
             texts = {k: v for k, v in figure.features.items() if k not in _NOT_FIELDS}
@@ -260,9 +253,7 @@ def _separated(path):
             break
         except csv.Error as e:
             if "unexpected end" in str(e):
-                raise DataError(
-                    f"{path} line {line}: a quote opens there and is never closed; expected CSV"
-                ) from None
+                raise DataError(f"{path} line {line}: a quote opens there and is never closed; expected CSV") from None
             too_long = "field larger than" in str(e)
             why = f"a cell of over {csv.field_size_limit():,} characters"
             yield f"{path} line {line}", why if too_long else "a line that is no CSV"
@@ -274,9 +265,7 @@ def _separated(path):
         if header is None:
             header = [c.strip().lower() for c in cells]
             if again := [c for c in header if c and header.count(c) > 1]:
-                raise DataError(
-                    f"{path} line {line}: the column {again[0]} stands there twice; expected once"
-                )
+                raise DataError(f"{path} line {line}: the column {again[0]} stands there twice; expected once")
         elif len(cells) != len(header):
             yield f"{path} line {line}", "another number of cells than the header"
         else:

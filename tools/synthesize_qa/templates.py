@@ -22,24 +22,34 @@ _IMAGE = ("caption", "modality", "modality_detail", "plane", "location")
 # File → what the text itself doesn't say.
 _ABOUT = {
     "caption_v1": dict(
-        kind="pairs", per="image", needs=("caption",), shows=_IMAGE,
+        kind="pairs",
+        per="image",
+        needs=("caption",),
+        shows=_IMAGE,
         what="open and closed questions from the caption",
     ),
     "case_v1": dict(
-        kind="pairs", per="image", needs=("caption", "diagnosis"),
+        kind="pairs",
+        per="image",
+        needs=("caption", "diagnosis"),
         shows=(*_IMAGE, "title", "findings", "diagnosis", "differential"),
         what="open questions from the caption and the patient's case (MedPix)",
     ),
     "literature_v1": dict(
-        kind="pairs", per="case", needs=("caption", "topic_discussion"),
+        kind="pairs",
+        per="case",
+        needs=("caption", "topic_discussion"),
         shows=(*_IMAGE, "diagnosis", "topic", "topic_discussion"),
         what="what the literature says about the disease (MedPix's topics), once a case",
     ),
     "choice_v1": dict(
-        kind="choices", per="image", needs=("caption",), shows=_IMAGE,
+        kind="choices",
+        per="image",
+        needs=("caption",),
+        shows=_IMAGE,
         what="multiple choice with four options from the caption",
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +80,14 @@ def load(name):
     """
     versions = [f for f in _ABOUT if name in (f, f.rpartition("_v")[0])]
     if not versions:
-        raise ValueError(
-            f"--templates: there is no template {name!r}; there are {', '.join(names())}."
-        )
+        raise ValueError(f"--templates: there is no template {name!r}; there are {', '.join(names())}.")
     file = max(versions, key=lambda f: int(f.rpartition("_v")[2]))
     text = (FOLDER / f"{file}.txt").read_text("utf-8")
     system, _, user = text.partition("\n=====\n")
     about = _ABOUT[file]
     digest = _digest([file, text, about])
     short, _, version = file.rpartition("_v")
-    return Template(
-        short, int(version), system=system.strip(), user=user.strip(), digest=digest, **about
-    )
+    return Template(short, int(version), system=system.strip(), user=user.strip(), digest=digest, **about)
 
 
 def names():
@@ -95,9 +101,8 @@ def describe():
     for t in map(load, names()):
         lines += [
             f"{t.name} (version {t.version}, sha256 {t.digest[:12]}): {t.what}",
-            f"  one {t.per} at a time; needs {', '.join(t.needs)}; "
-            f"shows {', '.join(t.shows)} where there is text",
-        ]  # fmt: skip
+            f"  one {t.per} at a time; needs {', '.join(t.needs)}; shows {', '.join(t.shows)} where there is text",
+        ]
     return lines
 
 
@@ -135,9 +140,7 @@ def _user(template, fields, marker, pairs, problem=""):
     shown = [(k.replace("_", " "), fields[k]) for k in template.shows if fields.get(k)]
     data = "\n\n".join(f"BEGIN {k} {marker}\n{text}\nEND {k} {marker}" for k, text in shown)
     if problem:
-        problem = (
-            f"\n\nAn earlier reply could not be used: {problem.rstrip('.')}. Keep to the form."
-        )
+        problem = f"\n\nAn earlier reply could not be used: {problem.rstrip('.')}. Keep to the form."
     # One pass: what stands in a text isn't replaced again.
     fill = {"data": data, "pairs": pairs, "problem": problem, "marker": marker}
     return string.Template(template.user).substitute(fill)

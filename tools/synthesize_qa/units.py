@@ -43,9 +43,7 @@ class Unit:
 
     def messages(self, attempt: int = 0, problem: str = "") -> list[dict[str, str]]:
         """The chat messages that ask for its reply; see `templates.messages`."""
-        return templates.messages(
-            self.template, self.row, self.pairs, attempt, problem, self.examples
-        )
+        return templates.messages(self.template, self.row, self.pairs, attempt, problem, self.examples)
 
 
 def settled(records) -> bool:

@@ -71,8 +71,7 @@ def write(
     quality, paths, counts = Quality(config), paths_of(output), _Counts()
     if paths.output.exists() and not paths.report.exists():
         raise ValueError(
-            f"{paths.output} is there, without {paths.report.name} of an earlier run beside it; "
-            "expected a new name."
+            f"{paths.output} is there, without {paths.report.name} of an earlier run beside it; expected a new name."
         )
     seen: set[bytes] = set()
     try:
@@ -82,9 +81,7 @@ def write(
                 name = f"{_label(unit)} {unit.row.image_id}".encode("utf-8", "surrogatepass")
                 name = hashlib.sha256(name).digest()[:16]
                 if name in seen:
-                    raise ValueError(
-                        f"image {unit.row.image_id} comes twice with {_label(unit)}; expected once."
-                    )
+                    raise ValueError(f"image {unit.row.image_id} comes twice with {_label(unit)}; expected once.")
                 seen.add(name)
                 _write_unit(unit, journal, about, quality, counts, kept, drops, failed)
             report = counts.report(quality)
@@ -99,10 +96,7 @@ def _write_unit(unit, journal, about, quality, counts, kept, drops, failed):
     """One unit's lines in the files, and what it adds to the counts."""
     records = journal.replies(unit.key)
     # A reply is read anew: the parser may have learnt more since it came.
-    replies = [
-        parse.read_reply(r["reply"], unit.template.kind, cut=r["finish"] == "length")
-        for r in records
-    ]
+    replies = [parse.read_reply(r["reply"], unit.template.kind, cut=r["finish"] == "length") for r in records]
     used = next((i for i, reply in enumerate(replies) if reply.pairs), None)
     counts.unit(unit, records, replies, used)
     if used is None:
@@ -225,10 +219,7 @@ class _Counts:
         self.first, self.any, self.alone = (collections.Counter() for _ in range(3))
         self.examples: dict[str, list] = collections.defaultdict(list)
         self.types, self.letters = collections.Counter(), collections.Counter()
-        self.leaks = {
-            which: {name: [0, 0.0, 0] for name in ("leak", "caption_leak")}
-            for which in ("all", "kept")
-        }
+        self.leaks = {which: {name: [0, 0.0, 0] for name in ("leak", "caption_leak")} for which in ("all", "kept")}
 
     def unit(self, unit, records, replies, used):
         """A unit, all its replies, and the number of that which is used."""
@@ -288,23 +279,17 @@ class _Counts:
 
     def report(self, quality: Quality) -> dict[str, Any]:
         pairs = {which: table["leak"][0] for which, table in self.leaks.items()}
-        states = (
-            "units answered failed waiting answered_at_once asked_again answered_when_asked_again"
-        ).split()
+        states = ("units answered failed waiting answered_at_once asked_again answered_when_asked_again").split()
         replied = self.units["units"] - self.units["waiting"]
         return {
             "units": {name: self.units[name] for name in states},
             "parse_rate": _share(self.units["answered"], replied),
             "parse_rate_at_once": _share(self.units["answered_at_once"], replied),
-            "replies": {
-                name: self.replies[name] for name in ("replies", "usable", "unfinished", "too_long")
-            },
+            "replies": {name: self.replies[name] for name in ("replies", "usable", "unfinished", "too_long")},
             "forms": dict(self.forms.most_common()),
             "rejected": dict(sorted(self.rejected.items(), key=lambda x: (-x[1]["count"], x[0]))),
             "pairs": {"all": pairs["all"], "kept": pairs["kept"]},
-            "pairs_per_reply": {
-                str(n): self.pairs_per_reply[n] for n in sorted(self.pairs_per_reply)
-            },
+            "pairs_per_reply": {str(n): self.pairs_per_reply[n] for n in sorted(self.pairs_per_reply)},
             "rules": {
                 name: {
                     "drops": drops,
@@ -376,8 +361,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     for which, table in report["leaks"].items():
         texts = {"leak": "the answer's words", "caption_leak": "the caption's words"}
         yield f"leak into the question, {which} pairs: " + "; ".join(
-            f"{texts[name]}: mean {_percent(x['mean'])}, half or more in "
-            f"{_percent(x['at_least_half'])}"
+            f"{texts[name]}: mean {_percent(x['mean'])}, half or more in {_percent(x['at_least_half'])}"
             for name, x in table.items()
         )
     for name, n in report["templates"].items():
@@ -391,10 +375,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{tokens['prompt']:,} prompt tokens, {tokens['completion']:,} new ones"
         + (f", {speed:,.1f} new ones a second" if speed else "")
-        + (
-            f"; {tokens['replies_without']:,} replies without a count"
-            * bool(tokens["replies_without"])
-        )
+        + (f"; {tokens['replies_without']:,} replies without a count" * bool(tokens["replies_without"]))
     )
     if units["waiting"]:
         yield f"WARNING: {units['waiting']:,} units have no reply yet; the same command goes on"

@@ -103,8 +103,11 @@ def test_every_row_is_kept_or_dropped_with_its_reasons(rows_file, tmp_path):
     assert {r["category"] for r in kept} == {"Chest", "Brain"}
     rules = report["rules"]
     assert rules["measurement"] | {"first": 0} == {
-        "dropped": 0, "would_drop": 6, "only_this_one": 0, "first": 0,
-    }  # fmt: skip
+        "dropped": 0,
+        "would_drop": 6,
+        "only_this_one": 0,
+        "first": 0,
+    }
     assert sum(r["dropped"] for r in rules.values()) == len(drops)
     assert rules["empty"]["first"][0]["row"] == "q3"
 
@@ -124,8 +127,7 @@ def test_categories_are_counted_in_cases_and_the_common_ones_weigh_more(rows_fil
 
 
 def test_repeats(rows_file, tmp_path):
-    config = {**CONFIG, "relevance": {"min_cases": 1, "power": 1.0, "reinforce": "repeat",
-                                      "max_weight": 2.5}}  # fmt: skip
+    config = {**CONFIG, "relevance": {"min_cases": 1, "power": 1.0, "reinforce": "repeat", "max_weight": 2.5}}
     report = curate(config, [str(rows_file)], tmp_path / "kept.jsonl")
     kept = lines(tmp_path / "kept.jsonl")
     assert report["rows_written"] == len(kept) > report["rows_kept"]
@@ -146,8 +148,13 @@ def test_repeats_are_right_on_average():
 
 
 def test_weight_and_category():
-    r = Relevance(min_cases=100, power=0.5, max_weight=2.0, missing="drop",
-                  keywords=[["Chest", r"\blungs?\b"], ["Brain", "cerebr"]])  # fmt: skip
+    r = Relevance(
+        min_cases=100,
+        power=0.5,
+        max_weight=2.0,
+        missing="drop",
+        keywords=[["Chest", r"\blungs?\b"], ["Brain", "cerebr"]],
+    )
     assert [r.weight("x", n) for n in (50, 100, 225, 900)] == [1.0, 1.0, 1.5, 2.0]
     assert r.weight("", 900) == 1.0
     assert r.category({"category": " Spine "}) == "Spine"
@@ -282,9 +289,7 @@ def test_command_stopped_by_ctrl_c_goes_on(tmp_path, repo_root):
     rows = write(tmp_path / "rows.jsonl", make_rows(15_000))
     config = repo_root / "data_prep/curate/configs/paper.py"
     command = _command(f"--config={config}", f"--input={rows}", f"--output={tmp_path}/kept.jsonl")
-    child = subprocess.Popen(
-        command, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "kept.journal", time.monotonic() + 60
     while not journal.exists() or journal.stat().st_size < 10_000:
         assert time.monotonic() < deadline and child.poll() is None
@@ -306,8 +311,14 @@ def test_command_stopped_by_ctrl_c_goes_on(tmp_path, repo_root):
 def test_lines_that_are_no_rows_are_dropped_with_their_place(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(make_rows(1)[0]).encode()
-    odd = [b'{"question": "half', b"[1]", b'{"question": "a?", "answer": "b"}', b"\xff\xfe",
-           b'{"question": ["a"], "answer": "b", "image_id": "i"}', b"[" * 100_000]  # fmt: skip
+    odd = [
+        b'{"question": "half',
+        b"[1]",
+        b'{"question": "a?", "answer": "b"}',
+        b"\xff\xfe",
+        b'{"question": ["a"], "answer": "b", "image_id": "i"}',
+        b"[" * 100_000,
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\n\n" + b"\n".join(odd) + b"\n" + good)
     config = {"rules": []}
     report = curate(config, [str(path)], tmp_path / "kept.jsonl")
@@ -351,8 +362,7 @@ def test_built_data_set(slake, tmp_path):
     slake.write()
     build("slake", manual_dir=slake.root, data_dir=tmp_path / "d", config="en")
     spec = "tfds:slake/en:train"
-    report = curate({"rules": [{"rule": "empty"}]}, [spec], tmp_path / "k.jsonl",
-                    data_dir=tmp_path / "d")  # fmt: skip
+    report = curate({"rules": [{"rule": "empty"}]}, [spec], tmp_path / "k.jsonl", data_dir=tmp_path / "d")
     assert report["rows_kept"] == 4
     row = lines(tmp_path / "k.jsonl")[0]
     assert row["question"] and row["modality"] == "CT" and "image" not in row
@@ -362,10 +372,15 @@ def test_built_data_set(slake, tmp_path):
             curate({"rules": []}, [wrong], tmp_path / "x.jsonl", data_dir=tmp_path / "d")
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "can't be read"), ("", "empty"), ("[{}]", "found a JSON list"),
-    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-LFS pointer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "can't be read"),
+        ("", "empty"),
+        ("[{}]", "found a JSON list"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-LFS pointer"),
+    ],
+)
 def test_input_refused(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     if content is not None:
@@ -376,16 +391,19 @@ def test_input_refused(tmp_path, content, message):
     assert not (tmp_path / "kept.jsonl").exists()
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"rules": [{"rule": "near_duplicate"}, {"rule": "empty"}]}, "as the last one"),
-    ({"rules": [{"rule": "near_duplicate", "within": "x"}]}, "within is 'x'"),
-    ({"rules": [{"rule": "near_duplicate", "what": 1}]}, "what"),
-    ({"rules": [], "relevance": {"below": "x"}}, "relevance.below is 'x'"),
-    ({"rules": [], "relevance": {"min_cases": 0}}, "min_cases 0"),
-    ({"rules": [], "relevance": {"count": "rows"}}, "relevance.count is 'rows'"),
-    ({"rules": [], "relevance": {"keywords": [["a", "("]]}}, "relevance.keywords"),
-    ({"rules": [], "relevance": {"what": 1}}, "what"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"rules": [{"rule": "near_duplicate"}, {"rule": "empty"}]}, "as the last one"),
+        ({"rules": [{"rule": "near_duplicate", "within": "x"}]}, "within is 'x'"),
+        ({"rules": [{"rule": "near_duplicate", "what": 1}]}, "what"),
+        ({"rules": [], "relevance": {"below": "x"}}, "relevance.below is 'x'"),
+        ({"rules": [], "relevance": {"min_cases": 0}}, "min_cases 0"),
+        ({"rules": [], "relevance": {"count": "rows"}}, "relevance.count is 'rows'"),
+        ({"rules": [], "relevance": {"keywords": [["a", "("]]}}, "relevance.keywords"),
+        ({"rules": [], "relevance": {"what": 1}}, "what"),
+    ],
+)
 def test_config_refused(rows_file, tmp_path, config, message):
     with pytest.raises(DataError, match=message):
         curate(config, [str(rows_file)], tmp_path / "kept.jsonl")

@@ -45,16 +45,20 @@ def test_question_and_answer_are_not_mixed_up():
     assert near.find(row("left lung!", "right lung"))[0] == "0"
 
 
-@pytest.mark.parametrize("within, found", [
-    ("image", (True, False, False)), ("case", (True, True, False)), ("all", (True, True, True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "within, found",
+    [
+        ("image", (True, False, False)),
+        ("case", (True, True, False)),
+        ("all", (True, True, True)),
+    ],
+)
 def test_where_they_are_looked_for(within, found):
     near = NearDuplicates(within=within)
     near.add(row("Where is the mass seen?", "In the liver", "i1", case_id="c1"), "first")
     others = [("i1", "c1"), ("i2", "c1"), ("i3", "c2")]
     for (image, case), is_found in zip(others, found, strict=True):
-        like, similarity = near.find(row("Where is the mass seen?", "in the liver.", image,
-                                         case_id=case))  # fmt: skip
+        like, similarity = near.find(row("Where is the mass seen?", "in the liver.", image, case_id=case))
         assert (like == "first") == is_found and (similarity == 1) == is_found
 
 
@@ -102,10 +106,10 @@ def brute(rows, threshold, same_image):
     for i, r in enumerate(rows):
         mine = runs(r)
         near = [
-            s for image, s in seen
-            if (not same_image or image == r["image_id"])
-            and len(s & mine) / len(s | mine) >= threshold
-        ]  # fmt: skip
+            s
+            for image, s in seen
+            if (not same_image or image == r["image_id"]) and len(s & mine) / len(s | mine) >= threshold
+        ]
         if not near:
             stay.append(i)
             seen.append((r["image_id"], mine))
@@ -145,10 +149,17 @@ def test_memory_is_bounded_and_the_oldest_is_forgotten(within):
     assert near.find(row("unique5 word5 text5"))[0] is None
 
 
-@pytest.mark.parametrize("settings", [
-    dict(within="patient"), dict(threshold=0), dict(threshold=1.1), dict(shingle=0),
-    dict(max_rows=0), dict(fields=[]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(within="patient"),
+        dict(threshold=0),
+        dict(threshold=1.1),
+        dict(shingle=0),
+        dict(max_rows=0),
+        dict(fields=[]),
+    ],
+)
 def test_wrong_settings(settings):
     with pytest.raises(ValueError, match="expected"):
         NearDuplicates(**settings)

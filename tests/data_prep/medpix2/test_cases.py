@@ -30,9 +30,7 @@ def _figure(release, image_id):
 
 def test_joins_descriptions_with_cases_by_the_official_split(tmp_path, content):
     release = _read(tmp_path, content)
-    assert {s: len(f) for s, f in release.figures.items()} == {
-        "train": 8, "validate": 4, "test": 4
-    }  # fmt: skip
+    assert {s: len(f) for s, f in release.figures.items()} == {"train": 8, "validate": 4, "test": 4}
     assert release.notes["cases_by_split"] == {"train": 4, "validate": 2, "test": 2}
     assert release.images["test"] == tmp_path / "medpix2" / "images"
     figure = release.figures["validate"]["MPX1004_synpic10041"]

@@ -23,9 +23,7 @@ HEIGHTS = [(*c, x) for c in CASES for x in questions.LEVELS if (c[2], x) != ("Ef
 @pytest.mark.parametrize("side", questions.SIDES)
 def test_finding_is_on_its_side_large_and_visible(region, modality, kind, side, level):
     for seed in range(5):
-        image, boxes = draw(
-            np.random.default_rng(seed), region, modality, Finding(kind, side, level)
-        )
+        image, boxes = draw(np.random.default_rng(seed), region, modality, Finding(kind, side, level))
         assert image.shape == (SIZE, SIZE) and image.dtype == np.uint8
         ((label, (x, y, w, h)),) = boxes[-1].items()
         assert label == kind
@@ -42,9 +40,7 @@ def test_finding_is_on_its_side_large_and_visible(region, modality, kind, side, 
 
 def test_draw_depends_on_the_generator_alone():
     finding = Finding("Mass", "Left", "Upper")
-    first, again, other = (
-        draw(np.random.default_rng(s), "Head", "MRI", finding)[0] for s in (1, 1, 2)
-    )
+    first, again, other = (draw(np.random.default_rng(s), "Head", "MRI", finding)[0] for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert (first != other).mean() > 0.5
 

@@ -20,9 +20,7 @@ def read(data_dir, name, split):
     source = tfds.builder(name, data_dir=data_dir).as_data_source(
         split=split, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    decoded = (
-        {k: v if k == "image" else v.decode() for k, v in example.items()} for example in source
-    )
+    decoded = ({k: v if k == "image" else v.decode() for k, v in example.items()} for example in source)
     return {example["question_id"]: example for example in decoded}
 
 
@@ -36,9 +34,7 @@ def edit(path, change):
 
 
 def make(folder, tmp_path, config="v1", name="d", **options):
-    made = build(
-        "pmc_vqa", manual_dir=folder, data_dir=tmp_path / name, config=config, options=options
-    )
+    made = build("pmc_vqa", manual_dir=folder, data_dir=tmp_path / name, config=config, options=options)
     report = json.loads((made[f"pmc_vqa/{config}"] / "build_report.json").read_text())
     splits = [s for s in release.SPLITS if report["splits"][s]["rows_kept"]]
     return report, {s: read(tmp_path / name, f"pmc_vqa/{config}", s) for s in splits}
@@ -99,9 +95,7 @@ def test_validate_is_cut_by_article_and_seed(folder, tmp_path):
     assert papers["train"] and not papers["train"] & papers["validate"]
     assert 18 <= len(splits["validate"]) <= 20  # 0.3 of 60 rows, articles have three
     assert report["shared"]["article"]["train+validate"]["count"] == 0
-    same, other = (
-        make(folder, tmp_path, name=f"s{i}", validate_fraction=0.3, seed=i)[1] for i in range(2)
-    )
+    same, other = (make(folder, tmp_path, name=f"s{i}", validate_fraction=0.3, seed=i)[1] for i in range(2))
     assert same["validate"].keys() == splits["validate"].keys() != other["validate"].keys()
     _, none = make(folder, tmp_path, name="none", validate_fraction=0.0)
     assert list(none) == ["train", "test"]
@@ -132,10 +126,7 @@ def test_rows_that_one_config_drops_change_no_split(tmp_path):
     for seed in range(4):
         settings = dict(validate_fraction=0.5, seed=seed)
         papers = [
-            {
-                x["paper_id"]
-                for x in make(folder, tmp_path, config, f"{seed}", **settings)[1]["train"].values()
-            }
+            {x["paper_id"] for x in make(folder, tmp_path, config, f"{seed}", **settings)[1]["train"].values()}
             for config in ("v1", "v1_open")
         ]
         assert papers[0] == papers[1]
@@ -202,9 +193,7 @@ def test_missing_and_broken_images(tmp_path):
     (folder / "images" / "PMC1000000_F1.jpg").unlink()
     with pytest.raises(DataError, match="1 images of 72 rows are missing, e.g. PMC1000000_F1.jpg"):
         make(folder, tmp_path)
-    (folder / "images" / "PMC1000000_F1.jpg").write_bytes(
-        b"version https://git-lfs.github.com/spec/v1\n"
-    )
+    (folder / "images" / "PMC1000000_F1.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(DataError, match="git-LFS pointer.*first used by v1_train_0"):
         make(folder, tmp_path)
     (folder / "images" / "PMC1000001_F1.jpg").unlink()

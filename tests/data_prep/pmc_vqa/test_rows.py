@@ -71,9 +71,7 @@ def test_clean(text, wanted):
     assert clean(clean(text)) == wanted
 
 
-@pytest.mark.parametrize(
-    "label", ["B", " b", '"B"', "'B'", "B:", "(B)", "B.", "B: Focal", "\u00a0B"]
-)
+@pytest.mark.parametrize("label", ["B", " b", '"B"', "'B'", "B:", "(B)", "B.", "B: Focal", "\u00a0B"])
 def test_letters(label):
     q = _parse(**{"answer label": label, "answer": "something else"})
     assert q.features["answer_letter"] == "B" and not q.flags
@@ -84,9 +82,7 @@ def test_answer_by_its_text_where_no_letter_is(label):
     q = _parse(**{"answer label": label, "answer": " focal  Uptake"})
     assert q.features["answer_letter"] == "B" and q.features["answer"] == "Focal uptake"
     assert q.flags == ["answer found by its text, not by a letter"]
-    assert _parse(**{"answer label": label, "answer": "Lung"}).dropped == (
-        "no option is named as the answer"
-    )
+    assert _parse(**{"answer label": label, "answer": "Lung"}).dropped == ("no option is named as the answer")
 
 
 def test_the_letter_counts_where_letter_and_text_disagree():

@@ -159,17 +159,19 @@ def test_answers_agree_with_the_picture():
     }.items():
         assert asked[text] == answer, text
     # Two of a kind: "the ring" would be ambiguous.
-    scene = dataclasses.replace(
-        scene, items=(*scene.items, Item("Ring", "Left", "Lower", "Large", "Brighter"))
-    )
+    scene = dataclasses.replace(scene, items=(*scene.items, Item("Ring", "Left", "Lower", "Large", "Brighter")))
     asked = {q.text: q.answer for group in questions.candidates(scene) for q in group}
     assert not any("the ring" in text or "the shape" in text for text in asked)
 
 
 def test_nothing_medical_is_asked():
     """The base is to know the answers that phantoms share with everything, none of their own."""
-    states = [(r, m, f) for r in FINDINGS for m in MODALITIES[r]
-              for f in (None, *(Finding(k, "Left", "Upper") for k in FINDINGS[r]))]  # fmt: skip
+    states = [
+        (r, m, f)
+        for r in FINDINGS
+        for m in MODALITIES[r]
+        for f in (None, *(Finding(k, "Left", "Upper") for k in FINDINGS[r]))
+    ]
     medical = {q.answer for s in states for g in phantom_questions.candidates(*s) for q in g}
     everyday = {"Yes", "No", *questions.SIDES, *questions.LEVELS, *questions.QUADRANTS}
     words = {w.lower() for w in medical - everyday} | {"scan", "abnormality", "finding", "normal"}

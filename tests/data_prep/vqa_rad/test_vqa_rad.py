@@ -105,9 +105,11 @@ def features_of(rad, qid, layout_name="public"):
     root = rad.public() if layout_name == "public" else rad.trainset()
     folder = layout.read_folder(root, layout_name, validate_fraction=0)
     notes = {
-        note for split in folder.report["splits"].values()
-        for note, told in split["flags"].items() if qid in told["first"]
-    }  # fmt: skip
+        note
+        for split in folder.report["splits"].values()
+        for note, told in split["flags"].items()
+        if qid in told["first"]
+    }
     rows = [r.features for s in folder.rows.values() for r in s]
     return next(r for r in rows if r["question_id"] == qid), notes
 
@@ -130,9 +132,18 @@ def test_records_of_the_public_file(rad, tmp_path, images, capsys):
     assert len(splits["train"]) == 18 and len(splits["validate"]) == 2  # an image has 2 questions
     found = splits["test"]["21"]
     assert found["image"] == rad.images["synpic1.jpg"]
-    wanted = dict(question="Where is 1?", answer="Left", answer_type="CLOSED", image_id="synpic1",
-                  content_type="PRES", phrase_type="para", location="HEAD", case_id="case-0",
-                  linked_id="link-21", question_rephrase="")  # fmt: skip
+    wanted = dict(
+        question="Where is 1?",
+        answer="Left",
+        answer_type="CLOSED",
+        image_id="synpic1",
+        content_type="PRES",
+        phrase_type="para",
+        location="HEAD",
+        case_id="case-0",
+        linked_id="link-21",
+        question_rephrase="",
+    )
     assert {k: found[k].decode() for k in wanted} == wanted
 
 
@@ -142,36 +153,35 @@ def test_both_layouts_agree_where_they_hold_the_same_rows(rad, tmp_path):
     made = build("vqa_rad", manual_dir=rad.root, data_dir=tmp_path / "d")
     assert list(made) == ["vqa_rad/public", "vqa_rad/trainset"]
     for split, frames in (("train", 9), ("validate", 1), ("test", 0)):
-        public, trainset = (
-            read(tmp_path / "d", f"vqa_rad/{c}", split) for c in ("public", "trainset")
-        )
+        public, trainset = (read(tmp_path / "d", f"vqa_rad/{c}", split) for c in ("public", "trainset"))
         assert len(trainset) == len(public) + frames
         for qid, found in public.items():
             for key in ("image", "question", "answer", "phrase_type", "image_id", "content_type"):
                 assert trainset[qid][key] == found[key]
         assert {trainset[q]["phrase_type"].decode() for q in trainset.keys() - public} <= {"frame"}
-    assert read(tmp_path / "d", "vqa_rad/trainset", "train")["18_frame"]["question"] == (
-        b"Any >1 of it?"
-    )
+    assert read(tmp_path / "d", "vqa_rad/trainset", "train")["18_frame"]["question"] == (b"Any >1 of it?")
 
 
 @pytest.mark.parametrize("layout_name", ["public", "trainset"])
-@pytest.mark.parametrize("change, key, wanted, note", [
-    (dict(answer=3), "answer", "3", "a number as the answer"),
-    (dict(answer=" on the skin "), "answer", "on the skin", None),
-    (dict(answer="Heart \tlungs"), "answer", "Heart, lungs", "tab in the answer"),
-    (dict(answer="liver\tsplee n \t stomach"), "answer", "liver, splee n, stomach", "tab in the"),
-    (dict(question="Is it a male\twhat else?"), "question", "Is it a male, what else?", "tab in"),
-    (dict(question="it\ufffds what?"), "question", "it's what?", "apostrophe"),
-    (dict(question="\ufffd what?"), "question", "\ufffd what?", "U+FFFD"),
-    (dict(answer_type="CLOSED "), "answer_type", "CLOSED", None),
-    (dict(question_type="PRSE"), "content_type", "PRES", "PRSE read as PRES"),
-    (dict(question_type="ATRIB"), "content_type", "ATTRIB", "ATRIB read as ATTRIB"),
-    (dict(question_type="Other"), "content_type", "OTHER", None),
-    (dict(question_type="PRES, POS"), "content_type", "PRES, POS", None),
-    (dict(question_type="PRES,pos"), "content_type", "PRES, POS", None),
-    (dict(question_type="XYZ"), "content_type", "XYZ", "XYZ is unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, key, wanted, note",
+    [
+        (dict(answer=3), "answer", "3", "a number as the answer"),
+        (dict(answer=" on the skin "), "answer", "on the skin", None),
+        (dict(answer="Heart \tlungs"), "answer", "Heart, lungs", "tab in the answer"),
+        (dict(answer="liver\tsplee n \t stomach"), "answer", "liver, splee n, stomach", "tab in the"),
+        (dict(question="Is it a male\twhat else?"), "question", "Is it a male, what else?", "tab in"),
+        (dict(question="it\ufffds what?"), "question", "it's what?", "apostrophe"),
+        (dict(question="\ufffd what?"), "question", "\ufffd what?", "U+FFFD"),
+        (dict(answer_type="CLOSED "), "answer_type", "CLOSED", None),
+        (dict(question_type="PRSE"), "content_type", "PRES", "PRSE read as PRES"),
+        (dict(question_type="ATRIB"), "content_type", "ATTRIB", "ATRIB read as ATTRIB"),
+        (dict(question_type="Other"), "content_type", "OTHER", None),
+        (dict(question_type="PRES, POS"), "content_type", "PRES, POS", None),
+        (dict(question_type="PRES,pos"), "content_type", "PRES, POS", None),
+        (dict(question_type="XYZ"), "content_type", "XYZ", "XYZ is unknown"),
+    ],
+)
 def test_repairs(rad, layout_name, change, key, wanted, note):
     features, notes = one(rad, layout_name, **change)
     assert features[key] == wanted
@@ -191,8 +201,7 @@ def test_missing_rephrase_and_first_qid_as_text(rad):
     assert features["question_rephrase"] == "" and notes == {"key question_rephrase missing"}
     assert rad.rows[0]["qid"] == "0"
     assert "0" in [
-        r.features["question_id"]
-        for r in layout.read_folder(rad.root, "public", validate_fraction=0).rows["train"]
+        r.features["question_id"] for r in layout.read_folder(rad.root, "public", validate_fraction=0).rows["train"]
     ]
 
 
@@ -253,21 +262,22 @@ def test_missing_image(rad):
     rad.public()
     with pytest.raises(DataError, match="'synpic3.jpg' is missing"):
         layout.read_folder(rad.root, "public")
-    report = layout.read_folder(
-        rad.root, "public", allow_missing_images=True, validate_fraction=0
-    ).report
+    report = layout.read_folder(rad.root, "public", allow_missing_images=True, validate_fraction=0).report
     dropped = report["splits"]["train"]["dropped"]
     assert dropped == {"image missing": {"count": 2, "first": ["6", "7"]}}
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(answer_type="maybe"), r"row 5: answer_type is 'maybe'"),
-    (dict(qid="x7"), r"row 5: qid is 'x7'"),
-    (dict(qid=True), r"row 5: qid is True"),
-    (dict(qid=4), r"question id 4 in train and in train"),
-    (dict(answer=None), r"row 5: answer is None"),
-    (dict(image_name="../../etc/passwd.jpg"), r"would leave"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(answer_type="maybe"), r"row 5: answer_type is 'maybe'"),
+        (dict(qid="x7"), r"row 5: qid is 'x7'"),
+        (dict(qid=True), r"row 5: qid is True"),
+        (dict(qid=4), r"question id 4 in train and in train"),
+        (dict(answer=None), r"row 5: answer is None"),
+        (dict(image_name="../../etc/passwd.jpg"), r"would leave"),
+    ],
+)
 def test_rows_refused(rad, change, message):
     rad.rows[5].update(change)
     with pytest.raises(DataError, match=message):
@@ -300,8 +310,6 @@ def test_grey_and_odd_images_are_stored_as_every_reader_shows_them(rad, tmp_path
     PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(out, "JPEG", quality=100)
     rad.images["synpic0.jpg"] = out.getvalue()
     build("vqa_rad", manual_dir=rad.public(), data_dir=tmp_path / "d")
-    image = PIL.Image.open(
-        io.BytesIO(read(tmp_path / "d", "vqa_rad/public", "test")["20"]["image"])
-    )
+    image = PIL.Image.open(io.BytesIO(read(tmp_path / "d", "vqa_rad/public", "test")["20"]["image"]))
     assert image.format == "PNG" and image.mode == "RGB"
     assert np.abs(np.asarray(image).astype(int) - [255, 0, 0]).max() < 12

@@ -66,8 +66,7 @@ def synthesize(release, output, say, template):
         command = f"""-m tools.synthesize_qa --input=release:medpix2:{release} --output={output}
             --backend=server --base_url={server.url} --model=fake --templates={template}
             --pairs=4"""
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
-                              text=True)  # fmt: skip
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in output.open()]
 
@@ -82,17 +81,14 @@ def stage2(arg, folder):
     trained = train.train(c.copy_and_resolve_references(), str(folder))
     again = evaluate.evaluate(c, str(folder), str(folder / "again"))
     path = folder / "eval" / "medpix2_validate" / "predictions.jsonl"
-    return trained["medpix2_validate"], again["medpix2_validate"], [
-        json.loads(line) for line in path.open()
-    ]  # fmt: skip
+    return trained["medpix2_validate"], again["medpix2_validate"], [json.loads(line) for line in path.open()]
 
 
 def built(data_dir, split):
     found = tfds.data_source(
         "medpix2/qa", split=split, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    return [{k: v.decode() for k, v in r.items() if isinstance(v, bytes) and k != "image"}
-            for r in found]  # fmt: skip
+    return [{k: v.decode() for k, v in r.items() if isinstance(v, bytes) and k != "image"} for r in found]
 
 
 def test_from_captions_to_an_evaluated_model(tmp_path):
@@ -148,8 +144,9 @@ def test_multiple_choice_keeps_its_options_to_the_evaluation(tmp_path):
     trained, again, predictions = stage2(f"letters,data_dir={data}", tmp_path / "w")
     assert trained == again and trained["n"] == 4
     assert {k for k in trained if k.startswith("model/overall/acc_")} >= {
-        "model/overall/acc_letter", "model/overall/acc_likelihood"
-    }  # fmt: skip
+        "model/overall/acc_letter",
+        "model/overall/acc_likelihood",
+    }
     for p in predictions:
         assert p["answer"] == p["answer_letter"] == by_id[p["question_id"]]["answer_letter"]
         assert all(f"{x}: {c}" in p["prompt"] for x, c in zip("ABCD", p["choices"]))

@@ -99,9 +99,13 @@ def test_memory_is_of_rows_not_of_replies(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["nonsense", "[]", '{"key": "a", "score": 1, "usage": null, "reply": 1}',
-     '{"key": 1, "score": 1, "usage": null, "reply": ""}'],
-)  # fmt: skip
+    [
+        "nonsense",
+        "[]",
+        '{"key": "a", "score": 1, "usage": null, "reply": 1}',
+        '{"key": 1, "score": 1, "usage": null, "reply": ""}',
+    ],
+)
 def test_a_strange_line_is_named(tmp_path, line):
     (tmp_path / "j").write_text(json.dumps(record("a")) + f"\n{line}\n")
     with pytest.raises(ValueError, match="j, line 2: found .* reply in a journal of"):

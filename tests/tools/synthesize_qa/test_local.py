@@ -33,8 +33,10 @@ def model(folder):
 def planned(tmp_path):
     return lambda n, names=("caption",), **kw: units.plan(
         sources.open_rows([str(tiny_llama.captions(tmp_path / "c.jsonl", n))], sources.new_books()),
-        [templates.load(x) for x in names], {**ABOUT, **kw}, sources.new_books(),
-    )  # fmt: skip
+        [templates.load(x) for x in names],
+        {**ABOUT, **kw},
+        sources.new_books(),
+    )
 
 
 def answer(found, path, model, **kw):
@@ -81,8 +83,7 @@ def test_second_replies(model, planned, tmp_path):
     kinds = set()
     for u in found:
         first, *second = by_key[u.key]
-        reads = [parse.read_reply(r["reply"], "pairs", r["finish"] == "length")
-                 for r in (first, *second)]  # fmt: skip
+        reads = [parse.read_reply(r["reply"], "pairs", r["finish"] == "length") for r in (first, *second)]
         assert [r["score"] for r in (first, *second)] == [len(x.pairs) or None for x in reads]
         assert [r["problem"] for r in (first, *second)] == [x.problem for x in reads]
         assert bool(second) == (first["score"] is None) and len(second) <= 1
@@ -211,9 +212,7 @@ def test_windows_share_nothing():
     plain = transformers.LlamaConfig(num_hidden_layers=2)
     assert local._plain_attention(plain)
     assert not local._plain_attention(transformers.MistralConfig(sliding_window=16))
-    assert not local._plain_attention(
-        transformers.Gemma2Config(sliding_window=16).get_text_config()
-    )
+    assert not local._plain_attention(transformers.Gemma2Config(sliding_window=16).get_text_config())
 
 
 def test_what_the_model_says_of_sampling_is_not_mixed_in(tmp_path):
@@ -276,10 +275,19 @@ def test_loading_refuses(folder, tmp_path, monkeypatch):
 
 def command(folder, rows, output):
     return [
-        sys.executable, "-m", "tools.synthesize_qa", f"--input={rows}", f"--output={output}",
-        f"--model={folder}", "--dtype=float32", "--max_new_tokens=24", "--batch_size=4",
-        "--temperature=1", "--threads=1", "--pairs=3",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tools.synthesize_qa",
+        f"--input={rows}",
+        f"--output={output}",
+        f"--model={folder}",
+        "--dtype=float32",
+        "--max_new_tokens=24",
+        "--batch_size=4",
+        "--temperature=1",
+        "--threads=1",
+        "--pairs=3",
+    ]
 
 
 @pytest.mark.slow
@@ -305,17 +313,19 @@ def test_killed_at_random_moments(folder, tmp_path, repo_root):
             process.wait(rng.uniform(0, 0.1))
 
     status, kills = random_kills.run(
-        command(folder, rows, tmp_path / "killed" / "qa.jsonl"), moment=moment,
-        limit=lambda n: n >= 4, signals=(signal.SIGKILL, signal.SIGINT), cwd=repo_root,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command(folder, rows, tmp_path / "killed" / "qa.jsonl"),
+        moment=moment,
+        limit=lambda n: n >= 4,
+        signals=(signal.SIGKILL, signal.SIGINT),
+        cwd=repo_root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     assert status == 0 and len(kills) >= 3
     texts = {}
     for name in ("calm", "killed"):
         own = tmp_path / name
-        texts[name] = [
-            (own / f"qa{s}.jsonl").read_bytes() for s in ("", ".drops", ".failed")
-        ]  # fmt: skip
+        texts[name] = [(own / f"qa{s}.jsonl").read_bytes() for s in ("", ".drops", ".failed")]
         report = json.loads((own / "qa.report.json").read_text())
         texts[name].append({k: v for k, v in report.items() if k != "speed"})
         lines = [json.loads(line) for line in open(own / "qa.journal")]

@@ -24,9 +24,7 @@ def _objects(pairs=PAIRS):
 
 
 def _form(pattern, pairs=PAIRS):
-    return "\n".join(
-        pattern.format(n=n, q=p.question, a=p.answer) for n, p in enumerate(pairs, 1)
-    ).strip()
+    return "\n".join(pattern.format(n=n, q=p.question, a=p.answer) for n, p in enumerate(pairs, 1)).strip()
 
 
 FORMS = {
@@ -37,45 +35,67 @@ FORMS = {
         "\n".join(map(json.dumps, _objects())),
         json.dumps({"data": {"qa": _objects()[:1]}, "more": _objects()[1:]}),
         json.dumps([{"Q": p.question, "A": p.answer} for p in PAIRS]),
-        json.dumps({f"{k}{n}": v for n, p in enumerate(PAIRS, 1)
-                    for k, v in (("Question ", p.question), ("Answer ", p.answer))}),
+        json.dumps(
+            {
+                f"{k}{n}": v
+                for n, p in enumerate(PAIRS, 1)
+                for k, v in (("Question ", p.question), ("Answer ", p.answer))
+            }
+        ),
         json.dumps({p.question: p.answer for p in PAIRS}),
         json.dumps({"pairs": _objects()})[:-2] + ",],}",
-        json.dumps([{"question": f"Q{n}: {p.question}", "answer": f"A{n}: {p.answer}"}
-                    for n, p in enumerate(PAIRS, 1)]),
+        json.dumps(
+            [{"question": f"Q{n}: {p.question}", "answer": f"A{n}: {p.answer}"} for n, p in enumerate(PAIRS, 1)]
+        ),
     ],
-    "json fenced": ["```json\n" + json.dumps(_objects()) + "\n```",
-                    "Here:\n\n```\n" + json.dumps({"pairs": _objects()}, indent=1) + "\n```\nBye!"],
+    "json fenced": [
+        "```json\n" + json.dumps(_objects()) + "\n```",
+        "Here:\n\n```\n" + json.dumps({"pairs": _objects()}, indent=1) + "\n```\nBye!",
+    ],
     "json in chatter": ['Sure, my 3 "pairs": ' + json.dumps(_objects()) + " I hope [this] helps."],
     "json cut off": [
         json.dumps({"pairs": _objects()})[:-1],
         json.dumps({"pairs": [*_objects(), {"question": "Who?", "answer": "Me"}]})[:-6],
         json.dumps({"pairs": [*_objects(), {"question": "Who?", "answer": "Me"}]})[:-26],
     ],
-    "json broken": [json.dumps(_objects()).replace("}, {", "} {"),
-                    json.dumps(_objects()).replace('", "answer"', '" "answer"')],
-    "Q:": [_form("Q: {q}\nA: {a}\n"), _form("{n}. Q: {q}\n   A: {a}"), _form("Q: {q} A: {a}"),
-           _form("QUESTION: {q}\nAnswer: {a}\n"), _form("- Question: {q}\n- Answer: {a}\n")],
+    "json broken": [
+        json.dumps(_objects()).replace("}, {", "} {"),
+        json.dumps(_objects()).replace('", "answer"', '" "answer"'),
+    ],
+    "Q:": [
+        _form("Q: {q}\nA: {a}\n"),
+        _form("{n}. Q: {q}\n   A: {a}"),
+        _form("Q: {q} A: {a}"),
+        _form("QUESTION: {q}\nAnswer: {a}\n"),
+        _form("- Question: {q}\n- Answer: {a}\n"),
+    ],
     "**Q:**": [_form("**Q:** {q}\n**A:** {a}\n")],
     "**Q: …**": [_form("**Q: {q}**\nA: {a}\n")],
-    "Q1:": [_form("**Q{n}:** {q}\n**A{n}:** {a}\n"), _form("Question {n}: {q}\nAnswer {n}: {a}\n"),
-            _form("Q{n}. {q}\nA{n}. {a}\n"), _form("### Q{n}: {q}\nA: {a}\n"),
-            _form("**Question {n}:** {q} **Answer:** {a}")],
-    "heading": [_form("### Question {n}\n{q}\n### Answer {n}\n{a}\n"),
-                _form("**Question {n}**\n{q}\n**Answer**\n{a}\n")],
-    "? A:": [_form("{n}. {q}\n   A: {a}\n"), _form("**{q}**\nAnswer: {a}\n"),
-              _form("{n}) {q} \n- **Answer:** {a}\n")],
-    "1.": [_form("{n}. {q}\n{a}\n"), _form("{n}. {q} {a}"), _form("{n}) **{q}**\n   - {a}\n"),
-           _form("{n}. {q}\n\n{a}\n"), "Here are the pairs:\n\n" + _form("{n}. {q}\n   {a}\n"),
-           "Sure! Three pairs:\n" + _form("{n}. **{q}** {a}")],
-    "unmarked": [_form("{q}\n{a}\n"), _form("**{q}**\n\n{a}\n"),
-                 "The pairs:\n\n" + _form("{q}\n{a}")],
-}  # fmt: skip
+    "Q1:": [
+        _form("**Q{n}:** {q}\n**A{n}:** {a}\n"),
+        _form("Question {n}: {q}\nAnswer {n}: {a}\n"),
+        _form("Q{n}. {q}\nA{n}. {a}\n"),
+        _form("### Q{n}: {q}\nA: {a}\n"),
+        _form("**Question {n}:** {q} **Answer:** {a}"),
+    ],
+    "heading": [
+        _form("### Question {n}\n{q}\n### Answer {n}\n{a}\n"),
+        _form("**Question {n}**\n{q}\n**Answer**\n{a}\n"),
+    ],
+    "? A:": [_form("{n}. {q}\n   A: {a}\n"), _form("**{q}**\nAnswer: {a}\n"), _form("{n}) {q} \n- **Answer:** {a}\n")],
+    "1.": [
+        _form("{n}. {q}\n{a}\n"),
+        _form("{n}. {q} {a}"),
+        _form("{n}) **{q}**\n   - {a}\n"),
+        _form("{n}. {q}\n\n{a}\n"),
+        "Here are the pairs:\n\n" + _form("{n}. {q}\n   {a}\n"),
+        "Sure! Three pairs:\n" + _form("{n}. **{q}** {a}"),
+    ],
+    "unmarked": [_form("{q}\n{a}\n"), _form("**{q}**\n\n{a}\n"), "The pairs:\n\n" + _form("{q}\n{a}")],
+}
 
 
-@pytest.mark.parametrize(
-    "form, text", [(f, t) for f, texts in FORMS.items() for t in texts], ids=lambda x: x[:30]
-)
+@pytest.mark.parametrize("form, text", [(f, t) for f, texts in FORMS.items() for t in texts], ids=lambda x: x[:30])
 def test_the_same_pairs_in_each_form(form, text):
     reply = read_reply(text)
     assert reply.pairs == PAIRS
@@ -98,12 +118,17 @@ def test_what_a_reply_holds_besides_text_is_text_or_refused():
     ]
     reply = read_reply(json.dumps(objects))
     assert [(p.question, p.answer) for p in reply.pairs] == [
-        ("Is it?", "Yes"), ("Which one?", "3"), ("Tidy is it?", "A cyst"),
-    ]  # fmt: skip
+        ("Is it?", "Yes"),
+        ("Which one?", "3"),
+        ("Tidy is it?", "A cyst"),
+    ]
     assert [r for r, _ in reply.rejected] == [
-        "question without an answer", "question without an answer", "empty question",
-        "empty answer", parse.AGAIN,
-    ]  # fmt: skip
+        "question without an answer",
+        "question without an answer",
+        "empty question",
+        "empty answer",
+        parse.AGAIN,
+    ]
 
 
 @pytest.mark.parametrize("pattern", ["Q: {q}\nA: {a}\n", "{n}. {q}\n{a}\n", "{q}\n{a}\n"])
@@ -137,9 +162,7 @@ def test_json_cut_off_anywhere_gives_the_whole_objects():
     ],
 )
 def test_why_a_reply_cannot_be_used(text, problem):
-    assert read_reply(text) == dataclasses.replace(
-        read_reply(text), pairs=(), form="", problem=problem
-    )
+    assert read_reply(text) == dataclasses.replace(read_reply(text), pairs=(), form="", problem=problem)
 
 
 @pytest.mark.parametrize("text", [FORMS["json"][0], FORMS["Q:"][0], FORMS["1."][0]])
@@ -162,9 +185,7 @@ def _choice(**kw):
 
 
 def _lines(pattern, joint="\n"):
-    return joint.join(
-        pattern.format(x=x, y=x.lower(), o=o) for x, o in zip("ABCD", OPTIONS, strict=True)
-    )
+    return joint.join(pattern.format(x=x, y=x.lower(), o=o) for x, o in zip("ABCD", OPTIONS, strict=True))
 
 
 def _flat(pattern):
@@ -223,7 +244,7 @@ def test_multiple_choice_in_each_form(text):
         ({"answer": "B", "choices": None}, "question without options"),
         ({"answer": "B", "choices": "a, b, c, d"}, "question without options"),
     ],
-)  # fmt: skip
+)
 def test_multiple_choice_that_is_none(kw, reason):
     reply = read_reply(_choice(**kw), "choices")
     assert not reply.pairs and reply.rejected[0] == (reason, "Which organ?")
@@ -232,9 +253,7 @@ def test_multiple_choice_that_is_none(kw, reason):
 
 def test_labels_out_of_order_keep_their_letters():
     text = _choice(choices=["B. two", "A. one", "D. four", "C. three"], answer="D")
-    assert read_reply(text, "choices").pairs[0] == Pair(
-        "Which organ?", "four", ("one", "two", "three", "four"), "D"
-    )
+    assert read_reply(text, "choices").pairs[0] == Pair("Which organ?", "four", ("one", "two", "three", "four"), "D")
 
 
 def test_several_questions_as_lines_and_one_without_options():
@@ -242,8 +261,9 @@ def test_several_questions_as_lines_and_one_without_options():
     text = one.format(n=1, x="C") + "\n2. What else?\nAnswer: C\n\n" + one.format(n=3, x="A")
     reply = read_reply(text, "choices")
     assert [(p.question, p.letter, p.answer) for p in reply.pairs] == [
-        ("Which 1?", "C", "c1"), ("Which 3?", "A", "a3"),
-    ]  # fmt: skip
+        ("Which 1?", "C", "c1"),
+        ("Which 3?", "A", "a3"),
+    ]
     assert [r[1] for r in reply.rejected] == ["2. What else?"]
 
 
@@ -264,11 +284,10 @@ TEXTS = st.one_of(
     st.lists(_PIECES, max_size=20).map(" ".join),
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-        lambda x: st.lists(x, max_size=4)
-        | st.dictionaries(st.sampled_from(_KEYS), x),
+        lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(_KEYS), x),
         max_leaves=12,
     ).map(json.dumps),
-)  # fmt: skip
+)
 
 
 def _check(text, kind, cut):
@@ -279,10 +298,7 @@ def _check(text, kind, cut):
             assert any(map(str.isalnum, x)) and x == x.strip() and "**" not in x and "\0" not in x
         assert "\n" not in pair.question
         if kind == "choices":
-            assert (
-                len(set(pair.choices)) == 4
-                and pair.choices["ABCD".index(pair.letter)] == pair.answer
-            )
+            assert len(set(pair.choices)) == 4 and pair.choices["ABCD".index(pair.letter)] == pair.answer
         else:
             assert pair.choices == () and pair.letter == ""
     json.dumps(dataclasses.asdict(reply), ensure_ascii=False).encode()  # can be written
@@ -307,9 +323,7 @@ _WORDS = st.text(min_size=1, max_size=20).filter(lambda text: any(map(str.isalnu
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(
-        st.tuples(_WORDS, _WORDS), min_size=1, max_size=4, unique_by=lambda x: parse._same(x[0])
-    ),
+    st.lists(st.tuples(_WORDS, _WORDS), min_size=1, max_size=4, unique_by=lambda x: parse._same(x[0])),
     st.booleans(),
 )
 def test_valid_json_loses_no_pair(pairs, ascii_only):

@@ -32,7 +32,7 @@ def tags(question, answer, caption="A mass in the liver. CT with contrast.", **k
         ("Is there a mass in the liver on CT?", "A mass in the liver on CT", ["leak"]),
         ("Which organ is abnormal?", "Splenic artery aneurysm", ["not_in_source"]),
     ],
-)  # fmt: skip
+)
 def test_tags(question, answer, expected):
     assert tags(question, answer) == expected
 

@@ -28,9 +28,12 @@ def rows(tmp_path):
 
 def go(folder, rows, output, *, config="", **kw):
     kw = {
-        "model": str(folder), "pairs": 3, "decoding": dict(DECODING),
-        "local": dict(dtype="float32", batch_size=4), **kw,
-    }  # fmt: skip
+        "model": str(folder),
+        "pairs": 3,
+        "decoding": dict(DECODING),
+        "local": dict(dtype="float32", batch_size=4),
+        **kw,
+    }
     return run.run([rows], output, default.get_config(config).to_dict(), **kw)
 
 

@@ -77,8 +77,14 @@ def test_a_request_and_its_record(tmp_path):
     long = json.dumps([dict(question="q " * 3000 + "?", answer="a")])
     seen = []
     with FakeModel(lambda texts: long) as fake:
-        said = ask(tmp_path / "j", todo, fake.url, settings={"temperature": 0.5, "max_tokens": 7},
-                   concurrency=1, progress=lambda *x: seen.append(x))  # fmt: skip
+        said = ask(
+            tmp_path / "j",
+            todo,
+            fake.url,
+            settings={"temperature": 0.5, "max_tokens": 7},
+            concurrency=1,
+            progress=lambda *x: seen.append(x),
+        )
     assert said == {"unanswered": {}, "faults": {}}
     assert seen == [(1, len(long.split()))] * 2
     first, second = fake.requests
@@ -87,9 +93,18 @@ def test_a_request_and_its_record(tmp_path):
     assert first["seed"] != second["seed"]
     found = records(tmp_path / "j", todo)[name(todo[0])]
     assert len(found) == 1 and found[0].keys() >= {"time", "seconds", "versions"}
-    expected = dict(key=todo[0].key, score=1, reply=long, finish="stop", model="fake-model-1",
-                    problem="", attempt=0, row_id=todo[0].row.row_id, template="caption_v1",
-                    system_fingerprint=None)  # fmt: skip
+    expected = dict(
+        key=todo[0].key,
+        score=1,
+        reply=long,
+        finish="stop",
+        model="fake-model-1",
+        problem="",
+        attempt=0,
+        row_id=todo[0].row.row_id,
+        template="caption_v1",
+        system_fingerprint=None,
+    )
     assert found[0] | expected == found[0]
     assert found[0]["usage"][1] == len(long.split()) and found[0]["seconds"] > 0
 
@@ -110,9 +125,7 @@ def test_replies_are_held_to_the_templates_form_on_demand(tmp_path):
     pairs, choices = (r["response_format"]["json_schema"]["schema"] for r in fake.requests[:2])
     assert shape(pairs) == {"pairs": [{"question": "string", "answer": "string"}]}
     options = dict.fromkeys("ABCD", "string")
-    assert shape(choices) == {
-        "pairs": [{"question": "string", "choices": options, "answer": [*"ABCD"]}]
-    }
+    assert shape(choices) == {"pairs": [{"question": "string", "choices": options, "answer": [*"ABCD"]}]}
 
 
 def shape(schema):
@@ -144,15 +157,13 @@ def test_an_unusable_reply_is_asked_for_once_more_with_the_reason(tmp_path):
         ask(tmp_path / "j", todo, fake.url)
         assert sum(fake.seen.values()) == 3
     found = records(tmp_path / "j", todo)[name(todo[0])]
-    assert [(r["score"], r["attempt"], r["problem"]) for r in found] == [
-        (None, 0, problem), (None, 1, problem)]  # fmt: skip
+    assert [(r["score"], r["attempt"], r["problem"]) for r in found] == [(None, 0, problem), (None, 1, problem)]
 
 
 def test_the_reason_is_known_after_a_restart(tmp_path):
     (todo,) = many(1)
     with journal.open_journal(tmp_path / "j") as opened:
-        opened.add(dict(key=todo.key, score=None, reply="x", usage=None, finish=None, model=None,
-                        problem="it was x"))  # fmt: skip
+        opened.add(dict(key=todo.key, score=None, reply="x", usage=None, finish=None, model=None, problem="it was x"))
     with FakeModel(pairs_of) as fake:
         ask(tmp_path / "j", [todo], fake.url)
     assert [r["messages"] for r in fake.requests] == [todo.messages(1, "it was x")]
@@ -204,9 +215,7 @@ def test_a_unit_without_a_reply_is_told_and_asked_next_time(tmp_path):
 def test_a_servers_fingerprint_is_kept_if_it_is_one(tmp_path, odd):
     class Odd(Server):
         def respond(self, handler, body):
-            reply = completion(pairs_of(dict(caption="1 2 3 4 5 6")), (1, 1)) | {
-                "system_fingerprint": odd
-            }
+            reply = completion(pairs_of(dict(caption="1 2 3 4 5 6")), (1, 1)) | {"system_fingerprint": odd}
             send(handler, 200, json.dumps(reply).encode())
 
     todo = many(1)
@@ -245,9 +254,7 @@ def test_a_prompt_too_long_for_the_server_is_never_asked_again(tmp_path, says):
     todo, seen = many(9), []
     with Narrow(pairs_of, delay=0.3) as fake:
         fake.says = says
-        said = ask(
-            tmp_path / "j", todo, fake.url, concurrency=9, progress=lambda *x: seen.append(x)
-        )
+        said = ask(tmp_path / "j", todo, fake.url, concurrency=9, progress=lambda *x: seen.append(x))
         assert said["unanswered"] == {} and len(seen) == 9
         ask(tmp_path / "j", todo, fake.url)
         assert fake.seen.pop("refused") == 7 and set(fake.seen.values()) == {1}

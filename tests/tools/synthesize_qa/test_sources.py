@@ -30,8 +30,7 @@ def test_tables(tmp_path, suffix, id_name):
     if suffix == ".jsonl":
         text = "\n".join(json.dumps(dict(zip(names, c))) for c in cells)
     else:
-        mark, quote = ("\t", lambda c: c) if suffix == ".tsv" else (
-            ",", lambda c: '"' + c.replace('"', '""') + '"')  # fmt: skip
+        mark, quote = ("\t", lambda c: c) if suffix == ".tsv" else (",", lambda c: '"' + c.replace('"', '""') + '"')
         text = "\n".join(mark.join(map(quote, c)) for c in [names, *cells])
     rows, dropped = rows_of(write(tmp_path / f"t{suffix}", "\ufeff" + text + "\n"))
     assert [(r.image_id, r.fields) for r in rows] == [
@@ -43,21 +42,29 @@ def test_tables(tmp_path, suffix, id_name):
 
 def test_what_cannot_be_used_is_counted(tmp_path):
     lines = [
-        {"image_id": "a", "caption": "A cyst."}, {"image_id": "a", "caption": "Again."},
-        {"image_id": "b", "caption": " \u202f "}, {"image_id": "", "caption": "No id."},
-        {"image_id": "c", "caption": ["no", "text"]}, {"image_id": "d"},
-        {"image_id": "e", "caption": "CT image"}, {"image_id": "f", "caption": "\ud800 A mass."},
+        {"image_id": "a", "caption": "A cyst."},
+        {"image_id": "a", "caption": "Again."},
+        {"image_id": "b", "caption": " \u202f "},
+        {"image_id": "", "caption": "No id."},
+        {"image_id": "c", "caption": ["no", "text"]},
+        {"image_id": "d"},
+        {"image_id": "e", "caption": "CT image"},
+        {"image_id": "f", "caption": "\ud800 A mass."},
         {"image_id": "h", "caption": True},
-    ]  # fmt: skip
+    ]
     text = "\n".join(map(json.dumps, lines)) + '\nnot json\n[1]\n{"image_id": "g", "capt'
     rows, dropped = rows_of(write(tmp_path / "t.jsonl", text))
     assert [r.image_id for r in rows] == ["a", "f"]
     assert rows[1].fields["caption"] == "? A mass."  # can be written
     assert dropped == {
-        "an image that came before": 1, "no caption": 1, "no image id": 1, "caption is no text": 2,
-        "no caption's column": 1, "the caption says only that it is an image": 1,
+        "an image that came before": 1,
+        "no caption": 1,
+        "no image id": 1,
+        "caption is no text": 2,
+        "no caption's column": 1,
+        "the caption says only that it is an image": 1,
         "a line that is no JSON object": 3,
-    }  # fmt: skip
+    }
 
 
 def test_lines_of_tables_that_are_wrong(tmp_path):
@@ -134,19 +141,14 @@ def test_release_and_built_set_are_one(tmp_path):
     build("medpix2", manual_dir=folder, data_dir=tmp_path / "data", config="caption")
     found, _ = rows_of(f"release:medpix2:{folder}:train")
     built, _ = rows_of("medpix2", data_dir=tmp_path / "data")
-    plain = [
-        {r.image_id: (r.fields, r.case_id, r.split, r.digest) for r in rows}
-        for rows in (found, built)
-    ]
+    plain = [{r.image_id: (r.fields, r.case_id, r.split, r.digest) for r in rows} for rows in (found, built)]
     assert plain[0] == plain[1] and len(found) > 2
     assert all(r.case_id and r.fields["diagnosis"] for r in found)
     assert found[0].source == "release:medpix2:train"
     everything, _ = rows_of(f"release:medpix2:{folder}")
     assert len(everything) > len(found) and {r.split for r in everything} > {"train"}
     # An image that a second source has again isn't asked about twice.
-    both, dropped = rows_of(
-        f"release:medpix2:{folder}:train", "medpix2", data_dir=tmp_path / "data"
-    )
+    both, dropped = rows_of(f"release:medpix2:{folder}:train", "medpix2", data_dir=tmp_path / "data")
     assert both == found and dropped["an image that came before"] == len(built)
 
 

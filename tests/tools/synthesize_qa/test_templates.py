@@ -10,9 +10,16 @@ from data_prep.files import DataError
 from tools.synthesize_qa import sources, templates, units
 
 FIELDS = {
-    "caption": "A cyst of the liver.", "modality": "CT", "plane": "Axial", "history": "Pain.",
-    "title": "T", "findings": "F", "diagnosis": "D", "topic": "To", "topic_discussion": "Long.",
-}  # fmt: skip
+    "caption": "A cyst of the liver.",
+    "modality": "CT",
+    "plane": "Axial",
+    "history": "Pain.",
+    "title": "T",
+    "findings": "F",
+    "diagnosis": "D",
+    "topic": "To",
+    "topic_discussion": "Long.",
+}
 
 
 def row(**fields):
@@ -37,8 +44,15 @@ def test_each_template(name):
         assert bool(re.search(fence, user["content"])) == (key in t.shows)
     # What it forbids, in its rules (reference prompts lacked most of it).
     rules = system["content"].lower()
-    for word in ("size", "history", "its own answer" if t.kind == "pairs" else "answer away",
-                 "the image", "caption", "no two", "never an instruction"):  # fmt: skip
+    for word in (
+        "size",
+        "history",
+        "its own answer" if t.kind == "pairs" else "answer away",
+        "the image",
+        "caption",
+        "no two",
+        "never an instruction",
+    ):
         assert word in rules, word
     # The form that is asked for can be read.
     form = json.loads(system["content"].splitlines()[-1])["pairs"][0]
@@ -105,12 +119,16 @@ def test_examples(tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [
-        "x", "[]", json.dumps(example(pairs=[])), json.dumps(example(caption=" ")),
-        json.dumps(example(pairs=[{"question": "Q?"}])), json.dumps(example(modality=3)),
+        "x",
+        "[]",
+        json.dumps(example(pairs=[])),
+        json.dumps(example(caption=" ")),
+        json.dumps(example(pairs=[{"question": "Q?"}])),
+        json.dumps(example(modality=3)),
         json.dumps(example(pairs=[{"question": "Q?", "choices": ["a"], "answer": "A"}])),
         json.dumps({"pairs": example()["pairs"]}),
     ],
-)  # fmt: skip
+)
 def test_bad_examples(tmp_path, bad):
     path = tmp_path / "e.jsonl"
     path.write_text(json.dumps(example()) + "\n" + bad + "\n")
@@ -129,17 +147,28 @@ def test_units():
     chosen, books = [templates.load(n) for n in ("caption", "literature")], sources.new_books()
     found = units.plan(rows, chosen, about, books)
     assert [(u.number, u.row.row_id, u.template.name) for u in found] == [
-        (0, "r0", "caption"), (1, "r0", "literature"), (2, "r1", "caption"), (3, "r2", "caption")
-    ]  # fmt: skip
+        (0, "r0", "caption"),
+        (1, "r0", "literature"),
+        (2, "r1", "caption"),
+        (3, "r2", "caption"),
+    ]
     report = books.to_report()["splits"]["units"]
     assert report["rows_read"] == 6 and report["rows_kept"] == 4
     assert {k: v["count"] for k, v in report["dropped"].items()} == {
-        "literature: another image of the case": 1, "literature: no topic_discussion": 1
-    }  # fmt: skip
+        "literature: another image of the case": 1,
+        "literature: no topic_discussion": 1,
+    }
     keys = {u.key for u in found}
     assert len(keys) == 4
-    for change in (dict(model="n"), dict(weights="x"), dict(settings={"t": 1}), dict(seed=1),
-                   dict(pairs=4), dict(examples="e"), dict(backend="c")):  # fmt: skip
+    for change in (
+        dict(model="n"),
+        dict(weights="x"),
+        dict(settings={"t": 1}),
+        dict(seed=1),
+        dict(pairs=4),
+        dict(examples="e"),
+        dict(backend="c"),
+    ):
         other = units.plan(rows, chosen, {**about, **change}, sources.new_books())
         assert not keys & {u.key for u in other}, change
     shorter = units.plan(rows[1:], chosen, about, sources.new_books())

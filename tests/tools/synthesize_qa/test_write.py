@@ -14,9 +14,14 @@ from tools.synthesize_qa import sources, units, write
 from tools.synthesize_qa.configs import default
 
 ABOUT = dict(
-    model="m", weights="w" * 64, backend="transformers", settings={"temperature": 0}, seed=3,
-    pairs=2, examples="",
-)  # fmt: skip
+    model="m",
+    weights="w" * 64,
+    backend="transformers",
+    settings={"temperature": 0},
+    seed=3,
+    pairs=2,
+    examples="",
+)
 CAPTION = "Axial CT shows a hypodense mass in the left lobe of the liver"
 CONFIG = default.get_config().to_dict()
 
@@ -89,9 +94,14 @@ def test_rows_drops_and_failures(tmp_path):
     assert failed["replies"][1]["problem"] == "it held no usable pair: question without an answer"
 
     assert report["units"] == dict(
-        units=4, answered=2, failed=1, waiting=1, answered_at_once=1, asked_again=2,
+        units=4,
+        answered=2,
+        failed=1,
+        waiting=1,
+        answered_at_once=1,
+        asked_again=2,
         answered_when_asked_again=1,
-    )  # fmt: skip
+    )
     assert report["parse_rate"] == round(2 / 3, 4)
     assert report["replies"] == dict(replies=6, usable=2, unfinished=1, too_long=0)
     assert report["forms"] == {"none": 4, "json": 1, "Q:": 1}
@@ -110,15 +120,14 @@ def test_rows_drops_and_failures(tmp_path):
 
 def test_leak_figures_by_hand(tmp_path):
     a = unit(0)
-    report = write.write(
-        [a], journal(record(a, pairs(LEAK, OTHER))), tmp_path / "qa.jsonl", CONFIG, about=ABOUT
-    )
+    report = write.write([a], journal(record(a, pairs(LEAK, OTHER))), tmp_path / "qa.jsonl", CONFIG, about=ABOUT)
     # LEAK's answer: hypodense, mass, left, lobe; all four in its question. OTHER's: none.
     # The caption's: axial, shows, hypodense, mass, left, lobe, liver (seven); four and one of them.
     assert report["leaks"]["all"]["leak"] == {"mean": 0.5, "at_least_half": 0.5}
     assert report["leaks"]["all"]["caption_leak"] == {
-        "mean": pytest.approx((4 / 7 + 1 / 7) / 2, abs=1e-4), "at_least_half": 0.5,
-    }  # fmt: skip
+        "mean": pytest.approx((4 / 7 + 1 / 7) / 2, abs=1e-4),
+        "at_least_half": 0.5,
+    }
     assert report["leaks"]["kept"]["leak"] == {"mean": 0.0, "at_least_half": 0.0}
     assert report["rules"]["leak"]["dropped"] == 1
 
@@ -134,14 +143,14 @@ def test_a_pair_is_not_asked_twice_about_a_case(tmp_path):
     assert [d["reason"] for d in drops] == ["leak", "near_duplicate", *["leak"] * 4]
     assert "i0_caption_v1_1" in drops[1]["why"]
     assert report["rules"]["near_duplicate"] == report["rules"]["near_duplicate"] | {
-        "dropped": 1, "fail_it": 1, "only_this_one": 1,
-    }  # fmt: skip
+        "dropped": 1,
+        "fail_it": 1,
+        "only_this_one": 1,
+    }
 
 
 def test_options_are_drawn_and_the_letter_follows_its_text(tmp_path):
-    reply = json.dumps(
-        {"question": "Which organ?", "choices": ["Liver", "Lung", "Heart", "Skin"], "answer": "A"}
-    )
+    reply = json.dumps({"question": "Which organ?", "choices": ["Liver", "Lung", "Heart", "Skin"], "answer": "A"})
     many = [unit(n, kind="choices", name="choice", case="") for n in range(400)]
     found = journal(*(record(u, reply) for u in many))
     report = write.write(many, found, tmp_path / "qa.jsonl", CONFIG, about=ABOUT)
@@ -169,13 +178,12 @@ def test_the_same_bytes_whatever_was_there_and_however_long_it_took(tmp_path):
     replies = [pairs(GOOD), "no", pairs(LEAK, OTHER), pairs(BAD), "", pairs(("a b?", "c \u2028 d"))]
 
     def files(folder, seconds):
-        found = journal(
-            *(record(u, r, seconds=seconds) for u, r in zip(many, replies, strict=True))
-        )
+        found = journal(*(record(u, r, seconds=seconds) for u, r in zip(many, replies, strict=True)))
         report = write.write(many, found, folder / "qa.jsonl", CONFIG, about=ABOUT)
         assert report.pop("speed") == {
-            "seconds": 6 * seconds, "new_tokens_per_second": 20 / seconds,
-        }  # fmt: skip
+            "seconds": 6 * seconds,
+            "new_tokens_per_second": 20 / seconds,
+        }
         paths = write.paths_of(folder / "qa.jsonl")
         return report, [p.read_bytes() for p in (paths.output, paths.drops, paths.failed)]
 
@@ -183,8 +191,11 @@ def test_the_same_bytes_whatever_was_there_and_however_long_it_took(tmp_path):
     (tmp_path / "a" / "qa.jsonl.part").write_text("of a run that was killed")
     assert files(tmp_path / "a", 2.0) == once == files(tmp_path / "b", 4.0)
     assert sorted(os.listdir(tmp_path / "a")) == [
-        "qa.drops.jsonl", "qa.failed.jsonl", "qa.jsonl", "qa.report.json",
-    ]  # fmt: skip
+        "qa.drops.jsonl",
+        "qa.failed.jsonl",
+        "qa.jsonl",
+        "qa.report.json",
+    ]
 
 
 def test_the_rows_are_read_and_curated(tmp_path):
@@ -206,8 +217,9 @@ def test_the_rows_are_read_and_curated(tmp_path):
 
 def test_an_odd_reply_and_image_id_do_no_harm(tmp_path):
     many = [unit(0, image="../../x\ud800/{}"), unit(1, image="<b>\n{}")]
-    found = journal(record(many[0], pairs(GOOD) + "\ud800"), record(many[1], "\ud800\x00", None),
-                    record(many[1], "{" * 100, None))  # fmt: skip
+    found = journal(
+        record(many[0], pairs(GOOD) + "\ud800"), record(many[1], "\ud800\x00", None), record(many[1], "{" * 100, None)
+    )
     write.write(many, found, tmp_path / "qa.jsonl", CONFIG, about=ABOUT)
     (row,) = lines(tmp_path / "qa.jsonl")
     assert row["provenance"]["reply"] == pairs(GOOD) + "\ud800"
@@ -248,9 +260,7 @@ def test_a_bad_config_is_refused_before_anything_is_read(tmp_path, config, messa
 def test_nothing_is_dropped_where_the_config_says_so(tmp_path):
     a = unit(0)
     config = default.get_config("drop=no").to_dict()
-    write.write(
-        [a], journal(record(a, pairs(GOOD, BAD, LEAK))), tmp_path / "qa.jsonl", config, about=ABOUT
-    )
+    write.write([a], journal(record(a, pairs(GOOD, BAD, LEAK))), tmp_path / "qa.jsonl", config, about=ABOUT)
     rows = lines(tmp_path / "qa.jsonl")
     assert len(rows) == 3 and lines(tmp_path / "qa.drops.jsonl") == []
     assert [r["quality"]["tags"][:1] for r in rows] == [[], ["meta_talk"], ["leak"]]

@@ -18,9 +18,17 @@ CHAT = """{% for m in messages %}<|start|>{{ m['role'] }}
 {% endif %}"""
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
 LINES = (
-    "Q: Is the lung clear?\n", "A: Yes\n", "Q: Which plane is shown?\n", "A: Axial\n", "A: No\n",
-    "Q: What is seen in the liver?\n", "A: A cyst\n", "Well.\n", "\n", "Q: Where is the mass?\n",
-)  # fmt: skip
+    "Q: Is the lung clear?\n",
+    "A: Yes\n",
+    "Q: Which plane is shown?\n",
+    "A: Axial\n",
+    "A: No\n",
+    "Q: What is seen in the liver?\n",
+    "A: A cyst\n",
+    "Well.\n",
+    "\n",
+    "Q: Where is the mass?\n",
+)
 
 
 def save(folder, chat=CHAT, seed=0, scale=6.0, limit=8192, **config):
@@ -30,26 +38,30 @@ def save(folder, chat=CHAT, seed=0, scale=6.0, limit=8192, **config):
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet), show_progress=False)
     made.train_from_iterator(texts, trainer)
     made.add_special_tokens(["<|start|>", "<|end|>"])
     made.add_tokens(list(LINES))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>"
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = chat
     torch.manual_seed(seed)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     config = transformers.LlamaConfig(
         **{
-            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": limit, "tie_word_embeddings": False, "eos_token_id": end,
-            "bos_token_id": None, "initializer_range": 0.3, **config,
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": limit,
+            "tie_word_embeddings": False,
+            "eos_token_id": end,
+            "bos_token_id": None,
+            "initializer_range": 0.3,
+            **config,
         }
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         said = [end, *tokenizer.convert_tokens_to_ids(list(LINES))]
@@ -64,9 +76,7 @@ def save(folder, chat=CHAT, seed=0, scale=6.0, limit=8192, **config):
 
 def captions(path, n):
     """A JSONL file of n made-up captions of several lengths; returns its path."""
-    words = (
-        "liver lung kidney spine mass cyst axial coronal enhancing large small left right".split()
-    )
+    words = "liver lung kidney spine mass cyst axial coronal enhancing large small left right".split()
     with open(path, "w") as f:
         for i in range(n):
             text = " ".join(words[(i * k + k) % len(words)] for k in range(3, 4 + i % 9))

@@ -33,9 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     try:
         max_share = float(args["max_share"])
     except ValueError:
-        raise ValueError(
-            f"config argument max_share is {args['max_share']!r}; expected a number"
-        ) from None
+        raise ValueError(f"config argument max_share is {args['max_share']!r}; expected a number") from None
     config = ConfigDict()
     config.rules = [
         {"rule": "empty"},
