@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from paligemma_med import distributed
+from paligemma_med import distributed, jax_private
 
 
 def start(setting, workdir):
@@ -45,19 +45,13 @@ def start(setting, workdir):
 def _remove_cut_entries(folder):
     """Removes entries that a killed process left half written. JAX only warns of them, compiles,
     and never writes them again: every later start would compile."""
-    try:
-        from jax._src.compilation_cache import decompress_executable
-    except ImportError:  # Moved in a later JAX: warnings it is.
-        return
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):
         if not entry.name.endswith("-cache"):
             continue
         with open(entry.path, "rb") as f:
-            packed = f.read()
-        try:
-            decompress_executable(packed)
-        except Exception as e:  # zlib's or zstandard's
-            logging.warning("%s was cut off, perhaps by a kill; removed (%s).", entry.path, e)
+            whole = jax_private.is_whole_cache_entry(f.read())
+        if not whole:
+            logging.warning("%s was cut off, perhaps by a kill; removed.", entry.path)
             os.remove(entry.path)

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-
-# Only there do these two stand: the process's number, and whether this is a Cloud TPU machine.
-from jax._src import cloud_tpu_init, distributed
 from jax.experimental import multihost_utils
+
+from paligemma_med import jax_private
 
 # Nodes of a cluster come up minutes apart; who is still missing then isn't coming.
 START_TIMEOUT = 300
@@ -158,7 +157,7 @@ def _many_tasks():
         return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return True
-    return bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False))
+    return jax_private.is_cloud_tpu()
 
 
 # --- Ending ---
@@ -191,8 +190,8 @@ def leave_at_once(status):
 
 
 def _this():
-    # jax.process_index would start the devices, which may be what failed, and wait for the others.
-    return f"process {distributed.global_state.process_id}"
+    index = jax_private.process_index()
+    return "this process" if index is None else f"process {index}"
 
 
 # What XLA's errors speak of when another process is gone, on CPUs, GPUs and in the coordinator.

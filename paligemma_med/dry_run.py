@@ -15,6 +15,7 @@ import math
 import time
 
 import jax
+from jax.extend import core
 
 from paligemma_med import experiment, flops, optim, quantise, sharding, train_step
 
@@ -132,7 +133,7 @@ def _saved_bytes(config, model, mesh, trained, frozen):
     plain = [{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()} for tree in (trained, frozen, batch)]
     jaxpr = jax.make_jaxpr(saved)(*plain, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
     given = set(jaxpr.invars)
-    made = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var) and v not in given}
+    made = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v not in given}
     return sum(v.aval.size * v.aval.dtype.itemsize for v in made)
 
 
