@@ -13,7 +13,8 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import config_values, distributed, experiment, preflight, sharding
+from paligemma_med import distributed, experiment, preflight, sharding
+from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import scoring
 
 

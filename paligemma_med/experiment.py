@@ -23,16 +23,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import paligemma_med
-from paligemma_med import (
-    checkpoints,
-    config_values,
-    distributed,
-    input_pipeline,
-    optim,
-    quantise,
-    sharding,
-)
+from paligemma_med import checkpoints, distributed, input_pipeline, optim, quantise, sharding
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
+from paligemma_med.config import values as config_values
 from paligemma_med.models import lora, paligemma
 from paligemma_med.pp import tokenizer
 

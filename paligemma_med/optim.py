@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from paligemma_med import durations
+from paligemma_med.config import durations
 
 
 def match_names(names, rules, what):

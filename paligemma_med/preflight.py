@@ -9,8 +9,10 @@ import importlib
 
 import jax
 
-from paligemma_med import config_values, durations, experiment, input_pipeline, optim
+from paligemma_med import experiment, input_pipeline, optim
 from paligemma_med import pp as pp_lib
+from paligemma_med.config import durations
+from paligemma_med.config import values as config_values
 
 
 def check(config, model, tok, mesh):

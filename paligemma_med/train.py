@@ -17,10 +17,8 @@ from ml_collections import config_flags
 
 from paligemma_med import (
     compilation_cache,
-    config_values,
     distributed,
     dry_run,
-    durations,
     experiment,
     find_batch_size,
     flops,
@@ -37,6 +35,8 @@ from paligemma_med import (
 )
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import durations
+from paligemma_med.config import values as config_values
 from paligemma_med.soundness import Soundness
 
 

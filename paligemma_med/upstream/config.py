@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from paligemma_med import config_values, durations, optim, quantise, sharding, upstream
+from paligemma_med import optim, quantise, sharding, upstream
+from paligemma_med.config import durations
+from paligemma_med.config import values as config_values
 from paligemma_med.models import lora
 
 PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops", upstream.NAME)

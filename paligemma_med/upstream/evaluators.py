@@ -21,7 +21,8 @@ import tensorflow as tf
 from absl import flags
 from big_vision.datasets import core as ds_core
 
-from paligemma_med import config_values, experiment, input_pipeline, sharding
+from paligemma_med import experiment, input_pipeline, sharding
+from paligemma_med.config import values as config_values
 
 API = "jit"  # which big_vision asks each evaluator for
 KINDS = ("vqa", "dialogue")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data_prep import build
-from paligemma_med import config_values, experiment
+from paligemma_med import experiment
+from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import results
 from tests.upstream import evals_config
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 
-from paligemma_med import durations, losses, quantise
+from paligemma_med import losses, quantise
+from paligemma_med.config import durations
 from paligemma_med.models import attention, gemma, vit
 
 

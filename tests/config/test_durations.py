@@ -2,7 +2,7 @@
 
 import pytest
 
-from paligemma_med import durations
+from paligemma_med.config import durations
 
 
 def steps(config, name="total", **kw):
