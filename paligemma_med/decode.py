@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import distributed
+from paligemma_med.parallel import distributed
 
 PAD_TOKEN = 0
 MIN_BUCKET = 16  # text tokens

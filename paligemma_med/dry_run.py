@@ -17,7 +17,8 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import experiment, flops, optim, quantise, sharding, train_step
+from paligemma_med import experiment, flops, optim, quantise, train_step
+from paligemma_med.parallel import sharding
 
 # A loop that keeps the device busy has one step running and one waiting, each with its batch, and
 # holds one more that has just been fetched.

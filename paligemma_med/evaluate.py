@@ -13,9 +13,10 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import distributed, experiment, preflight, sharding
+from paligemma_med import experiment, preflight
 from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import scoring
+from paligemma_med.parallel import distributed, sharding
 
 
 def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):

@@ -13,7 +13,8 @@ import math
 
 import jax
 
-from paligemma_med import dry_run, experiment, quantise, sharding
+from paligemma_med import dry_run, experiment, quantise
+from paligemma_med.parallel import sharding
 
 _MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
 

@@ -35,8 +35,9 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from paligemma_med import distributed, mixture
-from paligemma_med import sharding as sharding_lib
+from paligemma_med import mixture
+from paligemma_med.parallel import distributed
+from paligemma_med.parallel import sharding as sharding_lib
 
 PpFn = Callable[[dict[str, Any], np.random.Generator | None], dict[str, Any]]
 

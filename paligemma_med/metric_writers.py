@@ -13,7 +13,8 @@ import time
 
 from absl import logging
 
-from paligemma_med import distributed, experiment
+from paligemma_med import experiment
+from paligemma_med.parallel import distributed
 
 
 def open_writers(config, workdir, first_step):

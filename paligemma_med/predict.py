@@ -8,7 +8,8 @@ With --config and --checkpoint instead of --workdir, weights of any form that `l
 import numpy as np
 from absl import app, flags, logging
 
-from paligemma_med import decode, distributed, experiment, sharding
+from paligemma_med import decode, experiment
+from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 
 

@@ -10,7 +10,7 @@ import re
 import jax
 from absl import logging
 
-from paligemma_med import distributed
+from paligemma_med.parallel import distributed
 
 
 class Profile:

@@ -14,8 +14,8 @@ import time
 import jax
 import tqdm
 
-from paligemma_med import distributed
 from paligemma_med import flops as flops_lib
+from paligemma_med.parallel import distributed
 
 # The metrics that differ between runs that are otherwise equal.
 TIMING = frozenset({"examples_per_second", "input_wait", "eta_seconds", "mfu"})

@@ -11,8 +11,9 @@ import os
 
 from absl import logging
 
-from paligemma_med import distributed, experiment
+from paligemma_med import experiment
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
+from paligemma_med.parallel import distributed
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 

@@ -9,7 +9,8 @@ import math
 
 import jax
 
-from paligemma_med import distributed, run_files
+from paligemma_med import run_files
+from paligemma_med.parallel import distributed
 
 _NORMS = ("training_loss", "l2_grads", "l2_params")
 

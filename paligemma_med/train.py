@@ -16,8 +16,6 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import (
-    compilation_cache,
-    distributed,
     dry_run,
     experiment,
     find_batch_size,
@@ -30,13 +28,13 @@ from paligemma_med import (
     profiling,
     progress,
     run_files,
-    sharding,
     train_step,
 )
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
+from paligemma_med.parallel import compilation_cache, distributed, sharding
 from paligemma_med.soundness import Soundness
 
 

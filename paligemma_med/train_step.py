@@ -6,8 +6,9 @@
 import jax
 import jax.numpy as jnp
 
-from paligemma_med import losses, optim, sharding
+from paligemma_med import losses, optim
 from paligemma_med.checkpoints import npz
+from paligemma_med.parallel import sharding
 
 
 def make_loss_fn(config, model):

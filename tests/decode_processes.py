@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from absl import app
 
-from paligemma_med import decode, distributed, sharding
+from paligemma_med import decode
+from paligemma_med.parallel import distributed, sharding
 
 
 def main(argv):

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import decode, distributed, experiment, input_pipeline, sharding
+from paligemma_med import decode, experiment, input_pipeline
 from paligemma_med.evaluators import vqa
+from paligemma_med.parallel import distributed, sharding
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

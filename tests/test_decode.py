@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paligemma_med import decode, sharding
+from paligemma_med import decode
 from paligemma_med.evaluators import options as options_lib
 from paligemma_med.models import paligemma
+from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
 from tests import processes
 from tests.models import hf

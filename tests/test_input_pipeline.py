@@ -21,8 +21,9 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 
-from paligemma_med import input_pipeline, sharding
+from paligemma_med import input_pipeline
 from paligemma_med.input_pipeline import InputError
+from paligemma_med.parallel import sharding
 
 N_TRAIN, N_VALID, LENGTH = 23, 9, 12
 

@@ -7,9 +7,10 @@ import pytest
 import qwix
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med import checkpoints, experiment, quantise, sharding, train
+from paligemma_med import checkpoints, experiment, quantise, train
 from paligemma_med.checkpoints import npz
 from paligemma_med.models import lora, quantised
+from paligemma_med.parallel import sharding
 from tests import tiny
 
 Q = "llm/layers/attn/q_einsum/w"  # [L, N, D, H], inputs D

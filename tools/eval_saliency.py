@@ -24,8 +24,9 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from paligemma_med import decode, distributed, experiment, input_pipeline, sharding
+from paligemma_med import decode, experiment, input_pipeline
 from paligemma_med.evaluators import answers, controls, results, stats
+from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.saliency import (
     capture,

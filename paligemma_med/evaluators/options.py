@@ -6,7 +6,8 @@ the continuation of the prompt, tokenized as a training answer would be, EOS inc
 
 import numpy as np
 
-from paligemma_med import decode, distributed
+from paligemma_med import decode
+from paligemma_med.parallel import distributed
 
 
 def encode(tokenizer, choices, *, eos=True, rows=None):

@@ -17,7 +17,7 @@ import sys
 
 import numpy as np
 
-from paligemma_med import distributed
+from paligemma_med.parallel import distributed
 
 PART = "predictions.part.jsonl"
 PREDICTIONS = "predictions.jsonl"

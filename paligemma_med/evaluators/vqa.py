@@ -20,8 +20,9 @@ import zlib
 import numpy as np
 import tqdm
 
-from paligemma_med import decode, distributed
+from paligemma_med import decode
 from paligemma_med.evaluators import answers, controls, options, protocols, results, scoring
+from paligemma_med.parallel import distributed
 
 # Those of a config that says nothing: one pass more than the model's own.
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")

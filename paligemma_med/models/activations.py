@@ -1,7 +1,7 @@
 """Where activations lie on a mesh: names for their dimensions, which rules tie to mesh axes.
 
 Without rules the compiler follows the weights and the batch, and where these contradict each other
-its choice is seldom ours. `paligemma_med.sharding.rules` reads the rules from a config.
+its choice is seldom ours. `paligemma_med.parallel.sharding.rules` reads the rules from a config.
 """
 
 import math

@@ -21,8 +21,9 @@ import tensorflow as tf
 from absl import flags
 from big_vision.datasets import core as ds_core
 
-from paligemma_med import experiment, input_pipeline, sharding
+from paligemma_med import experiment, input_pipeline
 from paligemma_med.config import values as config_values
+from paligemma_med.parallel import sharding
 
 API = "jit"  # which big_vision asks each evaluator for
 KINDS = ("vqa", "dialogue")

@@ -18,7 +18,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from paligemma_med import compilation_cache, experiment, input_pipeline, sharding, upstream
+from paligemma_med import experiment, input_pipeline, upstream
+from paligemma_med.parallel import compilation_cache, sharding
 from paligemma_med.upstream import config as configs
 from paligemma_med.upstream import shims
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from configs import common
-from paligemma_med import decode, sharding
+from paligemma_med import decode
 from paligemma_med.evaluators import dialogue, results, scoring, vqa
 from paligemma_med.models import paligemma
+from paligemma_med.parallel import sharding
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 

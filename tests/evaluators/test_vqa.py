@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import decode, sharding
+from paligemma_med import decode
 from paligemma_med.evaluators import options, results, scoring, stats, vqa
 from paligemma_med.models import paligemma
+from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("tiny")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from paligemma_med import sharding
 from paligemma_med.models import activations
+from paligemma_med.parallel import sharding
 
 NAMES = ("act_batch", "act_len", "act_mlp")
 

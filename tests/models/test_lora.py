@@ -285,7 +285,7 @@ FSDP = "fsdp(axis={}, min_size_to_shard_mb=0)"
     ],
 )
 def test_sharded_over_devices_it_is_the_same(rules):
-    from paligemma_med import sharding
+    from paligemma_med.parallel import sharding
 
     model, inputs = make(ALL), batch(rows=8)
     params = params_of(model)

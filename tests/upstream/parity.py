@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from configs import common, quickstart
-from paligemma_med import experiment, input_pipeline, optim, run_files, sharding, train_step
+from paligemma_med import experiment, input_pipeline, optim, run_files, train_step
 from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.parallel import sharding
 from tests.upstream import parity_config, replay
 
 

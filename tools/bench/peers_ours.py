@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import checkpoints, flops, optim, quantise, sharding, train_step
+from paligemma_med import checkpoints, flops, optim, quantise, train_step
 from paligemma_med.checkpoints import npz
+from paligemma_med.parallel import sharding
 from tools.bench import sizes, workers
 
 

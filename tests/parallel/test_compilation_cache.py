@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from paligemma_med import compilation_cache
+from paligemma_med.parallel import compilation_cache
 
 
 @pytest.fixture(autouse=True)

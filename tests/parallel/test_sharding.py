@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from paligemma_med import experiment, sharding
+from paligemma_med import experiment
 from paligemma_med.models import activations
+from paligemma_med.parallel import sharding
 from tests import tiny
 
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import distributed, sharding
 from paligemma_med.evaluators import vqa
+from paligemma_med.parallel import distributed, sharding
 from tests import processes
 
 # --- Starting ---

@@ -13,17 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import (
-    decode,
-    evaluate,
-    experiment,
-    optim,
-    predict,
-    sharding,
-    train,
-    train_step,
-)
+from paligemma_med import decode, evaluate, experiment, optim, predict, train, train_step
 from paligemma_med.models import activations
+from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
 from tests import tiny
 

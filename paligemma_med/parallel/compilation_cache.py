@@ -10,7 +10,8 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from paligemma_med import distributed, jax_private
+from paligemma_med import jax_private
+from paligemma_med.parallel import distributed
 
 
 def start(setting, workdir):
