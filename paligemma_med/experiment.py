@@ -23,12 +23,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import paligemma_med
-from paligemma_med import checkpoints, input_pipeline, optim, quantise
+from paligemma_med import checkpoints, input_pipeline, quantise
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import values as config_values
 from paligemma_med.models import lora, paligemma
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
+from paligemma_med.training import optim
 
 # Keys of a config. An unknown one is a typo more often than not, and is refused.
 KEYS = frozenset(

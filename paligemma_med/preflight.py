@@ -9,10 +9,11 @@ import importlib
 
 import jax
 
-from paligemma_med import experiment, input_pipeline, optim
+from paligemma_med import experiment, input_pipeline
 from paligemma_med import pp as pp_lib
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
+from paligemma_med.training import optim
 
 
 def check(config, model, tok, mesh):

@@ -15,27 +15,24 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import (
-    dry_run,
-    experiment,
-    find_batch_size,
-    flops,
-    input_pipeline,
-    interrupts,
-    metric_writers,
-    optim,
-    preflight,
-    profiling,
-    progress,
-    run_files,
-    train_step,
-)
+from paligemma_med import experiment, flops, input_pipeline, preflight
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
 from paligemma_med.parallel import compilation_cache, distributed, sharding
-from paligemma_med.soundness import Soundness
+from paligemma_med.training import (
+    dry_run,
+    find_batch_size,
+    interrupts,
+    metric_writers,
+    optim,
+    profiling,
+    progress,
+    run_files,
+)
+from paligemma_med.training import step as train_step
+from paligemma_med.training.soundness import Soundness
 
 
 def train(config, workdir, *, profile=None):

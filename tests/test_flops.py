@@ -5,8 +5,10 @@ import types
 import jax
 import pytest
 
-from paligemma_med import decode, experiment, flops, optim, train_step
+from paligemma_med import decode, experiment, flops
 from paligemma_med.models import paligemma
+from paligemma_med.training import optim
+from paligemma_med.training import step as train_step
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")

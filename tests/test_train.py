@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, losses, optim, progress, train, train_step
+from paligemma_med import checkpoints, evaluate, experiment, losses, train
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.evaluators import vqa
 from paligemma_med.evaluators.results import read_metrics
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim, progress
+from paligemma_med.training import step as train_step
 from tests import tiny
 
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from paligemma_med import optim, quantise, upstream
+from paligemma_med import quantise, upstream
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
 from paligemma_med.models import lora
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim
 
 PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops", upstream.NAME)
 # Ours shuffles a whole epoch. Encoded images of so many rows are held in memory: 0.5 GB of SLAKE.

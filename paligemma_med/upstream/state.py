@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import optax
 
-from paligemma_med import experiment, optim
+from paligemma_med import experiment
 from paligemma_med.checkpoints import bv, lazy, npz, workdir
+from paligemma_med.training import optim
 from paligemma_med.upstream import config as configs
 
 

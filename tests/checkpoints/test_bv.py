@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.array_serialization import serialization
 
-from paligemma_med import checkpoints, experiment, run_files
+from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import CheckpointError, bv, lazy, npz, workdir
+from paligemma_med.training import run_files
 from tests.checkpoints.trees import assert_same
 from tools import convert_checkpoint
 

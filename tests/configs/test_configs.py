@@ -9,12 +9,13 @@ import PIL.Image
 import pytest
 
 from configs import common
-from paligemma_med import checkpoints, experiment, mixture, optim
+from paligemma_med import checkpoints, experiment, mixture
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
 from paligemma_med.models import lora
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
+from paligemma_med.training import optim
 
 FOLDER = pathlib.Path(common.__file__).parent
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith(("__", "common")))

@@ -1,7 +1,7 @@
 """A model that reads quantised weights computes what it does with the dense ones they stand for.
 
 How far those are from the weights they were made of is tested in tests/test_quantise.py, what a
-train step holds of them in tests/test_compiled_step.py.
+train step holds of them in tests/training/test_compiled_step.py.
 """
 
 import jax

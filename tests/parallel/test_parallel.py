@@ -13,10 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import decode, evaluate, experiment, optim, predict, train, train_step
+from paligemma_med import decode, evaluate, experiment, predict, train
 from paligemma_med.models import activations
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
+from paligemma_med.training import optim
+from paligemma_med.training import step as train_step
 from tests import tiny
 
 DEPTH, ROWS, WIDTH, VOCAB = 3, 24, 64, 1024

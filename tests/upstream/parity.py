@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from configs import common, quickstart
-from paligemma_med import experiment, input_pipeline, optim, run_files, train_step
+from paligemma_med import experiment, input_pipeline
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim, run_files
+from paligemma_med.training import step as train_step
 from tests.upstream import parity_config, replay
 
 

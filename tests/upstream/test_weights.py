@@ -5,8 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, experiment, optim, run_files
+from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import CheckpointError, bv, npz, workdir
+from paligemma_med.training import optim, run_files
 from paligemma_med.upstream import state
 from tests.checkpoints.trees import assert_same
 from tests.upstream import parity

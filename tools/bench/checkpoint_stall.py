@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment, optim
+from paligemma_med import experiment
 from paligemma_med.checkpoints import workdir
+from paligemma_med.training import optim
 
 
 def make_state(config):

@@ -18,10 +18,12 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from paligemma_med import experiment, input_pipeline, optim, quantise, train_step
+from paligemma_med import experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim
+from paligemma_med.training import step as train_step
 from tools.bench import sizes
 
 TYPES = ("float32", "bfloat16", *quantise.KINDS)

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import checkpoints, flops, optim, quantise, train_step
+from paligemma_med import checkpoints, flops, quantise
 from paligemma_med.checkpoints import npz
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim
+from paligemma_med.training import step as train_step
 from tools.bench import sizes, workers
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import dry_run, experiment
+from paligemma_med import experiment
 from paligemma_med.parallel import sharding
+from paligemma_med.training import dry_run
 from tools.bench.workers import forget_peak, resident
 
 CONSTANT = dict(decay_type="constant")

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from paligemma_med import dry_run, flops, losses, train_step
+from paligemma_med import flops, losses
 from paligemma_med.checkpoints import npz
 from paligemma_med.models import paligemma, quantised
+from paligemma_med.training import dry_run
+from paligemma_med.training import step as train_step
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")

@@ -17,8 +17,10 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import experiment, flops, optim, quantise, train_step
+from paligemma_med import experiment, flops, quantise
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim
+from paligemma_med.training import step as train_step
 
 # A loop that keeps the device busy has one step running and one waiting, each with its batch, and
 # holds one more that has just been fetched.

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from paligemma_med.soundness import Soundness
+from paligemma_med.training.soundness import Soundness
 from tests import tiny
 
 

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from paligemma_med import profiling
+from paligemma_med.training import profiling
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from paligemma_med import optim
+from paligemma_med.training import optim
 
 NAMES = ["img/head/kernel", "img/head/bias", "llm/layers/attn/q_einsum/w", "llm/final_norm/scale"]
 KW = dict(total_steps=100, num_examples=1000, batch_size=10)

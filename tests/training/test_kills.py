@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from paligemma_med import checkpoints, progress
+from paligemma_med import checkpoints
+from paligemma_med.training import progress
 from tests import processes, tiny
 from tools import random_kills
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med import dry_run, find_batch_size, train
+from paligemma_med import train
+from paligemma_med.training import dry_run, find_batch_size
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")

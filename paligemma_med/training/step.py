@@ -6,9 +6,10 @@
 import jax
 import jax.numpy as jnp
 
-from paligemma_med import losses, optim
+from paligemma_med import losses
 from paligemma_med.checkpoints import npz
 from paligemma_med.parallel import sharding
+from paligemma_med.training import optim
 
 
 def make_loss_fn(config, model):

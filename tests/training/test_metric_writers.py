@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from paligemma_med import metric_writers, progress, train
+from paligemma_med import train
+from paligemma_med.training import metric_writers, progress
 from tests import tiny
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")

@@ -9,8 +9,8 @@ import math
 
 import jax
 
-from paligemma_med import run_files
 from paligemma_med.parallel import distributed
+from paligemma_med.training import run_files
 
 _NORMS = ("training_loss", "l2_grads", "l2_params")
 

@@ -9,9 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, train, train_step
+from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import npz
 from paligemma_med.models import lora
+from paligemma_med.training import step as train_step
 from tests import tiny
 
 HEAD = [("img/head/.*", dict(decay_type="constant")), (".*", None)]

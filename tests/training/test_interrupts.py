@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from paligemma_med import interrupts
+from paligemma_med.training import interrupts
 
 
 @pytest.fixture

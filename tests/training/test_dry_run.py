@@ -12,7 +12,8 @@ import types
 import jax
 import pytest
 
-from paligemma_med import dry_run, experiment, train
+from paligemma_med import experiment, train
+from paligemma_med.training import dry_run
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")

@@ -13,8 +13,9 @@ import math
 
 import jax
 
-from paligemma_med import dry_run, experiment, quantise
+from paligemma_med import experiment, quantise
 from paligemma_med.parallel import sharding
+from paligemma_med.training import dry_run
 
 _MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
 
