@@ -26,7 +26,8 @@ import paligemma_med
 from paligemma_med import checkpoints, input_pipeline, quantise
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import values as config_values
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
 from paligemma_med.training import optim

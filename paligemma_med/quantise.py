@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora
-from paligemma_med.models.quantised import NF4, SCALE
+from paligemma_med.models.layers import lora
+from paligemma_med.models.layers.quantised import NF4, SCALE
 
 KINDS = ("int8", "nf4")
 REST = "bfloat16"  # what isn't quantised

@@ -15,11 +15,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment, flops, input_pipeline, preflight
+from paligemma_med import experiment, input_pipeline, preflight
 from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
+from paligemma_med.models import flops
 from paligemma_med.parallel import compilation_cache, distributed, sharding
 from paligemma_med.training import (
     dry_run,

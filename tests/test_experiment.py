@@ -8,7 +8,7 @@ import pytest
 from paligemma_med import checkpoints, experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from tests import tiny
 
 

@@ -171,7 +171,7 @@ def test_every_file_says_what_it_is_for():
         ("paligemma_med.checkpoints.hf", "from paligemma_med import sharding", True),
         ("paligemma_med.evaluators.vqa", "from paligemma_med import decode", False),
         ("paligemma_med.evaluators.vqa", "from paligemma_med import train", True),
-        ("paligemma_med.losses", "from paligemma_med import train", True),
+        ("paligemma_med.models.loss", "from paligemma_med import train", True),
         ("paligemma_med.train", "from paligemma_med import evaluate", False),
         ("paligemma_med.train", "from configs import common", True),
         ("paligemma_med.upstream.pp_ops", "import tensorflow as tf", False),

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_med import checkpoints, experiment, quantise, train
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora, quantised
+from paligemma_med.models.layers import lora, quantised
 from paligemma_med.parallel import sharding
 from tests import tiny
 

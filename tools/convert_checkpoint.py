@@ -21,7 +21,7 @@ from absl import app, flags
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, bv, hf, npz, peft
 from paligemma_med.experiment import command
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 
 FORMS = ("npz", "hf", "peft", "orbax", "big_vision")
 

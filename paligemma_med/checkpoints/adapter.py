@@ -15,8 +15,9 @@ import numpy as np
 
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError, flatten_tree, unflatten_tree
-from paligemma_med.models import lora, paligemma
-from paligemma_med.models.quantised import SCALE
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
+from paligemma_med.models.layers.quantised import SCALE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -874,7 +874,10 @@ def _widest(dtypes):
 
 def _unseen(img_sizes, sizes, img, llm):
     """What of text_config isn't in the shapes, from the model's dicts or a known variant."""
-    from paligemma_med.models import gemma, vit  # here: they bring JAX, which reading doesn't need
+    from paligemma_med.models import (
+        decoder,
+        vit,  # here: they bring JAX, which reading doesn't need
+    )
 
     if img is not None:
         img = {"variant": "So400m/14", **img}
@@ -885,7 +888,7 @@ def _unseen(img_sizes, sizes, img, llm):
     if llm is None:
         if not sizes["post_norms"]:
             return {}
-        for variant in gemma.VARIANTS.values():
+        for variant in decoder.VARIANTS.values():
             if all(sizes[k] == v for k, v in variant.items() if k in sizes and k != "vocab_size"):
                 llm = {"variant": None, **variant}
                 break
@@ -895,9 +898,9 @@ def _unseen(img_sizes, sizes, img, llm):
                 "its soft-caps are not among the weights: say them with llm=dict(…)"
             )
     llm = {"variant": "gemma_2b", **llm}
-    if llm["variant"] and llm["variant"] not in gemma.VARIANTS:
+    if llm["variant"] and llm["variant"] not in decoder.VARIANTS:
         raise CheckpointError(f"llm variant {llm['variant']!r} is unknown")
-    given = {**gemma.VARIANTS.get(llm["variant"], {}), **llm}
+    given = {**decoder.VARIANTS.get(llm["variant"], {}), **llm}
     given = {"query_pre_attn_norm": "rsqrt_head_dim", "post_norms": False, **given}
     _agree("llm", given, sizes)
     caps = [given.get(k) for k in ("attn_logits_softcap", "final_logits_softcap")]

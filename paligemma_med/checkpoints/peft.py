@@ -21,7 +21,7 @@ from absl import logging
 
 from paligemma_med.checkpoints import atomic, hf, lazy, npz
 from paligemma_med.checkpoints.adapter import TWIN, Adapter
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

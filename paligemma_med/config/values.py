@@ -14,9 +14,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 
-from paligemma_med import losses, quantise
+from paligemma_med import quantise
 from paligemma_med.config import durations
-from paligemma_med.models import attention, gemma, vit
+from paligemma_med.models import decoder, vit
+from paligemma_med.models import loss as losses
+from paligemma_med.models.layers import attention
 
 
 def check_keys(section, known, where):
@@ -148,7 +150,7 @@ def check(config):
     if "input" in config:
         _check_values(config.input, _INPUT, "config.input")
     check_keys(config.model, ("img", "llm"), "config.model")
-    made = {"img": vit.Model(), "llm": gemma.Model(variant="gemma_mu")}
+    made = {"img": vit.Model(), "llm": decoder.Model(variant="gemma_mu")}
     for tower, section in config.model.items():
         where = f"config.model.{tower}"
         if not is_mapping(section):

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from paligemma_med.models import attention, gemma, lora, vit
+from paligemma_med.models import decoder, vit
+from paligemma_med.models.layers import attention, lora
 
 
 def make_attn_mask(input_mask, mask_ar):
@@ -40,7 +41,7 @@ class Model(nn.Module):
 
     Attributes:
       img: image tower's arguments (`vit.Model`); `variant` defaults to "So400m/14".
-      llm: language model's arguments (`gemma.Model`); `variant` defaults to "gemma_2b".
+      llm: language model's arguments (`decoder.Model`); `variant` defaults to "gemma_2b".
       dtype: type of activations in both, unless one of them says otherwise.
       attn_impl: "xla" or "cudnn", likewise.
       lora: adapters, [(regex, dict(rank=…, …)), …] as `lora.as_rules` takes it.
@@ -60,7 +61,7 @@ class Model(nn.Module):
 
     def setup(self):
         both = dict(dtype=self.dtype, attn_impl=self.attn_impl, lora=self.lora)
-        self._llm = gemma.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
+        self._llm = decoder.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
         img = {"variant": "So400m/14", "num_classes": self._llm.width, **both, **self.img}
         self._img = vit.Model(**img, name="img")
 
@@ -168,7 +169,7 @@ class Model(nn.Module):
         return self._llm.compute_logits(pre_logits)
 
     def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
-        """Reads prompts from `embed_image_and_text`; see `gemma._Model.prefill_cache`."""
+        """Reads prompts from `embed_image_and_text`; see `decoder._Model.prefill_cache`."""
         mask = make_attn_mask(input_mask, mask_ar)
         return self._llm.prefill_cache(x, input_mask, mask, cache_size=cache_size, num_samples=num_samples)
 

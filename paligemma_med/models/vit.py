@@ -10,8 +10,8 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 import flax.linen as nn
 import jax
 
-from paligemma_med.models import attention, lora
-from paligemma_med.models.activations import constrain
+from paligemma_med.models.layers import attention, lora
+from paligemma_med.models.layers.activations import constrain
 
 # width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
 # So400m from arXiv 2305.13035.

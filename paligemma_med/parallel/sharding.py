@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_med.models import activations, lora
+from paligemma_med.models.layers import activations, lora
 
 DATA_AXIS = "data"
 

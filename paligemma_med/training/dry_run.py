@@ -17,7 +17,8 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import experiment, flops, quantise
+from paligemma_med import experiment, quantise
+from paligemma_med.models import flops
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step

@@ -14,7 +14,7 @@ import time
 import jax
 import tqdm
 
-from paligemma_med import flops as flops_lib
+from paligemma_med.models import flops as flops_lib
 from paligemma_med.parallel import distributed
 
 # The metrics that differ between runs that are otherwise equal.

@@ -6,8 +6,8 @@
 import jax
 import jax.numpy as jnp
 
-from paligemma_med import losses
 from paligemma_med.checkpoints import npz
+from paligemma_med.models import loss as losses
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from paligemma_med import quantise, upstream
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from paligemma_med.checkpoints import adapter, npz
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from tests.models import hf
 
 ALL = [(".*", dict(rank=3, alpha=6))]

@@ -10,7 +10,7 @@ import pytest
 
 from paligemma_med.checkpoints import adapter, npz
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from tests.checkpoints import adapters
 from tests.models import hf
 

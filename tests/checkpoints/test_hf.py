@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.checkpoints import CheckpointError, hf, lazy, npz
-from paligemma_med.models import gemma, lora, paligemma
+from paligemma_med.models import decoder, paligemma
+from paligemma_med.models.layers import lora
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 
@@ -591,11 +592,11 @@ def test_soft_caps_come_from_the_dict_or_a_known_variant(tmp_path):
         hf.save_hf(tmp_path / "w", params)
     assert not any(tmp_path.iterdir())
     sizes = {k: v for k, v in case["llm"].items() if not k.endswith("cap")}
-    gemma.VARIANTS["tiny_test"] = dict(sizes, attn_logits_softcap=7.0, final_logits_softcap=9.0)
+    decoder.VARIANTS["tiny_test"] = dict(sizes, attn_logits_softcap=7.0, final_logits_softcap=9.0)
     try:
         hf.save_hf(tmp_path / "w", params)
     finally:
-        del gemma.VARIANTS["tiny_test"]
+        del decoder.VARIANTS["tiny_test"]
     llm = hf.model_config(tmp_path / "w")[1]
     assert (llm["attn_logits_softcap"], llm["final_logits_softcap"]) == (7.0, 9.0)
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.checkpoints import adapter, hf, npz, peft
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from tests.checkpoints import adapters
 from tests.models import hf as models
 

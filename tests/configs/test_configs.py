@@ -12,7 +12,7 @@ from configs import common
 from paligemma_med import checkpoints, experiment, mixture
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.training import optim

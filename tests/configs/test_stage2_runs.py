@@ -16,7 +16,7 @@ from data_prep.medpix2 import fake as medpix_fake
 from data_prep.pmc_vqa import fake as pmc_fake
 from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.models import attention, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import attention
 from tests.models import hf
 
 TOLERANCE = 1e-5

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import decode, evaluate, experiment, predict, train
-from paligemma_med.models import activations
+from paligemma_med.models.layers import activations
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.training import optim

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from paligemma_med import experiment
-from paligemma_med.models import activations
+from paligemma_med.models.layers import activations
 from paligemma_med.parallel import sharding
 from tests import tiny
 

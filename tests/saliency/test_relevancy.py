@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from paligemma_med.models import attention
+from paligemma_med.models.layers import attention
 from paligemma_med.saliency import relevancy
 from tests.models import hf
 from tools.bench import saliency_memory

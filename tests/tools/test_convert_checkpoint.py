@@ -13,7 +13,8 @@ import pytest
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft, workdir
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 from tools.convert_checkpoint import convert

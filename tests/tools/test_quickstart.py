@@ -13,7 +13,7 @@ from configs import quickstart as quickstart_config
 from configs import tiny_base
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from paligemma_med.training import optim
 from tools import quickstart
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from paligemma_med import flops, losses
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import paligemma, quantised
+from paligemma_med.models import flops, paligemma
+from paligemma_med.models import loss as losses
+from paligemma_med.models.layers import quantised
 from paligemma_med.training import dry_run
 from paligemma_med.training import step as train_step
 from tests import tiny
@@ -169,7 +170,7 @@ def state_of_frozen(step):
 def product_flops(step):
     """FLOPs of matrix products of one example, each as often as its loop runs: to the last of them
     what the formula counts. XLA's `cost_analysis` counts a loop's body once, and norms and softmax,
-    too; tests/test_flops.py holds the formula to it within 5 %, on unrolled steps."""
+    too; tests/models/test_flops.py holds the formula to it within 5 %, on unrolled steps."""
     total = 0
     for eqn, times in equations(step.traced.jaxpr.jaxpr):
         if eqn.primitive.name == "dot_general":

@@ -11,7 +11,7 @@ import pytest
 
 from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from paligemma_med.training import step as train_step
 from tests import tiny
 

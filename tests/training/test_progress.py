@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from paligemma_med import flops
+from paligemma_med.models import flops
 from paligemma_med.training import progress
 
 FLOPS = flops.Flops(6 * 10**12, 0, 0)

@@ -20,7 +20,7 @@ from configs import common, quickstart, tiny_base
 from data_prep import build
 from paligemma_med import checkpoints, decode, experiment, input_pipeline, train
 from paligemma_med.checkpoints import hf, npz
-from paligemma_med.models import lora
+from paligemma_med.models.layers import lora
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
 from tests.checkpoints import adapters

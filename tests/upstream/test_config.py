@@ -8,7 +8,8 @@ import ml_collections
 import pytest
 
 from paligemma_med import experiment, input_pipeline
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
 from paligemma_med.upstream import config as upstream_config
 from paligemma_med.upstream import model as upstream_model
 from paligemma_med.upstream.config import INPUT_KEYS, KEYS, translate

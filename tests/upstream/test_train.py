@@ -14,7 +14,7 @@ import pytest
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import activations
+from paligemma_med.models.layers import activations
 from paligemma_med.upstream import train
 from tests import tiny
 from tests.upstream.conftest import ROOT

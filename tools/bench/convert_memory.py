@@ -22,7 +22,8 @@ from absl import app, flags
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
 
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
 

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from paligemma_med import decode, flops
+from paligemma_med import decode
+from paligemma_med.models import flops
 from tools.bench import peers_ours, sizes, workers
 
 NO_TOKEN = -1  # never drawn, so that no answer ends early

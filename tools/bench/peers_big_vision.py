@@ -28,7 +28,8 @@ import numpy as np
 import optax
 
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import gemma, lora, vit
+from paligemma_med.models import decoder, vit
+from paligemma_med.models.layers import lora
 from tools.bench import peers_ours, sizes, workers
 
 _MODEL = "big_vision.models.proj.paligemma.paligemma"
@@ -56,7 +57,7 @@ def load_big_vision():
 
 def make_model(paligemma, its_gemma, size):
     """Its model of a size. Its Gemma knows variants by name alone: here all names mean this one."""
-    llm = {**gemma.VARIANTS.get(size.llm.get("variant"), {}), **size.llm}
+    llm = {**decoder.VARIANTS.get(size.llm.get("variant"), {}), **size.llm}
     llm = dict(llm, variant="bench", norm_eps=1e-6, scan=True, remat_policy="nothing_saveable")
     its_gemma.get_config = lambda variant: ml_collections.ConfigDict(llm)
     tower = vit.Model(**size.img)

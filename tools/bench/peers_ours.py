@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import checkpoints, flops, quantise
+from paligemma_med import checkpoints, quantise
 from paligemma_med.checkpoints import npz
+from paligemma_med.models import flops
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from paligemma_med import flops
+from paligemma_med.models import flops
 from paligemma_med.saliency import capture
 from tools.bench import peers_ours, sizes, workers
 

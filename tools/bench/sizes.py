@@ -181,7 +181,8 @@ def write_weights(folder, size, dtype):
     needs little memory."""
     from paligemma_med import checkpoints
     from paligemma_med.checkpoints import lazy, npz
-    from paligemma_med.models import lora, paligemma
+    from paligemma_med.models import paligemma
+    from paligemma_med.models.layers import lora
 
     model = paligemma.Model(img=size.img, llm=size.llm)
     tree = paligemma.abstract_params(model, image_size=size.res)

@@ -11,7 +11,7 @@ slows both. A turn ends when the last loss is there. Figures are medians over tu
 first steps are left out. `cpu_ratio` is of the processor's time.
 
 The peer's batch may be another (--peer_batch_size), as where memory allows it less: `ratio` is of
-seconds an example. `of_peak` is what the chip does of the model's FLOPs (`paligemma_med.flops`, 4N
+seconds an example. `of_peak` is what the chip does of the model's FLOPs (`paligemma_med.models.flops`, 4N
 for adapters; logits at supervised positions) by the fastest product of two large matrices, in the
 same type, that any side made in the same run.
 

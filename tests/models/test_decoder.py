@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med.models import gemma
+from paligemma_med.models import decoder
 
 BF16_HALF_STEP = 2.0**-8  # rounding to bfloat16 moves a number by at most this part of it
 
@@ -38,12 +38,12 @@ def shapes_of(model):
     ],
 )
 def test_variants_have_the_published_size(variant, count):
-    shapes = shapes_of(gemma.Model(variant=variant, vocab_size=256_000))
+    shapes = shapes_of(decoder.Model(variant=variant, vocab_size=256_000))
     assert sum(math.prod(s) for s in shapes.values()) == count
 
 
 def test_names_of_grouped_heads_with_post_norms():
-    assert shapes_of(gemma.Model(variant="gemma2_2b")) == {
+    assert shapes_of(decoder.Model(variant="gemma2_2b")) == {
         "embedder/input_embedding": (257_152, 2304),
         "final_norm/scale": (2304,),
         "layers/attn/q_einsum/w": (26, 8, 2304, 256),
@@ -66,7 +66,7 @@ def test_names_of_grouped_heads_with_post_norms():
     ],
 )
 def test_shapes_of_larger_gemma2(variant, depth, width, heads, kv_heads, head_dim, mlp_dim):
-    model = gemma.Model(variant=variant)
+    model = decoder.Model(variant=variant)
     shapes = shapes_of(model)
     assert shapes["layers/attn/q_einsum/w"] == (depth, heads, width, head_dim)
     assert shapes["layers/attn/kv_einsum/w"] == (depth, 2, kv_heads, width, head_dim)
@@ -76,7 +76,7 @@ def test_shapes_of_larger_gemma2(variant, depth, width, heads, kv_heads, head_di
 
 
 def test_full_heads_share_one_einsum():
-    shapes = shapes_of(gemma.Model(variant="gemma_7b"))
+    shapes = shapes_of(decoder.Model(variant="gemma_7b"))
     assert shapes["layers/attn/qkv_einsum/w"] == (28, 3, 16, 3072, 256)
     assert not [k for k in shapes if "/q_einsum" in k or "/kv_einsum" in k or "post_" in k]
 
@@ -86,8 +86,8 @@ SIZES = dict(width=20, depth=3, mlp_dim=9, num_heads=6, num_kv_heads=2, head_dim
 
 @pytest.mark.parametrize("variant", ["gemma_mu", "gemma2_2b"])
 def test_every_size_stands_on_top_of_a_variant(variant):
-    shapes = shapes_of(gemma.Model(variant=variant, **SIZES, post_norms=False))
-    assert shapes == shapes_of(gemma.Model(**SIZES))
+    shapes = shapes_of(decoder.Model(variant=variant, **SIZES, post_norms=False))
+    assert shapes == shapes_of(decoder.Model(**SIZES))
     assert shapes["layers/attn/q_einsum/w"] == (3, 6, 20, 4)
     assert shapes["embedder/input_embedding"] == (33, 20)
 
@@ -107,7 +107,7 @@ def test_every_size_stands_on_top_of_a_variant(variant):
 )
 def test_bad_arguments(kw, message):
     with pytest.raises(ValueError, match=message):
-        shapes_of(gemma.Model(**kw))
+        shapes_of(decoder.Model(**kw))
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
@@ -115,7 +115,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
     rng = np.random.default_rng(0)
     x = jnp.asarray(100 + 30 * rng.normal(size=(3, 2048)), jnp.bfloat16)
     scale = rng.normal(size=2048).astype(np.float32)
-    got = gemma.RMSNorm().apply({"params": {"scale": scale}}, x)
+    got = decoder.RMSNorm().apply({"params": {"scale": scale}}, x)
     x64 = np.float64(np.float32(x))
     want = x64 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + 1e-6) * (1 + np.float64(scale))
     assert got.dtype == jnp.bfloat16
@@ -123,7 +123,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_rms_norm_counts_its_epsilon():
-    got = gemma.RMSNorm().apply({"params": {"scale": np.zeros(4)}}, np.full((1, 4), 1e-3, np.float32))
+    got = decoder.RMSNorm().apply({"params": {"scale": np.zeros(4)}}, np.full((1, 4), 1e-3, np.float32))
     np.testing.assert_allclose(got, np.full((1, 4), 1e-3 / np.sqrt(2e-6)), rtol=1e-5)
 
 
@@ -140,12 +140,12 @@ def test_rope_of_bfloat16_at_large_positions_is_computed_in_float32():
     rng = np.random.default_rng(1)
     positions = np.array([[0, 1, 255, 1100, 4095]])
     x = jnp.asarray(rng.normal(size=(1, 5, 3, 256)), jnp.bfloat16)
-    got = gemma.apply_rope(x, gemma.rope_angles(positions, 256))
+    got = decoder.apply_rope(x, decoder.rope_angles(positions, 256))
     want = rope_by_definition(np.float32(x), positions, 256)
     assert got.dtype == jnp.bfloat16
     # A float32 angle of 4,095 rad is off by up to 2.5e-4; a bfloat16 one by 8 rad.
     np.testing.assert_allclose(np.float64(np.float32(got)), want, rtol=1.01 * BF16_HALF_STEP, atol=2e-3)
-    exact = gemma.apply_rope(jnp.float32(x), gemma.rope_angles(positions, 256))
+    exact = decoder.apply_rope(jnp.float32(x), decoder.rope_angles(positions, 256))
     np.testing.assert_allclose(exact, want, atol=2e-3)
     np.testing.assert_allclose(exact[:, :3], want[:, :3], atol=1e-4)
 
@@ -155,7 +155,7 @@ def test_rope_depends_on_distance_only():
     q, k = np.random.default_rng(2).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     def dot(at_q, at_k):
-        turned = (gemma.apply_rope(x, gemma.rope_angles(np.array([[at]]), 16)) for x, at in ((q, at_q), (k, at_k)))
+        turned = (decoder.apply_rope(x, decoder.rope_angles(np.array([[at]]), 16)) for x, at in ((q, at_q), (k, at_k)))
         return np.sum(next(turned) * next(turned))
 
     np.testing.assert_allclose(dot(7, 3), dot(107, 103), atol=1e-4)
@@ -163,7 +163,7 @@ def test_rope_depends_on_distance_only():
 
 
 def test_embeddings_are_scaled_and_tied_to_the_output():
-    model = gemma.Model(**SIZES, final_logits_softcap=3.0)
+    model = decoder.Model(**SIZES, final_logits_softcap=3.0)
     table = np.random.default_rng(3).normal(size=(33, 20)).astype(np.float32)
     params = {"params": {"embedder": {"input_embedding": table}}}
     tokens = np.array([[0, 32, 5]])
@@ -176,7 +176,7 @@ def test_embeddings_are_scaled_and_tied_to_the_output():
 
 def test_logits_are_float32_under_bfloat16():
     """Accumulated and capped in float32: bfloat16 logits near 30 would have steps of 0.125."""
-    model = gemma.Model(**SIZES, dtype="bfloat16", final_logits_softcap=30.0)
+    model = decoder.Model(**SIZES, dtype="bfloat16", final_logits_softcap=30.0)
     rng = np.random.default_rng(5)
     table, h = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((33, 20), (4, 20)))
     params = {"params": {"embedder": {"input_embedding": table}}}

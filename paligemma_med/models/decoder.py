@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import attention, lora, quantised, vit
-from paligemma_med.models.activations import constrain
+from paligemma_med.models import vit
+from paligemma_med.models.layers import attention, lora, quantised
+from paligemma_med.models.layers.activations import constrain
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 

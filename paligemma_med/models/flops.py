@@ -16,7 +16,7 @@ import dataclasses
 import math
 
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import gemma, paligemma, vit
+from paligemma_med.models import decoder, paligemma, vit
 
 ACCOUNTING = (
     "2 FLOPs forward and 2 for the input's gradient per weight and token (4N), 2 more where the "
@@ -91,7 +91,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     tokens = {"img": patches, "llm": patches + text_len}
     policies = {
         "img": vit.Model(**{"variant": "So400m/14", **model.img}).remat_policy,
-        "llm": gemma.Model(**{"variant": "gemma_2b", **model.llm}).remat_policy,
+        "llm": decoder.Model(**{"variant": "gemma_2b", **model.llm}).remat_policy,
     }
     trained = set(trained)
     lowest = min((_place(n) for n in trained), default=math.inf)

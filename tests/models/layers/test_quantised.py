@@ -11,7 +11,8 @@ import pytest
 
 from paligemma_med import quantise
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import gemma, lora, paligemma, quantised
+from paligemma_med.models import decoder, paligemma
+from paligemma_med.models.layers import lora, quantised
 from tests import tiny
 
 RULES = [(".*", dict(rank=2))]
@@ -76,10 +77,10 @@ BLOCK = "img/Transformer/encoderblock"
 LAYERS = {
     "Einsum of parts": (
         "llm/layers/attn/kv_einsum",
-        gemma.Einsum((2, 1, 16, 4), jax.nn.initializers.ones, (), True, parts="kv"),
+        decoder.Einsum((2, 1, 16, 4), jax.nn.initializers.ones, (), True, parts="kv"),
         ("BTD,2KDH->BT2KH", (2, 3, 16)),
     ),
-    "FeedForward": ("llm/layers/mlp", gemma.FeedForward(12, (), True), ((2, 3, 16),)),
+    "FeedForward": ("llm/layers/mlp", decoder.FeedForward(12, (), True), ((2, 3, 16),)),
     "Dense of heads": (
         f"{BLOCK}/MultiHeadDotProductAttention_0/out",
         lora.Dense(6, inputs=2),

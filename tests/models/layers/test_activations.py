@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from paligemma_med.models import activations
+from paligemma_med.models.layers import activations
 from paligemma_med.parallel import sharding
 
 NAMES = ("act_batch", "act_len", "act_mlp")

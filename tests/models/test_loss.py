@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from paligemma_med import losses
+from paligemma_med.models import loss as losses
 
 
 def _logits(shape=(3, 4, 11), seed=0):

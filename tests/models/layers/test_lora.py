@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.checkpoints import npz
-from paligemma_med.models import lora, paligemma
+from paligemma_med.models import paligemma
+from paligemma_med.models.layers import lora
 
 # GQA, and query heads with keys of their own (`qkv_einsum`).
 IMG = dict(width=12, depth=2, mlp_dim=20, num_heads=3, patch_size=8)

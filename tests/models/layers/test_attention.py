@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core as jex
 
-from paligemma_med.models import attention
+from paligemma_med.models.layers import attention
 
 # Jitted: one compilation a shape is quicker than one an operation.
 attend = jax.jit(attention.attend, static_argnames=("scale", "softcap", "impl", "capture"))

@@ -5,8 +5,8 @@ import types
 import jax
 import pytest
 
-from paligemma_med import decode, experiment, flops
-from paligemma_med.models import paligemma
+from paligemma_med import decode, experiment
+from paligemma_med.models import flops, paligemma
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
 from tests import tiny

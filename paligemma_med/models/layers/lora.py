@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import quantised
+from paligemma_med.models.layers import quantised
 
 
 @dataclasses.dataclass(frozen=True)

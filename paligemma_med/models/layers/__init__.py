@@ -1,0 +1,1 @@
+"""Layers that image towers and language models share."""
