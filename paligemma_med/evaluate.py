@@ -15,7 +15,7 @@ from absl import app, flags
 
 from paligemma_med import experiment, preflight
 from paligemma_med.config import values as config_values
-from paligemma_med.evaluators import scoring
+from paligemma_med.metrics import scoring
 from paligemma_med.parallel import distributed, sharding
 
 

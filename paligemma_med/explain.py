@@ -29,7 +29,7 @@ from absl import app, flags
 import paligemma_med
 from paligemma_med import decode, dicom, experiment
 from paligemma_med.checkpoints import atomic, fingerprint
-from paligemma_med.evaluators import results
+from paligemma_med.evaluation import results
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import compilation_cache, distributed, sharding
 from paligemma_med.pp import get_preprocess_fn, ops_image

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from paligemma_med import decode
-from paligemma_med.evaluators import options as options_lib
+from paligemma_med.evaluation import options as options_lib
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer

@@ -9,8 +9,8 @@ import pytest
 
 from paligemma_med import evaluate, experiment
 from paligemma_med.checkpoints import workdir as workdirs
-from paligemma_med.evaluators import scoring
-from paligemma_med.evaluators.results import read_metrics, read_rows
+from paligemma_med.evaluation.results import read_metrics, read_rows
+from paligemma_med.metrics import scoring
 from tests import tiny
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.evaluation.results import read_metrics
 from paligemma_med.evaluators import vqa
-from paligemma_med.evaluators.results import read_metrics
 from paligemma_med.models import loss as losses
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim, progress

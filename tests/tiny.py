@@ -10,7 +10,7 @@ from configs import common
 from data_prep import build
 from paligemma_med import experiment
 from paligemma_med.checkpoints import workdir as workdirs
-from paligemma_med.evaluators import results
+from paligemma_med.evaluation import results
 
 MODEL = dict(
     img=dict(variant="mu/16", scan=False, remat_policy="none"),

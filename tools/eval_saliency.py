@@ -25,7 +25,8 @@ from absl import app, flags
 from PIL import Image
 
 from paligemma_med import decode, experiment, input_pipeline
-from paligemma_med.evaluators import answers, controls, results, stats
+from paligemma_med.evaluation import controls, results
+from paligemma_med.metrics import answers, stats
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.saliency import (

@@ -16,7 +16,8 @@ import sys
 import tqdm
 from absl import app, flags
 
-from paligemma_med.evaluators import judge, judge_client, results
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import judge, judge_client
 from paligemma_med.experiment import command
 
 

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from data_prep import build
 from data_prep.files import DataError
 from paligemma_med import evaluate, experiment, input_pipeline, predict, train
-from paligemma_med.evaluators import results as evaluations
+from paligemma_med.evaluation import results as evaluations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"

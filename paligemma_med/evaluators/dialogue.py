@@ -29,8 +29,9 @@ import zlib
 import numpy as np
 
 from paligemma_med import decode
-from paligemma_med.evaluators import controls as controls_lib
-from paligemma_med.evaluators import scoring, vqa
+from paligemma_med.evaluation import controls as controls_lib
+from paligemma_med.evaluators import vqa
+from paligemma_med.metrics import scoring
 from paligemma_med.parallel import distributed
 from paligemma_med.pp import get_preprocess_fn
 

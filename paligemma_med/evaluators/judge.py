@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paligemma_med.evaluators import judge_client, results, scoring, stats
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import judge_client
+from paligemma_med.metrics import scoring, stats
 
 PROMPTS = pathlib.Path(__file__).parent / "judge_prompts"
 JUDGEMENTS, SUMMARY, CACHE = "judgements.jsonl", "judge.json", "judge_cache.jsonl"

@@ -21,7 +21,8 @@ import numpy as np
 import tqdm
 
 from paligemma_med import decode
-from paligemma_med.evaluators import answers, controls, options, protocols, results, scoring
+from paligemma_med.evaluation import controls, options, results
+from paligemma_med.metrics import answers, protocols, scoring
 from paligemma_med.parallel import distributed
 
 # Those of a config that says nothing: one pass more than the model's own.

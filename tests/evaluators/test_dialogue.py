@@ -12,7 +12,9 @@ import pytest
 
 from configs import common
 from paligemma_med import decode
-from paligemma_med.evaluators import dialogue, results, scoring, vqa
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import dialogue, vqa
+from paligemma_med.metrics import scoring
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
 from paligemma_med.pp import get_preprocess_fn

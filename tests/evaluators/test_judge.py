@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import judge, judge_client, stats
+from paligemma_med.evaluators import judge, judge_client
+from paligemma_med.metrics import stats
 from tests.evaluators import judge_servers
 from tests.evaluators.judge_servers import FakeJudge, Proxy, fenced, name_of
 from tools import judge as tool

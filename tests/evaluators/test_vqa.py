@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from paligemma_med import decode
-from paligemma_med.evaluators import options, results, scoring, stats, vqa
+from paligemma_med.evaluation import options, results
+from paligemma_med.evaluators import vqa
+from paligemma_med.metrics import scoring, stats
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer

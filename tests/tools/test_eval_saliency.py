@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from paligemma_med import input_pipeline
-from paligemma_med.evaluators import results
+from paligemma_med.evaluation import results
 from paligemma_med.saliency import occlusion
 from tests import tiny
 from tools import eval_saliency

@@ -12,7 +12,9 @@ import sys
 import openpyxl
 import pytest
 
-from paligemma_med.evaluators import judge, results, scoring
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import judge
+from paligemma_med.metrics import scoring
 from tools.report import (
     blocks,
     contamination,

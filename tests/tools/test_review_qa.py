@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.build import build
 from data_prep.medpix2 import fake
-from paligemma_med.evaluators import stats
+from paligemma_med.metrics import stats
 from tests import chromium
 from tools.review_qa import page, pictures, rows, verdicts
 from tools.review_qa.__main__ import write_page

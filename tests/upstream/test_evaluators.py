@@ -7,7 +7,7 @@ import pytest
 from data_prep import build
 from paligemma_med import experiment
 from paligemma_med.config import values as config_values
-from paligemma_med.evaluators import results
+from paligemma_med.evaluation import results
 from tests.upstream import evals_config
 
 OURS = ("phantom_validate", "short", "talks")

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, protocols, scoring, text_metrics
+from paligemma_med.metrics import answers, protocols, scoring, text_metrics
 from tools.report import blocks
 
 # Columns of others' files, in any case: the authors' Excel sheet, their JSON, and usual names.

@@ -12,7 +12,9 @@ import math
 import pathlib
 import re
 
-from paligemma_med.evaluators import judge, results, scoring
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import judge
+from paligemma_med.metrics import scoring
 from tools.report import figures
 
 NEEDED = ("question_id", "question", "prompt", "answer", "answer_type", "predictions", "correct")

@@ -4,7 +4,7 @@ One rule for tables and plots: of several runs their mean, else the first sample
 the one that keeps questions on one image together, where there is one.
 """
 
-from paligemma_med.evaluators import answers, protocols, scoring
+from paligemma_med.metrics import answers, protocols, scoring
 
 # What `scoring` calls a figure → how it's called here; others keep their names.
 TITLES = {

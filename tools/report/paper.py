@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from paligemma_med.evaluators import scoring, text_metrics
+from paligemma_med.metrics import scoring, text_metrics
 from tools.report import blocks, figures
 
 NOT_RUN = "not run"

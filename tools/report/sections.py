@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, judge, results, scoring, stats
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import judge
+from paligemma_med.metrics import answers, scoring, stats
 from tools.report import blocks, contamination, figures, plots
 
 _BINS = 10

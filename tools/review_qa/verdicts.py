@@ -11,7 +11,7 @@ import io
 import json
 import pathlib
 
-from paligemma_med.evaluators import stats
+from paligemma_med.metrics import stats
 from tools.review_qa import rows
 
 VERDICTS = ("keep", "discard", "unsure")

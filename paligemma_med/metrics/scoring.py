@@ -43,7 +43,7 @@ import functools
 
 import numpy as np
 
-from paligemma_med.evaluators import answers, protocols, stats, text_metrics
+from paligemma_med.metrics import answers, protocols, stats, text_metrics
 
 # What needs no model: the most frequent answer in training, to the same question and to any
 # question of the same answer type; the question itself as the answer.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import answers, scoring, stats, text_metrics
+from paligemma_med.metrics import answers, scoring, stats, text_metrics
 
 SENTENCES = (
     "no",

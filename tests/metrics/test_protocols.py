@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import answers, protocols
+from paligemma_med.metrics import answers, protocols
 
 # --- Several runs ---
 

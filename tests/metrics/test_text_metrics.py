@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import text_metrics
+from paligemma_med.metrics import text_metrics
 
 SAID = ["a mass in the left lung", "no", "The heart is enlarged.", "left", "two cysts, both benign"]
 TRUE = ["a large mass in the left lung", "yes", "the heart is not enlarged", "left", "a cyst"]

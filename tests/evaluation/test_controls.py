@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from paligemma_med.evaluators import controls, scoring
+from paligemma_med.evaluation import controls
+from paligemma_med.metrics import scoring
 
 
 def train_row(question_id, question, answer, answer_type="OPEN"):

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from paligemma_med import decode
-from paligemma_med.evaluators import results, scoring, vqa
+from paligemma_med.evaluation import results
+from paligemma_med.evaluators import vqa
+from paligemma_med.metrics import scoring
 from tests import tiny
 from tests.evaluators import test_vqa
 from tests.evaluators.test_vqa import QUESTIONS, TOKENIZER, TRAIN, look, make_inputs

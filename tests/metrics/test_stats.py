@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import stats
+from paligemma_med.metrics import stats
 
 
 def test_by_hand():

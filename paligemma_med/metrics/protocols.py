@@ -22,7 +22,7 @@ import unicodedata
 
 import numpy as np
 
-from paligemma_med.evaluators import answers
+from paligemma_med.metrics import answers
 
 # --- Several runs of the same questions ---
 

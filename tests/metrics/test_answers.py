@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import answers
+from paligemma_med.metrics import answers
 
 
 @pytest.mark.parametrize(

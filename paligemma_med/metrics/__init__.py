@@ -1,0 +1,1 @@
+"""Figures from answers: what counts as right, text metrics, intervals. Knows no models."""
