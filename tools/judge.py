@@ -17,8 +17,9 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med.evaluation import results
-from paligemma_med.evaluators import judge, judge_client
 from paligemma_med.experiment import command
+from paligemma_med.judge import client as judge_client
+from paligemma_med.judge import judge
 
 
 def settings_from(text, structured, protocol):

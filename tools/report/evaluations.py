@@ -13,7 +13,7 @@ import pathlib
 import re
 
 from paligemma_med.evaluation import results
-from paligemma_med.evaluators import judge
+from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
 from tools.report import figures
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from paligemma_med.evaluation import results
-from paligemma_med.evaluators import judge
+from paligemma_med.judge import judge
 from paligemma_med.metrics import answers, scoring, stats
 from tools.report import blocks, contamination, figures, plots
 

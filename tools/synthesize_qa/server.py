@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from paligemma_med.evaluators import judge_client
-from paligemma_med.evaluators.judge_client import ServerError
+from paligemma_med.judge import client as judge_client
+from paligemma_med.judge.client import ServerError
 from tools.synthesize_qa import units as units_lib
 
 __all__ = ["ServerError", "answer", "schema", "seed_of"]

@@ -22,10 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.evaluators import judge, judge_client
+from paligemma_med.judge import client as judge_client
+from paligemma_med.judge import judge
 from paligemma_med.metrics import stats
-from tests.evaluators import judge_servers
-from tests.evaluators.judge_servers import FakeJudge, Proxy, fenced, name_of
+from tests.judge import judge_servers
+from tests.judge.judge_servers import FakeJudge, Proxy, fenced, name_of
 from tools import judge as tool
 
 pytest.importorskip("openai")

@@ -1,8 +1,8 @@
 """The servers of `tests.servers` as the judge's tests want them: a fake judge, and a proxy whose
 hostile replies hold a score somewhere.
 
-    python -m tests.evaluators.judge_servers model SmolLM2-135M-Instruct.Q4_1.gguf 8001
-    python -m tests.evaluators.judge_servers proxy http://127.0.0.1:8001/v1 8002 > proxy.jsonl
+    python -m tests.judge.judge_servers model SmolLM2-135M-Instruct.Q4_1.gguf 8001
+    python -m tests.judge.judge_servers proxy http://127.0.0.1:8001/v1 8002 > proxy.jsonl
 """
 
 import functools

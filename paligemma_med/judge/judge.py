@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paligemma_med.evaluation import results
-from paligemma_med.evaluators import judge_client
+from paligemma_med.judge import client as judge_client
 from paligemma_med.metrics import scoring, stats
 
 PROMPTS = pathlib.Path(__file__).parent / "judge_prompts"
