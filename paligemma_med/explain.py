@@ -27,14 +27,14 @@ import PIL.Image
 from absl import app, flags
 
 import paligemma_med
-from paligemma_med import decode, dicom, experiment
-from paligemma_med.checkpoints import atomic, fingerprint
+from paligemma_med import decode, experiment
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import fingerprint
 from paligemma_med.evaluation import results
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import compilation_cache, distributed, sharding
-from paligemma_med.pp import get_preprocess_fn, ops_image
-from paligemma_med.saliency import capture, occlusion, page, report
-from paligemma_med.saliency import flags as checks
+from paligemma_med.pp import dicom, get_preprocess_fn, ops_image
+from paligemma_med.saliency import capture, checks, occlusion, page, report
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 _SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}

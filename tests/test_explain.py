@@ -13,8 +13,7 @@ import pytest
 
 from paligemma_med import experiment, explain, predict
 from paligemma_med.checkpoints import workdir as workdirs
-from paligemma_med.saliency import flags as checks
-from paligemma_med.saliency import page
+from paligemma_med.saliency import checks, page
 from tests import chromium, tiny
 from tests.saliency import reports
 

@@ -31,6 +31,7 @@ from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.saliency import (
     capture,
+    checks,
     localisation,
     occlusion,
     raw,
@@ -39,7 +40,6 @@ from paligemma_med.saliency import (
     sanity,
     sequence,
 )
-from paligemma_med.saliency import flags as checks
 
 # Of the model; `maps_of` makes them.
 METHODS = ("raw_last", "raw_mean", "rollout", "rollout_siglip", "relevancy", "relevancy_siglip", "occlusion")

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paligemma_med.checkpoints import atomic, lazy, npz
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
 

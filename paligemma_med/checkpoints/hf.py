@@ -22,7 +22,8 @@ import ml_dtypes  # noqa: F401 (numpy knows "bfloat16" once it is imported, and 
 import numpy as np
 import safetensors
 
-from paligemma_med.checkpoints import atomic, lazy, npz
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paligemma_med.checkpoints import atomic, lazy
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 
 _VOID2 = np.dtype("V2")

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from paligemma_med.checkpoints import atomic, lazy, npz
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
 

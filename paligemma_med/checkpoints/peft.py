@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from paligemma_med.checkpoints import atomic, hf, lazy, npz
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import hf, lazy, npz
 from paligemma_med.checkpoints.adapter import TWIN, Adapter
 from paligemma_med.models.layers import lora
 

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from paligemma_med.checkpoints import atomic, lazy
+from paligemma_med import files as atomic
+from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import Lazy
 
 

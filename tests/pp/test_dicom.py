@@ -9,7 +9,7 @@ pydicom = pytest.importorskip("pydicom")
 
 from data_prep import dicom as builders  # noqa: E402
 from data_prep.files import DataError  # noqa: E402
-from paligemma_med import dicom  # noqa: E402
+from paligemma_med.pp import dicom  # noqa: E402
 from tests.data_prep.test_dicom import CT, make  # noqa: E402
 
 FILES = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paligemma_med.saliency import flags
+from paligemma_med.saliency import checks as flags
 
 
 def disc(side=64, radius=20, centre=(32, 32)):
