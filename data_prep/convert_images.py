@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import app, flags
 
-from data_prep import files, images
+from data_prep import files
 from data_prep.files import DataError
+from data_prep.images.convert import convert as images
 from data_prep.progress import progress
 
 

@@ -22,11 +22,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import files, tfrecord
+from data_prep import files
+from data_prep.builders import tfrecord
+from data_prep.builders.vqa import REPORT_NAME
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
-from data_prep.vqa_builder import REPORT_NAME
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
 # Panel -> features that may hold it, the first that a set has. Questions of a set without types

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from data_prep import files, medm_qa
+from data_prep import files, qa_files
 from data_prep.files import DataError
 from data_prep.ledger import describe as describe_ledger
 
@@ -106,10 +106,10 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 def _medm(path: pathlib.Path) -> Source:
     digest, _ = _digest(path)
-    ledger = medm_qa.qa_ledger()
+    ledger = qa_files.qa_ledger()
 
     def read():
-        for number, pair in enumerate(medm_qa.read_qa(path, ledger), 1):
+        for number, pair in enumerate(qa_files.read_qa(path, ledger), 1):
             row = {
                 "question_id": pair.question_id,
                 "image_id": pair.image_id,
@@ -131,7 +131,7 @@ def _medm(path: pathlib.Path) -> Source:
 def _tfds(spec: str, data_dir: str | os.PathLike | None) -> Source:
     import tensorflow_datasets as tfds
 
-    from data_prep import tfrecord
+    from data_prep.builders import tfrecord
 
     name, _, split = spec.removeprefix("tfds:").rpartition(":")
     if not name or not split:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_prep import medm_qa
+from data_prep import qa_files
 from data_prep.curate.words import SMALL, as_words, content_words, words
 from data_prep.files import DataError
 
@@ -280,7 +280,7 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
         question, answer = map(content_words, texts)
         share = len(answer & question) / max(len(answer), 1)
         leaks = len(answer) >= min_words and share >= max_share
-        if len(answer) < min_words and medm_qa.question_word(texts[0]) != "Yes or no":
+        if len(answer) < min_words and qa_files.question_word(texts[0]) != "Yes or no":
             asked, said = set(words(texts[0])), set(words(texts[1])) - SMALL
             if said and said <= asked and "or" not in asked:
                 return "all of the answer in the question", round(share, 4)

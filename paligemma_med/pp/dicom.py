@@ -1,6 +1,6 @@
 """DICOM files as the pixels that a viewer first shows, for `explain`.
 
-Data sets are built by `data_prep.dicom`, which the library doesn't import; this is the short form
+Data sets are built by `data_prep.images.dicom`, which the library doesn't import; this is the short form
 for one file, on pydicom's own functions (extra `dicom`). Tests hold the two against each other.
 Nothing but pixels leaves the file: no name, no date. What is burned into them stays.
 """

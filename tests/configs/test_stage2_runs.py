@@ -11,9 +11,10 @@ import os
 import pytest
 
 from configs import common, common_3b
-from data_prep import build, roco_fake
-from data_prep.medpix2 import fake as medpix_fake
-from data_prep.pmc_vqa import fake as pmc_fake
+from data_prep import build
+from data_prep.datasets.medpix2 import fake as medpix_fake
+from data_prep.datasets.pmc_vqa import fake as pmc_fake
+from data_prep.datasets.roco import fake as roco_fake
 from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import lora

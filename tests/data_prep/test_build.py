@@ -108,7 +108,7 @@ def test_killed_build_leaves_no_data_set_and_the_next_one_clears_up(slake, tmp_p
     slake.write()
     data_dir = tmp_path / "d"
     program = (
-        "import data_prep.slake.slake_dataset_builder as m, time, data_prep.slake_layout as l\n"
+        "import data_prep.datasets.slake.slake_dataset_builder as m, time, data_prep.datasets.slake.layout as l\n"
         "from data_prep.build import build\n"
         "old = l.examples\n"
         "def slow(folder, split):\n"
@@ -147,7 +147,7 @@ def test_no_network(slake, tmp_path, monkeypatch):
 
 def test_no_tensorflow_no_torch():
     program = (
-        "import sys, data_prep.build, data_prep.slake.slake_dataset_builder\n"
+        "import sys, data_prep.build, data_prep.datasets.slake.slake_dataset_builder\n"
         "data_prep.build._options()  # imports all builders\n"
         "print([m for m in ('tensorflow', 'torch', 'jax', 'paligemma_med') if m in sys.modules])"
     )

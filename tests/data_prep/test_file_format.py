@@ -8,8 +8,9 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import report, tfrecord
+from data_prep import report
 from data_prep.build import build
+from data_prep.builders import tfrecord
 from data_prep.curate import rows
 from data_prep.files import DataError
 from paligemma_med import input_pipeline

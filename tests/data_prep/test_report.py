@@ -12,8 +12,8 @@ import tokenizers
 
 from data_prep import report
 from data_prep.build import build
+from data_prep.datasets.pmc_vqa import fake
 from data_prep.files import DataError
-from data_prep.pmc_vqa import fake
 
 
 @pytest.fixture

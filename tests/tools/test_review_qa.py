@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from data_prep.build import build
-from data_prep.medpix2 import fake
+from data_prep.datasets.medpix2 import fake
 from paligemma_med.metrics import stats
 from tests import chromium
 from tools.review_qa import page, pictures, rows, verdicts

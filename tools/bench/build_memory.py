@@ -18,7 +18,7 @@ import time
 
 from absl import app, flags
 
-from data_prep.pmc_vqa import fake
+from data_prep.datasets.pmc_vqa import fake
 
 
 def measure(rows: int, folder: pathlib.Path, pixels: int) -> dict:

@@ -15,7 +15,7 @@ import time
 import jax
 
 from configs import common
-from data_prep import slake_layout
+from data_prep.datasets.slake import layout as slake_layout
 from paligemma_med import input_pipeline
 from tools.bench import sizes, turns
 

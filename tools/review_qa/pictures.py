@@ -6,10 +6,12 @@ import pathlib
 
 import PIL.Image
 
-from data_prep import build, image_store, images
-from data_prep.captioned import SPLITS
-from data_prep.captioned_builder import CaptionedBuilder
+from data_prep import build
+from data_prep.builders.captioned import CaptionedBuilder
+from data_prep.builders.figures import SPLITS
 from data_prep.files import DataError
+from data_prep.images.convert import convert as images
+from data_prep.images.convert import store as image_store
 
 SIDE = 512  # pixels, at most
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".dcm", "")

@@ -4,7 +4,7 @@
     python -m tools.synthesize_qa.leaks roco_test.json --answer_is_caption
     python -m tools.synthesize_qa.leaks qa_pairs_generated_all.json --captions=release:medpix2:DIR
 
-Reads what `data_prep.medm_qa` reads, ours and MedM's, so that the two stand side by side. Captions
+Reads what `data_prep.qa_files` reads, ours and MedM's, so that the two stand side by side. Captions
 come from the file's own column, from a source of tools.synthesize_qa, or are the answers.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
-from data_prep import medm_qa
+from data_prep import qa_files
 from paligemma_med import experiment
 from tools.synthesize_qa import quality, sources
 
@@ -28,7 +28,7 @@ def measure(
     """Leak figures of a file.
 
     Args:
-      path: see `medm_qa.read_qa`.
+      path: see `qa_files.read_qa`.
       captions: by image id; pairs of images without one have no caption leak.
       answer_is_caption: as in MedM's ROCO files.
 
@@ -40,7 +40,7 @@ def measure(
       DataError: a file that can't be read.
     """
     scores = {"leak": [], "caption_leak": []}
-    for pair in medm_qa.read_qa(path):
+    for pair in qa_files.read_qa(path):
         caption = pair.extra.get("caption", "")
         if answer_is_caption:
             caption = pair.answer

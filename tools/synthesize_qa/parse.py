@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from data_prep import medm_qa
+from data_prep import qa_files
 
 KINDS = ("pairs", "choices")
 LETTERS = "ABCD"
@@ -43,7 +43,7 @@ class Reply:
 
     pairs: in the order of the text. rejected: (reason, text) of parts that look like a pair and
     aren't one. form: how the pairs were written: "json", "json fenced", "json in chatter", "json
-    cut off", "json broken", a rule of `medm_qa.parse_pairs`, "options" (lines A. to D.), or ""
+    cut off", "json broken", a rule of `qa_files.parse_pairs`, "options" (lines A. to D.), or ""
     without any. problem: "" if there is a pair, else a clause that can be told to the model.
     """
 
@@ -360,10 +360,10 @@ def _first(item: dict[str, Any], keys: Any) -> Any:
 
 def _read_lines(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tuple[list[Pair], str]:
     """Pairs in a text without JSON, and the form of the first."""
-    found, refused = medm_qa.parse_pairs(text)
+    found, refused = qa_files.parse_pairs(text)
     if cut and not text.endswith("\n"):
         # What the last line changes may lack its end.
-        short, _ = medm_qa.parse_pairs(text.rpartition("\n")[0])
+        short, _ = qa_files.parse_pairs(text.rpartition("\n")[0])
         same = itertools.takewhile(lambda x: x[0] == x[1], zip(short, found, strict=False))
         whole = [x for x, _ in same] if found else short
         refused += [(CUT, x[0]) for x in found[len(whole) :]]
@@ -399,7 +399,7 @@ def _read_options(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tupl
     found: list[tuple[list[str], list[str], list[str]]] = []  # question, options, answers
     for line in filter(str.strip, itertools.chain.from_iterable(map(_split, lines))):
         question, options, answers = found[-1] if found else ([], [], [])
-        option, mark = _OPTION.fullmatch(line), medm_qa.mark(line)
+        option, mark = _OPTION.fullmatch(line), qa_files.mark(line)
         if found and option and option[1].upper() == LETTERS[len(options) : len(options) + 1]:
             options.append(option[2])
         elif found and not answers and (right := _RIGHT.fullmatch(line)):

@@ -12,11 +12,13 @@ import io
 import json
 import pathlib
 
-from data_prep import captioned, files, medm_qa, roco_layout
+from data_prep import files, qa_files
 from data_prep.build import BUILDERS, default_data_dir
+from data_prep.builders import figures as captioned
+from data_prep.datasets.medpix2 import cases
+from data_prep.datasets.roco import layout as roco_layout
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
-from data_prep.medpix2 import cases
 
 NAMES = ("medpix2", "rocov2", "roco_v1")  # alone, the caption config's train split
 FIELDS = tuple(dict.fromkeys((*cases.FEATURES, *roco_layout.FEATURES)))
@@ -214,7 +216,7 @@ def _table(path, id_column, caption_column):
             continue
         text = {k: str(v).strip() for k, v in text.items()}
         texts = {k: str(v) for k, v in other.items() if v is not None} | {CAPTION: text[CAPTION]}
-        image_id = medm_qa.image_id(text["image_id"])
+        image_id = qa_files.image_id(text["image_id"])
         yield where, (image_id, text["case_id"], text["split"], texts, path.name, "")
 
 

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from data_prep import medm_qa
+from data_prep import qa_files
 from data_prep.curate.words import as_words
 from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
@@ -130,15 +130,15 @@ def _label(unit: units_lib.Unit) -> str:
 
 
 def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str, Any]):
-    """A pair with the names that `data_prep.medm_qa.read_qa` and the builders know."""
+    """A pair with the names that `data_prep.qa_files.read_qa` and the builders know."""
     row = {
         "question_id": f"{unit.row.image_id}_{_label(unit)}_{number}",
         "image_id": unit.row.image_id,
         "case_id": unit.row.case_id,
         "question": pair.question,
         "answer": pair.answer,
-        "answer_type": "CLOSED" if pair.choices else medm_qa.answer_type(pair.answer),
-        "question_type": medm_qa.question_word(pair.question),
+        "answer_type": "CLOSED" if pair.choices else qa_files.answer_type(pair.answer),
+        "question_type": qa_files.question_word(pair.question),
     }
     if pair.choices:
         order = _draw(f"{about['seed']} {unit.key} {number}")

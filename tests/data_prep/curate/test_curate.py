@@ -16,7 +16,7 @@ from data_prep.curate.configs import paper
 from data_prep.curate.relevance import Relevance, repeats
 from data_prep.curate.run import curate, describe, paths_of
 from data_prep.files import DataError
-from data_prep.medm_qa import read_qa
+from data_prep.qa_files import read_qa
 
 CONFIG = {
     "rules": [

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from data_prep.build import build
 from data_prep.curate.configs import paper
 from data_prep.curate.run import curate
-from data_prep.medpix2 import fake
+from data_prep.datasets.medpix2 import fake
 from paligemma_med import evaluate, train
 from tests.servers import FakeModel
 from tools.review_qa import rows, verdicts

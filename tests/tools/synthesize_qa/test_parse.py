@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import medm_qa
+from data_prep import qa_files
 from tools.synthesize_qa import parse
 from tools.synthesize_qa.parse import Pair, read_reply
 
@@ -360,11 +360,11 @@ def test_long_and_hostile_texts_take_linear_time():
 def test_the_authors_records(real_data):
     """Their 2,052 records: none fails, five pairs each, and the same as the builders read."""
     forms, counts = {}, {}
-    for record in medm_qa.iter_objects(real_data / "medm" / "qa_pairs_generated_all.json"):
+    for record in qa_files.iter_objects(real_data / "medm" / "qa_pairs_generated_all.json"):
         reply = read_reply(record["qa_pairs_raw"])
         counts[len(reply.pairs)] = counts.get(len(reply.pairs), 0) + 1
         forms[reply.form] = forms.get(reply.form, 0) + 1
-        expected, _ = medm_qa.parse_pairs(record["qa_pairs_raw"])
+        expected, _ = qa_files.parse_pairs(record["qa_pairs_raw"])
         assert [(p.question, p.answer) for p in reply.pairs] == [p[:2] for p in expected]
         assert reply.rejected == ()
     assert counts == {5: 2052}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep.build import build
+from data_prep.datasets.medpix2 import fake
 from data_prep.files import DataError
-from data_prep.medpix2 import fake
 from tools.synthesize_qa import sources
 
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from data_prep import medm_qa
+from data_prep import qa_files
 from data_prep.curate.run import curate
 from data_prep.files import DataError
 from tools.synthesize_qa import sources, units, write
@@ -206,7 +206,7 @@ def test_the_rows_are_read_and_curated(tmp_path):
     write.write([a, b], found, tmp_path / "qa.jsonl", CONFIG, about=ABOUT)
     curate({"rules": [{"rule": "empty"}]}, [str(tmp_path / "qa.jsonl")], tmp_path / "curated.jsonl")
     for name in ("qa.jsonl", "curated.jsonl"):
-        rows, read = lines(tmp_path / name), list(medm_qa.read_qa(tmp_path / name))
+        rows, read = lines(tmp_path / name), list(qa_files.read_qa(tmp_path / name))
         assert len(read) == 3
         for row, pair in zip(rows, read, strict=True):
             assert pair.question_id == row["question_id"] and pair.answer == row["answer"]

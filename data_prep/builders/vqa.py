@@ -1,0 +1,111 @@
+"""What every data set of the project has in common as a TFDS builder: schema and build report.
+
+A config or an evaluator can swap one data set for another because the keys are the same. Images
+are stored as the bytes of the released file: nothing is decoded and encoded again, and TFDS needs
+no TensorFlow for it.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_prep import files
+from data_prep.builders import tfrecord
+from data_prep.builders.flat_memory import flat_memory
+
+REPORT_NAME = "build_report.json"
+
+
+def vqa_features(**extra: Any) -> tfds.features.FeaturesDict:
+    """Features of one question about one image, plus those that only this data set has.
+
+    image: encoded bytes as released (read with `tfds.decode.SkipDecoding()`); question, answer,
+    question_id, image_id: text; answer_type: "OPEN" or "CLOSED".
+    """
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "question": text,
+            "answer": text,
+            "answer_type": text,
+            "question_id": text,
+            "image_id": text,
+            **extra,
+        }
+    )
+
+
+def boxes_feature() -> tfds.features.Sequence:
+    """Named boxes: label text[n], bbox float32[n, 4] = x, y, width, height in pixels."""
+    bbox = tfds.features.Tensor(shape=(4,), dtype=np.float32)
+    return tfds.features.Sequence({"label": tfds.features.Text(), "bbox": bbox})
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A setting of a builder, given as `--NAME` to `data_prep.build`.
+
+    default: a bool, int, float or str, whose type the option has; None: text (such as a path) that
+    need not be given. help: one line.
+    """
+
+    default: bool | int | float | str | None
+    help: str
+
+
+class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A GeneratorBasedBuilder that leaves `build_report.json` beside the records.
+
+    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators` or while their
+    examples are generated, and give the two functions that `data_prep.build` asks for. They may
+    declare `OPTIONS`; `self.options` has the values, the defaults included.
+    """
+
+    OPTIONS: Mapping[str, Option] = {}
+    report: Mapping[str, Any] | None = None
+    # Whether the builder can give TFDS its splits as Beam transforms (see row_file.generate).
+    CAN_BEAM = False
+    # Set by data_prep.build: whether to do so, and a folder for what a killed build leaves to the
+    # next one (see CheckedImages).
+    beam: bool = False
+    cache_dir: pathlib.Path | None = None
+
+    def __init__(self, *, options: Mapping[str, Any] | None = None, **kwargs: Any):
+        self.options = {k: o.default for k, o in self.OPTIONS.items()} | dict(options or {})
+        super().__init__(**kwargs)
+        self._original_state["options"] = self.options  # what a copy in another process gets
+
+    @classmethod
+    def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
+        """Returns `folder` if it looks right at a glance; DataError says what it lacks."""
+        raise NotImplementedError
+
+    @classmethod
+    def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
+        """The configs that `folder` has files for: what is built if none is asked for."""
+        return list(cls.builder_configs)
+
+    @classmethod
+    def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
+        """The report as lines for a person."""
+        raise NotImplementedError
+
+    def _example_writer(self) -> Any:
+        if self.info.file_format.value == tfrecord.TFRECORD:
+            return tfrecord.ExampleWriter(self.info.file_format)
+        return super()._example_writer()
+
+    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        with flat_memory():
+            super()._download_and_prepare(*args, **kwargs)
+        if self.options:
+            self.report = {**self.report, "made_with": self.options}
+        # TFDS has pointed data_path at its temporary folder here: report and records appear
+        # together or not at all.
+        files.write_json(pathlib.Path(self.data_path) / REPORT_NAME, self.report)

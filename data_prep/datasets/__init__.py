@@ -1,0 +1,1 @@
+"""One folder a data set: its released layout, its builder, its README and citations."""

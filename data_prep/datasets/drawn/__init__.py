@@ -1,0 +1,1 @@
+"""What the drawn data sets (phantom, shapes, shapes_easy) share."""

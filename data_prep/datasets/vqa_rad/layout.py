@@ -1,0 +1,300 @@
+"""Reads VQA-RAD's question files into checked rows: the public JSON, or trainset and testset.
+
+Both come from a spreadsheet that was filled in by hand, and it shows: numbers among the texts, tabs
+where commas were, "NULL" for nothing, misspelt types. Each repair is small, the same in both
+layouts, and counted in the build report.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tqdm
+
+from data_prep import files
+from data_prep.files import DataError
+from data_prep.images.convert import store as image_store
+from data_prep.images.convert.store import Store
+from data_prep.ledger import Ledger
+
+SPLITS = ("train", "validate", "test")
+PUBLIC = "VQA_RAD Dataset Public.json"
+SETS = {"train": "trainset.json", "test": "testset.json"}
+IMAGES = ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images", "imgs")
+EXPECTED = f"{PUBLIC!r} (or trainset.json and testset.json) and {IMAGES[0]!r} (or images/, or a zip"
+EXPECTED += " file of that name)"
+TYPES = "ABN ATTRIB COLOR COUNT MODALITY ORGAN OTHER PLANE POS PRES SIZE".split()
+KEYS = "qid image_name question answer answer_type question_type phrase_type image_organ".split()
+# Only the public file has these; "" elsewhere.
+PUBLIC_KEYS = {
+    "linked_id": "qid_linked_id",
+    "question_rephrase": "question_rephrase",
+    "question_relation": "question_relation",
+    "question_frame": "question_frame",
+    "evaluation": "evaluation",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kept question: the image's name in the store, and all text features by name."""
+
+    image: str
+    features: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What `read_folder` found: rows by split, the images, and the report."""
+
+    rows: dict[str, list[Row]]
+    store: Store
+    report: dict[str, Any]
+
+
+def question_file(folder: pathlib.Path, layout: str) -> list[pathlib.Path]:
+    """The question files of a layout ("public", "trainset") in `folder`; empty if not all there."""
+    if layout == "public":
+        named = [p for p in folder.glob("*.json") if re.search("vqa.?rad.*public", p.name, re.I)]
+        return sorted(named, key=lambda p: (p.name != PUBLIC, p.name))[:1]
+    paths = [folder / name for name in SETS.values()]
+    return paths if all(p.is_file() for p in paths) else []
+
+
+def image_path(folder: pathlib.Path) -> pathlib.Path | None:
+    """The folder or zip file of images in `folder`, whatever the case of its letters."""
+    there = {p.name.lower(): p for p in sorted(folder.iterdir(), reverse=True)}
+    names = [n.lower() for n in IMAGES]
+    return next((there[n] for n in [*names, *(f"{n}.zip" for n in names)] if n in there), None)
+
+
+def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
+    """Returns `folder` as a path if it holds VQA-RAD.
+
+    Raises:
+      DataError: it doesn't; says what is missing and, if a folder in it looks right, which.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    missing = []
+    if not any(question_file(folder, layout) for layout in ("public", "trainset")):
+        missing.append("the question files")
+    if image_path(folder) is None:
+        missing.append("the images")
+    if not missing:
+        return folder
+    inside = [p for p in sorted(folder.iterdir()) if p.is_dir()]
+    right = [p for p in inside if question_file(p, "public") or question_file(p, "trainset")]
+    hint = f"; did you mean {right[0]}?" if right else ""
+    raise DataError(f"{folder}: {' and '.join(missing)} not found; expected {EXPECTED}{hint}")
+
+
+def _text(value: Any, where: str, key: str) -> tuple[str, list[str]]:
+    """A text as it was meant, and what was repaired."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise DataError(f"{where}: {key} is {value!r:.80}; expected text")
+    notes = [] if isinstance(value, str) else [f"a number as the {key}"]
+    text = str(value).strip()
+    if "\t" in text:
+        notes.append(f"tab in the {key} read as a comma")
+        text = re.sub(r"[ \t]*\t[ \t]*", ", ", text)
+    if "\ufffd" in text:
+        text, n = re.subn(r"(?<=\w)\ufffd(?=\w)", "'", text)
+        notes.append(f"U+FFFD in the {key}" + (" read as an apostrophe" if n else ""))
+    return text, notes
+
+
+def _question_type(text: str) -> tuple[str, list[str]]:
+    """ "PRSE, pos" -> "PRES, POS" and notes; a type that resembles no known one is kept."""
+    types, notes = [], []
+    for name in filter(None, re.split(r"[,;/\s]+", text.upper())):
+        close = difflib.get_close_matches(name, TYPES, n=1, cutoff=0.7)
+        if name not in TYPES:
+            notes.append(f"question_type {name} {f'read as {close[0]}' if close else 'is unknown'}")
+        types.append(close[0] if close else name)
+    return ", ".join(dict.fromkeys(types)), notes
+
+
+def _case_id(url: str) -> str:
+    """The id in `https://medpix.nlm.nih.gov/case?id=48e1dd0e-…`; "" if there's none."""
+    found = re.search(r"[?&]id=([\w-]+)", url)
+    return found[1] if found else ""
+
+
+def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], list[str]]:
+    """(image name, features, notes) of one row; `where` is its file and place, for errors."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {row!r:.80}; expected an object with {', '.join(KEYS)}")
+    if missing := [k for k in KEYS if k not in row]:
+        raise DataError(
+            f"{where}: key {', '.join(missing)} missing; expected the keys {', '.join(KEYS)}; found {', '.join(row)}"
+        )
+    texts, notes = {}, []
+    for key in KEYS[1:]:
+        texts[key], found = _text(row[key], where, key)
+        notes += found
+    try:
+        qid = int(str(row["qid"]).strip()) if not isinstance(row["qid"], bool) else None
+    except ValueError:
+        qid = None
+    if qid is None:
+        raise DataError(f"{where}: qid is {row['qid']!r:.80}; expected a whole number")
+    if (kind := texts["answer_type"].upper()) not in ("OPEN", "CLOSED"):
+        raise DataError(f"{where}: answer_type is {row['answer_type']!r}; expected 'OPEN' or 'CLOSED'")
+    content_type, found = _question_type(texts["question_type"])
+    notes += found
+    phrase = texts["phrase_type"].lower()
+    features = {
+        # trainset and testset count from 1, the public file from 0; frames share a row's number.
+        "question_id": str(qid if layout == "public" else qid - 1) + ("_frame" if phrase == "frame" else ""),
+        "image_id": pathlib.PurePosixPath(texts["image_name"].replace("\\", "/")).stem,
+        "question": texts["question"],
+        "answer": texts["answer"],
+        "answer_type": kind,
+        "content_type": content_type,
+        "phrase_type": phrase.removeprefix("test_"),
+        "location": texts["image_organ"],
+        "case_id": _case_id(str(row.get("image_case_url", ""))),
+    }
+    for name, key in PUBLIC_KEYS.items():
+        if layout == "public" and key not in row:
+            notes.append(f"key {key} missing")
+        value, found = _text(row.get(key, ""), where, key)
+        features[name] = "" if value.upper() == "NULL" else value
+        notes += found if features[name] else []
+    features["question_relation"] = features["question_relation"].lower()
+    return texts["image_name"], features, notes
+
+
+def _raw_rows(folder: pathlib.Path, layout: str) -> Iterable[tuple[str, str, Any]]:
+    """Yields (split, place, row) of all question files; validate is not yet cut off."""
+    paths = question_file(folder, layout)
+    if not paths:
+        need = PUBLIC if layout == "public" else " and ".join(SETS.values())
+        raise DataError(f"{folder}: no {need} there; expected it for config {layout!r}")
+    for path in paths:
+        content = files.read_json(path, "a list of question rows")
+        if not isinstance(content, list):
+            raise DataError(f"{path}: found {content!r:.60}; expected a list of question rows")
+        for i, row in enumerate(content):
+            split = "test" if path.name == SETS["test"] else "train"
+            if layout == "public" and isinstance(row, dict):
+                is_test = str(row.get("phrase_type", "")).strip().lower().startswith("test")
+                split = "test" if is_test else "train"
+            yield split, f"{path} row {i}", row
+
+
+def validation_images(images: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """A seeded share of images (image ids, in any order), at least one if `fraction` is above 0.
+
+    Each image is ranked by a hash of seed and id: more images don't reshuffle those there are.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"validate_fraction is {fraction}; expected 0 up to, not including, 1")
+    names = set(images)
+    n = min(len(names) - 1, max(1, round(fraction * len(names)))) if fraction else 0
+    return set(sorted(names, key=lambda x: hashlib.sha256(f"{seed} {x}".encode()).digest())[:n])
+
+
+def read_folder(
+    folder: pathlib.Path | str,
+    layout: str,
+    *,
+    validate_fraction: float = 0.1,
+    seed: int = 0,
+    allow_missing_images: bool = False,
+) -> Folder:
+    """Reads and checks a whole folder.
+
+    Args:
+      folder: see `check_folder`.
+      layout: "public" or "trainset".
+      validate_fraction: share of train's images whose questions become `validate`; 0: none.
+      seed: of the draw.
+      allow_missing_images: drop and count questions without image instead of stopping.
+
+    Raises:
+      DataError: a file, row or image that is not as expected; a question id used twice.
+    """
+    folder = check_folder(folder)
+    where = image_path(folder)
+    if where is None:
+        raise DataError(f"{folder}: the images not found; expected {EXPECTED}")
+    store = image_store.open_store(where, by_name=True)
+    read = [(split, *_read_row(row, place, layout)) for split, place, row in _raw_rows(folder, layout)]
+    train_images = {features["image_id"] for split, _, features, _ in read if split == "train"}
+    validate = validation_images(train_images, validate_fraction, seed)
+    ledger = Ledger(SPLITS, ("content_type", "phrase_type", "location"))
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    ids: dict[str, str] = {}
+    asked: set[tuple[str, str, str]] = set()
+    digests: dict[str, str] = {}
+    for split, image, features, notes in tqdm.tqdm(
+        read, desc="checking rows and images", unit="", leave=False, disable=None
+    ):
+        if split == "train" and features["image_id"] in validate:
+            split = "validate"
+        qid = features["question_id"]
+        ledger.read(split)
+        if qid in ids:
+            raise DataError(
+                f"{folder}: question id {qid} in {ids[qid]} and in {split}; expected each once "
+                "(ids are the public file's qid, which trainset.json counts from 1)"
+            )
+        ids[qid] = split
+        if empty := [k for k in ("question", "answer") if not features[k]]:
+            ledger.drop(split, f"no {' and no '.join(empty)}", qid)
+            continue
+        if image not in digests:
+            if allow_missing_images and not store.has(image):
+                ledger.drop(split, "image missing", qid)
+                continue
+            digests[image] = store.check(image)
+        for note in notes:
+            ledger.flag(split, note, qid)
+        key = (split, features["image_id"], features["question"].lower())
+        if key in asked:
+            ledger.flag(split, "asked twice about the same image", qid)
+        asked.add(key)
+        ledger.keep(split, features)
+        _note_members(ledger, split, features, digests[image])
+        rows[split].append(Row(image, features))
+    used = {features["image_id"] for _, _, features, _ in read}
+    stems = {pathlib.PurePosixPath(n).stem for n in store.names() if n.lower().endswith(".jpg")}
+    report = {
+        "folder": str(folder.resolve()),
+        "layout": layout,
+        **ledger.to_report(),
+        "images_not_used": sorted(stems - used)[:100],
+    }
+    return Folder({s: r for s, r in rows.items() if r}, store, report)
+
+
+def _note_members(ledger: Ledger, split: str, features: dict[str, str], digest: str) -> None:
+    """Tells the ledger what two splits must not, or here can't help to, have in common."""
+    question = f"{digest} {' '.join(features['question'].lower().split())}"
+    ledger.member(split, "image", digest, features["image_id"])
+    ledger.member(split, "question about the same image", question, features["question_id"])
+    if features["case_id"]:
+        ledger.member(split, "case", features["case_id"], features["case_id"])
+    if features["linked_id"]:
+        ledger.member(split, "question and its paraphrase", features["linked_id"], features["question_id"])
+
+
+def describe(report: dict[str, Any]) -> Sequence[str]:
+    """What the report says beside the ledger's lines."""
+    lines = []
+    if n := report["shared"].get("image", {}).get("train+test", {}).get("count"):
+        total = report["splits"]["test"]["images"]
+        lines.append(
+            f"{n} of {total} test images are in train: VQA-RAD splits questions, not images, so "
+            "its test scores don't tell how a model does on new images"
+        )
+    if unused := report["images_not_used"]:
+        lines.append(f"images that no question uses: {len(unused)} ({', '.join(unused[:10])})")
+    return lines

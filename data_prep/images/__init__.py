@@ -1,0 +1,1 @@
+"""Images of data sets: read, converted, checked, and stored once."""
