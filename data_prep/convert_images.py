@@ -18,7 +18,7 @@ from absl import app, flags
 
 from data_prep import files
 from data_prep.files import DataError
-from data_prep.images.convert import convert as images
+from data_prep.images import convert as images
 from data_prep.progress import progress
 
 

@@ -28,6 +28,7 @@ from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import values as config_values
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
 from paligemma_med.training import optim
@@ -147,7 +148,7 @@ def abstract_params(config, model):
 
 @functools.lru_cache(maxsize=4)
 def _abstract_params(model, res):
-    return npz.flatten_tree(paligemma.abstract_params(model, image_size=res))
+    return flatten_tree(paligemma.abstract_params(model, image_size=res))
 
 
 def param_dtypes(config, names, trained):
@@ -248,7 +249,7 @@ def _random_params(config, model, names, dtypes, shardings):
 
     def init():
         tree = paligemma.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
-        flat = npz.flatten_tree(tree)
+        flat = flatten_tree(tree)
         return {n: flat[n].astype(dtypes[n]) for n in names}
 
     return jax.jit(init, out_shardings={n: shardings[n] for n in names})()
@@ -266,10 +267,10 @@ def load_host_adapter(config, model):
                 f"config.adapter_init {config.adapter_init} differs from config.lora at "
                 f"{target.name}: found {b}, expected {a}. Without config.lora it sets the ranks."
             )
-    plain = npz.unflatten_tree(abstract_params(config, model.clone(lora=())))
+    plain = unflatten_tree(abstract_params(config, model.clone(lora=())))
     kw = config.model.to_dict()
     _, tree = checkpoints.apply_adapter(kw.get("img"), kw.get("llm"), plain, adapter)
-    return {n: x for n, x in npz.flatten_tree(tree).items() if lora.is_factor(n)}
+    return {n: x for n, x in flatten_tree(tree).items() if lora.is_factor(n)}
 
 
 def _check_scales(config, model, spec):
@@ -340,7 +341,7 @@ def load(config, checkpoint):
         model = model.clone(lora=())
     dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
     kinds = param_kinds(config, abstract, ())
-    return model, tok, mesh, npz.unflatten_tree(place_params(host, dtypes, shardings, kinds))
+    return model, tok, mesh, unflatten_tree(place_params(host, dtypes, shardings, kinds))
 
 
 def command(main):
@@ -449,15 +450,15 @@ def load_host_params(spec, abstract, resample_posemb=False):
         spec = spec.to_dict()
     loaded = checkpoints.open_init(spec)
     if not resample_posemb:
-        _check_resolution(spec, npz.flatten_tree(loaded), abstract)
+        _check_resolution(spec, flatten_tree(loaded), abstract)
     expected = abstract
-    if not any(map(lora.is_factor, npz.flatten_tree(loaded))):
+    if not any(map(lora.is_factor, flatten_tree(loaded))):
         expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
     try:
-        fitted = checkpoints.match_params(loaded, npz.unflatten_tree(expected))
+        fitted = checkpoints.match_params(loaded, unflatten_tree(expected))
     except npz.CheckpointError as e:
         raise npz.CheckpointError(f"{spec}: {e}") from None
-    return npz.flatten_tree(fitted)
+    return flatten_tree(fitted)
 
 
 def _check_resolution(spec, loaded, abstract):
@@ -568,7 +569,7 @@ def about(section, checkpoint, params, data=None):
     """What is evaluated, for metrics.json: split, data (what was opened; by this project's reader
     unless it is given), section (of the config), fingerprint (of the weights), versions,
     checkpoint, command. Collective."""
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     names = sorted(flat)
     prints = fingerprint.of_leaves([flat[n] for n in names])
     data = data or input_pipeline.open_source(section["data"]).about()

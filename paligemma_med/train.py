@@ -16,11 +16,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import experiment, input_pipeline, preflight
-from paligemma_med.checkpoints import npz
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
+from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import compilation_cache, distributed, sharding
 from paligemma_med.training import (
     dry_run,
@@ -175,7 +175,7 @@ def _train(config, workdir, signals, profile):
             if name in done or not is_due(name):
                 continue
             with bar.paused():
-                found = evaluator.run(npz.unflatten_tree({**frozen, **trained}))
+                found = evaluator.run(unflatten_tree({**frozen, **trained}))
             results[name] = found
             with signals.deferred():
                 record({f"{name}/{k}": v for k, v in found.items()})

@@ -9,6 +9,7 @@ from paligemma_med import checkpoints, experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests import tiny
 
 
@@ -20,7 +21,7 @@ def weights(tmp_path_factory):
     rng = np.random.default_rng(0)
     flat = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in flat.items()}
     path = tmp_path_factory.mktemp("weights") / "w.npz"
-    npz.save_npz(path, npz.unflatten_tree(flat))
+    npz.save_npz(path, unflatten_tree(flat))
     return str(path), flat
 
 
@@ -110,7 +111,7 @@ def test_load_gives_frozen_weights_alone(weights):
     _, tok, _, params = experiment.load(c, path)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     assert tok.vocab_size <= 1024
-    assert npz.flatten_tree(params).keys() == flat.keys()
+    assert flatten_tree(params).keys() == flat.keys()
 
 
 @pytest.mark.parametrize("kind", quantise.KINDS)
@@ -119,7 +120,7 @@ def test_load_quantises(weights, kind):
     path, flat = weights
     c = tiny.config(frozen_dtype=kind)
     model, _, mesh, params = experiment.load(c, path)
-    found, abstract = npz.flatten_tree(params), experiment.abstract_params(c, model)
+    found, abstract = flatten_tree(params), experiment.abstract_params(c, model)
     kinds = experiment.param_kinds(c, abstract, ())
     told = experiment.stored_params(
         abstract,
@@ -137,7 +138,7 @@ def test_load_quantises(weights, kind):
         rules = [("llm/layers/mlp/linear", dict(rank=1))]
         specs = lora.resolve(rules, abstract)
         factors = dict(zip(lora.factor_names(specs), (np.ones((1, 128, 1)), np.ones((1, 1, 64)))))
-        checkpoints.merge(npz.unflatten_tree({**found, **factors}), specs)
+        checkpoints.merge(unflatten_tree({**found, **factors}), specs)
 
 
 def test_random_weights_are_not_quantised():

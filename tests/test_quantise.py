@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paligemma_med import checkpoints, experiment, quantise, train
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import lora, quantised
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
 from tests import tiny
 
@@ -126,7 +127,7 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
     abstract = experiment.abstract_params(c, experiment.make_model(c))
     rng = np.random.default_rng(0)
     base = {n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()}
-    npz.save_npz(init, npz.unflatten_tree(base))
+    npz.save_npz(init, unflatten_tree(base))
 
     def config(**kw):
         constant = dict(decay_type="constant")
@@ -143,12 +144,12 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
     assert train.train(config(), whole)["val"] == found  # in one go
     assert np.isfinite(found["model/overall/acc"])
 
-    params = npz.flatten_tree(checkpoints.load_params(out))
+    params = flatten_tree(checkpoints.load_params(out))
     assert not [n for n in params if n.endswith("_scale")]
     for name, x in base.items():
         np.testing.assert_array_equal(params[name], x)
-    merged = checkpoints.merge(npz.unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract))
-    assert np.any(npz.flatten_tree(merged)[LINEAR] != base[LINEAR])
+    merged = checkpoints.merge(unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract))
+    assert np.any(flatten_tree(merged)[LINEAR] != base[LINEAR])
     _, _, _, loaded = experiment.load(config(), out)
     assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8
 
@@ -164,7 +165,7 @@ def test_logits_are_the_same_on_several_devices(monkeypatch, strategy, tmp_path)
     abstract = experiment.abstract_params(c, experiment.make_model(c))
     rng = np.random.default_rng(0)
     base = {n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()}
-    npz.save_npz(init, npz.unflatten_tree(base))
+    npz.save_npz(init, unflatten_tree(base))
     batch = tiny.batch(rows=8)
 
     def logits(**kw):

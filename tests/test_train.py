@@ -113,7 +113,7 @@ def test_loss_and_gradients_are_those_of_the_formula():
     @jax.value_and_grad
     def loss(flat, is_example):
         logits, _ = model.apply(
-            {"params": checkpoints.npz.unflatten_tree(flat)},
+            {"params": checkpoints.unflatten_tree(flat)},
             batch["image"],
             batch["text"][:, :-1],
             batch["mask_ar"][:, :-1],

@@ -22,6 +22,7 @@ from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, bv, hf, npz, peft
 from paligemma_med.experiment import command
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 
 FORMS = ("npz", "hf", "peft", "orbax", "big_vision")
 
@@ -91,7 +92,7 @@ def convert(
         if part not in params:
             raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
         params = {part: params[part]}
-    with _bar(npz.flatten_tree(params), to) as bar:
+    with _bar(flatten_tree(params), to) as bar:
         kw = dict(dtype=dtype, progress=bar.update)
         if to == "npz":
             npz.save_npz(dst, params, **kw)
@@ -145,7 +146,7 @@ def _model_of(src):
 
 def _specs_of(src, params, rules):
     """{Target: Spec} of the adapters in `params`."""
-    if not any(map(lora.is_factor, npz.flatten_tree(params))):
+    if not any(map(lora.is_factor, flatten_tree(params))):
         raise CheckpointError(f"{src} has no adapters: name one with --adapter")
     if not rules:
         raise CheckpointError(

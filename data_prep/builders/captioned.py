@@ -17,10 +17,10 @@ from data_prep.builders import row_file
 from data_prep.builders.figures import SPLITS, Figure, Release, first_there
 from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.files import DataError
-from data_prep.images.convert import convert as images
-from data_prep.images.convert import store as image_store
-from data_prep.images.convert.checked import CheckedImages
-from data_prep.images.convert.store import Store
+from data_prep.images import convert as images
+from data_prep.images import store as image_store
+from data_prep.images.checked import CheckedImages
+from data_prep.images.store import Store
 from data_prep.progress import progress
 
 CAPTION_QUESTION = "Describe this image."

@@ -2,7 +2,7 @@
 
 A reader of a release gives `Figure`s by split. Built with config `caption`, each becomes one row
 whose answer is its caption; with config `qa`, it is joined by its id with question-answer pairs
-that somebody made from the captions (`medm_qa.read_qa`).
+that somebody made from the captions (`qa_files.read_qa`).
 """
 
 import dataclasses

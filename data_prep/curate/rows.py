@@ -38,7 +38,7 @@ class Source:
 
 
 def open_source(spec: str, data_dir: str | os.PathLike | None = None) -> Source:
-    """Opens `FILE.jsonl`, a file that `medm_qa` reads (.json, .csv), or `tfds:NAME[/CONFIG]:SPLIT`.
+    """Opens `FILE.jsonl`, a file that `qa_files` reads (.json, .csv), or `tfds:NAME[/CONFIG]:SPLIT`.
 
     Args:
       spec: as on the command line.

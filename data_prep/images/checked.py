@@ -9,7 +9,7 @@ import os
 import pathlib
 
 from data_prep.files import DataError
-from data_prep.images.convert.store import Store
+from data_prep.images.store import Store
 
 
 class CheckedImages:

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from data_prep.files import DataError, is_lfs_pointer, lfs_message
-from data_prep.images.convert import dicom
+from data_prep.images import dicom
 
 # PIL decodes these itself; for others it starts programs, or they are too rare to trust.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")

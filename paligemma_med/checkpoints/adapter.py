@@ -14,10 +14,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.checkpoints.npz import CheckpointError, flatten_tree, unflatten_tree
+from paligemma_med.checkpoints.npz import CheckpointError
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from paligemma_med import files as atomic
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
+from paligemma_med.models.leaves import unflatten_tree
 
 PREFIX = "checkpoint.bv"
 LAST = "-LAST"
@@ -164,7 +165,7 @@ def open_bv(spec):
     folder, part = found
     part = (part or "").strip("/").removeprefix("params").strip("/")
     inside = _PARAMS + part + "/" if part else _PARAMS
-    return npz.unflatten_tree(_open(folder, inside))
+    return unflatten_tree(_open(folder, inside))
 
 
 def open_state(spec):

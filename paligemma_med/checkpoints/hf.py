@@ -26,6 +26,7 @@ from paligemma_med import files as atomic
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 # --- the table ---------------------------------------------------------------------------------
 
@@ -486,7 +487,7 @@ def open_hf(folder):
     flat["llm/embedder/input_embedding"] = Lazy(
         shape, embedding.dtype, functools.partial(_read_embedding, embedding, head, shape[0])
     )
-    return npz.unflatten_tree(flat)
+    return unflatten_tree(flat)
 
 
 def _common(dtypes):
@@ -662,7 +663,7 @@ def save_hf(
     dtype = lazy.dtype_of(dtype)
     flat = {
         key: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        for key, leaf in npz.flatten_tree(npz.stack_layers(params)).items()
+        for key, leaf in flatten_tree(npz.stack_layers(params)).items()
     }
     rows = _rows_of(flat)
     size = _measure(flat, rows)

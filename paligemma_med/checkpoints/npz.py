@@ -20,6 +20,7 @@ import numpy as np
 from paligemma_med import files as atomic
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
+from paligemma_med.models.leaves import TreeError, flatten_tree, unflatten_tree
 
 _VOID2 = np.dtype("V2")
 _PREFIX = "params/"
@@ -28,55 +29,8 @@ _MAX_LISTED = 20
 _PIECE = 2**24  # bytes that are cast and written at once
 
 
-class CheckpointError(ValueError):
-    """Weights that can't be read, or that don't fit the model; the message says which and why."""
-
-
-# --- trees and flat keys -----------------------------------------------------------------------
-
-
-def flatten_tree(tree: Mapping, *, sep: str = "/") -> dict:
-    """Nested mapping -> {"a/b": leaf}. Keys must be strings without `sep`, subtrees non-empty."""
-    flat = {}
-
-    def walk(node, path):
-        if not isinstance(node, Mapping):
-            flat[sep.join(path)] = node
-            return
-        if not node:
-            raise CheckpointError(f"{sep.join(path) or 'the tree'} is empty: expected arrays in it")
-        for key, child in node.items():
-            if not isinstance(key, str) or not key or sep in key:
-                where = f" under {sep.join(path)}" if path else ""
-                raise CheckpointError(f"key {key!r}{where}: expected a non-empty string without {sep!r}")
-            walk(child, (*path, key))
-
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"expected a nested dict of arrays, found {type(tree).__name__}")
-    walk(tree, ())
-    return flat
-
-
-def unflatten_tree(flat: Mapping, *, sep: str = "/") -> dict:
-    """{"a/b": leaf} -> nested dict; a key that is both a leaf and a folder is an error."""
-    tree = {}
-    folders = {()}
-    leaves = set()
-    for key, leaf in flat.items():
-        *parents, name = parts = tuple(key.split(sep))
-        if "" in parts:
-            raise CheckpointError(f"key {key!r} has an empty part between its slashes")
-        node = tree
-        for depth, part in enumerate(parents, 1):
-            if parts[:depth] in leaves:
-                raise CheckpointError(f"key {key!r}: {sep.join(parts[:depth])!r} is an array too")
-            folders.add(parts[:depth])
-            node = node.setdefault(part, {})
-        if parts in folders or parts in leaves:
-            raise CheckpointError(f"key {key!r} stands for more than one thing")
-        leaves.add(parts)
-        node[name] = leaf
-    return tree
+# Weights that can't be read, or that don't fit the model; the message says which and why.
+CheckpointError = TreeError
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from paligemma_med import files as atomic
-from paligemma_med.checkpoints import lazy, npz
+from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 MARK = "_METADATA"  # a file that every Orbax checkpoint of a tree has
 _CHUNK = 2**28  # bytes that Orbax compresses at once, of which it has several copies meanwhile
@@ -56,8 +57,8 @@ def save_orbax(folder, params, *, dtype=None, overwrite=False, progress=None):
       FileExistsError: `folder` exists.
       CheckpointError: the tree is not one of arrays.
     """
-    flat = {key: _as_lazy(key, leaf) for key, leaf in npz.flatten_tree(params).items()}
-    tree = npz.unflatten_tree(flat)
+    flat = {key: _as_lazy(key, leaf) for key, leaf in flatten_tree(params).items()}
+    tree = unflatten_tree(flat)
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, _OneByOne(lazy.dtype_of(dtype), progress)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
@@ -106,18 +107,18 @@ def open_orbax(folder):
     except Exception as e:  # Orbax and TensorStore have no errors of their own
         raise _unreadable(folder, e) from e
     flat = {}
-    for key, leaf in npz.flatten_tree(tree).items():
+    for key, leaf in flatten_tree(tree).items():
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             raise CheckpointError(f"{folder}: {key} is not an array")
         flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key))
     if any(key.startswith("params/") for key in flat):
         flat = {k[len("params/") :]: v for k, v in flat.items() if k.startswith("params/")}
-    return npz.unflatten_tree(flat)
+    return unflatten_tree(flat)
 
 
 def _read(folder, key):
     def only(value):
-        return npz.unflatten_tree({key: value})
+        return unflatten_tree({key: value})
 
     args = ocp.args.PyTreeRestore(
         item=only(0),
@@ -129,7 +130,7 @@ def _read(folder, key):
             out = checkpointer.restore(folder, args=args)
     except Exception as e:
         raise _unreadable(f"{folder}: {key}", e) from e
-    return npz.flatten_tree(out)[key]
+    return flatten_tree(out)[key]
 
 
 def _unreadable(what, error):

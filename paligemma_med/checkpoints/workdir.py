@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from paligemma_med.checkpoints import fingerprint, lazy, npz
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 
 class Damaged(npz.CheckpointError):
@@ -368,14 +369,14 @@ def open_params(spec):
     flat = {}
     if config.get("model_init"):
         try:
-            flat = npz.flatten_tree(checkpoints.open_init(config["model_init"]))
+            flat = flatten_tree(checkpoints.open_init(config["model_init"]))
         except (FileNotFoundError, npz.CheckpointError) as e:
             raise type(e)(
                 f"the weights that {workdir} started from (model_init in its config.json) can't be read: {e}"
             ) from e
     if os.path.exists(own_base):
-        flat |= npz.flatten_tree(npz.open_npz(own_base))
-    return npz.unflatten_tree({**flat, **trained})
+        flat |= flatten_tree(npz.open_npz(own_base))
+    return unflatten_tree({**flat, **trained})
 
 
 def _complete_step(manager, workdir, step):

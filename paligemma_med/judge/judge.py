@@ -6,7 +6,7 @@ human labels is a figure of its own, and a reply that can't be used is never tak
 
 Judged texts come from other models and may hold anything, "reply 1" included. They are fenced by a
 code that no text can contain, declared to be data, and a reply counts only if it is a score and
-nothing else. `judge_client` does the asking. Every prompt is a file of judge_prompts/, known by its
+nothing else. `judge_client` does the asking. Every prompt is a file of prompts/, known by its
 name and digest; a changed prompt is a new file.
 """
 
@@ -26,7 +26,7 @@ from paligemma_med.evaluation import results
 from paligemma_med.judge import client as judge_client
 from paligemma_med.metrics import scoring, stats
 
-PROMPTS = pathlib.Path(__file__).parent / "judge_prompts"
+PROMPTS = pathlib.Path(__file__).parent / "prompts"
 JUDGEMENTS, SUMMARY, CACHE = "judgements.jsonl", "judge.json", "judge_cache.jsonl"
 # Room for the reply alone: {"score": 1} is seven tokens or so. Temperature 0, since a verdict that
 # differs from time to time is no measurement.
@@ -80,7 +80,7 @@ class Prompt(NamedTuple):
 
 
 def load_prompt(name):
-    """Reads a file of judge_prompts/: system text, a line of "=====", user text."""
+    """Reads a file of prompts/: system text, a line of "=====", user text."""
     text = (PROMPTS / name).read_text("utf-8")
     system, found, user = text.partition("\n=====\n")
     if not found:

@@ -15,8 +15,8 @@ the chip's peak: conservative, and the same whatever is recomputed.
 import dataclasses
 import math
 
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import decoder, paligemma, vit
+from paligemma_med.models.leaves import flatten_tree
 
 ACCOUNTING = (
     "2 FLOPs forward and 2 for the input's gradient per weight and token (4N), 2 more where the "
@@ -85,7 +85,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     Returns:
       Flops.
     """
-    params = npz.flatten_tree(paligemma.abstract_params(model, image_size=res))
+    params = flatten_tree(paligemma.abstract_params(model, image_size=res))
     patches = params["img/pos_embedding"].shape[1]
     logits = text_len if supervised_len is None else min(supervised_len, text_len)
     tokens = {"img": patches, "llm": patches + text_len}
@@ -174,7 +174,7 @@ def count_answers(model, *, res, prompt_len, samples, tokens):
 def _parts(model, res):
     """({tower: weights of its products}, those of the vocabulary table, image tokens, {tower: FLOPs
     of attention's two products for a query and a key})."""
-    params = npz.flatten_tree(paligemma.abstract_params(model, image_size=res))
+    params = flatten_tree(paligemma.abstract_params(model, image_size=res))
     weights, table = {"img": 0, "llm": 0}, 0
     for name, leaf in params.items():
         last = name.rpartition("/")[2]

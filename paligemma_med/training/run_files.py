@@ -13,6 +13,7 @@ from absl import logging
 
 from paligemma_med import experiment
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
@@ -37,7 +38,7 @@ def own_base(folder, frozen, beside):
     expected = {n: x for n, x in frozen.items() if n in beside}
     if not expected or not os.path.exists(path):
         return {}
-    host = npz.flatten_tree(npz.load_npz(path))
+    host = flatten_tree(npz.load_npz(path))
     if host.keys() != expected.keys():
         raise npz.CheckpointError(f"{path} holds other parameters than the config freezes.")
     return {n: distributed.place(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
@@ -96,7 +97,7 @@ def start(folder, config, base, first_step):
         base = distributed.to_host(base)
         if distributed.is_main():
             if base:
-                npz.save_npz(path, npz.unflatten_tree(base))
+                npz.save_npz(path, unflatten_tree(base))
             elif os.path.exists(path):
                 os.remove(path)
     # Steps after the checkpoint are taken again, and would stand twice.

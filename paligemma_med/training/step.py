@@ -6,8 +6,8 @@
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import loss as losses
+from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 
@@ -23,7 +23,7 @@ def make_loss_fn(config, model):
     smoothing = config.get("label_smoothing") or 0.0
 
     def loss_fn(trained, frozen, batch, rng):
-        params = npz.unflatten_tree({**frozen, **trained})
+        params = unflatten_tree({**frozen, **trained})
         # The model reads all but the last token and predicts all but the first.
         text, mask_ar = batch["text"][:, :-1], batch["mask_ar"][:, :-1]
         positions, weights, lost = losses.supervised_positions(batch["mask_loss"][:, 1:], config.get("supervised_len"))

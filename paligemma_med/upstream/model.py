@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import experiment
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import paligemma
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 
 def Model(*, lora=(), **kw):  # noqa: N802 (big_vision's name for it)
@@ -72,7 +72,7 @@ def load(
             res=_resolution(init_params),
         )
     )
-    out = npz.flatten_tree(init_params)
+    out = flatten_tree(init_params)
     # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
     with jax.transfer_guard("allow"):
         host, adapter = experiment.initial_host_params(config, experiment.make_model(config))
@@ -80,7 +80,7 @@ def load(
             stays = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
             dtype = jnp.dtype("float32" if stays else frozen_dtype)
             out[name] = np.asarray(array).astype(dtype)
-    return npz.unflatten_tree(out)
+    return unflatten_tree(out)
 
 
 def _resolution(params):

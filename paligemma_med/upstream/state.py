@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from paligemma_med import experiment
-from paligemma_med.checkpoints import bv, lazy, npz, workdir
+from paligemma_med.checkpoints import bv, lazy, workdir
+from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.training import optim
 from paligemma_med.upstream import config as configs
 
@@ -48,7 +49,7 @@ def train_state(spec):
         accum_examples_seen=np.int32(min(examples, 2**31 - 1)),
         **{f"accum_{what}_time": np.float32(0) for what in ("program", "train", "pause")},
     )
-    return step, {"params": npz.unflatten_tree(params), "opt": opt, "chrono": chrono}
+    return step, {"params": unflatten_tree(params), "opt": opt, "chrono": chrono}
 
 
 def optimizer_state(config, theirs, opt_state):

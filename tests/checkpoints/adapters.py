@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from paligemma_med.checkpoints import adapter, npz
+from paligemma_med.checkpoints import adapter
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from tests.models import hf
 
 ALL = [(".*", dict(rank=3, alpha=6))]
@@ -20,7 +21,7 @@ MIXED = [
 
 def random_adapter(name, rules=ALL, seed=0, dtype=np.float32):
     """An adapter for case `name` in which neither factor is 0; it moves logits by about 1."""
-    flat = npz.flatten_tree(hf.reference(name)[3])
+    flat = flatten_tree(hf.reference(name)[3])
     specs = lora.resolve(rules, flat)
     factors = {}
     for target, spec in specs.items():

@@ -11,6 +11,7 @@ import pytest
 from paligemma_med.checkpoints import adapter, npz
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints import adapters
 from tests.models import hf
 
@@ -47,8 +48,8 @@ def test_what_is_put_in_comes_out(name, rules):
     made = adapters.random_adapter(name, rules)
     model, params = applied(name, made)
     adapters.assert_equal(adapter.extract_adapter(model, params), made)
-    base = npz.flatten_tree(adapter.remove_adapter(params))
-    expected = npz.flatten_tree(hf.reference(name)[3])
+    base = flatten_tree(adapter.remove_adapter(params))
+    expected = flatten_tree(hf.reference(name)[3])
     assert base.keys() == expected.keys()
     assert all(base[n] is expected[n] for n in base)
 
@@ -60,15 +61,15 @@ def test_the_model_has_the_shapes_of_the_parameters():
     made = adapters.random_adapter(name)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
     model, params = applied(name, made, abstract)
-    want = npz.flatten_tree(adapter.paligemma.abstract_params(model, image_size=case["image"]))
-    assert {n: x.shape for n, x in npz.flatten_tree(params).items()} == {n: x.shape for n, x in want.items()}
+    want = flatten_tree(adapter.paligemma.abstract_params(model, image_size=case["image"]))
+    assert {n: x.shape for n, x in flatten_tree(params).items()} == {n: x.shape for n, x in want.items()}
 
 
 @pytest.mark.parametrize("name", ["mqa", "mha"])
 def test_rules_are_plain_and_exact(name):
     made = adapters.random_adapter(name, adapters.MIXED)
     rules = json.loads(json.dumps(adapter.rules_of(made)))
-    assert lora.resolve(rules, npz.flatten_tree(hf.reference(name)[3])) == made.specs
+    assert lora.resolve(rules, flatten_tree(hf.reference(name)[3])) == made.specs
 
 
 def test_one_kernel_for_q_k_v_or_two():
@@ -103,8 +104,8 @@ def test_every_target_is_merged_into_its_own_kernel():
     rules = [("img/head/kernel", dict(rank=5, alpha=5, rslora=True)), *adapters.MIXED]
     made = adapters.random_adapter("gemma2", rules)
     _, params = applied("gemma2", made)
-    flat = npz.flatten_tree(params)
-    merged = npz.flatten_tree(adapter.merge(params, made.specs))
+    flat = flatten_tree(params)
+    merged = flatten_tree(adapter.merge(params, made.specs))
     sums = {
         "query": "ldr,lrnh->ldnh",
         "value": "ldr,lrnh->ldnh",
@@ -132,11 +133,11 @@ def test_every_target_is_merged_into_its_own_kernel():
 def test_merging_rounds_once_at_the_end():
     made = adapters.random_adapter("mqa")
     _, params = applied("mqa", made)
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     half = {n: x if lora.is_factor(n) else x.astype(ml_dtypes.bfloat16) for n, x in flat.items()}
     exact = {n: x.astype(np.float32) for n, x in half.items()}
-    got = npz.flatten_tree(adapter.merge(npz.unflatten_tree(half), made.specs))
-    want = npz.flatten_tree(adapter.merge(npz.unflatten_tree(exact), made.specs))
+    got = flatten_tree(adapter.merge(unflatten_tree(half), made.specs))
+    want = flatten_tree(adapter.merge(unflatten_tree(exact), made.specs))
     for n, x in got.items():
         assert x.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(x, want[n].astype(ml_dtypes.bfloat16), err_msg=n)
@@ -150,10 +151,10 @@ def test_lazy_weights_are_merged_when_read():
     def lazy(name, x):
         return Lazy(x.shape, x.dtype, lambda: read.append(name) or x)
 
-    flat = npz.flatten_tree(params)
-    merged = adapter.merge(npz.unflatten_tree({n: lazy(n, x) for n, x in flat.items()}), made.specs)
-    merged = npz.flatten_tree(merged)
-    want = npz.flatten_tree(adapter.merge(params, made.specs))
+    flat = flatten_tree(params)
+    merged = adapter.merge(unflatten_tree({n: lazy(n, x) for n, x in flat.items()}), made.specs)
+    merged = flatten_tree(merged)
+    want = flatten_tree(adapter.merge(params, made.specs))
     assert not read
     before = {n: x.copy() for n, x in flat.items()}
     for n, x in merged.items():
@@ -175,9 +176,9 @@ def test_alpha_and_each_factor_count():
     twice = {t: lora.Spec(s.rank, 2 * s.alpha) for t, s in made.specs.items()}
     other, _ = applied(name, adapter.Adapter(twice, made.factors))
     assert abs(logits_of(name, other, params) - want).max() > 1e-2
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     for factor in lora.factor_names(made.specs):
-        changed = npz.unflatten_tree({**flat, factor: flat[factor] * 1.5})
+        changed = unflatten_tree({**flat, factor: flat[factor] * 1.5})
         assert abs(logits_of(name, model, changed) - want).max() > 1e-4, factor
 
 
@@ -186,11 +187,11 @@ def test_alpha_and_each_factor_count():
 
 def test_everything_that_does_not_fit_is_listed():
     made = adapters.random_adapter("mqa", adapters.MIXED)
-    flat = dict(npz.flatten_tree(hf.reference("mqa")[3]))
+    flat = dict(flatten_tree(hf.reference("mqa")[3]))
     del flat["img/head/kernel"]
     flat["llm/layers/mlp/linear"] = flat["llm/layers/mlp/linear"][:-1]  # a layer less
     with pytest.raises(npz.CheckpointError) as e:
-        adapter.insert_adapter(npz.unflatten_tree(flat), made)
+        adapter.insert_adapter(unflatten_tree(flat), made)
     assert len(str(e.value).splitlines()) == 3
     assert "img/head/kernel: the parameters have no" in str(e.value)
     assert "llm/layers/mlp/linear:down: expected" in str(e.value)
@@ -232,10 +233,10 @@ def test_factors_that_the_rules_do_not_want(function):
         use(specs, params)
     with pytest.raises(npz.CheckpointError, match=f"{first.scope}/lora_a: expected"):
         use({**specs, first: lora.Spec(spec.rank + 1)}, params)
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     del flat[f"{first.scope}/lora_b"]
     with pytest.raises(npz.CheckpointError, match=f"{first.scope}/lora_b: missing"):
-        use(made.specs, npz.unflatten_tree(flat))
+        use(made.specs, unflatten_tree(flat))
 
 
 def test_rules_that_match_nothing():

@@ -14,6 +14,7 @@ from jax.experimental.array_serialization import serialization
 
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import CheckpointError, bv, lazy, npz, workdir
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.training import run_files
 from tests.checkpoints.trees import assert_same
 from tools import convert_checkpoint
@@ -75,7 +76,7 @@ def test_every_way_to_name_a_checkpoint(their, spec):
     spec = str(their) + spec
     assert checkpoints.kind_of(spec) == "big_vision"
     opened = checkpoints.open_params(spec)
-    assert all(isinstance(x, lazy.Lazy) for x in npz.flatten_tree(opened).values())
+    assert all(isinstance(x, lazy.Lazy) for x in flatten_tree(opened).values())
     assert_same(opened, params())
     spec = spec.rstrip("/")
     assert_same(checkpoints.open_params(spec + ":llm"), params()["llm"])
@@ -121,7 +122,7 @@ def test_what_is_written_is_what_jax_reads(tmp_path):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     specs = [serialization.get_tensorstore_spec(p) for p in paths]
     found = serialization.run_deserialization([one] * len(flat), specs)
-    assert_same(npz.unflatten_tree(dict(zip(flat, found))), npz.unflatten_tree(flat))
+    assert_same(unflatten_tree(dict(zip(flat, found))), unflatten_tree(flat))
     assert_same(checkpoints.open_params(tmp_path / "out"), params())
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from paligemma_med.checkpoints import CheckpointError, hf, lazy, npz
 from paligemma_med.models import decoder, paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 
@@ -86,7 +87,7 @@ def test_every_target_has_the_module_that_holds_its_weight():
     # For each target a random weight, put into the torch model alone, moves only that parameter.
     for name in ("mqa", "mha"):
         case, model, _, params, _ = reference.reference(name)
-        flat = npz.flatten_tree(params)
+        flat = flatten_tree(params)
         modules = {hf.canonical(n) for n, _ in model.named_modules()}
         state = {hf.canonical(k): k for k in model.state_dict()}
         for target in lora.TARGETS:
@@ -97,7 +98,7 @@ def test_every_target_has_the_module_that_holds_its_weight():
             changed = dict(model.state_dict())
             key = state[module.format(i=0) + ".weight"]
             changed[key] = changed[key] + 1
-            after = npz.flatten_tree(reference.to_tree(changed, case))
+            after = flatten_tree(reference.to_tree(changed, case))
             moved = {k for k in flat if not np.array_equal(flat[k], after[k])}
             assert moved == {target.param}, target.name
             difference = after[target.param] - flat[target.param]
@@ -143,7 +144,7 @@ def test_relayout_there_and_back_is_the_identity(old, new, group_old, group_new)
 
 @pytest.mark.parametrize("px, count", [(224, 2_923_466_480), (448, 2_924_351_216)])
 def test_the_3b_tree_becomes_the_tensors_of_googles_pages(px, count):
-    flat = npz.flatten_tree(paligemma.abstract_params(paligemma.Model(), image_size=px))
+    flat = flatten_tree(paligemma.abstract_params(paligemma.Model(), image_size=px))
     rows = hf._rows_of(flat)
     plan = hf._plan(flat, rows, hf._measure(flat, rows), BF16)
     shapes = {t.name: t.shape for t in plan}
@@ -177,7 +178,7 @@ def test_what_transformers_writes_gives_its_logits(name, tmp_path):
     case, params = theirs_saved(name, tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     opened = hf.open_hf(tmp_path)
-    assert all(isinstance(x, lazy.Lazy) for x in npz.flatten_tree(opened).values())
+    assert all(isinstance(x, lazy.Lazy) for x in flatten_tree(opened).values())
     assert_same(opened, params)
 
     _, theirs, _, _, batch = reference.reference(name)
@@ -259,15 +260,15 @@ def test_dtype_casts_and_mixed_types_are_kept(tmp_path):
     hf.save_hf(tmp_path / "cast", params, dtype="bfloat16")
     assert_same(hf.open_hf(tmp_path / "cast"), jax.tree.map(lambda x: x.astype(BF16), params))
     # A run's own weights: the head trained in float32, all else as stored.
-    mixed = npz.flatten_tree(params)
+    mixed = flatten_tree(params)
     mixed = {k: v if "head" in k else v.astype(BF16) for k, v in mixed.items()}
-    hf.save_hf(tmp_path / "mixed", npz.unflatten_tree(mixed))
-    assert_same(hf.open_hf(tmp_path / "mixed"), npz.unflatten_tree(mixed))
+    hf.save_hf(tmp_path / "mixed", unflatten_tree(mixed))
+    assert_same(hf.open_hf(tmp_path / "mixed"), unflatten_tree(mixed))
     config = json.loads((tmp_path / "mixed/config.json").read_text())
     assert config["torch_dtype"] == "float32"
     # Neither of two 16-bit types holds the other.
     halves = {k: v.astype(BF16 if "head" in k else np.float16) for k, v in mixed.items()}
-    hf.save_hf(tmp_path / "halves", npz.unflatten_tree(halves))
+    hf.save_hf(tmp_path / "halves", unflatten_tree(halves))
     config = json.loads((tmp_path / "halves/config.json").read_text())
     assert config["torch_dtype"] == "float32"
 
@@ -281,7 +282,7 @@ def test_layers_of_unlike_types_become_float32(tmp_path):
     out = hf.open_hf(tmp_path)["img"]["Transformer"]["encoderblock"]
     out = out["MultiHeadDotProductAttention_0"]["out"]["bias"]
     assert out.dtype == np.float32
-    want = npz.flatten_tree(params)
+    want = flatten_tree(params)
     want = want["img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/bias"]
     np.testing.assert_allclose(np.asarray(out), want, atol=1e-3)
 
@@ -559,10 +560,10 @@ def test_missing_files_are_named(tmp_path):
 
 
 def edited(name="mqa", drop=(), **leaves):
-    flat = dict(npz.flatten_tree(reference.reference(name)[3]))
+    flat = dict(flatten_tree(reference.reference(name)[3]))
     for key in drop:
         del flat[key]
-    return npz.unflatten_tree({**flat, **{k.replace("__", "/"): v for k, v in leaves.items()}})
+    return unflatten_tree({**flat, **{k.replace("__", "/"): v for k, v in leaves.items()}})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, Lazy, lazy, npz
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints.trees import assert_same
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -49,9 +50,9 @@ def test_round_trip(tmp_path, prefix, dtype):
     back = npz.load_npz(tmp_path / "w.npz")
     want = {
         k: v if dtype is None or v.dtype.kind != "f" else v.astype(BF16 if "b" in dtype else dtype)
-        for k, v in npz.flatten_tree(params).items()
+        for k, v in flatten_tree(params).items()
     }
-    assert_same(back, npz.unflatten_tree(want))
+    assert_same(back, unflatten_tree(want))
     keys = np.load(tmp_path / "w.npz").files
     assert all(k.startswith(prefix + "img/") or k.startswith(prefix + "llm/") for k in keys)
 
@@ -233,7 +234,7 @@ def test_damage_anywhere_is_an_error_of_ours_or_does_no_harm(tmp_path_factory, a
         assert str(path) in str(e)
     else:
         assert not cut
-        for array in npz.flatten_tree(back).values():  # a flipped byte may sit in a name or date
+        for array in flatten_tree(back).values():  # a flipped byte may sit in a name or date
             assert array.tobytes() in (np.arange(300.0).tobytes(), np.ones(3).tobytes())
 
 
@@ -479,7 +480,7 @@ def test_open_init_takes_its_parts_from_different_files(tmp_path):
     spec = dict(img=f"{tmp_path}/a.npz:img", llm=f"{tmp_path}/b.npz:llm")
     want = dict(img=tree(1)["img"], llm=tree(2)["llm"])
     opened = checkpoints.open_init(spec)
-    assert all(isinstance(x, Lazy) for x in npz.flatten_tree(opened).values())
+    assert all(isinstance(x, Lazy) for x in flatten_tree(opened).values())
     assert_same(lazy.read_all(opened), want)
     assert_same(checkpoints.load_init(spec), want)
     with pytest.raises(ValueError, match="expected a path, or img and llm"):
@@ -521,9 +522,9 @@ def test_fitting_to_a_model_reads_nothing():
     params["img"]["pos_embedding"] = np.ones((1, 25, 6), np.float32)
     unrolled = npz.unstack_layers(unreadable(params))
     fitted = npz.match_params(unrolled, tree())
-    assert all(isinstance(x, Lazy) for x in npz.flatten_tree(fitted).values())
-    shapes = {k: x.shape for k, x in npz.flatten_tree(fitted).items()}
-    assert shapes == {k: x.shape for k, x in npz.flatten_tree(tree()).items()}
+    assert all(isinstance(x, Lazy) for x in flatten_tree(fitted).values())
+    shapes = {k: x.shape for k, x in flatten_tree(fitted).items()}
+    assert shapes == {k: x.shape for k, x in flatten_tree(tree()).items()}
     table = npz.extend_vocab(unreadable(params)["llm"]["embedder"]["input_embedding"], 20)
     assert table.shape == (20, 4)
     with pytest.raises(CheckpointError, match="can't shrink"):
@@ -558,8 +559,8 @@ def test_saving_lazy_leaves_gives_equal_bytes_and_reads_one_at_a_time(tmp_path):
 
         return Lazy(x.shape, x.dtype, read)
 
-    flat = {k: watched(k, x) for k, x in npz.flatten_tree(params).items()}
-    npz.save_npz(tmp_path / "b.npz", npz.unflatten_tree(flat), progress=done.append)
+    flat = {k: watched(k, x) for k, x in flatten_tree(params).items()}
+    npz.save_npz(tmp_path / "b.npz", unflatten_tree(flat), progress=done.append)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert reading == sorted(flat)
     assert sum(done) == sum(x.nbytes for x in flat.values())

@@ -12,6 +12,7 @@ import pytest
 
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.models.leaves import unflatten_tree
 from tests import tiny
 
 
@@ -38,14 +39,14 @@ def head(scale=10.0):
 
 
 def assert_run_holds(folder, flat_base, trained):
-    expected = npz.unflatten_tree({**flat_base, **trained})
+    expected = unflatten_tree({**flat_base, **trained})
     found = checkpoints.load_params(str(folder))
     tiny.assert_trees_equal(found, expected)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
 
 
 def test_newest_trained_leaves_on_an_npz_base(tmp_path):
-    npz.save_npz(tmp_path / "w.npz", npz.unflatten_tree(base()))
+    npz.save_npz(tmp_path / "w.npz", unflatten_tree(base()))
     write_run(tmp_path / "run", trained=head(), steps=(3, 5), model_init=str(tmp_path / "w.npz"))
     assert_run_holds(tmp_path / "run", base(), head(15.0))
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["5"]
@@ -53,7 +54,7 @@ def test_newest_trained_leaves_on_an_npz_base(tmp_path):
 
 def test_random_base_is_the_runs_own_file(tmp_path):
     frozen = {n: x.astype(jnp.bfloat16) for n, x in base().items() if n != "img/head/kernel"}
-    npz.save_npz(tmp_path / "run" / "base.npz", npz.unflatten_tree(frozen))
+    npz.save_npz(tmp_path / "run" / "base.npz", unflatten_tree(frozen))
     write_run(tmp_path / "run", trained=head())
     assert_run_holds(tmp_path / "run", frozen, head(13.0))
 
@@ -67,7 +68,7 @@ def test_base_in_two_files(tmp_path):
     flat = base()
     for part in ("img", "llm"):
         mine = {n: x for n, x in flat.items() if n.startswith(part)}
-        npz.save_npz(tmp_path / f"{part}.npz", npz.unflatten_tree(mine))
+        npz.save_npz(tmp_path / f"{part}.npz", unflatten_tree(mine))
     init = {part: f"{tmp_path}/{part}.npz:{part}" for part in ("img", "llm")}
     write_run(tmp_path / "run", trained=head(), model_init=init)
     assert_run_holds(tmp_path / "run", flat, head(13.0))
@@ -76,7 +77,7 @@ def test_base_in_two_files(tmp_path):
 def test_chain_of_runs(tmp_path, monkeypatch):
     """Paths are kept absolute: the chain holds from any folder."""
     monkeypatch.chdir(tmp_path)
-    npz.save_npz("w.npz", npz.unflatten_tree(base()))
+    npz.save_npz("w.npz", unflatten_tree(base()))
     write_run("one", trained=head(), model_init="w.npz")
     norm = {"llm/final_norm/scale": np.zeros((4, 3), np.float32)}
     write_run("two", trained=norm, model_init="one")
@@ -87,7 +88,7 @@ def test_chain_of_runs(tmp_path, monkeypatch):
 
 
 def test_base_that_moved(tmp_path):
-    npz.save_npz(tmp_path / "w.npz", npz.unflatten_tree(base()))
+    npz.save_npz(tmp_path / "w.npz", unflatten_tree(base()))
     write_run(tmp_path / "run", trained=head(), model_init=str(tmp_path / "w.npz"))
     os.rename(tmp_path / "w.npz", tmp_path / "elsewhere.npz")
     with pytest.raises(FileNotFoundError, match="run started from .model_init.*w.npz"):
@@ -312,7 +313,7 @@ def test_the_best_one_is_kept_beside_the_newest(tmp_path):
                 f.write(json.dumps({"step": step, metric: value}) + "\n")
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "5"]
     found = checkpoints.load_params(f"{tmp_path}@best")
-    tiny.assert_trees_equal(found, npz.unflatten_tree({n: x + 2 for n, x in base().items()}))
+    tiny.assert_trees_equal(found, unflatten_tree({n: x + 2 for n, x in base().items()}))
     assert workdir.pin(f"{tmp_path}@best") == f"{tmp_path}@2"
     assert workdir.best_of(tmp_path, {"keep_best": {"metric": metric, "mode": "min"}})([2, 5]) == 5
     with pytest.raises(ValueError, match="is 'val/typo', but the evaluators give \\['val/acc'\\]"):

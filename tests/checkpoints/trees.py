@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from paligemma_med.checkpoints import npz
+from paligemma_med.models.leaves import flatten_tree
 
 
 def assert_same(a, b):
     """Same names, dtypes, shapes and bits; leaves may still be in their files."""
-    a, b = npz.flatten_tree(a), npz.flatten_tree(b)
+    a, b = flatten_tree(a), flatten_tree(b)
     assert a.keys() == b.keys()
     for key in a:
         x, y = np.asarray(a[key]), np.asarray(b[key])

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from paligemma_med import experiment, train
 from paligemma_med.checkpoints import npz
+from paligemma_med.models.leaves import unflatten_tree
 from tests import tiny
 
 CONSTANT = dict(decay_type="constant")
@@ -44,7 +45,7 @@ def weights(tmp_path_factory):
         shapes = experiment.abstract_params(c, experiment.make_model(c))
         tree = {n: np.zeros(x.shape, np.float32) for n, x in shapes.items()}
         out.append(str(tmp_path_factory.mktemp("w") / f"{vocab_size}.npz"))
-        npz.save_npz(out[-1], npz.unflatten_tree(tree))
+        npz.save_npz(out[-1], unflatten_tree(tree))
     return out
 
 

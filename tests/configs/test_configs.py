@@ -10,9 +10,9 @@ import pytest
 
 from configs import common
 from paligemma_med import checkpoints, experiment, mixture
-from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.training import optim
@@ -195,7 +195,7 @@ def test_roco_v1_in_place_of_v2(name):
 @pytest.mark.parametrize("name", STAGE2)
 def test_stage2_of_the_tiny_base_starts_from_its_weights(name):
     c = get_config(name, "tiny")
-    found = npz.flatten_tree(checkpoints.load_params(c.model_init))
+    found = flatten_tree(checkpoints.load_params(c.model_init))
     abstract = shapes_of(c)
     trained = optim.trained_names(c, list(abstract))
     assert trained and set(abstract) - set(trained) == set(found)

@@ -16,8 +16,8 @@ from data_prep.datasets.medpix2 import fake as medpix_fake
 from data_prep.datasets.pmc_vqa import fake as pmc_fake
 from data_prep.datasets.roco import fake as roco_fake
 from paligemma_med import checkpoints, evaluate, experiment, train
-from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -94,8 +94,8 @@ def test_stage2_runs_from_end_to_end(run, data_dir, stage1, tmp_path, monkeypatc
         # None in the first third, then more and more.
         epochs = [row["epochs_of_medpix2"] for row in steps]
         assert epochs[0] == 0 < epochs[-1] and all(row["epochs_of_rocov2"] for row in steps)
-    params = npz.flatten_tree(checkpoints.load_params(folder))
-    start = npz.flatten_tree(checkpoints.load_params(stage1))
+    params = flatten_tree(checkpoints.load_params(folder))
+    start = flatten_tree(checkpoints.load_params(stage1))
     assert all((params[n] == x).all() for n, x in start.items())
     assert any(lora.is_factor(n) for n in params)
     again = experiment.config_from_json(checkpoints.workdir.read_config(folder))

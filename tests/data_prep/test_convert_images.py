@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.convert_images import convert_files
 from data_prep.files import DataError
-from tests.data_prep.test_images import COLOUR, DEEP, encode
+from tests.data_prep.images.test_convert import COLOUR, DEEP, encode
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ ROWS = [_raw("C1_a", ("What?", "Yes."), ("Why?", "Not known")), _raw("C1_b", ("W
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("form", ["concatenated", "indented", "list", "jsonl", "bom"])
 def test_json_in_each_form_gives_the_same_rows(tmp_path, monkeypatch, form, chunk):
-    monkeypatch.setattr(medm_qa, "_CHUNK", chunk)
+    monkeypatch.setattr(qa_files, "_CHUNK", chunk)
     text = {
         "concatenated": "".join(json.dumps(r) for r in ROWS),
         "indented": "\n".join(json.dumps(r, indent=4) for r in ROWS) + "\n",

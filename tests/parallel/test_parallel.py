@@ -201,7 +201,7 @@ def forward(c):
     image = jax.ShapeDtypeStruct((ROWS, tiny.RES, tiny.RES, 3), "float32", sharding=sharding.batch_sharding(mesh))
     with sharding.rules(c, mesh):
         embed = jax.jit(lambda p, x: model.apply({"params": p}, x, method="embed_image")[0])
-        return embed.lower(experiment.npz.unflatten_tree(params), image).compile(QUICKLY)
+        return embed.lower(experiment.unflatten_tree(params), image).compile(QUICKLY)
 
 
 def gathers_stack(found):
@@ -313,7 +313,7 @@ def answers(name):
     with sharding.rules(c, mesh):
         out = decode.generate(
             model,
-            experiment.npz.unflatten_tree(flat),
+            experiment.unflatten_tree(flat),
             batch,
             max_new_tokens=6,
             num_samples=2,

@@ -7,11 +7,10 @@ import pytest
 
 pydicom = pytest.importorskip("pydicom")
 
-from tests.data_prep.test_dicom import CT, make  # noqa: E402
-
 from data_prep.files import DataError  # noqa: E402
-from data_prep.images.convert import dicom as builders  # noqa: E402
+from data_prep.images import dicom as builders  # noqa: E402
 from paligemma_med.pp import dicom  # noqa: E402
+from tests.data_prep.images.test_dicom import CT, make  # noqa: E402
 
 FILES = {
     "window": make(CT, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400),

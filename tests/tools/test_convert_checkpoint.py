@@ -15,6 +15,7 @@ from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft, workdir
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 from tools.convert_checkpoint import convert
@@ -40,7 +41,7 @@ def made(tmp_path_factory):
     npz.save_npz(folder / "base.npz", params)
     specs = adapter.resolve(RULES, params)
     rng = np.random.default_rng(0)
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     factors = {}
     for target, spec in specs.items():
         shapes = lora.factor_shapes(target, spec, flat[target.param].shape)
@@ -53,7 +54,7 @@ def made(tmp_path_factory):
     (run / "config.json").write_text(json.dumps(config))
     with workdir.Checkpoints(run) as saved:
         saved.save(5, factors, {})
-    return folder, npz.unflatten_tree({**flat, **factors})
+    return folder, unflatten_tree({**flat, **factors})
 
 
 def test_through_every_form_and_back_to_the_bit(made, tmp_path):
@@ -78,7 +79,7 @@ def test_what_shapes_do_not_tell_travels_from_hugging_face_and_workdirs(tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps(dict(model=model)))
     npz.save_npz(tmp_path / "run/base.npz", params)
-    head = npz.flatten_tree(params)["img/head/bias"] + 1
+    head = flatten_tree(params)["img/head/bias"] + 1
     with workdir.Checkpoints(tmp_path / "run") as saved:
         saved.save(1, {"img/head/bias": head}, {})
     convert(str(tmp_path / "run"), tmp_path / "c", "hf")

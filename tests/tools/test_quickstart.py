@@ -14,6 +14,7 @@ from configs import tiny_base
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import optim
 from tools import quickstart
 
@@ -23,7 +24,7 @@ PREDICTION_KEYS = {"question_id", "question", "answer", "predictions", "majority
 def test_base_fits_the_quickstarts_model_and_is_small():
     config = quickstart_config.get_config("stage=1")
     assert os.path.getsize(quickstart_config.BASE) <= 4e6
-    params = npz.flatten_tree(checkpoints.load_params(quickstart_config.BASE))
+    params = flatten_tree(checkpoints.load_params(quickstart_config.BASE))
     abstract = experiment.abstract_params(config, experiment.make_model(config))
     assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in abstract.items()}
     for name, value in params.items():
@@ -102,7 +103,7 @@ def test_quickstart_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     assert len(rows) == last["n"] and PREDICTION_KEYS <= rows[0].keys()
     # Stage 2 starts from stage 1, whose weights it leaves as they are.
     base, first, second = (
-        npz.flatten_tree(checkpoints.load_params(p))
+        flatten_tree(checkpoints.load_params(p))
         for p in (quickstart_config.BASE, str(tmp_path / "stage1"), str(tmp_path / "stage2"))
     )
     assert {n for n in base if (base[n] != first[n]).any()} == {"img/head/kernel", "img/head/bias"}

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import flops, paligemma
 from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import quantised
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import dry_run
 from paligemma_med.training import step as train_step
 from tests import tiny
@@ -138,7 +138,7 @@ def float32_stacks(step):
 
 def dense_frozen(step):
     """{name: dense leaf} of what is frozen, quantised or not."""
-    made = npz.flatten_tree(paligemma.abstract_params(step.model, image_size=tiny.RES))
+    made = flatten_tree(paligemma.abstract_params(step.model, image_size=tiny.RES))
     return {n: x for n, x in made.items() if n not in step.trained}
 
 
@@ -301,7 +301,7 @@ def test_a_cast_of_all_weights_would_be_seen(monkeypatch):
     def made(true):
         return lambda flat: true({n: x.astype(jnp.float32) for n, x in flat.items()})
 
-    step = mutant(monkeypatch, npz, "unflatten_tree", made)
+    step = mutant(monkeypatch, train_step, "unflatten_tree", made)
     assert {"llm/layers/mlp/gating_einsum", "llm/embedder/input_embedding"} <= float32_kernels(step)
     assert float32_stacks(step) == {*stacks(step).values()}
 

@@ -12,6 +12,7 @@ import pytest
 from paligemma_med import checkpoints, evaluate, experiment, train
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.training import step as train_step
 from tests import tiny
 
@@ -26,7 +27,7 @@ def stage2(data, init, **kw):
 
 
 def flat(spec):
-    return npz.flatten_tree(checkpoints.load_params(spec))
+    return flatten_tree(checkpoints.load_params(spec))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def base(tmp_path_factory):
     shapes = experiment.abstract_params(c, experiment.make_model(c))
     tree = {n: rng.normal(0, 0.1, x.shape).astype("f4") for n, x in shapes.items()}
     path = tmp_path_factory.mktemp("base") / "w.npz"
-    npz.save_npz(path, npz.unflatten_tree(tree))
+    npz.save_npz(path, unflatten_tree(tree))
     return str(path)
 
 
@@ -131,7 +132,7 @@ def test_frozen_a_is_kept_with_the_run(tiny_data, base, tmp_path):
     assert names and found.keys() == expected.keys()
     for n in names:
         np.testing.assert_array_equal(found[n], expected[n])
-    assert {n for n in npz.flatten_tree(npz.load_npz(os.path.join(folder, "base.npz")))} == {*names}
+    assert {n for n in flatten_tree(npz.load_npz(os.path.join(folder, "base.npz")))} == {*names}
 
 
 def test_stage2_keeps_the_stage1_it_started_from(tiny_data, base, tmp_path):
@@ -163,12 +164,12 @@ def test_stage2_keeps_the_stage1_it_started_from(tiny_data, base, tmp_path):
 def test_a_config_without_lora_takes_that_of_the_run(finished):
     folder, _ = finished
     model, *_, params = experiment.load(tiny.config(), folder)
-    assert model.lora and npz.flatten_tree(params).keys() == flat(folder).keys()
+    assert model.lora and flatten_tree(params).keys() == flat(folder).keys()
 
 
 def test_weights_without_adapters_give_the_plain_model_and_say_so(base, capsys):
     model, *_, params = experiment.load(tiny.config(lora=RULES), base)
-    assert not model.lora and not any(map(lora.is_factor, npz.flatten_tree(params)))
+    assert not model.lora and not any(map(lora.is_factor, flatten_tree(params)))
     assert "has no adapters: config.lora is left out" in capsys.readouterr().err
 
 

@@ -19,8 +19,9 @@ import transformers
 from configs import common, quickstart, tiny_base
 from data_prep import build
 from paligemma_med import checkpoints, decode, experiment, input_pipeline, train
-from paligemma_med.checkpoints import hf, npz
+from paligemma_med.checkpoints import hf
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
 from tests.checkpoints import adapters
@@ -36,7 +37,7 @@ ATTENTION = [
 def our_steps(name, model, params, regex, **kw):
     """[(loss, {name: array} of what matches `regex`, after the step), …] of our train step."""
     batch = train_batch(name)
-    flat = npz.flatten_tree(params)
+    flat = flatten_tree(params)
     config = ml_collections.ConfigDict(
         dict(
             optax_name="scale_by_adam",
@@ -132,7 +133,7 @@ def test_steps_of_adapters_equal_peft(name, rules, fresh, clip, accum, tmp_path)
         made = checkpoints.Adapter(made.specs, {t: (a, np.zeros_like(b)) for t, (a, b) in made.factors.items()})
     img, llm = (dict(variant=None, **case[k]) for k in ("img", "llm"))
     model, params = checkpoints.apply_adapter(img, llm, params, made)
-    start = {n: x for n, x in npz.flatten_tree(params).items() if lora.is_factor(n)}
+    start = {n: x for n, x in flatten_tree(params).items() if lora.is_factor(n)}
     ours = our_steps(name, model, params, ".*/lora_[ab]", grad_clip_norm=clip, grad_accum_steps=accum)
 
     checkpoints.save_adapter(tmp_path / "adapter", made)
@@ -151,7 +152,7 @@ def test_steps_of_the_head_equal_adamw():
     _, base, model, params, _ = models.reference(name)
     theirs = copy.deepcopy(base).requires_grad_(False)
     linear = theirs.model.multi_modal_projector.linear.requires_grad_(True)
-    start = {n: x for n, x in npz.flatten_tree(params).items() if n.startswith("img/head/")}
+    start = {n: x for n, x in flatten_tree(params).items() if n.startswith("img/head/")}
 
     def read():
         return {

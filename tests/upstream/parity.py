@@ -10,6 +10,7 @@ import numpy as np
 from configs import common, quickstart
 from paligemma_med import experiment, input_pipeline
 from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim, run_files
 from paligemma_med.training import step as train_step
@@ -30,7 +31,7 @@ def random_weights(c, seed=0):
     for name, x in abstract.items():
         scale = 1.0 / np.sqrt(max(1, np.prod(x.shape[-2:]) // x.shape[-1]))
         flat[name] = (scale * rng.normal(size=x.shape)).astype(np.float32)
-    return npz.unflatten_tree(flat)
+    return unflatten_tree(flat)
 
 
 def random_batches(c, steps, seed=1):
@@ -62,8 +63,8 @@ def slake_batches(c, steps, data_dir):
 
 def tiny_base(c, seed=0):
     """The quickstart's weights, with random adapters where the config has some."""
-    base = npz.flatten_tree(npz.load_npz(quickstart.BASE))
-    return npz.unflatten_tree(npz.flatten_tree(random_weights(c, seed)) | base)
+    base = flatten_tree(npz.load_npz(quickstart.BASE))
+    return unflatten_tree(flatten_tree(random_weights(c, seed)) | base)
 
 
 def our_steps(c, batches, save_at=None, folder=None):

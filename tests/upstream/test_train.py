@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import npz
 from paligemma_med.models.layers import activations
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.upstream import train
 from tests import tiny
 from tests.upstream.conftest import ROOT
@@ -146,7 +146,7 @@ def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data
 def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
     """Frozen leaves keep their bits and their type; factors, which no file has, are trained."""
     tiny.write_workdir(tmp_path / "base", tiny.config())
-    base = npz.flatten_tree(checkpoints.load_params(tmp_path / "base"))
+    base = flatten_tree(checkpoints.load_params(tmp_path / "base"))
     path = write_config(
         tmp_path,
         tfrecord_data,
@@ -165,7 +165,7 @@ def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
     # Four devices, of which each has a part of what is cut.
     flags = "--xla_force_host_platform_device_count=4"
     run_python(*program(path, tmp_path / "run"), XLA_FLAGS=flags)
-    found = npz.flatten_tree(checkpoints.load_params(str(tmp_path / "run" / "checkpoint.bv")))
+    found = flatten_tree(checkpoints.load_params(str(tmp_path / "run" / "checkpoint.bv")))
     assert set(base) < set(found)
     for name, array in found.items():
         if name in base:

@@ -9,6 +9,7 @@ import pytest
 from data_prep import build
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import bv, npz
+from paligemma_med.models.leaves import flatten_tree
 from tests.upstream import parity, parity_config
 from tests.upstream.parity_config import STEPS
 from tools import convert_checkpoint
@@ -70,7 +71,7 @@ def assert_same_steps(theirs, ours, steps):
 
 
 def assert_same_params(found, expected):
-    found = npz.flatten_tree(found)
+    found = flatten_tree(found)
     assert set(found) == set(expected)
     for name, array in expected.items():
         # A softmax is the same whatever is added to all keys, so the gradient of their bias is
@@ -90,7 +91,7 @@ def test_losses_and_weights_are_those_of_big_vision(pairs, stage):
     # The comparison means something: the loss depends on the batch, and weights move.
     losses = [row["training_loss"] for row in pair.ours.values()]
     assert np.std(losses) > 1e-2
-    start = npz.flatten_tree(npz.load_npz(pair.init))
+    start = flatten_tree(npz.load_npz(pair.init))
     moved = {n for n in start if np.abs(pair.params[n] - start[n]).max() > 1e-3}
     assert moved and (stage == 3) == (len(moved) > len(start) // 2)
 

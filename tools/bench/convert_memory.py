@@ -24,6 +24,7 @@ from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
 
@@ -44,7 +45,7 @@ def random_leaf(shape):
 
 def write_adapter(folder, tree):
     """A random adapter on the attention of both towers, as a PEFT folder."""
-    flat, rng = npz.flatten_tree(tree), np.random.default_rng(0)
+    flat, rng = flatten_tree(tree), np.random.default_rng(0)
     specs, factors = lora.resolve(LORA, flat), {}
     for target, spec in specs.items():
         a, b = lora.factor_shapes(target, spec, flat[target.param].shape)

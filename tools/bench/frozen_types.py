@@ -19,8 +19,9 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from paligemma_med import experiment, input_pipeline, quantise
-from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.checkpoints import workdir
 from paligemma_med.models import paligemma
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
@@ -70,7 +71,7 @@ def make_step(dtype, size, rows):
     config = ConfigDict(dict(sizes.optimizer(), supervised_len=size.answer_len))
     config.schedule = [(sizes.TRAINED["lora"], dict(decay_type="constant")), (".*", None)]
     config.frozen_dtype = dtype
-    abstract = npz.flatten_tree(paligemma.abstract_params(model, image_size=size.res))
+    abstract = flatten_tree(paligemma.abstract_params(model, image_size=size.res))
     names = optim.trained_names(config, list(abstract))
     tx, rate = optim.make(config, names, total_steps=10, num_examples=10, batch_size=rows)
     mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])

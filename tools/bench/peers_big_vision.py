@@ -27,9 +27,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import decoder, vit
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tools.bench import peers_ours, sizes, workers
 
 _MODEL = "big_vision.models.proj.paligemma.paligemma"
@@ -111,7 +111,7 @@ def build(settings):
     model = make_model(paligemma, its_gemma, size)
     _, host = peers_ours.read_weights(settings)
     names = list(host)
-    params = npz.unflatten_tree({_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names})
+    params = unflatten_tree({_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names})
     regex = sizes.TRAINED[what].replace("/lora_", "[/_]lora_")
     config = ml_collections.ConfigDict(
         dict(
@@ -153,7 +153,7 @@ def build(settings):
         state, (loss, _) = update(state, batch)
         return loss
 
-    trained = [x for n, x in npz.flatten_tree(params).items() if re.fullmatch(regex, n)]
+    trained = [x for n, x in flatten_tree(params).items() if re.fullmatch(regex, n)]
     about = dict(trained=sum(x.size for x in trained))
     return peers_ours.JaxSide(step, "float32", about)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import flops
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
@@ -74,7 +74,7 @@ def read_weights(settings, **towers):
         model, params = checkpoints.apply_adapter(img, llm, params, adapter, dtype=settings["dtype"])
     else:
         model = checkpoints.apply_adapter(img, llm, params, checkpoints.Adapter({}, {}), dtype=settings["dtype"])[0]
-    return model, npz.flatten_tree(params)
+    return model, flatten_tree(params)
 
 
 def put_weights(settings):
@@ -84,7 +84,7 @@ def put_weights(settings):
     dtype, params = jnp.dtype(settings["dtype"]), {}
     for name in list(host):  # one at a time, so that the host never holds all of them
         params[name] = jax.device_put(np.asarray(host.pop(name)).astype(dtype, copy=False))
-    return model, npz.unflatten_tree(params)
+    return model, unflatten_tree(params)
 
 
 def build(settings):

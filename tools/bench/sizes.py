@@ -180,13 +180,14 @@ def write_weights(folder, size, dtype):
     <folder>/adapter as PEFT has it. Each leaf is drawn when it is written, so that a large model
     needs little memory."""
     from paligemma_med import checkpoints
-    from paligemma_med.checkpoints import lazy, npz
+    from paligemma_med.checkpoints import lazy
     from paligemma_med.models import paligemma
     from paligemma_med.models.layers import lora
+    from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
     model = paligemma.Model(img=size.img, llm=size.llm)
     tree = paligemma.abstract_params(model, image_size=size.res)
-    flat = npz.flatten_tree(tree)
+    flat = flatten_tree(tree)
 
     def leaf(name, x):
         def draw():
@@ -199,7 +200,7 @@ def write_weights(folder, size, dtype):
 
         return lazy.Lazy(x.shape, lazy.dtype_of(dtype), draw)
 
-    leaves = npz.unflatten_tree({n: leaf(n, x) for n, x in flat.items()})
+    leaves = unflatten_tree({n: leaf(n, x) for n, x in flat.items()})
     base = os.path.join(folder, "base")
     checkpoints.save_hf(base, leaves, img=dict(model.img), llm=dict(model.llm))
     specs, factors = lora.resolve(LORA, flat), {}

@@ -10,8 +10,8 @@ from data_prep import build
 from data_prep.builders.captioned import CaptionedBuilder
 from data_prep.builders.figures import SPLITS
 from data_prep.files import DataError
-from data_prep.images.convert import convert as images
-from data_prep.images.convert import store as image_store
+from data_prep.images import convert as images
+from data_prep.images import store as image_store
 
 SIDE = 512  # pixels, at most
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".dcm", "")

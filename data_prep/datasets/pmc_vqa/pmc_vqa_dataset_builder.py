@@ -13,8 +13,8 @@ from data_prep import ledger
 from data_prep.builders import row_file
 from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.datasets.pmc_vqa import release
-from data_prep.images.convert import convert as images
-from data_prep.images.convert.store import Store
+from data_prep.images import convert as images
+from data_prep.images.store import Store
 
 
 @dataclasses.dataclass

@@ -19,9 +19,9 @@ from data_prep.builders.row_file import RowWriter, read_rows
 from data_prep.datasets.pmc_vqa import rows
 from data_prep.datasets.pmc_vqa.rows import LETTERS, Question
 from data_prep.files import DataError
-from data_prep.images.convert import store as image_store
-from data_prep.images.convert.checked import CheckedImages
-from data_prep.images.convert.store import Store
+from data_prep.images import store as image_store
+from data_prep.images.checked import CheckedImages
+from data_prep.images.store import Store
 from data_prep.progress import progress
 
 SPLITS = ("train", "validate", "test")

@@ -17,8 +17,8 @@ import tqdm
 
 from data_prep import files
 from data_prep.files import DataError
-from data_prep.images.convert import store as image_store
-from data_prep.images.convert.store import Store
+from data_prep.images import store as image_store
+from data_prep.images.store import Store
 from data_prep.ledger import Ledger
 
 SPLITS = ("train", "validate", "test")

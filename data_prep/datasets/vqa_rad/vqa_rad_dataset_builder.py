@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from data_prep import ledger
 from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.datasets.vqa_rad import layout
-from data_prep.images.convert import convert as images
+from data_prep.images import convert as images
 
 
 class Builder(VqaBuilder):

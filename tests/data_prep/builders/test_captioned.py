@@ -16,7 +16,7 @@ from data_prep.builders import captioned as captioned_builder
 from data_prep.datasets.medpix2 import fake as medpix_fake
 from data_prep.datasets.roco import fake as roco_fake
 from data_prep.files import DataError
-from data_prep.images.convert import store as image_store
+from data_prep.images import store as image_store
 
 MAKE = {
     "rocov2": (roco_fake.write_v2, roco_fake.write_qa, (8, 4, 5)),

@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 
 from data_prep.files import DataError
-from data_prep.images.convert.checked import CheckedImages
-from data_prep.images.convert.store import open_store
+from data_prep.images.checked import CheckedImages
+from data_prep.images.store import open_store
 
 
 def _save(path, value):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.files import DataError
-from data_prep.images.convert import convert as images
+from data_prep.images import convert as images
 from tests.data_prep.test_files import POINTER
 
 RNG = np.random.default_rng(0)

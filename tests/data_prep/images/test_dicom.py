@@ -13,8 +13,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage  # noqa: E402
 
 from data_prep.files import DataError  # noqa: E402
-from data_prep.images.convert import convert as images
-from data_prep.images.convert import dicom  # noqa: E402
+from data_prep.images import convert as images  # noqa: E402
+from data_prep.images import dicom  # noqa: E402
 
 
 def make(pixels, *, bits=16, kind="MONOCHROME2", preamble=True, **elements):

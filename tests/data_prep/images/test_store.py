@@ -11,8 +11,8 @@ import PIL.Image
 import pytest
 
 from data_prep.files import DataError
-from data_prep.images.convert import store as image_store
-from data_prep.images.convert.store import open_store
+from data_prep.images import store as image_store
+from data_prep.images.store import open_store
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 # GQA, and query heads with keys of their own (`qkv_einsum`).
 IMG = dict(width=12, depth=2, mlp_dim=20, num_heads=3, patch_size=8)
@@ -29,7 +29,7 @@ def make(rules=(), llm=LLM, **kw):
 
 
 def flat_shapes(model, size=16):
-    return npz.flatten_tree(paligemma.abstract_params(model, image_size=size))
+    return flatten_tree(paligemma.abstract_params(model, image_size=size))
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def batch(rows=2, length=5):
 
 def apply_plainly(model, params, inputs, train=False, rng=None):
     rngs = None if rng is None else {"dropout": rng}
-    return model.apply({"params": npz.unflatten_tree(params)}, *inputs, train, rngs=rngs)[0]
+    return model.apply({"params": unflatten_tree(params)}, *inputs, train, rngs=rngs)[0]
 
 
 apply = jax.jit(apply_plainly, static_argnums=0, static_argnames="train")
@@ -63,7 +63,7 @@ apply = jax.jit(apply_plainly, static_argnums=0, static_argnames="train")
 def init(model, seed):
     """{name: what the model initialises it to}."""
     made = jax.jit(lambda key: paligemma.init_params(model, key, image_size=16))
-    return npz.flatten_tree(made(jax.random.key(seed)))
+    return flatten_tree(made(jax.random.key(seed)))
 
 
 def targets_of(model):
@@ -328,7 +328,7 @@ def test_dropout_is_seeded_drops_inputs_of_adapters_only_and_keeps_the_mean():
 def test_decoding_with_a_cache_goes_through_the_adapters():
     """Prefill and one step give what the whole sequence gives."""
     model = make(ALL)
-    params = {"params": npz.unflatten_tree(params_of(model))}
+    params = {"params": unflatten_tree(params_of(model))}
     image, text, _ = batch(rows=1)
     mask_ar = np.array([[0, 0, 0, 0, 1]])
     whole = apply(model, params_of(model), (image, text, mask_ar))

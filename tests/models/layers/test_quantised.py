@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from paligemma_med import quantise
-from paligemma_med.checkpoints import npz
 from paligemma_med.models import decoder, paligemma
 from paligemma_med.models.layers import lora, quantised
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests import tiny
 
 RULES = [(".*", dict(rank=2))]
@@ -26,7 +26,7 @@ def make(num_kv_heads):
         llm=dict(variant="gemma_mu", num_kv_heads=num_kv_heads),
         lora=RULES,
     )
-    shapes = npz.flatten_tree(paligemma.abstract_params(model, image_size=tiny.RES))
+    shapes = flatten_tree(paligemma.abstract_params(model, image_size=tiny.RES))
     rng = np.random.default_rng(0)
     draw = {n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in shapes.items()}
     return model, draw
@@ -57,7 +57,7 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(kind, heads):
     @jax.jit
     def run(factors, params):
         def mean_of(factors):
-            tree = npz.unflatten_tree({**params, **factors})
+            tree = unflatten_tree({**params, **factors})
             args = (batch[k] for k in ("image", "text", "mask_ar"))
             logits, _ = model.apply({"params": tree}, *args)
             return jnp.mean(jax.nn.log_softmax(logits)[..., 5]), logits
