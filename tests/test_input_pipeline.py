@@ -346,7 +346,8 @@ _PROCESS = """
 import json, sys
 import jax
 import numpy as np
-from paligemma_med import input_pipeline, sharding
+from paligemma_med import input_pipeline
+from paligemma_med.parallel import sharding
 
 process, count, port, data_dir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 jax.distributed.initialize(f"localhost:{port}", count, process)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # big_vision does, and is no package: `upstream`, which nobody imports, is the place for both.
 HEAVY = ("tensorflow", "tf_keras", "keras", "torch", "torchvision", "torchaudio", "transformers")
 # Where other packages' private names may stand: a release may move them, so that place guards each.
-PRIVATE_NAMES = "paligemma_med.jax_private"
+PRIVATE_NAMES = "paligemma_med.parallel.jax_private"
 UNSAFE_MODULES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")
 UNSAFE_CALLS = ("eval", "exec")
 
@@ -240,7 +240,7 @@ def test_every_file_says_what_it_is_for():
         ("paligemma_med.distributed", "from jax._src import distributed", True),
         ("tools.x", "def f():\n  import jax._src.core", True),
         ("paligemma_med.x", "from orbax.checkpoint import _src", True),
-        ("paligemma_med.jax_private", "from jax._src import distributed", False),
+        ("paligemma_med.parallel.jax_private", "from jax._src import distributed", False),
         ("paligemma_med.x", "from jax import __version__", False),
     ],
 )

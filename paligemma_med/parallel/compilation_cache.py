@@ -10,8 +10,7 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from paligemma_med import jax_private
-from paligemma_med.parallel import distributed
+from paligemma_med.parallel import distributed, jax_private
 
 
 def start(setting, workdir):

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from paligemma_med import jax_private
+from paligemma_med.parallel import jax_private
 
 # Nodes of a cluster come up minutes apart; who is still missing then isn't coming.
 START_TIMEOUT = 300

@@ -7,7 +7,7 @@ import types
 import pytest
 from jax._src import compilation_cache
 
-from paligemma_med import jax_private
+from paligemma_med.parallel import jax_private
 
 # Names of `jax._src` that a later JAX may not have.
 HIDDEN = ("distributed", "cloud_tpu_init", "compilation_cache")
@@ -60,7 +60,7 @@ def test_programs_start_without_the_private_names(repo_root):
     code = (
         f"import sys, jax, jax._src, jax.experimental.multihost_utils;"
         f"import jax.experimental.compilation_cache.compilation_cache; {hide}"
-        "from paligemma_med import compilation_cache, distributed;"
+        "from paligemma_med.parallel import compilation_cache, distributed;"
         "distributed.start(); compilation_cache.start(False, 'unused'); print(distributed.is_alone())"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=120)
