@@ -1,27 +1,49 @@
 """What the experiments share: arguments, the prompt, and the preprocessing strings built from it.
 
-The prompt is part of a checkpoint: it is written here once, and training, evaluation and `predict`
-all take it from here. It is big_vision's for English VQA: BOS, "answer en {question}", newline,
-then the answer and EOS.
+The prompt is part of a checkpoint: a model answers best when asked in the words it was trained
+with. `prompt_for` is the one place where those words are written; training, evaluation and `predict`
+take them from there. They are big_vision's for VQA: BOS, "answer en {question}", newline, then the
+answer and EOS.
 """
 
 import ast
 
 import ml_collections
 
+from paligemma_med.pp import rows
+
 GEMMA = 'gemma(tokensets=("loc", "seg"))'
 GEMMA_VOCAB = 256_000 + 1024 + 128
-PROMPT = "answer en {question}"
 SEPARATOR = "\n"
 
-# What evaluators need to know of each question, beside the arrays.
-EVAL_KEYS = ("question_id", "image_id", "question", "answer", "answer_type", "content_type", "modality", "location")
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+# What evaluators need to know of each question, in addition to the arrays.
+EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location")
 
 
 # Settings of the training loop at their defaults: written out in every config, since the command
 # line changes only what a config has. docs/training.md says what they mean.
 LOOP = dict(keep_ckpt=2, skip_nonfinite=0, tensorboard=False, wandb=False, compilation_cache=True)
+
+
+def prompt_for(language="en", options=False):
+    """The prompt as a template over the keys of a row; what `strfmt` fills in.
+
+    Args:
+      language: of the answer, which PaliGemma is told in the prompt: "en", "zh", or "{q_lang}" for
+        the row's own. "": nothing is said about it.
+      options: whether the four choices of the row follow the question.
+    """
+    text = f"answer {language} {{question}}" if language else "answer {question}"
+    return text + " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}" if options else text
+
+
+# What every function below takes unless told otherwise.
+PROMPT = prompt_for()
+
+
+def dataset(name, split, data_dir=""):
+    """A `data` section; without `data_dir` the set is looked for where TFDS keeps its sets."""
+    return dict(name=name, split=split, **(dict(data_dir=data_dir) if data_dir else {}))
 
 
 def parse_arg(arg, **defaults):
@@ -97,8 +119,8 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
 
 
 def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer"):
-    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator, to which
-    the truth is "answer" whatever its key in the data.
+    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator, for which
+    the truth is called "answer" whatever its key in the data.
 
     Gives image as above, and text, mask_ar, mask_input int32[text_len].
     """
@@ -130,6 +152,7 @@ def vqa_eval(
     max_new_tokens,
     prompt=PROMPT,
     train_split="train",
+    data_dir="",
     batch_size=64,
     keep=EVAL_KEYS,
     answer="answer",
@@ -137,17 +160,18 @@ def vqa_eval(
     temperature=None,
     **kw,
 ):
-    """An evals section: exact match on a split of data set `name`, with its controls.
+    """A section of config.evals: exact match on a split of the data set `name`, with its controls.
 
     Several `samples` of each question are drawn at `temperature` (by default 1) and give a mean and
-    a standard deviation over runs; a single one is the most probable answer.
+    a standard deviation over runs; a single one is the most probable answer. Majority answers are
+    counted on `train_split`.
     """
     if temperature is None:
         temperature = 1.0 if samples > 1 else 0.0
     return dict(
         type="vqa",
-        data=dict(name=name, split=split),
-        train_data=dict(name=name, split=train_split),
+        data=dataset(name, split, data_dir),
+        train_data=dataset(name, train_split, data_dir),
         **(dict(train_answer=answer) if answer != "answer" else {}),
         pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
         batch_size=batch_size,
@@ -224,7 +248,7 @@ def dialogue_eval(c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="a
 
 def closed_eval(c, name, split, *, samples=5, **kw):
     """The paper's protocol for closed questions: five samples at temperature 1, mean and standard
-    deviation over runs, and which questions are not robust; beside it LLaVA-Med's closed metric.
+    deviation over runs, which questions are not robust, and LLaVA-Med's closed metric.
 
     Arguments as of `vqa_eval`. The figures of answer_type/CLOSED are those of closed questions.
     """
@@ -245,9 +269,9 @@ def multiple_choice_eval(
     split,
     *,
     samples=5,
-    choices=CHOICES,
+    choices=rows.CHOICES,
     keep=EVAL_KEYS,
-    answer="answer_letter",
+    answer=rows.ANSWER_LETTER,
     options=None,
     **kw,
 ):
@@ -256,19 +280,19 @@ def multiple_choice_eval(
 
     Args:
       choices: keys of the data that hold the choices' texts, in order. The data has answer_letter.
-      answer: key of what the model was trained to say: the letter or, "answer", the choice.
+      answer: key of what the model was trained to say: the letter or, with "answer", the choice.
       options: what is scored as a continuation of the prompt, "letter" or "text"; by default what
         `answer` is; "" scores nothing.
       Others as of `vqa_eval`. `prompt` must show the choices.
     """
     if options is None:
-        options = "letter" if answer == "answer_letter" else "text"
+        options = "letter" if answer == rows.ANSWER_LETTER else "text"
     return vqa_eval(
         c,
         name,
         split,
         samples=samples,
-        keep=(*keep, *choices, "answer_letter"),
+        keep=(*keep, *choices, rows.ANSWER_LETTER),
         answer=answer,
         protocol="multiple_choice",
         choices=choices,

@@ -1,10 +1,13 @@
-"""The paper's recipe at the true size: what its two stages, and the data sets of stage 2, share.
+"""The paper's recipe at the true size: what its two stages, and the experiments of stage 2, share.
+
+`stage2` makes the config up to the data; each configs/stage2_*.py adds its data sets, prompt, text
+length and evaluations.
 
 Where the paper ("Adapting Lightweight Vision Language Models for Radiological VQA"), its draft and
 the authors' scripts say different things, the variants are arguments of the configs:
 
-stage1   a stage-1 workdir to start from; `init` instead starts from base weights, which is the
-         paper's ablation without stage 1. Neither: random weights.
+stage1   a stage-1 workdir to start from; `init` in its place starts from base weights, which is
+         the paper's ablation without stage 1. Neither: random weights.
 lora     "attention" (default): q, k, v and output of both towers, which is what the paper's text
          says (section 4.4, "the attention heads in both the vision tower and the language model").
          "script": the targets of lora_finetune.py, q, k, v of both towers and o, gate, up, down of
@@ -27,21 +30,24 @@ micro, accum
 epochs   the paper gives none for stage 2. Defaults are where the curves of validation loss in the
          authors' article end or are lowest: ROCO 7, MedPix 4, both 9, PMC-VQA 4.
 lr       1e-5, table 3.
-letters  False (default). True, for sets of synthesised multiple choice alone: the options stand
-         in the prompt, and the letter is the answer (MedPix and ROCO; stage2_pmc_vqa always does).
-tiny     False (default). True: the tiny base model of the quickstart in place of PaliGemma-3B, to
-         try out data and commands in minutes. It has seen no radiology; its figures mean nothing.
+letters  (stage2_medpix2, stage2_rocov2) False (default). True, for sets of synthesised multiple
+         choice alone: the options stand in the prompt, and the letter is the answer.
+tiny     False (default). True: the tiny base model (configs/tiny_base.py) in place of PaliGemma-3B,
+         to try out data and commands in minutes. It has seen no radiology; its figures mean nothing.
 samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
          temperature 1 here (it names none).
+seed, data_dir
+         as everywhere; without data_dir, sets are looked for where TFDS keeps its sets.
 
 Table 3 also has: constant schedule, label smoothing 0, weight decay 0, fp16. Here frozen weights
 and activations are bfloat16, which has float32's range, and what is trained stays float32.
 """
 
-from configs import common, quickstart, tiny_base
+from configs import common, tiny_base
+from paligemma_med.pp import rows
 
-KEEP = ("question_id", "image_id", "question", "answer", "answer_type", "modality", "location", "location_category")
-_EVALS = {"open": common.open_eval, "multiple_choice": common.multiple_choice_eval}
+# What evaluators need to know of each question, and what figures are broken down by.
+EVAL_KEYS = (*rows.KEYS, "modality", "location", "location_category")
 
 _TOWERS = "img/Transformer/.*"
 _LORA = {
@@ -54,16 +60,36 @@ _LORA = {
     "figure": [("img/.*|llm/layers/.*", True)],
     "llm": [("llm/layers/attn/.*", True)],
 }
-# What stands behind a question with options in the prompt.
-SHOWN = " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}"
-# For `stage2`: the argument `letters`, and what it changes.
-LETTERS = dict(
-    letters=False,
-    choices=lambda args: SHOWN if args.letters else "",
-    answer_key=lambda args: "answer_letter" if args.letters else "answer",
-    protocol=lambda args: "multiple_choice" if args.letters else "open",
-)
-_PROMPTS = {"en": common.PROMPT, "bare": "answer {question}"}
+_LANGUAGES = {"en": "en", "bare": ""}
+_ROCO = {"v1": "roco_v1/qa", "v2": "rocov2/qa"}
+
+
+def parse_arg(arg, **more):
+    """The arguments of a stage 2: those above, and `more`, which must have `epochs`."""
+    args = common.parse_arg(
+        arg,
+        stage1="",
+        init="",
+        res=448,
+        lora="attention",
+        rank=8,
+        alpha=32.0,
+        dropout=0.05,
+        prompt="en",
+        norm="example",
+        clip=1.0,
+        micro=6,
+        accum=16,
+        lr=1e-5,
+        tiny=False,
+        samples=1,
+        seed=0,
+        data_dir="",
+        **more,
+    )
+    if args.stage1 and args.init:
+        raise ValueError("Give stage1=… (a workdir) or init=… (weights, without stage 1), not both.")
+    return args
 
 
 def model(c, res):
@@ -103,127 +129,48 @@ def lora(which, rank, alpha, dropout):
     return [(regex, spec if adapted else None) for regex, adapted in _LORA[which]]
 
 
-def stage2(
-    arg,
-    sets,
-    *,
-    epochs,
-    text_len,
-    max_new_tokens,
-    choices="",
-    answer_key="answer",
-    mixture=None,
-    protocol="open",
-    **defaults,
-):
-    """A config of stage 2.
+def stage2(args):
+    """A config of stage 2 but for its data and texts.
 
     Args:
-      arg: the config's argument string; `defaults` are arguments beyond those of every stage 2.
-      sets: {key: data set}.
-      mixture: with more than one, a function of the arguments that gives (weights, anneal) as
-        `config.input` has them.
-      epochs: default of that argument.
-      text_len: tokens of question and answer.
-      max_new_tokens: of an answer in evaluations.
-      choices: what stands behind the question in the prompt.
-      answer_key: of the answer in the data.
-      protocol: of evaluations, "open" or "multiple_choice".
-      sets, choices, answer_key and protocol may be functions of the arguments, too.
+      args: of `parse_arg`.
 
     Returns:
-      (ConfigDict, the arguments).
+      A ConfigDict: model, weights, adapters, optimizer, batch and schedule. Left to the experiment
+      are text_len, input.data, input.pp, predict_pp and evals.
     """
-    args = common.parse_arg(
-        arg,
-        stage1="",
-        init="",
-        res=448,
-        lora="attention",
-        rank=8,
-        alpha=32.0,
-        dropout=0.05,
-        prompt="en",
-        norm="example",
-        clip=1.0,
-        micro=6,
-        accum=16,
-        epochs=float(epochs),
-        lr=1e-5,
-        tiny=False,
-        samples=1,
-        seed=0,
-        data_dir="",
-        **defaults,
-    )
-    if args.stage1 and args.init:
-        raise ValueError("Give stage1=… (a workdir) or init=… (weights, without stage 1), not both.")
-    if args.prompt not in _PROMPTS:
-        raise ValueError(f"prompt={args.prompt!r}: expected one of {sorted(_PROMPTS)}.")
-    sets, answer_key = _call(sets, args), _call(answer_key, args)
-    prompt = _PROMPTS[args.prompt] + _call(choices, args)
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
     if args.tiny:
-        c.update(res=tiny_base.RES, tokenizer=tiny_base.TOKENIZER, model=tiny_base.MODEL)
+        tiny_base.apply(c)
     else:
         model(c, args.res)
-    c.model_init = args.stage1 or args.init or (quickstart.BASE if args.tiny else None)
+    c.model_init = args.stage1 or args.init or (tiny_base.BASE if args.tiny else None)
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
     c.adapter_init = None  # a PEFT folder to train on from
-    c.text_len = text_len
     # No supervised_len: the longest answers fill nearly all of text_len.
     # --config.loss_chunk=64, for small cards, has logits of 64 positions at a time.
     c.loss_chunk = common.ml_collections.config_dict.placeholder(int)
-
-    where = dict(data_dir=args.data_dir) if args.data_dir else {}
-    pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer_key)
-    c.input = dict(pp=pp, num_workers=0 if args.tiny else 4)
     # A few captions run to thousands of characters; what is cut is counted and reported.
-    c.input.allow_missing_eos = True
-    if len(sets) == 1:
-        (name,) = sets.values()
-        c.input.data = dict(name=name, split="train", **where)
-    else:
-        c.input.data, c.input.anneal = mixture(args)
-        for key, name in sets.items():
-            c.input[key] = dict(data=dict(name=name, split="train", **where))
-    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt)
+    c.input = dict(num_workers=0 if args.tiny else 4, allow_missing_eos=True)
     c.total_epochs = args.epochs
     recipe(c, args.micro, args.accum, args.lr)
     c.loss_norm = args.norm
     c.grad_clip_norm = args.clip
     c.schedule = [(".*/lora_[ab]", dict(decay_type="constant")), (".*", None)]
     c.log_training_steps = 20
-    c.evals = {}
-    for key, name in sets.items():
-        c.evals[f"{key}_validate"] = section = common.ml_collections.ConfigDict(
-            _EVALS[_call(protocol, args)](
-                c,
-                name,
-                "validate",
-                text_len=c.text_len,
-                max_new_tokens=max_new_tokens,
-                prompt=prompt,
-                answer=answer_key,
-                keep=KEEP,
-                samples=args.samples,
-                log_epochs=1,
-            )
-        )
-        for data in (section.data, section.train_data):
-            data.update(where)
     return c
 
 
-def roco(args):
-    """The ROCO data set that the argument `version` names."""
-    names = {"v1": "roco_v1/qa", "v2": "rocov2/qa"}
-    if args.version not in names:
-        raise ValueError(f"version={args.version!r}: expected one of {sorted(names)}.")
-    return names[args.version]
+def prompt_for(args, options=False):
+    """The prompt that args.prompt names; `options` as in `common.prompt_for`."""
+    if args.prompt not in _LANGUAGES:
+        raise ValueError(f"prompt={args.prompt!r}: expected one of {sorted(_LANGUAGES)}.")
+    return common.prompt_for(_LANGUAGES[args.prompt], options)
 
 
-def _call(value, args):
-    """A setting that may depend on the arguments."""
-    return value(args) if callable(value) else value
+def roco(version):
+    """The ROCO data set of a version; ValueError names the versions there are."""
+    if version not in _ROCO:
+        raise ValueError(f"version={version!r}: expected one of {sorted(_ROCO)}.")
+    return _ROCO[version]

@@ -9,11 +9,8 @@ of the stage), rank, size (of a batch), seed, eval (the split that evaluations u
 chosen on validate), data_dir.
 """
 
-import os
-
 from configs import common, tiny_base
 
-BASE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "tools", "tiny_base.npz")
 EPOCHS = {1: 0.4, 2: 3.2}
 LR = {1: 3e-3, 2: 2e-3}
 
@@ -22,7 +19,7 @@ def get_config(arg=None):
     args = common.parse_arg(
         arg,
         stage=1,
-        init=BASE,
+        init=tiny_base.BASE,
         epochs=0.0,
         lr=0.0,
         rank=16,
@@ -35,16 +32,13 @@ def get_config(arg=None):
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
     c = common.ml_collections.ConfigDict()
     c.seed = args.seed
-    c.res = tiny_base.RES
+    tiny_base.apply(c)
+    c.model_init = args.init or None
     c.text_len = 24  # the longest question with its answer takes 25, one more than is read
     c.supervised_len = 6
-    c.tokenizer = tiny_base.TOKENIZER
-    c.model = tiny_base.MODEL
-    c.model_init = args.init or None
 
-    where = dict(data_dir=args.data_dir) if args.data_dir else {}
     c.input = dict(
-        data=dict(name="phantom", split="train", **where),
+        data=common.dataset("phantom", "train", args.data_dir),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer),
         batch_size=args.size,
         num_threads=1,
@@ -68,9 +62,8 @@ def get_config(arg=None):
     c.log_training_steps = 50
     c.ckpt_percent = 0.25
     c.update(common.LOOP)
-    name = f"phantom_{args.eval}"
     c.evals = {}
-    c.evals[name] = common.vqa_eval(c, "phantom", args.eval, text_len=c.text_len, max_new_tokens=12, batch_size=128)
-    for key in ("data", "train_data"):
-        c.evals[name][key].update(where)
+    c.evals[f"phantom_{args.eval}"] = common.vqa_eval(
+        c, "phantom", args.eval, text_len=c.text_len, max_new_tokens=12, batch_size=128, data_dir=args.data_dir
+    )
     return c

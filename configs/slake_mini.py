@@ -54,7 +54,7 @@ def get_config(arg=None):
         "contrast(0.8, 1.25)",
     )
     c.input = dict(
-        data=dict(name="slake/en", split="train"),
+        data=common.dataset("slake/en", "train"),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer, augment),
         batch_size=args.size,
         allow_missing_eos=True,

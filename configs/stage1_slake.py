@@ -9,10 +9,10 @@ has float32's range, and what is trained stays float32.
 
 Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), res,
 lang (en, zh or all), micro (examples at a time), accum (how many of those make a step) and tiny
-(the tiny base model of the quickstart, to try out data and commands; see configs/common_3b.py).
+(the tiny base model of configs/tiny_base.py, to try out data and commands).
 """
 
-from configs import common, common_3b, quickstart, tiny_base
+from configs import common, common_3b, tiny_base
 
 
 def get_config(arg=None):
@@ -20,23 +20,26 @@ def get_config(arg=None):
     c = common.ml_collections.ConfigDict()
     c.seed = 0
     if args.tiny:
-        c.update(res=tiny_base.RES, tokenizer=tiny_base.TOKENIZER, model=tiny_base.MODEL)
+        tiny_base.apply(c)
     else:
         common_3b.model(c, args.res)
-    c.model_init = args.init or (quickstart.BASE if args.tiny else None)
+    c.model_init = args.init or (tiny_base.BASE if args.tiny else None)
     # Measured on all of SLAKE, en and zh: prompts take 26 tokens at most, answers 25, both 45.
     c.text_len = 64
     c.supervised_len = 32  # logits are computed at this many positions
 
     name = f"slake/{args.lang}"
-    # PaliGemma is told the language of the answer; with both, each question says its own.
-    prompt = "answer {q_lang} {question}" if args.lang == "all" else f"answer {args.lang} {{question}}"
+    # PaliGemma is told the language of the answer. With both, each row says its own, and `predict`,
+    # which has no rows, asks in English.
+    both = args.lang == "all"
+    prompt = common.prompt_for("{q_lang}" if both else args.lang)
+    predict_prompt = common.prompt_for("en" if both else args.lang)
     c.input = dict(
-        data=dict(name=name, split="train"),
+        data=common.dataset(name, "train"),
         pp=common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt),
         num_workers=0 if args.tiny else 4,
     )
-    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt.replace("{q_lang}", "en"))
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=predict_prompt)
     c.total_epochs = 5
     common_3b.recipe(c, args.micro, args.accum, lr=1e-5)
     c.schedule = [("img/head/.*", dict(decay_type="constant")), (".*", None)]

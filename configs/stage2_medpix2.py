@@ -7,16 +7,34 @@ Data: `medpix2/qa`, by the official split of cases (the authors made their own, 
 Arguments: letters, stage1 or init, and the variants that configs/common_3b.py lists and argues.
 """
 
-from configs import common_3b
+from configs import common, common_3b
+from paligemma_med.pp import rows
 
 
 def get_config(arg=None):
-    # Answers have 21 words on average and 77 at most.
-    return common_3b.stage2(
-        arg,
-        dict(medpix2="medpix2/qa"),
-        epochs=4,
-        text_len=256,
+    args = common_3b.parse_arg(arg, epochs=4.0, letters=False)
+    c = common_3b.stage2(args)
+    c.text_len = 256  # answers have 21 words on average and 77 at most
+
+    prompt = common_3b.prompt_for(args, options=args.letters)
+    answer = rows.ANSWER_LETTER if args.letters else "answer"
+    c.input.data = common.dataset("medpix2/qa", "train", args.data_dir)
+    c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer)
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt)
+
+    evaluation = common.multiple_choice_eval if args.letters else common.open_eval
+    c.evals = {}
+    c.evals.medpix2_validate = evaluation(
+        c,
+        "medpix2/qa",
+        "validate",
+        data_dir=args.data_dir,
+        text_len=c.text_len,
         max_new_tokens=128,
-        **common_3b.LETTERS,
+        prompt=prompt,
+        answer=answer,
+        keep=common_3b.EVAL_KEYS,
+        samples=args.samples,
+        log_epochs=1,
     )
+    return c

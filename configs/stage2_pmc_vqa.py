@@ -10,37 +10,40 @@ questions without their options, and answers as text.
 Arguments: answer, version, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 
-from configs import common_3b
+from configs import common, common_3b
+from paligemma_med.pp import rows
 
-_ANSWERS = {"letter": "answer_letter", "text": "answer"}
-
-
-def _choices(args):
-    return "" if args.version.endswith("_open") else common_3b.SHOWN
-
-
-def _answer_key(args):
-    if args.version.endswith("_open"):
-        return "answer"
-    if args.answer not in _ANSWERS:
-        raise ValueError(f"answer={args.answer!r}: expected one of {sorted(_ANSWERS)}.")
-    return _ANSWERS[args.answer]
-
-
-def _protocol(args):
-    return "open" if args.version.endswith("_open") else "multiple_choice"
+_ANSWERS = {"letter": rows.ANSWER_LETTER, "text": "answer"}
 
 
 def get_config(arg=None):
-    return common_3b.stage2(
-        arg,
-        lambda args: dict(pmc_vqa=f"pmc_vqa/{args.version}"),
-        epochs=4,
-        text_len=192,
+    args = common_3b.parse_arg(arg, epochs=4.0, version="v1", answer="letter")
+    c = common_3b.stage2(args)
+    c.text_len = 192
+
+    name = f"pmc_vqa/{args.version}"
+    is_open = args.version.endswith("_open")
+    if not is_open and args.answer not in _ANSWERS:
+        raise ValueError(f"answer={args.answer!r}: expected one of {sorted(_ANSWERS)}.")
+    prompt = common_3b.prompt_for(args, options=not is_open)
+    answer = "answer" if is_open else _ANSWERS[args.answer]
+    c.input.data = common.dataset(name, "train", args.data_dir)
+    c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer)
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt)
+
+    evaluation = common.open_eval if is_open else common.multiple_choice_eval
+    c.evals = {}
+    c.evals.pmc_vqa_validate = evaluation(
+        c,
+        name,
+        "validate",
+        data_dir=args.data_dir,
+        text_len=c.text_len,
         max_new_tokens=48,
-        choices=_choices,
-        answer_key=_answer_key,
-        protocol=_protocol,
-        answer="letter",
-        version="v1",
+        prompt=prompt,
+        answer=answer,
+        keep=common_3b.EVAL_KEYS,
+        samples=args.samples,
+        log_epochs=1,
     )
+    return c

@@ -12,30 +12,45 @@ With `version=v1` the large set is ROCO v1, as in the authors' files.
 Arguments: medpix, anneal, version, stage1 or init, and the variants of configs/common_3b.py.
 """
 
-from configs import common_3b
+from configs import common, common_3b
 
 
-def _mixture(args):
-    if not 0 < args.medpix < (0.5 if args.anneal else 1):
-        raise ValueError(f"medpix={args.medpix}: expected a share above 0, below 0.5 with anneal.")
-
-    def weights(medpix):
-        return dict(rocov2=1 - medpix, medpix2=medpix)
-
-    if not args.anneal:
-        return weights(args.medpix), None
-    return weights(0.0), [(1 / 3, weights(args.medpix)), (2 / 3, weights(2 * args.medpix))]
+def _shares(medpix):
+    return dict(rocov2=1 - medpix, medpix2=medpix)
 
 
 def get_config(arg=None):
-    return common_3b.stage2(
-        arg,
-        lambda args: dict(rocov2=common_3b.roco(args), medpix2="medpix2/qa"),
-        mixture=_mixture,
-        epochs=9,
-        text_len=256,
-        max_new_tokens=128,
-        medpix=0.15,
-        anneal=True,
-        version="v2",
-    )
+    args = common_3b.parse_arg(arg, epochs=9.0, medpix=0.15, anneal=True, version="v2")
+    if not 0 < args.medpix < (0.5 if args.anneal else 1):
+        raise ValueError(f"medpix={args.medpix}: expected a share above 0, below 0.5 with anneal.")
+    c = common_3b.stage2(args)
+    c.text_len = 256  # as the sets by themselves have
+
+    sets = dict(rocov2=common_3b.roco(args.version), medpix2="medpix2/qa")
+    if args.anneal:
+        c.input.data = _shares(0.0)
+        c.input.anneal = [(1 / 3, _shares(args.medpix)), (2 / 3, _shares(2 * args.medpix))]
+    else:
+        c.input.data = _shares(args.medpix)
+        c.input.anneal = None
+    for key, name in sets.items():
+        c.input[key] = dict(data=common.dataset(name, "train", args.data_dir))
+    prompt = common_3b.prompt_for(args)
+    c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt)
+    c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt)
+
+    c.evals = {}
+    for key, name in sets.items():
+        c.evals[f"{key}_validate"] = common.open_eval(
+            c,
+            name,
+            "validate",
+            data_dir=args.data_dir,
+            text_len=c.text_len,
+            max_new_tokens=128,
+            prompt=prompt,
+            keep=common_3b.EVAL_KEYS,
+            samples=args.samples,
+            log_epochs=1,
+        )
+    return c

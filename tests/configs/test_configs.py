@@ -1,5 +1,6 @@
 """Every config builds what it says; the prompt is one and the same, and never holds the answer."""
 
+import ast
 import importlib
 import io
 import pathlib
@@ -13,7 +14,7 @@ from paligemma_med import checkpoints, experiment, mixture
 from paligemma_med.evaluators import vqa
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
-from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp import get_preprocess_fn, rows
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.training import optim
 
@@ -247,7 +248,7 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
         (common.vqa_eval, 1, set()),
         (common.closed_eval, 5, set()),
         (common.open_eval, 1, set()),
-        (common.multiple_choice_eval, 5, {*common.CHOICES, "answer_letter"}),
+        (common.multiple_choice_eval, 5, {*rows.CHOICES, rows.ANSWER_LETTER}),
     ],
 )
 def test_evaluations_by_protocol(section, samples, keys):
@@ -304,7 +305,37 @@ def test_unknown_key_is_refused():
         experiment.check_config(c)
 
 
-# --- The prompt ---
+# --- One file is one experiment, and the prompt is written once ---
+
+
+def texts_of(path):
+    """The string constants of a file, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    return [
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs and str(n.value) == n.value
+    ]
+
+
+def test_the_words_of_the_prompt_stand_in_one_file():
+    files = {p.stem for p in FOLDER.glob("*.py") if any("{question}" in t or "answer en" in t for t in texts_of(p))}
+    assert files == {"common"}
+    assert common.prompt_for() == common.PROMPT == "answer en {question}"
+    assert common.prompt_for("") == "answer {question}"
+    assert common.prompt_for("zh", options=True).startswith("answer zh {question} A: {choice_a} B: ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_plain_assignments_and_imports_no_experiment(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    assert not any(isinstance(n, ast.Lambda) for n in ast.walk(tree))
+    imported = {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "configs" for a in n.names
+    }
+    assert imported <= {"common", "common_3b", "tiny_base"}
+
+
+# --- The prompt in a row ---
 
 
 def test_layout_of_a_training_row():

@@ -23,8 +23,8 @@ PREDICTION_KEYS = {"question_id", "question", "answer", "predictions", "majority
 
 def test_base_fits_the_quickstarts_model_and_is_small():
     config = quickstart_config.get_config("stage=1")
-    assert os.path.getsize(quickstart_config.BASE) <= 4e6
-    params = flatten_tree(checkpoints.load_params(quickstart_config.BASE))
+    assert os.path.getsize(tiny_base.BASE) <= 4e6
+    params = flatten_tree(checkpoints.load_params(tiny_base.BASE))
     abstract = experiment.abstract_params(config, experiment.make_model(config))
     assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in abstract.items()}
     for name, value in params.items():
@@ -104,7 +104,7 @@ def test_quickstart_runs_goes_on_and_refuses_other_settings(tmp_path, capsys):
     # Stage 2 starts from stage 1, whose weights it leaves as they are.
     base, first, second = (
         flatten_tree(checkpoints.load_params(p))
-        for p in (quickstart_config.BASE, str(tmp_path / "stage1"), str(tmp_path / "stage2"))
+        for p in (tiny_base.BASE, str(tmp_path / "stage1"), str(tmp_path / "stage2"))
     )
     assert {n for n in base if (base[n] != first[n]).any()} == {"img/head/kernel", "img/head/bias"}
     assert all((first[n] == second[n]).all() for n in first) and len(second) > len(first)

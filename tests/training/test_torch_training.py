@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from configs import common, quickstart, tiny_base
+from configs import common, tiny_base
 from data_prep import build
 from paligemma_med import checkpoints, decode, experiment, input_pipeline, train
 from paligemma_med.checkpoints import hf
@@ -182,7 +182,7 @@ def lora_config(data_dir):
     """Twenty steps of adapters in both towers on the phantoms, from the tiny base."""
     c = ml_collections.ConfigDict()
     c.seed, c.res, c.text_len, c.tokenizer = 0, tiny_base.RES, 28, tiny_base.TOKENIZER
-    c.model, c.model_init = tiny_base.MODEL, quickstart.BASE
+    c.model, c.model_init = tiny_base.MODEL, tiny_base.BASE
     c.lora = [
         ("img/Transformer/.*MultiHead.*/kernel", dict(rank=8, alpha=32, dropout=0.05)),
         ("img/head/kernel", dict(rank=4, alpha=8, rslora=True)),

@@ -7,7 +7,8 @@ import os
 import jax
 import numpy as np
 
-from configs import common, quickstart
+from configs import common
+from configs.tiny_base import BASE
 from paligemma_med import experiment, input_pipeline
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
@@ -62,8 +63,8 @@ def slake_batches(c, steps, data_dir):
 
 
 def tiny_base(c, seed=0):
-    """The quickstart's weights, with random adapters where the config has some."""
-    base = flatten_tree(npz.load_npz(quickstart.BASE))
+    """The tiny base model's weights, with random adapters where the config has some."""
+    base = flatten_tree(npz.load_npz(BASE))
     return unflatten_tree(flatten_tree(random_weights(c, seed)) | base)
 
 
