@@ -26,7 +26,7 @@ import paligemma_med
 from paligemma_med import checkpoints, input_pipeline, quantise
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import values as config_values
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed, sharding
@@ -88,8 +88,8 @@ def check_training_config(config):
 
 
 def make_model(config):
-    """The `paligemma.Model` of config.model and config.lora, with activations in config.dtype."""
-    model = paligemma.Model(
+    """The `vlm.Model` of config.model and config.lora, with activations in config.dtype."""
+    model = vlm.Model(
         dtype=config.get("dtype", "float32"),
         attn_impl=config.get("attn_impl", "xla"),
         lora=config.get("lora") or (),
@@ -148,7 +148,7 @@ def abstract_params(config, model):
 
 @functools.lru_cache(maxsize=4)
 def _abstract_params(model, res):
-    return flatten_tree(paligemma.abstract_params(model, image_size=res))
+    return flatten_tree(vlm.abstract_params(model, image_size=res))
 
 
 def param_dtypes(config, names, trained):
@@ -248,7 +248,7 @@ def _random_params(config, model, names, dtypes, shardings):
     """Those of a fresh model's parameters; what isn't asked for is not computed."""
 
     def init():
-        tree = paligemma.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
+        tree = vlm.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
         flat = flatten_tree(tree)
         return {n: flat[n].astype(dtypes[n]) for n in names}
 

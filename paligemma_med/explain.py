@@ -31,7 +31,7 @@ from paligemma_med import decode, experiment
 from paligemma_med import files as atomic
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.evaluation import results
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.parallel import compilation_cache, distributed, sharding
 from paligemma_med.pp import dicom, get_preprocess_fn, ops_image
 from paligemma_med.saliency import capture, checks, occlusion, page, report
@@ -223,7 +223,7 @@ def fit_mask(mask, image_shape, seen_shape, stretched):
 
 
 def _patch(model, image):
-    h, w = paligemma.patch_grid(model, image)
+    h, w = vlm.patch_grid(model, image)
     return image.shape[0] // h, image.shape[1] // w
 
 

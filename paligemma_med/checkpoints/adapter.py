@@ -15,7 +15,7 @@ import numpy as np
 
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
@@ -43,20 +43,20 @@ def apply_adapter(img, llm, params, adapter, **kw):
     """A model with the adapter in place.
 
     Args:
-      img, llm: the two config dicts of `paligemma.Model`.
+      img, llm: the two config dicts of `vlm.Model`.
       params: nested dict of a model without adapters, of arrays or anything else with a shape.
       adapter: an Adapter.
       **kw: further attributes of the model (dtype, attn_impl).
 
     Returns:
-      (paligemma.Model, nested dict of `params` with the factors, which are numpy arrays).
+      (vlm.Model, nested dict of `params` with the factors, which are numpy arrays).
 
     Raises:
       CheckpointError: as `insert_adapter`.
     """
     flat = flatten_tree(params)
     fitted = _fit(flat, adapter)
-    model = paligemma.Model(img=img, llm=llm, lora=rules_of(fitted), **kw)
+    model = vlm.Model(img=img, llm=llm, lora=rules_of(fitted), **kw)
     return model, _insert(flat, fitted)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from paligemma_med.models import vit
 from paligemma_med.models.layers import attention, lora, quantised
 from paligemma_med.models.layers.activations import constrain
+from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 
@@ -174,7 +175,7 @@ class Attention(nn.Module):
                 softcap=self.softcap,
                 impl=self.attn_impl,
                 capture=self.capture is not False,
-                perturb=attention.perturbation(self),
+                perturb=perturbation(self),
             )
         out = Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
         return out("BTNH,NHD->BTD", y), probs
@@ -245,7 +246,7 @@ class Block(nn.Module):
         y = RMSNorm(name="pre_attention_norm")(x)
         adapters = dict(lora=self.lora, deterministic=self.deterministic)
         y, probs = Attention(**self.attn, **adapters, name="attn")(y, angles, mask, step)
-        state, probs = attention.fold_layer(self.attn["capture"], state, probs)
+        state, probs = fold_layer(self.attn["capture"], state, probs)
         if self.post_norms:
             y = RMSNorm(name="post_attention_norm")(y)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
@@ -300,10 +301,10 @@ class _Model(nn.Module):
         Args:
           x: float[B, T, D] from `embed_tokens` or the image tower.
           mask: bool[B, T, T], True where a query (rows) may see a key; under attn_impl="cudnn" also
-            what `attention.split_mask` gives.
+            what `splice.split_mask` gives.
           train: switches dropout on (needs a "dropout" rng).
           capture_attention: return the probabilities of every layer and head (True), or what a
-            fold makes of them (`attention`).
+            fold makes of them (`layers.capture`).
 
         Returns:
           (float[B, T, D] after the final norm, float32[layers, B, N, T, T], or (last state, stacked
@@ -376,7 +377,7 @@ class _Model(nn.Module):
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
         block = vit.stacked(Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0})
-        state = attention.start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
+        state = start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="layers",
             mlp_dim=self.mlp_dim,
@@ -398,7 +399,7 @@ class _Model(nn.Module):
                 num_samples=num_samples,
             ),
         )((x, state), rope_angles(positions, self.head_dim), mask, step)
-        return self.final_norm(x), attention.end_folds(capture, state, probs)
+        return self.final_norm(x), end_folds(capture, state, probs)
 
 
 def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)

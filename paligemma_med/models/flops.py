@@ -15,7 +15,7 @@ the chip's peak: conservative, and the same whatever is recomputed.
 import dataclasses
 import math
 
-from paligemma_med.models import decoder, paligemma, vit
+from paligemma_med.models import decoder, vit, vlm
 from paligemma_med.models.leaves import flatten_tree
 
 ACCOUNTING = (
@@ -77,7 +77,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     """FLOPs of one example.
 
     Args:
-      model: `paligemma.Model`.
+      model: `vlm.Model`.
       trained: names of the trained parameters.
       res, text_len, supervised_len, loss_chunk: as in the config; supervised_len None: logits at
         all text_len.
@@ -85,7 +85,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     Returns:
       Flops.
     """
-    params = flatten_tree(paligemma.abstract_params(model, image_size=res))
+    params = flatten_tree(vlm.abstract_params(model, image_size=res))
     patches = params["img/pos_embedding"].shape[1]
     logits = text_len if supervised_len is None else min(supervised_len, text_len)
     tokens = {"img": patches, "llm": patches + text_len}
@@ -135,7 +135,7 @@ def count_pass(model, *, res, text_len, logits):
     """FLOPs of one example's forward pass.
 
     Args:
-      model: `paligemma.Model`.
+      model: `vlm.Model`.
       res, text_len: pixels and text tokens.
       logits: how many positions have logits.
 
@@ -153,7 +153,7 @@ def count_answers(model, *, res, prompt_len, samples, tokens):
     once, however many answers there are, and each token but an answer's last is read once.
 
     Args:
-      model: `paligemma.Model`.
+      model: `vlm.Model`.
       res, prompt_len: pixels and the prompt's tokens.
       samples, tokens: answers, and tokens of each.
 
@@ -174,7 +174,7 @@ def count_answers(model, *, res, prompt_len, samples, tokens):
 def _parts(model, res):
     """({tower: weights of its products}, those of the vocabulary table, image tokens, {tower: FLOPs
     of attention's two products for a query and a key})."""
-    params = flatten_tree(paligemma.abstract_params(model, image_size=res))
+    params = flatten_tree(vlm.abstract_params(model, image_size=res))
     weights, table = {"img": 0, "llm": 0}, 0
     for name, leaf in params.items():
         last = name.rpartition("/")[2]

@@ -12,6 +12,7 @@ import jax
 
 from paligemma_med.models.layers import attention, lora
 from paligemma_med.models.layers.activations import constrain
+from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
 
 # width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
 # So400m from arXiv 2305.13035.
@@ -102,7 +103,7 @@ class MultiHeadDotProductAttention(nn.Module):
             scale=head**-0.5,
             impl=self.attn_impl,
             capture=self.capture is not False,
-            perturb=attention.perturbation(self),
+            perturb=perturbation(self),
         )
         return lora.Dense(width, inputs=2, name="out", **kw)(y), probs
 
@@ -129,7 +130,7 @@ class EncoderBlock(nn.Module):
         y, probs = MultiHeadDotProductAttention(
             self.num_heads, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
         )(y)
-        state, probs = attention.fold_layer(self.capture, state, probs)
+        state, probs = fold_layer(self.capture, state, probs)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y = MlpBlock(self.mlp_dim, self.dtype, self.lora, self.deterministic)(y)
@@ -152,7 +153,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x, *, deterministic, capture):
         block = stacked(EncoderBlock, self.depth, self.scan, self.remat_policy)
-        state = attention.start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
+        state = start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="encoderblock",
             mlp_dim=self.mlp_dim,
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
             lora=self.lora,
             deterministic=deterministic,
         )((x, state), None)
-        probs = attention.end_folds(capture, state, probs)
+        probs = end_folds(capture, state, probs)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x), probs
 
 
@@ -252,7 +253,7 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
       dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention, or what
-      a fold gives: see `attention`)).
+      a fold gives: see `layers.capture`)).
     """
     kw = {**(decode_variant(variant) if variant else {}), **kw}
     if isinstance(kw.get("patch_size"), int):

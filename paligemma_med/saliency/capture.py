@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.saliency import raw, rollout
 
 MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
@@ -56,7 +56,7 @@ def attention(model, params, batch):
     """All probabilities of both towers.
 
     Args:
-      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities
+      model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities
         (`capturable`).
       params: its parameters.
       batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T]; other keys are ignored.
@@ -86,7 +86,7 @@ def token_logprobs(logits, tokens):
 
 
 class Rows:
-    """A fold (see `models.attention`): keeps some queries' rows, and rolls attention out.
+    """A fold (see `layers.capture`): keeps some queries' rows, and rolls attention out.
 
     State: dict(layer int32[], rolled float32[S, S], queries). Outs: float32[N, R, S]. Batch of one.
     """
@@ -128,7 +128,7 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
     queries = np.asarray(queries, np.int32)
     arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
     patches, length = (
-        math.prod(paligemma.patch_grid(model, arrays["image"])),
+        math.prod(vlm.patch_grid(model, arrays["image"])),
         arrays["text"].shape[-1],
     )
     if not queries.size or queries.min() < patches or queries.max() > patches + length - 2:
@@ -150,7 +150,7 @@ def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_lay
     """`streamed` without its checks and its mass: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
-    at = queries - math.prod(paligemma.patch_grid(model, batch["image"]))
+    at = queries - math.prod(vlm.patch_grid(model, batch["image"]))
     logits, out = model.apply({"params": params}, **batch, logit_positions=at[None], capture_attention=folds)
     state, rows = out["llm/attn"]
     rollout.check_start_layer(start_layer, len(rows))

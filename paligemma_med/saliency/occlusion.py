@@ -205,7 +205,7 @@ def scorer(model, params, seq):
     """A function that gives a response's log-probabilities for other images.
 
     Args:
-      model, params: a `paligemma.Model` and its parameters.
+      model, params: a `vlm.Model` and its parameters.
       seq: `sequence.Sequence` of prompt and response; its own image isn't used.
 
     Returns:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 
 SCORES = ("logit", "logprob")
 MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
@@ -49,7 +49,7 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     sum to 1; only ratios within one have a meaning.
 
     Args:
-      model: `paligemma.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
+      model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
       params: its parameters.
       batch: image float[1, H, W, 3], text int[1, T], mask_ar int[1, T] (`sequence.make`).
       queries: int[R] positions that predict the tokens, in text: P ≤ query < S.
@@ -74,7 +74,7 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     queries, tokens = (np.asarray(x, np.int32).reshape(-1) for x in (queries, tokens))
     if not queries.size or queries.size != tokens.size:
         raise ValueError(f"{queries.size} queries and {tokens.size} tokens; expected as many.")
-    patches = math.prod(paligemma.patch_grid(model, arrays["image"]))
+    patches = math.prod(vlm.patch_grid(model, arrays["image"]))
     length = patches + arrays["text"].shape[1]
     if queries.min() < patches or queries.max() >= length:
         raise ValueError(f"Queries {queries.tolist()} are not in the text, {patches}…{length - 1}.")
@@ -103,12 +103,12 @@ def _lean(model):
 @functools.partial(jax.jit, static_argnames=("model", "score"))
 def _relevancy(model, params, batch, queries, tokens, count, *, score):
     """`relevancy` of the first `count` tokens; the other rows are 0, and cost no backward pass."""
-    patches = math.prod(paligemma.patch_grid(model, batch["image"]))
+    patches = math.prod(vlm.patch_grid(model, batch["image"]))
     length = patches + batch["text"].shape[1]
 
     def scores(slots):
-        """float32[R], whose gradient by the slots is Ā of each layer (`attention.weigh`)."""
-        variables = {"params": params, "perturbations": paligemma.perturbations(**slots)}
+        """float32[R], whose gradient by the slots is Ā of each layer (`capture.weigh`)."""
+        variables = {"params": params, "perturbations": vlm.perturbations(**slots)}
         logits, _ = model.apply(variables, **batch, logit_positions=(queries - patches)[None])
         if score == "logprob":
             logits = jax.nn.log_softmax(logits, axis=-1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.saliency import capture, occlusion, raw, relevancy, rollout, sequence
 
 METHODS = ("raw", "rollout", "relevancy", "occlusion")
@@ -31,7 +31,7 @@ def measure(model, params, image, prompt_ids, answer_ids, *, methods=METHODS, fi
     """The arrays of one answer.
 
     Args:
-      model, params: a `paligemma.Model`, not under attn_impl "cudnn", and its parameters.
+      model, params: a `vlm.Model`, not under attn_impl "cudnn", and its parameters.
       image: float[H, W, 3] in [-1, 1].
       prompt_ids, answer_ids: as `sequence.make` takes them.
       methods: some of METHODS; raw attention is always there.
@@ -118,7 +118,7 @@ def _regions(score, image, grid, fill, batch_size):
 
 
 class _Folds:
-    """Several folds (`models.attention`) as one: its outs are the first one's."""
+    """Several folds (`layers.capture`) as one: its outs are the first one's."""
 
     def __init__(self, folds):
         self.folds = folds
@@ -155,7 +155,7 @@ def _streamed(model, params, arrays, queries, rollouts):
     variants = ROLLOUTS if rollouts else {"": {}}
     img = _Folds([capture.Rows(**kw) for kw in variants.values()])
     llm = _Folds([capture.Rows(queries, **kw) for kw in variants.values()])
-    patches = int(np.prod(paligemma.patch_grid(model, arrays["image"])))
+    patches = int(np.prod(vlm.patch_grid(model, arrays["image"])))
     at = queries - patches
     logits, out = model.apply({"params": params}, **arrays, logit_positions=at[None], capture_attention=(img, llm))
     states, rows = out["llm/attn"]

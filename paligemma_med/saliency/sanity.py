@@ -36,7 +36,7 @@ def stages(params):
     from the last to the first, its patch and position embeddings.
 
     Args:
-      params: {"img": …, "llm": …} as of `paligemma.Model`.
+      params: {"img": …, "llm": …} as of `vlm.Model`.
 
     Returns:
       list of str, such as "llm/layers/17".

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 
 PAD_TOKEN = 0
 
@@ -43,7 +43,7 @@ def make(model, prompt_ids, answer_ids, image, *, pad_to=None):
     """Puts a prompt and an answer, as `decode.generate` reads and writes them, into one sequence.
 
     Args:
-      model: `paligemma.Model`, of which the patches' size is taken.
+      model: `vlm.Model`, of which the patches' size is taken.
       prompt_ids: int[…] the prompt's tokens, without padding.
       answer_ids: int[…] the answer's tokens; padding (0) at the end is dropped, EOS is a token.
       image: float[H, W, 3] in [-1, 1].
@@ -67,7 +67,7 @@ def make(model, prompt_ids, answer_ids, image, *, pad_to=None):
     text = np.zeros((1, pad_to), np.int32)
     text[0, :length] = np.concatenate([prompt, answer])
     place = np.arange(pad_to)[None]
-    grid = paligemma.patch_grid(model, image)
+    grid = vlm.patch_grid(model, image)
     start = grid[0] * grid[1]
     middle, end = start + prompt.size, start + length
     return Sequence(

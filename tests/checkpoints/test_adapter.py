@@ -61,7 +61,7 @@ def test_the_model_has_the_shapes_of_the_parameters():
     made = adapters.random_adapter(name)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
     model, params = applied(name, made, abstract)
-    want = flatten_tree(adapter.paligemma.abstract_params(model, image_size=case["image"]))
+    want = flatten_tree(adapter.vlm.abstract_params(model, image_size=case["image"]))
     assert {n: x.shape for n, x in flatten_tree(params).items()} == {n: x.shape for n, x in want.items()}
 
 

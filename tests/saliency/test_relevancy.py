@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from paligemma_med.models.layers import attention
+from paligemma_med.models.layers import capture
 from paligemma_med.saliency import relevancy
 from tests.models import hf
 from tools.bench import saliency_memory
@@ -92,7 +92,7 @@ def test_weights_are_the_mean_over_heads_of_what_speaks_for_the_token():
     probs = jnp.full((1, 1, 2, 1, 2), 0.5)
     grads = jnp.array([[4.0, -8.0], [2.0, 2.0]]).reshape(probs.shape)
     slot = jnp.ones((1, 1, 2))
-    same, pull = jax.vjp(attention.weigh, probs, slot)
+    same, pull = jax.vjp(capture.weigh, probs, slot)
     through, weights = pull(grads)
     assert (same == probs).all() and (through == grads).all()
     assert weights.tolist() == [[[1.5, 0.5]]]  # the -4 isn't set off against the 1

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 
@@ -70,7 +70,7 @@ def main(argv):
     del argv
     work = pathlib.Path(tempfile.mkdtemp(dir=flags.FLAGS.folder))
     try:
-        tree = paligemma.abstract_params(paligemma.Model(), image_size=224)
+        tree = vlm.abstract_params(vlm.Model(), image_size=224)
         leaves = jax.tree.map(lambda x: random_leaf(x.shape), tree)
         size = sum(x.nbytes for x in jax.tree.leaves(leaves)) / 1e9
         largest = max(x.nbytes for x in jax.tree.leaves(leaves)) / 1e9

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from paligemma_med import experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import workdir
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
@@ -67,11 +67,11 @@ def compare(logits, exact):
 def make_step(dtype, size, rows):
     """() → loss: takes a LoRA step with frozen weights in `dtype`, and waits for it."""
     tower = dict(remat_policy=size.remat_policy, scan=size.scan)
-    model = paligemma.Model(img=size.img | tower, llm=size.llm | tower, lora=sizes.LORA)
+    model = vlm.Model(img=size.img | tower, llm=size.llm | tower, lora=sizes.LORA)
     config = ConfigDict(dict(sizes.optimizer(), supervised_len=size.answer_len))
     config.schedule = [(sizes.TRAINED["lora"], dict(decay_type="constant")), (".*", None)]
     config.frozen_dtype = dtype
-    abstract = flatten_tree(paligemma.abstract_params(model, image_size=size.res))
+    abstract = flatten_tree(vlm.abstract_params(model, image_size=size.res))
     names = optim.trained_names(config, list(abstract))
     tx, rate = optim.make(config, names, total_steps=10, num_examples=10, batch_size=rows)
     mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])

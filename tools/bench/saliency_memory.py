@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import vlm
 from paligemma_med.saliency import capture, relevancy, report
 
 
@@ -51,10 +51,10 @@ def added(*shapes, **kw):
 
 def _abstract(res, text_len, tokens, img, llm, dtype):
     """(model, params, batch, queries) without values."""
-    model = paligemma.Model(img=dict(variant=img), llm=dict(variant=llm), dtype=dtype)
+    model = vlm.Model(img=dict(variant=img), llm=dict(variant=llm), dtype=dtype)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
-        paligemma.abstract_params(model, image_size=res),
+        vlm.abstract_params(model, image_size=res),
     )
     text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
     image = jax.ShapeDtypeStruct((1, res, res, 3), jnp.float32)
@@ -65,7 +65,7 @@ def _abstract(res, text_len, tokens, img, llm, dtype):
 @functools.partial(jax.jit, static_argnums=0)
 def _plain(model, params, batch, queries):
     """The same log-probabilities without capture."""
-    at = queries - math.prod(paligemma.patch_grid(model, batch["image"]))
+    at = queries - math.prod(vlm.patch_grid(model, batch["image"]))
     logits, _ = model.apply({"params": params}, **batch, logit_positions=at[None])
     return capture.token_logprobs(logits, batch["text"][:, at + 1])
 

@@ -22,7 +22,7 @@ class Size:
     """A model and its batch.
 
     Attributes:
-      img, llm: the towers, as `paligemma.Model` takes them.
+      img, llm: the towers, as `vlm.Model` takes them.
       res: pixels.
       text_len: text tokens that the model reads.
       answer_len: how many of those that it predicts are supervised, in every row.
@@ -181,12 +181,12 @@ def write_weights(folder, size, dtype):
     needs little memory."""
     from paligemma_med import checkpoints
     from paligemma_med.checkpoints import lazy
-    from paligemma_med.models import paligemma
+    from paligemma_med.models import vlm
     from paligemma_med.models.layers import lora
     from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
-    model = paligemma.Model(img=size.img, llm=size.llm)
-    tree = paligemma.abstract_params(model, image_size=size.res)
+    model = vlm.Model(img=size.img, llm=size.llm)
+    tree = vlm.abstract_params(model, image_size=size.res)
     flat = flatten_tree(tree)
 
     def leaf(name, x):

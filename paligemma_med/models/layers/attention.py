@@ -3,14 +3,7 @@
 `attend` is used by the image tower and by the language model on whole sequences; `attend_cached`
 is the decoding step, in which several samples of one prompt read the same prefix cache.
 
-Probabilities leave a tower by `capture_attention`: False; True, of all layers at once; or a *fold*,
-which reads a layer's probabilities where they arise, so that no more than one layer's are held. A
-fold is a hashable object with
-
-    init(batch, heads, length) -> state               any tree of arrays, carried over the layers
-    step(state, probs float32[B, N, S, S]) -> (state, out)     outs are stacked along the layers
-
-and a tower then gives (last state, stacked outs) in place of the probabilities.
+`capture` says how probabilities leave a tower.
 
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads,
 G query heads per key/value head (N = K·G), H width of a head, R samples of one prompt,
@@ -21,6 +14,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from paligemma_med.models.layers.capture import weigh
+
 
 # Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
 # gives finite garbage that nobody reads, not NaN that spreads through gradients.
@@ -37,14 +33,14 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
       k: float[B, S, K, H] keys; N is a multiple of K.
       v: float[B, S, K, H] values.
       mask: bool[B, T, S], True where a query may see a key; None lets every query see every key.
-        "cudnn" also takes what `split_mask` gives.
+        "cudnn" also takes what `splice.split_mask` gives.
       scale: factor on the dot products.
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
       impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture; H up
         to 128, from Hopper on 256).
       capture: also return the probabilities.
       perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it. Or
-        float32[B, T, S], of which only the gradient is used: see `weigh`.
+        float32[B, T, S], of which only the gradient is used: see `capture.weigh`.
 
     Returns:
       (float[B, T, N, H] in the type of v, probabilities float32[B, N, T, S] or None).
@@ -84,23 +80,6 @@ def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False
     if capture:
         return out, probs.reshape(probs.shape[0], -1, *probs.shape[3:])
     return out, None
-
-
-def split_mask(mask, first):
-    """The mask of a prefix-LM sequence as fused kernels like it.
-
-    A kernel that is given a mask reads it for every head, and its backward pass makes a gradient of
-    it; one that is given lengths does neither, and skips what lies beyond them. Image tokens, most
-    of a sequence, all see the same: themselves and the prompt, whose length differs by row.
-
-    Args:
-      mask: bool[B, T, S] whose first queries of a row all see the same keys, the first ones.
-      first: how many queries those are, 1 or more.
-
-    Returns:
-      (int32[B] how many keys they see, bool[B, T − first, S] what the other queries see).
-    """
-    return jnp.sum(mask[:, 0], axis=-1, dtype=jnp.int32), mask[:, first:]
 
 
 _FUSED = "cudnn"  # "xla" in tests: the same function without a GPU
@@ -242,49 +221,6 @@ def attend_cached(q, prefix, new, *, scale, softcap=None):
     out = jnp.einsum("BRKGS,BSKH->BRKGH", p_prefix, pv.astype(q.dtype))
     out += jnp.einsum("BRKGM,BRMKH->BRKGH", p_new, nv.astype(q.dtype))
     return out.reshape(q.shape)
-
-
-def start_fold(capture, batch, heads, length):
-    """State of `capture_attention` before the first layer; None unless it is a fold."""
-    return None if isinstance(capture, bool) else capture.init(batch, heads, length)
-
-
-def fold_layer(capture, state, probs):
-    """(state, what a layer gives to be stacked) of the probabilities of a layer, None or float32[B,
-    N, S, S]."""
-    return (state, probs) if isinstance(capture, bool) else capture.step(state, probs)
-
-
-def end_folds(capture, state, stacked):
-    """What a tower gives for its attention after the last layer."""
-    return stacked if isinstance(capture, bool) else (state, stacked)
-
-
-@jax.custom_vjp
-def weigh(probs, slot):
-    """The probabilities float32[B, K, G, T, S] as they are.
-
-    In place of the gradient of a figure y by `slot`, float32[B, T, S], comes the mean over heads of
-    max(probs · ∂y/∂probs, 0): attention weighted by its gradient (arXiv 2103.15679, eq. 5), so that
-    no more than one layer's heads are held.
-    """
-    del slot
-    return probs
-
-
-def _weigh_bwd(probs, grads):
-    return grads, jnp.mean(jnp.maximum(probs * grads, 0), axis=(1, 2))
-
-
-weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
-
-
-def perturbation(module):
-    """The variable "probs" of the collection "perturbations", `attend`'s `perturb`, where it is
-    given, else None: it is never made by itself (`paligemma.perturbations`)."""
-    if module.has_variable("perturbations", "probs"):
-        return module.get_variable("perturbations", "probs")
-    return None
 
 
 def _cap(logits, softcap):

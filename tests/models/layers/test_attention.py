@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core as jex
 
+from paligemma_med.models import splice
 from paligemma_med.models.layers import attention
 
 # Jitted: one compilation a shape is quicker than one an operation.
@@ -124,7 +125,7 @@ def test_a_split_mask_says_the_same(monkeypatch):
     """Values and gradients, with what computes lengths on any device in cuDNN's place."""
     monkeypatch.setattr(attention, "_FUSED", "xla")
     q, k, v = random_qkv(np.random.default_rng(7), 2, 9, 9, 4, 1, 8)
-    lengths, rows = attention.split_mask(PREFIX_LM, 5)
+    lengths, rows = splice.split_mask(PREFIX_LM, 5)
     np.testing.assert_array_equal(lengths, PREFIX)
     assert rows.shape == (2, 4, 9)
 
@@ -155,7 +156,7 @@ def test_cudnn_kernels_without_a_gpu(monkeypatch, split):
     mask = jnp.ones((2, 10, 10), bool)
 
     def loss(q, k, v):
-        shown = attention.split_mask(mask, 6) if split else mask
+        shown = splice.split_mask(mask, 6) if split else mask
         return jnp.sum(attention.attend(q, k, v, shown, scale=0.1, impl="cudnn")[0])
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)

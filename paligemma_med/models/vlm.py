@@ -1,4 +1,4 @@
-"""PaliGemma: image tokens, then text, read by a language model as one prefix-LM sequence.
+"""The composite: image tokens and text, read by a language model as one sequence.
 
 The composite asks the tower for tokens and the decoder for embeddings, and does not reach inside
 either. Methods are named as in big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv
@@ -13,27 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from paligemma_med.models import decoder, vit
-from paligemma_med.models.layers import attention, lora
-
-
-def make_attn_mask(input_mask, mask_ar):
-    """Who sees whom in a prefix-LM sequence.
-
-    Tokens fall into blocks: one with mask_ar = 1 opens a new block, one with 0 joins the block
-    before it. A query sees its own block and all earlier ones, so that a run of zeros is
-    bidirectional and a run of ones is causal.
-
-    Args:
-      input_mask: bool[B, S], False on padding, which nobody sees and which sees nobody.
-      mask_ar: int32[B, S].
-
-    Returns:
-      bool[B, S, S], rows are queries.
-    """
-    block = jnp.cumsum(mask_ar, axis=1)
-    visible = block[:, None, :] <= block[:, :, None]
-    return visible & input_mask[:, None, :] & input_mask[:, :, None]
+from paligemma_med.models import decoder, splice, vit
+from paligemma_med.models.layers import lora
 
 
 class Model(nn.Module):
@@ -92,7 +73,7 @@ class Model(nn.Module):
           image: float[B, height, width, 3] in [-1, 1].
           text: int32[B, T].
           input_mask: bool[B, T], False on padding; by default all text is valid.
-          mask_ar: int32[B, T] as in `make_attn_mask`; by default all text is causal.
+          mask_ar: int32[B, T] as in `splice.make_attn_mask`; by default all text is causal.
           zimg: float[B, tokens, D] from `embed_image`, in place of `image`.
           train: switches dropout on.
 
@@ -137,7 +118,7 @@ class Model(nn.Module):
           pre_logits: give float[B, T or P, D], of which `compute_logits` makes logits, in their
             place: for a loss that wants few of them at a time.
           capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
-            "llm/attn" float32[layers, B, heads, S, S] to the out-dict. A fold (see `attention`)
+            "llm/attn" float32[layers, B, heads, S, S] to the out-dict. A fold (see `layers.capture`)
             adds (last state, stacked outs) instead; a pair is for the image tower and the language
             model, each of them False, True or a fold.
 
@@ -152,9 +133,9 @@ class Model(nn.Module):
         (x, input_mask, mask_ar), out = self.embed_image_and_text(
             image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
         )
-        out["attn_mask"] = mask = make_attn_mask(input_mask, mask_ar)
+        out["attn_mask"] = mask = splice.make_attn_mask(input_mask, mask_ar)
         if self._llm.attn_impl == "cudnn":
-            mask = attention.split_mask(mask, x.shape[1] - text.shape[1])
+            mask = splice.split_mask(mask, x.shape[1] - text.shape[1])
         y, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
         out["llm/pre_logits"] = y
         if of_llm is not False:
@@ -170,7 +151,7 @@ class Model(nn.Module):
 
     def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
         """Reads prompts from `embed_image_and_text`; see `decoder._Model.prefill_cache`."""
-        mask = make_attn_mask(input_mask, mask_ar)
+        mask = splice.make_attn_mask(input_mask, mask_ar)
         return self._llm.prefill_cache(x, input_mask, mask, cache_size=cache_size, num_samples=num_samples)
 
     def extend_cache(self, x):
@@ -193,7 +174,7 @@ def perturbations(img=None, llm=None):
 
     Args:
       img: float32[layers, B, heads, patches, patches], or None for none. Without the axis of heads,
-        their gradients come weighted and fused (`attention.weigh`).
+        their gradients come weighted and fused (`capture.weigh`).
       llm: float32[layers, B, heads, S, S], likewise, or None.
     """
     out = {}

@@ -1,0 +1,59 @@
+"""How attention probabilities leave a tower, and how a figure is differentiated by them.
+
+A tower's `capture_attention` is False; or True, for the probabilities of all layers at once; or a
+*fold*, which reads each layer's probabilities where they arise, so that only one layer's are ever
+held. A fold is a hashable object with
+
+    init(batch, heads, length) -> state               any tree of arrays, carried over the layers
+    step(state, probs float32[B, N, S, S]) -> (state, out)     outs are stacked along the layers
+
+and the tower then gives (last state, stacked outs) in place of the probabilities.
+
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads,
+G query heads per key/value head (N = K·G).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def start_fold(capture, batch, heads, length):
+    """State of `capture_attention` before the first layer; None unless it is a fold."""
+    return None if isinstance(capture, bool) else capture.init(batch, heads, length)
+
+
+def fold_layer(capture, state, probs):
+    """(state, what is stacked of this layer) from its probabilities float32[B, N, S, S] or None."""
+    return (state, probs) if isinstance(capture, bool) else capture.step(state, probs)
+
+
+def end_folds(capture, state, stacked):
+    """A tower's attention output after the last layer."""
+    return stacked if isinstance(capture, bool) else (state, stacked)
+
+
+@jax.custom_vjp
+def weigh(probs, slot):
+    """The probabilities float32[B, K, G, T, S], unchanged.
+
+    Only the gradient by `slot`, float32[B, T, S], is special: for a figure y it is the mean over
+    heads of max(probs · ∂y/∂probs, 0), attention weighted by its gradient (arXiv 2103.15679, eq. 5).
+    Fused here, so that one layer's heads are all that is ever held.
+    """
+    del slot
+    return probs
+
+
+def _weigh_bwd(probs, grads):
+    return grads, jnp.mean(jnp.maximum(probs * grads, 0), axis=(1, 2))
+
+
+weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
+
+
+def perturbation(module):
+    """What `attend` takes as `perturb`: the variable "probs" of the collection "perturbations" if
+    the caller gave one (`vlm.perturbations`), else None. It is never created by `init`."""
+    if module.has_variable("perturbations", "probs"):
+        return module.get_variable("perturbations", "probs")
+    return None
