@@ -1,0 +1,9 @@
+"""PaliGemma under the name that outside code relies on, as in big_vision.
+
+`vlm.Model` with nothing given is PaliGemma 3B: SigLIP So400m/14 and Gemma 2B, image in front, a
+prefix-LM mask.
+"""
+
+from paligemma_med.models.vlm import Model, abstract_params, init_params, patch_grid, perturbations
+
+__all__ = ["Model", "abstract_params", "init_params", "patch_grid", "perturbations"]
