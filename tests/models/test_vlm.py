@@ -1,6 +1,7 @@
 """The composite: parity with Hugging Face, masks by perturbation, precision, cache, and its errors."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from paligemma_med.models.layers.capture import weigh
 
-
 # Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
 # gives finite garbage that nobody reads, not NaN that spreads through gradients.
 MASKED = -(2.0**127)
