@@ -5,6 +5,7 @@ either gives the content or raises `DataError` with one sentence that names the 
 found and what was expected, because a user can act on that and not on a stack trace.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -12,7 +13,9 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
+import secrets
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import PIL.Image
 
@@ -128,6 +131,27 @@ def check_image(path: os.PathLike | str) -> str:
     if not os.path.isfile(path):
         raise DataError(f"{path}: expected an image file, found a folder")
     return _check_image(path, stat.st_size, stat.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
+    """In a `with`: a binary file to write, which becomes `path` whole or not at all.
+
+    As in `paligemma_med.files`, which isn't imported here; several take their places in the reverse order of the
+    `with`: the first one is there last.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: os.PathLike | str, content: Any) -> None:

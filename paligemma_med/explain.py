@@ -27,8 +27,7 @@ import PIL.Image
 from absl import app, flags
 
 import paligemma_med
-from paligemma_med import decode, experiment
-from paligemma_med import files as atomic
+from paligemma_med import decode, experiment, files
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.evaluation import results
 from paligemma_med.models import vlm
@@ -293,7 +292,7 @@ def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed):
 
 def write_page(made, path):
     """The page of a report; the file appears whole."""
-    with atomic.file(path) as f:
+    with files.whole_file(path) as f:
         f.write(page.render(made).encode())
 
 
@@ -323,7 +322,7 @@ def write_npz(made, path):
         )
     }
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-    with atomic.file(path) as f:
+    with files.whole_file(path) as f:
         np.savez_compressed(f, **arrays)
 
 
@@ -346,7 +345,7 @@ def write_pngs(made, folder, prefix=""):
         for name, x, scale in [("all", whole, top(whole))] + [
             (f"{r:02d}", x, top(values)) for r, x in enumerate(values)
         ]:
-            with atomic.file(os.path.join(folder, f"{prefix}{method}_{name}.png")) as f:
+            with files.whole_file(os.path.join(folder, f"{prefix}{method}_{name}.png")) as f:
                 f.write(_png(page.overlay(picture, x, top=scale, signed=method in page.SIGNED)))
 
 
@@ -462,7 +461,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
     raised = [[checks.Flag(*flag) for flag in row["raised"]] for row in rows]
     order = worst_first(rows, raised)
     title = f"{len(rows)} answers about images in {os.path.basename(os.path.abspath(folder))}"
-    with atomic.file(os.path.join(out, "index.html")) as f:
+    with files.whole_file(os.path.join(out, "index.html")) as f:
         f.write(page.render_index([rows[i] for i in order], title).encode())
     os.remove(os.path.join(out, results.PART))
     return sum(row["error"] is not None for row in rows)

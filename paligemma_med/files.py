@@ -1,18 +1,25 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all, whatever happens while they are written.
 
-They are written beside their place under another name, flushed to disk and moved there at the end.
+They are written beside their place under a hidden name, flushed to disk and moved there at the end. A program that is
+killed leaves the hidden one, and what was there before. (`data_prep.files` has a `whole_file` of its own, since the
+data are built without this package.)
 """
 
 import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Collection, Iterator
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def file(path):
-    """In a `with`: a binary file to write, which becomes `path`; missing folders are made."""
-    temporary = _beside(path)
+def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
+    """In a `with`: a binary file to write, which becomes `path`; missing folders are made.
+
+    Several that belong together take their places in the reverse order of the `with`: the first one is there last.
+    """
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as f:
             yield f
@@ -26,19 +33,25 @@ def file(path):
     _sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
+def write_text(path: os.PathLike | str, text: str, *, errors: str = "strict") -> None:
+    """Writes `text` as the UTF-8 file `path`, whole or not at all. errors: as in `str.encode`."""
+    with whole_file(path) as f:
+        f.write(text.encode("utf-8", errors))
+
+
 @contextlib.contextmanager
-def folder(path, *, replaces=None):
+def whole_folder(path: os.PathLike | str, *, replaces: Collection[str] | None = None) -> Iterator[str]:
     """In a `with`: an empty folder to fill, which becomes `path`; missing parents are made.
 
     Args:
-      replaces: names; if `path` exists and has an entry of one of them, it is replaced. None
-        replaces nothing. So a folder that holds something else is never lost by a slip of the pen.
+      replaces: names; if `path` exists and has an entry of one of them, it is replaced. None replaces nothing. So a
+        mistyped path never costs a folder that holds something else.
 
     Raises:
       FileExistsError: `path` exists and is not to be replaced.
     """
-    check_new(path, replaces=replaces)
-    temporary = _beside(path)
+    _check_new(path, replaces)
+    temporary = _temporary(path)
     os.mkdir(temporary)
     try:
         yield temporary
@@ -53,8 +66,7 @@ def folder(path, *, replaces=None):
     _sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
-def check_new(path, *, replaces=None):
-    """FileExistsError if `folder` would refuse `path`."""
+def _check_new(path, replaces):
     if not os.path.lexists(path):
         return
     if replaces is None:
@@ -69,7 +81,7 @@ def _move(temporary, path):
         os.rename(temporary, path)
         return
     # No file system exchanges two folders portably: for a moment there is none.
-    old = _beside(path)
+    old = _temporary(path)
     os.rename(path, old)
     try:
         os.rename(temporary, path)
@@ -79,7 +91,7 @@ def _move(temporary, path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path):
+def _temporary(path):
     parent, name = os.path.split(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     return os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")

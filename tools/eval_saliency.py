@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from paligemma_med import decode, experiment, input_pipeline
+from paligemma_med import decode, experiment, files, input_pipeline
 from paligemma_med.evaluation import controls, results
 from paligemma_med.metrics import answers, stats
 from paligemma_med.parallel import distributed, sharding
@@ -572,7 +572,7 @@ def main(argv):
     summary = summarise(rows, v.seed)
     results.write(v.out, rows, {"saliency": summary}, about)
     text = markdown(summary)
-    results.write_whole(pathlib.Path(v.out) / "saliency.md", text)
+    files.write_text(pathlib.Path(v.out) / "saliency.md", text)
     print(text)
 
 

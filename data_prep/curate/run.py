@@ -21,7 +21,7 @@ from data_prep.curate import rules as rule_lib
 from data_prep.curate.duplicates import NearDuplicates
 from data_prep.curate.relevance import Relevance, repeats
 from data_prep.curate.rows import MALFORMED, Source, open_source
-from data_prep.files import DataError
+from data_prep.files import DataError, whole_file
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
 
@@ -283,8 +283,11 @@ def _finish(
                 case = _digest(relevance.counted(fate["row"]))
                 cases.setdefault(fate["category"], set()).add(case)
     counts, rows_in, rows_out = _Counts(judge.names), Counter(), Counter()
-    parts = [p.with_name(p.name + ".part") for p in (paths.output, paths.drops, paths.report)]
-    with open(parts[0], "wb") as kept, open(parts[1], "wb") as dropped:
+    with (  # the output takes its place last: where it is, the others are
+        whole_file(paths.output) as kept,
+        whole_file(paths.drops) as dropped,
+        whole_file(paths.report) as report_file,
+    ):
         for fate in _fates(paths):
             reasons, category = fate["reasons"], fate.get("category", "")
             n = len(cases.get(category, ()))
@@ -321,11 +324,7 @@ def _finish(
                 }
                 for name in sorted(rows_in, key=lambda c: (-len(cases[c]), c))
             }
-    parts[2].write_bytes(json.dumps(report, indent=1).encode() + b"\n")
-    for part, path in zip(reversed(parts), (paths.report, paths.drops, paths.output)):
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        report_file.write(json.dumps(report, indent=1).encode() + b"\n")
     return report
 
 

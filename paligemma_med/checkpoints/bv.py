@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paligemma_med import files as atomic
+from paligemma_med import files
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
@@ -263,7 +263,7 @@ def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
         if int(last.removesuffix("-tmp")) > step:
             raise FileExistsError(f"{prefix}{LAST} names a newer checkpoint, of step {last}")
     replaces = [key.replace("/", "~") for key in flat] if overwrite else None
-    with atomic.folder(folder, replaces=replaces) as new:
+    with files.whole_folder(folder, replaces=replaces) as new:
         for key, leaf in flat.items():
             array = npz.numbers(key, leaf)
             cast = dtype is not None and key.startswith(_PARAMS) and lazy.is_float(array.dtype)
@@ -272,7 +272,7 @@ def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
             if progress:
                 progress(array.nbytes)
             del array
-    with atomic.file(prefix + LAST) as f:
+    with files.whole_file(prefix + LAST) as f:
         f.write(f"{step:09d}".encode())
 
 

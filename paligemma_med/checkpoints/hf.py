@@ -22,7 +22,7 @@ import ml_dtypes  # noqa: F401 (numpy knows "bfloat16" once it is imported, and 
 import numpy as np
 import safetensors
 
-from paligemma_med import files as atomic
+from paligemma_med import files
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
@@ -672,7 +672,7 @@ def save_hf(
     shards = _shards(plan, max_shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [_SINGLE]
-    with atomic.folder(folder, replaces=(_SINGLE, _INDEX) if overwrite else None) as new:
+    with files.whole_folder(folder, replaces=(_SINGLE, _INDEX) if overwrite else None) as new:
         _write_json(os.path.join(new, "config.json"), config)
         tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(os.path.join(new, "generation_config.json"), tokens)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paligemma_med import files as atomic
+from paligemma_med import files
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.models.leaves import TreeError, flatten_tree, unflatten_tree
@@ -197,7 +197,7 @@ def save_npz(path, params: Mapping, *, dtype=None, prefix: str = _PREFIX, progre
     dtype = lazy.dtype_of(dtype)
     flat = flatten_tree(params)
     with (
-        atomic.file(path) as f,
+        files.whole_file(path) as f,
         zipfile.ZipFile(f, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for key in sorted(flat):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from paligemma_med import files as atomic
+from paligemma_med import files
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
@@ -64,7 +64,7 @@ def save_orbax(folder, params, *, dtype=None, overwrite=False, progress=None):
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
-    with atomic.folder(os.fspath(folder), replaces=(MARK,) if overwrite else None) as new:
+    with files.whole_folder(os.fspath(folder), replaces=(MARK,) if overwrite else None) as new:
         # Orbax makes its folder itself, by way of another one beside it.
         inner = os.path.join(os.path.abspath(new), "tree")
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from paligemma_med import files as atomic
+from paligemma_med import files
 from paligemma_med.checkpoints import hf, lazy, npz
 from paligemma_med.checkpoints.adapter import TWIN, Adapter
 from paligemma_med.models.layers import lora
@@ -393,7 +393,7 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
             for factor, x in (("A", a), ("B", b)):
                 x = np.asarray(x[layer]).T
                 tensors[_key(module, factor)] = np.ascontiguousarray(x, dtype or x.dtype)
-    with atomic.folder(folder, replaces=(CONFIG,) if overwrite else None) as temporary:
+    with files.whole_folder(folder, replaces=(CONFIG,) if overwrite else None) as temporary:
         # Not save_file, whose files nobody but their owner may read.
         with open(os.path.join(temporary, WEIGHTS), "wb") as f:
             f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))

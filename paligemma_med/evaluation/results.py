@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 
+from paligemma_med import files
 from paligemma_med.parallel import distributed
 
 PART = "predictions.part.jsonl"
@@ -71,8 +72,8 @@ def write(folder, rows, metrics, about):
     if not distributed.is_main():
         return
     folder = pathlib.Path(folder)
-    write_whole(folder / PREDICTIONS, "".join(map(_line, rows)))
-    write_whole(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
+    files.write_text(folder / PREDICTIONS, "".join(map(_line, rows)))
+    files.write_text(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
     (folder / PART).unlink(missing_ok=True)
 
 
@@ -120,7 +121,7 @@ class Part:
             header = plain(identity, "about")
             sound, found = _read(path, header) if resume else (0, [])
             if not sound:
-                write_whole(path, _line(header))
+                files.write_text(path, _line(header))
             else:
                 os.truncate(path, sound)
             self._file = open(path, "a", encoding="utf-8")
@@ -176,14 +177,3 @@ def plain(value, what):
 
 def _line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def write_whole(path, text):
-    """Writes a file whole or not at all: under another name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from paligemma_med import files
 from paligemma_med.evaluation import results
 from paligemma_med.judge import client as judge_client
 from paligemma_med.metrics import scoring, stats
@@ -499,8 +500,8 @@ def judge_folder(
     }
     lines = [x for x in read_judgements(folder) if x.get("judge") in others]
     lines += [{"judge": version, **line} for line in judgements]
-    results.write_whole(folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    results.write_whole(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")
+    files.write_text(folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    files.write_text(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")
     return entry
 
 

@@ -13,7 +13,7 @@ import time
 
 from absl import logging
 
-from paligemma_med import experiment
+from paligemma_med import experiment, files
 from paligemma_med.parallel import distributed
 
 
@@ -176,9 +176,7 @@ class _Wandb:
 def _kept_id(workdir):
     path = os.path.join(workdir, "wandb_id.txt")
     if not os.path.exists(path):
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(secrets.token_hex(4) + "\n")
-        os.replace(path + ".tmp", path)
+        files.write_text(path, secrets.token_hex(4) + "\n")
     with open(path, encoding="utf-8") as f:
         return f.read().strip()
 

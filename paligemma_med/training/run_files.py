@@ -11,7 +11,7 @@ import os
 
 from absl import logging
 
-from paligemma_med import experiment
+from paligemma_med import experiment, files
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
@@ -123,15 +123,11 @@ def _changes(was, now, where="config"):
 
 
 def write(path, text):
-    """Replaces a file as a whole."""
+    """Replaces a file as a whole; the main process does."""
     if not distributed.is_main():
         return
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        files.write_text(path, text)
     except OSError as e:
         raise OSError(f"{path} can't be written: {e.strerror}.") from e
 

@@ -1,13 +1,10 @@
-"""Arrays that are read when asked for, and files that appear whole or not at all."""
-
-import os
+"""Arrays that are read when asked for."""
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from paligemma_med import files as atomic
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.lazy import Lazy
 
@@ -61,61 +58,3 @@ def test_derive_is_lazy_for_lazy_alone():
     assert out.shape == (2,) and not reads
     np.testing.assert_array_equal(np.asarray(out), x[:2])
     assert isinstance(lazy.derive(x, (2,), lambda a: a[:2]), np.ndarray)
-
-
-def test_file_appears_whole_or_not_at_all(tmp_path):
-    with atomic.file(tmp_path / "a" / "x") as f:
-        f.write(b"old")
-        assert os.listdir(tmp_path / "a") != ["x"]
-    with pytest.raises(KeyboardInterrupt), atomic.file(tmp_path / "a" / "x") as f:
-        f.write(b"new")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path / "a") == ["x"]
-    assert (tmp_path / "a" / "x").read_bytes() == b"old"
-
-
-def fill(path, text, **kw):
-    with atomic.folder(path, **kw) as new:
-        os.mkdir(os.path.join(new, "sub"))
-        for name in ("mark", "sub/x"):
-            with open(os.path.join(new, name), "w") as f:
-                f.write(text)
-
-
-def test_folder_appears_whole_or_not_at_all(tmp_path):
-    fill(tmp_path / "a" / "w", "1")
-    assert (tmp_path / "a/w/sub/x").read_text() == "1"
-    assert os.listdir(tmp_path / "a") == ["w"]
-    with pytest.raises(ZeroDivisionError), atomic.folder(tmp_path / "v") as new:
-        open(os.path.join(new, "x"), "w").close()
-        raise ZeroDivisionError
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_folder_replaces_its_own_kind_alone(tmp_path, monkeypatch):
-    fill(tmp_path / "w", "1")
-    with pytest.raises(FileExistsError, match="w exists"):
-        fill(tmp_path / "w", "2")
-    with pytest.raises(FileExistsError, match="holds no other or another"):
-        fill(tmp_path / "w", "2", replaces=("other", "another"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file exists"):
-        fill(tmp_path / "file", "2", replaces=("mark",))
-    assert (tmp_path / "w/sub/x").read_text() == "1"
-    fill(tmp_path / "w", "3", replaces=("mark",))
-    assert (tmp_path / "w/sub/x").read_text() == "3"
-
-    # The second of the two moves fails: the old folder is put back.
-    rename, calls = os.rename, []
-
-    def failing(a, b):
-        calls.append(b)
-        if len(calls) == 2:
-            raise OSError("disk full")
-        rename(a, b)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk full"):
-        fill(tmp_path / "w", "4", replaces=("mark",))
-    assert (tmp_path / "w/sub/x").read_text() == "3"
-    assert sorted(os.listdir(tmp_path)) == ["file", "w"]

@@ -20,11 +20,12 @@ batch with one caption at a time. Of TFDS, Grain and ml_collections only `input`
 
 import importlib
 import json
+import os
 import sys
 
 from absl import app, flags
 
-from tools.bench import turns
+from paligemma_med import files
 
 _MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
 _OURS = dict(scan=None, attn_impl=None)
@@ -158,7 +159,7 @@ def main(argv):
     try:
         found = part.run(**{**takes, **given})
         if to := flags.FLAGS.json:
-            turns.write(to, json.dumps(found, indent=1))
+            files.write_text(os.path.expanduser(to), json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     row = found.pop("row", None)

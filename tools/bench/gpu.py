@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from paligemma_med import files
 from tools.bench import sizes, turns
 
 
@@ -153,7 +154,7 @@ def run(*, out, minutes, size, only, retry):
         began = True
         if figures is None:
             figures = dict(error=f"took longer than --minutes={minutes:g}.", size=size)
-        turns.write(os.path.join(out, f"{name}.json"), json.dumps(figures, indent=1))
+        files.write_text(os.path.join(out, f"{name}.json"), json.dumps(figures, indent=1) + "\n")
         found[name] = figures
         print(f"{name}: {figures.get('error') or figures.get('row')}", file=sys.stderr)
     wanted = [n for n in ROWS if not only or n in only]

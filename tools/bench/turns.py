@@ -8,13 +8,13 @@ imports JAX or PyTorch: the driver holds no device.
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+from paligemma_med import files
 from tools.bench import sizes, workers
 
 _MATRIX = {"cpu": 2048}  # rows of the matrices; 8192 on other platforms
@@ -49,13 +49,8 @@ def weights(size, dtype, folder=None):
         return
     path = os.path.join(os.path.expanduser(folder), f"{size}-{dtype}")
     if not os.path.isdir(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        made = tempfile.mkdtemp(prefix="part-", dir=os.path.dirname(path))
-        try:
+        with files.whole_folder(path) as made:
             draw(made, size, dtype)
-            os.rename(made, path)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     yield path
 
 
@@ -175,16 +170,6 @@ def where(out):
 def line(*cells):
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
-
-
-def write(path, text):
-    """Writes a file whole: at its path there is never a part of it."""
-    path = os.path.expanduser(path)
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-        f.write(text + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.part", path)
 
 
 def same(found, one, tolerance, what):

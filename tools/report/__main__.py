@@ -16,6 +16,7 @@ import pathlib
 
 from absl import app, flags
 
+from paligemma_med import files
 from paligemma_med.experiment import command
 from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
 
@@ -96,7 +97,6 @@ def write(title, made, out):
     """Writes report.md, figures/ and report.html into the folder `out`."""
     out = pathlib.Path(out)
     markdown, figures = blocks.to_markdown(title, made)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, svg in figures.items():
         _write(out / "figures" / name, plots.standalone(svg))
     _write(out / "report.md", markdown)
@@ -104,10 +104,8 @@ def write(title, made, out):
 
 
 def _write(path, text):
-    """Whole or not at all. Halves of characters, which JSON can hold, become question marks."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    # Halves of surrogate pairs, which JSON can hold and UTF-8 can't, become question marks.
+    files.write_text(path, text, errors="replace")
 
 
 @command

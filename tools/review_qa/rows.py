@@ -5,12 +5,13 @@ Any JSON Lines will do whose rows have question_id, image_id, question and answe
 mode) is shown where it's there.
 """
 
-import contextlib
 import hashlib
 import heapq
 import itertools
 import json
 import pathlib
+
+from paligemma_med import files
 
 KEYS = ("question_id", "image_id", "question", "answer")
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
@@ -104,15 +105,10 @@ def check_output(path, *inputs):
 
 def write_whole(path, lines):
     """Writes an iterable of bytes to a file, whole or not at all; ValueError if it can't be."""
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.part")
+    if not pathlib.Path(path).parent.is_dir():  # a slip in its name rather than a folder to be made
+        raise ValueError(f"{path} can't be written: there is no such folder.")
     try:
-        with open(part, "wb") as f:
+        with files.whole_file(path) as f:
             f.writelines(lines)
-        part.replace(path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(e, OSError):
-            raise ValueError(f"{path} can't be written: {e.strerror or e}.") from None
-        raise
+    except OSError as e:
+        raise ValueError(f"{path} can't be written: {e.strerror or e}.") from None

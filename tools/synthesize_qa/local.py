@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+from paligemma_med import files
 from tools.synthesize_qa import units as units_lib
 
 WINDOW = 32  # batches whose units are sorted by length together
@@ -111,10 +112,7 @@ def _file_digest(path):
         found = hashlib.file_digest(f, "sha256").hexdigest()
     known = known if isinstance(known, dict) else {}
     with contextlib.suppress(OSError):  # a cache, no more
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({**known, key: found}), "utf-8")
-        os.replace(beside, cache)
+        files.write_text(cache, json.dumps({**known, key: found}))
     return found
 
 

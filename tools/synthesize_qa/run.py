@@ -18,6 +18,7 @@ import tqdm
 
 from data_prep.files import DataError
 from data_prep.ledger import describe as describe_books
+from paligemma_med import files
 from tools.synthesize_qa import journal as journal_lib
 from tools.synthesize_qa import parse, sources, templates, write
 from tools.synthesize_qa import units as units_lib
@@ -270,10 +271,8 @@ def _write_run(output, about, asked, inputs):
         "templates": {f"{t.name}_v{t.version}": t.digest for t in asked},
         "inputs": list(inputs),
     }
-    beside = path.with_name(f"{path.name}.{os.getpid()}")  # shards begin at the same time
     try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(beside, path)
+        files.write_text(path, json.dumps(content, indent=1) + "\n")  # shards begin at the same time
     except OSError as e:
         raise ValueError(f"{path} can't be written: {e.strerror}.") from None
 

@@ -5,7 +5,6 @@ asked was killed; the rules can be changed and the files written anew without a 
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +15,7 @@ from typing import Any
 
 from data_prep import qa_files
 from data_prep.curate.words import as_words
+from paligemma_med import files
 from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
 from tools.synthesize_qa.quality import Quality, Verdict
@@ -75,8 +75,12 @@ def write(
         )
     seen: set[bytes] = set()
     try:
-        with _whole(paths.report, paths.failed, paths.drops, paths.output) as files:
-            report_file, failed, drops, kept = files
+        with (  # the output takes its place last
+            files.whole_file(paths.output) as kept,
+            files.whole_file(paths.drops) as drops,
+            files.whole_file(paths.failed) as failed,
+            files.whole_file(paths.report) as report_file,
+        ):
             for unit in units:
                 name = f"{_label(unit)} {unit.row.image_id}".encode("utf-8", "surrogatepass")
                 name = hashlib.sha256(name).digest()[:16]
@@ -400,23 +404,3 @@ def _line(value: Any, **kw) -> bytes:
         return json.dumps(value, ensure_ascii=False, **kw).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(value, **kw).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def _whole(*paths: pathlib.Path):
-    """Files to write to that take their names together at the end, in this order, or not at all."""
-    parts = [path.with_name(path.name + ".part") for path in paths]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(part, "wb")) for part in parts]
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for part, path in zip(parts, paths):
-            os.replace(part, path)
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise

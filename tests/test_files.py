@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import os
+
+import pytest
+
+from paligemma_med import files
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path):
+    with files.whole_file(tmp_path / "a" / "x") as f:
+        f.write(b"old")
+        assert os.listdir(tmp_path / "a") != ["x"]
+    with pytest.raises(KeyboardInterrupt), files.whole_file(tmp_path / "a" / "x") as f:
+        f.write(b"new")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "a") == ["x"]
+    assert (tmp_path / "a" / "x").read_bytes() == b"old"
+
+
+def test_files_of_one_with_take_their_places_from_the_last_to_the_first(tmp_path, monkeypatch):
+    replace, order = os.replace, []
+
+    def watched(a, b):
+        order.append(os.path.basename(b))
+        if len(order) == 2:
+            raise OSError("disk full")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with pytest.raises(OSError, match="disk full"), contextlib.ExitStack() as stack:
+        for name in ("rows", "drops", "x"):
+            stack.enter_context(files.whole_file(tmp_path / name))
+        assert not {"rows", "drops", "x"} & {*os.listdir(tmp_path)}
+    assert order == ["x", "drops"] and os.listdir(tmp_path) == ["x"]
+
+
+def test_text_is_utf8_whole_and_its_errors_are_the_callers_choice(tmp_path):
+    files.write_text(tmp_path / "new" / "x", "é\n")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / "new" / "x", "half a pair: \ud800")
+    assert (tmp_path / "new" / "x").read_bytes() == "é\n".encode()
+    files.write_text(tmp_path / "new" / "x", "\ud800", errors="replace")
+    assert (tmp_path / "new" / "x").read_bytes() == b"?" and os.listdir(tmp_path / "new") == ["x"]
+
+
+def fill(path, text, **kw):
+    with files.whole_folder(path, **kw) as new:
+        os.mkdir(os.path.join(new, "sub"))
+        for name in ("mark", "sub/x"):
+            with open(os.path.join(new, name), "w") as f:
+                f.write(text)
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    fill(tmp_path / "a" / "w", "1")
+    assert (tmp_path / "a/w/sub/x").read_text() == "1"
+    assert os.listdir(tmp_path / "a") == ["w"]
+    with pytest.raises(ZeroDivisionError), files.whole_folder(tmp_path / "v") as new:
+        open(os.path.join(new, "x"), "w").close()
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_folder_replaces_its_own_kind_alone(tmp_path, monkeypatch):
+    fill(tmp_path / "w", "1")
+    with pytest.raises(FileExistsError, match="w exists"):
+        fill(tmp_path / "w", "2")
+    with pytest.raises(FileExistsError, match="holds no other or another"):
+        fill(tmp_path / "w", "2", replaces=("other", "another"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file exists"):
+        fill(tmp_path / "file", "2", replaces=("mark",))
+    assert (tmp_path / "w/sub/x").read_text() == "1"
+    fill(tmp_path / "w", "3", replaces=("mark",))
+    assert (tmp_path / "w/sub/x").read_text() == "3"
+
+    # The second of the two moves fails: the old folder is put back.
+    rename, calls = os.rename, []
+
+    def failing(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        fill(tmp_path / "w", "4", replaces=("mark",))
+    assert (tmp_path / "w/sub/x").read_text() == "3"
+    assert sorted(os.listdir(tmp_path)) == ["file", "w"]
