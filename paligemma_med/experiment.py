@@ -26,7 +26,7 @@ import paligemma_med
 from paligemma_med import checkpoints, input_pipeline, quantise
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import values as config_values
-from paligemma_med.models import vlm
+from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed, sharding
@@ -118,7 +118,7 @@ def _check_attention(config):
 def adapted(config, model):
     """{Target: Spec} of the projections that config.lora adapts."""
     names = abstract_params(config, model.clone(lora=())) if model.lora else ()
-    return lora.resolve(model.lora, names)
+    return lora_targets.resolve(model.lora, names)
 
 
 def make_tokenizer(config, model):
@@ -279,7 +279,7 @@ def _check_scales(config, model, spec):
     if rules is None:
         return
     names = abstract_params(config, model.clone(lora=()))
-    want, found = adapted(config, model), lora.resolve(rules, names)
+    want, found = adapted(config, model), lora_targets.resolve(rules, names)
     for target in want:
         a, b = want[target], found.get(target)
         if b is not None and not _same_scale(a, b):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med.models.layers import lora
+from paligemma_med.models import lora_targets
 from paligemma_med.models.layers.quantised import NF4, SCALE
 
 KINDS = ("int8", "nf4")
@@ -35,7 +35,9 @@ _TABLE = "llm/embedder/input_embedding"
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
 # Axes of each kernel's inputs, counted from the end: the same for one layer and for all.
-_INPUTS = {t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs) for t in lora.TARGETS}
+_INPUTS = {
+    t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs) for t in lora_targets.TARGETS
+}
 _INPUTS[_TABLE] = (-1,)
 
 

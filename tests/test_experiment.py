@@ -8,7 +8,7 @@ import pytest
 from paligemma_med import checkpoints, experiment, input_pipeline, quantise
 from paligemma_med.checkpoints import npz
 from paligemma_med.evaluators import vqa
-from paligemma_med.models.layers import lora
+from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests import tiny
 
@@ -136,8 +136,8 @@ def test_load_quantises(weights, kind):
     assert f"frozen, {size:,} bytes" in table and f"  {kind}  " in table
     with pytest.raises(checkpoints.CheckpointError, match="is quantised; merge into the base's"):
         rules = [("llm/layers/mlp/linear", dict(rank=1))]
-        specs = lora.resolve(rules, abstract)
-        factors = dict(zip(lora.factor_names(specs), (np.ones((1, 128, 1)), np.ones((1, 1, 64)))))
+        specs = lora_targets.resolve(rules, abstract)
+        factors = dict(zip(lora_targets.factor_names(specs), (np.ones((1, 128, 1)), np.ones((1, 1, 64)))))
         checkpoints.merge(unflatten_tree({**found, **factors}), specs)
 
 

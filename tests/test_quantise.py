@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_med import checkpoints, experiment, quantise, train
 from paligemma_med.checkpoints import npz
-from paligemma_med.models.layers import lora, quantised
+from paligemma_med.models import lora_targets
+from paligemma_med.models.layers import quantised
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
 from tests import tiny
@@ -148,7 +149,9 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
     assert not [n for n in params if n.endswith("_scale")]
     for name, x in base.items():
         np.testing.assert_array_equal(params[name], x)
-    merged = checkpoints.merge(unflatten_tree(params), lora.resolve([("llm/layers/.*", dict(rank=2))], abstract))
+    merged = checkpoints.merge(
+        unflatten_tree(params), lora_targets.resolve([("llm/layers/.*", dict(rank=2))], abstract)
+    )
     assert np.any(flatten_tree(merged)[LINEAR] != base[LINEAR])
     _, _, _, loaded = experiment.load(config(), out)
     assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8

@@ -1,6 +1,6 @@
 """LoRA adapters apart from a model: put into its parameters, taken out of them, merged with them.
 
-Arrays only; `peft` has the files. An adapter knows its projections by `lora.Target`, so that
+Arrays only; `peft` has the files. An adapter knows its projections by `lora_targets.Target`, so that
 everything the model can adapt can be moved, and each by how it is scaled (`lora.Spec`), without
 which its factors mean nothing.
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.checkpoints.npz import CheckpointError
-from paligemma_med.models import vlm
+from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
@@ -95,7 +95,7 @@ def extract_adapter(rules, params):
     _check_factors(flat, specs)
     factors = {}
     for target, spec in specs.items():
-        a, b = (np.asarray(flat[n]) for n in lora.factor_names([target]))
+        a, b = (np.asarray(flat[n]) for n in lora_targets.factor_names([target]))
         layers = a.shape[0] if target.stacked else 1
         factors[target] = a.reshape(layers, -1, spec.rank), b.reshape(layers, spec.rank, -1)
     return Adapter(specs, factors)
@@ -132,7 +132,7 @@ def merge(params, specs):
     _check_factors(flat, specs)
     by_param = {}
     for target, spec in specs.items():
-        a, b = (flat[n] for n in lora.factor_names([target]))
+        a, b = (flat[n] for n in lora_targets.factor_names([target]))
         by_param.setdefault(target.param, []).append((target, spec, a, b))
     out = {n: x for n, x in flat.items() if not lora.is_factor(n)}
     for name, parts in by_param.items():
@@ -144,7 +144,7 @@ def resolve(rules, params):
     """{Target: Spec} of what `rules` (config.lora, or a model that has it) adapt in `params`."""
     names = [n for n in flatten_tree(params) if not lora.is_factor(n)]
     try:
-        return lora.resolve(getattr(rules, "lora", rules), names)
+        return lora_targets.resolve(getattr(rules, "lora", rules), names)
     except ValueError as e:
         raise CheckpointError(str(e)) from None
 
@@ -181,8 +181,8 @@ def _product(target, spec, a, b, kernel_shape):
 
 # q, k and v of the language model lie in one kernel if each query head has keys of its own, else in
 # two. The projections are the same.
-_QKV = {t.part: t for t in lora.TARGETS if t.param.endswith("/qkv_einsum/w")}
-_SPLIT = {t.part or "q": t for t in lora.TARGETS if re.search(r"/(q|kv)_einsum/w$", t.param)}
+_QKV = {t.part: t for t in lora_targets.TARGETS if t.param.endswith("/qkv_einsum/w")}
+_SPLIT = {t.part or "q": t for t in lora_targets.TARGETS if re.search(r"/(q|kv)_einsum/w$", t.param)}
 TWIN = {a: b for k in "qkv" for a, b in ((_QKV[k], _SPLIT[k]), (_SPLIT[k], _QKV[k]))}
 
 
@@ -220,8 +220,8 @@ def _fit(flat, adapter):
 def _insert(flat, fitted):
     out = dict(flat)
     for target, spec in fitted.specs.items():
-        shapes = lora.factor_shapes(target, spec, np.shape(flat[target.param]))
-        for name, shape, x in zip(lora.factor_names([target]), shapes, fitted.factors[target]):
+        shapes = lora_targets.factor_shapes(target, spec, np.shape(flat[target.param]))
+        for name, shape, x in zip(lora_targets.factor_names([target]), shapes, fitted.factors[target]):
             out[name] = np.asarray(x).reshape(shape)
     return unflatten_tree(out)
 
@@ -229,7 +229,7 @@ def _insert(flat, fitted):
 def _flat_shapes(target, spec, kernel_shape):
     """((L, I, R), (L, R, O)), or None where the kernel itself has another form."""
     try:
-        a, b = lora.factor_shapes(target, spec, kernel_shape)
+        a, b = lora_targets.factor_shapes(target, spec, kernel_shape)
     except ValueError:
         return None
     if not target.stacked:
@@ -245,8 +245,8 @@ def _check_factors(flat, specs):
         if target.param not in flat:
             problems.append(f"{target.param}: missing, expected a kernel to adapt")
             continue
-        shapes = lora.factor_shapes(target, spec, np.shape(flat[target.param]))
-        for name, shape in zip(lora.factor_names([target]), shapes):
+        shapes = lora_targets.factor_shapes(target, spec, np.shape(flat[target.param]))
+        for name, shape in zip(lora_targets.factor_names([target]), shapes):
             expected.add(name)
             if name not in flat:
                 problems.append(f"{name}: missing, expected {shape}")

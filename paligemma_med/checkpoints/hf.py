@@ -132,7 +132,7 @@ def canonical(name):
 
 
 def module_of(target):
-    """Canonical name of the module that a `lora.Target` adapts; "{i}" stands for the layer."""
+    """Canonical name of the module that a `lora_targets.Target` adapts; "{i}" stands for the layer."""
     for row in (*table(mha=False, post_norms=False), *table(mha=True, post_norms=False)):
         if (row.param, row.index) == (target.param, target.index):
             return row.name.removesuffix(".weight")

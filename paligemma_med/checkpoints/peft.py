@@ -22,6 +22,7 @@ from absl import logging
 from paligemma_med import files
 from paligemma_med.checkpoints import hf, lazy, npz
 from paligemma_med.checkpoints.adapter import TWIN, Adapter
+from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 
 CONFIG = "adapter_config.json"
@@ -218,7 +219,7 @@ def _key(module, factor):
 
 
 # Module of each target, without prefix. Of the two sets of targets that q, k, v can be, one.
-_MODULES = {t: hf.module_of(t) for t in lora.TARGETS if "qkv" not in t.param}
+_MODULES = {t: hf.module_of(t) for t in lora_targets.TARGETS if "qkv" not in t.param}
 
 
 def _place_of(module):
@@ -382,7 +383,7 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
             "factors; expected one or more of both, of the same targets"
         )
     dtype = lazy.dtype_of(dtype)
-    specs = {t: adapter.specs[t] for t in lora.TARGETS if t in adapter.specs}
+    specs = {t: adapter.specs[t] for t in lora_targets.TARGETS if t in adapter.specs}
     config = _make_config(specs, base_model)
     tensors = {}
     for target in specs:

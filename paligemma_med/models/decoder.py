@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import vit
+from paligemma_med.models import leaves, vit
 from paligemma_med.models.layers import attention, lora, quantised
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
@@ -43,6 +43,28 @@ VARIANTS = {
 }
 
 VOCAB_SIZE = 257_152  # 256,000 pieces of Gemma, then 1,024 <loc> and 128 <seg> tokens.
+
+
+def _leaves():
+    """All parameters that a decoder can have, in the order of the computation."""
+    yield leaves.Leaf("embedder/input_embedding", "VD", "D", role="table")
+    for path, letters, kw in (
+        ("pre_attention_norm/scale", "D", dict(role="norm")),
+        ("attn/q_einsum/w", "NDH", dict(inputs="D", when="grouped")),
+        ("attn/kv_einsum/w", "KDH", dict(inputs="D", parts=("k", "v"), when="grouped")),
+        ("attn/qkv_einsum/w", "NDH", dict(inputs="D", parts=("q", "k", "v"), when="ungrouped")),
+        ("attn/attn_vec_einsum/w", "NHD", dict(inputs="NH")),
+        ("post_attention_norm/scale", "D", dict(role="norm", when="post_norms")),
+        ("pre_ffw_norm/scale", "D", dict(role="norm")),
+        ("mlp/gating_einsum", "DF", dict(inputs="D", parts=("gate", "up"))),
+        ("mlp/linear", "FD", dict(inputs="F", parts=("down",))),
+        ("post_ffw_norm/scale", "D", dict(role="norm", when="post_norms")),
+    ):
+        yield leaves.Leaf(f"layers/{path}", letters, stacked=True, **kw)
+    yield leaves.Leaf("final_norm/scale", "D", role="norm")
+
+
+LEAVES = tuple(_leaves())
 
 
 def _init(fan_in_axes, fan_out_axes):
@@ -278,6 +300,21 @@ class _Model(nn.Module):
     dtype: str = "float32"
     attn_impl: str = "xla"
     lora: tuple = ()
+
+    @property
+    def grouped(self):
+        """Whether several query heads share keys and values; those then have a kernel of their own."""
+        return self.num_heads != self.num_kv_heads
+
+    @property
+    def ungrouped(self):
+        """Whether every query head has keys and values of its own, all in one kernel."""
+        return not self.grouped
+
+    @property
+    def leaves(self):
+        """The parameters this decoder has, as a tuple of `leaves.Leaf`, without adapters."""
+        return leaves.of_module(LEAVES, self)
 
     def setup(self):
         self.embedder = Embedder(self.vocab_size, self.width, self.dtype)

@@ -10,6 +10,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 import flax.linen as nn
 import jax
 
+from paligemma_med.models import leaves
 from paligemma_med.models.layers import attention, lora
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
@@ -27,6 +28,41 @@ VARIANTS = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
 }
+
+
+def _leaves():
+    """All parameters that a tower can have, in the order of the computation."""
+    yield leaves.Leaf("embedding/kernel", "YXCD", "YXC", role="patch")
+    yield leaves.Leaf("embedding/bias", "D", role="bias")
+    yield leaves.Leaf("pos_embedding", "1TD", role="positions")
+    block = "Transformer/encoderblock"
+    yield from _norm(f"{block}/LayerNorm_0", stacked=True)
+    for name, letters, inputs in (
+        ("MultiHeadDotProductAttention_0/query", "DNH", "D"),
+        ("MultiHeadDotProductAttention_0/key", "DNH", "D"),
+        ("MultiHeadDotProductAttention_0/value", "DNH", "D"),
+        ("MultiHeadDotProductAttention_0/out", "NHD", "NH"),
+    ):
+        yield from _dense(f"{block}/{name}", letters, inputs, stacked=True)
+    yield from _norm(f"{block}/LayerNorm_1", stacked=True)
+    yield from _dense(f"{block}/MlpBlock_0/Dense_0", "DF", "D", stacked=True)
+    yield from _dense(f"{block}/MlpBlock_0/Dense_1", "FD", "F", stacked=True)
+    yield from _norm("Transformer/encoder_norm")
+    yield from _dense("head", "DE", "D", when="num_classes")
+
+
+def _norm(path, **kw):
+    yield leaves.Leaf(f"{path}/scale", "D", role="norm", **kw)
+    yield leaves.Leaf(f"{path}/bias", "D", role="bias", **kw)
+
+
+def _dense(path, letters, inputs, **kw):
+    outputs = "".join(c for c in letters if c not in inputs)
+    yield leaves.Leaf(f"{path}/kernel", letters, inputs, **kw)
+    yield leaves.Leaf(f"{path}/bias", outputs, role="bias", **kw)
+
+
+LEAVES = tuple(_leaves())
 
 
 def decode_variant(variant):
@@ -185,6 +221,11 @@ class _Model(nn.Module):
     dtype: str = "float32"
     attn_impl: str = "xla"
     lora: tuple = ()
+
+    @property
+    def leaves(self):
+        """The parameters this tower has, as a tuple of `leaves.Leaf`, without adapters."""
+        return leaves.of_module(LEAVES, self)
 
     @nn.compact
     def __call__(self, image, *, train=False, capture_attention=False):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import activations, lora
 
 DATA_AXIS = "data"
@@ -94,7 +95,7 @@ class Leaf(NamedTuple):
 def _letters() -> dict[str, tuple[str, str]]:
     """{name: (letters of its dimensions, its kernel's)} of the leaves that `tp` knows."""
     out = {"llm/embedder/input_embedding": ("VD", "VD")}
-    for target in lora.TARGETS:
+    for target in lora_targets.TARGETS:
         layers = "L" if target.stacked else ""
         kernel = layers + ("P" if target.index is not None else "") + target.kernel
         out[target.param] = (kernel, kernel)
@@ -107,7 +108,7 @@ def _letters() -> dict[str, tuple[str, str]]:
 
 
 _LETTERS = _letters()
-_KERNEL_OF = {f"{t.scope}/{f}": t.param for t in lora.TARGETS for f in lora.FACTORS}
+_KERNEL_OF = {f"{t.scope}/{f}": t.param for t in lora_targets.TARGETS for f in lora.FACTORS}
 
 Spec = list[Any]  # of one leaf: an axis, a tuple of axes or None for each dimension
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from paligemma_med.checkpoints import adapter
-from paligemma_med.models.layers import lora
+from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree
 from tests.models import hf
 
@@ -22,10 +22,10 @@ MIXED = [
 def random_adapter(name, rules=ALL, seed=0, dtype=np.float32):
     """An adapter for case `name` in which neither factor is 0; it moves logits by about 1."""
     flat = flatten_tree(hf.reference(name)[3])
-    specs = lora.resolve(rules, flat)
+    specs = lora_targets.resolve(rules, flat)
     factors = {}
     for target, spec in specs.items():
-        a, b = lora.factor_shapes(target, spec, flat[target.param].shape)
+        a, b = lora_targets.factor_shapes(target, spec, flat[target.param].shape)
         if not target.stacked:
             a, b = (1, *a), (1, *b)
         rng = np.random.default_rng([seed, *target.name.encode()])

@@ -10,6 +10,7 @@ import pytest
 
 from paligemma_med.checkpoints import adapter, npz
 from paligemma_med.checkpoints.lazy import Lazy
+from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints import adapters
@@ -69,7 +70,7 @@ def test_the_model_has_the_shapes_of_the_parameters():
 def test_rules_are_plain_and_exact(name):
     made = adapters.random_adapter(name, adapters.MIXED)
     rules = json.loads(json.dumps(adapter.rules_of(made)))
-    assert lora.resolve(rules, flatten_tree(hf.reference(name)[3])) == made.specs
+    assert lora_targets.resolve(rules, flatten_tree(hf.reference(name)[3])) == made.specs
 
 
 def test_one_kernel_for_q_k_v_or_two():
@@ -120,7 +121,7 @@ def test_every_target_is_merged_into_its_own_kernel():
     }
     want = {n: x.astype(np.float64) for n, x in flat.items() if not lora.is_factor(n)}
     for target, spec in made.specs.items():
-        a, b = (flat[n].astype(np.float64) for n in lora.factor_names([target]))
+        a, b = (flat[n].astype(np.float64) for n in lora_targets.factor_names([target]))
         scale = spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)
         delta = scale * np.einsum(sums[target.scope.rpartition("/")[2]], a, b)
         at = () if target.index is None else (slice(None), target.index)
@@ -177,7 +178,7 @@ def test_alpha_and_each_factor_count():
     other, _ = applied(name, adapter.Adapter(twice, made.factors))
     assert abs(logits_of(name, other, params) - want).max() > 1e-2
     flat = flatten_tree(params)
-    for factor in lora.factor_names(made.specs):
+    for factor in lora_targets.factor_names(made.specs):
         changed = unflatten_tree({**flat, factor: flat[factor] * 1.5})
         assert abs(logits_of(name, model, changed) - want).max() > 1e-4, factor
 

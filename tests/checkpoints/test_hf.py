@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.checkpoints import CheckpointError, hf, lazy, npz
-from paligemma_med.models import decoder, paligemma
-from paligemma_med.models.layers import lora
+from paligemma_med.models import decoder, lora_targets, paligemma
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
@@ -90,7 +89,7 @@ def test_every_target_has_the_module_that_holds_its_weight():
         flat = flatten_tree(params)
         modules = {hf.canonical(n) for n, _ in model.named_modules()}
         state = {hf.canonical(k): k for k in model.state_dict()}
-        for target in lora.TARGETS:
+        for target in lora_targets.TARGETS:
             if target.param not in flat:
                 continue
             module = hf.module_of(target)

@@ -13,8 +13,7 @@ import pytest
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, hf, npz, peft, workdir
-from paligemma_med.models import paligemma
-from paligemma_med.models.layers import lora
+from paligemma_med.models import lora_targets, paligemma
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
@@ -44,8 +43,8 @@ def made(tmp_path_factory):
     flat = flatten_tree(params)
     factors = {}
     for target, spec in specs.items():
-        shapes = lora.factor_shapes(target, spec, flat[target.param].shape)
-        for name, shape in zip(lora.factor_names([target]), shapes):
+        shapes = lora_targets.factor_shapes(target, spec, flat[target.param].shape)
+        for name, shape in zip(lora_targets.factor_names([target]), shapes):
             factors[name] = (0.3 * rng.normal(size=shape)).astype(np.float32)
     run = folder / "run"
     run.mkdir()

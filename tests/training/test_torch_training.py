@@ -20,6 +20,7 @@ from configs import common, tiny_base
 from data_prep import build
 from paligemma_med import checkpoints, decode, experiment, input_pipeline, train
 from paligemma_med.checkpoints import hf
+from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import optim
@@ -109,7 +110,7 @@ def factors_of(theirs, targets, start):
     }
     out = {}
     for target in targets:
-        for n, factor in zip(lora.factor_names([target]), ("lora_A", "lora_B")):
+        for n, factor in zip(lora_targets.factor_names([target]), ("lora_A", "lora_B")):
             layers = range(len(start[n]) if target.stacked else 1)
             found = [modules[hf.module_of(target).replace("{i}", str(i))] for i in layers]
             found = [getattr(m, factor)["default"].weight.detach().numpy().T for m in found]

@@ -22,8 +22,7 @@ from absl import app, flags
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
-from paligemma_med.models import vlm
-from paligemma_med.models.layers import lora
+from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.leaves import flatten_tree
 
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
@@ -46,9 +45,9 @@ def random_leaf(shape):
 def write_adapter(folder, tree):
     """A random adapter on the attention of both towers, as a PEFT folder."""
     flat, rng = flatten_tree(tree), np.random.default_rng(0)
-    specs, factors = lora.resolve(LORA, flat), {}
+    specs, factors = lora_targets.resolve(LORA, flat), {}
     for target, spec in specs.items():
-        a, b = lora.factor_shapes(target, spec, flat[target.param].shape)
+        a, b = lora_targets.factor_shapes(target, spec, flat[target.param].shape)
         a, b = (rng.normal(0, 0.1, shape).astype("f4") for shape in (a, b))
         layers = len(a) if target.stacked else 1
         factors[target] = a.reshape(layers, -1, spec.rank), b.reshape(layers, spec.rank, -1)

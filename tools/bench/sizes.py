@@ -181,8 +181,7 @@ def write_weights(folder, size, dtype):
     needs little memory."""
     from paligemma_med import checkpoints
     from paligemma_med.checkpoints import lazy
-    from paligemma_med.models import vlm
-    from paligemma_med.models.layers import lora
+    from paligemma_med.models import lora_targets, vlm
     from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
     model = vlm.Model(img=size.img, llm=size.llm)
@@ -203,9 +202,9 @@ def write_weights(folder, size, dtype):
     leaves = unflatten_tree({n: leaf(n, x) for n, x in flat.items()})
     base = os.path.join(folder, "base")
     checkpoints.save_hf(base, leaves, img=dict(model.img), llm=dict(model.llm))
-    specs, factors = lora.resolve(LORA, flat), {}
+    specs, factors = lora_targets.resolve(LORA, flat), {}
     for target, spec in specs.items():
-        a, b = lora.factor_shapes(target, spec, flat[target.param].shape)
+        a, b = lora_targets.factor_shapes(target, spec, flat[target.param].shape)
         rng = np.random.default_rng([1, *target.name.encode()])
         layers = a[0] if target.stacked else 1
         a = rng.standard_normal(a, np.float32).reshape(layers, -1, spec.rank)

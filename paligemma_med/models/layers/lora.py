@@ -7,17 +7,13 @@ several projections (`kv_einsum/w`, `gating_einsum`) has factors for each of the
 folder down: `kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
 
 LoRA is arXiv 2106.09685; initialisation and scale are those of PEFT (peft/tuners/lora/layer.py);
-rank-stabilised scaling is arXiv 2312.03732.
-
-Axis letters: D width of a tower, E width of the language model (where an image enters it), N query
-heads, K key/value heads, H width of a head, F width of an MLP, R rank.
+rank-stabilised scaling is arXiv 2312.03732. `models/lora_targets.py` knows what of a model can be adapted.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -58,65 +54,6 @@ class Spec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class Target(NamedTuple):
-    """A projection that can be adapted.
-
-    Attributes:
-      param: path of the kernel that holds it.
-      part: its name among the projections in that kernel; "" if there is but one.
-      index: its place among them on the axis after that of layers, or None.
-      scope: path of the folder of its factors.
-      kernel: axis letters of the projection in one layer.
-      inputs: those of them that the input has; they come first in A, the others last in B.
-    """
-
-    param: str
-    part: str
-    index: int | None
-    scope: str
-    kernel: str
-    inputs: str
-
-    @property
-    def name(self):
-        """What rules are matched with, beside `param`."""
-        return f"{self.param}:{self.part}" if self.part else self.param
-
-    @property
-    def outputs(self):
-        """Axis letters of the output."""
-        return "".join(c for c in self.kernel if c not in self.inputs)
-
-    @property
-    def stacked(self):
-        """Whether there is an axis of layers in front."""
-        return "/encoderblock/" in self.param or "/layers/" in self.param
-
-
-def _targets():
-    block = "img/Transformer/encoderblock"
-    attn = f"{block}/MultiHeadDotProductAttention_0"
-    for name in ("query", "key", "value"):
-        yield Target(f"{attn}/{name}/kernel", "", None, f"{attn}/{name}", "DNH", "D")
-    yield Target(f"{attn}/out/kernel", "", None, f"{attn}/out", "NHD", "NH")
-    for name, kernel in (("Dense_0", "DF"), ("Dense_1", "FD")):
-        at = f"{block}/MlpBlock_0/{name}"
-        yield Target(f"{at}/kernel", "", None, at, kernel, kernel[0])
-    yield Target("img/head/kernel", "", None, "img/head", "DE", "D")
-
-    attn, mlp = "llm/layers/attn", "llm/layers/mlp"
-    yield Target(f"{attn}/q_einsum/w", "", None, f"{attn}/q_einsum", "NDH", "D")
-    for i, part in enumerate("kv"):
-        yield Target(f"{attn}/kv_einsum/w", part, i, f"{attn}/kv_einsum/{part}", "KDH", "D")
-    for i, part in enumerate("qkv"):  # where every query head has keys of its own
-        yield Target(f"{attn}/qkv_einsum/w", part, i, f"{attn}/qkv_einsum/{part}", "NDH", "D")
-    yield Target(f"{attn}/attn_vec_einsum/w", "", None, f"{attn}/attn_vec_einsum", "NHD", "NH")
-    for i, part in enumerate(("gate", "up")):
-        yield Target(f"{mlp}/gating_einsum", part, i, f"{mlp}/{part}", "DF", "D")
-    yield Target(f"{mlp}/linear", "down", None, f"{mlp}/down", "FD", "F")
-
-
-TARGETS = tuple(_targets())
 FACTORS = ("lora_a", "lora_b")
 
 
@@ -162,51 +99,9 @@ def find(rules, param, part=""):
     return None
 
 
-def resolve(rules, names):
-    """Which projections of a model are adapted, and how.
-
-    Args:
-      rules: config.lora, or what `as_rules` made of it.
-      names: paths of the model's parameters.
-
-    Returns:
-      {Target: Spec}, in the order of TARGETS.
-
-    Raises:
-      ValueError: a regex that matches nothing that can be adapted.
-    """
-    rules, names = as_rules(rules), set(names)
-    there = [t for t in TARGETS if t.param in names]
-    for regex, _ in rules:
-        if not any(re.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
-            can = ", ".join(dict.fromkeys(t.name for t in there))
-            raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; that is: {can}")
-    found = {t: find(rules, t.param, t.part) for t in there}
-    return {t: spec for t, spec in found.items() if spec is not None}
-
-
-def factor_names(targets):
-    """Paths of the leaves that adapters on `targets` add, in order."""
-    return [f"{t.scope}/{f}" for t in targets for f in FACTORS]
-
-
 def is_factor(name):
     """Whether a parameter's path is that of an adapter's factor."""
     return name.rpartition("/")[2] in FACTORS
-
-
-def factor_shapes(target, spec, kernel_shape):
-    """Shapes of (lora_a, lora_b), with layers in front where the kernel has them.
-
-    Args:
-      kernel_shape: of the whole parameter `target.param`.
-    """
-    layers = kernel_shape[:1] if target.stacked else ()
-    one = kernel_shape[len(layers) + (target.index is not None) :]
-    size = dict(zip(target.kernel, one, strict=True))
-    a = (*(size[c] for c in target.inputs), spec.rank)
-    b = (spec.rank, *(size[c] for c in target.outputs))
-    return (*layers, *a), (*layers, *b)
 
 
 def _uniform(key, shape, dtype=jnp.float32):

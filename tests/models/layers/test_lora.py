@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.models import paligemma
+from paligemma_med.models import lora_targets, paligemma
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
@@ -67,7 +67,7 @@ def init(model, seed):
 
 
 def targets_of(model):
-    return lora.resolve(model.lora, flat_shapes(model.clone(lora=())))
+    return lora_targets.resolve(model.lora, flat_shapes(model.clone(lora=())))
 
 
 # ---- What can be adapted, and how large that is
@@ -98,9 +98,9 @@ def test_every_projection_can_be_adapted_and_has_the_shapes_it_says(llm):
     plain, model = make(llm=llm), make(ALL, llm=llm)
     base, shapes = flat_shapes(plain), flat_shapes(model)
     found = targets_of(model)
-    assert set(shapes) - set(base) == set(lora.factor_names(found))
+    assert set(shapes) - set(base) == set(lora_targets.factor_names(found))
     for target, spec in found.items():
-        a, b = lora.factor_shapes(target, spec, base[target.param].shape)
+        a, b = lora_targets.factor_shapes(target, spec, base[target.param].shape)
         assert (shapes[f"{target.scope}/lora_a"].shape, shapes[f"{target.scope}/lora_b"].shape) == (
             a,
             b,
@@ -121,14 +121,14 @@ def test_k_and_v_have_factors_of_their_own():
 
 
 @given(
-    chosen=st.sets(st.sampled_from([t for t in lora.TARGETS if "qkv" not in t.param]), min_size=1),
+    chosen=st.sets(st.sampled_from([t for t in lora_targets.TARGETS if "qkv" not in t.param]), min_size=1),
     ranks=st.lists(st.integers(1, 9), min_size=20, max_size=20),
 )
 @settings(max_examples=30, deadline=None)
 def test_first_match_wins_and_nothing_else_is_adapted(chosen, ranks):
     names = flat_shapes(make())
     rules = [(t.name, dict(rank=r)) for t, r in zip(sorted(chosen), ranks)]
-    found = lora.resolve([*rules, *((t.param, None) for t in chosen)], names)
+    found = lora_targets.resolve([*rules, *((t.param, None) for t in chosen)], names)
     assert {t: s.rank for t, s in found.items()} == dict(zip(sorted(chosen), ranks))
 
 
@@ -150,7 +150,7 @@ def test_first_match_wins_and_nothing_else_is_adapted(chosen, ranks):
 )
 def test_rules_that_are_wrong(rules, message):
     with pytest.raises(ValueError, match=message):
-        lora.resolve(rules, flat_shapes(make()))
+        lora_targets.resolve(rules, flat_shapes(make()))
 
 
 # ---- What it adds

@@ -1,0 +1,111 @@
+"""What of a model can be adapted by LoRA, and how the factors are named and shaped.
+
+All follows from the tables of leaves: every kernel with the role "product" can have adapters, one
+for each projection that it holds.
+"""
+
+import re
+from typing import NamedTuple
+
+from paligemma_med.models import parts
+from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import Leaf
+
+
+class Target(NamedTuple):
+    """A projection that can be adapted.
+
+    Attributes:
+      param: path of the kernel that holds it.
+      part: its name among the projections in that kernel; "" if there is but one.
+      index: its place among them on the axis after that of layers, or None.
+      scope: path of the folder of its factors.
+      kernel: axis letters of the projection in one layer.
+      inputs: those of them that the input has; they come first in A, the others last in B.
+      stacked: whether there is an axis of layers in front.
+    """
+
+    param: str
+    part: str
+    index: int | None
+    scope: str
+    kernel: str
+    inputs: str
+    stacked: bool
+
+    @property
+    def name(self) -> str:
+        """What rules are matched with, beside `param`."""
+        return f"{self.param}:{self.part}" if self.part else self.param
+
+    @property
+    def outputs(self) -> str:
+        """Axis letters of the output."""
+        return "".join(c for c in self.kernel if c not in self.inputs)
+
+
+def targets_of(leaf: Leaf) -> tuple[Target, ...]:
+    """The projections in a leaf that can be adapted: none if it is no product's kernel."""
+    if leaf.role != "product":
+        return ()
+    several = len(leaf.parts) > 1
+    return tuple(
+        Target(
+            leaf.path,
+            part,
+            i if several else None,
+            f"{leaf.folder}/{part}" if part else leaf.folder,
+            leaf.letters,
+            leaf.inputs,
+            leaf.stacked,
+        )
+        for i, part in enumerate(leaf.parts or ("",))
+    )
+
+
+# Of all families: see `parts.LEAVES`.
+TARGETS = tuple(target for leaf in parts.LEAVES.values() for target in targets_of(leaf))
+
+
+def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target, lora.Spec]:
+    """Which projections of a model are adapted, and how.
+
+    Args:
+      rules: config.lora, or what `lora.as_rules` made of it.
+      names: paths of the model's parameters.
+      leaves: the model's table of leaves; by default that of all families.
+
+    Returns:
+      {Target: Spec}, in the order of the table.
+
+    Raises:
+      ValueError: a regex that matches nothing that can be adapted.
+    """
+    rules, names = lora.as_rules(rules), set(names)
+    table = parts.LEAVES if leaves is None else leaves
+    there = [t for leaf in table.values() if leaf.path in names for t in targets_of(leaf)]
+    for regex, _ in rules:
+        if not any(re.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
+            can = ", ".join(dict.fromkeys(t.name for t in there))
+            raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; that is: {can}")
+    specs = {t: lora.find(rules, t.param, t.part) for t in there}
+    return {t: spec for t, spec in specs.items() if spec is not None}
+
+
+def factor_names(targets) -> list[str]:
+    """Paths of the leaves that adapters on `targets` add, in order."""
+    return [f"{t.scope}/{f}" for t in targets for f in lora.FACTORS]
+
+
+def factor_shapes(target: Target, spec: lora.Spec, kernel_shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of (lora_a, lora_b), with layers in front where the kernel has them.
+
+    Args:
+      kernel_shape: of the whole parameter `target.param`.
+    """
+    layers = kernel_shape[:1] if target.stacked else ()
+    one = kernel_shape[len(layers) + (target.index is not None) :]
+    size = dict(zip(target.kernel, one, strict=True))
+    a = (*(size[c] for c in target.inputs), spec.rank)
+    b = (spec.rank, *(size[c] for c in target.outputs))
+    return (*layers, *a), (*layers, *b)
