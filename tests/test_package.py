@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "models": (),
     "parallel": ("models",),
     "checkpoints": ("models", "files"),
+    "input_pipeline": ("pp", "parallel"),
     "quantise": ("models",),
     "decode": ("models", "parallel"),
     "saliency": ("models", "decode"),

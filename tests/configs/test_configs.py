@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 
 from configs import common
-from paligemma_med import checkpoints, experiment, mixture
+from paligemma_med import checkpoints, experiment
 from paligemma_med.evaluators import vqa
+from paligemma_med.input_pipeline import mixture
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import get_preprocess_fn, rows

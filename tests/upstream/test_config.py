@@ -54,7 +54,7 @@ def quiet(config):
 
 def test_the_table_has_every_key_of_ours_and_no_other():
     assert set(KEYS) == experiment.KEYS
-    assert set(INPUT_KEYS) == input_pipeline._KNOWN | input_pipeline._IGNORED
+    assert set(INPUT_KEYS) == input_pipeline.KEYS | input_pipeline.IGNORED_KEYS
     kinds = ("same", "kept", "translated", "launched", "ignored", "left out", "refused")
     for name, key in {**KEYS, **INPUT_KEYS}.items():
         assert key.what in kinds, name

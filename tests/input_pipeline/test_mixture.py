@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med import mixture
+from paligemma_med.input_pipeline import mixture
 
 WEIGHT = st.one_of(st.just(0.0), st.floats(1e-4, 1e3))
 
