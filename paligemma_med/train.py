@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from paligemma_med import experiment, input_pipeline, preflight
 from paligemma_med.checkpoints import workdir as workdirs
-from paligemma_med.config import durations
+from paligemma_med.config import durations, eval_names
 from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
 from paligemma_med.models.leaves import unflatten_tree
@@ -182,14 +182,15 @@ def _train(config, workdir, signals, profile):
             shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
             shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
             bar.say(f"step {step}/{total_steps}  {name}: {shown}")
-            _check_best_metric(config, name, found)
+            if name == best_name:
+                _check_best_metric(config, name, found)
 
     step, metrics, results = first_step, {}, {}
-    best_name = (config.get("keep_best") or {}).get("metric", "").partition("/")[0]
+    best_name, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
     try:
         run_files.start(workdir, config, own_base, first_step)  # now that nothing is refused
         if first_step:  # The run may have ended in an eval, after its checkpoint.
-            run_evals(done=run_files.evals_at(workdir, first_step))
+            run_evals(done=run_files.evals_at(workdir, first_step, evaluators))
         while step < total_steps:
             batch, before = next(batches), metrics
             trace.step(step, metrics)
@@ -253,8 +254,8 @@ def _check_keep_best(config, evaluators):
     if unknown := sorted(set(best) - {"metric", "mode"}):
         raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
     metric, mode = best.get("metric", ""), best.get("mode", "max")
-    name, has_metric, _ = metric.partition("/")
-    if name not in evaluators or not has_metric:
+    name, key = eval_names.split_metric(metric, evaluators)
+    if not name or not key:
         raise ValueError(
             f"config.keep_best.metric is {metric!r}; expected NAME/METRIC, as in "
             f"'NAME/model/overall/acc', with one of config.evals: {sorted(evaluators)}."
@@ -263,11 +264,11 @@ def _check_keep_best(config, evaluators):
         raise ValueError(f"config.keep_best.mode is {mode!r}; expected 'max' or 'min'.")
 
 
-def _check_best_metric(config, evaluator, found):
-    """Whether what this evaluator found has config.keep_best.metric, if it's one of its own."""
-    metric = (config.get("keep_best") or {}).get("metric", "")
-    name, _, key = metric.partition("/")
-    if name == evaluator and key not in found:
+def _check_best_metric(config, name, found):
+    """ValueError if the metrics `found` by the evaluator of config.keep_best lack the one it names."""
+    metric = config.keep_best.metric
+    key = metric.removeprefix(f"{name}/")
+    if key not in found:
         near = difflib.get_close_matches(key, found) or list(found)[:8]
         raise ValueError(
             f"config.keep_best.metric is {metric!r}, but {name} gives no {key!r}; it has "

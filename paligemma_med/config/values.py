@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from paligemma_med import quantise
-from paligemma_med.config import durations
+from paligemma_med.config import durations, eval_names
 from paligemma_med.models import decoder, vit
 from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import attention
@@ -159,6 +159,7 @@ def check(config):
         check_keys(section, known | {"variant"}, where)
         _check_values(section, _TOWER, where)
     for name, section in (config.get("evals") or {}).items():
+        eval_names.check(name)
         where = f"config.evals.{name}"
         if not is_mapping(section):
             raise ValueError(f"{where} is {section!r}; expected a dict.")

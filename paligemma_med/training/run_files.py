@@ -13,6 +13,7 @@ from absl import logging
 
 from paligemma_med import experiment, files
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
+from paligemma_med.config import eval_names
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
 
@@ -144,13 +145,14 @@ def append(folder, name, step, values):
         raise OSError(f"{path} can't be written: {e.strerror}.") from e
 
 
-def evals_at(folder, step):
-    """Names of the evaluators that have metrics of `step`."""
+def evals_at(folder, step, names):
+    """Those of `names`, of evaluators, that have metrics of `step`."""
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(path):
         return set()
     with open(path, encoding="utf-8") as f:
-        return {k.partition("/")[0] for line in f for k in _metrics_of(line, step) if "/" in k}
+        metrics = {k for line in f for k in _metrics_of(line, step)}
+    return {name for name, _ in (eval_names.split_metric(k, names) for k in metrics) if name}
 
 
 def add_metrics(folder, step, metrics):

@@ -3,7 +3,7 @@
     python -m tools.report out/a out/b --out=out/report
     python -m tools.report out/a --foreign=inference_results.xlsx
 
-Reads eval/*/predictions.jsonl of each workdir, makes every figure anew, and says where
+Reads eval/<name>/predictions.jsonl of each workdir, makes every figure anew, and says where
 metrics.json differs. Writes report.md (with figures/) and report.html: the paper's tables with our
 figures beside them, accuracies with controls and intervals, paired tests, plots, worst questions.
 """
@@ -90,7 +90,7 @@ def _pairs(found, workdirs, compare):
 
 def _belongs(e, path):
     folder = pathlib.Path(path).resolve()
-    return e.folder.resolve() == folder or e.folder.resolve().parent.parent == folder
+    return e.folder.resolve() == folder or folder / "eval" in e.folder.resolve().parents
 
 
 def write(title, made, out):

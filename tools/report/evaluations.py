@@ -26,10 +26,11 @@ _COUNTS = ("truncated", "unfinished")
 class Evaluation:
     """One eval/<name>/ of a run.
 
-    run: short name of the workdir; name: of the evaluation; rows: of predictions.jsonl; metrics:
-    made from them; stored: what metrics.json says; about: what it says about the run; section: of
-    the config; config: the run's config.json, or {}; verdicts: parts of judge.json about these
-    predictions, their "metrics" made anew from judgements.jsonl; problems: sentences.
+    run: short name of the workdir; name: of the evaluation, as config.evals has it; rows: of
+    predictions.jsonl; metrics: made from them; stored: what metrics.json says; about: what it says
+    about the run; section: of the config; config: the run's config.json, or {}; verdicts: parts of
+    judge.json about these predictions, their "metrics" made anew from judgements.jsonl; problems:
+    sentences.
     """
 
     run: str
@@ -98,7 +99,8 @@ def load_all(paths):
     """The evaluations below these workdirs, as a list.
 
     Args:
-      paths: workdirs with eval/<name>/predictions.jsonl, or single folders of an evaluation.
+      paths: workdirs with eval/<name>/predictions.jsonl (a name may have several parts, as in
+        vqav2/minival), or single folders of an evaluation.
 
     Raises:
       ValueError: a path without evaluations, or files that can't be read.
@@ -109,24 +111,31 @@ def load_all(paths):
     for path, label in zip(paths, labels):
         run = label if labels.count(label) == 1 else str(path)
         if (path / results.PREDICTIONS).is_file():
-            # eval/<name> of a workdir, most likely.
-            workdir = path.resolve().parent.parent
-            run = workdir.name if path.resolve().parent.name == "eval" else run
-            evaluations.append(load(path, run, _config(workdir)))
+            workdir, name = _split(path.resolve())
+            run = workdir.name if workdir else run
+            evaluations.append(load(path, name, run, _config(workdir or path.resolve().parent.parent)))
             continue
-        folders = sorted(p.parent for p in path.glob(f"eval/*/{results.PREDICTIONS}"))
+        folders = sorted(p.parent for p in path.glob(f"eval/**/{results.PREDICTIONS}"))
         if not folders:
             raise ValueError(
-                f"{path} has no eval/*/{results.PREDICTIONS}; expected a workdir in which "
+                f"{path} has no eval/<name>/{results.PREDICTIONS}; expected a workdir in which "
                 "paligemma_med.evaluate or train has run."
             )
         config = _config(path)
-        evaluations += [load(folder, run, config) for folder in folders]
+        evaluations += [load(f, f.relative_to(path / "eval").as_posix(), run, config) for f in folders]
     return evaluations
 
 
-def load(folder, run, config):
-    """One evaluation, checked.
+def _split(folder):
+    """(workdir, name) of <workdir>/eval/<name>; (None, the folder's own name) if it lies elsewhere."""
+    for parent in folder.parents:
+        if parent.name == "eval":
+            return parent.parent, folder.relative_to(parent).as_posix()
+    return None, folder.name
+
+
+def load(folder, name, run, config):
+    """The evaluation `name` in `folder`, checked.
 
     Raises:
       ValueError: predictions.jsonl is empty or lacks a key.
@@ -163,10 +172,10 @@ def load(folder, run, config):
     # Evaluated into a folder of its own, a run is described where its weights lie.
     if not config and about.get("checkpoint"):
         config = _config(pathlib.Path(re.sub(r"@\d+$", "", str(about["checkpoint"]))))
-    section = about.get("section") or (config.get("evals") or {}).get(folder.name) or {}
+    section = about.get("section") or (config.get("evals") or {}).get(name) or {}
     return Evaluation(
         run,
-        folder.name,
+        name,
         folder,
         rows,
         metrics,
