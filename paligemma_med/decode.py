@@ -479,7 +479,7 @@ def _beam_search(
             open=state["open"] & still,
         ), _pick(parent, place)
 
-    none = jnp.full((rows, beams), -jnp.inf)
+    none = jnp.full((rows, beams), -jnp.inf, jnp.float32)
     tokens = jnp.full((rows, beams, max_new_tokens), PAD_TOKEN, jnp.int32)
     # All beams are the bare prompt: but for the first they are left out, or all would be the same.
     state = dict(score=none.at[:, 0].set(0.0), tokens=tokens, ended_score=none, ended=tokens, open=~batch["skip"])
@@ -530,7 +530,7 @@ def _score_options(model, params, batch, options, lengths, *, text_len):
         logits, cache = _extend(model, variables, cache, tokens[:, step - 1])
         return cache, add(sums, logits, step)
 
-    sums = add(jnp.zeros(rows * count), jnp.repeat(logits, count, axis=0), 0)
+    sums = add(jnp.zeros(rows * count, jnp.float32), jnp.repeat(logits, count, axis=0), 0)
     _, sums = jax.lax.fori_loop(1, jnp.max(lengths), extend, (cache, sums))
     return jnp.where(batch["skip"][:, None], 0.0, sums.reshape(rows, count))
 
@@ -547,11 +547,13 @@ def temper(logits, temperature):
 
 def most_probable(logits, top_k):
     """float32[..., V] with -inf outside of the k largest and their equals."""
+    logits = jnp.asarray(logits, jnp.float32)
     return jnp.where(logits >= _cutoff(logits, jnp.ones_like(logits), top_k), logits, -jnp.inf)
 
 
 def nucleus(logits, top_p):
     """float32[..., V] with -inf outside of the nucleus, as `generate` defines it."""
+    logits = jnp.asarray(logits, jnp.float32)
     return jnp.where(logits >= _cutoff(logits, jax.nn.softmax(logits), top_p), logits, -jnp.inf)
 
 
@@ -593,4 +595,4 @@ def draw(key, logits):
     groups = groups.reshape(-1, size)
     first, second = jax.random.split(key)
     group = jax.random.categorical(first, jax.nn.logsumexp(groups, axis=-1))
-    return group * size + jax.random.categorical(second, groups[group])
+    return (group * size + jax.random.categorical(second, groups[group])).astype(jnp.int32)

@@ -219,7 +219,7 @@ class Attention(nn.Module):
         new = []
         for name, x in (("k", k), ("v", v)):
             cache = self.get_variable("cache", f"{name}_new")
-            cache = jax.lax.dynamic_update_slice(cache, x.astype(cache.dtype), (0, step, 0, 0))
+            cache = jax.lax.dynamic_update_slice_in_dim(cache, x.astype(cache.dtype), step, axis=1)
             self.put_variable("cache", f"{name}_new", cache)
             new.append(cache)
         return attention.attend_cached(

@@ -194,7 +194,7 @@ def patch_grid(model, image):
 
 def init_params(model, rng, *, image_size):
     """Random parameters in float32: {"img": …, "llm": …} for square images of `image_size` px."""
-    image = jnp.zeros((1, image_size, image_size, 3))
+    image = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
     text = jnp.zeros((1, 2), jnp.int32)
     return model.init(rng, image, text, text)["params"]
 

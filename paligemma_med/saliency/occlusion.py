@@ -219,7 +219,7 @@ def scorer(model, params, seq):
     tokens = text[0, places + 1]
 
     def score(images):
-        out = _logprobs(model, params, jnp.asarray(images), text, mask_ar, places[None], tokens)
+        out = _logprobs(model, params, jnp.asarray(images, jnp.float32), text, mask_ar, places[None], tokens)
         return np.asarray(out)[:, :count]
 
     return score

@@ -116,18 +116,18 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score):
 
     img, llm = params["img"]["Transformer"]["encoderblock"], params["llm"]["layers"]
     slots = dict(
-        img=jnp.zeros((_depth(img), 1, patches, patches)),
-        llm=jnp.zeros((_depth(llm), 1, length, length)),
+        img=jnp.zeros((_depth(img), 1, patches, patches), jnp.float32),
+        llm=jnp.zeros((_depth(llm), 1, length, length), jnp.float32),
     )
     _, pull = jax.vjp(scores, slots)
 
     def one(i, out):
-        (weights,) = pull(jax.nn.one_hot(i, len(tokens)))
-        row = carry_down(jax.nn.one_hot(queries[i], length), weights["llm"][:, 0])
+        (weights,) = pull(jax.nn.one_hot(i, len(tokens), dtype=jnp.float32))
+        row = carry_down(jax.nn.one_hot(queries[i], length, dtype=jnp.float32), weights["llm"][:, 0])
         image = carry_down(row[:patches], weights["img"][:, 0])
         return out[0].at[i].set(row), out[1].at[i].set(image)
 
-    empty = jnp.zeros((len(tokens), length)), jnp.zeros((len(tokens), patches))
+    empty = tuple(jnp.zeros((len(tokens), n), jnp.float32) for n in (length, patches))
     return jax.lax.fori_loop(0, count, one, empty)
 
 
