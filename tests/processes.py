@@ -14,7 +14,7 @@ import numpy as np
 from paligemma_med import decode, experiment, input_pipeline
 from paligemma_med.evaluators import vqa
 from paligemma_med.parallel import distributed, sharding
-from tests import tiny
+from tests import environ, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_QUESTIONS, EVAL_BATCH = 13, 8
@@ -27,20 +27,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def xla_flags(devices):
-    """$XLA_FLAGS of the test run, with another number of devices."""
-    ours = os.environ.get("XLA_FLAGS", "").split()
-    kept = [x for x in ours if "host_platform_device_count" not in x]
-    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
-
-
 def start(module, args, *, num, devices=1):
     """Starts `python -m module args` as `num` processes of one run, of `devices` devices each.
 
     Returns:
       [subprocess.Popen]; with num=1 one on its own.
     """
-    env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
+    env = environ.of_program(devices)
     port, out = free_port(), []
     for i in range(num):
         place = [f"--coordinator_address=localhost:{port}", f"--num_processes={num}", f"--process_id={i}"]

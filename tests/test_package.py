@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from tests import environ
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ("paligemma_med", "configs", "data_prep", "tools")
 ENTRY_POINTS = ("train", "evaluate", "predict", "explain")
@@ -269,3 +271,18 @@ def test_relative_imports_of_a_package_are_its_own():
 )
 def test_the_safety_rules_can_fail(source, wrong):
     assert bool(unsafe_faults(source, "m")) == wrong
+
+
+def test_started_programs_keep_the_xla_flags_of_the_test_run():
+    """Or tests under another instruction set would compare programs for it with some for this one."""
+    theirs = ("tests/conftest.py", "tests/environ.py", "tests/test_package.py")
+    others = [p for p in python_files("tests") if p.relative_to(ROOT).as_posix() not in theirs]
+    named = [str(p) for p in others if '"XLA_FLAGS"' in p.read_text("utf-8") or "XLA_FLAGS=" in p.read_text("utf-8")]
+    assert others and not named, f"environ.of_program sets XLA_FLAGS, not {named}"
+
+
+def test_environment_of_started_programs(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2 --xla_force_host_platform_device_count=8")
+    assert environ.of_program(A="1")["A"] == "1"
+    flags = environ.of_program(devices=3)["XLA_FLAGS"].split()
+    assert flags == ["--xla_cpu_max_isa=AVX2", "--xla_force_host_platform_device_count=3"]

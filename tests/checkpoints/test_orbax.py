@@ -13,6 +13,7 @@ import pytest
 
 from paligemma_med.checkpoints import CheckpointError, lazy, orbax
 from paligemma_med.models.leaves import flatten_tree
+from tests import environ
 from tests.checkpoints.trees import assert_same
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -66,8 +67,7 @@ x = jax.device_put(jnp.arange(24.0).reshape(8, 3), NamedSharding(mesh, Partition
 with ocp.StandardCheckpointer() as c:
     c.save({str(tmp_path / "w")!r}, {{"a": {{"b": x}}}})
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    env["JAX_PLATFORMS"] = "cpu"
+    env = environ.of_program(devices=4)
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     opened = orbax.open_orbax(tmp_path / "w")

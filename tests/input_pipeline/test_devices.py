@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from paligemma_med import input_pipeline
 from paligemma_med.input_pipeline import InputError, devices
 from paligemma_med.parallel import distributed, sharding
+from tests import environ
 from tests.input_pipeline.tiny_vqa import (
     N_TRAIN,
     assert_equal,
@@ -169,10 +169,7 @@ def test_real_processes_hold_the_rows_of_the_single_process_batch(data, repo_roo
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(repo_root),
-    }
+    env = environ.of_program(devices=2, PYTHONPATH=str(repo_root))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _PROCESS, str(p), "2", str(port), data["data_dir"]],

@@ -4,7 +4,6 @@ How near it comes to a run's real peak is measured by `python -m tools.bench.ste
 """
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -14,7 +13,7 @@ import pytest
 
 from paligemma_med import experiment, train
 from paligemma_med.training import dry_run
-from tests import tiny
+from tests import environ, tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")
 
@@ -146,7 +145,7 @@ def test_tensor_parallelism_is_told_per_device():
 def test_a_real_run_takes_what_was_foretold(repo_root):
     """The benchmark's case of full fine-tuning: 1 GB of state, 1 GB more in a step."""
     command = [sys.executable, "-m", "tools.bench.step_memory", "--case=all", "--steps=2"]
-    env = {**os.environ, "XLA_FLAGS": ""}  # one device
+    env = environ.of_program()
     run = subprocess.run(command, cwd=repo_root, env=env, check=True, stdout=subprocess.PIPE)
     out = json.loads(run.stdout)
     assert out["temporary"] > 0.3 * out["foretold"] > 0.3 * 2**30

@@ -12,11 +12,11 @@ import pytest
 
 from paligemma_med import checkpoints
 from paligemma_med.training import progress
-from tests import processes, tiny
+from tests import environ, tiny
 from tools import random_kills
 
 CONFIG = """
-from tests import tiny
+from tests import environ, tiny
 def get_config(arg=None):
     data, steps = arg.split(",")
     model = {k: dict(v, dropout=0.1) for k, v in tiny.MODEL.items()}
@@ -121,7 +121,7 @@ def run(folder, data, steps, repo_root, kills, kw):
 def popen(folder, repo_root):
     """One device; what is said on stderr is kept for failures."""
     log = open(folder / "stderr.txt", "a")
-    env = {**os.environ, "XLA_FLAGS": processes.xla_flags(1)}
+    env = environ.of_program()
     return dict(cwd=repo_root, env=env, stdout=subprocess.DEVNULL, stderr=log)
 
 

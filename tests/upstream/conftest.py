@@ -4,7 +4,6 @@ TensorFlow and big_vision change a process for good (sys.modules, JAX's settings
 `big_vision` run what needs them through `run_python`, in a process of its own.
 """
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import sys
 import pytest
 
 from paligemma_med import upstream
+from tests import environ
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def run_python():
-    """run(*argv, timeout=600, **env): `python *argv` from the root of the repository on one CPU
-    device. Gives its stdout; a failure shows both streams."""
+    """run(*argv, timeout=600, devices=1, **env): `python *argv` from the root of the repository on
+    that many CPU devices. Gives its stdout; a failure shows both streams."""
 
-    def run(*argv, timeout=600, **env):
-        env = {**os.environ, "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "2", **env}
+    def run(*argv, timeout=600, devices=1, **env):
+        env = environ.of_program(devices, TF_CPP_MIN_LOG_LEVEL="2", **env)
         done = subprocess.run(
             [sys.executable, *map(str, argv)],
             cwd=ROOT,

@@ -120,8 +120,7 @@ def test_mistakes_in_a_section_are_told_with_its_name(tmp_path, run_python):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_its_predict_fns_run_on_our_model(run_python, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    out = run_python("-m", "tests.upstream.predict_fns", XLA_FLAGS=flags)
+    out = run_python("-m", "tests.upstream.predict_fns", devices=devices)
     assert json.loads(out.splitlines()[-1])["devices"] == devices
 
 

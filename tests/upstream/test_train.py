@@ -16,7 +16,7 @@ from paligemma_med import checkpoints
 from paligemma_med.models.layers import activations
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.upstream import train
-from tests import tiny
+from tests import environ, tiny
 from tests.upstream.conftest import ROOT
 
 big_vision = pytest.mark.big_vision
@@ -121,7 +121,7 @@ def test_data_that_tensorflow_can_not_read_are_told(tfrecord_data, tiny_data, tm
 def test_a_run_that_is_killed_goes_on_from_its_pointer(run_python, tfrecord_data, tmp_path):
     out = tmp_path / "run"
     path = write_config(tmp_path, tfrecord_data, evals={}, total_steps=4000, ckpt_steps=20)
-    env = dict(os.environ, XLA_FLAGS="", TF_CPP_MIN_LOG_LEVEL="2")
+    env = environ.of_program(TF_CPP_MIN_LOG_LEVEL="2")
     with subprocess.Popen([sys.executable, *program(path, out)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as run:
         end = time.monotonic() + 300
         while not (out / "checkpoint.bv-LAST").exists() or newest(out) == "000000001-tmp":
@@ -163,8 +163,7 @@ def test_lora_on_frozen_bfloat16_weights(run_python, tfrecord_data, tmp_path):
         sharding_rules=[("act_vocab", "data"), ("act_batch", "data")],
     )
     # Four devices, of which each has a part of what is cut.
-    flags = "--xla_force_host_platform_device_count=4"
-    run_python(*program(path, tmp_path / "run"), XLA_FLAGS=flags)
+    run_python(*program(path, tmp_path / "run"), devices=4)
     found = flatten_tree(checkpoints.load_params(str(tmp_path / "run" / "checkpoint.bv")))
     assert set(base) < set(found)
     for name, array in found.items():
