@@ -206,12 +206,13 @@ def build(
 
     Args:
       name: a key of `BUILDERS`.
-      manual_dir: folder with the released files. `phantom` draws its own if None.
+      manual_dir: folder with the released files. Drawn sets (phantom, shapes, shapes_easy) make their
+        own if None.
       data_dir: where TFDS data sets are; None: `default_data_dir()`.
       config: one builder config; None: all that `manual_dir` has the files for.
       overwrite: build again what is there; the old one stays until the new one is whole.
-      num_images: `phantom` only: images in train, validate, test.
-      seed: of the drawings of `phantom`, or of what else the builder draws.
+      num_images: of drawn sets only: images in train, validate, test.
+      seed: of a drawn set, or of what else the builder draws at random.
       options: of the builder's `OPTIONS`; those not given have their default.
       beam_options: None: no Beam. Else the arguments of its pipeline, such as
         ["--runner=FlinkRunner"]; [] runs it on this machine.
@@ -248,7 +249,7 @@ def build(
             raise DataError(f"{name}: small enough to be built without --beam, and only so")
         _beam_options(beam_options)  # says at once if it isn't installed
     if not own and (num_images is not None or seed is not None):
-        raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom) only")
+        raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom, shapes, shapes_easy) only")
     if manual_dir is not None and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawing, not with a manual_dir")
     if not own and manual_dir is None:
@@ -312,7 +313,7 @@ def _define_flags() -> None:
         "tfrecord is for big_vision's TensorFlow readers.",
     )
     flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
-    flags.DEFINE_list("num_images", None, "phantom: number of images in train,validate,test.")
+    flags.DEFINE_list("num_images", None, "Of drawn sets: number of images in train,validate,test.")
     flags.DEFINE_integer("seed", None, "Seed of drawings, or of what a data set draws by lot.")
     flags.DEFINE_bool("beam", False, "Build with Apache Beam (extra `beam`), for large sets.")
     flags.DEFINE_list(

@@ -2,8 +2,9 @@
 
 One loop, read from top to bottom in `train`. A workdir gets config.json, metrics.jsonl,
 checkpoints/ and eval/; started again on the same workdir, the run goes on from its newest
-checkpoint. With --dry_run nothing is read or written: the step is compiled on abstract arrays and
-its memory printed.
+checkpoint. With --dry_run the step is compiled on abstract arrays and its memory printed: nothing is
+written, and neither data nor weights are read, but for the ranks of an adapter that
+config.adapter_init names.
 """
 
 import difflib

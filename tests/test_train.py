@@ -19,6 +19,7 @@ from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.evaluation.results import read_metrics
 from paligemma_med.evaluators import vqa
 from paligemma_med.models import loss as losses
+from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim, progress
 from paligemma_med.training import step as train_step
@@ -113,7 +114,7 @@ def test_loss_and_gradients_are_those_of_the_formula():
     @jax.value_and_grad
     def loss(flat, is_example):
         logits, _ = model.apply(
-            {"params": checkpoints.unflatten_tree(flat)},
+            {"params": unflatten_tree(flat)},
             batch["image"],
             batch["text"][:, :-1],
             batch["mask_ar"][:, :-1],

@@ -1,4 +1,5 @@
-"""Reads a folder in SLAKE's layout into checked rows and a report. Used by `slake` and `phantom`.
+"""Reads a folder in SLAKE's layout into checked rows and a report: of `slake`
+and of the drawn sets.
 
 Layout: `train.json`, `validate.json` (or `validation.json`), `test.json`, each a list of rows with
 twelve keys, and `imgs/<image>/source.jpg` with `detection.json` beside it. Everything is checked
