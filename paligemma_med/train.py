@@ -7,7 +7,6 @@ written, and neither data nor weights are read, but for the ranks of an adapter 
 config.adapter_init names.
 """
 
-import difflib
 import functools
 import os
 import sys
@@ -17,9 +16,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import experiment, input_pipeline, preflight
+from paligemma_med.checkpoints import keep
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations, eval_names
-from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import compilation_cache, distributed, sharding
@@ -62,7 +61,7 @@ def _train(config, workdir, signals, profile):
     tok = experiment.make_tokenizer(config, model)
     mesh = experiment.make_mesh(config)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, workdir)
-    _check_keep_best(config, evaluators)
+    keep.check(config, evaluators)
     preflight.check(config, model, tok, mesh)
     os.makedirs(workdir, exist_ok=True)
 
@@ -95,7 +94,7 @@ def _train(config, workdir, signals, profile):
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 2), best=workdirs.best_of(workdir, config))
+    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 2), best=keep.best_of(workdir, config))
     first_step, gone_on = 0, {}
     if found := checkpoints.restore_newest(trained, opt_state):
         first_step, trained, opt_state, gone_on = found
@@ -184,7 +183,7 @@ def _train(config, workdir, signals, profile):
             shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
             bar.say(f"step {step}/{total_steps}  {name}: {shown}")
             if name == best_name:
-                _check_best_metric(config, name, found)
+                keep.check_metric(config, name, found)
 
     step, metrics, results = first_step, {}, {}
     best_name, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
@@ -243,39 +242,6 @@ _INTERNAL = ("lost", "finite")
 def _say(text, file=None):
     if distributed.is_main():
         print(text, file=file, flush=True)
-
-
-def _check_keep_best(config, evaluators):
-    """config.keep_best = dict(metric="<evaluator>/<its metric>", mode="max" or "min")."""
-    best = config.get("keep_best")
-    if not best:
-        return
-    if not config_values.is_mapping(best):
-        raise ValueError(f"config.keep_best is {best!r}; expected dict(metric='NAME/METRIC', mode='max').")
-    if unknown := sorted(set(best) - {"metric", "mode"}):
-        raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
-    metric, mode = best.get("metric", ""), best.get("mode", "max")
-    name, key = eval_names.split_metric(metric, evaluators)
-    if not name or not key:
-        raise ValueError(
-            f"config.keep_best.metric is {metric!r}; expected NAME/METRIC, as in "
-            f"'NAME/model/overall/acc', with one of config.evals: {sorted(evaluators)}."
-        )
-    if mode not in ("max", "min"):
-        raise ValueError(f"config.keep_best.mode is {mode!r}; expected 'max' or 'min'.")
-
-
-def _check_best_metric(config, name, found):
-    """ValueError if the metrics `found` by the evaluator of config.keep_best lack the one it names."""
-    metric = config.keep_best.metric
-    key = metric.removeprefix(f"{name}/")
-    if key not in found:
-        near = difflib.get_close_matches(key, found) or list(found)[:8]
-        raise ValueError(
-            f"config.keep_best.metric is {metric!r}, but {name} gives no {key!r}; it has "
-            f"{', '.join(map(repr, near))} and others (eval/{name}/metrics.json). Mend it, and the "
-            "same command goes on."
-        )
 
 
 @experiment.command

@@ -1,7 +1,7 @@
 """Weights as a plain Orbax checkpoint, which any JAX program restores, written and read on a host.
 
-Orbax takes a whole tree, and copies it while it writes. A handler for arrays that are still in
-their file lets them pass one at a time.
+A run's own checkpoints are in `workdir`. Orbax takes a whole tree, and copies it while it writes. A handler for arrays
+that are still in their file lets them pass one at a time.
 """
 
 import functools

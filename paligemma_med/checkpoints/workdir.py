@@ -1,4 +1,4 @@
-"""Training checkpoints in a workdir, with Orbax: what training changes, and nothing else.
+"""A run's checkpoints in its workdir: what they hold, and how they are written, restored and read as weights.
 
     <workdir>/config.json           the run's config; says which weights the frozen leaves are
     <workdir>/base.npz              frozen leaves that those weights don't have (random ones)
@@ -6,8 +6,9 @@
     <workdir>/checkpoints/<step>/   trained leaves, optimizer state, place in the data
     <workdir>/damaged/<step>/       checkpoints that couldn't be read again, set aside
 
-Frozen leaves aren't written again with every checkpoint: at the 3B size they are 5 GB, and stage 1
-trains 9 MB. All processes of a run call the methods of `Checkpoints` together, and see one folder.
+Frozen leaves aren't written again with every checkpoint: at the 3B size they are 5 GB, and stage 1 trains 9 MB. Orbax
+writes them; which ones stay is in `keep`; config.json and the two files of the base are written by
+`training.run_files`. All processes of a run call the methods of `Checkpoints` together, and see one folder.
 """
 
 import json
@@ -18,9 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from paligemma_med.checkpoints import fingerprint, lazy, npz
+from paligemma_med.checkpoints import keep as keep_lib
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 
@@ -32,11 +33,9 @@ class Checkpoints:
     """The checkpoints of one run; made once, closed at the end (or used in a `with`)."""
 
     def __init__(self, workdir, *, keep=1, best=None):
-        """workdir: created if need be. keep: how many of the newest checkpoints stay. best: a
-        function of a list of steps → the one of them that stays as well, or None."""
-        kept = checkpoint_managers.LatestN(keep)
+        """workdir: created if need be. keep, best: which stay, as `keep.policy` takes them."""
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Keep(kept, best) if best else kept,
+            preservation_policy=keep_lib.policy(keep, best),
             create=True,
             # Of a save that was cut short. Only complete ones have their step for a name.
             cleanup_tmp_directories=True,
@@ -122,9 +121,10 @@ class Checkpoints:
     def _set_aside(self, step):
         folder = os.path.join(self._workdir, "damaged")
         os.makedirs(folder, exist_ok=True)
-        name = next(
-            n for i in range(10**6) if not os.path.exists(n := os.path.join(folder, f"{step}" + (f".{i}" if i else "")))
-        )
+        name, before = os.path.join(folder, str(step)), 0
+        while os.path.exists(name):  # another one of that step, of an earlier start
+            before += 1
+            name = os.path.join(folder, f"{step}.{before}")
         _wait_for_all("before a damaged checkpoint is moved")
         if jax.process_index() == 0:
             os.rename(os.path.join(self._manager.directory, str(step)), name)
@@ -186,18 +186,6 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
-
-
-class _Keep(checkpoint_managers.PreservationPolicy):
-    """What `kept` keeps, and the best one."""
-
-    def __init__(self, kept, best):
-        self._kept, self._best = kept, best
-
-    def should_preserve(self, checkpoints, *, context):
-        kept = self._kept.should_preserve(checkpoints, context=context)
-        best = self._best([c.step for c in checkpoints])
-        return [k or c.step == best for k, c in zip(kept, checkpoints)]
 
 
 def _shapes(tree):
@@ -272,39 +260,17 @@ def split_spec(spec):
     return (folder, int(step)) if step.isdigit() else None
 
 
-def best_of(folder, config):
-    """`best` for `Checkpoints`, by config.keep_best; None where that is not set.
-
-    Of steps with equal metrics the first is the best; steps without it aren't looked at.
-    """
-    wanted = config.get("keep_best")
-    if not wanted:
-        return None
-    metric, sign = wanted["metric"], -1 if wanted.get("mode", "max") == "min" else 1
-    path = os.path.join(folder, "metrics.jsonl")
-
-    def best(steps):
-        if not os.path.exists(path):
-            return None
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-        if (has := [r for r in rows if "/" in "".join(r)]) and not any(metric in r for r in has):
-            raise ValueError(
-                f"config.keep_best.metric is {metric!r}, but the evaluators give "
-                f"{sorted(k for k in has[-1] if '/' in k)[:8]}, …"
-            )
-        found = {r["step"]: sign * r[metric] for r in rows if metric in r and r["step"] in steps}
-        return max(found, key=found.get, default=None)
-
-    return best
-
-
 def _best_step(folder):
-    best = best_of(folder, read_config(folder))
-    steps = os.listdir(os.path.join(folder, "checkpoints"))
-    step = best([int(n) for n in steps if n.isdigit()]) if best else None
-    if step is None:
+    config = read_config(folder)
+    best = keep_lib.best_of(folder, config)
+    if best is None:
         raise npz.CheckpointError(f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training.")
+    step = best([int(name) for name in os.listdir(os.path.join(folder, "checkpoints")) if name.isdigit()])
+    if step is None:
+        raise npz.CheckpointError(
+            f"{folder}@best: none of its checkpoints has a finite {config['keep_best']['metric']} in metrics.jsonl; "
+            f"expected one, or name a step: {folder}@…"
+        )
     return step
 
 

@@ -294,33 +294,3 @@ def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, repo_root):
     with workdir.Checkpoints(tmp_path, keep=2) as ckpt:
         step, found, *_ = ckpt.restore_newest({"w": jnp.zeros(100)}, {})
     assert step == 1 and np.abs(found["w"]).max() > 0
-
-
-# --- Which are kept ---
-
-
-def test_the_best_one_is_kept_beside_the_newest(tmp_path):
-    metric = "val/acc"
-    write_run(tmp_path, trained=base(), steps=())
-    config = workdir.read_config(tmp_path) | {"keep_best": {"metric": metric}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    best = workdir.best_of(tmp_path, config)
-    with workdir.Checkpoints(tmp_path, keep=1, best=best) as ckpt:
-        for step, value in enumerate([0.2, 0.7, 0.5, 0.7, 0.6], 1):
-            ckpt.save(step, {n: jnp.asarray(x) + step for n, x in base().items()}, {})
-            ckpt.wait()
-            with open(tmp_path / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, metric: value}) + "\n")
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "5"]
-    found = checkpoints.load_params(f"{tmp_path}@best")
-    tiny.assert_trees_equal(found, unflatten_tree({n: x + 2 for n, x in base().items()}))
-    assert workdir.pin(f"{tmp_path}@best") == f"{tmp_path}@2"
-    assert workdir.best_of(tmp_path, {"keep_best": {"metric": metric, "mode": "min"}})([2, 5]) == 5
-    with pytest.raises(ValueError, match="is 'val/typo', but the evaluators give \\['val/acc'\\]"):
-        workdir.best_of(tmp_path, {"keep_best": {"metric": "val/typo"}})([2, 5])
-
-
-def test_best_of_a_run_that_keeps_none(tmp_path):
-    write_run(tmp_path, trained=base())
-    with pytest.raises(checkpoints.CheckpointError, match="@best: .* set config.keep_best"):
-        checkpoints.load_params(f"{tmp_path}@best")

@@ -1,0 +1,100 @@
+"""Which checkpoints of a run stay: the newest (config.keep_ckpt), and the best by a metric (config.keep_best).
+
+What a checkpoint holds, and how it is written and read again, is in `workdir`.
+"""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from orbax.checkpoint import checkpoint_managers
+
+Best = Callable[[Sequence[int]], int | None]  # of these steps the best, or None
+
+
+def policy(newest: int, best: Best | None = None) -> checkpoint_managers.PreservationPolicy:
+    """Orbax's rule for keeping so many of the newest checkpoints, and of all the best."""
+    rule = checkpoint_managers.LatestN(newest)
+    return _NewestAndBest(rule, best) if best else rule
+
+
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):
+    def __init__(self, newest, best):
+        self._newest, self._best = newest, best
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = self._newest.should_preserve(checkpoints, context=context)
+        best = self._best([c.step for c in checkpoints])
+        return [is_new or c.step == best for is_new, c in zip(newest, checkpoints)]
+
+
+def best_of(workdir: os.PathLike | str, config: Mapping[str, Any]) -> Best | None:
+    """The function that picks the best of some steps by config.keep_best; None where that is not set.
+
+    It reads <workdir>/metrics.jsonl. Of steps with equal metrics the first is the best. Steps without the metric
+    don't count, nor do those where it wasn't finite, which stand there as null.
+
+    Raises (when called):
+      ValueError: evaluators have run, but none gives that metric.
+    """
+    wanted = config.get("keep_best")
+    if not wanted:
+        return None
+    metric, sign = wanted["metric"], -1 if wanted.get("mode", "max") == "min" else 1
+    path = os.path.join(workdir, "metrics.jsonl")
+
+    def best(steps):
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+        evaluated = [row for row in rows if any("/" in key for key in row)]
+        if evaluated and not any(metric in row for row in evaluated):
+            raise ValueError(
+                f"config.keep_best.metric is {metric!r}, but the evaluators give "
+                f"{sorted(key for key in evaluated[-1] if '/' in key)[:8]}, …"
+            )
+        values = {row["step"]: row.get(metric) for row in rows if row["step"] in steps}
+        finite = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
+        return max(finite, key=finite.get, default=None)
+
+    return best
+
+
+def check(config: Mapping[str, Any], evaluators: Collection[str]) -> None:
+    """ValueError unless config.keep_best is dict(metric="<evaluator>/<its metric>", mode="max" or "min"), or not set.
+
+    Args:
+      evaluators: names of config.evals.
+    """
+    best = config.get("keep_best")
+    if not best:
+        return
+    if not hasattr(best, "keys"):
+        raise ValueError(f"config.keep_best is {best!r}; expected dict(metric='NAME/METRIC', mode='max').")
+    if unknown := sorted(set(best.keys()) - {"metric", "mode"}):
+        raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
+    metric = best.get("metric", "")
+    if metric.endswith("/") or not any(metric.startswith(f"{name}/") for name in evaluators):
+        raise ValueError(
+            f"config.keep_best.metric is {metric!r}; expected NAME/METRIC, as in "
+            f"'NAME/model/overall/acc', with one of config.evals: {sorted(evaluators)}."
+        )
+    if (mode := best.get("mode", "max")) not in ("max", "min"):
+        raise ValueError(f"config.keep_best.mode is {mode!r}; expected 'max' or 'min'.")
+
+
+def check_metric(config: Mapping[str, Any], name: str, metrics: Collection[str]) -> None:
+    """ValueError if the `metrics` of the evaluator `name`, that of config.keep_best, lack the one it names."""
+    wanted = config["keep_best"]["metric"]
+    key = wanted.removeprefix(f"{name}/")
+    if key not in metrics:
+        near = difflib.get_close_matches(key, metrics) or list(metrics)[:8]
+        raise ValueError(
+            f"config.keep_best.metric is {wanted!r}, but {name} gives no {key!r}; it has "
+            f"{', '.join(map(repr, near))} and others (eval/{name}/metrics.json). Mend it, and the "
+            "same command goes on."
+        )
