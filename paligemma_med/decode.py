@@ -15,7 +15,7 @@ rows of another length may be rounded otherwise, as in a batch of another size: 
 prompt then differ in their last bits, and a token that two candidates tie for may, too.
 
 Axis letters: B prompts, R samples of a prompt, T text positions, V vocabulary, M new tokens,
-K beams, C options of a prompt, P image tokens.
+K beams, C options of a prompt, Q image tokens.
 """
 
 import functools
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models.loss import token_logprobs
 from paligemma_med.parallel import distributed
 
 PAD_TOKEN = 0
@@ -58,10 +59,11 @@ def generate(
       params: its parameters, wherever they are.
       batch: as big_vision's eval pp makes it; other keys are ignored.
         image: float[B, height, width, 3] in [-1, 1]; or, in its place,
-        zimg: float[B, P, D] from `encode_images`, where several prompts share an image.
+        zimg: float[B, Q, D] from `encode_images`, where several prompts share an image.
         text: int[B, T] the prompt, then padding.
         mask_ar: int[B, T] 0 on tokens that see one another (the prompt), 1 on causal ones.
         mask_input: int or bool[B, T] 1 on the prompt, 0 on the padding after it.
+        image_at: optional int[B], how many tokens of the prompt stand before the image; by default 0.
         _mask: optional bool[B], False on rows that only fill up the batch: nothing is generated.
         row_id: optional int[B] >= 0, names a prompt to the random numbers; by default its place in
           the batch. Give something of the example's own to make samples independent of batching.
@@ -211,7 +213,7 @@ def score_options(model, params, batch, options, mask):
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode_images(model, params, image):
-    """float[B, height, width, 3] in [-1, 1] → float[B, P, D], to stand as "zimg" in batches in
+    """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to stand as "zimg" in batches in
     place of "image": several questions on one image then cost one pass of the image tower."""
     return model.apply({"params": params}, image, method="embed_image")[0]
 
@@ -254,13 +256,13 @@ def _check_batch(batch, params):
             "the eval pp must keep() image, text, mask_ar and mask_input."
         )
     image, text = batch[seen], batch["text"]
-    shape = {"image": "[B, height, width, 3]", "zimg": "[B, P, D]"}[seen]
+    shape = {"image": "[B, height, width, 3]", "zimg": "[B, Q, D]"}[seen]
     if text.ndim != 2 or image.ndim != shape.count(",") + 1 or image.shape[0] != text.shape[0]:
         raise ValueError(f"text has shape {text.shape} and {seen} {image.shape}; expected [B, T] and {shape}.")
     for key in ("mask_ar", "mask_input"):
         if batch[key].shape != text.shape:
             raise ValueError(f"{key} has shape {batch[key].shape}, but text {text.shape}.")
-    for key in ("_mask", "row_id"):
+    for key in ("_mask", "row_id", "image_at"):
         if batch.get(key) is not None and batch[key].shape != text.shape[:1]:
             raise ValueError(f"{key} has shape {batch[key].shape}; expected ({text.shape[0]},).")
 
@@ -273,6 +275,13 @@ def _check_batch(batch, params):
         )
     _check_tokens(text[mask], params, "text")
     arrays = {k: batch[k] for k in (seen, *_KEYS)}
+    if batch.get("image_at") is not None:
+        image_at, longest = distributed.to_host(batch["image_at"]), mask.sum(axis=1)
+        for row in np.flatnonzero((image_at < 0) | (image_at > longest))[:1]:
+            raise ValueError(
+                f"image_at of row {row} is {image_at[row]}; expected 0 to {longest[row]}, the length of its prompt."
+            )
+        arrays["image_at"] = batch["image_at"].astype(np.int32)
     valid = batch.get("_mask")
     arrays["skip"] = np.zeros(text.shape[0], bool) if valid is None else ~_as_bool(valid)
     return arrays, bucket(mask.sum(axis=1).max(initial=0), text.shape[1])
@@ -318,6 +327,7 @@ def _read_prompts(model, params, batch, *, text_len, new, copies):
         input_mask=mask_input,
         mask_ar=mask_ar.astype(jnp.int32),
         zimg=batch.get("zimg"),
+        image_at=batch.get("image_at"),
         method="embed_image_and_text",
     )
     logits, cache = model.apply(
@@ -340,12 +350,6 @@ def _extend(model, variables, cache, tokens):
     ztxt, _ = model.apply(variables, tokens[:, None], method="embed_text")
     logits, cache = model.apply({**variables, **cache}, ztxt, method="extend_cache", mutable=["cache"])
     return logits[:, 0], cache
-
-
-def _logprob(logits, tokens):
-    """float32[BR, V], int[BR] → float32[BR] log-probabilities of the tokens."""
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "num_samples", "greedy", "text_len"))
@@ -389,7 +393,7 @@ def _generate(
             token = jax.vmap(draw)(jax.vmap(jax.random.fold_in, (0, None))(keys, step), z)
         return (
             jnp.where(done, PAD_TOKEN, token).astype(jnp.int32),
-            jnp.where(done, 0.0, _logprob(logits, token)),
+            jnp.where(done, 0.0, token_logprobs(logits, token)),
         )
 
     done = jnp.repeat(batch["skip"], num_samples)
@@ -523,7 +527,7 @@ def _score_options(model, params, batch, options, lengths, *, text_len):
     tokens, lengths = options.reshape(-1, length), lengths.reshape(-1)
 
     def add(sums, logits, step):
-        return sums + jnp.where(step < lengths, _logprob(logits, tokens[:, step]), 0.0)
+        return sums + jnp.where(step < lengths, token_logprobs(logits, tokens[:, step]), 0.0)
 
     def extend(step, carry):
         cache, sums = carry

@@ -1,4 +1,5 @@
-"""The training loss: cross-entropy on the answer's tokens, averaged as big_vision averages it.
+"""Log-probabilities of tokens, and the training loss made of them: cross-entropy on the answer's
+tokens, averaged as big_vision averages it.
 
 Axis letters: B batch, T text positions, P supervised positions that are looked at, D width of the
 language model, V vocabulary.
@@ -26,6 +27,12 @@ def supervised_positions(mask_loss, length):
     positions = jnp.argsort(-mask, axis=1, stable=True)[:, :length]
     kept = jnp.take_along_axis(mask, positions, axis=1)
     return positions, kept.astype(jnp.float32), mask.sum() - kept.sum()
+
+
+def token_logprobs(logits, tokens) -> jax.Array:
+    """Log-probabilities of chosen tokens: float32[…, V], int[…] → float32[…]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def cross_entropy(logits, labels, label_smoothing=0.0):

@@ -1,11 +1,12 @@
 """The composite: image tokens and text, read by a language model as one sequence.
 
-The composite asks the tower for tokens and the decoder for embeddings, and does not reach inside
-either. Methods are named as in big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv
-2407.07726, PaliGemma 2 arXiv 2412.03555.
+The composite asks the tower for tokens, the connector for what the language model reads of them,
+and the decoder for embeddings; it does not reach inside any. Methods are named as in
+big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv 2407.07726, PaliGemma 2 arXiv
+2412.03555.
 
-Axis letters: B batch, T text positions, S positions of the whole sequence, D width of the language
-model, V vocabulary.
+Axis letters: B batch, T text positions, Q image tokens, S = Q + T positions of the whole sequence,
+D width of the language model, V vocabulary.
 """
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from paligemma_med.models import connector as connectors
 from paligemma_med.models import decoder, splice, vit
 from paligemma_med.models.layers import lora
 
@@ -26,6 +28,8 @@ class Model(nn.Module):
       dtype: type of activations in both, unless one of them says otherwise.
       attn_impl: "xla" or "cudnn", likewise.
       lora: adapters, [(regex, dict(rank=…, …)), …] as `lora.as_rules` takes it.
+      connector: dict(kind=…, …) of `connector.KINDS`; None: the tower's own head projects its tokens.
+      image_ar: what image tokens see of one another, one of `splice.IMAGE_AR`.
     """
 
     img: dict | None = None
@@ -33,23 +37,39 @@ class Model(nn.Module):
     dtype: str = "float32"
     attn_impl: str = "xla"
     lora: tuple = ()
+    connector: dict | None = None
+    image_ar: str = "prefix"
 
     def __post_init__(self):
         # A model is an argument of jitted functions and must therefore be hashable.
         self.img, self.llm = _frozen(self.img or {}), _frozen(self.llm or {})
+        self.connector = _frozen(self.connector) if self.connector else None
+        if self.image_ar not in splice.IMAGE_AR:
+            raise ValueError(f"image_ar is {self.image_ar!r}; expected one of {splice.IMAGE_AR}.")
         self.lora = lora.as_rules(self.lora)
         super().__post_init__()
 
     def setup(self):
         both = dict(dtype=self.dtype, attn_impl=self.attn_impl, lora=self.lora)
         self._llm = decoder.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
-        img = {"variant": "So400m/14", "num_classes": self._llm.width, **both, **self.img}
-        self._img = vit.Model(**img, name="img")
+        kind = connectors.kind_of(self.connector)
+        head = self._llm.width if kind is None else None
+        self._img = vit.Model(**{"variant": "So400m/14", "num_classes": head, **both, **self.img}, name="img")
+        if kind is not None:
+            kw = {k: v for k, v in self.connector.items() if k != "kind"}
+            kw = {"dtype": self.dtype, "lora": self.lora, **kw}
+            self._connector = kind(width=self._llm.width, **kw, name="connector")
 
     def embed_image(self, image, train=False, capture_attention=False):
-        """float[B, height, width, 3] in [-1, 1] → (float[B, tokens, D] unscaled, out-dict)."""
-        zimg, out = self._img(image, train=train, capture_attention=capture_attention)
-        return zimg, {"img/zimg": zimg, **{f"img/{k}": v for k, v in out.items()}}
+        """float[B, height, width, 3] in [-1, 1] → (float[B, Q, D] unscaled, out-dict)."""
+        zimg, of_img = self._img(image, train=train, capture_attention=capture_attention)
+        out = {f"img/{k}": v for k, v in of_img.items()}
+        if self.connector:
+            # Its own attention is small: captured whole, whatever fold the tower is given.
+            captured = capture_attention is not False
+            zimg, of_connector = self._connector(zimg, train=train, capture_attention=captured)
+            out |= {f"connector/{k}": v for k, v in of_connector.items()}
+        return zimg, {"img/zimg": zimg, **out}
 
     def embed_text(self, tokens, train=False):
         """int32[B, T] → (float[B, T, D] scaled by sqrt(D), out-dict)."""
@@ -64,22 +84,31 @@ class Model(nn.Module):
         input_mask=None,
         mask_ar=None,
         zimg=None,
+        image_at=None,
         train=False,
         capture_attention=False,
     ):
-        """Image tokens followed by text, as one embedded sequence.
+        """Image tokens and text as one embedded sequence; the image stands in front by default.
 
         Args:
           image: float[B, height, width, 3] in [-1, 1].
           text: int32[B, T].
           input_mask: bool[B, T], False on padding; by default all text is valid.
           mask_ar: int32[B, T] as in `splice.make_attn_mask`; by default all text is causal.
-          zimg: float[B, tokens, D] from `embed_image`, in place of `image`.
+          zimg: float[B, Q, D] from `embed_image`, in place of `image`.
+          image_at: int32[B] in 0…T, how many text tokens stand before the image.
           train: switches dropout on.
 
         Returns:
           ((x float[B, S, D], input_mask bool[B, S], mask_ar int32[B, S]), out-dict).
         """
+        x, _, masks, out = self._splice(
+            image, text, input_mask, mask_ar, zimg, image_at, train=train, capture_attention=capture_attention
+        )
+        return (x, *masks), out
+
+    def _splice(self, image, text, input_mask, mask_ar, zimg, image_at, *, train, capture_attention):
+        """(float[B, S, D], `splice.Layout`, (input_mask bool[B, S], mask_ar int32[B, S]), out-dict)."""
         out_img = {}
         if zimg is None:
             zimg, out_img = self.embed_image(image, train, capture_attention)
@@ -88,12 +117,8 @@ class Model(nn.Module):
             input_mask = jnp.ones(text.shape, bool)
         if mask_ar is None:
             mask_ar = jnp.ones(text.shape, jnp.int32)
-        # The language model computes in the type of its input, which is therefore its own.
-        x = jnp.concatenate([zimg.astype(ztxt.dtype), ztxt], axis=1)
-        before = ((0, 0), (zimg.shape[1], 0))
-        input_mask = jnp.pad(input_mask.astype(bool), before, constant_values=True)
-        mask_ar = jnp.pad(mask_ar.astype(jnp.int32), before)
-        return (x, input_mask, mask_ar), {**out_img, **out_txt}
+        x, layout = splice.splice(zimg, ztxt, image_at=image_at, image_ar=self.image_ar)
+        return x, layout, layout.masks(input_mask, mask_ar), {**out_img, **out_txt}
 
     def __call__(
         self,
@@ -102,6 +127,7 @@ class Model(nn.Module):
         mask_ar,
         train=False,
         *,
+        image_at=None,
         logit_positions=None,
         pre_logits=False,
         capture_attention=False,
@@ -113,36 +139,36 @@ class Model(nn.Module):
           text: int32[B, T].
           mask_ar: int32[B, T], 0 on the prompt (bidirectional), 1 on the answer (causal).
           train: switches dropout on (needs a "dropout" rng).
+          image_at: int32[B], how many text tokens stand before the image; by default none.
           logit_positions: int32[B, P] text positions to compute logits at; by default all. Only
             the supervised ones are needed in training, and T × V floats are a step's largest array.
           pre_logits: give float[B, T or P, D], of which `compute_logits` makes logits, in their
             place: for a loss that wants few of them at a time.
           capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
-            "llm/attn" float32[layers, B, heads, S, S] to the out-dict. A fold (see `layers.capture`)
-            adds (last state, stacked outs) instead; a pair is for the image tower and the language
-            model, each of them False, True or a fold.
+            "llm/attn" float32[layers, B, heads, S, S] to the out-dict, and what a connector captures
+            as "connector/…". A fold (see `layers.capture`) adds (last state, stacked outs) instead;
+            a pair is for the image tower and the language model, each of them False, True or a fold.
 
         Returns:
-          (float32[B, T or P, V] logits, out-dict). Logits at t predict the token at t + 1.
+          (float32[B, T or P, V] logits, out-dict). Logits at t predict the text's token at t + 1; where
+          the image stands between the two, they are those after the image.
 
         To differentiate by the probabilities, give `apply` the collection of `perturbations`.
         """
         of_img, of_llm = (
             capture_attention if isinstance(capture_attention, tuple) else (capture_attention, capture_attention)
         )
-        (x, input_mask, mask_ar), out = self.embed_image_and_text(
-            image, text, mask_ar=mask_ar, train=train, capture_attention=of_img
+        x, layout, masks, out = self._splice(
+            image, text, None, mask_ar, None, image_at, train=train, capture_attention=of_img
         )
-        out["attn_mask"] = mask = splice.make_attn_mask(input_mask, mask_ar)
-        if self._llm.attn_impl == "cudnn":
-            mask = splice.split_mask(mask, x.shape[1] - text.shape[1])
+        out["attn_mask"] = mask = splice.make_attn_mask(*masks)
+        if self._llm.attn_impl == "cudnn" and layout.first:
+            mask = splice.split_mask(mask, layout.first)
         y, probs = self._llm(x, mask, train=train, capture_attention=of_llm)
         out["llm/pre_logits"] = y
         if of_llm is not False:
             out["llm/attn"] = probs
-        of_text = y[:, x.shape[1] - text.shape[1] :]
-        if logit_positions is not None:
-            of_text = jnp.take_along_axis(of_text, logit_positions[..., None], axis=1)
+        of_text = layout.outputs(y, logit_positions)
         return (of_text if pre_logits else self._llm.compute_logits(of_text)), out
 
     def compute_logits(self, pre_logits):
@@ -190,6 +216,19 @@ def patch_grid(model, image):
     """(rows, columns) of patches of float[…, height, width, 3]."""
     patch = vit.Model(**{"variant": "So400m/14", **model.img}).patch_size
     return tuple(side // p for side, p in zip(image.shape[-3:-1], patch, strict=True))
+
+
+def num_image_tokens(model, image) -> int:
+    """Q, how many tokens the language model reads of each image float[…, height, width, 3]."""
+    rows, columns = patch_grid(model, image)
+    return connectors.tokens(model.connector, rows * columns)
+
+
+def layout_of(model, batch) -> splice.Layout:
+    """Where the tokens of a batch stand: image […, height, width, 3], text [B, T] and, if it is
+    there, image_at int32[B]."""
+    num_image = num_image_tokens(model, batch["image"])
+    return splice.Layout(num_image, batch["text"].shape[-1], batch.get("image_at"), model.image_ar)
 
 
 def init_params(model, rng, *, image_size):

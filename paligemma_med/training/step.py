@@ -33,6 +33,7 @@ def make_loss_fn(config, model):
             text,
             mask_ar,
             True,
+            image_at=batch.get("image_at"),
             logit_positions=positions,
             pre_logits=True,
             rngs={"dropout": rng},
@@ -54,10 +55,11 @@ def make_train_step(config, model, tx, learning_rate):
     Returns:
       step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
       trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
-      mask_loss likewise. i: int32[] number of the step, which seeds dropout. Gradients are taken
-      with respect to `trained` alone. A step whose loss or gradient isn't finite changes nothing,
-      and its metric `finite` is False. With config.grad_accum_steps the batch is worked through in
-      that many microbatches, whose gradients add up to exactly those of the whole.
+      mask_loss likewise, image_at int32[B] if there is one. i: int32[] number of the step, which
+      seeds dropout. Gradients are taken with respect to `trained` alone. A step whose loss or
+      gradient isn't finite changes nothing, and its metric `finite` is False. With
+      config.grad_accum_steps the batch is worked through in that many microbatches, whose gradients
+      add up to exactly those of the whole.
     """
     accum = config.get("grad_accum_steps") or 1
     dropout_key = jax.random.key(config.get("seed", 0) + 1)
