@@ -221,6 +221,12 @@ def encode_images(model, params, image):
 # --- What is checked on the host ---
 
 
+def batch_of(rows) -> dict:
+    """Preprocessed rows, as an eval pp makes them one by one, stacked into a batch for `generate`."""
+    keys = ("image", *_KEYS, "image_at")
+    return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in keys if k in rows[0]}
+
+
 def bucket(longest, limit):
     """The length that text is cut to: 16, 32, 64, … or `limit`, the first not below `longest`."""
     size = MIN_BUCKET

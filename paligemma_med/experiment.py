@@ -106,7 +106,8 @@ def make_model(config):
 
 def _check_attention(config):
     """cuDNN's kernels are a GPU's; elsewhere they fail while tracing."""
-    sections = {"config": config, **{f"config.model.{k}": v for k, v in config.model.items()}}
+    towers = {f"config.model.{k}": config.model[k] for k in ("img", "llm") if k in config.model}
+    sections = {"config": config, **towers}
     for where, section in sections.items():
         if section.get("attn_impl") == "cudnn" and jax.default_backend() != "gpu":
             raise ValueError(

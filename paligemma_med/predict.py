@@ -35,8 +35,7 @@ def predict(config, checkpoint, image, questions, **decoding):
     for question, row in zip(questions, rows):
         if cut := row.get("_truncated"):
             logging.warning("The prompt lost its last %d tokens: %s", cut, question)
-    keys = ("image", "text", "mask_ar", "mask_input")
-    batch = {k: np.stack([r[k] for r in rows]) for k in keys}
+    batch = decode.batch_of(rows)
     with sharding.rules(config, mesh):
         tokens, logprobs = decode.generate(
             model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}

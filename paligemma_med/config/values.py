@@ -16,7 +16,7 @@ import ml_collections
 
 from paligemma_med import quantise
 from paligemma_med.config import durations, eval_names
-from paligemma_med.models import decoder, vit
+from paligemma_med.models import decoder, splice, vit
 from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import attention
 
@@ -122,6 +122,8 @@ _TOWER = {
     "dtype": _FLOAT_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
 }
+# How the two towers are joined.
+_JOINED = {"connector": _SECTION, "image_ar": _one_of(splice.IMAGE_AR)}
 _PRED_KW = {
     "max_new_tokens": _POSITIVE_WHOLE,
     "num_samples": _POSITIVE_WHOLE,
@@ -149,9 +151,11 @@ def check(config):
     _check_values(config, _CONFIG, "config")
     if "input" in config:
         _check_values(config.input, _INPUT, "config.input")
-    check_keys(config.model, ("img", "llm"), "config.model")
     made = {"img": vit.Model(), "llm": decoder.Model(variant="gemma_mu")}
-    for tower, section in config.model.items():
+    check_keys(config.model, {*made, *_JOINED}, "config.model")
+    _check_values(config.model, _JOINED, "config.model")
+    for tower in [name for name in made if name in config.model]:
+        section = config.model[tower]
         where = f"config.model.{tower}"
         if not is_mapping(section):
             raise ValueError(f"{where} is {section!r}; expected a dict.")

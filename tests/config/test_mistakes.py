@@ -83,6 +83,8 @@ MISTAKES = [
     (("evals.val.pred_kw", dict(max_new_token=4)), "evals.val.pred_kw has unknown.*max_new_tokens"),
     (("model.img.widht", 3), "config.model.img has unknown keys.*did you mean 'width'"),
     (("model.llm.dept", 3), "config.model.llm has unknown keys.*did you mean 'depth'"),
+    (("model.image_ar", "both"), "config.model.image_ar is 'both'; expected 'prefix' or 'block' or"),
+    (("model.connector", dict(kind="brigde")), "connector.kind is 'brigde'; expected one of"),
     (("model.image", {}), "config.model has unknown keys.*did you mean 'img'"),
     (("schedule", dict(decay_typ="cosine")), "config.schedule: unknown keys .*'decay_typ'"),
     (("optax", dict(beta1=0.9)), "'scale_by_adam' doesn't take config.optax .*beta1"),
