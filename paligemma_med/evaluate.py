@@ -13,7 +13,7 @@ import os
 
 from absl import app, flags
 
-from paligemma_med import experiment, preflight
+from paligemma_med import cli, experiment, preflight, weights
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring
 from paligemma_med.parallel import distributed, sharding
@@ -37,9 +37,9 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
     if unknown := sorted(set(only or []) - set(config.get("evals") or {})):
         raise ValueError(f"config.evals has no {unknown}; it has {sorted(config.evals)}.")
     _set_controls(config, controls)
-    experiment.check_config(config)
+    config_values.check_config(config)
     preflight.check_evals(config, experiment.make_model(config))
-    model, tok, mesh, params = experiment.load(config, checkpoint)
+    model, tok, mesh, params = weights.load(config, checkpoint)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, out, checkpoint)
     if not evaluators:
         raise ValueError("config.evals is empty: there is nothing to evaluate.")
@@ -76,12 +76,12 @@ def _set_controls(config, controls):
             section.controls = list(names)
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     values = flags.FLAGS
     distributed.start_from_flags(awaits_sigterm=False)
-    config, checkpoint = experiment.from_flags()
+    config, checkpoint = cli.from_flags()
     out = values.out or values.workdir
     if out is None:
         raise app.UsageError("--out is needed with --checkpoint.")
@@ -90,9 +90,10 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    experiment.define_source_flags()
+    cli.define_source_flags()
+    distributed.define_flags()
     flags.DEFINE_string("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
     flags.DEFINE_list("controls", ["all"], f"Some of {', '.join(scoring.CONTROLS)}, or all.")
     flags.DEFINE_bool("resume", True, "Go on with what an earlier start has left.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

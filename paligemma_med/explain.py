@@ -27,11 +27,12 @@ import PIL.Image
 from absl import app, flags
 
 import paligemma_med
-from paligemma_med import decode, experiment, files
+from paligemma_med import cli, decode, files, weights
 from paligemma_med.checkpoints import fingerprint
+from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import results
 from paligemma_med.models import vlm
-from paligemma_med.parallel import compilation_cache, distributed, sharding
+from paligemma_med.parallel import compilation_cache, distributed, ending, sharding
 from paligemma_med.pp import dicom, get_preprocess_fn, ops_image
 from paligemma_med.saliency import capture, checks, occlusion, page, report
 
@@ -60,11 +61,11 @@ def load(config, checkpoint):
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     pp = get_preprocess_fn(config.predict_pp)
-    model, tokenizer, mesh, params = experiment.load(config, checkpoint)
+    model, tokenizer, mesh, params = weights.load(config, checkpoint)
     names = [os.path.basename(os.path.normpath(str(x))) for x in (checkpoint, config.get("adapter_init")) if x]
     prints = "".join(fingerprint.of_leaves(params))
-    weights = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
-    return Loaded(config, weights, capture.capturable(model), tokenizer, mesh, params, pp)
+    origin = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
+    return Loaded(config, origin, capture.capturable(model), tokenizer, mesh, params, pp)
 
 
 def explain(
@@ -438,7 +439,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
         settings=kw,
         npz=npz,
         png=png,
-        config=experiment.config_to_json(loaded.config),
+        config=config_files.to_json(loaded.config),
         software=paligemma_med.__version__,
         asked=[(page.clean(name), page.clean(question)) for name, question in asked],
     )
@@ -536,13 +537,13 @@ def _keep_programs(folder):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     values = flags.FLAGS
     _keep_programs(values.compilation_cache)
     distributed.start_from_flags(awaits_sigterm=False)
-    if not distributed.is_alone():
+    if not ending.is_alone():
         raise app.UsageError("explain runs in one process.")
     if (values.image is None) == (values.image_dir is None):
         raise app.UsageError("Give --image or --image_dir.")
@@ -570,7 +571,7 @@ def main(argv):
         )
     image = values.image and _read(values.image, "--image")
     mask = values.mask and read_mask(values.mask)
-    config, checkpoint = experiment.from_flags()
+    config, checkpoint = cli.from_flags()
     page.check_jinja()
     loaded = load(config, checkpoint)
     kw = {k: values[k].value for k in _OPTIONS}
@@ -603,7 +604,8 @@ _OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "
 
 
 if __name__ == "__main__":
-    experiment.define_source_flags()
+    cli.define_source_flags()
+    distributed.define_flags()
     flags.DEFINE_string("image", None, "Image or DICOM file.")
     flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")
     flags.DEFINE_string("image_dir", None, "Folder of images, in place of --image.")
@@ -623,4 +625,4 @@ if __name__ == "__main__":
         os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "paligemma_med", "programs"),
         "Folder that keeps compiled programs for the next start; empty for none.",
     )
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

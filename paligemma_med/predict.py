@@ -8,7 +8,7 @@ With --config and --checkpoint instead of --workdir, weights of any form that `l
 import numpy as np
 from absl import app, flags, logging
 
-from paligemma_med import decode, experiment
+from paligemma_med import cli, decode, weights
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 
@@ -29,7 +29,7 @@ def predict(config, checkpoint, image, questions, **decoding):
     """
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
-    model, tok, mesh, params = experiment.load(config, checkpoint)
+    model, tok, mesh, params = weights.load(config, checkpoint)
     pp = get_preprocess_fn(config.predict_pp)
     rows = [pp({"image": image, "question": q}) for q in questions]
     for question, row in zip(questions, rows):
@@ -52,7 +52,7 @@ def predict(config, checkpoint, image, questions, **decoding):
     return out
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     values = flags.FLAGS
@@ -61,7 +61,7 @@ def main(argv):
         raise app.UsageError(
             f"--num_samples={values.num_samples} at --temperature=0 is one answer so many times; give --temperature=1."
         )
-    config, checkpoint = experiment.from_flags()
+    config, checkpoint = cli.from_flags()
     try:
         with open(values.image, "rb") as f:
             image = f.read()
@@ -78,7 +78,8 @@ def main(argv):
 _DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")
 
 if __name__ == "__main__":
-    experiment.define_source_flags()
+    cli.define_source_flags()
+    distributed.define_flags()
     flags.DEFINE_string("image", None, "Image file.", required=True)
     flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
@@ -87,4 +88,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "Sampling from so many of the most probable tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
     flags.DEFINE_integer("seed", 0, "Seed of the samples.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

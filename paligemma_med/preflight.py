@@ -9,7 +9,7 @@ import importlib
 
 import jax
 
-from paligemma_med import experiment, input_pipeline
+from paligemma_med import experiment, input_pipeline, weights
 from paligemma_med import pp as pp_lib
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
@@ -27,13 +27,13 @@ def check(config, model, tok, mesh):
     names = optim.trained_names(config, list(abstract))
     total_steps = _check_durations(config)
     _check_optimizer(config, {n: abstract[n] for n in names}, total_steps)
-    experiment.param_shardings(config, abstract, mesh)
+    weights.param_shardings(config, abstract, mesh)
     _check_training_rows(config, abstract, tok, mesh, total_steps)
     check_evals(config, model)
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
     if config.get("model_init"):
-        experiment.load_host_params(config.model_init, abstract, config.get("resample_posemb"))
+        weights.load_host_params(config.model_init, abstract, config.get("resample_posemb"))
 
 
 def check_evals(config, model):

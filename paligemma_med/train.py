@@ -15,14 +15,15 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment, input_pipeline, preflight
+from paligemma_med import cli, experiment, input_pipeline, preflight, weights
 from paligemma_med.checkpoints import keep
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import durations, eval_names
 from paligemma_med.models import flops
 from paligemma_med.models.leaves import unflatten_tree
-from paligemma_med.parallel import compilation_cache, distributed, sharding
+from paligemma_med.parallel import compilation_cache, distributed, ending, sharding
 from paligemma_med.training import (
+    describe,
     dry_run,
     find_batch_size,
     interrupts,
@@ -69,7 +70,7 @@ def _train(config, workdir, signals, profile):
     abstract = experiment.abstract_params(config, model)
     trained_names = optim.trained_names(config, list(abstract))
     if distributed.is_main():
-        print(experiment.describe_params(config, abstract, trained_names), flush=True)
+        print(describe.describe_params(config, abstract, trained_names), flush=True)
     num_examples = input_pipeline.num_examples(config.input)
     to_steps = functools.partial(durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size)
     total_steps = to_steps(config, "total")
@@ -88,9 +89,9 @@ def _train(config, workdir, signals, profile):
     writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
 
     # --- The state: from weights or random, and from a checkpoint where there is one ---
-    dtypes = experiment.param_dtypes(config, abstract, trained_names)
-    kinds = experiment.param_kinds(config, abstract, trained_names)
-    params, beside = experiment.initial_params(config, model, mesh, dtypes=dtypes, kinds=kinds)
+    dtypes = weights.param_dtypes(config, abstract, trained_names)
+    kinds = weights.param_kinds(config, abstract, trained_names)
+    params, beside = weights.initial_params(config, model, mesh, dtypes=dtypes, kinds=kinds)
     trained = {n: params.pop(n) for n in trained_names}
     frozen = params
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
@@ -224,7 +225,7 @@ def _train(config, workdir, signals, profile):
         _say(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
         raise
     except Exception as e:
-        distributed.tell_if_peer_lost(e)  # now: what is closed below may wait for it
+        ending.tell_if_peer_lost(e)  # now: what is closed below may wait for it
         raise
     finally:
         bar.close()
@@ -244,7 +245,7 @@ def _say(text, file=None):
         print(text, file=file, flush=True)
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     values = flags.FLAGS
@@ -273,4 +274,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
     flags.mark_flag_as_required("config")
     distributed.define_flags()
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import app
 
 from paligemma_med import decode
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import distributed, ending, sharding
 
 
 def main(argv):
@@ -32,7 +32,7 @@ def main(argv):
     options = np.asarray(distributed.to_host(beams[0]))
     scores = decode.score_options(model, params, placed, options, np.ones(options.shape, bool))
     found = [x.tolist() for x in distributed.to_host((*drawn, *greedy, *beams, *scores))]
-    name = "alone" if distributed.is_alone() else jax.process_index()
+    name = "alone" if ending.is_alone() else jax.process_index()
     pathlib.Path(argv[1], f"{name}.json").write_text(json.dumps(found))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med import decode, experiment, input_pipeline
+from paligemma_med import cli, decode, input_pipeline, weights
 from paligemma_med.evaluators import vqa
 from paligemma_med.parallel import distributed, sharding
 from tests import environ, tiny
@@ -144,7 +144,7 @@ def _words():
     whole = {s: distributed.place(host, spec(*s)) for s in [("data",), (None, "model"), ()]}
     # Each process's own copy, so that it shows whose rows came from where.
     own = distributed.to_host(distributed.place(host + 1000 * me, spec("data")))
-    placed = experiment.place_params({"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")})["w"]
+    placed = weights.place_params({"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")})["w"]
     return dict(
         to_host=[np.array_equal(distributed.to_host(x), host) for x in whole.values()],
         owners=(own[:, 0] // 1000).astype(int).tolist(),
@@ -159,7 +159,7 @@ def _words():
     )
 
 
-@experiment.command
+@cli.command
 def main(argv):
     """What the two processes of `test_distributed` do: data_dir, out folder, how it ends."""
     _, data_dir, out, ending = argv

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from paligemma_med import evaluate, experiment
+from paligemma_med import evaluate
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
 from paligemma_med.evaluation.results import read_metrics, read_rows
 from paligemma_med.metrics import scoring
 from tests import tiny
@@ -22,7 +23,7 @@ def run(tiny_data, tmp_path_factory):
     c.evals.test = c.evals.val.to_dict()
     c.evals.test.data.split = "test[:8]"
     tiny.write_workdir(folder, c)
-    return str(folder), experiment.config_from_json(workdirs.read_config(folder))
+    return str(folder), config_files.from_json(workdirs.read_config(folder))
 
 
 def test_tables_and_files(run, tmp_path, capsys):

@@ -11,8 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from paligemma_med import experiment, explain, predict
+from paligemma_med import explain, predict
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
 from paligemma_med.saliency import checks, page
 from tests import chromium, tiny
 from tests.saliency import reports
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
     """(workdir, what is loaded of it, pixels, their file)."""
     folder = tmp_path_factory.mktemp("explain")
     tiny.write_workdir(folder / "w", tiny.config(evals={}))
-    config = experiment.config_from_json(workdirs.read_config(folder / "w"))
+    config = config_files.from_json(workdirs.read_config(folder / "w"))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(folder / "film.png")
     return folder / "w", explain.load(config, str(folder / "w")), pixels, folder / "film.png"

@@ -32,6 +32,10 @@ MAY_IMPORT = {
     "saliency": ("models", "decode"),
     "evaluation": ("decode", "metrics", "pp", "parallel", "files"),
     "evaluators": ("evaluation", "decode", "metrics", "pp", "parallel", "files"),
+    "config": ("models", "quantise", "checkpoints"),
+    "cli": ("parallel", "config", "checkpoints"),
+    "experiment": ("config", "input_pipeline", "pp", "models", "parallel", "checkpoints"),
+    "weights": ("experiment", "config", "quantise", "models", "parallel", "checkpoints"),
     "judge": ("evaluation", "metrics", "files"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
@@ -135,6 +139,12 @@ def test_import_is_quick_and_brings_no_framework():
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
     assert seconds < 3
+
+
+def test_a_command_line_brings_no_jax():
+    code = "import sys, paligemma_med.cli; print([m for m in ('jax', 'flax', 'orbax', 'grain') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
 def test_every_file_keeps_to_who_may_import_whom():

@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 from absl import flags
 
-from paligemma_med import experiment, predict
+from paligemma_med import cli, predict
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
 from tests import tiny
 
 QUESTIONS = ["Is this an MRI?", "Which organ is abnormal, the left or the right lung?"]
@@ -24,7 +25,7 @@ def run(tmp_path_factory):
     tiny.write_workdir(folder / "w", tiny.config(evals={}))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(folder / "film.png")
-    config = experiment.config_from_json(workdirs.read_config(folder / "w"))
+    config = config_files.from_json(workdirs.read_config(folder / "w"))
     return str(folder / "w"), config, folder / "film.png"
 
 
@@ -93,14 +94,14 @@ def test_command_line(run, repo_root):
 def test_a_run_given_as_checkpoint_brings_its_config(run):
     """--checkpoint of a run's folder, or of a step of it, needs no --config beside it."""
     workdir, *_ = run
-    config = experiment.config_from_json(workdirs.read_config(workdir))
+    config = config_files.from_json(workdirs.read_config(workdir))
     values = flags.FlagValues()
     for name in ("config", "workdir", "checkpoint", "adapter"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for spec in (workdir, f"{workdir}@{workdirs.newest_step(workdir)}"):
         values(["x", f"--checkpoint={spec}"])
-        with mock.patch.object(experiment.flags, "FLAGS", values):
-            found, checkpoint = experiment.from_flags()
+        with mock.patch.object(cli.flags, "FLAGS", values):
+            found, checkpoint = cli.from_flags()
         assert checkpoint == spec
         assert found.to_dict() == config.to_dict()
 

@@ -7,7 +7,7 @@ import pytest
 import qwix
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med import checkpoints, experiment, quantise, train
+from paligemma_med import checkpoints, experiment, quantise, train, weights
 from paligemma_med.checkpoints import npz
 from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import quantised
@@ -153,7 +153,7 @@ def test_a_run_on_quantised_weights(tiny_data, tmp_path):
         unflatten_tree(params), lora_targets.resolve([("llm/layers/.*", dict(rank=2))], abstract)
     )
     assert np.any(flatten_tree(merged)[LINEAR] != base[LINEAR])
-    _, _, _, loaded = experiment.load(config(), out)
+    _, _, _, loaded = weights.load(config(), out)
     assert loaded["llm"]["layers"]["mlp"]["linear"].dtype == jnp.uint8
 
 
@@ -173,7 +173,7 @@ def test_logits_are_the_same_on_several_devices(monkeypatch, strategy, tmp_path)
 
     def logits(**kw):
         c = tiny.config(frozen_dtype="nf4", **kw)
-        model, _, mesh, params = experiment.load(c, init)
+        model, _, mesh, params = weights.load(c, init)
         found = params["llm"]["layers"]["mlp"]["linear"].sharding.spec
         args = [batch[k] for k in ("image", "text", "mask_ar")]
         with sharding.rules(c, mesh):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, train
+from paligemma_med import checkpoints, evaluate, experiment, train, weights
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
 from paligemma_med.evaluation.results import read_metrics
 from paligemma_med.evaluators import vqa
 from paligemma_med.models import loss as losses
@@ -36,7 +37,7 @@ def start():
     """The parameters that `steps` starts from, {name: numpy array}."""
     c = tiny.config()
     mesh = sharding.make_mesh([("data", 1)], devices=jax.devices()[:1])
-    return jax.device_get(experiment.initial_params(c, experiment.make_model(c), mesh)[0])
+    return jax.device_get(weights.initial_params(c, experiment.make_model(c), mesh)[0])
 
 
 def steps(c, batches, *, parts=1, rng_step=0):
@@ -49,9 +50,9 @@ def steps(c, batches, *, parts=1, rng_step=0):
     model = experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
     names = optim.trained_names(c, list(abstract))
-    dtypes = experiment.param_dtypes(c, abstract, names)
-    places = experiment.param_shardings(c, abstract, mesh)
-    params = experiment.place_params(dict(start()), dtypes, places)
+    dtypes = weights.param_dtypes(c, abstract, names)
+    places = weights.param_shardings(c, abstract, mesh)
+    params = weights.place_params(dict(start()), dtypes, places)
     trained = {n: params.pop(n) for n in names}
     tx, rate = optim.make(c, names, total_steps=10, num_examples=80, batch_size=8)
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
@@ -251,7 +252,7 @@ def finished(tiny_data, tmp_path_factory):
 def test_workdir(finished):
     workdir, c, results, printed = finished
     with open(os.path.join(workdir, "config.json"), encoding="utf-8") as f:
-        assert json.load(f) == json.loads(experiment.config_to_json(c))
+        assert json.load(f) == json.loads(config_files.to_json(c))
     rows = rows_of(workdir)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -306,7 +307,7 @@ def test_resumed_run_equals_the_straight_one(finished, tmp_path, monkeypatch, ca
 
 def test_evaluating_the_workdir_gives_the_metrics_of_training(finished, tmp_path):
     workdir, _, results, _ = finished
-    c = experiment.config_from_json(workdirs.read_config(workdir))
+    c = config_files.from_json(workdirs.read_config(workdir))
     c.frozen_dtype = "float32"  # what was trained is loaded as it was
     assert evaluate.evaluate(c, workdir, str(tmp_path)) == results
     assert (tmp_path / "eval" / "val" / "predictions.jsonl").exists()
@@ -402,7 +403,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     c.seed = 4
     train.train(c, workdir)
     saved = checkpoints.load_params(workdir)
-    expected, _ = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    expected, _ = weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
     np.testing.assert_array_equal(saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"])
 
 

@@ -10,6 +10,7 @@ from configs import common
 from data_prep import build
 from paligemma_med import experiment
 from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import results
 
 MODEL = dict(
@@ -82,7 +83,7 @@ def write_workdir(folder, c, seed=0):
     """A workdir as `train` leaves it, with random weights and no training."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-        f.write(experiment.config_to_json(c))
+        f.write(config_files.to_json(c))
     abstract = experiment.abstract_params(c, experiment.make_model(c))
     rng = np.random.default_rng(seed)
     with workdirs.Checkpoints(folder) as checkpoints:

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, adapter, bv, hf, npz, peft
-from paligemma_med.experiment import command
+from paligemma_med.cli import command
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 

@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from paligemma_med import decode, experiment, files, input_pipeline
+from paligemma_med import cli, decode, experiment, files, input_pipeline, weights
 from paligemma_med.evaluation import controls, results
 from paligemma_med.metrics import answers, stats
 from paligemma_med.parallel import distributed, sharding
@@ -286,7 +286,7 @@ class Subject:
             raise ValueError("config has no predict_pp, which makes a prompt of a question.")
         if "crop" in text:
             raise ValueError("config.predict_pp crops images; boxes would no longer fit them.")
-        self.model, self.tok, self.mesh, self.params = experiment.load(config, checkpoint)
+        self.model, self.tok, self.mesh, self.params = weights.load(config, checkpoint)
         self._pp = get_preprocess_fn(text)
         self._noise = None
 
@@ -544,13 +544,13 @@ def _number(x, sign=""):
 # --- The program ---
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     v = flags.FLAGS
     if not v.out:
         raise app.UsageError("Give --out, the folder to write to.")
-    config, checkpoint = experiment.from_flags()
+    config, checkpoint = cli.from_flags()
     data, train = (
         dict(name=v.data, split=s, **(dict(data_dir=v.data_dir) if v.data_dir else {}))
         for s in (v.split, v.train_split)
@@ -600,7 +600,8 @@ def measure_all(subject, source, train, asked, part, **settings):
 
 
 if __name__ == "__main__":
-    experiment.define_source_flags()
+    cli.define_source_flags()
+    distributed.define_flags()
     flags.DEFINE_string("data", "slake/en", "Data set, as built by data_prep, with boxes.")
     flags.DEFINE_string("split", "validate", "Split that is measured.")
     flags.DEFINE_string("train_split", "train", "Split whose boxes make the priors.")
@@ -611,4 +612,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("fill", "blur", occlusion.FILLS, "What replaces patches.")
     flags.DEFINE_integer("batch_size", 32, "Images a pass.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of random maps and of the intervals' draws.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

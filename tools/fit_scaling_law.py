@@ -27,7 +27,7 @@ import scipy.optimize
 import scipy.stats
 from absl import app, flags
 
-from paligemma_med.experiment import command
+from paligemma_med.cli import command
 
 NAMES = ("A", "alpha", "beta", "E")
 MAX_EXPONENT = 5.0

@@ -16,8 +16,8 @@ import sys
 import tqdm
 from absl import app, flags
 
+from paligemma_med.cli import command
 from paligemma_med.evaluation import results
-from paligemma_med.experiment import command
 from paligemma_med.judge import client as judge_client
 from paligemma_med.judge import judge
 

@@ -21,7 +21,8 @@ from ml_collections import config_flags
 
 from data_prep import build
 from data_prep.files import DataError
-from paligemma_med import evaluate, experiment, input_pipeline, predict, train
+from paligemma_med import evaluate, input_pipeline, predict, train
+from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import results as evaluations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -191,7 +192,7 @@ def _finished(workdir, name):
 
 def _check_same(config, workdir):
     path = workdir / "config.json"
-    text = experiment.config_to_json(config)
+    text = config_files.to_json(config)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{workdir} holds a run with other settings: give another --out, or --overwrite.")
 

@@ -14,11 +14,27 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import ml_collections
 
-from paligemma_med import quantise
+from paligemma_med import checkpoints, quantise
 from paligemma_med.config import durations, eval_names
 from paligemma_med.models import decoder, splice, vit
 from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import attention
+
+# Keys of a config. An unknown one is a typo more often than not, and is refused.
+KEYS = frozenset(
+    """
+    seed res text_len tokenizer
+    model model_init resample_posemb lora adapter_init dtype frozen_dtype attn_impl
+    input total_steps total_epochs total_examples
+    optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
+    label_smoothing loss_norm supervised_len loss_chunk skip_nonfinite compilation_cache
+    mesh sharding_strategy sharding_rules
+    log_training_steps log_training_epochs log_training_percent
+    ckpt_steps ckpt_epochs ckpt_percent keep_ckpt keep_best
+    evals predict_pp
+    tensorboard wandb peak_tflops
+    """.split()
+)
 
 
 def check_keys(section, known, where):
@@ -146,7 +162,7 @@ def _check_values(section, rules, where):
             raise ValueError(f"{where}.{key} is {section[key]!r}; expected {expected}.")
 
 
-def check(config):
+def _check_sections(config):
     """ValueError where a value, or a key of a section, can't be meant."""
     _check_values(config, _CONFIG, "config")
     if "input" in config:
@@ -175,3 +191,18 @@ def check(config):
         if pred_kw := section.get("pred_kw"):
             check_keys(pred_kw, _PRED_KW, f"{where}.pred_kw")
             _check_values(pred_kw, _PRED_KW, f"{where}.pred_kw")
+
+
+def check_config(config):
+    """Refuses configs with unknown or missing keys, or values that can't be meant; ValueError.
+
+    A config with adapter_init and no lora of its own is given the adapter's, since only together
+    with its ranks and scales do the factors mean something.
+    """
+    check_keys(config, KEYS, "config")
+    if missing := [k for k in ("model", "res", "text_len", "tokenizer") if k not in config]:
+        raise ValueError(f"config lacks {missing}.")
+    _check_sections(config)
+    if config.get("adapter_init") and not config.get("lora"):
+        with config.unlocked():
+            config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))

@@ -17,10 +17,10 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import experiment, quantise
+from paligemma_med import experiment, quantise, weights
 from paligemma_med.models import flops
 from paligemma_med.parallel import sharding
-from paligemma_med.training import optim
+from paligemma_med.training import describe, optim
 from paligemma_med.training import step as train_step
 
 # A loop that keeps the device busy has one step running and one waiting, each with its batch, and
@@ -79,10 +79,10 @@ def trace_step(config):
     tx, learning_rate = optim.make(
         config, names, total_steps=10**6, num_examples=10**6, batch_size=config.input.batch_size
     )
-    dtypes = experiment.param_dtypes(config, abstract, names)
-    shardings = experiment.param_shardings(config, abstract, mesh)
-    kinds = experiment.param_kinds(config, abstract, names)
-    frozen = experiment.stored_params(abstract, dtypes, shardings, kinds)
+    dtypes = weights.param_dtypes(config, abstract, names)
+    shardings = weights.param_shardings(config, abstract, mesh)
+    kinds = weights.param_kinds(config, abstract, names)
+    frozen = weights.stored_params(abstract, dtypes, shardings, kinds)
     trained = {n: frozen.pop(n) for n in names}
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -195,7 +195,7 @@ def dry_run(config, hbm_gib=None):
     model = experiment.make_model(config)
     abstract = experiment.abstract_params(config, model)
     names = optim.trained_names(config, list(abstract))
-    print(experiment.describe_params(config, abstract, names), flush=True)
+    print(describe.describe_params(config, abstract, names), flush=True)
     step = compile_step(config)
     parts = memory(config, step)
     out = {name: size / 2**30 for name, size in parts.items()}

@@ -13,7 +13,8 @@ import time
 
 from absl import logging
 
-from paligemma_med import experiment, files
+from paligemma_med import files
+from paligemma_med.config import files as config_files
 from paligemma_med.parallel import distributed
 
 
@@ -158,7 +159,7 @@ class _Wandb:
         if "settings" not in kw and hasattr(Settings(), "finish_timeout"):
             kw["settings"] = Settings(finish_timeout=60)  # lest an unreachable server hang it
         try:
-            self._run = init(config=json.loads(experiment.config_to_json(config)), **kw)
+            self._run = init(config=json.loads(config_files.to_json(config)), **kw)
         except Exception as e:
             raise _CannotStart(
                 f"config.wandb is set, but W&B doesn't start ({' '.join(str(e).split())}): run "

@@ -11,9 +11,10 @@ import os
 
 from absl import logging
 
-from paligemma_med import experiment, files
+from paligemma_med import files
 from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
 from paligemma_med.config import eval_names
+from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
 
@@ -56,7 +57,7 @@ def check_base(folder, config, given, first_step):
     """
     prints = dict(zip(sorted(given), fingerprint.of_leaves([given[n] for n in sorted(given)])))
     now = {
-        "model_init": json.loads(experiment.config_to_json(config))["model_init"],
+        "model_init": json.loads(config_files.to_json(config))["model_init"],
         "frozen_dtype": config.get("frozen_dtype", "float32"),
         "fingerprints": prints,
     }
@@ -82,7 +83,7 @@ def check_base(folder, config, given, first_step):
 def start(folder, config, base, first_step):
     """Writes config.json and the frozen leaves that model_init doesn't give; cuts off what lines
     there are of later steps."""
-    text = experiment.config_to_json(config)
+    text = config_files.to_json(config)
     path = os.path.join(folder, "config.json")
     if first_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:

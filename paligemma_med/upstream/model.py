@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from paligemma_med import experiment
+from paligemma_med import experiment, weights
 from paligemma_med.models import paligemma
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
@@ -75,7 +75,7 @@ def load(
     out = flatten_tree(init_params)
     # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
     with jax.transfer_guard("allow"):
-        host, adapter = experiment.initial_host_params(config, experiment.make_model(config))
+        host, adapter = weights.initial_host_params(config, experiment.make_model(config))
         for name, array in {**host, **adapter}.items():
             stays = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
             dtype = jnp.dtype("float32" if stays else frozen_dtype)

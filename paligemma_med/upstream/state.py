@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import optax
 
-from paligemma_med import experiment
+from paligemma_med import experiment, weights
 from paligemma_med.checkpoints import bv, lazy, workdir
+from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.training import optim
 from paligemma_med.upstream import config as configs
@@ -31,7 +32,7 @@ def train_state(spec):
       ValueError: a config that big_vision's trainer can't run; CheckpointError: a damaged run.
     """
     folder, _ = workdir.split_spec(spec)
-    config = experiment.config_from_json(workdir.read_config(folder))
+    config = config_files.from_json(workdir.read_config(folder))
     theirs = configs.translate(config, note=lambda _: None)
     abstract = experiment.abstract_params(config, experiment.make_model(config))
     trained = optim.trained_names(config, list(abstract))
@@ -40,8 +41,8 @@ def train_state(spec):
     expected = jax.eval_shape(tx.init, {n: abstract[n] for n in trained})
     opt_state = workdir.load_opt_state(spec, expected)
 
-    params = experiment.load_host_params(spec, abstract, config.get("resample_posemb"))
-    dtypes = experiment.param_dtypes(config, abstract, trained)
+    params = weights.load_host_params(spec, abstract, config.get("resample_posemb"))
+    dtypes = weights.param_dtypes(config, abstract, trained)
     params = {n: _cast(x, np.dtype(dtypes[n])) for n, x in params.items()}
     step, opt = optimizer_state(config, theirs, opt_state)
     examples = step * config.input.batch_size

@@ -18,7 +18,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from paligemma_med import experiment, input_pipeline, upstream
+from paligemma_med import cli, experiment, input_pipeline, upstream
 from paligemma_med.parallel import compilation_cache, sharding
 from paligemma_med.upstream import config as configs
 from paligemma_med.upstream import shims
@@ -76,7 +76,7 @@ def train(config, workdir, trainer):
         trainer.main([])
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     if not flags.FLAGS["verbosity"].present:
@@ -95,7 +95,7 @@ def start():
     except ValueError as e:
         sys.exit(f"error: {e}")
     importlib.import_module(TRAINER)
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

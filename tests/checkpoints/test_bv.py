@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.array_serialization import serialization
 
-from paligemma_med import checkpoints, experiment
+from paligemma_med import checkpoints
 from paligemma_med.checkpoints import CheckpointError, bv, lazy, npz, workdir
+from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.training import run_files
 from tests.checkpoints.trees import assert_same
@@ -261,7 +262,7 @@ def test_a_run_that_starts_from_one_notes_its_step(their):
 def test_a_resumed_run_keeps_to_the_step_it_started_from(their, tmp_path):
     config = ml_collections.ConfigDict({"model_init": str(their)})
     (tmp_path / "ours" / "checkpoints" / "5").mkdir(parents=True)
-    (tmp_path / "ours" / "config.json").write_text(experiment.config_to_json(config))
+    (tmp_path / "ours" / "config.json").write_text(config_files.to_json(config))
     theirs(their, state(1), "000000060")
     run_files.keep_model_init(config, str(tmp_path / "ours"))
     assert config.model_init == f"{their}/checkpoint.bv-000000030-tmp"

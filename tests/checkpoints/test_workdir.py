@@ -12,6 +12,7 @@ import pytest
 
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import npz, workdir
+from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import unflatten_tree
 from tests import tiny
 
@@ -27,7 +28,7 @@ def write_run(folder, *, trained, steps=(3,), keep=1, model_init=None, opt_state
     os.makedirs(folder, exist_ok=True)
     config = tiny.config(model_init=model_init)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-        f.write(experiment.config_to_json(config))
+        f.write(config_files.to_json(config))
     with workdir.Checkpoints(folder, keep=keep) as ckpt:
         for step in steps:
             ckpt.save(step, {n: jnp.asarray(x) + step for n, x in trained.items()}, opt_state or {})
@@ -111,9 +112,9 @@ def test_config_missing_or_damaged(tmp_path):
 
 def test_config_json_gives_the_config_back(tmp_path):
     c = tiny.config(schedule=[("img/.*", dict(decay_type="cosine")), (".*", None)])
-    plain = json.loads(experiment.config_to_json(c))
-    again = experiment.config_from_json(plain)
-    assert json.loads(experiment.config_to_json(again)) == plain
+    plain = json.loads(config_files.to_json(c))
+    again = config_files.from_json(plain)
+    assert json.loads(config_files.to_json(again)) == plain
     assert experiment.make_model(again) == experiment.make_model(c)
 
 

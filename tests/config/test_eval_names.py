@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from paligemma_med import evaluate, experiment, train
+from paligemma_med import evaluate, train
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import eval_names
+from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import vqa
 from tests import tiny
 from tools.report import __main__ as report
@@ -42,7 +43,7 @@ def test_names_that_are_no_path_below_a_folder_are_refused(name):
     c = tiny.config("/no/data")
     c.evals[name] = c.evals.val
     with pytest.raises(ValueError, match="config.evals has the name"):
-        experiment.check_config(c)
+        config_values.check_config(c)
 
 
 @pytest.fixture(scope="module")

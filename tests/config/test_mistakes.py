@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment, train
+from paligemma_med import cli, experiment, train, weights
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.leaves import unflatten_tree
 from tests import tiny
@@ -30,13 +30,13 @@ def _no_weights():
         raise WeightsRead
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "place_params", read)
-        patch.setattr(experiment, "_random_params", read)
+        patch.setattr(weights, "place_params", read)
+        patch.setattr(weights, "_random_params", read)
         yield
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights_files(tmp_path_factory):
     """Path of weights of the tiny model, and of another with a larger vocabulary."""
     c, out = tiny.config(), []
     for vocab_size in (1024, 1152):
@@ -202,8 +202,8 @@ def test_the_config_without_mistakes_gets_to_its_weights(tiny_data, tmp_path):
         train.train(tiny.config(tiny_data), str(tmp_path))
 
 
-def test_weights_of_another_resolution(weights, tiny_data, tmp_path):
-    c = tiny.config(tiny_data, model_init=weights[0], res=64)
+def test_weights_of_another_resolution(weights_files, tiny_data, tmp_path):
+    c = tiny.config(tiny_data, model_init=weights_files[0], res=64)
     for key in (PP, EVAL):
         change(c, key, "resize(64", "resize(32")
     message = told(c, str(tmp_path))
@@ -214,8 +214,8 @@ def test_weights_of_another_resolution(weights, tiny_data, tmp_path):
         train.train(c, str(tmp_path))
 
 
-def test_weights_of_another_model(weights, tiny_data, tmp_path):
-    message = told(tiny.config(tiny_data, model_init=weights[1]), str(tmp_path))
+def test_weights_of_another_model(weights_files, tiny_data, tmp_path):
+    message = told(tiny.config(tiny_data, model_init=weights_files[1]), str(tmp_path))
     assert "input_embedding: expected (1024, 64), found (1152, 64)" in message
 
 
@@ -261,9 +261,9 @@ def test_mistakes_on_the_command_line(argv, sentence, monkeypatch, repo_root):
     argv = ["train", "--config=configs/stage1_slake.py", *argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
-    monkeypatch.setattr(experiment.flags, "FLAGS", values)
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
     monkeypatch.chdir(repo_root)
     with pytest.raises(SystemExit) as stop:
-        experiment.parse_flags(argv)
+        cli.parse_flags(argv)
     assert sentence in stop.value.code
     assert len(stop.value.code.splitlines()) == 1

@@ -10,14 +10,16 @@ import PIL.Image
 import pytest
 
 from configs import common
-from paligemma_med import checkpoints, experiment
+from paligemma_med import checkpoints, experiment, weights
+from paligemma_med.config import files as config_files
+from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import vqa
 from paligemma_med.input_pipeline import mixture
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import get_preprocess_fn, rows
 from paligemma_med.pp.tokenizer import get_tokenizer
-from paligemma_med.training import optim
+from paligemma_med.training import describe, optim
 
 FOLDER = pathlib.Path(common.__file__).parent
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith(("__", "common")))
@@ -58,14 +60,14 @@ def pp(text):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name):
     c = get_config(name)
-    experiment.check_config(c)
+    config_values.check_config(c)
     model = experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
     names = optim.trained_names(c, list(abstract))
     kw = dict(total_steps=1000, num_examples=5000, batch_size=c.input.batch_size)
     optim.make(c, names, **kw)
     assert c.input.batch_size % (c.get("grad_accum_steps") or 1) == 0
-    again = experiment.config_from_json(importlib.import_module("json").loads(experiment.config_to_json(c)))
+    again = config_files.from_json(importlib.import_module("json").loads(config_files.to_json(c)))
     assert experiment.make_model(again) == model
     assert optim.trained_names(again, list(abstract)) == names
 
@@ -94,10 +96,10 @@ def test_stage1_trains_the_projection_head_alone():
     assert sum(x.size for x in abstract.values()) == 2_924_220_144
     names = optim.trained_names(c, list(abstract))
     assert sorted(names) == ["img/head/bias", "img/head/kernel"]
-    dtypes = experiment.param_dtypes(c, abstract, names)
+    dtypes = weights.param_dtypes(c, abstract, names)
     assert {str(d) for n, d in dtypes.items() if n not in names} == {"bfloat16"}
     assert {str(dtypes[n]) for n in names} == {"float32"}
-    table = experiment.describe_params(c, abstract, names)
+    table = describe.describe_params(c, abstract, names)
     assert "2,361,344 parameters trained" in table
     assert "2,921,858,800 parameters frozen" in table
     line = next(s for s in table.splitlines() if s.startswith("img/head/kernel"))
@@ -123,7 +125,7 @@ def test_stage2_trains_adapters_in_attention_of_both_towers_alone(name):
     assert sum(abstract[n].size for n in names) == 3_833_856
     assert all(n.endswith(("lora_a", "lora_b")) for n in names)
     assert {n.split("/")[0] for n in names} == {"img", "llm"}
-    dtypes = experiment.param_dtypes(c, abstract, names)
+    dtypes = weights.param_dtypes(c, abstract, names)
     assert {str(d) for n, d in dtypes.items() if n not in names} == {"bfloat16"}
     assert {str(dtypes[n]) for n in names} == {"float32"}
     specs = set(experiment.adapted(c, experiment.make_model(c)).values())
@@ -303,7 +305,7 @@ def test_unknown_key_is_refused():
     c = get_config("slake_mini")
     c.grad_accumulation = 2
     with pytest.raises(ValueError, match="unknown keys \\['grad_accumulation'\\]"):
-        experiment.check_config(c)
+        config_values.check_config(c)
 
 
 # --- One file is one experiment, and the prompt is written once ---

@@ -15,7 +15,8 @@ from data_prep import build
 from data_prep.datasets.medpix2 import fake as medpix_fake
 from data_prep.datasets.pmc_vqa import fake as pmc_fake
 from data_prep.datasets.roco import fake as roco_fake
-from paligemma_med import checkpoints, evaluate, experiment, train
+from paligemma_med import checkpoints, evaluate, train
+from paligemma_med.config import files as config_files
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from tests import tiny
@@ -98,5 +99,5 @@ def test_stage2_runs_from_end_to_end(run, data_dir, stage1, tmp_path, monkeypatc
     start = flatten_tree(checkpoints.load_params(stage1))
     assert all((params[n] == x).all() for n, x in start.items())
     assert any(lora.is_factor(n) for n in params)
-    again = experiment.config_from_json(checkpoints.workdir.read_config(folder))
+    again = config_files.from_json(checkpoints.workdir.read_config(folder))
     assert evaluate.evaluate(again, folder, str(tmp_path / "e")) == results

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from paligemma_med.evaluators import vqa
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import distributed, ending, sharding
 from tests import processes
 
 # --- Starting ---
@@ -127,18 +127,18 @@ def test_one_process_exchanges_nothing():
     assert tree["b"][1] == 3 and isinstance(tree["a"], np.ndarray)
     value = {"x": (1, object())}  # nothing is written as JSON
     assert distributed.gather(value) == [value] and distributed.broadcast(value) is value
-    assert distributed.is_main() and distributed.is_alone()
+    assert distributed.is_main() and ending.is_alone()
     distributed.barrier("nobody else")
 
 
 def test_only_a_lost_peer_is_called_one(monkeypatch, capsys):
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     other = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    assert not distributed.tell_if_peer_lost(lost)  # there is no peer
+    assert not ending.tell_if_peer_lost(lost)  # there is no peer
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "_told", False)
-    assert not distributed.tell_if_peer_lost(other)
-    assert not distributed.tell_if_peer_lost(ValueError("Connection closed by peer"))
+    monkeypatch.setattr(ending, "_told", False)
+    assert not ending.tell_if_peer_lost(other)
+    assert not ending.tell_if_peer_lost(ValueError("Connection closed by peer"))
     assert not capsys.readouterr().err
     try:
         try:
@@ -146,7 +146,7 @@ def test_only_a_lost_peer_is_called_one(monkeypatch, capsys):
         except Exception as e:
             raise ValueError("a checkpoint could not be written") from e
     except ValueError as e:
-        assert distributed.tell_if_peer_lost(e) and distributed.tell_if_peer_lost(e)
+        assert ending.tell_if_peer_lost(e) and ending.tell_if_peer_lost(e)
     err = capsys.readouterr().err
     assert err.count("another process of this run has ended") == 1
     assert "training goes on from its newest checkpoint" in err

@@ -60,8 +60,8 @@ def test_programs_start_without_the_private_names(repo_root):
     code = (
         f"import sys, jax, jax._src, jax.experimental.multihost_utils;"
         f"import jax.experimental.compilation_cache.compilation_cache; {hide}"
-        "from paligemma_med.parallel import compilation_cache, distributed;"
-        "distributed.start(); compilation_cache.start(False, 'unused'); print(distributed.is_alone())"
+        "from paligemma_med.parallel import compilation_cache, distributed, ending;"
+        "distributed.start(); compilation_cache.start(False, 'unused'); print(ending.is_alone())"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import decode, evaluate, experiment, predict, train
+from paligemma_med import decode, evaluate, experiment, predict, train, weights
 from paligemma_med.models.layers import activations
+from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
-from paligemma_med.training import optim
+from paligemma_med.training import describe, optim
 from paligemma_med.training import step as train_step
 from tests import tiny
 
@@ -70,7 +71,7 @@ def make_mesh(c):
     return sharding.make_mesh(c.mesh, jax.devices()[:size])
 
 
-def weights(abstract):
+def random_weights(abstract):
     """{name: numpy array}, random; so is lora_b, or lora_a would have no gradient at first."""
     rng = np.random.default_rng(0)
     return {n: rng.normal(0, 0.1, x.shape).astype("float32") for n, x in abstract.items()}
@@ -80,7 +81,7 @@ def start(c):
     mesh, model = make_mesh(c), experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
     names = optim.trained_names(c, list(abstract))
-    params = jax.device_put(weights(abstract), experiment.param_shardings(c, abstract, mesh))
+    params = jax.device_put(random_weights(abstract), weights.param_shardings(c, abstract, mesh))
     trained = {n: params.pop(n) for n in names}
     tx, rate = optim.make(c, names, total_steps=20, num_examples=480, batch_size=ROWS)
     opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
@@ -196,12 +197,12 @@ def forward(c):
     """The image tower alone, compiled; it takes a tenth of a step's time."""
     mesh, model = make_mesh(c), experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
-    places = experiment.param_shardings(c, abstract, mesh)
+    places = weights.param_shardings(c, abstract, mesh)
     params = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in abstract.items()}
     image = jax.ShapeDtypeStruct((ROWS, tiny.RES, tiny.RES, 3), "float32", sharding=sharding.batch_sharding(mesh))
     with sharding.rules(c, mesh):
         embed = jax.jit(lambda p, x: model.apply({"params": p}, x, method="embed_image")[0])
-        return embed.lower(experiment.unflatten_tree(params), image).compile(QUICKLY)
+        return embed.lower(unflatten_tree(params), image).compile(QUICKLY)
 
 
 def gathers_stack(found):
@@ -304,7 +305,7 @@ def answers(name):
     c = make_config(*MESHES[name], lora=False)
     mesh, model = make_mesh(c), experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
-    flat = jax.device_put(weights(abstract), experiment.param_shardings(c, abstract, mesh))
+    flat = jax.device_put(random_weights(abstract), weights.param_shardings(c, abstract, mesh))
     batch = tiny.batch(8)
     batch["mask_input"] = (np.arange(13) < 3 + np.arange(8)[:, None] % 5).astype(np.int32)
     batch["mask_ar"] = np.zeros_like(batch["text"])
@@ -313,7 +314,7 @@ def answers(name):
     with sharding.rules(c, mesh):
         out = decode.generate(
             model,
-            experiment.unflatten_tree(flat),
+            unflatten_tree(flat),
             batch,
             max_new_tokens=6,
             num_samples=2,
@@ -339,14 +340,14 @@ def test_table_tells_how_each_leaf_is_cut():
     c = make_config(*MESHES["fsdp_tp"])
     abstract = experiment.abstract_params(c, experiment.make_model(c))
     trained = optim.trained_names(c, list(abstract))
-    table = experiment.describe_params(c, abstract, trained)
+    table = describe.describe_params(c, abstract, trained)
     lines = {line.split()[0]: line for line in table.splitlines()}
     mlp = lines["llm/layers/mlp/gating_einsum"]
     assert mlp.split()[-3:] == ["-,-,data,model", f"{DEPTH * 2 * WIDTH * 320 * 4 // 8:,}", "B"]
     assert "(model=2 doesn't divide K=1)" in lines["llm/layers/attn/kv_einsum/w"]
     per_device = sum(
         math.prod(s.shard_shape(abstract[n].shape)) * 4
-        for n, s in experiment.param_shardings(c, abstract, sharding.make_mesh(c.mesh)).items()
+        for n, s in weights.param_shardings(c, abstract, sharding.make_mesh(c.mesh)).items()
         if n in trained
     )
     assert f"parameters trained, {per_device:,} bytes of them on each of 8 devices" in table
@@ -370,7 +371,7 @@ def test_programs_run_under_the_rules(monkeypatch, tmp_path, tiny_data):
     c = tiny.config(tiny_data)
     mesh, tok = experiment.make_mesh(c), get_tokenizer("tiny")
     monkeypatch.setattr(train, "_train", lambda *args: Evaluator().run(None))
-    monkeypatch.setattr(experiment, "load", lambda *args: (None, tok, mesh, None))
+    monkeypatch.setattr(weights, "load", lambda *args: (None, tok, mesh, None))
     monkeypatch.setattr(experiment, "make_evaluators", lambda *args: {"val": (Evaluator(), None)})
     monkeypatch.setattr(evaluate.scoring, "format_table", lambda results: "")
     monkeypatch.setattr(decode, "generate", generate)

@@ -13,6 +13,7 @@ from configs import quickstart as quickstart_config
 from configs import tiny_base
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import npz
+from paligemma_med.config import files as config_files
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import optim
@@ -127,7 +128,7 @@ def test_the_commands_it_names_have_the_configs_it_runs(tmp_path):
         file, _, argument = quickstart.config_argument(stage, tmp_path).partition(":")
         assert file == "configs/quickstart.py"
         named = quickstart_config.get_config(argument)
-        assert experiment.config_to_json(named) == experiment.config_to_json(config)
+        assert config_files.to_json(named) == config_files.to_json(config)
 
 
 def test_help_says_what_it_is():

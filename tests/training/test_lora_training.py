@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from paligemma_med import checkpoints, evaluate, experiment, train
+from paligemma_med import checkpoints, evaluate, experiment, train, weights
 from paligemma_med.checkpoints import npz
+from paligemma_med.config import files as config_files
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.training import step as train_step
@@ -116,7 +117,7 @@ def test_resumed_run_equals_the_straight_one(tiny_data, stage1, finished, tmp_pa
 
 def test_evaluating_the_workdir_gives_the_metrics_of_training(finished, tmp_path):
     folder, results = finished
-    c = experiment.config_from_json(checkpoints.workdir.read_config(folder))
+    c = config_files.from_json(checkpoints.workdir.read_config(folder))
     assert evaluate.evaluate(c, folder, str(tmp_path)) == results
 
 
@@ -126,7 +127,7 @@ def test_frozen_a_is_kept_with_the_run(tiny_data, base, tmp_path):
     schedule = [(".*/lora_b", dict(decay_type="constant")), (".*", None)]
     c = stage2(tiny_data, base, schedule=schedule)
     train.train(c, folder)
-    expected, _ = experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    expected, _ = weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
     found = flat(folder)
     names = [n for n in found if n.endswith("lora_a")]
     assert names and found.keys() == expected.keys()
@@ -163,12 +164,12 @@ def test_stage2_keeps_the_stage1_it_started_from(tiny_data, base, tmp_path):
 
 def test_a_config_without_lora_takes_that_of_the_run(finished):
     folder, _ = finished
-    model, *_, params = experiment.load(tiny.config(), folder)
+    model, *_, params = weights.load(tiny.config(), folder)
     assert model.lora and flatten_tree(params).keys() == flat(folder).keys()
 
 
 def test_weights_without_adapters_give_the_plain_model_and_say_so(base, capsys):
-    model, *_, params = experiment.load(tiny.config(lora=RULES), base)
+    model, *_, params = weights.load(tiny.config(lora=RULES), base)
     assert not model.lora and not any(map(lora.is_factor, flatten_tree(params)))
     assert "has no adapters: config.lora is left out" in capsys.readouterr().err
 
@@ -177,23 +178,23 @@ def test_weights_without_adapters_give_the_plain_model_and_say_so(base, capsys):
 def test_another_scale_than_in_training_is_refused(finished, change):
     c = tiny.config(lora=[(RULES[0][0], dict(RULES[0][1], **change))])
     with pytest.raises(checkpoints.CheckpointError, match="scaled otherwise than in training"):
-        experiment.load(c, finished[0])
+        weights.load(c, finished[0])
     c.model_init = finished[0]
     with pytest.raises(checkpoints.CheckpointError, match="scaled otherwise than in training"):
-        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
 
 
 def test_another_rank_than_in_training_is_refused(finished):
     c = tiny.config(lora=[(RULES[0][0], dict(rank=3, alpha=6))])
     message = r"lora_a: expected \(1, 32, 3\), found \(1, 32, 2\)"
     with pytest.raises(checkpoints.CheckpointError, match=message):
-        experiment.load(c, finished[0])
+        weights.load(c, finished[0])
 
 
 def test_adapters_of_the_weights_are_not_dropped_silently(finished):
     c = tiny.config(model_init=finished[0])
     with pytest.raises(checkpoints.CheckpointError, match="lora_a: unexpected"):
-        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
 
 
 def test_rules_that_match_nothing_are_refused_at_once():
@@ -221,10 +222,10 @@ def test_training_starts_from_an_adapter_and_takes_its_rules(tiny_data, stage1, 
         np.testing.assert_array_equal(x, before[n], err_msg=n)
     written = checkpoints.workdir.read_config(folder)
     assert written["adapter_init"] == peft_folder
-    found = experiment.config_from_json(written)
+    found = config_files.from_json(written)
     specs = experiment.adapted(found, experiment.make_model(found))
     assert {(s.rank, s.scale) for s in specs.values()} == {(2, 2.0)}
-    experiment.load(found, folder)  # whose adapter began as adapter_init, and is its own since
+    weights.load(found, folder)  # whose adapter began as adapter_init, and is its own since
 
 
 def test_evaluating_base_and_adapter_equals_evaluating_the_run(tiny_data, stage1, finished, peft_folder, tmp_path):
@@ -236,21 +237,21 @@ def test_evaluating_base_and_adapter_equals_evaluating_the_run(tiny_data, stage1
 def test_an_adapter_that_differs_from_the_rules_is_refused(stage1, peft_folder, rules):
     c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
     with pytest.raises(checkpoints.CheckpointError, match="differs from config.lora at"):
-        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
 
 
 def test_dropout_of_an_adapter_may_differ_from_the_rules(stage1, peft_folder):
     rules = [(RULES[0][0], dict(RULES[0][1], dropout=0.3))]
     c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
-    experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
 
 
 def test_two_adapters_at_once_are_refused(finished, peft_folder):
     c = tiny.config(model_init=finished[0], lora=RULES, adapter_init=peft_folder)
     with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
-        experiment.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
     with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
-        experiment.load(c, finished[0])
+        weights.load(c, finished[0])
 
 
 def test_command_line_puts_an_adapter_on_weights(stage1, finished, peft_folder, tiny_data):
@@ -259,11 +260,11 @@ def test_command_line_puts_an_adapter_on_weights(stage1, finished, peft_folder, 
     PIL.Image.new("RGB", (40, 40), (9, 99, 200)).save(image)
     ask = [f"--image={image}", "--question=Is this a CT?"]
     outs = []
-    for weights in (
+    for flags in (
         [f"--workdir={finished[0]}"],
         [f"--workdir={stage1}", f"--adapter={peft_folder}"],
     ):
-        command = [sys.executable, "-m", "paligemma_med.predict", *weights, *ask]
+        command = [sys.executable, "-m", "paligemma_med.predict", *flags, *ask]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         outs.append(done.stdout)

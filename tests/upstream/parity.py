@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import common
 from configs.tiny_base import BASE
-from paligemma_med import experiment, input_pipeline
+from paligemma_med import experiment, input_pipeline, weights
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
@@ -81,7 +81,7 @@ def our_steps(c, batches, save_at=None, folder=None):
             num_examples=replay.EXAMPLES,
             batch_size=c.input.batch_size,
         )
-        params, _ = experiment.initial_params(c, model, mesh)
+        params, _ = weights.initial_params(c, model, mesh)
         trained = {n: params.pop(n) for n in names}
         opt_state = jax.jit(tx.init)(trained)
         step = jax.jit(train_step.make_train_step(c, model, tx, learning_rate))

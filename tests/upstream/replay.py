@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from absl import app
 
-from paligemma_med import experiment, upstream
+from paligemma_med import cli, upstream
 from paligemma_med.upstream import train
 
 EXAMPLES = 100  # what the data set is said to have
@@ -30,7 +30,7 @@ def main(path):
         return tf.data.Dataset.from_tensor_slices(batches), EXAMPLES
 
     trainer.input_pipeline.training = training
-    app.run(train.main, flags_parser=experiment.parse_flags)
+    app.run(train.main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

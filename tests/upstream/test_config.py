@@ -7,7 +7,8 @@ import re
 import ml_collections
 import pytest
 
-from paligemma_med import experiment, input_pipeline
+from paligemma_med import input_pipeline
+from paligemma_med.config import values as config_values
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
 from paligemma_med.upstream import config as upstream_config
@@ -53,7 +54,7 @@ def quiet(config):
 
 
 def test_the_table_has_every_key_of_ours_and_no_other():
-    assert set(KEYS) == experiment.KEYS
+    assert set(KEYS) == config_values.KEYS
     assert set(INPUT_KEYS) == input_pipeline.KEYS | input_pipeline.IGNORED_KEYS
     kinds = ("same", "kept", "translated", "launched", "ignored", "left out", "refused")
     for name, key in {**KEYS, **INPUT_KEYS}.items():

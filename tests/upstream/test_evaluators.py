@@ -128,7 +128,7 @@ def test_a_section_of_its_own_is_left_to_it(capsys):
     """In a config of ours it is no mistake, and our programs say that they leave it out."""
     c = evals_config.get_config()
     assert [n for n, s in c.evals.items() if config_values.is_big_visions(s)] == ["own"]
-    experiment.check_config(c)
+    config_values.check_config(c)
     c.evals = dict(own=c.evals.own)
     assert experiment.make_evaluators(c, None, None, None) == {}
     assert "config.evals.own is big_vision's own: left out." in capsys.readouterr().err

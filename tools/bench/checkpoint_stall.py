@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment
+from paligemma_med import cli, experiment
 from paligemma_med.checkpoints import workdir
 from paligemma_med.training import optim
 
@@ -87,7 +87,7 @@ def run(config, folder, *, seconds, every, turns):
     }
 
 
-@experiment.command
+@cli.command
 def main(argv):
     del argv
     v = flags.FLAGS

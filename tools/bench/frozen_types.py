@@ -18,8 +18,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from paligemma_med import experiment, input_pipeline, quantise
+from paligemma_med import experiment, input_pipeline, quantise, weights
 from paligemma_med.checkpoints import workdir
+from paligemma_med.config import files as config_files
 from paligemma_med.models import vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import sharding
@@ -33,10 +34,10 @@ TYPES = ("float32", "bfloat16", *quantise.KINDS)
 def ask(folder, dtype, out, batches):
     """(logits float32[questions, V] of first answer tokens, {eval: metrics}) of a run's weights in
     `dtype`; predictions go to out/<dtype>."""
-    config = experiment.config_from_json(workdir.read_config(folder))
+    config = config_files.from_json(workdir.read_config(folder))
     with config.unlocked():
         config.frozen_dtype, config.dtype = dtype, "float32"
-    model, tok, mesh, params = experiment.load(config, folder)
+    model, tok, mesh, params = weights.load(config, folder)
 
     @jax.jit
     def run(params, batch):
@@ -78,11 +79,11 @@ def make_step(dtype, size, rows):
     where = dict.fromkeys(abstract, sharding.replicated(mesh))
     rng = np.random.default_rng(0)
     host = {n: 0.02 * rng.standard_normal(x.shape, np.float32) for n, x in abstract.items()}
-    frozen = experiment.place_params(
+    frozen = weights.place_params(
         host,
-        experiment.param_dtypes(config, abstract, names),
+        weights.param_dtypes(config, abstract, names),
         where,
-        experiment.param_kinds(config, abstract, names),
+        weights.param_kinds(config, abstract, names),
     )
     trained = {n: frozen.pop(n) for n in names}
     opt_shardings = train_step.opt_shardings(tx, trained, mesh)

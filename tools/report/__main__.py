@@ -17,7 +17,7 @@ import pathlib
 from absl import app, flags
 
 from paligemma_med import files
-from paligemma_med.experiment import command
+from paligemma_med.cli import command
 from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
 
 

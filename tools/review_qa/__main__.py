@@ -13,7 +13,7 @@ import pathlib
 
 from absl import app, flags
 
-from paligemma_med import experiment
+from paligemma_med import cli
 from tools.review_qa import page, pictures, rows, verdicts
 
 
@@ -31,7 +31,7 @@ def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None):
     return len(chosen), total, missing
 
 
-@experiment.command
+@cli.command
 def main(argv):
     f = flags.FLAGS
     if len(argv) != 2:
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("verdicts", None, "CSV that the page saved.")
     flags.DEFINE_string("output", None, "With --verdicts: JSONL of the pairs that stay.")
     flags.DEFINE_bool("drop_unsure", False, "With --verdicts: leave out the unsure ones, too.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

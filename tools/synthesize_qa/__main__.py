@@ -19,7 +19,7 @@ import re
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment
+from paligemma_med import cli
 from tools.synthesize_qa import local, run, sources, templates, write
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -47,7 +47,7 @@ def settings_from(text):
     return settings
 
 
-@experiment.command
+@cli.command
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; --help shows an example.")
@@ -155,4 +155,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("structured", False, "server: hold replies to a JSON schema.")
     flags.DEFINE_bool("send_seed", True, "server: send a seed with each request.")
     flags.DEFINE_string("settings", "{}", "server: JSON of further request arguments; null takes one away.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

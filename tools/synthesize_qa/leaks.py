@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from data_prep import qa_files
-from paligemma_med import experiment
+from paligemma_med import cli
 from tools.synthesize_qa import quality, sources
 
 
@@ -63,7 +63,7 @@ def measure(
     }
 
 
-@experiment.command
+@cli.command
 def main(argv):
     v = flags.FLAGS
     if len(argv) < 2:
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("captions", None, "A source of captions, as --input of synthesize_qa.")
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_bool("answer_is_caption", False, "The answers are the captions.")
-    app.run(main, flags_parser=experiment.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

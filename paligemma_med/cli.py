@@ -1,0 +1,107 @@
+"""What a command line is: mistakes told in one sentence, exit codes, and the flags that programs share.
+
+Every program's `main` is wrapped in `command`, and its `app.run` is given `parse_flags`. Importing this
+file needs no JAX, since many tools need none.
+"""
+
+import functools
+import re
+import sys
+import traceback
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from paligemma_med.parallel import ending
+
+
+def command(main):
+    """`main` of a program, which tells mistakes that its user can mend in one sentence.
+
+    With --verbosity=1 they keep their traceback, and the libraries below tell what they do.
+    """
+
+    @functools.wraps(main)
+    def run(argv):
+        talkative = flags.FLAGS["verbosity"].present
+        if not talkative:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+        try:
+            main(argv)
+        except app.UsageError:
+            raise
+        except KeyboardInterrupt as e:
+            code = getattr(e, "exit_code", None)
+            if code is not None and not ending.is_alone():  # agreed upon by all
+                sys.exit(code)
+            ending.leave_at_once(code or 130)
+        except Exception as e:
+            known = isinstance(e, ValueError | OSError | FloatingPointError)
+            if ending.tell_if_peer_lost(e):
+                ending.leave(1)
+            if (talkative and flags.FLAGS.verbosity > 0) or not known:
+                if ending.is_alone():
+                    raise
+                traceback.print_exc()
+                ending.leave(1)
+            ending.leave(f"error: {e}")
+
+    return run
+
+
+def parse_flags(argv):
+    """`flags_parser` of the programs' app.run: a wrong --config=… or --config.key=… is told in a
+    line, which absl and ml_collections tell by their tracebacks."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        # What get_config raised stands at the end of its traceback.
+        last = str(e).strip().splitlines()[-1].strip()
+        sys.exit(f"error: {last.removeprefix('ValueError: ') if 'Traceback' in str(e) else e}")
+    except (AttributeError, KeyError) as e:
+        paths = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
+        found = [p for p in paths if set(p.split(".")[1:]) & set(re.findall(r"\w+", str(e)))]
+        near = re.search(r'Did you mean "(\w+)"', str(e))
+        sys.exit(
+            f"error: {found[0] if found else '--config.…'}: the config has no such key"
+            + (f" (did you mean {near[1]!r}?)" if near else "")
+            + ". Flags change only what its file sets; mend the name, or add the key to the file."
+        )
+
+
+def define_source_flags():
+    """--config, --workdir, --checkpoint, --adapter of the programs that answer questions; `from_flags`
+    reads them.
+
+    A function, so that only the program that runs defines them, not every module imported.
+    """
+    config_flags.DEFINE_config_file("config", None, "Experiment; default: the workdir's own.")
+    flags.DEFINE_string("workdir", None, "Folder of a run.")
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Weights of any form, or a run; default: the workdir's newest.",
+    )
+    flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
+
+
+def from_flags():
+    """(config, checkpoint) that those flags name; UsageError if they don't suffice.
+
+    A checkpoint that is a run brings its own config, as --workdir does.
+    """
+    # Imported here: what opens a run brings Orbax and JAX, which programs without these flags don't need.
+    from paligemma_med.checkpoints import workdir
+    from paligemma_med.config import files as config_files
+
+    values = flags.FLAGS
+    folder = values.workdir
+    if folder is None and values.checkpoint and (run := workdir.split_spec(values.checkpoint)):
+        folder = run[0]
+    if folder is None and (values.config is None or values.checkpoint is None):
+        raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
+    config = values.config or config_files.from_json(workdir.read_config(folder))
+    if values.adapter:
+        with config.unlocked():
+            config.adapter_init, config.lora = values.adapter, None
+    return config, values.checkpoint or values.workdir

@@ -1,0 +1,33 @@
+"""The file that a config is kept in: config.json of a workdir, and back."""
+
+import json
+import os
+
+import ml_collections
+
+from paligemma_med.checkpoints import bv, npz, workdir
+
+
+def to_json(config):
+    """The config as JSON text. Paths of weights are absolute, and a workdir's has its newest step
+    (`workdir.pin`): they must be found, and remain what they are."""
+    plain = json.loads(config.to_json_best_effort())
+    init = plain.get("model_init")
+    if isinstance(init, dict):
+        plain["model_init"] = {k: absolute(v) for k, v in init.items()}
+    elif init:
+        plain["model_init"] = absolute(init)
+    if plain.get("adapter_init"):
+        plain["adapter_init"] = absolute(plain["adapter_init"])
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def absolute(spec):
+    path, part = npz.split_spec(spec)
+    path = os.path.abspath(os.path.expanduser(path))
+    return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")
+
+
+def from_json(plain):
+    """The reverse: a dict read from config.json → ConfigDict (lists of pairs stay lists)."""
+    return ml_collections.ConfigDict(plain)

@@ -1,0 +1,294 @@
+"""Weights: from the files that a config names to arrays on the devices, each leaf in its type.
+
+`initial_params` is what training starts from; `load` is what answering questions takes.
+"""
+
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from paligemma_med import checkpoints, quantise
+from paligemma_med.checkpoints import bv, npz, workdir
+from paligemma_med.config import files as config_files
+from paligemma_med.config import values as config_values
+from paligemma_med.experiment import abstract_params, adapted, make_mesh, make_model, make_tokenizer
+from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.parallel import distributed, sharding
+
+
+def param_dtypes(config, names, trained):
+    """{name: dtype}: trained leaves float32, frozen ones config.frozen_dtype.
+
+    Those that are quantised (`param_kinds`) have the type here that the others then have.
+    """
+    frozen = config.get("frozen_dtype", "float32")
+    frozen = jnp.dtype(quantise.REST if frozen in quantise.KINDS else frozen)
+    trained = set(trained)
+    return {n: jnp.dtype("float32") if n in trained else frozen for n in names}
+
+
+def param_kinds(config, abstract, trained):
+    """{name: kind, of `quantise.kind_of`} of the leaves that config.frozen_dtype quantises.
+
+    Args:
+      abstract: {name: array or jax.ShapeDtypeStruct}.
+    """
+    wanted = config.get("frozen_dtype")
+    if wanted not in quantise.KINDS:
+        return {}
+    kinds = {n: quantise.kind_of(n, x.shape, wanted) for n, x in abstract.items() if n not in trained}
+    return {n: kind for n, kind in kinds.items() if kind}
+
+
+def param_shardings(config, abstract, mesh):
+    """{name: NamedSharding} by config.sharding_strategy; by default a copy on every device."""
+    return sharding.infer_sharding(abstract, sharding_strategy(config), mesh)
+
+
+def sharding_strategy(config):
+    return config.get("sharding_strategy") or [(".*", "replicate")]
+
+
+def initial_params(config, model, mesh, *, dtypes=None, kinds=None):
+    """The parameters training starts from, on the devices.
+
+    They come from config.model_init, or are random by config.seed if that is None. Factors of
+    adapters come from config.adapter_init, or from a model_init that has them, or are fresh.
+    Weights from files go to the devices leaf by leaf, each in its type; of `kinds`, quantised.
+
+    Returns:
+      ({name: jax.Array} sharded by config.sharding_strategy, names that model_init didn't give).
+
+    Raises:
+      checkpoints.CheckpointError: what was found doesn't fit the config.
+      ValueError: weights to be quantised that no file gives.
+    """
+    abstract, kinds = abstract_params(config, model), kinds or {}
+    shardings = param_shardings(config, abstract, mesh)
+    dtypes = dtypes or param_dtypes(config, abstract, abstract)
+    host, adapter = initial_host_params(config, model)
+    random = [n for n in abstract if n not in host and n not in adapter]
+    if given := next((n for n in random if n in kinds), None):
+        raise ValueError(
+            f"config.frozen_dtype={config.frozen_dtype!r} quantises weights that config.model_init "
+            f"gives, but it gives none for {given}: set it, or train them."
+        )
+    beside = {*random, *adapter}
+    params = place_params({**host, **adapter}, dtypes, shardings, kinds)
+    if random:
+        params |= _random_params(config, model, random, dtypes, shardings)
+    return {n: params.pop(n) for n in abstract} | params, beside
+
+
+def initial_host_params(config, model):
+    """What files give of the parameters that training starts from, on the host.
+
+    Returns:
+      ({name: array, which may still be in its file} of config.model_init, the same of
+      config.adapter_init); either may be empty.
+
+    Raises:
+      checkpoints.CheckpointError: what was found doesn't fit the config.
+    """
+    abstract, host, adapter = abstract_params(config, model), {}, {}
+    if config.get("model_init"):
+        host = load_host_params(config.model_init, abstract, config.get("resample_posemb"))
+        if any(map(lora.is_factor, host)):
+            _check_scales(config, model, config.model_init)
+    if config.get("adapter_init"):
+        if any(map(lora.is_factor, host)):
+            raise _two_adapters(config)
+        adapter = load_host_adapter(config, model)
+    return host, adapter
+
+
+def _two_adapters(config):
+    return checkpoints.CheckpointError(
+        f"{config.model_init} has adapters of its own, and config.adapter_init names "
+        f"{config.adapter_init}: give one of them."
+    )
+
+
+def _random_params(config, model, names, dtypes, shardings):
+    """Those of a fresh model's parameters; what isn't asked for is not computed."""
+
+    def init():
+        tree = vlm.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
+        flat = flatten_tree(tree)
+        return {n: flat[n].astype(dtypes[n]) for n in names}
+
+    return jax.jit(init, out_shardings={n: shardings[n] for n in names})()
+
+
+def load_host_adapter(config, model):
+    """{name: numpy array} of the factors of config.adapter_init, which must be those of config.lora
+    to the rank and the scale (dropout is training's business)."""
+    adapter = checkpoints.load_adapter(config.adapter_init)
+    want, found = adapted(config, model), adapter.specs
+    for target in sorted({*want, *found}):
+        a, b = (s.get(target) for s in (want, found))
+        if a is None or b is None or a.rank != b.rank or not _same_scale(a, b):
+            raise checkpoints.CheckpointError(
+                f"config.adapter_init {config.adapter_init} differs from config.lora at "
+                f"{target.name}: found {b}, expected {a}. Without config.lora it sets the ranks."
+            )
+    plain = unflatten_tree(abstract_params(config, model.clone(lora=())))
+    kw = config.model.to_dict()
+    _, tree = checkpoints.apply_adapter(kw.get("img"), kw.get("llm"), plain, adapter)
+    return {n: x for n, x in flatten_tree(tree).items() if lora.is_factor(n)}
+
+
+def _check_scales(config, model, spec):
+    """A workdir's adapters mean what they did in its run only under the same rules."""
+    rules = _rules_of_run(spec)
+    if rules is None:
+        return
+    names = abstract_params(config, model.clone(lora=()))
+    want, found = adapted(config, model), lora_targets.resolve(rules, names)
+    for target in want:
+        a, b = want[target], found.get(target)
+        if b is not None and not _same_scale(a, b):
+            raise checkpoints.CheckpointError(
+                f"{spec} was trained with {b} at {target.name}, but config.lora has {a}: its "
+                "adapters would be scaled otherwise than in training."
+            )
+
+
+def _same_scale(a, b):
+    # PEFT's alpha is rounded where some projections are rank-stabilised and others aren't.
+    return math.isclose(a.scale, b.scale, rel_tol=1e-9)
+
+
+def _rules_of_run(spec):
+    """config.lora of the workdir `spec`, ours or big_vision's; None if it is none or has none."""
+    return _config_of_run(spec).get("lora") or None
+
+
+def _config_of_run(spec):
+    """config.json of the workdir `spec` as a dict; empty if it is no workdir."""
+    if not isinstance(spec, str):
+        return {}
+    found = workdir.split_spec(spec)
+    return workdir.read_config(found[0]) if found else bv.read_config(spec)
+
+
+def load(config, checkpoint):
+    """What answering questions takes: the model of `config` with the weights of `checkpoint`.
+
+    Adapters are those of the checkpoint, or else of config.adapter_init. If there are none, the
+    model is the plain one, whatever config.lora says, and a line on stderr tells so.
+
+    Args:
+      checkpoint: anything `checkpoints.load_params` takes.
+
+    Returns:
+      (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
+      config.frozen_dtype, since nothing is trained (quantised ones have their scales beside them).
+    """
+    with config.unlocked():
+        config.model_init = checkpoint
+        if not config.get("lora") and not config.get("adapter_init") and _rules_of_run(checkpoint):
+            config.lora = _rules_of_run(checkpoint)
+    config_values.check_config(config)
+    model, mesh = make_model(config), make_mesh(config)
+    tok = make_tokenizer(config, model)
+    abstract = abstract_params(config, model)
+    host = load_host_params(checkpoint, abstract, config.get("resample_posemb"))
+    if any(map(lora.is_factor, host)):
+        adapter, its_start = config.get("adapter_init"), _config_of_run(checkpoint)
+        if adapter and its_start.get("adapter_init") != config_files.absolute(adapter):
+            raise _two_adapters(config)
+        _check_scales(config, model, checkpoint)
+    elif config.get("adapter_init"):
+        host |= load_host_adapter(config, model)
+    elif model.lora:
+        print(f"{checkpoint} has no adapters: config.lora is left out.", file=sys.stderr)
+        model = model.clone(lora=())
+    dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
+    kinds = param_kinds(config, abstract, ())
+    return model, tok, mesh, unflatten_tree(place_params(host, dtypes, shardings, kinds))
+
+
+def load_host_params(spec, abstract, resample_posemb=False):
+    """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
+
+    Factors of adapters may be missing, but only all of them at once.
+
+    Args:
+      resample_posemb: take position embeddings of another resolution, and resample them.
+
+    Returns:
+      {name: array, which may still be in its file}.
+
+    Raises:
+      checkpoints.CheckpointError: the weights don't fit the model.
+    """
+    if isinstance(spec, ml_collections.ConfigDict):
+        spec = spec.to_dict()
+    loaded = checkpoints.open_init(spec)
+    if not resample_posemb:
+        _check_resolution(spec, flatten_tree(loaded), abstract)
+    expected = abstract
+    if not any(map(lora.is_factor, flatten_tree(loaded))):
+        expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
+    try:
+        fitted = checkpoints.match_params(loaded, unflatten_tree(expected))
+    except npz.CheckpointError as e:
+        raise npz.CheckpointError(f"{spec}: {e}") from None
+    return flatten_tree(fitted)
+
+
+def _check_resolution(spec, loaded, abstract):
+    """The image tower has learned its positions on a grid of one size. Resampled to another, they
+    work less well until they are trained on: a mistake, unless it's asked for."""
+    name = "img/pos_embedding"
+    found, expected = (getattr(x.get(name), "shape", ()) for x in (loaded, abstract))
+    if len(found) != 3 or len(expected) != 3 or found[1] == expected[1]:
+        return
+    patch = abstract["img/embedding/kernel"].shape[0]
+    has, wants = (f"{math.isqrt(shape[1]) * patch}" for shape in (found, expected))
+    raise checkpoints.CheckpointError(
+        f"{spec} was made for images of {has} px ({found[1]} positions), but config.res = {wants} "
+        f"has {expected[1]}: set res={has} (config.res, and resize({has}) in the pp strings), take "
+        "weights of that resolution, or set config.resample_posemb=True to have the position "
+        "embeddings resampled."
+    )
+
+
+def place_params(host, dtypes, shardings, kinds=None):
+    """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one.
+
+    Of several processes each reads the weights, and copies to its devices what they hold of them.
+
+    Args:
+      kinds: of `param_kinds`: these become codes and scales (`quantise`).
+    """
+    out, kinds = {}, kinds or {}
+    for name in list(host):
+        array = np.asarray(host.pop(name))
+        if name in kinds:
+            where = quantise.stored(name, _with_sharding(array, shardings[name]), kinds[name])
+            for n, x in quantise.quantise(name, array, kinds[name]).items():
+                out[n] = distributed.place(x, where[n].sharding)
+        else:
+            out[name] = distributed.place(array.astype(dtypes[name]), shardings[name])
+    return out
+
+
+def _with_sharding(x, where, dtype=None):
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
+
+
+def stored_params(abstract, dtypes, shardings, kinds):
+    """{name: jax.ShapeDtypeStruct with its sharding} of what `place_params` makes."""
+    out = {}
+    for name, x in abstract.items():
+        x = _with_sharding(x, shardings[name], dtypes[name])
+        out |= quantise.stored(name, x, kinds[name]) if name in kinds else {name: x}
+    return out
