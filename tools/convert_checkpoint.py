@@ -19,12 +19,12 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, adapter, bv, hf, npz, peft
+from paligemma_med.checkpoints import CheckpointError, adapter, bv, forms, hf, peft
 from paligemma_med.cli import command
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 
-FORMS = ("npz", "hf", "peft", "orbax", "big_vision")
+FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
 
 
 def convert(
@@ -45,10 +45,10 @@ def convert(
     Args:
       src: anything `checkpoints.open_params` takes.
       dst: file or folder to write.
-      to: one of FORMS; "peft" writes the adapters alone, "big_vision" a run's whole state.
+      to: one of FORMS; one of adapters writes these alone, "big_vision" a run's whole state.
       dtype: what floats are cast to; None keeps each as it is.
       merge: put adapters into the weights that they adapt.
-      adapter_dir: a PEFT adapter that is put beside the weights of `src` first.
+      adapter_dir: an adapter that is put beside the weights of `src` first.
       part: "img" or "llm", to write that part alone.
       overwrite: replace what is at `dst`, if it is of the same form.
       base_model: of a PEFT adapter, the name of the Hugging Face model that it belongs to.
@@ -57,8 +57,8 @@ def convert(
     Raises:
       FileNotFoundError, FileExistsError, CheckpointError: one sentence about what is wrong.
     """
-    if to == "peft" and merge:
-        raise CheckpointError("merged weights have no adapters left: give --merge or --to=peft")
+    if to in forms.ADAPTERS and merge:
+        raise CheckpointError(f"merged weights have no adapters left: give --merge or --to={to}")
     if part and to not in ("npz", "orbax"):
         raise CheckpointError(f"--to={to} writes whole models: --part is for npz and orbax")
     if not overwrite and os.path.lexists(dst):
@@ -72,19 +72,14 @@ def convert(
     model, rules = _model_of(src)
     specs = {}
     if adapter_dir:
-        params, specs = adapter.insert_adapter(params, peft.load_adapter(adapter_dir))
-    elif merge or to == "peft":
+        params, specs = adapter.insert_adapter(params, forms.load_adapter(adapter_dir))
+    elif merge or to in forms.ADAPTERS:
         specs = _specs_of(src, params, rules)
-    if to == "peft":
+    if to in forms.ADAPTERS:
         rules = adapter.rules_of(adapter.Adapter(specs, {}))
-        peft.save_adapter(
-            dst,
-            adapter.extract_adapter(rules, params),
-            base_model=base_model,
-            dtype=dtype,
-            key_style=key_style,
-            overwrite=overwrite,
-        )
+        kw = dict(base_model=base_model, key_style=key_style) if to == "peft" else {}
+        found = adapter.extract_adapter(rules, params)
+        forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
         return
     if merge:
         params = adapter.merge(params, specs)
@@ -93,15 +88,8 @@ def convert(
             raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
         params = {part: params[part]}
     with _bar(flatten_tree(params), to) as bar:
-        kw = dict(dtype=dtype, progress=bar.update)
-        if to == "npz":
-            npz.save_npz(dst, params, **kw)
-        elif to == "hf":
-            hf.save_hf(dst, params, img=model[0], llm=model[1], overwrite=overwrite, **kw)
-        else:
-            from paligemma_med.checkpoints import orbax  # slow to import
-
-            orbax.save_orbax(dst, params, overwrite=overwrite, **kw)
+        img, llm = model
+        forms.save_params(dst, params, to, img=img, llm=llm, dtype=dtype, overwrite=overwrite, progress=bar.update)
 
 
 def _to_big_vision(src, dst, dtype, overwrite):

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.checkpoints.npz import CheckpointError
 from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE

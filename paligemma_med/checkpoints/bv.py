@@ -18,9 +18,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from paligemma_med import files
-from paligemma_med.checkpoints import lazy, npz
+from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints.errors import CheckpointError, listed
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
-from paligemma_med.checkpoints.npz import CheckpointError
 from paligemma_med.models.leaves import unflatten_tree
 
 PREFIX = "checkpoint.bv"
@@ -184,7 +184,7 @@ def _open(folder, inside):
         if inside.strip("/") in names:
             raise CheckpointError(f"{folder}:{part} is a single array: expected a part with many")
         top = sorted({k.split("/")[1] for k in names if k.startswith(_PARAMS)})
-        raise CheckpointError(f"{folder} has no part {part!r}: found {npz.listed(top)}")
+        raise CheckpointError(f"{folder} has no part {part!r}: found {listed(top)}")
     return {key[len(inside) :]: _open_array(folder, key, name) for key, name in chosen.items()}
 
 
@@ -265,7 +265,7 @@ def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
     replaces = [key.replace("/", "~") for key in flat] if overwrite else None
     with files.whole_folder(folder, replaces=replaces) as new:
         for key, leaf in flat.items():
-            array = npz.numbers(key, leaf)
+            array = lazy.numbers(key, leaf)
             cast = dtype is not None and key.startswith(_PARAMS) and lazy.is_float(array.dtype)
             path = os.path.join(os.path.abspath(new), key.replace("/", "~"))
             _write(path, array.astype(dtype, copy=False) if cast else array)

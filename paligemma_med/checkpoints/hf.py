@@ -23,9 +23,9 @@ import numpy as np
 import safetensors
 
 from paligemma_med import files
-from paligemma_med.checkpoints import lazy, npz
+from paligemma_med.checkpoints import fit, lazy
+from paligemma_med.checkpoints.errors import CheckpointError, listed, raise_all
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.checkpoints.npz import CheckpointError
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 # --- the table ---------------------------------------------------------------------------------
@@ -533,14 +533,14 @@ def _check(tensors, config, folder):
             problems.append(f"{name}: expected {shape}, found {tensors[name].shape}")
     for name in sorted(tensors.keys() - expected.keys()):
         problems.append(f"{name}: unexpected, found {tensors[name].shape}")
-    npz.raise_all(problems, f"{folder} doesn't fit its config.json", len(expected))
+    raise_all(problems, f"{folder} doesn't fit its config.json", len(expected))
 
 
 def _open_tensors(folder):
     """{canonical name: _Tensor} of all files, without known buffers."""
-    files, listed = _files(folder)
+    names_of_files, indexed = _files(folder)
     out, names = {}, set()
-    for file in files:
+    for file in names_of_files:
         path = os.path.join(folder, file)
         for tensor in _open_file(path):
             names.add(tensor.name)
@@ -554,10 +554,10 @@ def _open_tensors(folder):
                     f"{path}: {tensor.name} is no tensor of {', '.join(_TYPES)}; quantised weights are not read"
                 )
             out[name] = tensor
-    if listed is not None and listed != names:
-        wrong = sorted(listed ^ names)
+    if indexed is not None and indexed != names:
+        wrong = sorted(indexed ^ names)
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors are either in the index or in the files, not in both: {npz.listed(wrong)}"
+            f"{folder}: {len(wrong)} tensors are either in the index or in the files, not in both: {listed(wrong)}"
         )
     return out
 
@@ -589,7 +589,7 @@ def _files(folder):
         names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
         names = [_SINGLE] if _SINGLE in names else names
         if len(names) != 1:
-            found = f"{npz.listed(names)} without {_INDEX}" if names else "none"
+            found = f"{listed(names)} without {_INDEX}" if names else "none"
             raise FileNotFoundError(f"{folder} has no weights: expected {_SINGLE}, found {found}")
         return names, None
     where = _read_json(index).get("weight_map")
@@ -663,7 +663,7 @@ def save_hf(
     dtype = lazy.dtype_of(dtype)
     flat = {
         key: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        for key, leaf in flatten_tree(npz.stack_layers(params)).items()
+        for key, leaf in flatten_tree(fit.stack_layers(params)).items()
     }
     rows = _rows_of(flat)
     size = _measure(flat, rows)
@@ -714,7 +714,7 @@ def _rows_of(flat):
         for p in sorted(expected & flat.keys())
         if not lazy.is_float(np.dtype(flat[p].dtype))
     ]
-    npz.raise_all(problems, "the weights are not PaliGemma's", len(expected))
+    raise_all(problems, "the weights are not PaliGemma's", len(expected))
     return rows
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from paligemma_med.checkpoints.errors import CheckpointError
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -81,6 +83,16 @@ def stack(leaves):
         return out
 
     return Lazy(shape, *dtypes, read)
+
+
+def numbers(key: str, leaf) -> np.ndarray:
+    """`leaf` as an array; CheckpointError if it isn't one of numbers."""
+    array = np.asarray(leaf)
+    if array.dtype != BFLOAT16 and array.dtype.kind not in "fiubc":
+        raise CheckpointError(
+            f"{key}: expected an array of numbers, found {type(leaf).__name__} of dtype {array.dtype}"
+        )
+    return array
 
 
 def read_all(tree):

@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 
 from paligemma_med import files
 from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.checkpoints.npz import CheckpointError
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 MARK = "_METADATA"  # a file that every Orbax checkpoint of a tree has

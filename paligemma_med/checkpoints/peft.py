@@ -20,11 +20,13 @@ import safetensors.numpy
 from absl import logging
 
 from paligemma_med import files
-from paligemma_med.checkpoints import hf, lazy, npz
+from paligemma_med.checkpoints import hf, lazy
 from paligemma_med.checkpoints.adapter import TWIN, Adapter
+from paligemma_med.checkpoints.errors import CheckpointError, raise_all
 from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 
+NAME = "PEFT"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -70,6 +72,11 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 # --- reading -----------------------------------------------------------------------------------
+
+
+def is_adapter(path) -> bool:
+    """Whether a folder looks like a PEFT adapter's."""
+    return os.path.isfile(os.path.join(path, CONFIG)) or os.path.isfile(os.path.join(path, WEIGHTS))
 
 
 def load_adapter(folder):
@@ -119,12 +126,12 @@ def _read_config(path):
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing: expected a PEFT adapter's folder") from None
     except (ValueError, RecursionError) as e:
-        raise npz.CheckpointError(f"{path} is not JSON: {e}") from None
+        raise CheckpointError(f"{path} is not JSON: {e}") from None
     if not isinstance(config, dict):
-        raise npz.CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
+        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
 
     def refuse(key, expected):
-        raise npz.CheckpointError(f"{path}: {key} is {config.get(key)!r}; expected {expected}")
+        raise CheckpointError(f"{path}: {key} is {config.get(key)!r}; expected {expected}")
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "'LORA', no other kind is known here")
@@ -174,7 +181,7 @@ def _check_regex(path, key, regex):
     try:
         re.compile(regex)
     except re.error as e:
-        raise npz.CheckpointError(f"{path}: {key} {regex!r} is not a regular expression: {e}") from None
+        raise CheckpointError(f"{path}: {key} {regex!r} is not a regular expression: {e}") from None
 
 
 def _read_tensors(path):
@@ -183,7 +190,7 @@ def _read_tensors(path):
         with safetensors.safe_open(path, "np") as f:
             return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (f is no mapping)
     except (safetensors.SafetensorError, OSError, TypeError) as e:
-        raise npz.CheckpointError(
+        raise CheckpointError(
             f"{path} ({os.path.getsize(path):,} bytes) is not a readable safetensors file; it may "
             f"be cut short or something else (safetensors says: {e})"
         ) from e
@@ -208,9 +215,9 @@ def _modules_in(path, tensors):
         module[match[2]] = tensor
     gaps = [_key(m["name"], f) for m in modules.values() for f in "AB" if f not in m]
     problems += [f"{key}: missing" for key in gaps]
-    npz.raise_all(problems, path, len(tensors) + len(gaps))
+    raise_all(problems, path, len(tensors) + len(gaps))
     if not modules:
-        raise npz.CheckpointError(f"{path} holds no tensors")
+        raise CheckpointError(f"{path} holds no tensors")
     return modules
 
 
@@ -261,7 +268,7 @@ def _check_complete(path, config, modules):
                 if tower not in depth:
                     shown = f"{styles[0][tower]}.{rest}".replace("{i}", "*")
                 problems += [f"{_key(shown, f)}: missing, target_modules matches it" for f in "AB"]
-    npz.raise_all(problems, path, 2 * len(modules))
+    raise_all(problems, path, 2 * len(modules))
 
 
 def _is_targeted(config, name):
@@ -298,13 +305,13 @@ def _one_spec(path, config, layers):
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         a, b = tuple(module["A"].shape), tuple(module["B"].shape)
         if (a[0], b[1]) != (rank, rank):
-            raise npz.CheckpointError(
+            raise CheckpointError(
                 f"{path}: {name} has A of shape {a} and B of shape {b}, but {CONFIG} gives it rank {rank}"
             )
         found.setdefault((rank, alpha, a, b), name)
     if len(found) > 1:
         one, other = list(found.values())[:2]
-        raise npz.CheckpointError(
+        raise CheckpointError(
             f"{path}: {one} and {other} differ in rank, alpha or shape; layers have to be alike, "
             "since they are stacked here"
         )
@@ -312,7 +319,7 @@ def _one_spec(path, config, layers):
     try:
         return lora.Spec(rank, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora", False)))
     except ValueError as e:
-        raise npz.CheckpointError(f"{os.path.join(os.path.dirname(path), CONFIG)}: {e}") from None
+        raise CheckpointError(f"{os.path.join(os.path.dirname(path), CONFIG)}: {e}") from None
 
 
 def _by_pattern(pattern, name, default):
@@ -376,9 +383,9 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
     """
     folder = os.path.expanduser(os.fspath(folder))
     if key_style not in STYLES:
-        raise npz.CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(STYLES)}")
+        raise CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(STYLES)}")
     if not adapter.specs or set(adapter.specs) != set(adapter.factors):
-        raise npz.CheckpointError(
+        raise CheckpointError(
             f"the adapter has {len(adapter.specs)} specs and {len(adapter.factors)} pairs of "
             "factors; expected one or more of both, of the same targets"
         )

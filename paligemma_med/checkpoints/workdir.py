@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from paligemma_med.checkpoints import fingerprint, lazy, npz
+from paligemma_med.checkpoints import fingerprint, npz
 from paligemma_med.checkpoints import keep as keep_lib
-from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.models.leaves import flatten_tree
 
 
-class Damaged(npz.CheckpointError):
+class Damaged(CheckpointError):
     """A checkpoint that can't be read, or whose contents aren't those that were written."""
 
 
@@ -70,7 +71,7 @@ class Checkpoints:
           (trained, opt_state, run).
 
         Raises:
-          npz.CheckpointError: another set of parameters, other shapes or another optimizer than
+          CheckpointError: another set of parameters, other shapes or another optimizer than
             expected.
           Damaged: it can't be read, or isn't what was written.
         """
@@ -98,7 +99,7 @@ class Checkpoints:
           (step, trained, opt_state, run), or None where there is no checkpoint at all.
 
         Raises:
-          npz.CheckpointError: as `restore`, or all checkpoints are damaged.
+          CheckpointError: as `restore`, or all checkpoints are damaged.
         """
         damaged = []
         while (step := self.latest_step()) is not None:
@@ -112,7 +113,7 @@ class Checkpoints:
             damaged.append(self._set_aside(step))
             logging.warning("%s It now lies in %s; trying the one before.", error, damaged[-1])
         if damaged:
-            raise npz.CheckpointError(
+            raise CheckpointError(
                 f"{self._workdir}: no checkpoint can be read; the damaged ones lie in {damaged}. "
                 "Use another --workdir to start from the beginning."
             )
@@ -142,13 +143,13 @@ class Checkpoints:
         expected = _shapes(trained)
         if found != expected:
             wrong = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
-            raise npz.CheckpointError(
+            raise CheckpointError(
                 f"{where}: {len(wrong)} trained parameters differ from the config's, the first is "
                 f"{wrong[0]}: found {found.get(wrong[0])}, expected {expected.get(wrong[0])}. Use "
                 "another --workdir, or the config it was made with."
             )
         if found_opt != _shapes(opt_state):
-            raise npz.CheckpointError(
+            raise CheckpointError(
                 f"{where}: the optimizer's state doesn't fit the config's optax_name, optax, "
                 "schedule, wd and grad_clip_norm. Use another --workdir, or the config it was made "
                 "with."
@@ -165,7 +166,7 @@ class Checkpoints:
             write(*args, **kw)
         except Exception as e:
             steps = self._complete_steps()
-            raise npz.CheckpointError(
+            raise CheckpointError(
                 f"{self._manager.directory}: a checkpoint could not be written: {_first_line(e)} "
                 + (f"Those of steps {steps} are intact" if steps else "There is no earlier one")
                 + "; mend the cause (is the disk full?), and the same command goes on from there."
@@ -264,10 +265,10 @@ def _best_step(folder):
     config = read_config(folder)
     best = keep_lib.best_of(folder, config)
     if best is None:
-        raise npz.CheckpointError(f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training.")
+        raise CheckpointError(f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training.")
     step = best([int(name) for name in os.listdir(os.path.join(folder, "checkpoints")) if name.isdigit()])
     if step is None:
-        raise npz.CheckpointError(
+        raise CheckpointError(
             f"{folder}@best: none of its checkpoints has a finite {config['keep_best']['metric']} in metrics.jsonl; "
             f"expected one, or name a step: {folder}@…"
         )
@@ -304,21 +305,24 @@ def read_config(workdir):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: {workdir} is not a workdir.") from None
     except ValueError as e:
-        raise npz.CheckpointError(f"{path} is not JSON: {e}.") from None
+        raise CheckpointError(f"{path} is not JSON: {e}.") from None
 
 
-def open_params(spec):
-    """The weights of a run: its base with the trained leaves in place.
+def open_leaves(spec):
+    """What the workdir of a run holds of its weights, and where the others are.
 
     Args:
       spec: a workdir, for its newest checkpoint, or "workdir@step".
 
     Returns:
-      Nested dict, {"img": …, "llm": …}; trained leaves are numpy arrays in float32, the base's as
-      stored, and still in their files (`lazy.Lazy`).
-    """
-    from paligemma_med import checkpoints  # the base may be of any form
+      (base, {path: leaf}). base: the run's config.model_init, from which all other leaves come, or None; a leaf of the
+      workdir takes the place of one there. Trained leaves are numpy arrays in float32, frozen ones as stored and still
+      in their file (`lazy.Lazy`).
 
+    Raises:
+      FileNotFoundError: no config.json.
+      CheckpointError: no complete checkpoint, not the one asked for, or a damaged one.
+    """
     workdir, step = split_spec(spec)
     config = read_config(workdir)
     with _manager(workdir) as manager:
@@ -331,28 +335,19 @@ def open_params(spec):
         args = ocp.args.Composite(trained=ocp.args.StandardRestore(target))
         trained = manager.restore(step, args=args)["trained"]
         _check_prints(manager, step, trained)
-    own_base = os.path.join(workdir, "base.npz")
-    flat = {}
-    if config.get("model_init"):
-        try:
-            flat = flatten_tree(checkpoints.open_init(config["model_init"]))
-        except (FileNotFoundError, npz.CheckpointError) as e:
-            raise type(e)(
-                f"the weights that {workdir} started from (model_init in its config.json) can't be read: {e}"
-            ) from e
-    if os.path.exists(own_base):
-        flat |= flatten_tree(npz.open_npz(own_base))
-    return unflatten_tree({**flat, **trained})
+    frozen = os.path.join(workdir, "base.npz")
+    frozen = flatten_tree(npz.open_npz(frozen)) if os.path.exists(frozen) else {}
+    return config.get("model_init") or None, {**frozen, **trained}
 
 
 def _complete_step(manager, workdir, step):
     """`step`, or the newest one where it is None; CheckpointError if it isn't there."""
     steps = manager.all_steps()
     if not steps:
-        raise npz.CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
+        raise CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
     step = max(steps) if step is None else step
     if step not in steps:
-        raise npz.CheckpointError(
+        raise CheckpointError(
             f"{workdir} has no checkpoint of step {step} any more, only of {sorted(steps)}: has the run gone on since?"
         )
     return step
@@ -369,7 +364,7 @@ def load_opt_state(spec, expected):
       The tree of `expected`, of numpy arrays.
 
     Raises:
-      npz.CheckpointError: the run has another optimizer, or its state is damaged.
+      CheckpointError: the run has another optimizer, or its state is damaged.
     """
     workdir, step = split_spec(spec)
     if not jax.tree.leaves(expected):
@@ -379,16 +374,11 @@ def load_opt_state(spec, expected):
         where = f"{manager.directory}/{step}"
         try:
             if _shapes(manager.item_metadata(step)["opt_state"]) != _shapes(expected):
-                raise npz.CheckpointError(f"{where}: the optimizer's state doesn't fit the config of {workdir}.")
+                raise CheckpointError(f"{where}: the optimizer's state doesn't fit the config of {workdir}.")
             target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), expected)
             args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(target))
             return manager.restore(step, args=args)["opt_state"]
-        except npz.CheckpointError:
+        except CheckpointError:
             raise
         except Exception as e:  # Orbax and TensorStore have no errors of their own
             raise Damaged(f"{where}: can't be read: {_first_line(e)}") from e
-
-
-def load_params(spec):
-    """`open_params`, all read into numpy arrays."""
-    return lazy.read_all(open_params(spec))

@@ -1,0 +1,212 @@
+"""The forms that weights and adapters have on a disk: which one a path holds, and reading and writing any of them.
+
+A new form of weights is a file of this folder, and a line in `kind_of`, `open_params` and `save_params`; one of
+adapters is a file with `is_adapter`, `load_adapter` and `save_adapter`, and a line in `ADAPTERS`.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from paligemma_med.checkpoints import bv, hf, lazy, npz, peft
+from paligemma_med.checkpoints.adapter import Adapter
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.fit import stack_layers
+from paligemma_med.models import parts
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+
+_PARTS = frozenset(path.partition("/")[0] for path in parts.LEAVES)
+_NEEDED = ("img", "llm")  # of these
+ADAPTERS = {"peft": peft}
+
+_FORMS = (
+    "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face PaliGemma directory, "
+    "an Orbax checkpoint, a workdir of this project (or one 'workdir@step' of its checkpoints), or "
+    "a training checkpoint of big_vision's (folder, prefix 'x/checkpoint.bv' or workdir)"
+)
+
+
+def kind_of(spec: os.PathLike | str) -> str:
+    """Which form of weights `spec` names: "npz", "hf", "orbax", "workdir" or "big_vision".
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      CheckpointError: it is none of them.
+    """
+    spec = os.path.expanduser(os.fspath(spec))
+    if os.path.isdir(spec):
+        entries = set(os.listdir(spec))
+        if {"config.json", "checkpoints"} <= entries:
+            if bv.PREFIX + bv.LAST in entries:
+                raise CheckpointError(
+                    f"{spec} holds checkpoints of this project and of big_vision's: name "
+                    f"{spec}@step, or {os.path.join(spec, bv.PREFIX)}"
+                )
+            return "workdir"
+        if form := _adapter_form(spec):
+            raise CheckpointError(
+                f"{spec} holds a {form.NAME} adapter, not weights of a model: name it where adapters are "
+                "taken (config.adapter_init, --adapter)"
+            )
+        if any(e.endswith((".safetensors", ".safetensors.index.json")) for e in entries):
+            return "hf"
+        if "_METADATA" in entries:
+            return "orbax"
+        if bv.find(spec):
+            return "big_vision"
+        if any(e.endswith((".bin", ".pt", ".pth")) for e in entries):
+            raise CheckpointError(
+                f"{spec} holds PyTorch pickles, which are never read: save it with safe_serialization=True"
+            )
+        raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
+    if "@" in spec:
+        from paligemma_med.checkpoints import workdir  # here and below: it needs Orbax, which is slow to import
+
+        if workdir.split_spec(spec):
+            return "workdir"
+    path, _ = npz.split_spec(spec)
+    if path.lower().endswith(".npz"):
+        return "npz"
+    if bv.find(spec):
+        return "big_vision"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
+    raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
+
+
+def open_params(spec: os.PathLike | str) -> dict[str, Any]:
+    """Opens weights of any form: a nested dict whose leaves are named as big_vision names them.
+
+    Args:
+      spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
+        or "workdir@step", or a training checkpoint of big_vision's, as `bv.find` takes it.
+
+    Returns:
+      {"img": …, "llm": …} (or the subtree asked for), layers stacked on a leading axis; dtypes as
+      stored. Leaves are `Lazy`, which np.asarray reads, or already arrays. Fit it to a model with
+      `match_params`, which reads none.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      CheckpointError: it is none of the accepted forms, or is damaged.
+    """
+    spec = os.path.expanduser(os.fspath(spec))
+    kind = kind_of(spec)
+    if kind == "npz":
+        return stack_layers(npz.open_npz(spec))
+    if kind == "hf":
+        return hf.open_hf(spec)
+    if kind == "orbax":
+        from paligemma_med.checkpoints import orbax
+
+        return stack_layers(orbax.open_orbax(spec))
+    if kind == "big_vision":
+        return stack_layers(bv.open_bv(spec))
+    return _open_run(spec)
+
+
+def _open_run(spec):
+    """The weights of a run: those that it started from, with its own leaves in place."""
+    from paligemma_med.checkpoints import workdir
+
+    base, leaves = workdir.open_leaves(spec)
+    flat = {}
+    if base:
+        try:
+            flat = flatten_tree(open_init(base))  # of any form, another run's included
+        except (FileNotFoundError, CheckpointError) as e:
+            raise type(e)(
+                f"the weights that {workdir.split_spec(spec)[0]} started from (model_init in its config.json) can't be "
+                f"read: {e}"
+            ) from e
+    return unflatten_tree({**flat, **leaves})
+
+
+def load_params(spec: os.PathLike | str) -> dict[str, Any]:
+    """`open_params`, all read into numpy arrays."""
+    return lazy.read_all(open_params(spec))
+
+
+def open_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
+    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec."""
+    if not isinstance(spec, Mapping):
+        return open_params(spec)
+    if not {*_NEEDED} <= set(spec) <= _PARTS:
+        raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or {' and '.join(_NEEDED)}")
+    return {part: open_params(path) for part, path in spec.items()}
+
+
+def load_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
+    """`open_init`, all read into numpy arrays."""
+    return lazy.read_all(open_init(spec))
+
+
+def save_params(
+    path: os.PathLike | str,
+    params: Mapping[str, Any],
+    form: str,
+    *,
+    img: Mapping[str, Any] | None = None,
+    llm: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes weights whole or not at all, one leaf in memory at a time.
+
+    Args:
+      path: of the file or folder.
+      params: nested mapping of arrays or `lazy.Lazy`, without adapters for "hf".
+      form: "npz" (big_vision's), "hf" or "orbax".
+      img, llm: the model's config dicts, which "hf" needs where the shapes don't tell all.
+      dtype: floating leaves are cast to this; None keeps each as it is.
+      overwrite: replace a folder of that form; a file is replaced in any case.
+      progress: called with the number of bytes (of `params`, before the cast) just written.
+
+    Raises:
+      FileExistsError: `path` is there and is not to be overwritten, or is of another form.
+      CheckpointError: the weights can't be written in that form.
+    """
+    if form == "npz":
+        npz.save_npz(path, params, dtype=dtype, progress=progress)
+    elif form == "hf":
+        hf.save_hf(path, params, img=img, llm=llm, dtype=dtype, overwrite=overwrite, progress=progress)
+    elif form == "orbax":
+        from paligemma_med.checkpoints import orbax
+
+        orbax.save_orbax(path, params, dtype=dtype, overwrite=overwrite, progress=progress)
+    else:
+        raise ValueError(f"weights are not written as {form!r}; expected npz, hf or orbax")
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def _adapter_form(path):
+    return next((form for form in ADAPTERS.values() if form.is_adapter(path)), None)
+
+
+def load_adapter(path: os.PathLike | str) -> Adapter:
+    """Reads an adapter of any of the forms in `ADAPTERS`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      CheckpointError: it is damaged, or of a kind that the model can't represent.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    form = _adapter_form(path) or peft  # which says what it misses
+    return form.load_adapter(path)
+
+
+def save_adapter(path: os.PathLike | str, adapter: Adapter, *, form: str = "peft", **kw) -> None:
+    """Writes an adapter whole or not at all.
+
+    Args:
+      form: one of `ADAPTERS`.
+      **kw: as its `save_adapter` takes them; all know `dtype` and `overwrite`.
+
+    Raises:
+      FileExistsError: `path` is there and is not to be overwritten, or is not an adapter's.
+      CheckpointError: the adapter is empty, or can't be said in that form.
+    """
+    ADAPTERS[form].save_adapter(path, adapter, **kw)
