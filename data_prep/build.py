@@ -31,6 +31,7 @@ from data_prep import report as report_lib
 from data_prep.builders import tfrecord
 from data_prep.builders.vqa import REPORT_NAME, Option
 from data_prep.files import DataError
+from paligemma_med.pp.files import default_data_dir
 
 # Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
 # makes its own raw files.
@@ -45,11 +46,6 @@ BUILDERS = {
     "shapes_easy": "data_prep.datasets.shapes_easy.shapes_easy_dataset_builder",
     "vqa_rad": "data_prep.datasets.vqa_rad.vqa_rad_dataset_builder",
 }
-
-
-def default_data_dir() -> pathlib.Path:
-    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS looks by itself."""
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 @contextlib.contextmanager

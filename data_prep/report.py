@@ -10,7 +10,6 @@ Example:
 # lengths and distributions from the records themselves. They are read one at a time, so memory
 # doesn't grow with the set.
 
-import gzip
 import importlib.util
 import os
 import pathlib
@@ -28,6 +27,8 @@ from data_prep.builders.vqa import REPORT_NAME
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
+from paligemma_med.pp import tokenizer
+from paligemma_med.pp.files import default_data_dir
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
 # Panel -> features that may hold it, the first that a set has. Questions of a set without types
@@ -81,19 +82,10 @@ def load_tokenizer(path: str | None) -> Callable[[list[str]], list[int]] | None:
     if not path:
         return None
     try:
-        content = pathlib.Path(path).expanduser().read_bytes()
-        if path.endswith(".model"):
-            import sentencepiece
-
-            model = sentencepiece.SentencePieceProcessor(model_proto=content)
-            return lambda texts: [len(ids) for ids in model.encode(texts)]
-        import tokenizers
-
-        content = gzip.decompress(content) if path.endswith(".gz") else content
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as e:  # of three libraries, each with its own
+        encode, _ = tokenizer.read_file(path)
+    except (OSError, ValueError) as e:
         raise DataError(f"{path}: no tokenizer ({e}); expected ${TOKENIZER} to name a .model or .json file") from None
-    return lambda texts: [len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return lambda texts: [len(encode(text)) for text in texts]
 
 
 def describe_set(name: str, folder: pathlib.Path, tokens: Callable[[list[str]], list[int]] | None) -> dict[str, Any]:
@@ -350,8 +342,6 @@ def main(argv: Sequence[str]) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        from data_prep.build import default_data_dir
-
         if len(argv) < 2:
             raise DataError("expected built data sets, such as slake/en; --help shows an example")
         data_dir = pathlib.Path(flags.FLAGS.data_dir or default_data_dir()).expanduser()

@@ -33,7 +33,8 @@ from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import results
 from paligemma_med.models import vlm
 from paligemma_med.parallel import compilation_cache, distributed, ending, sharding
-from paligemma_med.pp import dicom, get_preprocess_fn, ops_image
+from paligemma_med.pp import get_preprocess_fn, ops_image
+from paligemma_med.pp import images as images_lib
 from paligemma_med.saliency import capture, checks, occlusion, page, report
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
@@ -109,7 +110,7 @@ def explain(
         raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
     tok = loaded.tokenizer
     if isinstance(image, bytes):
-        image = dicom.to_rgb(image) if dicom.is_dicom(image) else ops_image.decode_bytes(image)
+        image = images_lib.to_rgb(image)
     row = loaded.pp({"image": image, "question": question})
     cut = int(row.get("_truncated", 0))
     seen = np.asarray(row["image"], np.float32)
@@ -360,7 +361,7 @@ def _png(pixels):
 
 def read_mask(path):
     """bool[H, W], True where an image file is lighter than mid-grey."""
-    return ops_image.decode_bytes(_read(path, "--mask")).max(-1) > 127
+    return images_lib.to_rgb(_read(path, "--mask")).max(-1) > 127
 
 
 def read_questions(path, folder):

@@ -160,7 +160,7 @@ def test_many(run, tmp_path, capsys):
     rows = index.split("<tr")[2:]
     assert "No report." in rows[0] and "broken.png" in rows[0]
     assert 'href="0002_film_one.html"' in index
-    assert "broken.png: cannot decode image" in capsys.readouterr().err
+    assert "broken.png: not a readable image" in capsys.readouterr().err
 
 
 def test_many_go_on_where_they_were(run, tmp_path, monkeypatch, capsys):
@@ -289,7 +289,7 @@ def test_mistakes_of_the_command_line(run, repo_root, tmp_path):
         ((f"--image={tmp_path / 'no.png'}", question), "No such file or directory"),
         ((f"--image={file}", question, f"--out={tmp_path}"), "a folder; expected a file"),
         ((f"--image={file}", question, "--methods=magic"), "methods has ['magic']"),
-        ((f"--image={file}", question, f"--mask={workdir / 'config.json'}"), "cannot decode"),
+        ((f"--image={file}", question, f"--mask={workdir / 'config.json'}"), "not a readable image"),
     ]:
         done = program(repo_root, f"--workdir={workdir}", out, *args)
         assert done.returncode != 0 and message in done.stdout + done.stderr

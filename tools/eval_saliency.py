@@ -13,7 +13,6 @@ point, the same command goes on where it was.
 # The docstring above is what --help prints.
 
 import contextlib
-import io
 import math
 import pathlib
 import re
@@ -22,13 +21,12 @@ import sys
 import numpy as np
 import tqdm
 from absl import app, flags
-from PIL import Image
 
 from paligemma_med import cli, decode, experiment, files, input_pipeline, weights
 from paligemma_med.evaluation import controls, results
 from paligemma_med.metrics import answers, stats
 from paligemma_med.parallel import distributed, sharding
-from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp import get_preprocess_fn, images
 from paligemma_med.saliency import (
     capture,
     checks,
@@ -157,7 +155,7 @@ def box_priors(source, grid):
 
     def size_of(index, image_id):
         if image_id not in sizes:
-            sizes[image_id] = _stored_size(source[index]["image"])
+            sizes[image_id] = images.size(source[index]["image"])
         return sizes[image_id]
 
     questions = [
@@ -180,12 +178,6 @@ def body_prior(image, grid):
     finds the foreground and knows neither question nor answer."""
     rows, columns = (x.astype(np.float64) for x in occlusion.bands(image.shape[:2], grid))
     return rows @ checks.body(image) @ columns.T / np.outer(rows.sum(1), columns.sum(1))
-
-
-def _stored_size(image):
-    """(height, width) of encoded bytes."""
-    width, height = Image.open(io.BytesIO(image)).size
-    return height, width
 
 
 # --- The model's maps ---
@@ -336,7 +328,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
       priors: of `box_priors`.
     """
     seq, said = subject.ask(image, asked["question"])
-    pixels, size = seq.batch["image"][0], _stored_size(image)
+    pixels, size = seq.batch["image"][0], images.size(image)
     score = occlusion.scorer(subject.model, subject.params, seq)
     of_model = subject.maps(seq, score, fill)
     maps = dict(of_model)

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_prep.build import default_data_dir
 from data_prep.curate.run import curate, describe, paths_of
 from data_prep.files import DataError
+from paligemma_med.pp.files import default_data_dir
 
 
 def main(argv: Sequence[str]) -> None:

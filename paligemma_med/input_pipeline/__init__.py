@@ -23,7 +23,7 @@ from paligemma_med.input_pipeline.errors import InputError
 from paligemma_med.input_pipeline.evaluation import EvalBatch, EvalInput, evaluation
 from paligemma_med.input_pipeline.rows import Preprocess
 from paligemma_med.input_pipeline.sets import TrainingSets, num_examples
-from paligemma_med.input_pipeline.sources import Source, default_data_dir, folder_of, open_source
+from paligemma_med.input_pipeline.sources import Source, folder_of, open_source
 from paligemma_med.input_pipeline.training import IGNORED_KEYS, KEYS, TrainingInput, training
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Source",
     "TrainingInput",
     "TrainingSets",
-    "default_data_dir",
     "evaluation",
     "folder_of",
     "num_examples",

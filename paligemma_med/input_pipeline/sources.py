@@ -12,11 +12,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from paligemma_med.input_pipeline.errors import InputError
-
-
-def default_data_dir() -> pathlib.Path:
-    """$TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+from paligemma_med.pp.files import default_data_dir
 
 
 def _version_key(folder: pathlib.Path) -> tuple[int, ...]:

@@ -5,17 +5,12 @@ the key `image` unless said otherwise. Nothing flips or rotates: left and right 
 """
 
 import functools
-import io
-import re
 
 import numpy as np
 from PIL import Image
 
+from paligemma_med.pp import images
 from paligemma_med.pp.registry import need_rng, on_key, register
-
-# Formats that PIL decodes itself. Others in PIL start outside programs (EPS runs Ghostscript) or
-# are too rare to be worth their attack surface on files from strangers.
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
 
 @register("decode")
@@ -23,17 +18,13 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 def decode(channels=3, precise=True):
     """Decodes an encoded image (bytes) to uint8 [H, W, 3]; arrays are brought to the same form.
 
-    Any mode becomes RGB: grey is repeated, palettes are looked up, CMYK (also Adobe's inverted
-    JPEGs) is converted. 16-bit grey is scaled from its full range of 0..65535 to 0..255, rounded,
-    so 12-bit data that was stored without stretching stays dark. Images with transparency are
-    put on black, the colour of air in a radiograph: dropping alpha instead would uncover whatever
-    an editor left under the transparent parts. Opaque pixels are the same either way. The first
-    frame or page of several is taken. EXIF orientation is left alone, as TF leaves it.
+    Whatever `images.to_rgb` reads, DICOM included; what becomes of 16 bits, palettes, transparency
+    and several frames is told there.
 
     `precise` is accepted for big_vision's sake: PIL's JPEG decoding is the precise one.
 
-    Raises ValueError, saying what was found, for bytes that are no image, are cut off, or hold more
-    pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million).
+    Raises ValueError, saying what was found, for bytes that are no image, are cut off, or hold too
+    many pixels.
     """
     if channels != 3:
         raise ValueError(f"only channels=3 is supported, found {channels!r}")
@@ -45,81 +36,12 @@ def decode(channels=3, precise=True):
         if isinstance(image, np.ndarray) and image.dtype == object and image.ndim == 0:
             image = image.item()
         if isinstance(image, np.ndarray) and image.ndim:
-            return _array_to_rgb(image)
+            return images.array_to_rgb(image)
         if isinstance(image, (bytes, bytearray, memoryview)):
-            return decode_bytes(bytes(image))
+            return images.to_rgb(bytes(image))
         raise ValueError(f"expected encoded bytes or a uint8 array, found {type(image).__name__}: {image!r:.80}")
 
     return fn
-
-
-def decode_bytes(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] of an encoded image; see the `decode` op for the rules and errors."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # PIL itself refuses at twice its limit and warns in between; one limit is clearer.
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit and pixels > limit:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} = {pixels} pixels, more than {limit}"
-                )
-            image.load()
-            return _pil_to_rgb(image)
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"image refused, as it may be a decompression bomb: {e}") from e
-    except Exception as e:  # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError, …
-        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", str(e))  # no name, and another at each start
-        raise ValueError(f"cannot decode image, {_describe(data)}: {reason}") from e
-
-
-def _describe(data: bytes) -> str:
-    """What the bytes of an undecodable image look like, for an error message."""
-    if not data:
-        return "found 0 bytes"
-    if data.startswith(b"version https://git-lfs"):
-        return "found a git-LFS pointer and not the image (run git lfs pull)"
-    if data[128:132] == b"DICM":
-        return "found a DICOM file (convert it to PNG first)"
-    if data.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        return "found an HTML page (a failed download?)"
-    for name, magic in (("JPEG", b"\xff\xd8"), ("PNG", b"\x89PNG"), ("GIF", b"GIF8")):
-        if data.startswith(magic):
-            return f"found {len(data)} bytes of a damaged or cut-off {name}"
-    return f"found {len(data)} bytes that start with {data[:12]!r}"
-
-
-def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"grey values of mode {image.mode} lie in {values.min()}..{values.max()}, expected 0..65535"
-            )
-        return _array_to_rgb(values.astype(np.uint16))
-    if image.mode == "F":
-        raise ValueError("grey values are floats, whose range is unknown; store them as integers")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _array_to_rgb(np.asarray(image.convert("RGBA")))
-    return np.array(image.convert("RGB"))  # a writable copy
-
-
-def _array_to_rgb(array: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] from uint8 or uint16 [H, W], [H, W, 1], [H, W, 3] or uint8 [H, W, 4]."""
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype not in ("u1", "u2"):
-        raise ValueError(f"expected uint8 or uint16 [H, W, 1, 3 or 4], found {array.dtype} {list(array.shape)}")
-    if 0 in array.shape:
-        raise ValueError(f"the image is empty: shape {list(array.shape)}")
-    if array.dtype == np.uint16:
-        # 65535 / 255 = 257 exactly; adding half of it rounds.
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.shape[2] == 1:
-        return np.repeat(array, 3, axis=2)
-    if array.shape[2] == 4:
-        colour, alpha = array[..., :3].astype(np.uint16), array[..., 3:].astype(np.uint16)
-        return ((colour * alpha + 127) // 255).astype(np.uint8)  # alpha 255 leaves the colour
-    return array
 
 
 @register("resize")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from paligemma_med.pp import registry
+from paligemma_med.pp import files, registry
 
 ENV = "PALIGEMMA_TOKENIZER"
 GEMMA_PIECES = 256_000
@@ -155,21 +155,7 @@ def _tiny() -> Tokenizer:
 
 @functools.cache
 def _gemma(tokensets: tuple[str, ...], path: str) -> Tokenizer:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no tokenizer file {path!r}. {_HOW_TO_GET}")
-    data = file.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a git-LFS pointer, not the tokenizer itself; run git lfs pull")
-    try:
-        if file.name.endswith(".model"):
-            encode, surfaces, _ = _read_sentencepiece(data)
-        elif file.name.endswith((".json", ".json.gz")):
-            encode, surfaces = _read_json(data)
-        else:
-            raise ValueError("expected a name that ends in .model, .json or .json.gz")
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
+    encode, surfaces = read_file(path)
     literals = _tokenset_ids(tokensets)
     if len(surfaces) < GEMMA_PIECES:
         raise ValueError(f"{path}: expected Gemma's {GEMMA_PIECES} pieces, found {len(surfaces)}")
@@ -185,6 +171,35 @@ def _gemma(tokensets: tuple[str, ...], path: str) -> Tokenizer:
                     f"{path}: expected token {surfaces[i].decode()} at id {i}, found {found.decode(errors='replace')!r}"
                 )
     return Tokenizer(encode, surfaces, {token: [i] for token, i in literals.items()})
+
+
+def read_file(path: str) -> tuple[Callable[[str], Sequence[int]], list[bytes]]:
+    """A tokenizer's file: SentencePiece's `.model`, or a Hugging Face tokenizer.json (also gzipped).
+
+    Returns:
+        encode: text -> ids, without special ones.
+        surfaces: for each id the UTF-8 bytes it stands for, empty for control tokens.
+
+    Raises:
+        ValueError: not such a file, or one whose special tokens aren't Gemma's.
+        FileNotFoundError: no file; says where to get it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no tokenizer file {path!r}. {_HOW_TO_GET}")
+    data = file.read_bytes()
+    if files.is_lfs_pointer(data):
+        raise ValueError(f"{path}: {files.lfs_message('a tokenizer')}")
+    try:
+        if file.name.endswith(".model"):
+            encode, surfaces, _ = _read_sentencepiece(data)
+        elif file.name.endswith((".json", ".json.gz")):
+            encode, surfaces = _read_json(data)
+        else:
+            raise ValueError("expected a name that ends in .model, .json or .json.gz")
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return encode, surfaces
 
 
 def _tokenset_ids(tokensets: tuple[str, ...]) -> dict[str, int]:

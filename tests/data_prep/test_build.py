@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from data_prep import build as build_lib
 from data_prep.build import build
 from data_prep.files import DataError
+from paligemma_med.pp.files import default_data_dir
 
 KNOWN = ", ".join(sorted(build_lib.BUILDERS))
 
@@ -181,9 +182,9 @@ def test_unknown_config(slake, tmp_path):
 
 def test_default_data_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert build_lib.default_data_dir() == tmp_path
+    assert default_data_dir() == tmp_path
     monkeypatch.delenv("TFDS_DATA_DIR")
-    assert build_lib.default_data_dir().parts[-1] == "tensorflow_datasets"
+    assert default_data_dir().parts[-1] == "tensorflow_datasets"
 
 
 def test_data_dir_that_cannot_be_written(slake, tmp_path):

@@ -19,7 +19,8 @@ from data_prep.files import DataError
 @pytest.fixture
 def tokenizer(tmp_path):
     """One token a character."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [], unk_token="a", fuse_unk=False))
+    special = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(special, [], unk_token="<unk>", fuse_unk=False))
     path = tmp_path / "t.json.gz"
     path.write_bytes(gzip.compress(made.to_str().encode()))
     return str(path)

@@ -8,6 +8,7 @@ import io
 import PIL.Image
 
 from paligemma_med import input_pipeline
+from paligemma_med.pp import images
 
 SIDE = 320  # pixels, at most
 
@@ -50,10 +51,10 @@ class Lookup:
         if index is None:
             return None
         try:
-            image = PIL.Image.open(io.BytesIO(self._source[index]["image"])).convert("RGB")
+            image = PIL.Image.fromarray(images.to_rgb(self._source[index]["image"]))
             image.thumbnail((SIDE, SIDE))
             out = io.BytesIO()
             image.save(out, "JPEG", quality=80)
-        except (OSError, ValueError, KeyError, PIL.Image.DecompressionBombError):
+        except (OSError, ValueError, KeyError):
             return None
         return out.getvalue()

@@ -13,12 +13,13 @@ import json
 import pathlib
 
 from data_prep import files, qa_files
-from data_prep.build import BUILDERS, default_data_dir
+from data_prep.build import BUILDERS
 from data_prep.builders import figures as captioned
 from data_prep.datasets.medpix2 import cases
 from data_prep.datasets.roco import layout as roco_layout
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
+from paligemma_med.pp.files import default_data_dir
 
 NAMES = ("medpix2", "rocov2", "roco_v1")  # alone, the caption config's train split
 FIELDS = tuple(dict.fromkeys((*cases.FEATURES, *roco_layout.FEATURES)))

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from data_prep import files
-from data_prep.datasets.slake.slake_dataset_builder import SlakeLayoutBuilder
+from data_prep.datasets.slake.builder import SlakeLayoutBuilder
 
 
 class DrawnBuilder(SlakeLayoutBuilder, skip_registration=True):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_prep.datasets.drawn import questions as drawn_questions
 from data_prep.datasets.drawn import raw as drawn
 from data_prep.datasets.drawn.raw import SPLITS
 from data_prep.datasets.phantom import questions
@@ -26,7 +27,7 @@ def _states() -> list[tuple[str, Finding | None]]:
     """
     states: list[tuple[str, Finding | None]] = []
     for region, kinds in FINDINGS.items():
-        for kind, side, level in itertools.product(kinds, questions.SIDES, questions.LEVELS):
+        for kind, side, level in itertools.product(kinds, drawn_questions.SIDES, drawn_questions.LEVELS):
             level = "Lower" if kind == "Effusion" else level
             states.append((region, Finding(kind, side, level)))
         states += [(region, None)] * 5
@@ -42,10 +43,10 @@ def _plan(rng: np.random.Generator) -> Iterator[tuple[str, Finding | None]]:
 
 
 def _pictures(rng: np.random.Generator) -> Iterator[drawn.Picture]:
-    balancer = questions.Balancer()
+    balancer = drawn_questions.Balancer()
     plan = _plan(rng)
     while True:
-        asked: list[questions.Question] = []
+        asked: list[drawn_questions.Question] = []
         while not asked:  # rarely, all wordings that fit wait for another answer
             region, finding = next(plan)
             modality = str(rng.choice(MODALITIES[region]))

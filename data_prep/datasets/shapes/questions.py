@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.datasets.phantom.questions import LEVELS, QUADRANTS, SIDES, YES_NO, Balancer, Question
+from data_prep.datasets.drawn.questions import LEVELS, QUADRANTS, SIDES, YES_NO, Balancer, Question
 from data_prep.datasets.shapes.draw import (
     BACKGROUNDS,
     COLOURS,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_prep.datasets.drawn import raw as drawn
+from data_prep.datasets.drawn.questions import Balancer
 from data_prep.datasets.drawn.raw import SPLITS
-from data_prep.datasets.phantom.questions import Balancer
 from data_prep.datasets.shapes import questions
 from data_prep.datasets.shapes.draw import draw, random_scene
 

@@ -4,15 +4,11 @@ Train within one language: over both, 142 of 180 test images are in train too.
 """
 
 import dataclasses
-import os
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data_prep.builders.vqa import VqaBuilder, boxes_feature, vqa_features
-from data_prep.datasets.slake import layout as slake_layout
+from data_prep.datasets.slake import layout
+from data_prep.datasets.slake.builder import SlakeLayoutBuilder
 
 
 @dataclasses.dataclass
@@ -20,34 +16,6 @@ class SlakeConfig(tfds.core.BuilderConfig):
     """`language`: "en", "zh" or "all"."""
 
     language: str = "en"
-
-
-class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
-    """What SLAKE and data sets in its layout have in common. Subclasses give `_language`."""
-
-    @property
-    def _language(self) -> str:
-        raise NotImplementedError
-
-    @classmethod
-    def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
-        return slake_layout.check_folder(folder)
-
-    @classmethod
-    def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
-        return slake_layout.describe(report)
-
-    def _features(self) -> tfds.features.FeaturesDict:
-        keys = ("content_type", "base_type", "q_lang", "location", "modality")
-        return vqa_features(**{k: tfds.features.Text() for k in keys}, boxes=boxes_feature())
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = slake_layout.read_folder(dl_manager.manual_dir, self._language)
-        self.report = {"dataset": self.info.full_name, **folder.report}
-        return {split: self._generate_examples(folder, split) for split in folder.rows}
-
-    def _generate_examples(self, folder: slake_layout.Folder, split: str) -> Any:
-        yield from slake_layout.examples(folder, split)
 
 
 class Builder(SlakeLayoutBuilder):
@@ -61,7 +29,7 @@ class Builder(SlakeLayoutBuilder):
         SlakeConfig(name="all", language="all", description="Both; splits share images"),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds " + slake_layout.EXPECTED
+        "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds " + layout.EXPECTED
     )
 
     @property

@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_prep.build import build
+from data_prep.datasets.drawn import questions as drawn_questions
 from data_prep.datasets.phantom import questions, raw
 from data_prep.datasets.phantom.draw import FINDINGS, MIN_RADIUS, MODALITIES, SIZE, Finding, draw
 from data_prep.datasets.slake import layout as slake_layout
@@ -16,11 +17,11 @@ from data_prep.files import DataError
 
 CASES = [(r, m, k) for r in FINDINGS for m in MODALITIES[r] for k in FINDINGS[r]]
 # Effusions are low.
-HEIGHTS = [(*c, x) for c in CASES for x in questions.LEVELS if (c[2], x) != ("Effusion", "Upper")]
+HEIGHTS = [(*c, x) for c in CASES for x in drawn_questions.LEVELS if (c[2], x) != ("Effusion", "Upper")]
 
 
 @pytest.mark.parametrize("region, modality, kind, level", HEIGHTS)
-@pytest.mark.parametrize("side", questions.SIDES)
+@pytest.mark.parametrize("side", drawn_questions.SIDES)
 def test_finding_is_on_its_side_large_and_visible(region, modality, kind, side, level):
     for seed in range(5):
         image, boxes = draw(np.random.default_rng(seed), region, modality, Finding(kind, side, level))
@@ -56,8 +57,8 @@ def test_draw_refuses_what_a_region_does_not_have():
 def _states():
     for region, modality, kind in CASES:
         yield region, modality, None
-        for side in questions.SIDES:
-            for level in questions.LEVELS:
+        for side in drawn_questions.SIDES:
+            for level in drawn_questions.LEVELS:
                 yield region, modality, Finding(kind, side, level)
 
 

@@ -1,0 +1,24 @@
+"""Where data lies by default, and files that aren't what their names say."""
+
+import os
+import pathlib
+
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+
+
+def default_data_dir() -> pathlib.Path:
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS looks by itself."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """True for the ~130-byte text that git leaves in place of a file kept in git-LFS."""
+    return content[: len(_LFS_HEAD)] == _LFS_HEAD
+
+
+def lfs_message(what: str) -> str:
+    """What to say, behind the file's name, about a git-LFS pointer in place of `what`."""
+    return (
+        f"found a git-LFS pointer, expected {what}; run `git lfs pull` where the folder was "
+        "cloned, or download the file itself"
+    )
