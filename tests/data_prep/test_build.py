@@ -150,7 +150,7 @@ def test_no_tensorflow_no_torch():
     program = (
         "import sys, data_prep.build, data_prep.datasets.slake.slake_dataset_builder\n"
         "data_prep.build._options()  # imports all builders\n"
-        "print([m for m in ('tensorflow', 'torch', 'jax', 'paligemma_med') if m in sys.modules])"
+        "print([m for m in ('tensorflow', 'torch', 'jax', 'paligemma_med.models') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
