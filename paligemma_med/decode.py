@@ -92,7 +92,7 @@ def generate(
     counts = dict(max_new_tokens=max_new_tokens, num_samples=num_samples)
     _check_whole(1, **counts)
     _check_whole(0, top_k=top_k, seed=seed)
-    arrays, text_len = _check_batch(batch, params)
+    arrays, text_len = _check_batch(batch, model)
     row_id = batch.get("row_id")
     row_id = np.arange(arrays["text"].shape[0]) if row_id is None else row_id
     arrays["row_id"] = row_id.astype(np.uint32)
@@ -157,10 +157,9 @@ def beam_search(
         raise ValueError(f"length_penalty is {length_penalty!r}; expected a number.")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping is {early_stopping!r}; expected True, False or 'never'.")
-    known = vocab_size(params)
-    if known and known < 2 * beams:
-        raise ValueError(f"beams is {beams}, but the vocabulary has {known} tokens; expected 2·K.")
-    arrays, text_len = _check_batch(batch, params)
+    if model.vocab_size < 2 * beams:
+        raise ValueError(f"beams is {beams}, but the vocabulary has {model.vocab_size} tokens; expected 2·K.")
+    arrays, text_len = _check_batch(batch, model)
     return _beam_search(
         model,
         params,
@@ -204,8 +203,8 @@ def score_options(model, params, batch, options, mask):
         raise ValueError(f"mask has shape {mask.shape}, but options {options.shape}.")
     for row in np.argwhere((~mask[..., :-1] & mask[..., 1:]).any(-1))[:1].tolist():
         raise ValueError(f"mask of row and option {row} has a True after a False.")
-    _check_tokens(options[mask], params, "options")
-    arrays, text_len = _check_batch(batch, params)
+    _check_tokens(options[mask], model, "options")
+    arrays, text_len = _check_batch(batch, model)
     lengths = mask.sum(axis=-1).astype(np.int32)
     options = np.where(mask, options, PAD_TOKEN).astype(np.int32)
     return _score_options(model, params, arrays, options, lengths, text_len=text_len), lengths
@@ -249,7 +248,7 @@ def _check_sampling(temperature, top_p):
         raise ValueError(f"top_p is {top_p!r}; expected a number above 0 and up to 1.")
 
 
-def _check_batch(batch, params):
+def _check_batch(batch, model):
     """(the arrays that the model reads, the length to cut text to), or ValueError.
 
     Tokens are looked at on the host: a prompt that isn't left-aligned, or of another tokenizer,
@@ -279,7 +278,7 @@ def _check_batch(batch, params):
         raise ValueError(
             f"mask_input of row {bad.argmax()} has a 1 after a 0; expected the prompt first, padding after it."
         )
-    _check_tokens(text[mask], params, "text")
+    _check_tokens(text[mask], model, "text")
     arrays = {k: batch[k] for k in (seen, *_KEYS)}
     if batch.get("image_at") is not None:
         image_at, longest = distributed.to_host(batch["image_at"]), mask.sum(axis=1)
@@ -293,19 +292,13 @@ def _check_batch(batch, params):
     return arrays, bucket(mask.sum(axis=1).max(initial=0), text.shape[1])
 
 
-def _check_tokens(tokens, params, what):
-    known = vocab_size(params)
-    if known and np.any(unknown := (tokens < 0) | (tokens >= known)):
+def _check_tokens(tokens, model, what):
+    known = model.vocab_size
+    if np.any(unknown := (tokens < 0) | (tokens >= known)):
         raise ValueError(
             f"{what} holds token {tokens[unknown][0]}, but the model's vocabulary has {known}: "
             "the tokenizer is not the model's."
         )
-
-
-def vocab_size(params):
-    """Rows of the embedding table, or None for a language model that has none of that name."""
-    table = params.get("llm", {}).get("embedder", {}).get("input_embedding")
-    return None if table is None else table.shape[0]
 
 
 def _as_bool(mask):

@@ -87,11 +87,10 @@ def adapted(config, model):
 def make_tokenizer(config, model):
     """The tokenizer of config.tokenizer, after checking that the model has a row for each token."""
     out = tokenizer.get_tokenizer(config.tokenizer)
-    llm = abstract_params(config, model)["llm/embedder/input_embedding"]
-    if out.vocab_size > llm.shape[0]:
+    if out.vocab_size > model.vocab_size:
         raise ValueError(
             f"config.tokenizer {config.tokenizer!r} has {out.vocab_size} tokens, but the model "
-            f"only {llm.shape[0]} rows: set config.model.llm.vocab_size."
+            f"only {model.vocab_size} rows: set config.model.llm.vocab_size."
         )
     return out
 

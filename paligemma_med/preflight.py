@@ -28,7 +28,7 @@ def check(config, model, tok, mesh):
     total_steps = _check_durations(config)
     _check_optimizer(config, {n: abstract[n] for n in names}, total_steps)
     weights.param_shardings(config, abstract, mesh)
-    _check_training_rows(config, abstract, tok, mesh, total_steps)
+    _check_training_rows(config, model, tok, mesh, total_steps)
     check_evals(config, model)
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
@@ -38,10 +38,9 @@ def check(config, model, tok, mesh):
 
 def check_evals(config, model):
     """Raises ValueError for config.evals whose pp strings give what can't be evaluated on."""
-    abstract = experiment.abstract_params(config, model)
     for name, section in (config.get("evals") or {}).items():
         if not config_values.is_big_visions(section):
-            _check_eval_row(config, name, section, abstract)
+            _check_eval_row(config, name, section, model)
 
 
 def _check_durations(config):
@@ -79,7 +78,7 @@ def _check_optimizer(config, trained, total_steps):
         ) from e
 
 
-def _check_training_rows(config, abstract, tok, mesh, total_steps):
+def _check_training_rows(config, model, tok, mesh, total_steps):
     try:
         with input_pipeline.training(
             config.input,
@@ -103,10 +102,10 @@ def _check_training_rows(config, abstract, tok, mesh, total_steps):
                 f"{config.text_len} asks for {config.text_len + 1}, one more than the model reads: "
                 f"set config.text_len = {len(row['text']) - 1}, or the length given to tolen."
             )
-        _check_tokens(row, abstract, what)
+        _check_tokens(row, model, what)
 
 
-def _check_eval_row(config, name, section, abstract):
+def _check_eval_row(config, name, section, model):
     what = f"config.evals.{name}.pp_fn"
     source = input_pipeline.open_source(section.data)
     try:
@@ -120,7 +119,7 @@ def _check_eval_row(config, name, section, abstract):
     if missing := [k for k in needed if k not in row]:
         raise ValueError(f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...).")
     _check_image(config, row, what)
-    _check_tokens(row, abstract, what)
+    _check_tokens(row, model, what)
 
 
 def _build_pp(text, what):
@@ -144,11 +143,10 @@ def _check_image(config, row, what):
         )
 
 
-def _check_tokens(row, abstract, what):
-    rows = abstract["llm/embedder/input_embedding"].shape[0]
+def _check_tokens(row, model, what):
     largest = int(row["text"].max())
-    if largest >= rows:
+    if largest >= model.vocab_size:
         raise ValueError(
-            f"{what} gives token {largest}, but the model has {rows} rows: tok(model=…) there must "
+            f"{what} gives token {largest}, but the model has {model.vocab_size} rows: tok(model=…) there must "
             "name config.tokenizer."
         )

@@ -5,7 +5,6 @@ in the middle of tracing, a misspelt key of a tower as a missing argument. Each 
 sentence that names the key, what was found and what is expected.
 """
 
-import dataclasses
 import difflib
 import math
 import re
@@ -16,8 +15,8 @@ import ml_collections
 
 from paligemma_med import checkpoints, quantise
 from paligemma_med.config import durations, eval_names
-from paligemma_med.models import decoder, splice, vit
 from paligemma_med.models import loss as losses
+from paligemma_med.models import parts, splice
 from paligemma_med.models.layers import attention
 
 # Keys of a config. An unknown one is a typo more often than not, and is refused.
@@ -124,7 +123,7 @@ _CONFIG = {
     "peak_tflops": _POSITIVE,
 }
 _NEVER_NONE = ("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr")
-_TOWER = {
+_PART = {
     "width": _POSITIVE_WHOLE,
     "depth": _POSITIVE_WHOLE,
     "mlp_dim": _POSITIVE_WHOLE,
@@ -162,22 +161,31 @@ def _check_values(section, rules, where):
             raise ValueError(f"{where}.{key} is {section[key]!r}; expected {expected}.")
 
 
+def _check_model(model):
+    """ValueError where config.model names no part that there is, or gives it what it doesn't take."""
+    names = {part: f"{part}_model" for part in parts.FAMILIES}
+    check_keys(model, (*names, *names.values(), *_JOINED), "config.model")
+    _check_values(model, _JOINED, "config.model")
+    for part, name in names.items():
+        try:
+            family = parts.family(part, model.get(name))
+        except ValueError as e:
+            raise ValueError(f"config.{e}") from None
+        section, where = model.get(part), f"config.model.{part}"
+        if part not in model:
+            continue
+        if not is_mapping(section):
+            raise ValueError(f"{where} is {section!r}; expected a dict.")
+        check_keys(section, family.KEYS, where)
+        _check_values(section, _PART, where)
+
+
 def _check_sections(config):
     """ValueError where a value, or a key of a section, can't be meant."""
     _check_values(config, _CONFIG, "config")
     if "input" in config:
         _check_values(config.input, _INPUT, "config.input")
-    made = {"img": vit.Model(), "llm": decoder.Model(variant="gemma_mu")}
-    check_keys(config.model, {*made, *_JOINED}, "config.model")
-    _check_values(config.model, _JOINED, "config.model")
-    for tower in [name for name in made if name in config.model]:
-        section = config.model[tower]
-        where = f"config.model.{tower}"
-        if not is_mapping(section):
-            raise ValueError(f"{where} is {section!r}; expected a dict.")
-        known = {f.name for f in dataclasses.fields(made[tower])} - {"parent", "name", "lora"}
-        check_keys(section, known | {"variant"}, where)
-        _check_values(section, _TOWER, where)
+    _check_model(config.model)
     for name, section in (config.get("evals") or {}).items():
         eval_names.check(name)
         where = f"config.evals.{name}"

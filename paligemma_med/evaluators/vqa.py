@@ -150,7 +150,7 @@ class Evaluator:
           ValueError: a row without a key it needs or with a key that leaks the answer, an empty
             answer, no questions, fewer than two images to shuffle.
         """
-        self._check_vocabulary(params)
+        self._check_vocabulary()
         about = self._about(params) if self._about else {}
         about = about and {**about, "controls": self._controls}
         identity = {k: v for k, v in about.items() if k not in ("checkpoint", "command")}
@@ -327,9 +327,9 @@ class Evaluator:
             out.append(line)
         return out
 
-    def _check_vocabulary(self, params):
-        known, said = self.tokenizer.vocab_size, decode.vocab_size(params)
-        if said and said > known:
+    def _check_vocabulary(self):
+        known, said = self.tokenizer.vocab_size, self._model.vocab_size
+        if said > known:
             raise ValueError(
                 f"the model can say {said} tokens, but the tokenizer knows {known}: "
                 "it is not the model's, or lacks tokensets=('loc', 'seg')."

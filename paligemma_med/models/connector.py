@@ -10,13 +10,23 @@ of the tower, E of the language model.
 
 from typing import Protocol
 
+from paligemma_med.models import leaves
+
 # Where shares of the image tokens come from, for `to_cells`.
 RULES = ("raw", "rollout", "relevancy")
 
 
 class Connector(Protocol):
     """What a kind must be: a linen module, made with E as `width`, the model's `dtype` and `lora`,
-    and the keys of config.model.connector but `kind`."""
+    and the keys of config.model.connector but `kind`.
+
+    Attributes:
+      leaves: the parameters that it has, without adapters.
+      LEAVES: all that one of its kind can have.
+    """
+
+    leaves: tuple[leaves.Leaf, ...]
+    LEAVES: tuple[leaves.Leaf, ...]
 
     def __call__(self, x, *, train=False, capture_attention=False):
         """float[B, P, D] → (float[B, Q, E], dict: with capture_attention, what `to_cells` reads)."""

@@ -10,6 +10,8 @@ Axis letters: B batch, T and S positions, D width, N query heads, K key/value he
 head, F width of the MLP, V vocabulary.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ VARIANTS = {
     "gemma_mini": dict(width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024),
     "gemma_mu": dict(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024),
 }
+DEFAULT_VARIANT = "gemma_2b"  # PaliGemma's
 
 VOCAB_SIZE = 257_152  # 256,000 pieces of Gemma, then 1,024 <loc> and 128 <seg> tokens.
 
@@ -316,6 +319,11 @@ class _Model(nn.Module):
         """The parameters this decoder has, as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
+    @property
+    def probs_path(self):
+        """Where a layer's attention looks for the perturbation of its probabilities."""
+        return "layers/attn/probs"
+
     def setup(self):
         self.embedder = Embedder(self.vocab_size, self.width, self.dtype)
         self.final_norm = RMSNorm()
@@ -437,6 +445,9 @@ class _Model(nn.Module):
             ),
         )((x, state), rope_angles(positions, self.head_dim), mask, step)
         return self.final_norm(x), end_folds(capture, state, probs)
+
+
+KEYS = frozenset(f.name for f in dataclasses.fields(_Model)) - {"parent", "name", "lora"} | {"variant"}
 
 
 def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)

@@ -4,6 +4,11 @@
 prefix-LM mask.
 """
 
-from paligemma_med.models.vlm import Model, abstract_params, init_params, patch_grid, perturbations
+import functools
+
+from paligemma_med.models import vlm
+from paligemma_med.models.vlm import Model, abstract_params, init_params, patch_grid
+
+perturbations = functools.partial(vlm.perturbations, Model())
 
 __all__ = ["Model", "abstract_params", "init_params", "patch_grid", "perturbations"]

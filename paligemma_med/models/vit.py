@@ -7,6 +7,8 @@ is the tower's own `head`. There is no class token and no pooling: every patch i
 Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width of a head.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 
@@ -28,6 +30,7 @@ VARIANTS = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
 }
+DEFAULT_VARIANT = "So400m/14"  # PaliGemma's
 
 
 def _leaves():
@@ -227,6 +230,15 @@ class _Model(nn.Module):
         """The parameters this tower has, as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
+    @property
+    def probs_path(self):
+        """Where a layer's attention looks for the perturbation of its probabilities."""
+        return "Transformer/encoderblock/MultiHeadDotProductAttention_0/probs"
+
+    def grid(self, height, width):
+        """(rows, columns) of the patches of an image of that many pixels."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
     @nn.compact
     def __call__(self, image, *, train=False, capture_attention=False):
         if self.pool_type != "none":
@@ -278,6 +290,9 @@ class _Model(nn.Module):
                 name="head",
             )(x)
         return x, out
+
+
+KEYS = frozenset(f.name for f in dataclasses.fields(_Model)) - {"parent", "name", "lora"} | {"variant"}
 
 
 def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from paligemma_med.models import connector as connectors
-from paligemma_med.models import decoder, splice, vit
+from paligemma_med.models import leaves, parts, splice
 from paligemma_med.models.layers import lora
 
 
@@ -23,13 +23,14 @@ class Model(nn.Module):
     """The composite.
 
     Attributes:
-      img: image tower's arguments (`vit.Model`); `variant` defaults to "So400m/14".
-      llm: language model's arguments (`decoder.Model`); `variant` defaults to "gemma_2b".
+      img: image tower's arguments, such as `variant` (PaliGemma's by default); see `vit.Model`.
+      llm: language model's arguments, likewise; see `decoder.Model`.
       dtype: type of activations in both, unless one of them says otherwise.
       attn_impl: "xla" or "cudnn", likewise.
       lora: adapters, [(regex, dict(rank=…, …)), …] as `lora.as_rules` takes it.
       connector: dict(kind=…, …) of `connector.KINDS`; None: the tower's own head projects its tokens.
       image_ar: what image tokens see of one another, one of `splice.IMAGE_AR`.
+      img_model, llm_model: names of the parts' families (`parts.FAMILIES`).
     """
 
     img: dict | None = None
@@ -39,6 +40,8 @@ class Model(nn.Module):
     lora: tuple = ()
     connector: dict | None = None
     image_ar: str = "prefix"
+    img_model: str = parts.default_name("img")
+    llm_model: str = parts.default_name("llm")
 
     def __post_init__(self):
         # A model is an argument of jitted functions and must therefore be hashable.
@@ -50,15 +53,48 @@ class Model(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        for name, part in self._make_parts().items():
+            setattr(self, f"_{name}", part)
+
+    def _make_parts(self, **kw):
+        """{name: module} in the order of the computation, bound to this one where it is bound.
+
+        Args:
+          kw: `parent=None` for modules of their own.
+        """
         both = dict(dtype=self.dtype, attn_impl=self.attn_impl, lora=self.lora)
-        self._llm = decoder.Model(**{"variant": "gemma_2b", **both, **self.llm}, name="llm")
+        llm = self._make("llm", both, kw)
         kind = connectors.kind_of(self.connector)
-        head = self._llm.width if kind is None else None
-        self._img = vit.Model(**{"variant": "So400m/14", "num_classes": head, **both, **self.img}, name="img")
+        head = llm.width if kind is None else None
+        made = {"img": self._make("img", {"num_classes": head, **both}, kw)}
         if kind is not None:
-            kw = {k: v for k, v in self.connector.items() if k != "kind"}
-            kw = {"dtype": self.dtype, "lora": self.lora, **kw}
-            self._connector = kind(width=self._llm.width, **kw, name="connector")
+            given = {k: v for k, v in self.connector.items() if k != "kind"}
+            given = {"dtype": self.dtype, "lora": self.lora, **given}
+            made["connector"] = kind(width=llm.width, **given, name="connector", **kw)
+        return {**made, "llm": llm}
+
+    def _make(self, part, arguments, kw):
+        """The part "img" or "llm"; what the config says stands on top of `arguments`."""
+        family = parts.family(part, getattr(self, f"{part}_model"))
+        variant = {"variant": family.DEFAULT_VARIANT} if family.DEFAULT_VARIANT else {}
+        return family.Model(**{**variant, **arguments, **getattr(self, part)}, name=part, **kw)
+
+    @property
+    def parts(self):
+        """{"img": tower, "connector" if there is one, "llm": language model}: modules without
+        parameters, to be asked for their sizes and leaves."""
+        return self._make_parts(parent=None)
+
+    @property
+    def leaves(self):
+        """{"img/head/kernel": `leaves.Leaf`, …}: all parameters, without adapters, in the order of
+        the computation."""
+        return leaves.join(**{name: part.leaves for name, part in self.parts.items()})
+
+    @property
+    def vocab_size(self):
+        """How many tokens the language model knows."""
+        return self.parts["llm"].vocab_size
 
     def embed_image(self, image, train=False, capture_attention=False):
         """float[B, height, width, 3] in [-1, 1] → (float[B, Q, D] unscaled, out-dict)."""
@@ -191,31 +227,25 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def perturbations(img=None, llm=None):
+def perturbations(model, *, img=None, llm=None):
     """The collection whose arrays are added to the attention's probabilities of all layers.
 
     Zeros change nothing; the gradient by them is the gradient by the probabilities:
 
-        model.apply({"params": params, "perturbations": perturbations(llm=zeros)}, …)
+        model.apply({"params": params, "perturbations": perturbations(model, llm=zeros)}, …)
 
     Args:
       img: float32[layers, B, heads, patches, patches], or None for none. Without the axis of heads,
         their gradients come weighted and fused (`capture.weigh`).
       llm: float32[layers, B, heads, S, S], likewise, or None.
     """
-    out = {}
-    if img is not None:
-        attn = {"MultiHeadDotProductAttention_0": {"probs": img}}
-        out["img"] = {"Transformer": {"encoderblock": attn}}
-    if llm is not None:
-        out["llm"] = {"layers": {"attn": {"probs": llm}}}
-    return out
+    arrays = {name: x for name, x in dict(img=img, llm=llm).items() if x is not None}
+    return leaves.unflatten_tree({f"{name}/{model.parts[name].probs_path}": x for name, x in arrays.items()})
 
 
 def patch_grid(model, image):
     """(rows, columns) of patches of float[…, height, width, 3]."""
-    patch = vit.Model(**{"variant": "So400m/14", **model.img}).patch_size
-    return tuple(side // p for side, p in zip(image.shape[-3:-1], patch, strict=True))
+    return model.parts["img"].grid(*image.shape[-3:-1])
 
 
 def num_image_tokens(model, image) -> int:

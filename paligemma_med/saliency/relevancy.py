@@ -78,9 +78,8 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     length = patches + arrays["text"].shape[1]
     if queries.min() < patches or queries.max() >= length:
         raise ValueError(f"Queries {queries.tolist()} are not in the text, {patches}…{length - 1}.")
-    vocab = params["llm"]["embedder"]["input_embedding"].shape[0]
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {vocab}.")
+    if tokens.min() < 0 or tokens.max() >= model.vocab_size:
+        raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {model.vocab_size}.")
     padded = (np.pad(x, (0, -x.size % MULTIPLE), mode="edge") for x in (queries, tokens))
     out = _relevancy(_lean(model), params, arrays, *padded, queries.size, score=score)
     return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
@@ -108,17 +107,14 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score):
 
     def scores(slots):
         """float32[R], whose gradient by the slots is Ā of each layer (`capture.weigh`)."""
-        variables = {"params": params, "perturbations": vlm.perturbations(**slots)}
+        variables = {"params": params, "perturbations": vlm.perturbations(model, **slots)}
         logits, _ = model.apply(variables, **batch, logit_positions=(queries - patches)[None])
         if score == "logprob":
             logits = jax.nn.log_softmax(logits, axis=-1)
         return jnp.take_along_axis(logits[0], tokens[:, None], axis=-1)[:, 0]
 
-    img, llm = params["img"]["Transformer"]["encoderblock"], params["llm"]["layers"]
-    slots = dict(
-        img=jnp.zeros((_depth(img), 1, patches, patches), jnp.float32),
-        llm=jnp.zeros((_depth(llm), 1, length, length), jnp.float32),
-    )
+    sizes = {"img": patches, "llm": length}
+    slots = {name: jnp.zeros((model.parts[name].depth, 1, n, n), jnp.float32) for name, n in sizes.items()}
     _, pull = jax.vjp(scores, slots)
 
     def one(i, out):
@@ -129,10 +125,6 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score):
 
     empty = tuple(jnp.zeros((len(tokens), n), jnp.float32) for n in (length, patches))
     return jax.lax.fori_loop(0, count, one, empty)
-
-
-def _depth(layers):
-    return len(jax.tree.leaves(layers)[0])
 
 
 def carry_down(row, weights):
