@@ -328,8 +328,8 @@ class Evaluator:
         return out
 
     def _check_vocabulary(self):
-        known, said = self.tokenizer.vocab_size, self._model.vocab_size
-        if said > known:
+        known, said = self.tokenizer.vocab_size, getattr(self._model, "vocab_size", None)
+        if said and said > known:
             raise ValueError(
                 f"the model can say {said} tokens, but the tokenizer knows {known}: "
                 "it is not the model's, or lacks tokensets=('loc', 'seg')."
