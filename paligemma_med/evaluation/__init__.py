@@ -1,1 +1,1 @@
-"""What evaluators share: controls, scoring of options, and the files of an evaluation."""
+"""What evaluators share: controls, and the files of an evaluation."""

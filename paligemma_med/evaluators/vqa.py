@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from paligemma_med import decode
-from paligemma_med.evaluation import controls, options, results
+from paligemma_med.evaluation import controls, results
 from paligemma_med.metrics import answers, protocols, scoring
 from paligemma_med.parallel import distributed
 
@@ -297,7 +297,7 @@ class Evaluator:
         choices = [row["choices"] for row in rows]
         if self._options == "letter":
             choices = [[protocols.letter_of(i) for i in range(len(x))] for x in choices]
-        return options.score(self._model, params, batch, choices, self.tokenizer)
+        return decode.score_choices(self._model, params, batch, choices, self.tokenizer)
 
     def _questions(self, batch, rows, pixels):
         """What is known of each valid row before it is asked: the first keys of its line."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import decode
-from paligemma_med.evaluation import options, results
+from paligemma_med.evaluation import results
 from paligemma_med.evaluators import vqa
 from paligemma_med.metrics import scoring, stats
 from paligemma_med.models import paligemma
@@ -430,7 +430,7 @@ def test_multiple_choice_with_a_model(tmp_path):
         """(log-likelihoods, tokens) of the same options to each question."""
         for batch, valid in inputs:
             each = [texts] * len(valid)
-            yield from zip(*options.score(model, params, batch, each, TOKENIZER), strict=True)
+            yield from zip(*decode.score_choices(model, params, batch, each, TOKENIZER), strict=True)
 
     metrics, rows = run("text")
     texts = list(CHOICES.values())

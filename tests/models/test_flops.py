@@ -5,7 +5,8 @@ import types
 import jax
 import pytest
 
-from paligemma_med import decode, experiment
+from paligemma_med import experiment
+from paligemma_med.decode.generate import _generate
 from paligemma_med.models import flops, paligemma
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
@@ -158,7 +159,7 @@ def test_answers_agree_with_xla(samples):
     batch["row_id"] = jax.ShapeDtypeStruct((BATCH,), "uint32")
     batch["skip"] = jax.ShapeDtypeStruct((BATCH,), bool)
     one = jax.ShapeDtypeStruct((), "float32")
-    lowered = decode._generate.lower(
+    lowered = _generate.lower(
         model,
         abstract,
         batch,

@@ -1,5 +1,5 @@
-"""What each of two processes of a run decodes, in `test_decode`: `python -m tests.decode_processes
-OUT`. Writes OUT/<process>.json; alone it writes OUT/alone.json."""
+"""What each of two processes of a run decodes, in `test_devices`: `python -m
+tests.decode.two_processes OUT`. Writes OUT/<process>.json; alone it writes OUT/alone.json."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from paligemma_med.parallel import distributed, ending, sharding
 
 def main(argv):
     distributed.start_from_flags(awaits_sigterm=False)
-    from tests.test_decode import NO_EOS, make, make_batch
+    from tests.decode.tiny_models import NO_EOS, make, make_batch
 
     model, params = make()
     params = jax.device_get(params)
