@@ -22,10 +22,12 @@ from data_prep.images import store as image_store
 from data_prep.images.checked import CheckedImages
 from data_prep.images.store import Store
 from data_prep.progress import progress
+from paligemma_med.pp.rows import ANSWER_LETTER
+from paligemma_med.pp.rows import CHOICES as TEXTS
 
 CAPTION_QUESTION = "Describe this image."
 QA_FILES = ("qa.jsonl", "qa.json", "qa.csv", "qa_pairs_generated_all.json")
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d", "answer_letter")
+CHOICES = (*TEXTS, ANSWER_LETTER)
 _EXAMPLES = 3
 # MedM's csv files name the split their authors made; ours are the release's.
 _THEIR_SPLITS = {s: s for s in SPLITS} | {"valid": "validate", "validation": "validate"}
@@ -274,7 +276,7 @@ def _choices(pair: qa_files.Pair) -> tuple[dict[str, str], str]:
     # Cleaned as the answer is, which has to be one of them.
     found = {key: pair.extra.get(key, "").replace("**", "").strip() for key in CHOICES}
     *options, letter = found.values()
-    letter = found["answer_letter"] = letter.upper()
+    letter = found[ANSWER_LETTER] = letter.upper()
     nothing = dict.fromkeys(CHOICES, "")
     if not any(options):
         return nothing, "a letter without choices" if letter else ""

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from data_prep import files
 from data_prep.builders import tfrecord
 from data_prep.builders.flat_memory import flat_memory
+from paligemma_med.pp import rows
 
 REPORT_NAME = "build_report.json"
 
@@ -24,18 +25,14 @@ REPORT_NAME = "build_report.json"
 def vqa_features(**extra: Any) -> tfds.features.FeaturesDict:
     """Features of one question about one image, plus those that only this data set has.
 
-    image: encoded bytes as released (read with `tfds.decode.SkipDecoding()`); question, answer,
-    question_id, image_id: text; answer_type: "OPEN" or "CLOSED".
+    image: encoded bytes as released (read with `tfds.decode.SkipDecoding()`); the text that every
+    set has is named and told in `paligemma_med.pp.rows`.
     """
     text = tfds.features.Text()
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
-            "question": text,
-            "answer": text,
-            "answer_type": text,
-            "question_id": text,
-            "image_id": text,
+            **dict.fromkeys(rows.KEYS, text),
             **extra,
         }
     )

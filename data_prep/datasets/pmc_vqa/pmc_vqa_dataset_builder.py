@@ -15,6 +15,7 @@ from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.datasets.pmc_vqa import release
 from data_prep.images import convert as images
 from data_prep.images.store import Store
+from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 
 
 @dataclasses.dataclass
@@ -64,7 +65,7 @@ class Builder(VqaBuilder):
         return ledger.describe(report)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        keys = ("choice_a", "choice_b", "choice_c", "choice_d", "answer_letter", "caption")
+        keys = (*CHOICES, ANSWER_LETTER, "caption")
         texts = {k: tfds.features.Text() for k in (*keys, "paper_id")}
         return self.dataset_info_from_configs(
             features=vqa_features(**texts),

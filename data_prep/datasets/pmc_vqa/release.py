@@ -23,6 +23,7 @@ from data_prep.images import store as image_store
 from data_prep.images.checked import CheckedImages
 from data_prep.images.store import Store
 from data_prep.progress import progress
+from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 
 SPLITS = ("train", "validate", "test")
 TABLES = {"v1": ("train.csv", "test.csv"), "v2": ("train_2.csv", "test_2.csv")}
@@ -120,7 +121,7 @@ def read_release(
     checked = CheckedImages(images, cache_dir)
     articles = _Articles()
     kept = {split: RowWriter(work_dir / f"{split}.jsonl") for split in SPLITS}
-    books = ledger.Ledger(SPLITS, ("answer_letter",))
+    books = ledger.Ledger(SPLITS, (ANSWER_LETTER,))
     try:
         _check_images(asked, checked, articles, options["allow_missing_images"])
         validate = articles.share(fraction, options["seed"])
@@ -238,10 +239,10 @@ def shuffled(features: Mapping[str, str], seed: int) -> dict[str, str]:
     """The same question with its options in an order drawn from the seed and its id."""
     key = hashlib.sha256(f"{seed} {features['question_id']}".encode()).digest()
     order = np.random.default_rng(list(key)).permutation(len(LETTERS))
-    options = [features[f"choice_{LETTERS[i].lower()}"] for i in order]
-    letter = LETTERS[list(order).index(LETTERS.index(features["answer_letter"]))]
-    choices = {f"choice_{c.lower()}": o for c, o in zip(LETTERS, options)}
-    return {**features, **choices, "answer_letter": letter}
+    options = [features[CHOICES[i]] for i in order]
+    letter = LETTERS[list(order).index(LETTERS.index(features[ANSWER_LETTER]))]
+    choices = dict(zip(CHOICES, options))
+    return {**features, **choices, ANSWER_LETTER: letter}
 
 
 def _reasons(books: ledger.Ledger, split: str) -> str:

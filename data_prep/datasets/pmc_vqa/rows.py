@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from data_prep import files
 from data_prep.files import DataError
+from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 
 LETTERS = "ABCD"
 _NEEDED = ("figure path", "question", "answer", *(f"choice {c.lower()}" for c in LETTERS))
@@ -170,8 +171,8 @@ def parse(row: dict[str, str] | None, question_id: str, where: str, *, blank: bo
         "question": question,
         "answer": answer,
         "answer_type": "OPEN" if blank else "CLOSED",
-        "answer_letter": letter,
-        **{f"choice_{c.lower()}": o for c, o in zip(LETTERS, options)},
+        ANSWER_LETTER: letter,
+        **dict(zip(CHOICES, options)),
         "caption": caption,
         "question_id": question_id,
         "image_id": q.image,
