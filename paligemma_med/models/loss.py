@@ -26,7 +26,7 @@ def supervised_positions(mask_loss, length):
     length = mask.shape[1] if length is None else min(length, mask.shape[1])
     positions = jnp.argsort(-mask, axis=1, stable=True)[:, :length]
     kept = jnp.take_along_axis(mask, positions, axis=1)
-    return positions, kept.astype(jnp.float32), mask.sum() - kept.sum()
+    return positions, kept.astype(jnp.float32), mask.sum(dtype=jnp.int32) - kept.sum(dtype=jnp.int32)
 
 
 def token_logprobs(logits, tokens) -> jax.Array:

@@ -169,7 +169,7 @@ def _attention_bwd(scale, softcap, kept, grad):
     by_sum = jnp.sum(grad * out.astype(jnp.float32), axis=-1, keepdims=True)
     grad = grad.astype(v.dtype)
     # A row that sees nothing weighs all alike, whatever its logits are.
-    factor = jnp.where(most > MASKED, scale, 0.0)
+    factor = jnp.where(most > MASKED, jnp.float32(scale), 0.0)
     by_logits = exps * (_dot(grad, jnp.swapaxes(v, -1, -2), batch) - by_sum) * factor
     if softcap:
         by_logits *= 1 - jnp.square(logits / softcap)
