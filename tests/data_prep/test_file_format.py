@@ -130,7 +130,7 @@ def test_command_line_without_tensorflow(slake, tmp_path):
         "try:\n"
         "    app.run(build.main)\n"
         "finally:\n"
-        "    print([m for m in ('tensorflow', 'paligemma_med') if m in sys.modules])\n"
+        "    print([m for m in ('tensorflow', 'paligemma_med.models') if m in sys.modules])\n"
     )
     args = [
         "slake",
