@@ -16,10 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import leaves, vit
-from paligemma_med.models.layers import attention, lora, quantised
+from paligemma_med.models import leaves
+from paligemma_med.models.layers import attention, lora, quantised, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
+from paligemma_med.models.layers.norms import RMSNorm
+from paligemma_med.models.layers.positions import apply_rope, rope_angles
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 
@@ -74,31 +76,6 @@ def _init(fan_in_axes, fan_out_axes):
     return nn.initializers.variance_scaling(
         1.0, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=fan_out_axes
     )
-
-
-def rope_angles(positions, head_dim, max_wavelength=10_000):
-    """int[B, T] positions → (cos, sin), each float32[B, T, 1, H / 2], for `apply_rope`."""
-    exponents = 2.0 * jnp.arange(head_dim // 2, dtype=jnp.float32) / head_dim
-    radians = positions[..., None].astype(jnp.float32) / max_wavelength**exponents
-    return jnp.cos(radians)[..., None, :], jnp.sin(radians)[..., None, :]
-
-
-def apply_rope(x, angles):
-    """Rotates float[B, T, heads, H] in float32 by its positions' angles; the type of x is kept."""
-    cos, sin = angles
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + scale), computed in float32; the type of x is kept."""
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class Einsum(nn.Module):
@@ -421,7 +398,7 @@ class _Model(nn.Module):
                 f"query_pre_attn_norm is {self.query_pre_attn_norm!r}; expected "
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
-        block = vit.stacked(Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0})
+        block = stack.repeat(Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0})
         state = start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="layers",

@@ -10,10 +10,9 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 import dataclasses
 
 import flax.linen as nn
-import jax
 
 from paligemma_med.models import leaves
-from paligemma_med.models.layers import attention, lora
+from paligemma_med.models.layers import attention, lora, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
 
@@ -191,7 +190,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, deterministic, capture):
-        block = stacked(EncoderBlock, self.depth, self.scan, self.remat_policy)
+        block = stack.repeat(EncoderBlock, self.depth, self.scan, self.remat_policy)
         state = start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="encoderblock",
@@ -317,28 +316,3 @@ def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, na
     if "patch_size" in kw:
         kw["patch_size"] = tuple(kw["patch_size"])
     return _Model(num_classes, **kw)
-
-
-def stacked(block, depth, scan, remat_policy, variable_axes=None):
-    """Repeats `block` over stacked parameters; shared by both towers.
-
-    The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
-    which compiles more slowly and lets XLA optimise across layers. In the backward pass of a layer
-    `remat_policy` says what is kept rather than computed again.
-    """
-    if remat_policy != "none":
-        policy = getattr(jax.checkpoint_policies, remat_policy, None)
-        if policy is None:
-            raise ValueError(
-                f"remat_policy is {remat_policy!r}; expected 'none' or a name in "
-                "jax.checkpoint_policies, such as 'nothing_saveable'."
-            )
-        block = nn.remat(block, prevent_cse=not scan, policy=policy)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "perturbations": 0, **(variable_axes or {})},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=depth,
-        unroll=1 if scan else depth,
-    )

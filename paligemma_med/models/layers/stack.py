@@ -1,0 +1,29 @@
+"""A stack of like layers over parameters that are stacked on a leading axis."""
+
+import flax.linen as nn
+import jax
+
+
+def repeat(block, depth, scan, remat_policy, variable_axes=None):
+    """Repeats `block`, a scan body, `depth` times.
+
+    The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
+    which compiles more slowly and lets XLA optimise across layers. In the backward pass of a layer
+    `remat_policy` says what is kept rather than computed again.
+    """
+    if remat_policy != "none":
+        policy = getattr(jax.checkpoint_policies, remat_policy, None)
+        if policy is None:
+            raise ValueError(
+                f"remat_policy is {remat_policy!r}; expected 'none' or a name in "
+                "jax.checkpoint_policies, such as 'nothing_saveable'."
+            )
+        block = nn.remat(block, prevent_cse=not scan, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "perturbations": 0, **(variable_axes or {})},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=1 if scan else depth,
+    )
