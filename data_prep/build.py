@@ -26,25 +26,18 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from data_prep import files
+from data_prep import datasets, files
 from data_prep import report as report_lib
 from data_prep.builders import tfrecord
 from data_prep.builders.vqa import REPORT_NAME, Option
 from data_prep.files import DataError
 from paligemma_med.pp.files import default_data_dir
 
-# Name -> module with a `Builder` (a VqaBuilder). A module that also has `make_raw(folder, ...)`
-# makes its own raw files.
+# Name -> module with a `Builder` (a VqaBuilder): each folder of datasets/ that has one. A module that
+# also has `make_raw(folder, ...)` makes its own raw files.
 BUILDERS = {
-    "medpix2": "data_prep.datasets.medpix2.medpix2_dataset_builder",
-    "pmc_vqa": "data_prep.datasets.pmc_vqa.pmc_vqa_dataset_builder",
-    "roco_v1": "data_prep.datasets.roco_v1.roco_v1_dataset_builder",
-    "rocov2": "data_prep.datasets.rocov2.rocov2_dataset_builder",
-    "slake": "data_prep.datasets.slake.slake_dataset_builder",
-    "phantom": "data_prep.datasets.phantom.phantom_dataset_builder",
-    "shapes": "data_prep.datasets.shapes.shapes_dataset_builder",
-    "shapes_easy": "data_prep.datasets.shapes_easy.shapes_easy_dataset_builder",
-    "vqa_rad": "data_prep.datasets.vqa_rad.vqa_rad_dataset_builder",
+    path.parent.name: f"data_prep.datasets.{path.parent.name}.{path.stem}"
+    for path in sorted(pathlib.Path(datasets.__file__).parent.glob("*/*_dataset_builder.py"))
 }
 
 
