@@ -13,7 +13,7 @@ Codes and scales are those of the library qwix, which the tests compare with. It
 its model-wide providers replace the products that a module calls, and know neither a look-up in the
 table (whose transpose gives the logits) nor a kernel of several projections that is indexed before
 use; and its `quantize` compiles a program for each shape, and took four times as long for nf4 as
-the few lines here. `models/quantised.py` reads codes.
+the few lines here. `models/layers/quantised.py` reads codes.
 """
 
 import math
@@ -23,48 +23,50 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora_targets
+from paligemma_med.models import parts
 from paligemma_med.models.layers.quantised import NF4, SCALE
 
 KINDS = ("int8", "nf4")
 REST = "bfloat16"  # what isn't quantised
 BLOCK = 64
 _ROWS = 2**14  # of the table, that are worked on at a time
-_TABLE = "llm/embedder/input_embedding"
 
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
-# Axes of each kernel's inputs, counted from the end: the same for one layer and for all.
-_INPUTS = {
-    t.param: tuple(i - len(t.kernel) for i, c in enumerate(t.kernel) if c in t.inputs) for t in lora_targets.TARGETS
-}
-_INPUTS[_TABLE] = (-1,)
 
-
-def kind_of(name, shape, wanted):
+def kind_of(name, shape, wanted, leaves=None):
     """What the parameter `name` is stored in where config.frozen_dtype is `wanted`, of KINDS.
+
+    Args:
+      leaves: the model's table of leaves, {path: Leaf}; by default PaliGemma's.
 
     Returns:
       `wanted`; "int8" for the table, and for what doesn't fit in pairs; None if not quantised.
     """
-    if name not in _INPUTS:
+    leaf = _table(leaves).get(name)
+    if leaf is None or leaf.role not in ("product", "table"):
         return None
-    odd = shape[_INPUTS[name][-1]] % 2
-    return "int8" if name == _TABLE or odd else wanted
+    odd = shape[leaf.input_axes[-1]] % 2
+    return "int8" if leaf.role == "table" or odd else wanted
 
 
-def stored(name, x, kind):
+def _table(leaves):
+    return parts.LEAVES if leaves is None else leaves
+
+
+def stored(name, x, kind, leaves=None):
     """What a parameter becomes when stored in `kind`.
 
     Args:
       x: has the dense parameter's shape, and its sharding (or None). Codes and scales are cut as it
         is, as far as they can be.
+      leaves: as for `kind_of`.
 
     Returns:
       {name: codes, name of the scales: scales}, of jax.ShapeDtypeStruct.
     """
     codes, scale = list(x.shape), list(x.shape)
-    axes = _INPUTS[name]
+    axes = _table(leaves)[name].input_axes
     if kind == "int8":
         for i in axes:
             scale[i] = 1
@@ -97,12 +99,13 @@ def _cut(where, shape):
     return NamedSharding(where.mesh, PartitionSpec(*spec))
 
 
-def quantise(name, array, kind):
+def quantise(name, array, kind, leaves=None):
     """Codes and scales of a parameter, as numpy arrays, made layer by layer.
 
     Args:
       array: float[…], on the host.
       kind: of `kind_of`.
+      leaves: as for `kind_of`.
 
     Returns:
       {name: codes, name of the scales: scales}, shapes and dtypes as `stored` tells.
@@ -110,22 +113,23 @@ def quantise(name, array, kind):
     Raises:
       ValueError: a weight isn't finite.
     """
-    made = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind)
+    leaf = _table(leaves)[name]
+    made = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind, leaves)
     out = {n: np.empty(x.shape, x.dtype) for n, x in made.items()}
-    for i in _pieces(name, array.shape[0]):
+    for i in _pieces(leaf, array.shape[0]):
         layer = np.asarray(array[i], np.float32)
         if not np.isfinite(layer).all():
             raise ValueError(f"{name} has weights that aren't finite, and can't be quantised.")
-        for n, x in zip(out, _quantise(layer, kind, _INPUTS[name])):
+        for n, x in zip(out, _quantise(layer, kind, leaf.input_axes)):
             out[n][i] = x
     return out
 
 
-def _pieces(name, length):
+def _pieces(leaf, length):
     """Indices along the first axis: layer by layer, or some rows of the table at a time."""
-    if "/layers/" in name or "/encoderblock/" in name:
+    if leaf.stacked:
         return range(length)
-    step = _ROWS if name == _TABLE else length
+    step = _ROWS if leaf.role == "table" else length
     return [slice(i, i + step) for i in range(0, length, step)]
 
 

@@ -16,7 +16,7 @@ from paligemma_med.checkpoints import bv, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted, make_mesh, make_model, make_tokenizer
-from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed, sharding
@@ -42,13 +42,14 @@ def param_kinds(config, abstract, trained):
     wanted = config.get("frozen_dtype")
     if wanted not in quantise.KINDS:
         return {}
-    kinds = {n: quantise.kind_of(n, x.shape, wanted) for n, x in abstract.items() if n not in trained}
+    leaves = parts.leaves_of(config.model)
+    kinds = {n: quantise.kind_of(n, x.shape, wanted, leaves) for n, x in abstract.items() if n not in trained}
     return {n: kind for n, kind in kinds.items() if kind}
 
 
 def param_shardings(config, abstract, mesh):
     """{name: NamedSharding} by config.sharding_strategy; by default a copy on every device."""
-    return sharding.infer_sharding(abstract, sharding_strategy(config), mesh)
+    return sharding.infer_sharding(abstract, sharding_strategy(config), mesh, parts.leaves_of(config.model))
 
 
 def sharding_strategy(config):
@@ -80,7 +81,7 @@ def initial_params(config, model, mesh, *, dtypes=None, kinds=None):
             f"gives, but it gives none for {given}: set it, or train them."
         )
     beside = {*random, *adapter}
-    params = place_params({**host, **adapter}, dtypes, shardings, kinds)
+    params = place_params({**host, **adapter}, dtypes, shardings, kinds, parts.leaves_of(config.model))
     if random:
         params |= _random_params(config, model, random, dtypes, shardings)
     return {n: params.pop(n) for n in abstract} | params, beside
@@ -212,7 +213,8 @@ def load(config, checkpoint):
         model = model.clone(lora=())
     dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
     kinds = param_kinds(config, abstract, ())
-    return model, tok, mesh, unflatten_tree(place_params(host, dtypes, shardings, kinds))
+    params = place_params(host, dtypes, shardings, kinds, parts.leaves_of(config.model))
+    return model, tok, mesh, unflatten_tree(params)
 
 
 def load_host_params(spec, abstract, resample_posemb=False):
@@ -261,20 +263,21 @@ def _check_resolution(spec, loaded, abstract):
     )
 
 
-def place_params(host, dtypes, shardings, kinds=None):
+def place_params(host, dtypes, shardings, kinds=None, leaves=None):
     """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one.
 
     Of several processes each reads the weights, and copies to its devices what they hold of them.
 
     Args:
       kinds: of `param_kinds`: these become codes and scales (`quantise`).
+      leaves: the model's table of leaves; by default PaliGemma's.
     """
     out, kinds = {}, kinds or {}
     for name in list(host):
         array = np.asarray(host.pop(name))
         if name in kinds:
-            where = quantise.stored(name, _with_sharding(array, shardings[name]), kinds[name])
-            for n, x in quantise.quantise(name, array, kinds[name]).items():
+            where = quantise.stored(name, _with_sharding(array, shardings[name]), kinds[name], leaves)
+            for n, x in quantise.quantise(name, array, kinds[name], leaves).items():
                 out[n] = distributed.place(x, where[n].sharding)
         else:
             out[name] = distributed.place(array.astype(dtypes[name]), shardings[name])
@@ -285,10 +288,10 @@ def _with_sharding(x, where, dtype=None):
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
 
 
-def stored_params(abstract, dtypes, shardings, kinds):
+def stored_params(abstract, dtypes, shardings, kinds, leaves=None):
     """{name: jax.ShapeDtypeStruct with its sharding} of what `place_params` makes."""
     out = {}
     for name, x in abstract.items():
         x = _with_sharding(x, shardings[name], dtypes[name])
-        out |= quantise.stored(name, x, kinds[name]) if name in kinds else {name: x}
+        out |= quantise.stored(name, x, kinds[name], leaves) if name in kinds else {name: x}
     return out

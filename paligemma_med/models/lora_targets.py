@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
+from paligemma_med.models.layers.quantised import SCALE
 from paligemma_med.models.leaves import Leaf
 
 
@@ -90,6 +91,16 @@ def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target,
             raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; that is: {can}")
     specs = {t: lora.find(rules, t.param, t.part) for t in there}
     return {t: spec for t, spec in specs.items() if spec is not None}
+
+
+def leaf_by_name(leaves: dict[str, Leaf] | None = None) -> dict[str, Leaf]:
+    """{name: Leaf} for all that a tree of parameters may hold: the leaves of the table (by default
+    that of all families), their scales where they are quantised, and the factors of adapters, whose
+    Leaf is that of the kernel they adapt."""
+    table = parts.LEAVES if leaves is None else leaves
+    scales = {path + SCALE: leaf for path, leaf in table.items()}
+    factors = {name: leaf for leaf in table.values() for name in factor_names(targets_of(leaf))}
+    return {**table, **scales, **factors}
 
 
 def factor_names(targets) -> list[str]:

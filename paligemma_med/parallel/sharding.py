@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora_targets
+from paligemma_med.models import lora_targets, parts
 from paligemma_med.models.layers import activations, lora
+from paligemma_med.models.leaves import Leaf
 
 DATA_AXIS = "data"
 
@@ -73,15 +74,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-class Leaf(NamedTuple):
+class Parameter(NamedTuple):
     """What strategies know of a parameter.
 
     Attributes:
       shape, nbytes: its size.
-      letters: a name for each dimension, as in `models/lora.py`: L layers, P parts of a kernel, V
-        vocabulary, R rank; "" if the leaf is none of those known there.
-      kernel: of a LoRA factor that a rule for its kernel takes, the letters of that; otherwise
-        those of the leaf.
+      letters: one for each dimension, as in `models/leaves.py`: L layers, V vocabulary, R rank…; ""
+        if no part describes the parameter.
+      kernel: of a LoRA factor that a rule for its kernel takes, the letters of that; otherwise its
+        own.
       stacked: whether the first dimension is that of the layers.
     """
 
@@ -92,24 +93,6 @@ class Leaf(NamedTuple):
     stacked: bool
 
 
-def _letters() -> dict[str, tuple[str, str]]:
-    """{name: (letters of its dimensions, its kernel's)} of the leaves that `tp` knows."""
-    out = {"llm/embedder/input_embedding": ("VD", "VD")}
-    for target in lora_targets.TARGETS:
-        layers = "L" if target.stacked else ""
-        kernel = layers + ("P" if target.index is not None else "") + target.kernel
-        out[target.param] = (kernel, kernel)
-        if target.param.endswith("/kernel"):  # of the image tower, whose layers have a bias
-            bias = layers + target.outputs
-            out[f"{target.scope}/bias"] = (bias, bias)
-        out[f"{target.scope}/lora_a"] = (f"{layers}{target.inputs}R", kernel)
-        out[f"{target.scope}/lora_b"] = (f"{layers}R{target.outputs}", kernel)
-    return out
-
-
-_LETTERS = _letters()
-_KERNEL_OF = {f"{t.scope}/{f}": t.param for t in lora_targets.TARGETS for f in lora.FACTORS}
-
 Spec = list[Any]  # of one leaf: an axis, a tuple of axes or None for each dimension
 
 
@@ -118,14 +101,14 @@ def _size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
 
 
-def _replicate(spec: Spec, leaf: Leaf, mesh: Mesh) -> tuple[Spec, str]:
+def _replicate(spec: Spec, leaf: Parameter, mesh: Mesh) -> tuple[Spec, str]:
     del leaf, mesh
     return spec, ""
 
 
 def _fsdp(
     spec: Spec,
-    leaf: Leaf,
+    leaf: Parameter,
     mesh: Mesh,
     *,
     axis: str | tuple[str, ...] = DATA_AXIS,
@@ -147,7 +130,7 @@ def _fsdp(
 
 def _shard_dim(
     spec: Spec,
-    leaf: Leaf,
+    leaf: Parameter,
     mesh: Mesh,
     *,
     axis: str | tuple[str, ...],
@@ -173,7 +156,7 @@ def _shard_dim(
     return _cut(spec, dim, axis), ""
 
 
-def _tp(spec: Spec, leaf: Leaf, mesh: Mesh, *, axis: str | tuple[str, ...]) -> tuple[Spec, str]:
+def _tp(spec: Spec, leaf: Parameter, mesh: Mesh, *, axis: str | tuple[str, ...]) -> tuple[Spec, str]:
     note = ""
     if _size(axis, mesh) == 1:
         return spec, note
@@ -262,17 +245,29 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
 
 
 def _leaf_name(path: Sequence[Any]) -> str:
-    """A tree path as big_vision names parameters: "llm/layers/attn/q_einsum/w"."""
+    """A tree path as big_vision names parameters: "llm/layers/mlp/linear"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _leaf(name: str, x: Any) -> Leaf:
+def _letters(leaves: Mapping[str, Leaf]) -> dict[str, tuple[str, str]]:
+    """{name: (letters of its dimensions, its kernel's)} of all parameters, LoRA factors included."""
+    out = {path: (leaf.axes, leaf.axes) for path, leaf in leaves.items()}
+    for leaf in leaves.values():
+        for target in lora_targets.targets_of(leaf):
+            layers = "L" if target.stacked else ""
+            a, b = lora_targets.factor_names([target])
+            out[a] = (f"{layers}{target.inputs}R", leaf.axes)
+            out[b] = (f"{layers}R{target.outputs}", leaf.axes)
+    return out
+
+
+def _parameter(name: str, x: Any, letters: Mapping[str, tuple[str, str]], by_name: Mapping[str, Leaf]) -> Parameter:
     shape = tuple(x.shape)
-    letters, kernel = _LETTERS.get(name, ("", ""))
-    if len(letters) != len(shape):
-        letters = kernel = ""
-    stacked = "/encoderblock/" in name or "/layers/" in name
-    return Leaf(shape, math.prod(shape) * x.dtype.itemsize, letters, kernel, stacked)
+    own, kernel = letters.get(name, ("", ""))
+    if len(own) != len(shape):
+        own = kernel = ""
+    stacked = name in by_name and by_name[name].stacked
+    return Parameter(shape, math.prod(shape) * x.dtype.itemsize, own, kernel, stacked)
 
 
 def _read_rules(
@@ -300,18 +295,22 @@ def _read_rules(
     return rules
 
 
-def plan(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str, tuple[NamedSharding, str]]:
+def plan(
+    tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh, leaves: Mapping[str, Leaf] | None = None
+) -> dict[str, tuple[NamedSharding, str]]:
     """`infer_sharding` by name, with a note on what stayed whole though a strategy would cut it.
 
     {name: (sharding, note or "")}; arguments and errors are those of `infer_sharding`.
     """
     rules = _read_rules(strategy, mesh)
+    leaves = parts.LEAVES if leaves is None else leaves
+    by_name, letters = lora_targets.leaf_by_name(leaves), _letters(leaves)
     unused = {pattern.pattern for pattern, _ in rules} - {".*"}
     uncovered: list[str] = []
     out = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = _leaf_name(path)
-        kernel = _KERNEL_OF.get(name, name)
+        kernel = by_name[name].path if lora.is_factor(name) and name in by_name else name
         found = None
         for pattern, ops in rules:
             own = "lora" in pattern.pattern
@@ -321,7 +320,7 @@ def plan(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str
         if found is None:
             uncovered.append(name)
             continue
-        leaf = _leaf(name, x)
+        leaf = _parameter(name, x, letters, by_name)
         if found[1]:
             leaf = leaf._replace(kernel=leaf.letters)
         spec: Spec = [None] * len(leaf.shape)
@@ -348,7 +347,9 @@ def plan(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> dict[str
     return out
 
 
-def infer_sharding(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Any:
+def infer_sharding(
+    tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh, leaves: Mapping[str, Leaf] | None = None
+) -> Any:
     """The tree of `NamedSharding` that `config.sharding_strategy` gives the leaves of `tree`.
 
     tree: leaves have `.shape` and `.dtype` (arrays or `jax.ShapeDtypeStruct`).
@@ -357,10 +358,11 @@ def infer_sharding(tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh) -
     their kernel, so that a rule for it is theirs as well: `tp` cuts of both factors what it cuts of
     the kernel, `shard_dim` the same dimension where they have it, `fsdp` what it would cut of any
     leaf of their size. Only a regex with "lora" in it is matched with their own name.
+    leaves: the model's table of leaves, {path: Leaf}; by default PaliGemma's.
     ValueError: a leaf that no regex matches, a regex other than ".*" that matches no leaf, an axis
     that the mesh doesn't have, a dimension that can't be cut, or a pair that can't be read.
     """
-    found = plan(tree, strategy, mesh)
+    found = plan(tree, strategy, mesh, leaves)
     return jax.tree_util.tree_map_with_path(lambda path, _: found[_leaf_name(path)][0], tree)
 
 
@@ -373,7 +375,7 @@ def short_spec(sharding: NamedSharding) -> str:
 def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     """A context under which activations lie as `config.sharding_rules` says.
 
-    sharding_rules: (name, mesh axis, axes or None) pairs, names as in `models/activations.py`; the
+    sharding_rules: (name, mesh axis, axes or None) pairs, names as in `models/layers/activations.py`; the
     first that fits wins. By default [("act_batch", "data")], as in big_vision, and it takes that
     for `fsdp` to be what its name says: from the weights alone the compiler would conclude to cut
     activations along "data" by width, and to gather the batch instead of a layer's weights.

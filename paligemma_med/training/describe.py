@@ -4,6 +4,7 @@ import math
 
 from paligemma_med import weights
 from paligemma_med.experiment import make_mesh
+from paligemma_med.models import parts
 from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 
@@ -22,13 +23,14 @@ def describe_params(config, abstract, trained, mesh=None):
     kinds = weights.param_kinds(config, abstract, trained)
     rules = optim.schedule_rules(config)
     matched = optim.match_names(abstract, rules, "config.schedule")
-    places = sharding.plan(abstract, weights.sharding_strategy(config), mesh)
+    leaves = parts.leaves_of(config.model)
+    places = sharding.plan(abstract, weights.sharding_strategy(config), mesh, leaves)
     rows, totals = [], {"trained": [0, 0], "frozen": [0, 0]}
     for name, leaf in abstract.items():
         state = "trained" if name in trained else "frozen"
         place, note = places[name]
-        parts = weights.stored_params({name: leaf}, dtypes, {name: place}, kinds).values()
-        here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in parts)
+        stored = weights.stored_params({name: leaf}, dtypes, {name: place}, kinds, leaves)
+        here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in stored.values())
         totals[state][0] += leaf.size
         totals[state][1] += here
         shape = "×".join(map(str, leaf.shape))

@@ -18,7 +18,7 @@ import jax
 from jax.extend import core
 
 from paligemma_med import experiment, quantise, weights
-from paligemma_med.models import flops
+from paligemma_med.models import flops, parts
 from paligemma_med.parallel import sharding
 from paligemma_med.training import describe, optim
 from paligemma_med.training import step as train_step
@@ -82,7 +82,7 @@ def trace_step(config):
     dtypes = weights.param_dtypes(config, abstract, names)
     shardings = weights.param_shardings(config, abstract, mesh)
     kinds = weights.param_kinds(config, abstract, names)
-    frozen = weights.stored_params(abstract, dtypes, shardings, kinds)
+    frozen = weights.stored_params(abstract, dtypes, shardings, kinds, parts.leaves_of(config.model))
     trained = {n: frozen.pop(n) for n in names}
     opt_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
