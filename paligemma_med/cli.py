@@ -12,6 +12,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from paligemma_med.config import stand_ins
 from paligemma_med.parallel import ending
 
 
@@ -53,11 +54,14 @@ def parse_flags(argv):
     """`flags_parser` of the programs' app.run: a wrong --config=… or --config.key=… is told in a
     line, which absl and ml_collections tell by their tracebacks."""
     try:
-        return flags.FLAGS(argv)
+        with stand_ins.importable(_config_file(argv)):
+            return flags.FLAGS(argv)
     except flags.Error as e:
         # What get_config raised stands at the end of its traceback.
         last = str(e).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ') if 'Traceback' in str(e) else e}")
+    except ImportError as e:  # of the config file
+        sys.exit(f"error: {e}")
     except (AttributeError, KeyError) as e:
         paths = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
         found = [p for p in paths if set(p.split(".")[1:]) & set(re.findall(r"\w+", str(e)))]
@@ -67,6 +71,15 @@ def parse_flags(argv):
             + (f" (did you mean {near[1]!r}?)" if near else "")
             + ". Flags change only what its file sets; mend the name, or add the key to the file."
         )
+
+
+def _config_file(argv):
+    """The file that --config names, without its arguments; None if there is no such flag."""
+    for flag, following in zip(argv, [*argv[1:], ""]):
+        name, has_value, value = flag.partition("=")
+        if name in ("--config", "-config"):
+            return (value if has_value else following).partition(":")[0]
+    return None
 
 
 def define_source_flags():

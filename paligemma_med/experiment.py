@@ -125,7 +125,11 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
         kind = kw.pop("type")
         if config_values.is_big_visions(section):
             if distributed.is_main():
-                print(f"config.evals.{name} is big_vision's own: left out.", file=sys.stderr)
+                print(
+                    f"config.evals.{name} is big_vision's own: left out. Its trainer alone runs {kind!r}; here "
+                    "type='vqa' scores questions and answers.",
+                    file=sys.stderr,
+                )
             continue
         if not re.fullmatch(r"\w+", kind):
             raise ValueError(f"config.evals.{name}.type is {kind!r}; expected a module name.")

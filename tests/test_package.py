@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "saliency": ("models", "decode"),
     "evaluation": ("decode", "metrics", "pp", "parallel", "files"),
     "evaluators": ("evaluation", "decode", "metrics", "pp", "parallel", "files"),
-    "config": ("models", "quantise", "checkpoints"),
+    "config": ("pp", "models", "quantise", "checkpoints"),
     "cli": ("parallel", "config", "checkpoints"),
     "experiment": ("config", "input_pipeline", "pp", "models", "parallel", "checkpoints"),
     "weights": ("experiment", "config", "quantise", "models", "parallel", "checkpoints"),

@@ -8,13 +8,15 @@ sentence that names the key, what was found and what is expected.
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.config import durations, eval_names
+from paligemma_med.config import big_vision, durations, eval_names
 from paligemma_med.models import loss as losses
 from paligemma_med.models import parts, splice
 from paligemma_med.models.layers import attention
@@ -204,9 +206,13 @@ def _check_sections(config):
 def check_config(config):
     """Refuses configs with unknown or missing keys, or values that can't be meant; ValueError.
 
-    A config with adapter_init and no lora of its own is given the adapter's, since only together
-    with its ranks and scales do the factors mean something.
+    A config of big_vision's becomes one of ours, in place, with a word on stderr on what isn't read
+    (`big_vision.adopt`). One with adapter_init and no lora of its own is given the adapter's, since
+    only together with its ranks and scales do the factors mean something.
     """
+    for note in big_vision.adopt(config, KEYS):
+        if jax.process_index() == 0:
+            print(note, file=sys.stderr, flush=True)
     check_keys(config, KEYS, "config")
     if missing := [k for k in ("model", "res", "text_len", "tokenizer") if k not in config]:
         raise ValueError(f"config lacks {missing}.")

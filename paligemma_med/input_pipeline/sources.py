@@ -124,6 +124,11 @@ def open_source(data: Mapping[str, Any]) -> Source:
     InputError: not built (with the command that builds it), no such split, empty, files missing.
     """
     data = dict(data)
+    if str(data.get("name")).startswith("bv:"):
+        raise InputError(
+            f"data.name={data['name']!r} is a reader of big_vision's own, which isn't here: make a TFDS set of "
+            "those rows (a builder in data_prep/datasets), and give its name and split"
+        )
     unknown = sorted(set(data) - {"name", "split", "data_dir"})
     missing = sorted({"name", "split"} - set(data))
     if unknown or missing:

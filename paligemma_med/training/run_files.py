@@ -57,7 +57,7 @@ def check_base(folder, config, given, first_step):
     """
     prints = dict(zip(sorted(given), fingerprint.of_leaves([given[n] for n in sorted(given)])))
     now = {
-        "model_init": json.loads(config_files.to_json(config))["model_init"],
+        "model_init": json.loads(config_files.to_json(config)).get("model_init"),
         "frozen_dtype": config.get("frozen_dtype", "float32"),
         "fingerprints": prints,
     }
