@@ -21,6 +21,7 @@ from paligemma_med import input_pipeline
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
+from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import distributed, sharding
@@ -147,7 +148,8 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
         try:
             inputs = input_pipeline.evaluation(kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh)
             if train_data := kw.pop("train_data", None):
-                kw["train_data"] = _Answered(train_data, kw.pop("train_answer", "answer"))
+                source, answer = input_pipeline.open_source(train_data), kw.pop("train_answer", "answer")
+                kw["train_data"] = TrainingRows(source.columns, source.features, answer=answer, name=str(source))
             evaluator = module.Evaluator(model, tok, inputs=inputs, total=len(inputs), outdir=outdir, **kw)
         except ValueError as e:
             raise ValueError(f"config.evals.{name}: {e}") from e
@@ -191,21 +193,3 @@ def about(section, checkpoint, params, data=None):
         checkpoint=checkpoint and config_files.absolute(checkpoint),
         command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),
     )
-
-
-class _Answered:
-    """Rows of the training split, their texts alone, one by one and as often as wanted; to the
-    evaluator the truth is "answer", whatever its key in the data."""
-
-    _KEYS = ("question_id", "question", "answer_type")
-
-    def __init__(self, train_data, answer):
-        self._source, self._answer = input_pipeline.open_source(train_data), answer
-        for key in (answer, *self._KEYS):
-            if key not in self._source.features:
-                what = f"train_answer={answer!r}" if key == answer else "train_data"
-                raise ValueError(f"{what}: {self._source} has no {key!r}, only {sorted(self._source.features)}")
-
-    def __iter__(self):
-        for row in self._source.columns((self._answer, *self._KEYS)):
-            yield {**row, "answer": row[self._answer]}

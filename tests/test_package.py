@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evaluators": ("evaluation", "decode", "metrics", "pp", "parallel", "files"),
     "config": ("pp", "models", "quantise", "checkpoints"),
     "cli": ("parallel", "config", "checkpoints"),
-    "experiment": ("config", "input_pipeline", "pp", "models", "parallel", "checkpoints"),
+    "experiment": ("config", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
     "weights": ("experiment", "config", "quantise", "models", "parallel", "checkpoints"),
     "judge": ("evaluation", "metrics", "files"),
 }

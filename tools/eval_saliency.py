@@ -23,7 +23,8 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med import cli, decode, experiment, files, input_pipeline, weights
-from paligemma_med.evaluation import controls, results
+from paligemma_med.evaluation import results
+from paligemma_med.evaluation.questions import image_key
 from paligemma_med.metrics import answers, stats
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn, images
@@ -349,7 +350,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     areas["random"] = _mean(areas.pop(name) for name in orders)
     return {
         **asked,
-        "image_key": controls.image_key(pixels),
+        "image_key": image_key(pixels),
         "size": list(size),
         "grid": list(seq.grid),
         "area": float(localisation.coverage(asked["boxes"], size, seq.grid).mean()),

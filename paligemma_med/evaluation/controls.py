@@ -10,63 +10,92 @@
   blank_image       the same, all images mid-grey.
   noise_image       the same, all images noise.
 
-The first three cost nothing, each of the others a pass. Their names are in `scoring`.
+The first three cost nothing; each of the others costs a pass over the split. Their names are in
+`scoring`.
 """
 
 import collections
-import hashlib
 import pathlib
-import re
 
 import numpy as np
+
+from paligemma_med.evaluation import questions
+from paligemma_med.pp import rows as row_keys
 
 # --- Without a model ---
 
 
-def majority_answers(rows):
+class TrainingRows:
+    """The texts of a training split, row by row and as often as wanted, for the majority controls.
+
+    To the evaluators the right answer is "answer", whatever its key in the data.
+    """
+
+    def __init__(self, read, keys, *, answer="answer", name="train_data"):
+        """Takes a split that is open.
+
+        Args:
+          read: function of keys that gives a dict of these for each row.
+          keys: those that the split has.
+          answer: the key of the right answer.
+          name: what to call the split in errors.
+
+        Raises:
+          ValueError: a key is missing.
+        """
+        self._read, self._answer = read, answer
+        self._keys = (answer, *(k for k in row_keys.NEEDED if k != "answer"))
+        for key in self._keys:
+            if key not in keys:
+                what = f"train_answer={answer!r}" if key == answer else "train_data"
+                raise ValueError(f"{what}: {name} has no {key!r}, only {sorted(keys)}")
+
+    def __iter__(self):
+        for row in self._read(self._keys):
+            yield {**row, "answer": row[self._answer]}
+
+
+def majority_answers(rows) -> dict[tuple[str, str], str]:
     """The most frequent answers in training rows, for `majority_answer` and `majority_of_type`.
 
     Args:
-      rows: dicts with question, answer, answer_type and question_id.
+      rows: dicts with question, answer, answer_type and question_id; what else they have is let go.
 
     Returns:
       {("question", question): answer, ("answer_type", type): answer}. Questions are the same if
-      their strings are, blanks around apart. Answers are counted as they are written, blanks around
-      apart. Of equally frequent ones that wins which occurs first by question_id (numbers in it
+      their strings are, but for blanks around them. Answers are counted as they are written, but for
+      blanks around them. Of equally frequent ones, the first by question_id wins (numbers in it
       compared as numbers), so that the result doesn't depend on the order of rows on disk.
+
+    Raises:
+      ValueError: a row without one of these keys.
     """
+    texts = []
+    for row in rows:
+        if missing := [k for k in row_keys.NEEDED if k not in row]:
+            raise ValueError(f"a row of train_data has no {missing[0]!r}, found {sorted(row)}.")
+        texts.append({k: row[k] for k in row_keys.NEEDED})
     counts = collections.defaultdict(collections.Counter)
-    for row in sorted(rows, key=lambda row: _natural(str(row["question_id"]))):
+    for row in sorted(texts, key=lambda row: questions.natural_key(str(row["question_id"]))):
         for key in ("question", "answer_type"):
             counts[key, row[key].strip()][row["answer"].strip()] += 1
     # most_common keeps the order of insertion among equals.
     return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
 
 
-def majority_answer(majority, row):
-    """The answer of `majority_answers` to this question; to one that training doesn't have, that
-    of its answer type; "" where there is neither."""
+def majority_answer(majority, row) -> str:
+    """The answer of `majority_answers` to this question; to one that training doesn't have, that of
+    its answer type; "" where there is neither."""
     question = majority.get(("question", row["question"].strip()))
     return question or majority_of_type(majority, row)
 
 
-def majority_of_type(majority, row):
+def majority_of_type(majority, row) -> str:
     """The most frequent answer to questions of this type; "" for a type that training lacks."""
     return majority.get(("answer_type", row["answer_type"].strip()), "")
 
 
-def _natural(text):
-    """A key that sorts "q2" before "q10"."""
-    return [int(t) if i % 2 else t for i, t in enumerate(re.split(r"(\d+)", text))]
-
-
 # --- Other images ---
-
-
-def image_key(pixels):
-    """A digest of an image as the model sees it: 16 hexadecimal digits. Pictures are told apart by
-    it, since one picture can have two ids."""
-    return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
 
 
 def blank_image(shape):

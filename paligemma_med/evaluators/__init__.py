@@ -1,1 +1,5 @@
-"""Evaluators: one file a metric family. A config names one by its file: dict(type="vqa", …)."""
+"""Evaluators: what `type` in config.evals may name, and nothing else.
+
+A file here is one evaluator: dict(type="vqa", …) means `vqa.Evaluator`. What they share is in
+`paligemma_med.evaluation`.
+"""

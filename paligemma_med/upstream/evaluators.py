@@ -23,6 +23,7 @@ from big_vision.datasets import core as ds_core
 
 from paligemma_med import experiment, input_pipeline
 from paligemma_med.config import values as config_values
+from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.parallel import sharding
 
 API = "jit"  # which big_vision asks each evaluator for
@@ -68,7 +69,7 @@ class Evaluator:
             inputs = open_input(kw.pop("data"), kw.pop("pp_fn"), size, devices)
             if train_data := kw.pop("train_data", None):
                 answer = kw.pop("train_answer", "answer")
-                kw["train_data"] = _TrainingRows(train_data, answer)
+                kw["train_data"] = _training_rows(train_data, answer)
             self._evaluator = module.Evaluator(
                 model_of(predict_fn),
                 tokenizer,
@@ -182,26 +183,15 @@ def _plain(key, value):
     return value
 
 
-class _TrainingRows:
-    """Rows of the training split for the majority controls, their texts alone, as often as wanted;
-    to the evaluator the truth is "answer", whatever its key in the data."""
+def _training_rows(data, answer):
+    """Texts of the training split, for the majority controls."""
+    rows = _in_order(ds_core.get(**data), data["name"])
 
-    _KEYS = ("question_id", "question", "answer_type")
+    def read(keys):
+        for row in rows.map(lambda row: {k: row[k] for k in keys}).as_numpy_iterator():
+            yield {k: _plain(k, v) for k, v in row.items()}
 
-    def __init__(self, data, answer):
-        self._data, self._answer = data, answer
-        self._rows = _in_order(ds_core.get(**data), data["name"])
-        missing = [k for k in (answer, *self._KEYS) if k not in self._rows.element_spec]
-        if missing:
-            raise ValueError(
-                f"train_data {data['name']} has no {missing[0]!r}, only {sorted(self._rows.element_spec)}."
-            )
-
-    def __iter__(self):
-        keys = (self._answer, *self._KEYS)
-        for row in self._rows.map(lambda row: {k: row[k] for k in keys}).as_numpy_iterator():
-            row = {k: _plain(k, v) for k, v in row.items()}
-            yield {**row, "answer": row[self._answer]}
+    return TrainingRows(read, list(rows.element_spec), answer=answer, name=f"data set {data['name']}")
 
 
 def _about(section, inputs, folder, params):

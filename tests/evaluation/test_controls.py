@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from paligemma_med.evaluation import controls
+from paligemma_med.evaluation import controls, questions
 from paligemma_med.metrics import scoring
 
 
@@ -69,8 +69,8 @@ def test_majority_of_slake(real_data):
 
 def test_images_that_are_none():
     image = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 2, 3)
-    key = controls.image_key(image)
-    assert key == controls.image_key(np.asfortranarray(image)) != controls.image_key(image[::-1])
+    key = questions.image_key(image)
+    assert key == questions.image_key(np.asfortranarray(image)) != questions.image_key(image[::-1])
     assert len(key) == 16
     blank = controls.blank_image((2, 2, 3))
     assert blank.dtype == np.float32 and not blank.any()

@@ -18,8 +18,8 @@ from paligemma_med.evaluation import results
 from paligemma_med.evaluators import vqa
 from paligemma_med.metrics import scoring
 from tests import tiny
-from tests.evaluators import test_vqa
-from tests.evaluators.test_vqa import QUESTIONS, TOKENIZER, TRAIN, look, make_inputs
+from tests.evaluators import answering
+from tests.evaluators.answering import QUESTIONS, TOKENIZER, TRAIN, look, make_inputs
 
 ABOUT = dict(fingerprint="f1", section=dict(batch_size=2), split="x test")
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 def count_calls(monkeypatch, dies_at=None):
     """Answers as `look` does; the n-th call raises. → the calls so far."""
-    calls = test_vqa.answer_with(monkeypatch, look)
+    calls = answering.answer_with(monkeypatch, look)
     generate = decode.generate
 
     def counted(*args, **kw):
@@ -176,7 +176,7 @@ def test_an_image_that_changed_is_refused(monkeypatch, tmp_path):
     count_calls(monkeypatch, dies_at=5)
     with pytest.raises(Killed):
         evaluate(tmp_path / "e")
-    monkeypatch.setitem(test_vqa.IMAGES, "ct", 0.15)
+    monkeypatch.setitem(answering.IMAGES, "ct", 0.15)
     with pytest.raises(ValueError, match="another question or image at 'q0'"):
         evaluate(tmp_path / "e", inputs=list(make_inputs()))
 
