@@ -312,7 +312,8 @@ class Subject:
         params = self.params
         if noise:
             if self._noise is None:
-                self._noise = sanity.randomised(params, sanity.stages(params))
+                leaves = self.model.leaves
+                self._noise = sanity.randomised(params, sanity.stages(params, leaves), leaves=leaves)
             params = self._noise
         score = score or occlusion.scorer(self.model, params, seq)
         found = maps_of(self.model, params, seq, score, fill=fill)

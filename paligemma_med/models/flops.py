@@ -15,35 +15,16 @@ the chip's peak: conservative, and the same whatever is recomputed.
 import dataclasses
 import math
 
-from paligemma_med.models import decoder, vit, vlm
+import jax
+
+from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 
 ACCOUNTING = (
     "2 FLOPs forward and 2 for the input's gradient per weight and token (4N), 2 more where the "
     "weight is trained; without attention's scores and without what is computed again"
 )
-
-# Parts of the model from the input up. What is trained in one asks for gradients of inputs in all
-# that follow. The embedding table comes twice: it embeds the text, and gives the logits.
-_ORDER = (
-    "img/embedding/",
-    "img/pos_embedding",
-    "img/Transformer/encoderblock/",
-    "img/Transformer/encoder_norm/",
-    "img/head/",
-    "llm/embedder/",
-    "llm/layers/",
-    "llm/final_norm/",
-)
-_LOGITS = len(_ORDER)
-_STACKS = {"img": "img/Transformer/encoderblock/", "llm": "llm/layers/"}
-# Their shape tells layers, heads and the width of a head.
-_ATTENTION_OUT = {
-    "img": "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out/kernel",
-    "llm": "llm/layers/attn/attn_vec_einsum/w",
-}
-# The last names of weights that meet activations in a matrix product.
-_PRODUCTS = ("kernel", "w", "gating_einsum", "linear", "lora_a", "lora_b", "input_embedding")
 
 # What a remat policy computes again: nothing, attention's products alone, or (any other) all.
 _SAVES_ALL = ("none", "everything_saveable", "dots_saveable", "checkpoint_dots")
@@ -85,50 +66,121 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     Returns:
       Flops.
     """
-    params = flatten_tree(vlm.abstract_params(model, image_size=res))
-    patches = params["img/pos_embedding"].shape[1]
+    sizes = _Sizes(model, res)
     logits = text_len if supervised_len is None else min(supervised_len, text_len)
-    tokens = {"img": patches, "llm": patches + text_len}
-    policies = {
-        "img": vit.Model(**{"variant": "So400m/14", **model.img}).remat_policy,
-        "llm": decoder.Model(**{"variant": "gemma_2b", **model.llm}).remat_policy,
-    }
+    tokens = sizes.tokens(text_len)
     trained = set(trained)
-    lowest = min((_place(n) for n in trained), default=math.inf)
+    lowest = min((sizes.place(n) for n in trained), default=math.inf)
     # Where layers are stacked, all of them count as passed by gradients if any is trained (of the
     # first, what lies below its own trained weights needn't be).
-    backward = {tower: lowest <= _place(stack) for tower, stack in _STACKS.items()}
+    backward = {part: lowest <= place for part, place in sizes.stacks.items()}
 
     weights, recompute = 0, 0
-    for name, leaf in params.items():
-        tower, last = name.split("/")[0], name.rpartition("/")[2]
-        if last not in _PRODUCTS:
+    for name, x in sizes.params.items():
+        part, leaf = _part_of(name), sizes.leaves[name]
+        if not leaf.inputs:
             continue
-        in_stack = name.startswith(_STACKS[tower])
-        if last == "input_embedding":
-            once = 2 * leaf.size * logits
-            to_input = lowest < _LOGITS
+        if leaf.role == "table":
+            once = 2 * x.size * logits
+            to_input = bool(trained)  # all that is trained lies below the logits
             # In chunks, logits are computed again for the backward pass.
             if loss_chunk and loss_chunk < logits:
                 recompute += once
         else:
-            once = 2 * leaf.size * tokens[tower]
-            to_input = backward[tower] if in_stack else lowest < _place(name)
+            once = 2 * x.size * tokens[part]
+            to_input = backward[part] if leaf.stacked else lowest < sizes.place(name)
             # The input of an adapter's second factor comes from its first.
-            to_input |= last == "lora_b" and name[:-1] + "a" in trained
+            to_input |= lora.is_factor(name) and name.endswith("b") and name[:-1] + "a" in trained
         weights += once * (1 + to_input + (name in trained))
-        if in_stack and backward[tower] and _is_recomputed(name, params, policies[tower]):
+        if leaf.stacked and backward[part] and sizes.is_recomputed(name):
             recompute += once
 
     attention = 0
-    for tower, out in _ATTENTION_OUT.items():
-        layers, heads, width, _ = params[out].shape
-        once = 4 * layers * heads * width * tokens[tower] ** 2
-        attention += once * (1 + 2 * backward[tower])
-        if backward[tower]:
-            # Scores are made again, whatever is kept (models/attention.py).
-            recompute += once // 2 + once * (policies[tower] not in _SAVES_ALL)
+    for part, score in sizes.scores().items():
+        once = score * tokens[part] ** 2
+        attention += once * (1 + 2 * backward[part])
+        if backward[part]:
+            # Scores are made again, whatever is kept (models/layers/attention.py).
+            recompute += once // 2 + once * (sizes.policies[part] not in _SAVES_ALL)
     return Flops(weights, attention, recompute)
+
+
+class _Sizes:
+    """What a model's parts and their leaves tell of its FLOPs, for square images of `res` px.
+
+    Attributes:
+      params: {name: jax.ShapeDtypeStruct} of all parameters.
+      leaves: {name: Leaf} of the same; that of an adapter's factor is its kernel's.
+      stacks: {part: place of its stacked layers in the order of the computation}; of a part without
+        any, that of its first leaf.
+      policies: {part: remat policy}.
+    """
+
+    def __init__(self, model, res):
+        self._table = table = model.leaves
+        image = jax.ShapeDtypeStruct((res, res, 3), "float32")
+        self.params = flatten_tree(vlm.abstract_params(model, image_size=res))
+        self.leaves = lora_targets.leaf_by_name(table)
+        self.policies = {name: getattr(part, "remat_policy", "none") for name, part in model.parts.items()}
+        self._patches = math.prod(vlm.patch_grid(model, image))
+        self._image_tokens = vlm.num_image_tokens(model, image)
+        self._places, self.stacks, self._last = {}, {}, {}
+        for leaf in table.values():
+            part, place = _part_of(leaf.path), self._places.setdefault(_group(leaf), len(self._places))
+            if part not in self._last and (leaf.stacked or part not in self.stacks):
+                self.stacks[part] = place
+            # The last product of a block gives its output, unless there is a norm behind it.
+            if leaf.stacked and leaf.role in ("product", "norm"):
+                self._last[part] = leaf
+
+    def place(self, name):
+        """Place in the order of the computation. What is trained at one asks for gradients of inputs
+        at all that follow."""
+        return self._places[_group(self.leaves[name])]
+
+    def tokens(self, text_len):
+        """{part: tokens that its products meet}."""
+        return {"img": self._patches, "connector": self._image_tokens, "llm": self._image_tokens + text_len}
+
+    def weights(self):
+        """({part: weights of its products}, those of the vocabulary table)."""
+        weights, table = dict.fromkeys(self.policies, 0), 0
+        for name, x in self.params.items():
+            leaf = self.leaves[name]
+            if leaf.role == "table":
+                table += x.size
+            elif leaf.inputs:
+                weights[_part_of(name)] += x.size
+        return weights, table
+
+    def scores(self):
+        """{part: FLOPs of attention's two products for a query and a key, all layers together}."""
+        out = dict.fromkeys(self.stacks, 0)
+        for leaf in self._table.values():
+            if leaf.role == "product" and {*"NH"} <= {*leaf.inputs}:  # what projects the heads' outputs
+                size = dict(zip(leaf.axes, self.params[leaf.path].shape, strict=True))
+                out[_part_of(leaf.path)] += 4 * size.get("L", 1) * size["N"] * size["H"]
+        return out
+
+    def is_recomputed(self, name):
+        """Whether a stack's product is computed again before its layer's backward pass."""
+        part = _part_of(name)
+        if self.policies[part] in (*_SAVES_ALL, *_SAVES_WEIGHT_PRODUCTS):
+            return False
+        # The next block has kept the output of this one, which nothing in its own backward pass
+        # reads, unless there is a norm behind the last product.
+        is_output = self.leaves[name] == self._last[part] and not name.endswith("lora_a")
+        return not is_output
+
+
+def _part_of(name):
+    """The part of the model that a parameter belongs to."""
+    return name.split("/")[0]
+
+
+def _group(leaf):
+    """Leaves with one place in the order of the computation: those of a module, or of a stack."""
+    return (_part_of(leaf.path), "layers") if leaf.stacked else leaf.folder
 
 
 def count_pass(model, *, res, text_len, logits):
@@ -142,10 +194,10 @@ def count_pass(model, *, res, text_len, logits):
     Returns:
       Flops.
     """
-    weights, table, patches, score = _parts(model, res)
-    tokens = {"img": patches, "llm": patches + text_len}
-    products = sum(2 * weights[k] * n for k, n in tokens.items()) + 2 * table * logits
-    return Flops(products, sum(score[k] * n**2 for k, n in tokens.items()), 0)
+    sizes = _Sizes(model, res)
+    tokens, (weights, table) = sizes.tokens(text_len), sizes.weights()
+    products = sum(2 * n * tokens[part] for part, n in weights.items()) + 2 * table * logits
+    return Flops(products, sum(once * tokens[part] ** 2 for part, once in sizes.scores().items()), 0)
 
 
 def count_answers(model, *, res, prompt_len, samples, tokens):
@@ -161,47 +213,15 @@ def count_answers(model, *, res, prompt_len, samples, tokens):
       Flops, all answers together.
     """
     prompt = count_pass(model, res=res, text_len=prompt_len, logits=1)
-    weights, table, patches, score = _parts(model, res)
+    sizes = _Sizes(model, res)
+    weights, table = sizes.weights()
     steps = samples * (tokens - 1)
-    seen = sum(patches + prompt_len + i for i in range(1, tokens)) * samples
+    seen = sum(sizes.tokens(prompt_len)["llm"] + i for i in range(1, tokens)) * samples
     return Flops(
         prompt.per_example_model + 2 * (weights["llm"] + table) * steps,
-        prompt.per_example_attention + score["llm"] * seen,
+        prompt.per_example_attention + sizes.scores()["llm"] * seen,
         0,
     )
-
-
-def _parts(model, res):
-    """({tower: weights of its products}, those of the vocabulary table, image tokens, {tower: FLOPs
-    of attention's two products for a query and a key})."""
-    params = flatten_tree(vlm.abstract_params(model, image_size=res))
-    weights, table = {"img": 0, "llm": 0}, 0
-    for name, leaf in params.items():
-        last = name.rpartition("/")[2]
-        if last == "input_embedding":
-            table += leaf.size
-        elif last in _PRODUCTS:
-            weights[name.split("/")[0]] += leaf.size
-    scores = {}
-    for tower, out in _ATTENTION_OUT.items():
-        layers, heads, width, _ = params[out].shape
-        scores[tower] = 4 * layers * heads * width
-    return weights, table, params["img/pos_embedding"].shape[1], scores
-
-
-def _place(name):
-    """Index in _ORDER of the part that a parameter belongs to."""
-    return next(i for i, part in enumerate(_ORDER) if name.startswith(part))
-
-
-def _is_recomputed(name, params, policy):
-    """Whether a stack's product is computed again before its layer's backward pass."""
-    if policy in (*_SAVES_ALL, *_SAVES_WEIGHT_PRODUCTS):
-        return False
-    # The block's last product gives its output, which the next block has kept, and which nothing
-    # in its own backward pass reads, unless there is a norm behind it.
-    ends_block = "/Dense_1/kernel", "/Dense_1/lora_b", "/mlp/linear", "/mlp/down/lora_b"
-    return "llm/layers/post_ffw_norm/scale" in params or not name.endswith(ends_block)
 
 
 # TFLOP/s in bfloat16, dense, of one JAX device. First match counts, so longer names come first.

@@ -12,10 +12,14 @@ Axis letters: Q questions, P patches.
 
 import itertools
 import zlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import scipy.stats
+
+from paligemma_med.models import leaves as leaf_tables
+from paligemma_med.models import lora_targets, parts
 
 # Where a mean rank correlation is above it, the check fails: ranks that correlate by 0.5 share a
 # quarter of their variance, and more than that would then be owed to something else than weights.
@@ -24,63 +28,96 @@ MAX_AFTER_RANDOMISING = 0.5
 # more (a fifth of the ranks' variance) to the question.
 MAX_BETWEEN_QUESTIONS = 0.9
 
-_TOP, _BOTTOM = ("llm/final_norm",), ("llm/embedder", "img/head", "img/Transformer/encoder_norm")
-_STACKS = ("llm/layers", "img/Transformer/encoderblock")
+
+class _Stage(NamedTuple):
+    """What is randomised at once: some leaves, or one layer of them."""
+
+    name: str
+    paths: frozenset[str]
+    layer: int | None = None
 
 
-def stages(params):
+def stages(params, leaves=None):
     """Names of what is randomised one after the other, from the output down.
 
-    The language model's last norm, its layers from the last to the first, its table of tokens (tied
-    to the output, and yet below: it is the input too), the tower's head and last norm, its layers
-    from the last to the first, its patch and position embeddings.
+    Part by part, the last first: what stands behind its layers, module by module; its layers from
+    the last to the first; what stands in front of them at once. In PaliGemma the language model's
+    last norm, its layers, its table of tokens (tied to the output, and yet below: it is the input
+    too), the tower's head and last norm, its layers, its patch and position embeddings.
 
     Args:
       params: {"img": …, "llm": …} as of `vlm.Model`.
+      leaves: the model's table of leaves; by default PaliGemma's.
 
     Returns:
       list of str, such as "llm/layers/17".
     """
-    depth = {stack: len(_leaves_below(params, stack)[0]) for stack in _STACKS}
-    of = {s: [f"{s}/{i}" for i in reversed(range(n))] for s, n in depth.items()}
-    return [*_TOP, *of[_STACKS[0]], *_BOTTOM, *of[_STACKS[1]], "img/embeddings"]
+    return [stage.name for stage in _stages(_flat(params), leaves)]
 
 
-def randomised(params, which, seed=0):
+def _stages(flat, leaves):
+    table = {path: leaf for path, leaf in (parts.LEAVES if leaves is None else leaves).items() if path in flat}
+    out = []
+    for part in reversed(dict.fromkeys(path.split("/")[0] for path in table)):
+        below, layers, above = [], [], []
+        for leaf in table.values():
+            if leaf.path.startswith(f"{part}/"):
+                (layers if leaf.stacked else above if layers else below).append(leaf)
+        if not layers:
+            below, above = [], below
+        for folder in reversed(dict.fromkeys(leaf.folder for leaf in above)):
+            out.append(_Stage(folder, frozenset(leaf.path for leaf in above if leaf.folder == folder)))
+        if layers:
+            stack, paths = leaf_tables.stack_of(layers), frozenset(leaf.path for leaf in layers)
+            depth = len(flat[layers[0].path])
+            out += [_Stage(f"{stack}/{i}", paths, i) for i in reversed(range(depth))]
+        if below:
+            folders = {leaf.folder for leaf in below}
+            name = folders.pop() if len(folders) == 1 else f"{part}/embeddings"
+            out.append(_Stage(name, frozenset(leaf.path for leaf in below)))
+    return out
+
+
+def _flat(params):
+    return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def randomised(params, which, seed=0, leaves=None):
     """`params` with the stages `which` (names of `stages`) replaced by noise.
 
     Each leaf of a layer becomes normal with its own mean and standard deviation: activations keep
     their scale, and what was learned is gone. Noise depends on seed, leaf and layer alone. A leaf
     that has one value throughout keeps it. Types and devices are kept; untouched leaves are shared.
+    Adapters and scales go with the kernel that they belong to.
 
     Raises:
       ValueError: a name that isn't among the stages.
     """
-    if unknown := sorted(set(which) - set(stages(params))):
+    every = _stages(_flat(params), leaves)
+    if unknown := sorted(set(which) - {stage.name for stage in every}):
         raise ValueError(f"There are no stages {unknown}; see sanity.stages.")
+    chosen = [stage for stage in every if stage.name in which]
+    by_name = lora_targets.leaf_by_name(leaves)
 
     def of_leaf(path, leaf):
         name = "/".join(str(p.key) for p in path)
-        stack = next((s for s in _STACKS if name.startswith(f"{s}/")), None)
-        if stack is None:
-            stage = next((s for s in (*_TOP, *_BOTTOM) if name.startswith(s)), "img/embeddings")
-            return _noise(leaf, (seed, _hash(name), 0)) if stage in which else leaf
-        layers = [i for i in range(len(leaf)) if f"{stack}/{i}" in which]
-        if not layers:
+        mine = [stage.layer for stage in chosen if by_name[name].path in stage.paths]
+        if not mine:
             return leaf
+        if mine == [None]:
+            return _noise(leaf, (seed, _hash(name), 0))
         out = np.array(leaf)
-        for i in layers:
+        for i in mine:
             out[i] = _noise(out[i], (seed, _hash(name), i))
         return _like(out, leaf)
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def cascade(params, seed=0):
+def cascade(params, seed=0, leaves=None):
     """Yields (stage, params with this stage and all above it randomised); the last is all noise."""
-    names = stages(params)
-    for name in names:
-        params = randomised(params, (name,), seed)  # the noise of those above stays what it is
+    for name in stages(params, leaves):
+        params = randomised(params, (name,), seed, leaves)  # the noise of those above stays what it is
         yield name, params
 
 
@@ -124,12 +161,6 @@ def between_questions(maps, images, questions, max_pairs=2000, seed=0):
         same_image=[(images[i], similarity(maps[i], maps[j])) for i, j in same],
         other_image=[similarity(maps[i], maps[j]) for i, j in other],
     )
-
-
-def _leaves_below(params, path):
-    for key in path.split("/"):
-        params = params[key]
-    return jax.tree.leaves(params)
 
 
 def _noise(leaf, key):

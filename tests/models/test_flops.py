@@ -147,6 +147,14 @@ def test_four_and_six_per_weight_and_token():
     assert answers.per_example_attention == sum(attention) + 4 * 3 * 12 * seen
 
 
+def test_a_norm_at_the_end_of_the_decoders_blocks_is_not_the_towers():
+    """It asks for the block's last product, which is then made again: the decoder's, not the tower's."""
+    (c, model, _, names), plain = (make(CONSTANT, policy="nothing_saveable", post_norms=x) for x in (True, False))
+    more, less = (count(*m).per_example_recompute for m in ((c, model, names), (plain[0], plain[1], plain[3])))
+    tokens = (RES // 8) ** 2 + c.text_len
+    assert more - less == 2 * 512 * 128 * 2 * tokens
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 3])
 def test_answers_agree_with_xla(samples):
