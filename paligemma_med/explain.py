@@ -11,6 +11,7 @@ read too. With --config and --checkpoint instead of --workdir, weights of any fo
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -35,9 +36,10 @@ from paligemma_med.models import vlm
 from paligemma_med.parallel import compilation_cache, distributed, ending, sharding
 from paligemma_med.pp import get_preprocess_fn, ops_image
 from paligemma_med.pp import images as images_lib
-from paligemma_med.saliency import capture, checks, occlusion, page, report
+from paligemma_med.saliency import capture, checks, occlusion, page, report, sequence
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
+CONTROLS = {"blank": "Nothing (mid-grey)", "shuffled": "Its own patches, shuffled"}
 _SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
 
 
@@ -97,7 +99,7 @@ def explain(
       methods, fill: as `report.measure` takes them.
 
     Returns:
-      A report (`saliency.page`) and the checks it was flagged by (`saliency.flags.Flag`).
+      (`report.Report`, the checks it was flagged by: list of `checks.Flag`).
 
     Raises:
       ValueError: an image that can't be read, a mask of another size, no answer at all.
@@ -114,78 +116,74 @@ def explain(
     row = loaded.pp({"image": image, "question": question})
     cut = int(row.get("_truncated", 0))
     seen = np.asarray(row["image"], np.float32)
-    prompt = row["text"][row["mask_input"] > 0]
+    stretched = _is_stretched(image, seen)
     patch = _patch(loaded.model, seen)
-    images = {
-        "image": seen,
-        "blank": checks.blank(seen),
-        "shuffled": checks.shuffled(seen, patch),
-    }
+    images = {"image": seen, "blank": decode.blank_image(seen.shape), "shuffled": checks.shuffled(seen, patch)}
     if mask is not None:
-        mask = fit_mask(mask, image.shape, seen.shape, _is_stretched(image, seen))
+        mask = fit_mask(mask, image.shape, seen.shape, stretched)
         images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
 
     answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
     answer_ids, answer = answers[0]
     texts = dict(zip(images, (text for _, text in answers)))
-    arrays, score = report.measure(loaded.model, loaded.params, seen, prompt, answer_ids, methods=methods, fill=fill)
+    prompt = sequence.prompt_of(row)
+    arrays, score = report.measure(
+        loaded.model, loaded.params, seen, answer_ids=answer_ids, **prompt, methods=methods, fill=fill
+    )
     names = [name for name in images if name != "image"]
     # In batches as occlusion's, whose program is compiled already.
     size = report.BATCH if "occlusion" in methods else len(names)
     others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))
 
-    out = dict(
-        arrays,
+    length = len(arrays.logprobs)
+    out = report.Report(
+        **vars(arrays),
         title=title,
         question=question,
         answer=answer,
-        prompt=[piece(tok, t) for t in prompt],
-        tokens=[piece(tok, t) for t in answer_ids[: len(arrays["logprobs"])]],
-        ended=int(answer_ids[len(arrays["logprobs"]) - 1]) == tok.eos_token,
-        others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays["others"])],
-        picture=image if _is_stretched(image, seen) else _pixels(seen),
+        prompt=[piece(tok, t) for t in prompt["prompt_ids"]],
+        tokens=[piece(tok, t) for t in answer_ids[:length]],
+        ended=int(answer_ids[length - 1]) == tok.eos_token,
+        others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays.rivals)],
+        picture=image if stretched else _pixels(seen),
         seen=_pixels(seen),
         samples=samples,
         controls=[
-            dict(name=name, answer=texts[key], logprob=float(others[key].sum()))
-            for key, name in (
-                ("blank", "Nothing (mid-grey)"),
-                ("shuffled", "Its own patches, shuffled"),
-            )
+            dict(name=name, answer=texts[key], logprob=float(others[key].sum())) for key, name in CONTROLS.items()
         ],
-        mask=None,
+        mask=None
+        if mask is None
+        else report.Masked(fill, _pixels(images["masked"]), others["masked"], texts["masked"]),
     )
-    if mask is not None:
-        out["mask"] = dict(
-            fill=fill, picture=_pixels(images["masked"]), logprobs=others["masked"], answer=texts["masked"]
-        )
-    raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in ("blank", "shuffled")})]
-    out["flags"] = [dict(name=words(f.name), says=f.says) for f in raised if f.raised]
-    out["about"] = _about(loaded, out, seen, answer_ids, num_samples, temperature, seed)
-    return out, raised
+    raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in CONTROLS})]
+    return dataclasses.replace(
+        out,
+        flags=[dict(name=words(f.name), says=f.says) for f in raised if f.raised],
+        about=_about(loaded, out, answer_ids, num_samples, temperature, seed),
+    ), raised
 
 
 def check(made, controls):
-    """The checks of `saliency.flags` on a report: list of `Flag`, raised or not.
+    """The checks of `saliency.checks` on a report: list of `Flag`, raised or not.
 
     Args:
-      made: a report without its flags.
+      made: a `report.Report`.
       controls: {name: float[R]} log-probabilities of the answer on other images.
     """
     out = [
-        checks.image_ignored(made["logprobs"], controls),
-        checks.low_image_mass(made["mass"]),
+        checks.image_ignored(made.logprobs, controls),
+        checks.low_image_mass(made.mass),
     ]
-    if made["samples"]:
-        out.append(checks.samples_disagree(made["answer"], [s["answer"] for s in made["samples"]]))
-    patches = made["grid"][0] * made["grid"][1]
+    if made.samples:
+        out.append(checks.samples_disagree(made.answer, [s["answer"] for s in made.samples]))
+    patches = made.grid[0] * made.grid[1]
     method = page.first_method(made)
-    found = [m["values"] for m in made["maps"] if m["method"] == method]
-    values = found[0] if found else made["raw"].mean((0, 1))
+    found = [m.values for m in made.maps if m.method == method]
+    values = found[0] if found else made.raw.mean((0, 1))
     saliency = page.whole(method, values[page.content(made), :patches])
     name = f"map by {page.METHODS[method][0].lower()}"
-    out.append(checks.outside_body(saliency.reshape(made["grid"]), made["seen"], name=name))
+    out.append(checks.outside_body(saliency.reshape(made.grid), made.seen, name=name))
     return out
 
 
@@ -242,44 +240,38 @@ def _pixels(image):
 def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens):
     """([(tokens, text)] of the most probable answer on each image, samples on the first).
 
-    Compiling is most of what a short report costs. So both are drawn by one program: sampling from
-    the one most probable token is greedy.
+    Greedy as `predict` is: a draw from the one most probable token would be another answer where
+    two are equally probable.
     """
-    batch = {k: np.stack([row[k]] * len(images)) for k in ("text", "mask_ar", "mask_input")}
-    batch["image"] = np.stack(images)
-    tok = loaded.tokenizer
 
-    def draw(**kw):
+    def draw(images, **kw):
         with sharding.rules(loaded.config, loaded.mesh):
             found = decode.generate(
                 loaded.model,
                 loaded.params,
-                batch,
+                decode.batch_of([{**row, "image": image} for image in images]),
                 eos_token=tok.eos_token,
-                seed=seed,
-                num_samples=max(num_samples, 1),
                 max_new_tokens=max_new_tokens,
                 **kw,
             )
         return distributed.to_host(found)
 
-    tokens, _ = draw(temperature=1.0, top_k=1)
+    tok = loaded.tokenizer
+    tokens, _ = draw(images)
     greedy = [(t[0], tok.to_str(t[0].tolist())) for t in tokens]
     if not num_samples:
         return greedy, []
-    tokens, logprobs = draw(temperature=temperature)
+    tokens, logprobs = draw(images[:1], num_samples=num_samples, temperature=temperature, seed=seed)
     return greedy, [dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum())) for t, p in zip(tokens[0], logprobs[0])]
 
 
-def _about(loaded, made, seen, answer_ids, num_samples, temperature, seed):
+def _about(loaded, made, answer_ids, num_samples, temperature, seed):
+    (height, width), (rows, columns) = made.seen.shape[:2], made.grid
     # No time and no duration: the same command makes the same bytes.
     out = [
         ("Weights", loaded.weights),
-        (
-            "Image",
-            f"{seen.shape[1]} × {seen.shape[0]} px as the model sees it, {made['grid'][0]} × {made['grid'][1]} patches",
-        ),
-        ("Language model", f"{made['raw'].shape[0]} layers of {made['raw'].shape[1]} heads"),
+        ("Image", f"{width} × {height} px as the model sees it, {rows} × {columns} patches"),
+        ("Language model", f"{made.raw.shape[0]} layers of {made.raw.shape[1]} heads"),
         ("Answer", "most probable token at each place (greedy)"),
         ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
         ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
@@ -301,28 +293,15 @@ def write_page(made, path):
 def write_npz(made, path):
     """All arrays of a report, exact: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
     and `texts`, JSON as UTF-8 bytes in an array (no pickle)."""
-    arrays = {k: np.asarray(made[k]) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")}
-    for m in made["maps"]:
-        arrays[slug("_".join(filter(None, (m["method"], m["variant"]))))] = np.asarray(m["values"])
-    for key in ("boxes", "logprobs") if made["regions"] else ():
-        arrays[f"regions_{key}"] = np.asarray(made["regions"][key])
-    if made["mask"]:
-        arrays["mask_logprobs"] = np.asarray(made["mask"]["logprobs"])
-    texts = {
-        k: made[k]
-        for k in (
-            "title",
-            "question",
-            "answer",
-            "prompt",
-            "tokens",
-            "samples",
-            "controls",
-            "flags",
-            "about",
-            "occlusion",
-        )
-    }
+    arrays = {k: np.asarray(getattr(made, k)) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")}
+    for m in made.maps:
+        arrays[slug("_".join(filter(None, (m.method, m.variant))))] = np.asarray(m.values)
+    for key in ("boxes", "logprobs") if made.regions else ():
+        arrays[f"regions_{key}"] = np.asarray(getattr(made.regions, key))
+    if made.mask:
+        arrays["mask_logprobs"] = np.asarray(made.mask.logprobs)
+    keys = ("title", "question", "answer", "prompt", "tokens", "samples", "controls", "flags", "about", "occlusion")
+    texts = {k: getattr(made, k) for k in keys}
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     with files.whole_file(path) as f:
         np.savez_compressed(f, **arrays)
@@ -331,11 +310,11 @@ def write_npz(made, path):
 def write_pngs(made, folder, prefix=""):
     """Each method's map over the picture, of the whole answer and of each token: <prefix><method>_
     all.png, …_00.png. Tokens of one method share their scale."""
-    grid, patches = made["grid"], made["grid"][0] * made["grid"][1]
-    chosen = {"raw": made["raw"].mean((0, 1))}
-    for m in made["maps"]:
-        chosen.setdefault(m["method"], m["values"])
-    picture = np.asarray(PIL.Image.open(io.BytesIO(_png(made["picture"]))).convert("RGB"))
+    grid, patches = made.grid, made.grid[0] * made.grid[1]
+    chosen = {"raw": made.raw.mean((0, 1))}
+    for m in made.maps:
+        chosen.setdefault(m.method, m.values)
+    picture = np.asarray(PIL.Image.open(io.BytesIO(_png(made.picture))).convert("RGB"))
     for method, values in chosen.items():
         values = np.asarray(values)[:, :patches].reshape(-1, *grid)
         whole = page.whole(method, values[page.content(made)])
@@ -502,11 +481,11 @@ def _row(loaded, content, name, question, stem, *, npz, png, **kw):
     if png:
         write_pngs(made, os.path.dirname(stem), f"{os.path.basename(stem)}_")
     return row | dict(
-        answer=page.clean(made["answer"]),
-        flags=made["flags"],
+        answer=page.clean(made.answer),
+        flags=made.flags,
         raised=results.plain(raised, name),
-        probability=float(np.exp(min(0.0, made["logprobs"].sum()))),
-        thumb=page.data_url(made["picture"], 96),
+        probability=float(np.exp(min(0.0, made.logprobs.sum()))),
+        thumb=page.data_url(made.picture, 96),
         href=f"{os.path.basename(stem)}.html",
     )
 
@@ -589,14 +568,14 @@ def main(argv):
     except ValueError as e:
         raise ValueError(f"{values.image}: {e}") from e
     command = shlex.join(["python", "-m", "paligemma_med.explain", *sys.argv[1:]])
-    made["about"].append(("Command", command))
+    made.about.append(("Command", command))
     write_page(made, values.out)
     if values.npz:
         write_npz(made, values.npz)
     if values.png:
         write_pngs(made, values.png)
-    print(f"{made['answer']}   (probability {page.percent(np.sum(made['logprobs']))})")
-    for flag in made["flags"]:
+    print(f"{made.answer}   (probability {page.percent(np.sum(made.logprobs))})")
+    for flag in made.flags:
         print(f"  {flag['name']}: {flag['says']}")
     print(f"Written to {values.out}")
 

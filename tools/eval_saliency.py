@@ -286,20 +286,18 @@ class Subject:
     def ask(self, image, question, *, max_new_tokens=48):
         """(`sequence.Sequence` of the most probable answer, the answer as text)."""
         row = self._pp({"image": image, "question": question})
-        keys = ("image", "text", "mask_ar", "mask_input")
-        batch = {k: np.asarray(row[k])[None] for k in keys}
         tokens, _ = decode.generate(
             self.model,
             self.params,
-            batch,
+            decode.batch_of([row]),
             eos_token=self.tok.eos_token,
             max_new_tokens=max_new_tokens,
         )
         tokens = distributed.to_host(tokens)[0, 0]
-        prompt = batch["text"][0][batch["mask_input"][0] > 0]
-        length = len(prompt) + np.count_nonzero(tokens)
+        prompt = sequence.prompt_of(row)
+        length = len(prompt["prompt_ids"]) + np.count_nonzero(tokens)
         padded = -(-length // _PAD) * _PAD
-        seq = sequence.make(self.model, prompt, tokens, batch["image"][0], pad_to=padded)
+        seq = sequence.make(self.model, answer_ids=tokens, image=row["image"], pad_to=padded, **prompt)
         return seq, self.tok.to_str(tokens.tolist())
 
     def maps(self, seq, score, fill, *, noise=False):

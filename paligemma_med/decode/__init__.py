@@ -18,13 +18,14 @@ the same prompt then differ in their last bits, and so may the token where two c
 from paligemma_med.decode.beam import beam_search
 from paligemma_med.decode.generate import generate
 from paligemma_med.decode.options import encode_options, score_choices, score_options
-from paligemma_med.decode.prompts import PAD_TOKEN, batch_of, bucket, encode_images
+from paligemma_med.decode.prompts import PAD_TOKEN, batch_of, blank_image, bucket, encode_images
 from paligemma_med.decode.sampling import draw, most_probable, nucleus
 
 __all__ = [
     "PAD_TOKEN",
     "batch_of",
     "beam_search",
+    "blank_image",
     "bucket",
     "draw",
     "encode_images",

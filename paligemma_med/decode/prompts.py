@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models.vit import MID_GREY
 from paligemma_med.parallel import distributed
 
 PAD_TOKEN = 0
@@ -21,6 +22,11 @@ def encode_images(model, params, image):
     """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to stand as "zimg" in batches in
     place of "image": several questions on one image then cost one pass of the image tower."""
     return model.apply({"params": params}, image, method="embed_image")[0]
+
+
+def blank_image(shape) -> np.ndarray:
+    """float32[shape] of mid-grey: the image of a prompt that is to be answered without one."""
+    return np.full(shape, MID_GREY, np.float32)
 
 
 def batch_of(rows) -> dict:

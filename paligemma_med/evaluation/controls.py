@@ -98,11 +98,6 @@ def majority_of_type(majority, row) -> str:
 # --- Other images ---
 
 
-def blank_image(shape):
-    """float32[shape] of mid-grey: 0 on the scale of [-1, 1]."""
-    return np.zeros(shape, np.float32)
-
-
 def noise_image(shape, key, seed=0):
     """float32[shape] in [-1, 1), each number drawn for itself, by the image's key and `seed` alone:
     questions on one image share their noise, in any order and batch."""

@@ -110,7 +110,7 @@ class Evaluator(evaluator.Evaluator):
 
     def _other_images(self, who, shape, keys):
         if who == "blank_image":
-            return [controls_lib.blank_image(shape)] * len(keys)
+            return [decode.blank_image(shape)] * len(keys)
         noise = {key: controls_lib.noise_image(shape, key, self.noise_seed) for key in {*keys}}
         return [noise[key] for key in keys]
 

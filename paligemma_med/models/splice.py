@@ -79,16 +79,17 @@ class Layout:
             return token + self.num_image
         return token + self.num_image * (token >= self.image_at[:, None])
 
-    def token(self, slot):
-        """The reverse: int[B, P] slots of text → int[B, P] tokens. Slots of the image give nothing
-        that has a meaning."""
-        if self.image_at is None:
-            return slot - self.num_image
-        return slot - self.num_image * (slot >= self.image_at[:, None] + self.num_image)
-
     def query(self, token):
-        """int[B, P] tokens of the text → int[B, P] the slots that predict them."""
+        """int[B, P] tokens of the text → int[B, P] the slots that predict them: one before their own.
+        That of the first token after the image is the image's last slot, which has seen the image
+        and all text before it."""
         return self.slot(token) - 1
+
+    def predicted(self, slot):
+        """The reverse of `query`: int[B, P] slots → int[B, P] tokens."""
+        if self.image_at is None:
+            return slot + 1 - self.num_image
+        return slot + 1 - self.num_image * (slot + 1 >= self.image_at[:, None] + self.num_image)
 
     def image_slots(self):
         """int[B, Q] slots of the image; int[1, Q] where they are the same in all rows."""
@@ -103,9 +104,6 @@ class Layout:
 
     def outputs(self, y, token=None):
         """What predicts the token after each token of the text: float[B, S, D] → float[B, P, D].
-
-        That is the slot before the next token's own: of the last token before the image, the
-        image's last slot, which has seen both.
 
         Args:
           y: the language model's outputs.

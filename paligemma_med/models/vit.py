@@ -30,6 +30,9 @@ VARIANTS = {
     "g": (1408, 40, 6144, 16),
 }
 DEFAULT_VARIANT = "So400m/14"  # PaliGemma's
+# Pixels are given in [-1, 1] whatever a tower makes of them; this is the middle, which stands for
+# no image where one is to be left out.
+MID_GREY = 0.0
 
 
 def _leaves():

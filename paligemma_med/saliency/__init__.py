@@ -5,9 +5,10 @@ layers (`rollout`), or weighted by gradients (`relevancy`); occlusion as a check
 attention.
 Functions take arrays, return arrays, and know no files.
 
-Words, in all files here: P image patches, row by row; T text positions, prompt and answer and
-padding; S = P + T positions of the sequence; R tokens of the answer; L layers, N heads of the
-language model. The *query* of an answer's token is the position that predicts it, the one before.
+Words, in all files here: P image patches, row by row; T text tokens, prompt and answer and padding;
+Q image tokens that the language model reads; S = Q + T positions of its sequence; R tokens of the
+answer; L layers, N heads of the language model. A *map* has P + T columns (`trace`). The *query* of
+an answer's token is the position that predicts it, the one before.
 
 What a prefix-LM can and can't say: patches and prompt see each other in both directions and never
 see the answer. So "which tokens does a patch influence" has no attention of its own; it is the

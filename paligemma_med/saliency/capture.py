@@ -4,22 +4,19 @@
 `streamed` reads each layer's where they arise, keeps the answer's rows and the rollout, and never
 holds more than one layer's probabilities.
 
-Axis letters: B batch, L layers, N heads, S positions, P patches, T text positions, R tokens of the
-answer, V vocabulary.
+Axis letters: B batch, L layers, N heads, S positions, P patches, T text positions, P + T columns of
+a map (`trace`), R tokens of the answer, V vocabulary.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import vlm
-from paligemma_med.saliency import raw, rollout
-
-MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
+from paligemma_med.models.loss import token_logprobs
+from paligemma_med.saliency import raw, rollout, trace
 
 
 class Attention(NamedTuple):
@@ -31,7 +28,7 @@ class Attention(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """rows float32[L, N, R, S]; rollout float32[R, S]; img_rollout float32[P, P]; mass
+    """rows float32[L, N, R, P + T]; rollout float32[R, P + T]; img_rollout float32[P, P]; mass
     float32[L, N, R, 3] on image, prompt and answer; logprobs float32[R]."""
 
     rows: np.ndarray
@@ -59,7 +56,8 @@ def attention(model, params, batch):
       model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities
         (`capturable`).
       params: its parameters.
-      batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T]; other keys are ignored.
+      batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T], image_at int[B] if there is
+        one; other keys are ignored.
 
     Returns:
       `Attention`. logprobs at t is log p(text[t] | image, text before t), 0 at t = 0.
@@ -67,7 +65,7 @@ def attention(model, params, batch):
     Raises:
       ValueError: under "cudnn".
     """
-    arrays = {k: batch[k] for k in ("image", "text", "mask_ar")}
+    arrays = {k: batch[k] for k in trace.INPUTS if k in batch}
     return Attention(*jax.device_get(whole(model, params, arrays)))
 
 
@@ -77,12 +75,6 @@ def whole(model, params, batch):
     logits, out = model.apply({"params": params}, **batch, capture_attention=True)
     logprobs = token_logprobs(logits[:, :-1], batch["text"][:, 1:])
     return out["llm/attn"], out["img/attn"], jnp.pad(logprobs, ((0, 0), (1, 0)))
-
-
-def token_logprobs(logits, tokens):
-    """float32[B, T, V], int[B, T] → float32[B, T]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 class Rows:
@@ -114,7 +106,8 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
 
     Args:
       model, params, batch: as `attention` takes them; B = 1 (`sequence.make`).
-      queries: int[R] positions that predict the answer's tokens, in text: P ≤ query < S − 1.
+      queries: int[R] positions that predict the answer's tokens, the first first: the prompt is
+        what stands before the token that it predicts.
       fuse, discard: as `rollout.fused` takes them, for both towers.
       start_layer: first layer of the language model in the rollout; the image tower's is 0.
 
@@ -125,24 +118,16 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
       ValueError: under "cudnn", for B other than 1, queries outside of the text, bad arguments of
         the rollout.
     """
-    queries = np.asarray(queries, np.int32)
-    arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
-    patches, length = (
-        math.prod(vlm.patch_grid(model, arrays["image"])),
-        arrays["text"].shape[-1],
-    )
-    if not queries.size or queries.min() < patches or queries.max() > patches + length - 2:
-        raise ValueError(
-            f"queries are {queries.tolist()}; expected positions of the text but the last one, "
-            f"{patches} to {patches + length - 2}."
-        )
-    padded = np.pad(queries, (0, -queries.size % MULTIPLE), mode="edge")
+    arrays = trace.inputs(batch)
+    example = trace.of(model, arrays)
+    queries = example.check_queries(queries, last=1)
     kw = dict(fuse=fuse, discard=float(discard), start_layer=int(start_layer))
-    rows, rolled, img_rolled, logprobs = jax.device_get(stream(model, params, arrays, padded, **kw))
-    count = queries.size
-    prompt = slice(patches, patches + int(np.sum(arrays["mask_ar"] == 0)))
-    rows = rows[:, :, :count]
-    return Streamed(rows, rolled[:count], img_rolled, raw.mass(rows, patches, prompt), logprobs[:count])
+    found = jax.device_get(stream(model, params, arrays, trace.padded(queries), **kw))
+    rows, rolled, img_rolled, logprobs = found
+    rows = rows[:, :, : queries.size]
+    prompt = slice(example.patches, example.patches + int(example.predicted(queries)[0]))
+    mass = raw.mass(rows, example.patches, prompt)
+    return Streamed(rows, rolled[: queries.size], img_rolled, mass, logprobs[: queries.size])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
@@ -150,9 +135,11 @@ def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_lay
     """`streamed` without its checks and its mass: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
-    at = queries - math.prod(vlm.patch_grid(model, batch["image"]))
-    logits, out = model.apply({"params": params}, **batch, logit_positions=at[None], capture_attention=folds)
+    example = trace.of(model, batch)
+    tokens = example.predicted(queries)
+    logits, out = model.apply({"params": params}, **batch, logit_positions=(tokens - 1)[None], capture_attention=folds)
     state, rows = out["llm/attn"]
     rollout.check_start_layer(start_layer, len(rows))
-    logprobs = token_logprobs(logits, batch["text"][:, at + 1])[0]
-    return rows, state["rolled"][queries], out["img/attn"][0]["rolled"], logprobs
+    logprobs = token_logprobs(logits, batch["text"][:, tokens])[0]
+    rolled = example.map(state["rolled"][queries], out, rule="rollout")
+    return example.map(rows, out, rule="raw"), rolled, out["img/attn"][0]["rolled"], logprobs

@@ -53,11 +53,6 @@ def prompt_cut(tokens):
 # --- Does the answer depend on the image? ---
 
 
-def blank(image):
-    """float32[h, w, 3] of mid-grey, 0 on the scale of [-1, 1]: as the evaluations' blank_image."""
-    return np.zeros_like(image, np.float32)
-
-
 def shuffled(image, patch, seed=0):
     """float32[h, w, 3] whose patches of `patch` px (an int or a pair) have changed places.
 

@@ -20,8 +20,11 @@ import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.linalg
 
+from paligemma_med.models.loss import token_logprobs
+from paligemma_med.models.vit import MID_GREY
+from paligemma_med.saliency import trace
+
 FILLS = ("blur", "mean", "blank", "inpaint")
-_BUCKET = 8  # response tokens: so few lengths, so few programs are compiled
 
 
 def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32):
@@ -129,7 +132,7 @@ def fill_image(image, mask, fill="blur", patch=16):
     blur     the image under a Gaussian of standard deviation `patch`: rough brightness stays,
              structure goes. Nothing that the model hasn't seen elsewhere: few edges arise.
     mean     the image's mean colour.
-    blank    mid-grey, 0: what `evaluators.controls` gives for no image.
+    blank    mid-grey: the image of a prompt without one (`decode.blank_image`).
     inpaint  the harmonic function of the surrounding pixels (each new pixel the mean of its four
              neighbours): a smooth membrane, without anything of what was there. Where all is
              masked, the same as blank.
@@ -140,7 +143,7 @@ def fill_image(image, mask, fill="blur", patch=16):
     if fill == "mean":
         return np.broadcast_to(image.mean((0, 1)), image.shape)
     if fill == "blank":
-        return np.zeros_like(image)
+        return np.full_like(image, MID_GREY)
     if fill == "inpaint":
         return _membrane(image, mask)
     raise ValueError(f"fill is {fill!r}; expected one of {FILLS}.")
@@ -150,7 +153,7 @@ def _membrane(image, mask):
     """Solves the discrete Laplace equation on the masked pixels; beyond the image's edge there are
     no neighbours, so nothing flows there."""
     if mask.all():
-        return np.zeros_like(image)
+        return np.full_like(image, MID_GREY)
     out = image.copy()
     ys, xs = np.nonzero(mask)
     if not len(ys):
@@ -212,26 +215,23 @@ def scorer(model, params, seq):
       score(images float32[B, H, W, 3]) → float32[B, R]: log p(token r | image, prompt, tokens
       before r), teacher-forced in one pass.
     """
-    text, mask_ar = (np.asarray(seq.batch[k])[:1] for k in ("text", "mask_ar"))
-    places = np.asarray(seq.queries) - seq.patches  # in the text
-    count = len(places)
-    places = np.pad(places, (0, -count % _BUCKET), mode="edge")
-    tokens = text[0, places + 1]
+    inputs = {k: x for k, x in trace.inputs(seq.batch).items() if k != "image"}
+    places, tokens = trace.padded(seq.places), trace.padded(seq.tokens)
 
     def score(images):
-        out = _logprobs(model, params, jnp.asarray(images, jnp.float32), text, mask_ar, places[None], tokens)
-        return np.asarray(out)[:, :count]
+        out = _logprobs(model, params, jnp.asarray(images, jnp.float32), inputs, places[None], tokens)
+        return np.asarray(out)[:, : len(seq.places)]
 
     return score
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _logprobs(model, params, images, text, mask_ar, places, tokens):
-    """float32[B, R] of tokens int[R] predicted at text positions int[1, R]."""
+def _logprobs(model, params, images, inputs, places, tokens):
+    """float32[B, R] of tokens int[R] predicted after text tokens int[1, R] of one sequence's inputs."""
 
     def tile(x):
         return jnp.broadcast_to(x, (images.shape[0], *x.shape[1:]))
 
-    logits, _ = model.apply({"params": params}, images, tile(text), tile(mask_ar), logit_positions=tile(places))
-    chosen = jnp.take_along_axis(logits, tile(tokens[None])[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    inputs = {k: tile(x) for k, x in inputs.items()}
+    logits, _ = model.apply({"params": params}, images, **inputs, logit_positions=tile(places))
+    return token_logprobs(logits, tile(tokens[None]))

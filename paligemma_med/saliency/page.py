@@ -7,28 +7,7 @@ script puts text into the page as text. So whatever a question or a file name ho
 Arrays travel in the page as base64, each row divided by its largest value: as float16, or, where
 raw attention would be megabytes, as uint8 on a square-root scale (`pack`); the page says which.
 
-A *report* is a dict; P, R, S as in `paligemma_med.saliency`, S without padding:
-
-    title        str, the file's or study's name
-    question, answer                         str
-    prompt, tokens                           pieces of text, list[str]; R tokens
-    ended        bool: the last token is the end of the answer; the map of the whole answer is that
-                 of the others
-    logprobs                                 float[R] of the answer's tokens
-    others       R lists of (piece, probability), most probable first
-    picture      uint8[H, W, 3] as it is shown; seen uint8[H', W', 3] as the model sees it
-    grid         (rows, columns) of patches
-    raw          float[L, N, R, S] raw attention of the answer's queries
-    mass         float[L, N, R, 3] on image, prompt and answer
-    maps         list of dict(method, variant, values float[R, P or S]); variant is a str that the
-                 page lets one choose, "" where there is only one
-    occlusion    dict(fill, cell), where maps hold the method "occlusion"
-    regions      None or dict(fill, boxes int[M, 4] as y0 x0 y1 x1 in patches, logprobs float[M, R])
-    samples      list of dict(answer, logprob)
-    controls     list of dict(name, answer, logprob): without the image; logprob of `answer` above
-    mask         None or dict(fill, picture uint8, logprobs float[R], answer)
-    flags        list of dict(name, says)
-    about        list of (name, value), str each
+`report.Report` says what a report holds.
 """
 
 import base64
@@ -156,8 +135,8 @@ def colour_stops(name):
 
 def content(report):
     """int[…] tokens of the whole answer's map: all but its end, where there are others."""
-    r = len(report["tokens"])
-    return np.arange(r - (report["ended"] and r > 1))
+    r = len(report.tokens)
+    return np.arange(r - (report.ended and r > 1))
 
 
 def whole(method, values):
@@ -168,24 +147,24 @@ def whole(method, values):
 
 def check(report):
     """ValueError where arrays don't fit one another: a page would show them shifted."""
-    h, w = report["grid"]
-    patches, prompt, r = h * w, len(report["prompt"]), len(report["tokens"])
+    h, w = report.grid
+    patches, prompt, r = h * w, len(report.prompt), len(report.tokens)
     s = patches + prompt + r
-    raw = np.shape(report["raw"])
+    raw = np.shape(report.raw)
     expected = {"raw": raw[:2] + (r, s), "mass": raw[:2] + (r, 3), "logprobs": (r,)}
     for name, shape in expected.items():
-        if np.shape(report[name]) != shape:
-            raise ValueError(f"{name} has shape {np.shape(report[name])}; expected {shape}.")
-    arrays = {name: report[name] for name in expected}
-    for m in report["maps"]:
-        name = " ".join(filter(None, (m["method"], m["variant"])))
-        if m["method"] not in METHODS:
-            raise ValueError(f"a map is of {m['method']!r}; expected one of {sorted(METHODS)}.")
-        if np.shape(m["values"]) not in ((r, patches), (r, s)):
-            raise ValueError(f"the map {name} has shape {np.shape(m['values'])}; expected {(r, patches)} or {(r, s)}.")
-        arrays[name] = m["values"]
-    if report["regions"]:
-        arrays["regions"] = report["regions"]["logprobs"]
+        if np.shape(getattr(report, name)) != shape:
+            raise ValueError(f"{name} has shape {np.shape(getattr(report, name))}; expected {shape}.")
+    arrays = {name: getattr(report, name) for name in expected}
+    for m in report.maps:
+        name = " ".join(filter(None, (m.method, m.variant)))
+        if m.method not in METHODS:
+            raise ValueError(f"a map is of {m.method!r}; expected one of {sorted(METHODS)}.")
+        if np.shape(m.values) not in ((r, patches), (r, s)):
+            raise ValueError(f"the map {name} has shape {np.shape(m.values)}; expected {(r, patches)} or {(r, s)}.")
+        arrays[name] = m.values
+    if report.regions:
+        arrays["regions"] = report.regions.logprobs
     for name, x in arrays.items():
         if not np.isfinite(x).all():
             raise ValueError(f"{name} holds NaN or infinity; expected numbers.")
@@ -196,29 +175,29 @@ def check(report):
 
 def data_of(report):
     """What the page's script reads: a dict that JSON carries."""
-    raw = np.asarray(report["raw"])
-    regions = report["regions"]
+    raw = np.asarray(report.raw)
+    regions = report.regions
     return dict(
-        grid=list(report["grid"]),
-        prompt=clean(report["prompt"]),
-        tokens=clean(report["tokens"]),
-        logprobs=_floats(report["logprobs"]),
+        grid=list(report.grid),
+        prompt=clean(report.prompt),
+        tokens=clean(report.tokens),
+        logprobs=_floats(report.logprobs),
         raw=pack(raw, "u1" if raw.size > MAX_RAW else "f2"),
         layers=raw.shape[0],
         heads=raw.shape[1],
-        mass=pack(report["mass"]),
-        maps=[{**m, "values": pack(m["values"])} for m in report["maps"]],
+        mass=pack(report.mass),
+        maps=[{**m._asdict(), "values": pack(m.values)} for m in report.maps],
         methods={k: list(v) for k, v in METHODS.items()},
         signed=list(SIGNED),
         least=LEAST,
         first=first_method(report),
         content=content(report).tolist(),
-        occlusion=report.get("occlusion"),
+        occlusion=report.occlusion,
         regions=regions
         and dict(
-            fill=regions["fill"],
-            boxes=np.asarray(regions["boxes"]).tolist(),
-            logprobs=[_floats(x) for x in np.asarray(regions["logprobs"])],
+            fill=regions.fill,
+            boxes=np.asarray(regions.boxes).tolist(),
+            logprobs=[_floats(x) for x in np.asarray(regions.logprobs)],
         ),
         colours=COLOURS,
     )
@@ -275,42 +254,42 @@ def data_url(pixels, side=MAX_SIDE):
 
 def _texts(report):
     """What the template reads: texts, addresses of images, rounded figures."""
-    logprobs = np.asarray(report["logprobs"], np.float64)
-    mask = report["mask"]
-    h, w = report["grid"]
-    raw = np.shape(report["raw"])
-    out = clean({k: report[k] for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")})
+    logprobs = np.asarray(report.logprobs, np.float64)
+    mask = report.mask
+    h, w = report.grid
+    raw = np.shape(report.raw)
+    out = clean(
+        {k: getattr(report, k) for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")}
+    )
     return dict(
         **{k: v for k, v in out.items() if k not in ("tokens", "samples")},
-        about=clean([list(x) for x in report["about"]]),
+        about=clean([list(x) for x in report.about]),
         grid=(h, w),
         heads=raw[1],
         probability=percent(logprobs.sum()),
         logprob=f"{logprobs.sum():.2f}".replace("-0.00", "0.00"),
-        size=report["picture"].shape[:2],
-        picture=data_url(report["picture"]),
-        seen=data_url(report["seen"]),
-        seen_size=report["seen"].shape[:2],
+        size=report.picture.shape[:2],
+        picture=data_url(report.picture),
+        seen=data_url(report.seen),
+        seen_size=report.seen.shape[:2],
         tokens=[
             dict(text=t, probability=percent(p), others=[(o, share(q)) for o, q in others])
-            for t, p, others in zip(clean(report["tokens"]), logprobs, clean(report["others"]), strict=True)
+            for t, p, others in zip(clean(report.tokens), logprobs, clean(report.others), strict=True)
         ],
-        mass=np.asarray(report["mass"], np.float64).mean((1, 2)),
+        mass=np.asarray(report.mass, np.float64).mean((1, 2)),
         agreement=_agreement(out["samples"], out["answer"]),
         samples=_counted(out["samples"]),
         mask=mask
         and dict(
-            fill=mask["fill"],
-            answer=clean(mask["answer"]),
-            picture=data_url(mask["picture"]),
-            probability=percent(np.sum(mask["logprobs"])),
-            tokens=[
-                (t, percent(a), percent(b)) for t, a, b in zip(clean(report["tokens"]), logprobs, mask["logprobs"])
-            ],
+            fill=mask.fill,
+            answer=clean(mask.answer),
+            picture=data_url(mask.picture),
+            probability=percent(np.sum(mask.logprobs)),
+            tokens=[(t, percent(a), percent(b)) for t, a, b in zip(clean(report.tokens), logprobs, mask.logprobs)],
         ),
-        quantised=np.size(report["raw"]) > MAX_RAW,
-        regions=bool(report["regions"]),
-        occlusion=report.get("occlusion"),
+        quantised=np.size(report.raw) > MAX_RAW,
+        regions=bool(report.regions),
+        occlusion=report.occlusion,
         methods={k: METHODS[k] for k in _methods(report)},
     )
 
@@ -325,7 +304,7 @@ def first_method(report):
 
 
 def _methods(report):
-    found = {m["method"] for m in report["maps"]} | {"raw"}
+    found = {m.method for m in report.maps} | {"raw"}
     return [k for k in METHODS if k in found]
 
 

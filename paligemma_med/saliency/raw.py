@@ -1,29 +1,29 @@
 """Raw attention: the answer's rows as the model made them, on numpy.
 
-`rows` are float[L, N, R, S] of `capture.streamed`; a `map` is float[R, S] of any method.
+`rows` are float[L, N, R, C] of `capture.streamed`; a `map` is float[R, C] of any method, C columns as
+in `trace`: P patches first, then the text.
 """
 
 import numpy as np
 
-FUSES = {"mean": np.mean, "max": np.max, "min": np.min}
+from paligemma_med.saliency import rollout
 
 
 def raw(rows, layers=None, heads=None, fuse="mean"):
     """Attention of chosen layers and heads, fused over both.
 
     Args:
-      rows: float[L, N, R, S].
+      rows: float[L, N, R, C].
       layers, heads: int or ints, negative ones from the end; None takes all.
       fuse: "mean", "max" or "min".
 
     Returns:
-      float32[R, S]. Rows sum to 1 for "mean" alone.
+      float32[R, C]. Rows sum to 1 for "mean" alone.
 
     Raises:
       ValueError: a layer or head that isn't there, or none; an unknown `fuse`.
     """
-    if fuse not in FUSES:
-        raise ValueError(f"fuse is {fuse!r}; expected one of {sorted(FUSES)}.")
+    rollout.check_fuse(fuse)
     rows = np.asarray(rows, np.float32)
     for axis, (name, chosen) in enumerate((("layers", layers), ("heads", heads))):
         if chosen is None:
@@ -32,16 +32,16 @@ def raw(rows, layers=None, heads=None, fuse="mean"):
         if not chosen.size or (chosen < -count).any() or (chosen >= count).any():
             raise ValueError(f"{name} is {chosen.tolist()}; expected some of 0 to {count - 1}.")
         rows = np.take(rows, chosen % count, axis=axis)
-    return FUSES[fuse](rows, axis=(0, 1))
+    return getattr(np, fuse)(rows, axis=(0, 1))
 
 
 def mass(rows, patches, prompt):
     """How much of each row falls on the image, the prompt and the answer.
 
     Args:
-      rows: float[..., S].
+      rows: float[..., C].
       patches: P.
-      prompt: slice of the prompt's positions, which begin at P.
+      prompt: slice of the prompt's columns, which begin at P.
 
     Returns:
       float32[..., 3], which sum to what the row does.
@@ -52,7 +52,7 @@ def mass(rows, patches, prompt):
 
 
 def response_to_image(map, grid):
-    """float[R, S] → float32[R, h, w]: what each token of the answer takes from each patch."""
+    """float[R, C] → float32[R, h, w]: what each token of the answer takes from each patch."""
     map = np.asarray(map, np.float32)
     return map[:, : grid[0] * grid[1]].reshape(-1, *grid)
 
@@ -65,7 +65,7 @@ def image_to_response(map, patches):
     each other and say nothing of how much the patches matter.
 
     Args:
-      map: float[R, S].
+      map: float[R, C].
       patches: ints, or bool[h, w] or bool[P], which patches.
 
     Returns:
@@ -79,6 +79,6 @@ def image_to_response(map, patches):
 
 
 def prompt_to_response(map, prompt):
-    """float[R, S] → float32[R, tokens of the prompt]: what each token of the answer takes from each
+    """float[R, C] → float32[R, tokens of the prompt]: what each token of the answer takes from each
     of the prompt."""
     return np.asarray(map, np.float32)[:, prompt]

@@ -8,16 +8,16 @@ Bi-Modal and Encoder-Decoder Transformers" (arXiv 2103.15679), eq. 5 and 6, for 
 y being the score of the token explained, and R's row at the token's query the map. Heads and keys
 that speak against the token count nothing, where rollout takes all of them for it.
 
-PaliGemma is one self-attention stack: the image tower's layers mix patches, the language model's
-the patches, the prompt and the answer. So R of the tower is carried on under the same rule:
-patches = R_llm[query, :P] · R_img. (The paper's eq. 8 and 9, for cross-attention between
-modalities, have no place here.)
+Without cross-attention between modalities (the paper's eq. 8 and 9) the whole model is one stack:
+the image tower's layers mix patches, the language model's the image tokens, the prompt and the
+answer. So R of the tower is carried on under the same rule: patches = R_llm[query, image] · R_img,
+through the connector where there is one.
 
-Axis letters: L layers, N heads, S positions, P patches, T text positions, R tokens, V vocabulary.
+Axis letters: L layers, N heads, S positions, P patches, T text positions, P + T columns of a map
+(`trace`), R tokens, V vocabulary.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -25,20 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_med.models import vlm
+from paligemma_med.saliency import trace
 
 SCORES = ("logit", "logprob")
-MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compiled.
 
 
 class Relevancy(NamedTuple):
-    """rows float32[R, S], over the positions of the language model; patches float32[R, P], carried
-    on through the image tower to its input."""
+    """rows float32[R, P + T], as the language model sees them; patches float32[R, P], carried on
+    through the image tower to its input."""
 
     rows: np.ndarray
     patches: np.ndarray
 
 
-def relevancy(model, params, batch, queries, tokens, *, score="logit"):
+def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True) -> Relevancy:
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
     One pass forward, and for each token one backward, down to the probabilities of all layers.
@@ -52,12 +52,13 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
       model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
       params: its parameters.
       batch: image float[1, H, W, 3], text int[1, T], mask_ar int[1, T] (`sequence.make`).
-      queries: int[R] positions that predict the tokens, in text: P ≤ query < S.
+      queries: int[R] positions of the sequence that predict the tokens.
       tokens: int[R] of the vocabulary: those of the answer, or others, to see what speaks for them.
       score: what is differentiated. "logit", as in the paper, by default: its gradient doesn't
         vanish when the model is sure, so a sure token's map is as deep as an unsure one's.
         "logprob" counts only what speaks for the token more than for its rivals, but its gradient
         shrinks with 1 - p, and near p = 1 only the paths of a single layer are left.
+      own: False takes out the 1 that a row starts from.
 
     Returns:
       `Relevancy`.
@@ -68,28 +69,23 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit"):
     """
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; expected one of {SCORES}.")
-    arrays = {k: np.asarray(batch[k]) for k in ("image", "text", "mask_ar")}
-    if len(arrays["text"]) != 1:
-        raise ValueError(f"The batch has {len(arrays['text'])} rows; expected one.")
+    arrays = trace.inputs(batch)
     queries, tokens = (np.asarray(x, np.int32).reshape(-1) for x in (queries, tokens))
     if not queries.size or queries.size != tokens.size:
         raise ValueError(f"{queries.size} queries and {tokens.size} tokens; expected as many.")
-    patches = math.prod(vlm.patch_grid(model, arrays["image"]))
-    length = patches + arrays["text"].shape[1]
-    if queries.min() < patches or queries.max() >= length:
-        raise ValueError(f"Queries {queries.tolist()} are not in the text, {patches}…{length - 1}.")
+    queries = trace.of(model, arrays).check_queries(queries)
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {model.vocab_size}.")
-    padded = (np.pad(x, (0, -x.size % MULTIPLE), mode="edge") for x in (queries, tokens))
-    out = _relevancy(_lean(model), params, arrays, *padded, queries.size, score=score)
+    padded = (trace.padded(x) for x in (queries, tokens))
+    out = _relevancy(_lean(model), params, arrays, *padded, queries.size, score=score, own=own)
     return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
 
 
 def lower(model, params, batch, count):
     """The program for `count` tokens as `jax.jit` lowers it, of arrays or their shapes; to ask what
     memory it takes (tools/bench/saliency_memory.py)."""
-    tokens = jax.ShapeDtypeStruct((count + -count % MULTIPLE,), jnp.int32)
-    return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit")
+    tokens = jax.ShapeDtypeStruct((count + -count % trace.MULTIPLE,), jnp.int32)
+    return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit", own=True)
 
 
 def _lean(model):
@@ -99,16 +95,16 @@ def _lean(model):
     return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
 
-@functools.partial(jax.jit, static_argnames=("model", "score"))
-def _relevancy(model, params, batch, queries, tokens, count, *, score):
+@functools.partial(jax.jit, static_argnames=("model", "score", "own"))
+def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
     """`relevancy` of the first `count` tokens; the other rows are 0, and cost no backward pass."""
-    patches = math.prod(vlm.patch_grid(model, batch["image"]))
-    length = patches + batch["text"].shape[1]
+    example = trace.of(model, batch)
+    patches, length = example.patches, example.layout.length
 
     def scores(slots):
         """float32[R], whose gradient by the slots is Ā of each layer (`capture.weigh`)."""
         variables = {"params": params, "perturbations": vlm.perturbations(model, **slots)}
-        logits, _ = model.apply(variables, **batch, logit_positions=(queries - patches)[None])
+        logits, _ = model.apply(variables, **batch, logit_positions=(example.predicted(queries) - 1)[None])
         if score == "logprob":
             logits = jax.nn.log_softmax(logits, axis=-1)
         return jnp.take_along_axis(logits[0], tokens[:, None], axis=-1)[:, 0]
@@ -119,11 +115,14 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score):
 
     def one(i, out):
         (weights,) = pull(jax.nn.one_hot(i, len(tokens), dtype=jnp.float32))
-        row = carry_down(jax.nn.one_hot(queries[i], length, dtype=jnp.float32), weights["llm"][:, 0])
+        start = jax.nn.one_hot(queries[i], length, dtype=jnp.float32)
+        row = carry_down(start, weights["llm"][:, 0])
+        row = example.map(row if own else row - start, rule="relevancy")
         image = carry_down(row[:patches], weights["img"][:, 0])
         return out[0].at[i].set(row), out[1].at[i].set(image)
 
-    empty = tuple(jnp.zeros((len(tokens), n), jnp.float32) for n in (length, patches))
+    columns = patches + example.layout.num_text
+    empty = tuple(jnp.zeros((len(tokens), n), jnp.float32) for n in (columns, patches))
     return jax.lax.fori_loop(0, count, one, empty)
 
 

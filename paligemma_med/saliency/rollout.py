@@ -10,7 +10,7 @@ Axis letters: N heads, S positions (queries in front, keys behind), R rows of in
 
 import jax.numpy as jnp
 
-FUSES = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
+FUSES = ("max", "mean", "min")  # of heads; functions of numpy and jax.numpy
 
 
 def fused(probs, fuse="mean", discard=0.0):
@@ -29,12 +29,11 @@ def fused(probs, fuse="mean", discard=0.0):
     Raises:
       ValueError: an unknown `fuse`, a `discard` outside of [0, 1).
     """
-    if fuse not in FUSES:
-        raise ValueError(f"fuse is {fuse!r}; expected one of {sorted(FUSES)}.")
+    check_fuse(fuse)
     if not 0 <= discard < 1:
         raise ValueError(f"discard is {discard!r}; expected a share in [0, 1).")
     eye = jnp.eye(probs.shape[-1], dtype=jnp.float32)
-    f = FUSES[fuse](jnp.asarray(probs, jnp.float32), axis=0)
+    f = getattr(jnp, fuse)(jnp.asarray(probs, jnp.float32), axis=0)
     if discard:
         seen = jnp.sum(f > 0, axis=-1, keepdims=True)
         drop = jnp.floor(discard * seen).astype(jnp.int32)
@@ -70,20 +69,26 @@ def rollout(attn, fuse="mean", discard=0.0, start_layer=0):
     return rolled
 
 
+def check_fuse(fuse):
+    """Raises ValueError unless it is one of FUSES."""
+    if fuse not in FUSES:
+        raise ValueError(f"fuse is {fuse!r}; expected one of {list(FUSES)}.")
+
+
 def check_start_layer(start_layer, layers):
     """Raises ValueError where no layer would be left."""
     if not 0 <= start_layer < layers:
         raise ValueError(f"start_layer is {start_layer!r}; expected 0 to {layers - 1}.")
 
 
-def to_patches(rows, img_rollout):
-    """Carries shares of the image's tokens on through SigLIP to the patches of pixels.
+def to_patches(cells, img_rollout):
+    """Carries shares of the tower's tokens on through the image tower to the patches of pixels.
 
     Args:
-      rows: float[..., P] shares of the tokens that the language model reads.
-      img_rollout: float[P, P], `rollout` of the image tower, whose output those tokens are.
+      cells: float[..., P] shares of the tower's tokens: the first columns of a map.
+      img_rollout: float[P, P], `rollout` of the tower.
 
     Returns:
       float32[..., P]; each row keeps its sum.
     """
-    return jnp.matmul(jnp.asarray(rows, jnp.float32), img_rollout, precision="highest")
+    return jnp.matmul(jnp.asarray(cells, jnp.float32), img_rollout, precision="highest")

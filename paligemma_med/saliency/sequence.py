@@ -4,22 +4,22 @@ import dataclasses
 
 import numpy as np
 
-from paligemma_med.models import vlm
-
-PAD_TOKEN = 0
+from paligemma_med.decode import PAD_TOKEN
+from paligemma_med.saliency import trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One image, prompt and answer; positions are in 0…S − 1, the image's patches first.
+    """One image, prompt and answer.
 
     Attributes:
-      batch: image float32[1, H, W, 3], text int32[1, T], mask_ar int32[1, T] (0 on the prompt, 1
-        after), mask_input int32[1, T] (1 on prompt and answer).
+      batch: image float32[1, H, W, 3], text int32[1, T], mask_ar int32[1, T] (1 behind the prompt),
+        mask_input int32[1, T] (1 on prompt and answer), and image_at int32[1] if the image stands
+        elsewhere than in front.
       grid: (rows, columns) of patches.
-      prompt: slice of positions.
-      response: slice of positions of the answer's tokens.
-      queries: int32[R] positions that predict them.
+      prompt: slice of a map's columns (see `trace`).
+      response: slice of a map's columns, those of the answer's tokens.
+      queries: int32[R] positions of the sequence that predict them.
     """
 
     batch: dict
@@ -29,28 +29,47 @@ class Sequence:
     queries: np.ndarray
 
     @property
-    def patches(self):
+    def patches(self) -> int:
         """P."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def tokens(self):
+    def places(self) -> np.ndarray:
+        """int[R] tokens of the text after which the model is to say the answer's."""
+        return np.arange(self.response.start, self.response.stop) - self.patches - 1
+
+    @property
+    def tokens(self) -> np.ndarray:
         """The answer's tokens, int32[R]."""
-        return self.batch["text"][0, self.response.start - self.patches :][: len(self.queries)]
+        return self.batch["text"][0, self.places + 1]
 
 
-def make(model, prompt_ids, answer_ids, image, *, pad_to=None):
+def prompt_of(row) -> dict:
+    """What `make` takes of a preprocessed row: its prompt without padding, and where the image is."""
+    valid = np.asarray(row["mask_input"]) > 0
+    return dict(
+        prompt_ids=np.asarray(row["text"])[valid],
+        mask_ar=np.asarray(row["mask_ar"])[valid],
+        image_at=row.get("image_at"),
+    )
+
+
+def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_to=None) -> Sequence:
     """Puts a prompt and an answer, as `decode.generate` reads and writes them, into one sequence.
 
     Args:
-      model: `vlm.Model`, of which the patches' size is taken.
+      model: `vlm.Model`, which tells where everything stands.
       prompt_ids: int[…] the prompt's tokens, without padding.
       answer_ids: int[…] the answer's tokens; padding (0) at the end is dropped, EOS is a token.
       image: float[H, W, 3] in [-1, 1].
+      mask_ar: of the prompt, an int or int[…] for each token: 0 where it is bidirectional, 1 where
+        it is causal; see `splice.make_attn_mask`.
+      image_at: how many of the prompt's tokens stand before the image; None: it is in front.
       pad_to: T. By default the next multiple of 16, so that few programs are compiled.
 
     Raises:
-      ValueError: no prompt, no answer, an image that isn't [H, W, 3], text longer than `pad_to`.
+      ValueError: no prompt, no answer, an image that isn't [H, W, 3] or stands outside of the
+        prompt, text longer than `pad_to`.
     """
     image = np.asarray(image, np.float32)
     if image.ndim != 3 or image.shape[-1] != 3:
@@ -60,25 +79,25 @@ def make(model, prompt_ids, answer_ids, image, *, pad_to=None):
     for name, x in (("prompt", prompt), ("answer", answer)):
         if not x.size:
             raise ValueError(f"The {name} has no tokens; expected at least one.")
+    if image_at is not None and not 0 <= image_at <= prompt.size:
+        raise ValueError(f"image_at is {image_at}; expected 0 to {prompt.size}, the length of the prompt.")
     length = prompt.size + answer.size
     pad_to = -(-length // 16) * 16 if pad_to is None else pad_to
     if length > pad_to:
         raise ValueError(f"Prompt and answer are {length} tokens; pad_to={pad_to} is less.")
-    text = np.zeros((1, pad_to), np.int32)
+    text, ar = np.zeros((1, pad_to), np.int32), np.ones((1, pad_to), np.int32)
     text[0, :length] = np.concatenate([prompt, answer])
-    place = np.arange(pad_to)[None]
-    grid = vlm.patch_grid(model, image)
-    start = grid[0] * grid[1]
-    middle, end = start + prompt.size, start + length
+    ar[0, : prompt.size] = mask_ar
+    valid = np.arange(pad_to)[None] < length
+    batch = dict(image=image[None], text=text, mask_ar=ar, mask_input=valid.astype(np.int32))
+    if image_at is not None:
+        batch["image_at"] = np.array([image_at], np.int32)
+    example = trace.of(model, batch)
+    middle, end = example.patches + prompt.size, example.patches + length
     return Sequence(
-        batch=dict(
-            image=image[None],
-            text=text,
-            mask_ar=(place >= prompt.size).astype(np.int32),
-            mask_input=(place < length).astype(np.int32),
-        ),
-        grid=grid,
-        prompt=slice(start, middle),
+        batch=batch,
+        grid=example.grid,
+        prompt=slice(example.patches, middle),
         response=slice(middle, end),
-        queries=np.arange(middle - 1, end - 1, dtype=np.int32),
+        queries=example.layout.query(np.arange(prompt.size, length)[None])[0].astype(np.int32),
     )

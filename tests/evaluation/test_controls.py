@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from paligemma_med import decode
 from paligemma_med.evaluation import controls, questions
 from paligemma_med.metrics import scoring
 
@@ -72,7 +73,7 @@ def test_images_that_are_none():
     key = questions.image_key(image)
     assert key == questions.image_key(np.asfortranarray(image)) != questions.image_key(image[::-1])
     assert len(key) == 16
-    blank = controls.blank_image((2, 2, 3))
+    blank = decode.blank_image((2, 2, 3))
     assert blank.dtype == np.float32 and not blank.any()
     big = (64, 64, 3)
     noise = controls.noise_image(big, key)

@@ -60,7 +60,7 @@ def test_a_layout_equals_lists_that_are_put_together(image_at, image_ar):
     of_image = {"prefix": [0, 0, 0], "block": [1, 0, 0], "causal": [1, 1, 1]}[image_ar]
     token = jnp.tile(jnp.arange(num_text), (rows, 1))
     slot = layout.slot(token)
-    np.testing.assert_array_equal(layout.token(slot), token)
+    np.testing.assert_array_equal(layout.predicted(layout.query(token)), token)
     outputs, some = layout.outputs(x), layout.outputs(x, token[:, ::2])
     for b in range(rows):
         row = slots_of((image_at or [0] * rows)[b], num_image, num_text)

@@ -25,10 +25,10 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         return (x / x.sum(-1, keepdims=True)).astype(np.float32)
 
     drops = rng.normal(0, 0.5, (r, patches)).astype(np.float32)
-    maps = [dict(method="rollout", variant=v, values=rows()) for v in report.ROLLOUTS]
-    maps += [dict(method="rollout_siglip", variant=v, values=rows()) for v in report.ROLLOUTS]
-    maps += [dict(method=m, variant="", values=rows()) for m in ("relevancy", "relevancy_siglip")]
-    maps += [dict(method="occlusion", variant="", values=drops)]
+    maps = [report.Map("rollout", v, rows()) for v in report.ROLLOUTS]
+    maps += [report.Map("rollout_siglip", v, rows()) for v in report.ROLLOUTS]
+    maps += [report.Map(m, "", rows()) for m in ("relevancy", "relevancy_siglip")]
+    maps += [report.Map("occlusion", "", drops)]
     made = rows(layers, heads)
     boxes = report.boxes(grid)
     out = dict(
@@ -38,6 +38,7 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         prompt=list(prompt),
         tokens=list(tokens),
         ended=tokens[-1] == "‹end›",
+        rivals=(np.zeros((r, 2), np.int32), np.zeros((r, 2), np.float32)),
         logprobs=np.log(np.linspace(0.9, 0.5, r)).astype(np.float32),
         others=[[(t, 0.6), ("right", 0.3)] for t in tokens],
         picture=rng.integers(0, 256, (90, 120, 3), np.uint8),
@@ -47,12 +48,12 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         mass=raw.mass(made, patches, slice(patches, patches + len(prompt))),
         maps=maps,
         occlusion=dict(fill="blur", cell=1),
-        regions=dict(fill="blur", boxes=boxes, logprobs=-rng.random((len(boxes), r)).astype(np.float32)),
+        regions=report.Regions(fill="blur", boxes=boxes, logprobs=-rng.random((len(boxes), r)).astype(np.float32)),
         samples=[dict(answer=a, logprob=-1.0) for a in ("left lung", "left lung", "liver")],
         controls=[dict(name="Nothing (mid-grey)", answer="left lung", logprob=-0.7)],
         mask=None,
         flags=[dict(name="Image ignored", says="It hardly depends on the image.")],
         about=[("Weights", "none")],
     )
-    assert {m["method"] for m in maps} | {"raw"} == set(page.METHODS)
-    return {**out, **kw}
+    assert {m.method for m in maps} | {"raw"} == set(page.METHODS)
+    return report.Report(**{**out, **kw})

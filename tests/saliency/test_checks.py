@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from paligemma_med import decode
 from paligemma_med.saliency import checks as flags
 
 
@@ -42,7 +43,8 @@ def test_an_answer_that_loses_less_than_a_bit_on_any_other_image_ignores_it():
 
 def test_control_images():
     image = np.random.default_rng(0).uniform(-1, 1, (6, 8, 3)).astype(np.float32)
-    assert not flags.blank(image).any() and flags.blank(image).shape == image.shape
+    blank = decode.blank_image(image.shape)
+    assert not blank.any() and blank.shape == image.shape
 
     def patches(x):
         return sorted(x[i : i + 2, j : j + 2].tolist() for i in (0, 2, 4) for j in (0, 2, 4, 6))

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from paligemma_med.saliency import page, raw
+from paligemma_med.saliency import page, raw, report
 from tests import chromium
 from tests.saliency import reports
 
@@ -31,7 +31,7 @@ def test_packed_arrays_come_back(kind, bound):
 def test_raw_attention_of_many_patches_is_kept_small():
     """448 px, the shapes of the 3B model: 18 layers of 8 heads, 1,024 patches."""
     made = reports.fake(grid=(32, 32), layers=18, heads=8)
-    assert made["raw"].size > page.MAX_RAW
+    assert made.raw.size > page.MAX_RAW
     text = page.render(made)
     assert "8 bits on a square-root scale" in text
     assert len(text) < 2_000_000
@@ -68,7 +68,7 @@ def test_hostile_texts_are_inert_in_the_file():
         flags=[dict(name=bad, says=bad)],
         samples=[dict(answer=bad, logprob=-1.0)],
         controls=[dict(name=bad, answer=bad, logprob=-1.0)],
-        mask=dict(fill="blur", picture=np.zeros((8, 8, 3), np.uint8), answer=bad, logprobs=-np.ones(3)),
+        mask=report.Masked("blur", np.zeros((8, 8, 3), np.uint8), -np.ones(3), bad),
     )
     for text in (page.render(made), page.render_index(index_rows(bad), bad)):
         assert "<script>document" not in text and "<img src=x" not in text
@@ -95,9 +95,9 @@ def index_rows(text="film.png"):
         (dict(raw=np.zeros((3, 2, 3, 55))), r"raw has shape \(3, 2, 3, 55\); expected .* 56\)"),
         (dict(logprobs=np.zeros(4)), "logprobs has shape"),
         (dict(logprobs=np.full(3, np.nan)), "logprobs holds NaN"),
-        (dict(maps=[dict(method="x", variant="", values=np.zeros((3, P)))]), "a map is of 'x'"),
+        (dict(maps=[report.Map("x", "", np.zeros((3, P)))]), "a map is of 'x'"),
         (
-            dict(maps=[dict(method="rollout", variant="a", values=np.zeros((3, 5)))]),
+            dict(maps=[report.Map("rollout", "a", np.zeros((3, 5)))]),
             "the map rollout a has shape",
         ),
     ],
@@ -173,8 +173,8 @@ def map_pixels(browser):
 
 def values_of(made, method, variant="", r=None):
     """float[P]: the map that the page should show."""
-    (m,) = [m for m in made["maps"] if (m["method"], m["variant"]) == (method, variant)]
-    x = m["values"][:, :P]
+    (m,) = [m for m in made.maps if (m.method, m.variant) == (method, variant)]
+    x = m.values[:, :P]
     return x[r] if r is not None else page.whole(method, x[:-1])  # without the end
 
 
@@ -189,7 +189,7 @@ def test_a_token_is_clicked(shown):
     assert "The whole answer by relevancy through" in browser.text("#message")
     assert peak(values_of(made, "relevancy_siglip")) in browser.text("#message")
     seen = {whole}
-    for r, token in enumerate(made["tokens"]):
+    for r, token in enumerate(made.tokens):
         browser.click(f"#tokens .chip:nth-child({r + 1})")
         message = browser.text("#message")
         assert f"“{token.strip()}” by" in message
@@ -205,21 +205,21 @@ def test_a_token_is_clicked(shown):
 def test_every_method_and_setting_shows_its_own_map(shown):
     browser, made = shown
     seen = set()
-    for m in made["maps"]:
-        browser.set("#method", m["method"])
-        if m["variant"]:
-            browser.set("#variant", m["variant"])
-        assert peak(values_of(made, m["method"], m["variant"])) in browser.text("#message")
+    for m in made.maps:
+        browser.set("#method", m.method)
+        if m.variant:
+            browser.set("#variant", m.variant)
+        assert peak(values_of(made, m.method, m.variant)) in browser.text("#message")
         seen.add(map_pixels(browser))
     browser.set("#method", "raw")
     for layer, head, fuse in [(-1, -1, "mean"), (-1, -1, "max"), (1, -1, "min"), (2, 1, "mean")]:
         for name, value in (("layer", layer), ("head", head), ("fuse", fuse)):
             browser.set(f"#{name}", str(value))
         chosen = [None if i < 0 else i for i in (layer, head)]
-        values = raw.raw(made["raw"], *chosen, fuse)[:-1, :P].mean(0)
+        values = raw.raw(made.raw, *chosen, fuse)[:-1, :P].mean(0)
         assert peak(values) in browser.text("#message")
         seen.add(map_pixels(browser))
-    assert len(seen) == len(made["maps"]) + 4
+    assert len(seen) == len(made.maps) + 4
     # What is only looks changes the picture and not the words.
     before = browser.text("#message")
     for name, value in (("colours", "cividis"), ("range", "shared"), ("opacity", "0.3")):
@@ -227,7 +227,7 @@ def test_every_method_and_setting_shows_its_own_map(shown):
         seen.add(map_pixels(browser))
     browser.click("#smooth")
     seen.add(map_pixels(browser))
-    assert len(seen) == len(made["maps"]) + 8
+    assert len(seen) == len(made.maps) + 8
     assert browser.text("#message") == before
 
 
@@ -238,8 +238,8 @@ def test_heads_and_methods_are_chosen_by_their_small_maps(shown):
     browser.click("#gallery button[aria-label^='layer 2, head 1']")
     assert browser.js("document.getElementById('method').value") == "raw"
     assert "(layer 2, head 1)" in browser.text("#message")
-    assert peak(made["raw"][1, 0, :-1, :P].mean(0)) in browser.text("#message")
-    share = made["mass"][1, 0, :-1, 0].mean()
+    assert peak(made.raw[1, 0, :-1, :P].mean(0)) in browser.text("#message")
+    share = made.mass[1, 0, :-1, 0].mean()
     label = browser.js("document.querySelector('#gallery [aria-pressed=true]').ariaLabel")
     assert f"{100 * share:.0f} % on the image" in label
     browser.click("#overview button:nth-child(2)")
@@ -251,7 +251,7 @@ def test_a_patch_is_clicked_and_a_region_brushed(shown):
     browser, made = shown
     browser.set("#method", "rollout")
     browser.click("#stage", at=((5 + 0.5) / 8, (2 + 0.5) / 6))
-    values = made["maps"][0]["values"]
+    values = made.maps[0].values
     figures = "[...document.querySelectorAll('#tokens .figure')].map(e => e.textContent)"
 
     def expected(patches):
@@ -259,9 +259,9 @@ def test_a_patch_is_clicked_and_a_region_brushed(shown):
         return [page.share(float(x)) for x in found]
 
     assert browser.js(figures) == expected([2 * W + 5])
-    (drops,) = [m["values"] for m in made["maps"] if m["method"] == "occlusion"]
+    (drops,) = [m.values for m in made.maps if m.method == "occlusion"]
     drop = drops[:, 2 * W + 5].sum()  # of the answer, its end included
-    now = made["logprobs"].sum()
+    now = made.logprobs.sum()
     text = browser.text("#whatif")
     assert "With row 3, column 6 replaced" in text
     assert f"goes from {page.percent(now)} to {page.percent(now - drop)}" in text
@@ -274,8 +274,8 @@ def test_a_patch_is_clicked_and_a_region_brushed(shown):
     assert browser.js(figures) == expected(rectangle)
     assert "12 chosen patches" in browser.text("#message")
     # The smallest rectangle of the coarse grid around it: rows end at 0 2 3 4 6, columns at 0 2 4…
-    boxes = made["regions"]["boxes"].tolist()
-    want = made["regions"]["logprobs"][boxes.index([0, 2, 6, 6])].sum()
+    boxes = made.regions.boxes.tolist()
+    want = made.regions.logprobs[boxes.index([0, 2, 6, 6])].sum()
     text = browser.text("#whatif")
     assert "With rows 1 to 6, columns 3 to 6 replaced" in text
     assert f"to {page.percent(want)} " in text
@@ -287,7 +287,7 @@ def test_a_prompt_token_is_clicked(shown):
     browser.set("#method", "rollout")
     browser.click("#prompt .chip:nth-child(2)")
     assert "the prompt’s “Is”" in browser.text("#message")
-    shares = raw.image_to_response(made["maps"][0]["values"], [P + 1])
+    shares = raw.image_to_response(made.maps[0].values, [P + 1])
     figures = browser.js("[...document.querySelectorAll('#tokens .figure')].map(e=>e.textContent)")
     assert figures == [page.share(float(x)) for x in shares]
     # Occlusion knows nothing of the prompt: back to the tokens.
@@ -299,7 +299,7 @@ def test_a_prompt_token_is_clicked(shown):
 def test_keys_alone_suffice(shown):
     browser, made = shown
     browser.js("document.getElementById('stage').focus()")
-    at = made["grid"][0] // 2 * W + W // 2
+    at = made.grid[0] // 2 * W + W // 2
     browser.key("ArrowUp")
     browser.key("ArrowRight")
     at += 1 - W

@@ -154,7 +154,7 @@ def test_mistakes_are_told():
         run(batch={k: np.repeat(v, 2, axis=0) for k, v in batch.items()})
     with pytest.raises(ValueError, match="1 queries and 3 tokens"):
         run(queries=queries[:1])
-    with pytest.raises(ValueError, match=r"Queries \[8\] are not in the text, 9…"):
+    with pytest.raises(ValueError, match=r"queries are \[8\]; expected positions of the text, 9 to"):
         run(queries=[patches - 1], tokens=[1])
     with pytest.raises(ValueError, match="vocabulary of 97"):
         run(queries=queries[:1], tokens=[97])

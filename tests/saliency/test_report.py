@@ -1,5 +1,7 @@
 """The arrays of a report are those of the methods' own functions, in order and cut to size."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -44,10 +46,10 @@ def test_one_pass_gives_what_the_methods_give(setting, measured):
     end, p = seq.response.stop, seq.patches
     found = capture.attention(model, params, seq.batch)
     close = dict(rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(arrays["raw"], found.llm[:, 0][:, :, seq.queries, :end], **close)
-    assert arrays["grid"] == seq.grid
-    np.testing.assert_allclose(arrays["logprobs"], found.logprobs[0, 5:8], rtol=1e-4, atol=1e-5)
-    maps = {(m["method"], m["variant"]): m["values"] for m in arrays["maps"]}
+    np.testing.assert_allclose(arrays.raw, found.llm[:, 0][:, :, seq.queries, :end], **close)
+    assert arrays.grid == seq.grid
+    np.testing.assert_allclose(arrays.logprobs, found.logprobs[0, 5:8], rtol=1e-4, atol=1e-5)
+    maps = {(m.method, m.variant): m.values for m in arrays.maps}
     assert [v for m, v in maps if m == "rollout"] == list(report.ROLLOUTS)
     for variant, kw in report.ROLLOUTS.items():
         row = np.asarray(rollout.rollout(found.llm[:, 0], **kw))[seq.queries, :end]
@@ -66,31 +68,31 @@ def test_one_pass_gives_what_the_methods_give(setting, measured):
 def test_occlusion_and_its_regions(setting, measured):
     model, params, image = setting
     arrays, score = measured
-    (values,) = [m["values"] for m in arrays["maps"] if m["method"] == "occlusion"]
-    grid = arrays["grid"]
+    (values,) = [m.values for m in arrays.maps if m.method == "occlusion"]
+    grid = arrays.grid
     seq = sequence.make(model, PROMPT, ANSWER, image)
     want = occlusion.occlusion(occlusion.scorer(model, params, seq), image, grid)
     np.testing.assert_allclose(values, want.reshape(3, -1), atol=1e-5)
-    boxes = arrays["regions"]["boxes"]
+    boxes = arrays.regions.boxes
     whole = [0, 0, *grid]
-    after = arrays["regions"]["logprobs"][boxes.tolist().index(whole)]
+    after = arrays.regions.logprobs[boxes.tolist().index(whole)]
     mask = np.ones(image.shape[:2], bool)
     np.testing.assert_allclose(after, occlusion.region(score, image, mask)[1], atol=1e-3)
     # A rectangle of one patch is that patch's cell.
     y0, x0, y1, x1 = boxes[0]
     assert (y1 - y0, x1 - x0) == (1, 1)
     drop = values[:, y0 * grid[1] + x0]
-    np.testing.assert_allclose(arrays["logprobs"] - drop, arrays["regions"]["logprobs"][0], atol=1e-3)
+    np.testing.assert_allclose(arrays.logprobs - drop, arrays.regions.logprobs[0], atol=1e-3)
 
 
 def test_a_page_can_be_made_of_it(measured):
     arrays, _ = measured
-    for m in (arrays["mass"], raw.mass(arrays["raw"], 4, slice(4, 9))):
+    for m in (arrays.mass, raw.mass(arrays.raw, 4, slice(4, 9))):
         np.testing.assert_allclose(m.sum(-1), 1, rtol=1e-5)
-    tokens, p = arrays["others"]
+    tokens, p = arrays.rivals
     assert tokens.shape == p.shape == (3, report.OTHERS)
     assert (np.diff(p) <= 0).all() and (p.sum(-1) <= 1).all()
-    made = dict(arrays, prompt=["x"] * 5, tokens=["x"] * 3)
+    made = types.SimpleNamespace(**vars(arrays), prompt=["x"] * 5, tokens=["x"] * 3)
     page.check(made)
     assert page.first_method(made) == "relevancy_siglip"
 
@@ -109,7 +111,7 @@ def test_rectangles_of_the_coarse_grid(grid):
 def test_fewer_methods(setting):
     model, params, image = setting
     arrays, _ = report.measure(model, params, image, PROMPT, ANSWER, methods=["raw"])
-    assert arrays["maps"] == [] and arrays["regions"] is None and arrays["occlusion"] is None
+    assert arrays.maps == [] and arrays.regions is None and arrays.occlusion is None
 
 
 def test_mistakes(setting):

@@ -10,13 +10,13 @@ all that its passes hold, forward and backward, in float32.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
 from paligemma_med.models import vlm
-from paligemma_med.saliency import capture, relevancy, report
+from paligemma_med.models.loss import token_logprobs
+from paligemma_med.saliency import capture, relevancy, report, trace
 
 
 def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True):
@@ -65,9 +65,9 @@ def _abstract(res, text_len, tokens, img, llm, dtype):
 @functools.partial(jax.jit, static_argnums=0)
 def _plain(model, params, batch, queries):
     """The same log-probabilities without capture."""
-    at = queries - math.prod(vlm.patch_grid(model, batch["image"]))
-    logits, _ = model.apply({"params": params}, **batch, logit_positions=at[None])
-    return capture.token_logprobs(logits, batch["text"][:, at + 1])
+    tokens = trace.of(model, batch).predicted(queries)
+    logits, _ = model.apply({"params": params}, **batch, logit_positions=(tokens - 1)[None])
+    return token_logprobs(logits, batch["text"][:, tokens])
 
 
 def _mib(lowered):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from paligemma_med.models import flops
+from paligemma_med.models import flops, vlm
 from paligemma_med.saliency import capture
 from tools.bench import peers_ours, sizes, workers
 
@@ -15,10 +15,9 @@ def build(settings):
     batch = sizes.draw_batch(size, 1)
     # The last token is predicted, not read.
     batch = {k: x if k == "image" else x[:, : size.text_len] for k, x in batch.items()}
-    patches = params["img"]["pos_embedding"].shape[1]
     # The positions that predict the answer, but for the last token's own.
     answer = np.flatnonzero(batch["mask_ar"][0])
-    queries = patches + answer - 1
+    queries = vlm.layout_of(model, batch).query(answer[None])[0]
 
     def step():
         return capture.streamed(model, params, batch, queries)
