@@ -174,5 +174,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it is of the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model beneath.")
-    flags.DEFINE_enum("key_style", "4.52", tuple(peft.STYLES), "--to=peft: transformers that names are from.")
+    flags.DEFINE_enum("key_style", "4.52", peft.KEY_STYLES, "--to=peft: transformers that names are from.")
     app.run(main)

@@ -179,12 +179,6 @@ def _product(target, spec, a, b, kernel_shape):
 
 # --- fitting to parameters ---------------------------------------------------------------------
 
-# q, k and v of the language model lie in one kernel if each query head has keys of its own, else in
-# two. The projections are the same.
-_QKV = {t.part: t for t in lora_targets.TARGETS if t.param.endswith("/qkv_einsum/w")}
-_SPLIT = {t.part or "q": t for t in lora_targets.TARGETS if re.search(r"/(q|kv)_einsum/w$", t.param)}
-TWIN = {a: b for k in "qkv" for a, b in ((_QKV[k], _SPLIT[k]), (_SPLIT[k], _QKV[k]))}
-
 
 def _fit(flat, adapter):
     """The adapter for these parameters: targets as they have them, shapes checked."""
@@ -198,7 +192,7 @@ def _fit(flat, adapter):
     specs, factors, problems = {}, {}, []
     for target, spec in adapter.specs.items():
         a, b = adapter.factors[target]
-        twin = TWIN.get(target)
+        twin = lora_targets.TWINS.get(target)
         if target.param not in flat and twin is not None and twin.param in flat:
             target = twin
         if target.param not in flat:

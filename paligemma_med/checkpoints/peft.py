@@ -8,6 +8,7 @@ Axis letters: L layers, I inputs and O outputs of a projection (heads flattened)
 """
 
 import collections
+import functools
 import json
 import math
 import os
@@ -20,9 +21,10 @@ import safetensors.numpy
 from absl import logging
 
 from paligemma_med import files
-from paligemma_med.checkpoints import hf, lazy
-from paligemma_med.checkpoints.adapter import TWIN, Adapter
+from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError, raise_all
+from paligemma_med.checkpoints.hf import families
 from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 
@@ -30,26 +32,11 @@ NAME = "PEFT"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# What transformers has called the three parts of PaliGemma, by the version that began with it.
-STYLES = {
-    "4.41": dict(
-        vision_tower="vision_tower.vision_model",
-        multi_modal_projector="multi_modal_projector",
-        language_model="language_model.model",
-    ),
-    "4.52": dict(
-        vision_tower="model.vision_tower.vision_model",
-        multi_modal_projector="model.multi_modal_projector",
-        language_model="model.language_model",
-    ),
-    "5": dict(
-        vision_tower="model.vision_tower",
-        multi_modal_projector="model.multi_modal_projector",
-        language_model="model.language_model",
-    ),
-}
+# Versions of transformers whose names of modules can be written, whatever the model.
+KEY_STYLES = sorted({style for family in families.FAMILIES.values() for style in family.STYLES})
 
 _ALL_LINEAR = "all-linear"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern are meant
 
 # Fields that say nothing about what the adapter computes once it is trained.
@@ -79,10 +66,8 @@ def is_adapter(path) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG)) or os.path.isfile(os.path.join(path, WEIGHTS))
 
 
-def load_adapter(folder):
-    """Reads a PEFT adapter of a PaliGemma.
-
-    Names of modules may be those of any version of transformers.
+def load_adapter(folder: os.PathLike | str) -> Adapter:
+    """Reads a PEFT adapter of a model that `hf.families` knows, under the names of any version of transformers.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
@@ -108,15 +93,17 @@ def load_adapter(folder):
                 "with safe_serialization=True"
             )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}")
-    modules = _modules_in(path, _read_tensors(path))
-    _check_complete(path, config, modules)
+    tensors = _read_tensors(path)
+    family = families.of_modules([match[1] for key in tensors if (match := _KEY.fullmatch(key))])
+    modules = _modules_in(path, tensors, family)
+    _check_complete(path, config, modules, family)
     specs, factors = {}, {}
-    for target, layers in _by_target(modules).items():
+    for target, layers in _by_target(modules, family).items():
         specs[target] = _one_spec(path, config, layers)
         a = np.stack([np.asarray(pair["A"]).T for _, pair in layers])
         b = np.stack([np.asarray(pair["B"]).T for _, pair in layers])
         factors[target] = a, b
-    return _with_one_kernel_for_qkv(Adapter(specs, factors))
+    return _in_one_kernel(Adapter(specs, factors))
 
 
 def _read_config(path):
@@ -196,12 +183,12 @@ def _read_tensors(path):
         ) from e
 
 
-def _modules_in(path, tensors):
+def _modules_in(path, tensors, family):
     """{(target, layer or None): dict(name=…, A=…, B=…)} of a file's tensors."""
     modules, problems = {}, []
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        place = _place_of(hf.canonical(match[1])) if match else None
+        match = _KEY.fullmatch(key)
+        place = _place_of(match[1], family) if match else None
         if place is None:
             problems.append(f"{key}: unexpected, nothing that is adapted here has that name")
             continue
@@ -225,20 +212,26 @@ def _key(module, factor):
     return f"base_model.model.{module}.lora_{factor}.weight"
 
 
-# Module of each target, without prefix. Of the two sets of targets that q, k, v can be, one.
-_MODULES = {t: hf.module_of(t) for t in lora_targets.TARGETS if "qkv" not in t.param}
+@functools.cache
+def _targets(family):
+    """{canonical name of a module: what it adapts}; of a projection that our models keep in one kernel or in several,
+    the form of several."""
+    out = {}
+    for target, module in families.modules_of(family).items():
+        out.setdefault(module, target)
+    return out
 
 
-def _place_of(module):
-    """(target, layer or None) of a canonical name, or None."""
-    for target, name in _MODULES.items():
-        regex = re.escape(name).replace(re.escape("{i}"), r"(0|[1-9]\d{0,3})")
-        if match := re.fullmatch(regex, module):
+def _place_of(name, family):
+    """(target, layer or None) of a module's name, or None."""
+    for module, target in _targets(family).items():
+        regex = re.escape(module).replace(re.escape("{i}"), r"(0|[1-9]\d{0,3})")
+        if match := re.fullmatch(regex, family.canonical(name)):
             return target, int(match[1]) if match.groups() else None
     return None
 
 
-def _check_complete(path, config, modules):
+def _check_complete(path, config, modules, family):
     """Raises CheckpointError unless the modules are those that target_modules names."""
     problems = [
         f"{_key(m['name'], f)}: unexpected, target_modules doesn't match it"
@@ -246,27 +239,28 @@ def _check_complete(path, config, modules):
         if not _is_targeted(config, m["name"])
         for f in "AB"
     ]
-    depth, prefixes = {}, {}
+    depth, prefixes = {}, {}  # of each part that has adapters
+    module_of = families.modules_of(family)
     for (target, layer), module in modules.items():
-        tower = _MODULES[target].partition(".")[0]
-        depth[tower] = max(depth.get(tower, 0), layer or 0)
-        rest = hf.canonical(module["name"]).removeprefix(tower)
-        prefixes[tower] = module["name"].removesuffix(rest)
+        part = module_of[target].partition(".")[0]
+        depth[part] = max(depth.get(part, 0), layer or 0)
+        rest = family.canonical(module["name"]).removeprefix(part)
+        prefixes[part] = module["name"].removesuffix(rest)
     # A part without any adapter may bear its name in each style that the others allow.
-    styles = [s for s in STYLES.values() if prefixes.items() <= s.items()] or [
-        {**s, **prefixes} for s in STYLES.values()
+    styles = [s for s in family.STYLES.values() if prefixes.items() <= s.items()] or [
+        {**s, **prefixes} for s in family.STYLES.values()
     ]
-    for target, module in _MODULES.items():
-        tower, _, rest = module.partition(".")
-        layers = range(depth.get(tower, 0) + 1) if target.stacked else [None]
+    for module, target in _targets(family).items():
+        part, _, rest = module.partition(".")
+        layers = range(depth.get(part, 0) + 1) if target.stacked else [None]
         for layer in layers:
             if (target, layer) in modules:
                 continue
-            names = [f"{s[tower]}.{rest}".replace("{i}", str(layer)) for s in styles]
+            names = [f"{s[part]}.{rest}".replace("{i}", str(layer)) for s in styles]
             if all(_is_targeted(config, n) for n in names):
                 shown = names[0]
-                if tower not in depth:
-                    shown = f"{styles[0][tower]}.{rest}".replace("{i}", "*")
+                if part not in depth:
+                    shown = f"{styles[0][part]}.{rest}".replace("{i}", "*")
                 problems += [f"{_key(shown, f)}: missing, target_modules matches it" for f in "AB"]
     raise_all(problems, path, 2 * len(modules))
 
@@ -288,9 +282,9 @@ def _is_targeted(config, name):
     return among(wanted) and not among(config.get("exclude_modules"))
 
 
-def _by_target(modules):
+def _by_target(modules, family):
     """{target: [(layer, module), …]} in the order of TARGETS and layers."""
-    out = {t: [] for t in _MODULES}
+    out = {t: [] for t in _targets(family).values()}
     for target, layer in sorted(modules, key=lambda place: place[1] or 0):
         out[target].append((layer, modules[target, layer]))
     return {t: layers for t, layers in out.items() if layers}
@@ -330,37 +324,47 @@ def _by_pattern(pattern, name, default):
     return default
 
 
-def _with_one_kernel_for_qkv(adapter):
-    """q, k, v as parts of one kernel if there are as many key heads as query heads, as far as the
-    factors tell."""
-    query, keys = set(), set()
+def _in_one_kernel(adapter):
+    """The adapter with queries, keys and values as parts of one kernel, where there are as many heads of keys as of
+    queries, as far as the factors tell."""
+    widths = {}  # of heads, by the letters of their axes: what flat sizes the factors have
     for target, (a, b) in adapter.factors.items():
-        if target.param.endswith("/attn/q_einsum/w"):
-            query.add(b.shape[-1])
-        elif target.param.endswith("/attn/attn_vec_einsum/w"):
-            query.add(a.shape[1])
-        elif target.param.endswith("/attn/kv_einsum/w"):
-            keys.add(b.shape[-1])
-    if not query or query != keys:
-        return adapter
+        part = target.param.partition("/")[0]
+        widths.setdefault((part, target.inputs), set()).add(a.shape[1])
+        widths.setdefault((part, target.outputs), set()).add(b.shape[-1])
+
+    def form(target):
+        part = target.param.partition("/")[0]
+        queries, keys = (widths.get((part, letters)) for letters in ("NH", "KH"))
+        return lora_targets.TWINS[target] if target in lora_targets.TWINS and queries and queries == keys else target
+
     return Adapter(
-        {TWIN.get(t, t): s for t, s in adapter.specs.items()},
-        {TWIN.get(t, t): f for t, f in adapter.factors.items()},
+        {form(t): s for t, s in adapter.specs.items()},
+        {form(t): f for t, f in adapter.factors.items()},
     )
 
 
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.52", overwrite=False):
+def save_adapter(
+    folder: os.PathLike | str,
+    adapter: Adapter,
+    *,
+    base_model: str | None = None,
+    dtype: str | None = None,
+    key_style: str = "4.52",
+    model_type: str = "paligemma",
+    overwrite: bool = False,
+) -> None:
     """Writes an adapter as a PEFT folder, which appears whole or not at all.
 
     Args:
       folder: to be made.
-      adapter: Adapter.
+      adapter: what to write.
       base_model: name or path of the Hugging Face model it belongs to, for base_model_name_or_path.
       dtype: floats are cast to it ("float32", "bfloat16", …); None leaves them.
-      key_style: which transformers' names the modules get, a key of STYLES. What
+      key_style: which transformers' names the modules get, one of KEY_STYLES. What
         `PeftModel.from_pretrained` makes of them, tried with random adapters everywhere in both
         towers, transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns of missing keys and
         goes on without them):
@@ -370,6 +374,7 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
           "4.52"  -                     any PEFT      PEFT >= 0.20
           "5"     -                     -             any PEFT
 
+      model_type: of the Hugging Face model, a key of `hf.families.FAMILIES`.
       overwrite: replace an older adapter there.
 
     The config says how the adapter was trained: rank and alpha of most targets, of others in
@@ -382,8 +387,9 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
       CheckpointError: the adapter is empty, or key_style unknown.
     """
     folder = os.path.expanduser(os.fspath(folder))
-    if key_style not in STYLES:
-        raise CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(STYLES)}")
+    family = families.FAMILIES[model_type]
+    if key_style not in family.STYLES:
+        raise CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(family.STYLES)}")
     if not adapter.specs or set(adapter.specs) != set(adapter.factors):
         raise CheckpointError(
             f"the adapter has {len(adapter.specs)} specs and {len(adapter.factors)} pairs of "
@@ -391,13 +397,13 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
         )
     dtype = lazy.dtype_of(dtype)
     specs = {t: adapter.specs[t] for t in lora_targets.TARGETS if t in adapter.specs}
-    config = _make_config(specs, base_model)
+    config = _make_config(specs, base_model, family)
     tensors = {}
     for target in specs:
         a, b = adapter.factors[target]
-        tower, _, rest = hf.module_of(target).partition(".")
+        module_in_style = families.in_style(family, families.modules_of(family)[target], key_style)
         for layer in range(len(a)):
-            module = f"{STYLES[key_style][tower]}.{rest}".replace("{i}", str(layer))
+            module = module_in_style.replace("{i}", str(layer))
             for factor, x in (("A", a), ("B", b)):
                 x = np.asarray(x[layer]).T
                 tensors[_key(module, factor)] = np.ascontiguousarray(x, dtype or x.dtype)
@@ -409,7 +415,7 @@ def save_adapter(folder, adapter, *, base_model=None, dtype=None, key_style="4.5
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _make_config(specs, base_model):
+def _make_config(specs, base_model, family):
     rslora = _commonest([s.rslora for s in specs.values()])
     dropout = _commonest([s.dropout for s in specs.values()])
     if others := sorted({s.dropout for s in specs.values()} - {dropout}):
@@ -421,6 +427,7 @@ def _make_config(specs, base_model):
     ranks = {t: s.rank for t, s in specs.items()}
     alphas = {t: _alpha(s, rslora) for t, s in specs.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    end_of = _ends(family)
     return dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
@@ -430,9 +437,9 @@ def _make_config(specs, base_model):
         lora_alpha=alpha,
         lora_dropout=dropout,
         use_rslora=rslora,
-        rank_pattern={_end_of(t): r for t, r in ranks.items() if r != rank},
-        alpha_pattern={_end_of(t): a for t, a in alphas.items() if a != alpha},
-        target_modules=rf"(.*\.)?({'|'.join(map(_end_of, specs))})",
+        rank_pattern={end_of[t]: r for t, r in ranks.items() if r != rank},
+        alpha_pattern={end_of[t]: a for t, a in alphas.items() if a != alpha},
+        target_modules=rf"(.*\.)?({'|'.join(end_of[t] for t in specs)})",
         bias="none",
         fan_in_fan_out=False,
         init_lora_weights=True,
@@ -451,12 +458,19 @@ def _alpha(spec, rslora):
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def _end_of(target):
-    r"""Regex of the end of the module's name, in every style and for each layer.
+def _ends(family):
+    r"""{target: regex of the end of its module's name, in every style and for each layer}.
 
-    It begins behind a dot in each of them, as older PEFT wants it, and yet tells the towers apart:
-    "encoder" is SigLIP's alone, and "model.layers" is Gemma's.
+    It begins behind a dot in each of them, as older PEFT wants it. A part whose modules could be taken for another's
+    without its name has that in front: "layers.0.self_attn.q_proj" ends like "encoder.layers.0.self_attn.q_proj".
     """
-    tower, _, rest = hf.module_of(target).partition(".")
-    rest = re.escape(rest).replace(re.escape("{i}"), r"\d+")
-    return rf"(language_model|model)\.{rest}" if tower == "language_model" else rest
+    modules = {target: module.partition(".")[::2] for target, module in families.modules_of(family).items()}
+    names = {}  # {part: last words of what the styles call it}
+    for part, rest in modules.values():
+        if any(other.endswith(f".{rest}") for other_part, other in modules.values() if other_part != part):
+            names[part] = sorted({style[part].rpartition(".")[2] for style in family.STYLES.values()})
+    ends = {}
+    for target, (part, rest) in modules.items():
+        rest = re.escape(rest).replace(re.escape("{i}"), r"\d+")
+        ends[target] = rf"({'|'.join(names[part])})\.{rest}" if part in names else rest
+    return ends

@@ -70,6 +70,8 @@ def _leaves():
 
 
 LEAVES = tuple(_leaves())
+# Of the two, one holds (see `Leaf.when`): they keep the same projections, in this order, in different kernels.
+ALTERNATIVES = (("grouped", "ungrouped"),)
 
 
 def _init(fan_in_axes, fan_out_axes):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
-from paligemma_med.models.leaves import Leaf
+from paligemma_med.models.leaves import Leaf, join
 
 
 class Target(NamedTuple):
@@ -66,6 +66,19 @@ def targets_of(leaf: Leaf) -> tuple[Target, ...]:
 
 # Of all families: see `parts.LEAVES`.
 TARGETS = tuple(target for leaf in parts.LEAVES.values() for target in targets_of(leaf))
+
+
+def _twins():
+    for part, families in parts.FAMILIES.items():
+        for family in families.values():
+            for pair in getattr(family, "ALTERNATIVES", ()):
+                tables = (join(**{part: [leaf for leaf in family.LEAVES if leaf.when == when]}) for when in pair)
+                either = [[target for leaf in table.values() for target in targets_of(leaf)] for table in tables]
+                yield from zip(*either, strict=True)
+
+
+# A projection that some models keep in another kernel than others: how it is in the one and in the other.
+TWINS = {a: b for pair in _twins() for a, b in (pair, reversed(pair))}
 
 
 def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target, lora.Spec]:

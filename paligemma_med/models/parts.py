@@ -128,4 +128,11 @@ def leaves_of(model: Mapping | None = None) -> dict[str, leaves.Leaf]:
     return leaves.join(**tables)
 
 
-LEAVES = leaves_of()  # of the default families
+def _all_leaves():
+    img, llm = ([leaf for family in FAMILIES[part].values() for leaf in family.LEAVES] for part in ("img", "llm"))
+    between = [leaf for kind in connector.KINDS.values() for leaf in kind.LEAVES]
+    return leaves.join(img=img, connector=between, llm=llm)
+
+
+# Of all families and connectors, for code that has parameters and no model. A path means the same in each of them.
+LEAVES = _all_leaves()

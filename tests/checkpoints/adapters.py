@@ -1,11 +1,16 @@
 """Random adapters for the random tiny PaliGemmas of tests/models/hf.py."""
 
+import json
+
 import numpy as np
 
-from paligemma_med.checkpoints import adapter
+from paligemma_med.checkpoints import adapter, peft
 from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree
 from tests.models import hf
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj"]
+LINEAR = [*ATTENTION, "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "linear"]
 
 ALL = [(".*", dict(rank=3, alpha=6))]
 # Ranks, scales and dropouts unlike each other; neither tower whole.
@@ -45,3 +50,9 @@ def assert_equal(a, b):
         for x, y in zip(pair, b.factors[target], strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape), target.name
             assert x.tobytes() == y.tobytes(), target.name
+
+
+def edit(folder, **fields):
+    """Changes fields of an adapter's config."""
+    path = folder / peft.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))

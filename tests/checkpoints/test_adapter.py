@@ -77,8 +77,8 @@ def test_one_kernel_for_q_k_v_or_two():
     """Both hold the same projections, and an adapter can't always tell which there is."""
     made = adapters.random_adapter("mha")
     split = adapter.Adapter(
-        {adapter.TWIN.get(t, t): s for t, s in made.specs.items()},
-        {adapter.TWIN.get(t, t): f for t, f in made.factors.items()},
+        {lora_targets.TWINS.get(t, t): s for t, s in made.specs.items()},
+        {lora_targets.TWINS.get(t, t): f for t, f in made.factors.items()},
     )
     assert made.specs.keys() != split.specs.keys()
     params, specs = adapter.insert_adapter(hf.reference("mha")[3], split)

@@ -19,7 +19,7 @@ import transformers
 from configs import common, tiny_base
 from data_prep import build
 from paligemma_med import checkpoints, decode, experiment, input_pipeline, train
-from paligemma_med.checkpoints import hf
+from paligemma_med.checkpoints.hf import families, paligemma
 from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
@@ -106,13 +106,15 @@ def assert_same_steps(ours, theirs, start):
 def factors_of(theirs, targets, start):
     """{our name: array} of the factors of a PEFT model, shaped as those of `start`."""
     modules = {
-        hf.canonical(n.removeprefix("base_model.model.")): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")
+        paligemma.canonical(n.removeprefix("base_model.model.")): m
+        for n, m in theirs.named_modules()
+        if hasattr(m, "lora_A")
     }
     out = {}
     for target in targets:
         for n, factor in zip(lora_targets.factor_names([target]), ("lora_A", "lora_B")):
             layers = range(len(start[n]) if target.stacked else 1)
-            found = [modules[hf.module_of(target).replace("{i}", str(i))] for i in layers]
+            found = [modules[families.modules_of(paligemma)[target].replace("{i}", str(i))] for i in layers]
             found = [getattr(m, factor)["default"].weight.detach().numpy().T for m in found]
             out[n] = np.stack(found).reshape(start[n].shape)
     return out
@@ -245,7 +247,7 @@ def test_what_was_trained_here_answers_alike_in_torch(tmp_path):
 
     base = checkpoints.remove_adapter(params)
     kw = {k: v.to_dict() for k, v in config.model.items()}
-    hf.save_hf(tmp_path / "base", base, **kw)
+    checkpoints.save_hf(tmp_path / "base", base, **kw)
     made = checkpoints.extract_adapter(model, params)
     checkpoints.save_adapter(tmp_path / "adapter", made, base_model=str(tmp_path / "base"))
     theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(

@@ -1,0 +1,117 @@
+"""What the families share in reading a config.json: sections with defaults, and numbers that must be numbers."""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.hf.layout import Sizes
+
+
+class Described(NamedTuple):
+    """What a config.json says of the model: our two dicts, and the sizes of the tensors in the files."""
+
+    img: dict[str, Any]
+    llm: dict[str, Any]
+    sizes: Sizes
+
+
+class Section(Mapping):
+    """An object of a config.json, which knows where it stands."""
+
+    def __init__(self, values: Mapping[str, Any], path: str):
+        self._values, self.path = values, path
+
+    def __getitem__(self, key):
+        return self._values[key]
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self):
+        return len(self._values)
+
+    def number(self, key: str) -> int:
+        """A whole number above 0.
+
+        Raises:
+          CheckpointError: it is something else.
+        """
+        n = self._values[key]
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise CheckpointError(f"{self.path}: {key} is {n!r}, expected a whole number above 0")
+        return n
+
+
+def section(
+    whole: Mapping[str, Any],
+    key: str,
+    path: str,
+    *,
+    types: Collection[str],
+    absent: Mapping[str, Any],
+    defaults: Mapping[str, Mapping[str, Any]],
+    fixed: Mapping[str, Mapping[str, Any]],
+) -> Section:
+    """The section `key`, with what it leaves out.
+
+    Args:
+      whole: the config.json.
+      path: its name, for messages.
+      types: the values that its model_type may have; the first counts where it has none.
+      absent: what stands for a section that isn't there at all.
+      defaults: {model_type: values of keys that aren't there}.
+      fixed: {model_type: values that the model here has and can't change}.
+
+    Raises:
+      CheckpointError: another model_type, another value where one is fixed.
+    """
+    values = whole.get(key)
+    values = absent if values is None else values
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{path}: {key} is {values!r}, expected an object")
+    kind = values.get("model_type") or types[0]
+    if kind not in types:
+        raise CheckpointError(f"{path}: {key} has model_type {kind!r}, expected {' or '.join(types)}")
+    rope = values.get("rope_parameters")
+    values = {**values, **(rope if isinstance(rope, Mapping) else {})}
+    for name, value in fixed[kind].items():
+        if values.get(name, value) != value:
+            raise CheckpointError(f"{path}: {key}.{name} is {values[name]!r}, but this model has {value!r}")
+    return Section({**defaults[kind], **values, "model_type": kind}, path)
+
+
+def check_agrees(part: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """CheckpointError if a dict of our config says another size than the weights have."""
+    for key, n in sizes.items():
+        value = given.get(key, n)
+        value = tuple(value) if isinstance(value, list) else value
+        if value != n:
+            raise CheckpointError(f"{part} says {key}={value!r}, but the weights have {n!r}")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CheckpointError: it holds something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: expected a Hugging Face directory")
+    try:
+        with open(path, encoding="utf-8") as f:
+            out = json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from None
+    if not isinstance(out, dict):
+        raise CheckpointError(f"{path} holds a {type(out).__name__}, expected an object")
+    return out
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Readable, keys in order."""
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2, sort_keys=True)
+        f.write("\n")

@@ -1,0 +1,205 @@
+"""Gemma 1 and Gemma 2 in Hugging Face's names (transformers' GemmaModel and Gemma2Model)."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.hf.config import Section, check_agrees
+from paligemma_med.checkpoints.hf.layout import Row, linear, norm
+from paligemma_med.models import decoder
+
+TYPES = ("gemma", "gemma2")
+# Keys that a config.json leaves out have their class's default; those of transformers 5.23,
+# models/{gemma,gemma2}/configuration_*.py. Google's own files leave out head_dim, for one.
+DEFAULTS = {
+    "gemma": dict(
+        hidden_size=3072,
+        intermediate_size=24_576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        vocab_size=256_000,
+    ),
+    "gemma2": dict(
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=256_000,
+        query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+}
+# What our decoder computes and has no argument for.
+_BOTH = dict(rms_norm_eps=1e-6, attention_bias=False, rope_theta=1e4, rope_type="default", rope_scaling=None)
+FIXED = {
+    "gemma": dict(hidden_act="gelu_pytorch_tanh", **_BOTH),
+    "gemma2": dict(hidden_activation="gelu_pytorch_tanh", **_BOTH),
+}
+BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # of some versions; nothing learnt
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def rows(paths: Collection[str], name: str, part: str = "llm") -> Iterator[Row]:
+    """The rows of a decoder.
+
+    Args:
+      paths: of the leaves that our decoder has: one or two kernels for q, k and v, norms after sublayers or none.
+      name: canonical name of theirs.
+      part: of ours.
+    """
+    yield Row(f"{name}.{EMBEDDING}", "V D", f"{part}/embedder/input_embedding")
+    at, layer = f"{name}.layers.{{i}}", f"{part}/layers"
+    attn = f"{layer}/attn"
+    if f"{attn}/qkv_einsum/w" in paths:
+        for c in "qkv":
+            yield linear(f"{at}.self_attn.{c}_proj", f"{attn}/qkv_einsum/w", c)
+    else:
+        yield linear(f"{at}.self_attn.q_proj", f"{attn}/q_einsum/w")
+        for c in "kv":
+            yield linear(f"{at}.self_attn.{c}_proj", f"{attn}/kv_einsum/w", c)
+    yield linear(f"{at}.self_attn.o_proj", f"{attn}/attn_vec_einsum/w")
+    for c in ("gate", "up"):
+        yield linear(f"{at}.mlp.{c}_proj", f"{layer}/mlp/gating_einsum", c)
+    yield linear(f"{at}.mlp.down_proj", f"{layer}/mlp/linear")
+    yield from norm(f"{at}.input_layernorm", f"{layer}/pre_attention_norm", bias=False)
+    if has_post_norms(paths, part):  # Gemma 1's second norm bears the name of another one in Gemma 2
+        yield from norm(f"{at}.post_attention_layernorm", f"{layer}/post_attention_norm", bias=False)
+        yield from norm(f"{at}.pre_feedforward_layernorm", f"{layer}/pre_ffw_norm", bias=False)
+        yield from norm(f"{at}.post_feedforward_layernorm", f"{layer}/post_ffw_norm", bias=False)
+    else:
+        yield from norm(f"{at}.post_attention_layernorm", f"{layer}/pre_ffw_norm", bias=False)
+    yield from norm(f"{name}.norm", f"{part}/final_norm", bias=False)
+
+
+def has_post_norms(paths: Collection[str], part: str = "llm") -> bool:
+    """Whether it is Gemma 2, which has norms after each sublayer."""
+    return f"{part}/layers/post_attention_norm/scale" in paths
+
+
+def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Our dict, of `vocab_size` tokens, and the sizes in the file.
+
+    Raises:
+      CheckpointError: it asks for what our decoder doesn't compute.
+    """
+    llm = dict(
+        variant=None,
+        width=section.number("hidden_size"),
+        depth=section.number("num_hidden_layers"),
+        mlp_dim=section.number("intermediate_size"),
+        num_heads=section.number("num_attention_heads"),
+        num_kv_heads=section.number("num_key_value_heads"),
+        head_dim=section.number("head_dim"),
+        vocab_size=vocab_size,
+    )
+    if section["model_type"] == "gemma2":
+        llm |= dict(
+            post_norms=True,
+            attn_logits_softcap=section["attn_logit_softcapping"],
+            final_logits_softcap=section["final_logit_softcapping"],
+            query_pre_attn_norm=_query_norm(section, llm),
+        )
+    size = dict(
+        V=section.number("vocab_size"),
+        D=llm["width"],
+        N=llm["num_heads"],
+        K=llm["num_kv_heads"],
+        H=llm["head_dim"],
+        F=llm["mlp_dim"],
+        L=llm["depth"],
+    )
+    return llm, size
+
+
+def _query_norm(section, llm):
+    scalar, per_head = section["query_pre_attn_scalar"], llm["width"] // llm["num_heads"]
+    if scalar == llm["head_dim"]:
+        return "rsqrt_head_dim"
+    if scalar == per_head:
+        return "rsqrt_emb_per_head"
+    raise CheckpointError(
+        f"{section.path}: query_pre_attn_scalar is {scalar!r}, expected head_dim ({llm['head_dim']}) or "
+        f"hidden_size / num_attention_heads ({per_head})"
+    )
+
+
+def make_section(
+    size: Mapping[str, int], llm: Mapping[str, Any] | None, *, post_norms: bool, rows: int
+) -> dict[str, Any]:
+    """text_config of a decoder of these sizes.
+
+    Args:
+      llm: our dict of it. Without it Gemma 2 must have the sizes of a known variant.
+      rows: of the embedding in the file.
+
+    Raises:
+      CheckpointError: theirs has no such decoder, or `llm` says other sizes.
+    """
+    ours = dict(
+        width=size["D"],
+        depth=size["L"],
+        mlp_dim=size["F"],
+        num_heads=size["N"],
+        num_kv_heads=size.get("K", size["N"]),  # in one kernel with q, there are as many
+        head_dim=size["H"],
+        vocab_size=size["V"],
+        post_norms=post_norms,
+    )
+    return dict(
+        model_type="gemma2" if post_norms else "gemma",
+        hidden_size=ours["width"],
+        intermediate_size=ours["mlp_dim"],
+        num_hidden_layers=ours["depth"],
+        num_attention_heads=ours["num_heads"],
+        num_key_value_heads=ours["num_kv_heads"],
+        head_dim=ours["head_dim"],
+        vocab_size=rows,
+        hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+        **_unseen(ours, llm),
+    )
+
+
+def _unseen(ours, llm):
+    """What isn't in the shapes: soft-caps and the scale of queries."""
+    if llm is None:
+        if not ours["post_norms"]:
+            return {}
+        llm = _known_variant(ours)
+    variant = llm.get("variant")
+    if variant and variant not in decoder.VARIANTS:
+        raise CheckpointError(f"llm variant {variant!r} is unknown")
+    given = {**decoder.VARIANTS.get(variant, {}), **llm}
+    given = {"query_pre_attn_norm": "rsqrt_head_dim", "post_norms": False, **given}
+    check_agrees("llm", given, ours)
+    caps = [given.get(k) for k in ("attn_logits_softcap", "final_logits_softcap")]
+    per_head = given["query_pre_attn_norm"] == "rsqrt_emb_per_head"
+    scalar = ours["width"] // ours["num_heads"] if per_head else ours["head_dim"]
+    if ours["post_norms"]:
+        return dict(
+            attn_logit_softcapping=caps[0],
+            final_logit_softcapping=caps[1],
+            query_pre_attn_scalar=scalar,
+        )
+    if any(caps) or scalar != ours["head_dim"]:
+        raise CheckpointError(
+            "llm has soft-caps or a scale of queries, but no norms after sublayers: transformers' "
+            "Gemma has none of them, its Gemma 2 all"
+        )
+    return {}
+
+
+def _known_variant(ours):
+    for variant in decoder.VARIANTS.values():
+        if all(ours[k] == v for k, v in variant.items() if k in ours and k != "vocab_size"):
+            return variant
+    raise CheckpointError(
+        f"the language model is a Gemma 2 of sizes {ours}, which is no known variant, and "
+        "its soft-caps are not among the weights: say them with llm=dict(…)"
+    )

@@ -1,0 +1,175 @@
+"""Writing Hugging Face directories: our tree → config.json and safetensors files, without PyTorch."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paligemma_med import files
+from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints.errors import CheckpointError, raise_all
+from paligemma_med.checkpoints.fit import stack_layers
+from paligemma_med.checkpoints.hf import families, tensors
+from paligemma_med.checkpoints.hf.config import write_json
+from paligemma_med.checkpoints.hf.layout import Row, by_path, measure, relayout, shape
+from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
+
+
+class _Planned(NamedTuple):
+    """A tensor that will be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    row: Row
+    at: tuple[int, ...]  # its place in our array
+    padding: int  # rows behind ours, copies of the first
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_hf(
+    folder: os.PathLike | str,
+    params: Mapping[str, Any],
+    *,
+    img: Mapping[str, Any] | None = None,
+    llm: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 2 * 2**30,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a directory that transformers' `from_pretrained` loads, PaliGemmaForConditionalGeneration's for one.
+
+    Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3,
+    4.57.1, 5.0.0, 5.8.0 and 5.23.0 were tried. (All between the first and the last of them leave
+    out Gemma 2's soft-cap of the output, which changes logits but no greedy answer.) Leaves pass
+    through memory one at a time, and the folder appears whole or not at all. The tokenizer and the
+    image processor are not part of it: they are those of google/paligemma-*.
+
+    The embedding gets 64 more rows, of which the first is the image's token. They are copies of row
+    0 (<pad>), whose logit is therefore theirs too: at a tie argmax takes the lower token, so none
+    of them is ever the greedy answer, as rows of zeros would be where all logits are below 0.
+
+    Args:
+      folder: where to.
+      params: {"img": …, "llm": …} of arrays or `lazy.Lazy`, without adapters.
+      img, llm: the model's two config dicts, which say what shapes don't: soft-caps and the scale
+        of queries. Without `llm`, Gemma 2 must have the sizes of a known variant.
+      dtype: what tensors are cast to; None keeps each as it is.
+      max_shard_bytes: tensors go to several files of at most so much.
+      overwrite: replace an existing directory of this kind.
+      progress: called with the number of bytes (of `params`, before the cast) just written.
+
+    Raises:
+      FileExistsError: `folder` exists.
+      CheckpointError: the tree is that of no family known here, or `img` or `llm` contradict it.
+    """
+    folder, dtype = os.fspath(folder), lazy.dtype_of(dtype)
+    flat = {
+        key: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        for key, leaf in flatten_tree(stack_layers(params)).items()
+    }
+    family, rows = _table_of(flat)
+    sizes = measure({path: tuple(np.shape(flat[path])) for path in by_path(rows)})
+    config = family.make_config(sizes, flat.keys(), img, llm)
+    plan = _plan(family, flat, rows, sizes, dtype)
+    config["torch_dtype"] = str(_widest({t.dtype for t in plan}))
+    shards = _shards(plan, max_shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [tensors.SINGLE]
+    replaces = (tensors.SINGLE, tensors.INDEX) if overwrite else None
+    with files.whole_folder(folder, replaces=replaces) as new:
+        write_json(os.path.join(new, "config.json"), config)
+        tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(os.path.join(new, "generation_config.json"), tokens)
+        if len(shards) > 1:
+            total = sum(t.nbytes for t in plan)
+            where = {t.name: name for name, shard in zip(names, shards) for t in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(os.path.join(new, tensors.INDEX), index)
+        _write_shards(new, names, shards, flat, sizes, progress)
+
+
+def _table_of(flat):
+    """(family, its rows) of a tree; a tree that none fits is an error."""
+    factors = [key for key in flat if lora.is_factor(key)]
+    if factors:
+        raise CheckpointError(
+            f"the weights have adapters ({factors[0]} and {len(factors) - 1} more), which a "
+            "Hugging Face model has no place for: merge them (--merge), or write them (--to peft)"
+        )
+    family = families.of_paths(flat.keys())
+    rows = family.table(flat.keys())
+    expected = {row.path for row in rows}
+    problems = [f"{p}: missing" for p in sorted(expected - flat.keys())]
+    problems += [f"{p}: unexpected, found {np.shape(flat[p])}" for p in sorted(flat.keys() - expected)]
+    problems += [
+        f"{p}: has dtype {flat[p].dtype}, expected a floating type"
+        for p in sorted(expected & flat.keys())
+        if not lazy.is_float(np.dtype(flat[p].dtype))
+    ]
+    raise_all(problems, f"the weights are not {family.NAME}'s", len(expected))
+    return family, rows
+
+
+def _plan(family, flat, rows, sizes, dtype):
+    """All tensors in the order they are written: our parameters one after the other."""
+    out = []
+    for path, group in sorted(by_path(rows).items()):
+        size, leaf = sizes[group[0].part], group[0].leaf
+        kind = dtype or np.dtype(flat[path].dtype)
+        for i in range(size["L"]) if leaf.stacked else (None,):
+            for row in group:
+                rows_, *rest = shape(row.theirs, size)
+                padding = family.PADDING if row.name == family.EMBEDDING else 0
+                name = families.in_style(family, row.name.format(i=i), family.PUBLISHED)
+                at = tuple(n for n in (i, row.index) if n is not None)
+                out.append(_Planned(name, kind, (rows_ + padding, *rest), row, at, padding))
+    return out
+
+
+def _shards(plan, most):
+    out, used = [[]], 0
+    for tensor in plan:
+        if out[-1] and used + tensor.nbytes > most:
+            out.append([])
+            used = 0
+        out[-1].append(tensor)
+        used += tensor.nbytes
+    return out
+
+
+def _widest(dtypes):
+    """transformers loads all tensors as one type; that in which none loses a bit."""
+    widest = max(dtypes, key=lambda d: d.itemsize)
+    return np.dtype("float32") if len(dtypes) > 1 and widest.itemsize == 2 else widest
+
+
+def _write_shards(folder, names, shards, flat, sizes, progress):
+    leaf, path = None, None
+    for name, shard in zip(names, shards):
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(tensors.header((t.name, t.dtype, t.shape) for t in shard))
+            for tensor in shard:
+                if tensor.row.path != path:
+                    leaf = None  # first let go of the one before
+                    leaf, path = np.asarray(flat[tensor.row.path]), tensor.row.path
+                _write_tensor(f, tensor, leaf[tensor.at], sizes[tensor.row.part])
+                if progress:
+                    progress(leaf[tensor.at].nbytes)
+
+
+def _write_tensor(f, tensor, x, size):
+    x = relayout(x, tensor.row.ours, tensor.row.theirs, size)
+    pieces = [x]
+    if tensor.padding:
+        pieces.append(np.broadcast_to(x[:1], (tensor.padding, *x.shape[1:])))
+    for piece in pieces:
+        out = np.asarray(piece.astype(tensor.dtype, copy=False), order="C")
+        f.write(out.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,89 @@
+"""A family of models is one module: here one with other names, a head of its own for the logits, and no padding."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+from paligemma_med.checkpoints import CheckpointError, hf, peft
+from paligemma_med.checkpoints.hf import families, paligemma
+from tests.checkpoints import adapters
+from tests.checkpoints.hf.folders import dicts, tensors_of
+from tests.checkpoints.trees import assert_same
+from tests.models import hf as reference
+
+
+def renamed(name):
+    return name.replace("language_model.", "text.").replace("vision_tower.", "image.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """PaliGemma's tensors as another family would call them."""
+
+    MODEL_TYPE: str = "toy"
+    NAME: str = "Toy"
+    EMBEDDING: str = "text.embed_tokens.weight"
+    HEAD: str = "lm_head.weight"
+    PADDING: int = 0
+    BUFFERS: tuple = ()
+    PUBLISHED: str = "1"
+
+    STYLES = {
+        "1": {"text": "net.text", "image": "net.image", "multi_modal_projector": "net.bridge"},
+        "2": {"text": "text", "image": "image", "multi_modal_projector": "bridge"},
+    }
+
+    def table(self, paths):
+        return tuple(row._replace(name=renamed(row.name)) for row in paligemma.table(paths))
+
+    def canonical(self, name):
+        return re.sub(r"^(net\.)?", "", name).replace("bridge.", "multi_modal_projector.")
+
+    def describe(self, whole, path):
+        return paligemma.describe(dict(whole, image_token_index=whole["text_config"]["vocab_size"]), path)
+
+    def make_config(self, *args) -> dict[str, Any]:
+        config = paligemma.make_config(*args)
+        rows = config["text_config"]["vocab_size"] - paligemma.PADDING
+        return dict(config, model_type="toy", text_config=dict(config["text_config"], vocab_size=rows))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    family = Toy()
+    monkeypatch.setitem(families.FAMILIES, "toy", family)
+    return family
+
+
+@pytest.mark.parametrize("name", ["mqa", "mha", "gemma2"])
+def test_weights_of_another_family_make_the_round_trip(toy, monkeypatch, name, tmp_path):
+    case, _, _, params, _ = reference.reference(name)
+    img, llm = dicts(case)
+    with monkeypatch.context() as m:
+        m.delitem(families.FAMILIES, "paligemma")  # which these leaves fit as well
+        hf.save_hf(tmp_path / "w", params, img=img, llm=llm)
+    names = tensors_of(tmp_path / "w").keys()
+    assert all(n.startswith(("net.text.", "net.image.", "net.bridge.")) for n in names)
+    assert json.loads((tmp_path / "w/config.json").read_text())["model_type"] == "toy"
+    assert_same(hf.open_hf(tmp_path / "w"), params)
+    assert hf.model_config(tmp_path / "w")[0] == img
+
+
+@pytest.mark.parametrize("style", Toy.STYLES)
+@pytest.mark.parametrize("rules", [adapters.ALL, adapters.MIXED], ids=["all", "mixed"])
+def test_adapters_of_another_family_make_the_round_trip(toy, rules, style, tmp_path):
+    made = adapters.random_adapter("gqa", rules)
+    peft.save_adapter(tmp_path / "a", made, key_style=style, model_type="toy")
+    keys = tensors_of(tmp_path / "a").keys()
+    first = tuple(f"base_model.model.{name}." for name in toy.STYLES[style].values())
+    assert all(k.startswith(first) for k in keys)
+    adapters.assert_equal(peft.load_adapter(tmp_path / "a"), made)
+
+
+def test_an_unknown_family_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "toy"}')
+    with pytest.raises(CheckpointError, match="has model_type 'toy': expected 'paligemma'"):
+        hf.open_hf(tmp_path)
