@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import leaves
+from paligemma_med.models import leaves, presets
 from paligemma_med.models.layers import attention, lora, quantised, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
@@ -45,9 +45,9 @@ VARIANTS = {
     "gemma_mini": dict(width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024),
     "gemma_mu": dict(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024),
 }
-DEFAULT_VARIANT = "gemma_2b"  # PaliGemma's
+DEFAULT_VARIANT = presets.DEFAULT["llm"]["variant"]
 
-VOCAB_SIZE = 257_152  # 256,000 pieces of Gemma, then 1,024 <loc> and 128 <seg> tokens.
+VOCAB_SIZE = presets.DEFAULT["llm"]["vocab_size"]
 
 
 def _leaves():

@@ -11,7 +11,7 @@ import dataclasses
 
 import flax.linen as nn
 
-from paligemma_med.models import leaves
+from paligemma_med.models import leaves, presets
 from paligemma_med.models.layers import attention, lora, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
@@ -29,7 +29,7 @@ VARIANTS = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
 }
-DEFAULT_VARIANT = "So400m/14"  # PaliGemma's
+DEFAULT_VARIANT = presets.DEFAULT["img"]["variant"]
 # Pixels are given in [-1, 1] whatever a tower makes of them; this is the middle, which stands for
 # no image where one is to be left out.
 MID_GREY = 0.0

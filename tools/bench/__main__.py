@@ -26,9 +26,11 @@ import sys
 from absl import app, flags
 
 from paligemma_med import files
+from paligemma_med.models import presets
 
 _MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
 _OURS = dict(scan=None, attn_impl=None)
+_VARIANTS = {part: presets.DEFAULT[part]["variant"] for part in ("img", "llm")}
 # The module of each part, and what it is given of the flags, with its own defaults of those that
 # parts share. Modules are imported when they are asked for: some need what a GPU box lacks.
 PARTS = {
@@ -88,7 +90,7 @@ PARTS = {
     "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
     "saliency_memory": (
         "saliency_memory",
-        dict(res=448, text_len=128, tokens=16, img="So400m/14", llm="gemma_2b"),
+        dict(res=448, text_len=128, tokens=16, **_VARIANTS),
     ),
     "synthesis": (
         "synthesis_speed",

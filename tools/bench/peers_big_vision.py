@@ -32,6 +32,12 @@ from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tools.bench import peers_ours, sizes, workers
 
+# Module of a projection of attention → its kernel.
+_PROJECTIONS = {
+    os.path.basename(leaf.folder): leaf
+    for leaf in (*vit.LEAVES, *decoder.LEAVES)
+    if leaf.role == "product" and "H" in leaf.letters
+}
 _MODEL = "big_vision.models.proj.paligemma.paligemma"
 
 
@@ -85,20 +91,20 @@ def _adapt(next_call, args, kw, context):
     module, x = context.module, args[-1] if args else None
     if context.method_name != "__call__":
         return y
-    if module.name in ("query", "key", "value", "q_einsum"):
-        return y + _low_rank(module, x, 1, y.shape[-2:])
-    if module.name in ("out", "attn_vec_einsum"):
-        return y + _low_rank(module, x, 2, y.shape[-1:])
-    if module.name == "kv_einsum":
-        parts = [_low_rank(module, x, 1, y.shape[-2:], f"{part}_") for part in "kv"]
-        return y + jnp.stack(parts)
-    return y
+    leaf = _PROJECTIONS.get(module.name)
+    if leaf is None:
+        return y
+    inputs, outputs = len(leaf.inputs), y.shape[len(leaf.inputs) - len(leaf.letters) :]
+    if not leaf.parts:
+        return y + _low_rank(module, x, inputs, outputs)
+    return y + jnp.stack([_low_rank(module, x, inputs, outputs, f"{part}_") for part in leaf.parts])
 
 
 def _its_name(name):
-    """llm/layers/attn/kv_einsum/k/lora_a → llm/layers/attn/kv_einsum/k_lora_a."""
-    for part in "kv":
-        name = name.replace(f"kv_einsum/{part}/", f"kv_einsum/{part}_")
+    """…/kernel of k and v/k/lora_a → …/kernel of k and v/k_lora_a."""
+    for module, leaf in _PROJECTIONS.items():
+        for part in leaf.parts:
+            name = name.replace(f"/{module}/{part}/", f"/{module}/{part}_")
     return name
 
 

@@ -9,6 +9,7 @@ fused from several counts where its product does, or else where its name says.
 """
 
 import collections
+import functools
 import glob
 import os
 import re
@@ -17,19 +18,6 @@ import time
 
 from tools.bench import sizes, turns
 
-# The first that is found in an operation's name (and kind) says what it is for.
-_PRODUCTS = (
-    (r"lora", "adapters: products"),
-    (r"/mlp/|MlpBlock", "MLPs: products"),
-    (r"q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum|/query/|/key/|/value/|/out/", "attention: projections"),
-    (r"/attn/|MultiHeadDotProductAttention", "attention: scores and values"),
-    (r"decode|compute_logits", "logits: products"),
-)
-_OTHERS = (
-    (r"/attn/|MultiHeadDotProductAttention", "attention: the rest"),
-    (r"/mlp/|MlpBlock", "MLPs: the rest"),
-    (r"dynamic_(update|index|slice)|^$|broadcast_in_dim$", "layers: what is kept, taken, cleared"),
-)
 _STEPS = 3
 
 
@@ -134,9 +122,41 @@ def operations(hlo):
     return {k: (p or inner[k] in products, op) for k, (p, op) in found.items()}
 
 
+@functools.cache
+def _groups():
+    """((regex, what it is for), …) of matrix products, and of other operations: the first that is
+    found in an operation's name counts. Modules go by the names that their families give them."""
+    from paligemma_med.models import decoder, leaves, vit
+
+    mlps, attentions, projections = [], [], []
+    for table in (vit.LEAVES, decoder.LEAVES):
+        kernels = [leaf for leaf in table if leaf.stacked and leaf.role == "product"]
+        heads = [leaf for leaf in kernels if "H" in leaf.letters]
+        mlps.append(leaves.stack_of(leaf for leaf in kernels if leaf not in heads))
+        attentions.append(leaves.stack_of(heads))
+        projections += [leaf.folder for leaf in heads]
+
+    def modules(folders):
+        return "|".join(f"/{re.escape(os.path.basename(folder))}/" for folder in folders)
+
+    products = (
+        (r"lora", "adapters: products"),
+        (modules(mlps), "MLPs: products"),
+        (modules(projections), "attention: projections"),
+        (modules(attentions), "attention: scores and values"),
+        (r"decode|compute_logits", "logits: products"),
+    )
+    others = (
+        (modules(attentions), "attention: the rest"),
+        (modules(mlps), "MLPs: the rest"),
+        (r"dynamic_(update|index|slice)|^$|broadcast_in_dim$", "layers: what is kept, taken, cleared"),
+    )
+    return products, others
+
+
 def group(product, op):
     """What an operation is for."""
-    for regex, what in _PRODUCTS if product else _OTHERS:
+    for regex, what in _groups()[0 if product else 1]:
         if re.search(regex, op):
             return what
     return "other products" if product else "all else"

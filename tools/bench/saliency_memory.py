@@ -26,7 +26,7 @@ def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradien
       res: pixels.
       text_len: T, prompt and answer.
       tokens: R, of the answer.
-      img, llm: variants of the towers, such as "So400m/14" and "gemma_2b".
+      img, llm: variants of the tower and of the language model.
       dtypes: of weights and activations.
       gradients: compile relevancy, too.
     """

@@ -11,10 +11,13 @@ writes FOLDER/base and FOLDER/adapter.
 
 import dataclasses
 import json
+import math
 import os
 import sys
 
 import numpy as np
+
+from paligemma_med.models import presets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,7 @@ class Size:
 
 
 _3B = dict(
-    img=dict(variant="So400m/14"),
-    llm=dict(variant="gemma_2b", vocab_size=257_152),
+    **presets.PRESETS["paligemma_3b"],
     text_len=128,
     answer_len=64,
     dtype="bfloat16",
@@ -185,6 +187,7 @@ def write_weights(folder, size, dtype):
     from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
     model = vlm.Model(img=size.img, llm=size.llm)
+    table = model.leaves
     tree = vlm.abstract_params(model, image_size=size.res)
     flat = flatten_tree(tree)
 
@@ -193,7 +196,7 @@ def write_weights(folder, size, dtype):
             rng = np.random.default_rng([0, *name.encode()])
             out = rng.standard_normal(x.shape, np.float32)
             # Matrices as they are initialised, vectors (biases, norms) small.
-            fan_in = _fan_in(name, x.shape)
+            fan_in = _fan_in(table[name], x.shape)
             out *= 0.02 if fan_in is None else fan_in**-0.5
             return out.astype(lazy.dtype_of(dtype))
 
@@ -213,20 +216,11 @@ def write_weights(folder, size, dtype):
     checkpoints.save_adapter(os.path.join(folder, "adapter"), checkpoints.Adapter(specs, factors), base_model=base)
 
 
-def _fan_in(name, shape):
-    """Inputs of a matrix product; None for a vector."""
-    last = name.rpartition("/")[2]
-    if last in ("bias", "scale"):
-        return None
-    if last in ("pos_embedding", "input_embedding"):
-        return shape[-1]
-    if name == "img/embedding/kernel":
-        return np.prod(shape[:-1])
-    if "attn_vec_einsum" in name or "/out/" in name:  # heads and their width
-        return shape[-2] * shape[-3]
-    if "/MultiHead" in name:  # query, key, value
-        return shape[-3]
-    return shape[-2]
+def _fan_in(leaf, shape):
+    """Inputs of a matrix product, or the width of position embeddings; None for a vector."""
+    if leaf.inputs:
+        return math.prod(shape[i] for i in leaf.input_axes)
+    return shape[-1] if leaf.role == "positions" else None
 
 
 if __name__ == "__main__":
