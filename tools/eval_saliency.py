@@ -175,7 +175,7 @@ def box_priors(source, grid):
 
 
 def body_prior(image, grid):
-    """The share of each patch that the patient takes (`flags.body`), float64[h, w]: a map that
+    """The share of each patch that the patient takes (`checks.body`), float64[h, w]: a map that
     finds the foreground and knows neither question nor answer."""
     rows, columns = (x.astype(np.float64) for x in occlusion.bands(image.shape[:2], grid))
     return rows @ checks.body(image) @ columns.T / np.outer(rows.sum(1), columns.sum(1))

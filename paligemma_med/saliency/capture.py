@@ -1,4 +1,4 @@
-"""The attention of an answer in one teacher-forced pass, whole or as it streams by.
+"""The attention of an answer in one teacher-forced pass: all of it, or only what maps need.
 
 `attention` returns every layer's probabilities: at 448 px and the shapes of the 3B model, 2.4 GB.
 `streamed` reads each layer's where they arise, keeps the answer's rows and the rollout, and never
@@ -39,9 +39,9 @@ class Streamed(NamedTuple):
 
 
 def capturable(model):
-    """The same model as it captures best: under attn_impl "xla" throughout, since a fused kernel
-    holds no probabilities, and with its layers in a loop, which compiles sooner than an unrolled
-    one and can't hold more than one layer's."""
+    """The same model, set up for capturing: attn_impl "xla" throughout, since a fused kernel holds
+    no probabilities, and its layers in a loop, which compiles sooner than an unrolled one and can't
+    hold more than one layer's."""
 
     def plain(section):
         return {k: v for k, v in section.items() if k != "attn_impl"} | {"scan": True}
@@ -49,7 +49,7 @@ def capturable(model):
     return model.clone(attn_impl="xla", img=plain(model.img), llm=plain(model.llm))
 
 
-def attention(model, params, batch):
+def attention(model, params, batch) -> Attention:
     """All probabilities of both towers.
 
     Args:
@@ -78,7 +78,7 @@ def whole(model, params, batch):
 
 
 class Rows:
-    """A fold (see `layers.capture`): keeps some queries' rows, and rolls attention out.
+    """A fold (see `layers.capture`): keeps the rows of some queries, and computes the rollout.
 
     State: dict(layer int32[], rolled float32[S, S], queries). Outs: float32[N, R, S]. Batch of one.
     """
@@ -95,19 +95,19 @@ class Rows:
 
     def step(self, state, probs):
         probs, rolled = probs[0], state["rolled"]
-        goes = state["layer"] >= self.start_layer
-        rolled = jnp.where(goes, rollout.step(rolled, probs, **self.kw), rolled)
+        counts = state["layer"] >= self.start_layer
+        rolled = jnp.where(counts, rollout.step(rolled, probs, **self.kw), rolled)
         rows = None if state["queries"] is None else probs[:, state["queries"]]
         return {**state, "layer": state["layer"] + 1, "rolled": rolled}, rows
 
 
-def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0):
+def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0) -> Streamed:
     """The answer's attention, and rollout of both towers, in little memory.
 
     Args:
       model, params, batch: as `attention` takes them; B = 1 (`sequence.make`).
-      queries: int[R] positions that predict the answer's tokens, the first first: the prompt is
-        what stands before the token that it predicts.
+      queries: int[R] positions that predict the answer's tokens, in order. What stands before the
+        token that the first of them predicts is the prompt.
       fuse, discard: as `rollout.fused` takes them, for both towers.
       start_layer: first layer of the language model in the rollout; the image tower's is 0.
 
@@ -132,7 +132,7 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
 
 @functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
 def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0):
-    """`streamed` without its checks and its mass: (rows, rollout, img_rollout, logprobs)."""
+    """The jitted part of `streamed`: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)
     example = trace.of(model, batch)

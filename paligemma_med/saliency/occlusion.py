@@ -1,8 +1,8 @@
 """Occlusion: what the answer loses when a part of the image is replaced.
 
-A check that knows nothing of attention or gradients: the model is asked again, and only what it
-says counts. A replaced part is not a missing part: every fill is a picture of its own, and the
-model may react to the fill. So there are four fills, and a finding that one alone shows is weak.
+A check that uses neither attention nor gradients: the model is asked again, and only its answer
+counts. A replaced part is not a missing part: every fill is a picture of its own, and the model may
+react to the fill. So there are four fills, and a finding that only one of them shows is weak.
 
 Introduced by Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks"
 (arXiv 1311.2901), section 4.2, there with a grey square; here drops are of log-probability, and a
@@ -12,6 +12,7 @@ Axis letters: H, W pixels; h, w cells; B images; R response tokens; T text posit
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from paligemma_med.saliency import trace
 FILLS = ("blur", "mean", "blank", "inpaint")
 
 
-def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32):
+def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32) -> np.ndarray:
     """Drop of each response token's log-probability when a cell of the image is replaced.
 
       map[r, y, x] = log p(token r | image) - log p(token r | image with cell (y, x) replaced)
@@ -40,14 +41,13 @@ def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32):
       grid: (rows, columns) of patches that the image tower cuts it into.
       cell: side of an occluded square in patches; at the right and lower edge it may be cut.
       fill: one of FILLS; see `fill_image`.
-      batch_size: images a pass. Every pass has as many: the last is filled up.
+      batch_size: images a pass; the last pass is filled up, so that all have as many.
 
     Returns:
-      float32[R, h, w]: with cell=1 the grid itself, else its rows and columns over cell, rounded
-      up.
+      float32[R, h, w], h and w being the rows and columns of the grid over `cell`, rounded up.
 
     Raises:
-      ValueError: a cell, fill, grid or image that can't be.
+      ValueError: a cell or grid that doesn't fit the image, an unknown fill.
     """
     rows, columns = bands(image.shape[:2], grid, cell)
     patch = image.shape[0] // grid[0]
@@ -63,7 +63,7 @@ def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32):
     return (scores[0] - scores[1:]).T.reshape(-1, len(rows), len(columns))
 
 
-def region(score, image, mask, *, fill="blur", patch=16):
+def region(score, image, mask, *, fill="blur", patch=16) -> tuple[np.ndarray, np.ndarray]:
     """The response tokens' log-probabilities before and after a given region is replaced.
 
     Args:
@@ -77,7 +77,7 @@ def region(score, image, mask, *, fill="blur", patch=16):
     return tuple(score(np.stack([image, replace(image, mask, fill, patch)])))
 
 
-def bands(size, grid, cell=1):
+def bands(size, grid, cell=1) -> tuple[np.ndarray, np.ndarray]:
     """(bool[h, H], bool[w, W]): the pixels of each row and column of cells of `cell` × `cell`
     patches. The mask of cell (y, x) is rows[y][:, None] & columns[x].
 
@@ -98,11 +98,11 @@ def bands(size, grid, cell=1):
     return tuple(out)
 
 
-def replace(image, mask, fill="blur", patch=16, *, filling=None):
+def replace(image, mask, fill="blur", patch=16, *, filling=None) -> np.ndarray:
     """float32[H, W, 3]: the image with the pixels of a bool[H, W] mask replaced; see `fill_image`.
 
     Args:
-      filling: float[H, W, 3] to take them from, where it is at hand.
+      filling: float[H, W, 3] to take the new pixels from, where the caller has it already.
 
     Raises:
       ValueError: a mask of another shape or type, or an unknown fill.
@@ -117,20 +117,20 @@ def replace(image, mask, fill="blur", patch=16, *, filling=None):
     return np.where(mask[..., None], filling, np.asarray(image, np.float32))
 
 
-def replacer(image, fill="blur", patch=16):
+def replacer(image, fill="blur", patch=16) -> Callable:
     """`replace` of one image as a function of the mask, for many masks: a fill that doesn't depend
-    on the mask is made once."""
+    on the mask is computed once."""
     if fill == "inpaint":
         return lambda mask: replace(image, mask, fill, patch)
     filled = fill_image(image, None, fill, patch)
     return lambda mask: np.where(mask[..., None], filled, image)
 
 
-def fill_image(image, mask, fill="blur", patch=16):
-    """What stands in a mask's place, float32[H, W, 3]; its other pixels mean nothing.
+def fill_image(image, mask, fill="blur", patch=16) -> np.ndarray:
+    """What replaces the masked pixels, float32[H, W, 3]; its other pixels mean nothing.
 
     blur     the image under a Gaussian of standard deviation `patch`: rough brightness stays,
-             structure goes. Nothing that the model hasn't seen elsewhere: few edges arise.
+             structure goes, and few edges arise that the image didn't have.
     mean     the image's mean colour.
     blank    mid-grey: the image of a prompt without one (`decode.blank_image`).
     inpaint  the harmonic function of the surrounding pixels (each new pixel the mean of its four
@@ -182,17 +182,15 @@ def _membrane(image, mask):
 # --- The model ---
 
 
-def in_batches(score, images, batch_size):
-    """float32[N, R] scores of any number of images float32[H, W, 3], `batch_size` a pass.
-
-    An iterable is read as it is needed: no more than a batch is held.
-    """
-    found, waiting = [], []
+def in_batches(score, images, batch_size) -> np.ndarray:
+    """float32[N, R] scores of an iterable of N images float32[H, W, 3], `batch_size` a pass. No more
+    than a batch of them is held."""
+    scores, waiting = [], []
 
     def flush():
         # One shape, one program: the last batch is filled up with copies.
         full = waiting + [waiting[-1]] * (batch_size - len(waiting))
-        found.append(np.asarray(score(np.stack(full)))[: len(waiting)])
+        scores.append(np.asarray(score(np.stack(full)))[: len(waiting)])
         waiting.clear()
 
     for image in images:
@@ -201,10 +199,10 @@ def in_batches(score, images, batch_size):
             flush()
     if waiting:
         flush()
-    return np.concatenate(found)
+    return np.concatenate(scores)
 
 
-def scorer(model, params, seq):
+def scorer(model, params, seq) -> Callable:
     """A function that gives a response's log-probabilities for other images.
 
     Args:

@@ -1,4 +1,4 @@
-"""Raw attention: the answer's rows as the model made them, on numpy.
+"""Raw attention: the answer's rows as the model made them, in numpy.
 
 `rows` are float[L, N, R, C] of `capture.streamed`; a `map` is float[R, C] of any method, C columns as
 in `trace`: P patches first, then the text.
@@ -9,7 +9,7 @@ import numpy as np
 from paligemma_med.saliency import rollout
 
 
-def raw(rows, layers=None, heads=None, fuse="mean"):
+def raw(rows, layers=None, heads=None, fuse="mean") -> np.ndarray:
     """Attention of chosen layers and heads, fused over both.
 
     Args:
@@ -35,7 +35,7 @@ def raw(rows, layers=None, heads=None, fuse="mean"):
     return getattr(np, fuse)(rows, axis=(0, 1))
 
 
-def mass(rows, patches, prompt):
+def mass(rows, patches, prompt) -> np.ndarray:
     """How much of each row falls on the image, the prompt and the answer.
 
     Args:
@@ -51,18 +51,18 @@ def mass(rows, patches, prompt):
     return np.stack([x.sum(-1) for x in parts], axis=-1)
 
 
-def response_to_image(map, grid):
+def response_to_image(map, grid) -> np.ndarray:
     """float[R, C] → float32[R, h, w]: what each token of the answer takes from each patch."""
     map = np.asarray(map, np.float32)
     return map[:, : grid[0] * grid[1]].reshape(-1, *grid)
 
 
-def image_to_response(map, patches):
-    """How the tokens of the answer share out what they take from some patches.
+def image_to_response(map, patches) -> np.ndarray:
+    """How what the answer takes from some patches is shared among its tokens.
 
-    The transpose of `response_to_image`, not an attention of the patches: those never see the
-    answer. The shares are brought to the sum of 1 over the answer, so that they compare tokens with
-    each other and say nothing of how much the patches matter.
+    The transpose of `response_to_image`, not an attention of the patches, which never see the
+    answer. The shares are rescaled to sum to 1 over the answer: they compare tokens with each
+    other, and say nothing about how much the patches matter.
 
     Args:
       map: float[R, C].
@@ -78,7 +78,7 @@ def image_to_response(map, patches):
     return taken / taken.sum() if taken.sum() > 0 else np.zeros_like(taken)
 
 
-def prompt_to_response(map, prompt):
+def prompt_to_response(map, prompt) -> np.ndarray:
     """float[R, C] → float32[R, tokens of the prompt]: what each token of the answer takes from each
     of the prompt."""
     return np.asarray(map, np.float32)[:, prompt]

@@ -6,12 +6,12 @@ Bi-Modal and Encoder-Decoder Transformers" (arXiv 2103.15679), eq. 5 and 6, for 
     Ā_l = mean over heads of max(∂y/∂A_l ⊙ A_l, 0),    R ← R + Ā_l R,   from R = I, first layer up,
 
 y being the score of the token explained, and R's row at the token's query the map. Heads and keys
-that speak against the token count nothing, where rollout takes all of them for it.
+that speak against the token count as nothing; rollout counts all of them as speaking for it.
 
 Without cross-attention between modalities (the paper's eq. 8 and 9) the whole model is one stack:
 the image tower's layers mix patches, the language model's the image tokens, the prompt and the
-answer. So R of the tower is carried on under the same rule: patches = R_llm[query, image] · R_img,
-through the connector where there is one.
+answer. So the tower's R continues the same product: patches = R_llm[query, image] · R_img, through
+the connector where there is one.
 
 Axis letters: L layers, N heads, S positions, P patches, T text positions, P + T columns of a map
 (`trace`), R tokens, V vocabulary.
@@ -31,8 +31,8 @@ SCORES = ("logit", "logprob")
 
 
 class Relevancy(NamedTuple):
-    """rows float32[R, P + T], as the language model sees them; patches float32[R, P], carried on
-    through the image tower to its input."""
+    """rows float32[R, P + T], as far as the language model's input; patches float32[R, P], carried
+    through the image tower to its own input."""
 
     rows: np.ndarray
     patches: np.ndarray
@@ -41,12 +41,12 @@ class Relevancy(NamedTuple):
 def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True) -> Relevancy:
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
-    One pass forward, and for each token one backward, down to the probabilities of all layers.
+    One forward pass, and for each token one backward pass down to the probabilities of all layers.
     Heads are fused where they arise: 1.4 GiB of temporary memory at 448 px and the shapes of the 3B
     model in float32, in place of 8.3.
 
-    A row holds a 1 at its own query, R's start, besides what came in through attention. Rows don't
-    sum to 1; only ratios within one have a meaning.
+    A row starts as a 1 at its own query, to which attention adds. Rows don't sum to 1; only ratios
+    within a row mean something.
 
     Args:
       model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
@@ -54,11 +54,11 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
       batch: image float[1, H, W, 3], text int[1, T], mask_ar int[1, T] (`sequence.make`).
       queries: int[R] positions of the sequence that predict the tokens.
       tokens: int[R] of the vocabulary: those of the answer, or others, to see what speaks for them.
-      score: what is differentiated. "logit", as in the paper, by default: its gradient doesn't
+      score: what is differentiated. "logit", the paper's and the default: its gradient doesn't
         vanish when the model is sure, so a sure token's map is as deep as an unsure one's.
         "logprob" counts only what speaks for the token more than for its rivals, but its gradient
-        shrinks with 1 - p, and near p = 1 only the paths of a single layer are left.
-      own: False takes out the 1 that a row starts from.
+        shrinks with 1 - p, and near p = 1 only the paths through a single layer are left.
+      own: False leaves out the 1 that a row starts from.
 
     Returns:
       `Relevancy`.
@@ -82,15 +82,15 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
 
 
 def lower(model, params, batch, count):
-    """The program for `count` tokens as `jax.jit` lowers it, of arrays or their shapes; to ask what
-    memory it takes (tools/bench/saliency_memory.py)."""
+    """The program for `count` tokens as `jax.jit` lowers it, from arrays or their shapes, to ask how
+    much memory it takes (tools/bench/saliency_memory.py)."""
     tokens = jax.ShapeDtypeStruct((count + -count % trace.MULTIPLE,), jnp.int32)
     return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit", own=True)
 
 
 def _lean(model):
-    """The same model, its layers in a loop that keeps no more than their inputs for the backward
-    pass: as little memory as can be, and the program that compiles soonest."""
+    """The same model, its layers in a loop that keeps only their inputs for the backward pass: the
+    least memory, and the program that compiles soonest."""
     how = dict(scan=True, remat_policy="nothing_saveable")
     return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
@@ -127,10 +127,10 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
 
 
 def carry_down(row, weights):
-    """A row of R without R: row · (I + Ā_L) · … · (I + Ā_1), from the last layer down.
+    """A row of R without the rest of R: row · (I + Ā_L) · … · (I + Ā_1), from the last layer down.
 
-    The same product as R ← R + Ā_l R from the first layer up, which is a matrix product a layer
-    where this is a vector's. float32[S], float32[L, S, S] → float32[S].
+    The same product as R ← R + Ā_l R from the first layer up, but of a vector and a matrix in each
+    layer, not of two matrices. float32[S], float32[L, S, S] → float32[S].
     """
     row, _ = jax.lax.scan(lambda r, w: (r + r @ w, None), row, weights, reverse=True)
     return row

@@ -8,6 +8,7 @@ Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -103,7 +104,7 @@ def measure(
     methods=METHODS,
     fill="blur",
     batch_size=BATCH,
-):
+) -> tuple[Arrays, Callable]:
     """The arrays of one answer.
 
     Args:
@@ -165,7 +166,7 @@ def _occlusion(score, seq, cell, fill, batch_size):
     return Map("occlusion", "", drops.reshape(len(drops), -1))
 
 
-def boxes(grid, lines=REGIONS):
+def boxes(grid, lines=REGIONS) -> np.ndarray:
     """int[M, 4] all rectangles of a coarse grid of at most `lines` × `lines` cells, as y0 x0 y1 x1
     in patches."""
     edges = [sorted({round(i * n / lines) for i in range(lines + 1)}) for n in grid]
@@ -189,7 +190,7 @@ def _regions(score, image, grid, fill, batch_size):
 
 
 class _Folds:
-    """Several folds (`layers.capture`) as one: its outs are the first one's."""
+    """Several folds (`layers.capture`) as one, whose outs are those of the first."""
 
     def __init__(self, folds):
         self.folds = folds
@@ -214,8 +215,8 @@ def _attention(model, params, seq, rollouts):
 
 
 def lower(model, params, arrays, queries):
-    """The pass for attention and all rollouts as `jax.jit` lowers it, of arrays or their shapes; to
-    ask what memory it takes (tools/bench/saliency_memory.py)."""
+    """The pass for attention and all rollouts as `jax.jit` lowers it, from arrays or their shapes, to
+    ask how much memory it takes (tools/bench/saliency_memory.py)."""
     return _streamed.lower(model, params, arrays, queries, True)
 
 

@@ -1,9 +1,9 @@
-"""Attention rollout: where what a position holds came from, through all layers.
+"""Attention rollout: from which input positions a position's content came, through all layers.
 
 Abnar and Zuidema, arXiv 2005.00928, section 3: a layer mixes positions by its attention A and
 keeps half by its residual, Ā = (A + I) / 2; the first l layers together mix by R_l = Ā_l R_{l-1},
 R_0 = I. Row i of R says how much of each input position is in position i; rows sum to 1. (The other
-order, which published tools have, follows tokens backwards through the layers.)
+order of the product, which some published tools use, follows tokens backwards through the layers.)
 
 Axis letters: N heads, S positions (queries in front, keys behind), R rows of interest, P patches.
 """
@@ -13,18 +13,18 @@ import jax.numpy as jnp
 FUSES = ("max", "mean", "min")  # of heads; functions of numpy and jax.numpy
 
 
-def fused(probs, fuse="mean", discard=0.0):
-    """One layer's Ā of its heads' probabilities.
+def fused(probs, fuse="mean", discard=0.0) -> jnp.ndarray:
+    """One layer's Ā, from the probabilities of its heads.
 
     Args:
       probs: float[N, S, S], rows sum to 1.
       fuse: of the heads: "mean", "max" or "min".
-      discard: share of a row's keys that are left out, smallest first; keys of probability 0 (those
-        a query doesn't see) are not counted, so that padding changes nothing. Never left out are a
-        row's largest key, its equals, and the position itself. Every row is treated alike.
+      discard: share of a row's keys that are left out, smallest first. Keys of probability 0, those
+        a query doesn't see, are not counted, so that padding changes nothing. A row's largest key,
+        keys equal to it, and the position itself always stay.
 
     Returns:
-      float32[S, S], rows sum to 1: (F + I) / 2, F being the fused rows brought back to a sum of 1.
+      float32[S, S], rows sum to 1: (F + I) / 2, F being the fused rows, rescaled to sum to 1.
 
     Raises:
       ValueError: an unknown `fuse`, a `discard` outside of [0, 1).
@@ -41,17 +41,17 @@ def fused(probs, fuse="mean", discard=0.0):
         least = jnp.take_along_axis(jnp.sort(f, axis=-1), place, axis=-1)
         f = jnp.where((f >= least) | (eye > 0), f, 0.0)
     total = jnp.sum(f, axis=-1, keepdims=True)
-    # A row that no head agrees on (min) is left with its residual alone.
+    # Under "min" a row can be empty, where no key is seen by all heads: only its residual is left.
     f = jnp.where(total > 0, f / jnp.where(total > 0, total, 1.0), eye)
     return (f + eye) / 2
 
 
-def step(rolled, probs, fuse="mean", discard=0.0):
-    """R_l of R_{l-1} float32[S, S] and the layer's probabilities float[N, S, S]."""
+def step(rolled, probs, fuse="mean", discard=0.0) -> jnp.ndarray:
+    """R_l float32[S, S] from R_{l-1} and the layer's probabilities float[N, S, S]."""
     return jnp.matmul(fused(probs, fuse, discard), rolled, precision="highest")
 
 
-def rollout(attn, fuse="mean", discard=0.0, start_layer=0):
+def rollout(attn, fuse="mean", discard=0.0, start_layer=0) -> jnp.ndarray:
     """R of all layers.
 
     Args:
@@ -69,20 +69,20 @@ def rollout(attn, fuse="mean", discard=0.0, start_layer=0):
     return rolled
 
 
-def check_fuse(fuse):
+def check_fuse(fuse) -> None:
     """Raises ValueError unless it is one of FUSES."""
     if fuse not in FUSES:
         raise ValueError(f"fuse is {fuse!r}; expected one of {list(FUSES)}.")
 
 
-def check_start_layer(start_layer, layers):
+def check_start_layer(start_layer, layers) -> None:
     """Raises ValueError where no layer would be left."""
     if not 0 <= start_layer < layers:
         raise ValueError(f"start_layer is {start_layer!r}; expected 0 to {layers - 1}.")
 
 
-def to_patches(cells, img_rollout):
-    """Carries shares of the tower's tokens on through the image tower to the patches of pixels.
+def to_patches(cells, img_rollout) -> jnp.ndarray:
+    """Carries shares of the image tower's tokens through the tower to the patches of pixels.
 
     Args:
       cells: float[..., P] shares of the tower's tokens: the first columns of a map.
