@@ -63,6 +63,11 @@ def wide_floats(program):
     return set(re.findall(r"tensor<\w*x[^>]*f64>", program))
 
 
+def test_parameters_start_in_float32():
+    model = MODEL.clone(lora=LORA["lora"])
+    assert {x.dtype for x in jax.tree.leaves(paligemma.abstract_params(model, image_size=8))} == {np.dtype("float32")}
+
+
 def test_the_search_finds_what_it_searches():
     assert wide_floats(lowered(lambda x: x + jnp.zeros(3), np.zeros(3, np.float32))) == {"tensor<3xf64>"}
 
@@ -130,3 +135,5 @@ def test_fingerprints_are_the_same(params):
     with jax.enable_x64(False):
         want = fingerprint.of_leaves(params)
     assert fingerprint.of_leaves(params) == want
+    wide = np.arange(6.0).reshape(2, 3)
+    assert len(set(fingerprint.of_leaves([wide, wide[::-1], wide + 1e-12]))) == 3

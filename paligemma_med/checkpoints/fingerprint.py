@@ -20,7 +20,7 @@ def of_leaves(tree):
     """Fingerprints of the leaves of `tree`, in the order of `jax.tree.leaves`.
 
     Args:
-      tree: of arrays of 8, 16 or 32 bits a number, wherever they are. Every process of a run calls
+      tree: of arrays of 8, 16, 32 or 64 bits a number, wherever they are. Every process of a run calls
         this together.
 
     Returns:
@@ -42,11 +42,12 @@ def _sum(x):
     """uint32[2]: the sum of the bits, and that of the bits weighted by their place."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    # 64 bits, which only JAX_ENABLE_X64 has, become two numbers on an axis of their own.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     places = [
-        jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(stride)
-        for i, stride in zip(range(x.ndim), _STRIDES)
+        jax.lax.broadcasted_iota(jnp.uint32, bits.shape, i) * jnp.uint32(stride)
+        for i, stride in zip(range(bits.ndim), _STRIDES)
     ]
     weight = functools.reduce(jnp.add, places, jnp.uint32(1))
     # Odd weights: a change of any single number changes the product.

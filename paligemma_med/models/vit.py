@@ -10,6 +10,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 import dataclasses
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from paligemma_med.models import leaves, presets
 from paligemma_med.models.layers import attention, lora, stack
@@ -264,6 +265,7 @@ class _Model(nn.Module):
             "pos_embedding",
             nn.initializers.normal(stddev=self.width**-0.5),
             (1, x.shape[1], self.width),
+            jnp.float32,
         )
         x = constrain(x + pos.astype(x.dtype), "act_batch", "act_len", "act_emb")
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -119,7 +119,7 @@ def test_config_json_gives_the_config_back(tmp_path):
 
 
 def test_restore_puts_state_where_it_is_wanted(tmp_path):
-    state = {"a": jnp.arange(16.0), "count": jnp.int32(4)}
+    state = {"a": jnp.arange(16, dtype=jnp.float32), "count": jnp.int32(4)}
     write_run(tmp_path, trained={"a": np.ones(16, np.float32)}, opt_state=state)
     mesh = jax.make_mesh((8,), ("data",))
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -293,5 +293,5 @@ def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, repo_root):
     assert "steps [1] are intact" in run.stdout and "disk full" in run.stdout
     assert "File too large" in run.stdout  # the cause stands at the end of a long message
     with workdir.Checkpoints(tmp_path, keep=2) as ckpt:
-        step, found, *_ = ckpt.restore_newest({"w": jnp.zeros(100)}, {})
+        step, found, *_ = ckpt.restore_newest({"w": jnp.zeros(100, jnp.float32)}, {})
     assert step == 1 and np.abs(found["w"]).max() > 0

@@ -104,7 +104,7 @@ def is_factor(name):
     return name.rpartition("/")[2] in FACTORS
 
 
-def _uniform(key, shape, dtype=jnp.float32):
+def _uniform(key, shape, dtype):
     """Kaiming-uniform with a = √5 over all axes but the last: within ±1 / √inputs."""
     bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -112,8 +112,8 @@ def _uniform(key, shape, dtype=jnp.float32):
 
 def _low_rank(module, spec, x, inputs, outputs, deterministic):
     """s·(x·A)·B with the factors made as parameters of `module`. outputs: shape beside x's rows."""
-    a = module.param("lora_a", _uniform, (*x.shape[x.ndim - inputs :], spec.rank))
-    b = module.param("lora_b", nn.initializers.zeros_init(), (spec.rank, *outputs))
+    a = module.param("lora_a", _uniform, (*x.shape[x.ndim - inputs :], spec.rank), jnp.float32)
+    b = module.param("lora_b", nn.initializers.zeros_init(), (spec.rank, *outputs), jnp.float32)
     if spec.dropout:
         x = nn.Dropout(spec.dropout, deterministic=deterministic, name="lora_dropout")(x)
     with jax.named_scope("lora"):  # so that profiles tell its products
@@ -183,11 +183,11 @@ class Dense(nn.Module):
         ins = x.shape[x.ndim - self.inputs :]
         flat = math.prod(ins), math.prod(features)  # as initialisers want it
 
-        def kernel_init(key, shape):
-            return self.kernel_init(key, flat).reshape(shape)
+        def kernel_init(key, shape, dtype):
+            return self.kernel_init(key, flat, dtype).reshape(shape)
 
         kernel = quantised.param(self, "kernel", kernel_init, (*ins, *features))
-        bias = self.param("bias", lambda key: self.bias_init(key, flat[1:]).reshape(features))
+        bias = self.param("bias", lambda key: self.bias_init(key, flat[1:], jnp.float32).reshape(features))
         x = x.astype(self.dtype)
         axes = range(x.ndim - self.inputs, x.ndim), range(self.inputs)
         y = quantised.product(lambda x, w: jax.lax.dot_general(x, w, (axes, ((), ()))), x, kernel)

@@ -56,11 +56,11 @@ class Weight:
 
 
 def param(module, name, init, shape):
-    """The parameter `name` of `module` as a Weight; made by `init`, it is dense."""
+    """The parameter `name` of `module` as a Weight; made by `init(key, shape, dtype)`, it is dense."""
     if module.has_variable("params", name + SCALE):
         value, scale = (module.get_variable("params", n) for n in (name, name + SCALE))
         return Weight(value, scale, tuple(shape))
-    return Weight(module.param(name, init, shape), None, tuple(shape))
+    return Weight(module.param(name, init, shape, jnp.float32), None, tuple(shape))
 
 
 def product(f, x, weight):
