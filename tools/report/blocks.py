@@ -5,10 +5,11 @@ say different things. All texts are data (questions and answers come from models
 they are escaped in both, and nothing in them is taken for markup.
 """
 
-import base64
 import dataclasses
 import pathlib
 import re
+
+from paligemma_med import page
 
 
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ class Question:
 
     @property
     def data_uri(self):
-        return "data:image/jpeg;base64," + base64.b64encode(self.image).decode()
+        return page.data_url(self.image, "image/jpeg")
 
 
 @dataclasses.dataclass
@@ -85,17 +86,8 @@ class Section:
 
 def to_html(title, sections):
     """The report as one page that needs nothing from anywhere."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
-    env = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return env.get_template("page.html.jinja").render(title=title, sections=sections)
+    folder = pathlib.Path(__file__).parent
+    return page.render(folder, "page.html.jinja", inline_styles=True, title=title, sections=sections)
 
 
 def to_markdown(title, sections, figures="figures"):

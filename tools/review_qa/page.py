@@ -1,13 +1,12 @@
 """The page on which pairs are judged: one HTML file that needs no server and reaches nothing.
 
-Every text on it comes from a model or a stranger. Jinja escapes them all, and the page's content
-policy lets nothing run but its own script, by its digest, and nothing load but images in the page.
+Every text on it comes from a model or a stranger; `paligemma_med.page` keeps them inert.
 """
 
-import base64
 import hashlib
 import pathlib
 
+from paligemma_med import page
 from tools.review_qa import pictures, rows
 
 HERE = pathlib.Path(__file__).parent
@@ -30,10 +29,6 @@ def make(chosen, total, *, name, seed, find=()):
     Raises:
       ValueError: jinja2 isn't installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise ValueError("tools.review_qa needs jinja2; pip install 'paligemma_med[report]'.") from None
     cards, missing = {}, 0
     for row in chosen:
         card = cards.get(row["image_id"])
@@ -42,15 +37,11 @@ def make(chosen, total, *, name, seed, find=()):
             missing += not card["image"]
         card["pairs"].append(_pair(row))
     sample = hashlib.sha256("\0".join(map(rows.digest, chosen)).encode()).hexdigest()[:12]
-    style, script = ((HERE / n).read_text(encoding="utf-8") for n in ("page.css", "page.js"))
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = env.get_template("page.html.jinja").render(
+    text = page.render(
+        HERE,
+        "page.html.jinja",
+        style="page.css",
+        script="page.js",
         cards=list(cards.values()),
         count=len(chosen),
         total=total,
@@ -58,16 +49,8 @@ def make(chosen, total, *, name, seed, find=()):
         seed=seed,
         key=f"review_qa:{name}:{sample}",
         verdicts=VERDICTS,
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
     )
-    return text.encode("utf-8", "replace").decode(), missing
-
-
-def _hash(text):
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return text, missing
 
 
 def _card(row, find):
@@ -75,7 +58,7 @@ def _card(row, find):
     content = next(filter(None, (f(row["image_id"]) for f in find)), None)
     if content:
         try:
-            image = "data:image/jpeg;base64," + base64.b64encode(pictures.shrunk(content)).decode()
+            image = page.data_url(pictures.shrunk(content), "image/jpeg")
         except ValueError as e:
             why = f"image broken: {e}"
     keys = ("case_id", "location", "split")

@@ -3,7 +3,8 @@ see no later ones."""
 
 import numpy as np
 
-from paligemma_med.saliency import page, raw, report
+from paligemma_med.explain import page
+from paligemma_med.saliency import raw, report
 
 PROMPT = ["‹start›", "Is", " it", "?", "↵"]
 TOKENS = ["left", " lung", "‹end›"]

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from paligemma_med.saliency import page, raw, report
+from paligemma_med.explain import page
+from paligemma_med.saliency import raw, report
 from tests import chromium
-from tests.saliency import reports
+from tests.explain import reports
 
 P, W = 48, 8  # of reports.fake
 

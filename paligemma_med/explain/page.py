@@ -1,8 +1,7 @@
 """A saliency report as one HTML page that an expert can work with, and the index of many of them.
 
-The page is a file and nothing else: no server, no network. Its content policy lets only its own
-script and style run, by their hashes, and images only as data; texts are escaped by jinja2, and the
-script puts text into the page as text. So whatever a question or a file name holds is inert.
+Made with `paligemma_med.page`, so that whatever a question or a file name holds is inert; the script
+puts text into the page as text.
 
 Arrays travel in the page as base64, each row divided by its largest value: as float16, or, where
 raw attention would be megabytes, as uint8 on a square-root scale (`pack`); the page says which.
@@ -11,14 +10,15 @@ raw attention would be megabytes, as uint8 on a square-root scale (`pack`); the 
 """
 
 import base64
-import hashlib
 import io
-import json
 import math
 import pathlib
 
 import numpy as np
 import PIL.Image
+
+from paligemma_med import page
+from paligemma_med.page import clean
 
 FOLDER = pathlib.Path(__file__).parent
 MAX_SIDE = 768  # pixels of the picture in the page
@@ -82,7 +82,7 @@ def render(report):
       ValueError: jinja2 isn't installed; an array holds NaN or has another shape.
     """
     check(report)
-    return _page("page", report=_texts(report), data=_embed(data_of(report)))
+    return _page("page", report=_texts(report), data=data_of(report))
 
 
 def render_index(rows, title):
@@ -249,7 +249,7 @@ def data_url(pixels, side=MAX_SIDE):
         image = image.convert("L")  # grey in colour's clothes: a third of the bytes
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return page.data_url(out.getvalue(), "image/png")
 
 
 def _texts(report):
@@ -337,63 +337,6 @@ def share(p):
     return f"{100 * p:.0f}\u00a0%" if p >= 0.1 else f"{100 * p:.2g}\u00a0%"
 
 
-def clean(value):
-    """Texts without what HTML and UTF-8 can't carry: control characters (but newline and tab) and
-    halves of surrogate pairs, as in file names that are no Unicode, become U+FFFD."""
-    if isinstance(value, str):
-        text = value.encode("utf-8", "replace").decode("utf-8")
-        return "".join("\ufffd" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(clean(v) for v in value)
-    return value
-
-
-def _embed(data):
-    """JSON that may stand in a <script>: nothing in it can end the element or open another."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def check_jinja():
-    """ValueError where jinja2 isn't installed."""
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "The page needs jinja2, which is not installed: pip install 'paligemma_med[report]'."
-        ) from None
-
-
 def _page(name, **values):
-    """<name>.html.jinja with its style and script in it, and a content policy of their hashes."""
-    check_jinja()
-    import jinja2
-    import markupsafe
-
-    style, script = ((FOLDER / f).read_text(encoding="utf-8").strip() for f in ("page.css", f"{name}.js"))
-    policy = (
-        "default-src 'none'; img-src data:; "
-        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
-    )
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    safe = {k: markupsafe.Markup(v) for k, v in dict(style=style, script=script).items()}
-    if "data" in values:
-        values["data"] = markupsafe.Markup(values["data"])
-    env.filters.update(percent=percent, share=share)
-    return env.get_template(f"{name}.html.jinja").render(policy=policy, **safe, **values)
-
-
-def _hash(text):
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    filters = dict(percent=percent, share=share)
+    return page.render(FOLDER, f"{name}.html.jinja", style="page.css", script=f"{name}.js", filters=filters, **values)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -15,9 +14,10 @@ import pytest
 from paligemma_med import explain, predict
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
-from paligemma_med.saliency import checks, page
+from paligemma_med.explain import page
+from paligemma_med.saliency import checks
 from tests import chromium, tiny
-from tests.saliency import reports
+from tests.explain import reports
 
 QUESTION = "Is this an MRI?"
 KW = dict(max_new_tokens=3, num_samples=2, seed=5)
@@ -195,7 +195,7 @@ def test_many_go_on_where_they_were(run, tmp_path, monkeypatch, capsys):
         return explain_one(loaded, content, question, title=title, **kw)
 
     explain_one = explain.explain
-    monkeypatch.setattr(explain, "explain", counted)
+    monkeypatch.setattr(explain.many, "explain", counted)
     stops = None
     explain.explain_many(loaded, films, asked, str(tmp_path / "a"), **kw)
     made.clear()
@@ -289,9 +289,10 @@ def program(root, *args):
 
 
 def test_programs_say_what_they_do_and_define_no_flags_when_imported():
-    source = pathlib.Path(explain.__file__).read_text("utf-8")
-    assert "python -m paligemma_med.explain --workdir=" in source.split('"""')[1]
-    assert "image_dir" not in explain.flags.FLAGS
+    from paligemma_med.explain import __main__ as program
+
+    assert "python -m paligemma_med.explain --workdir=" in program.__doc__
+    assert "image_dir" not in program.flags.FLAGS
 
 
 @pytest.mark.slow  # a process each

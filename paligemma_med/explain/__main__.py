@@ -1,0 +1,126 @@
+"""One image, one question → the answer and what it rests on, as one HTML page to work with:
+
+    python -m paligemma_med.explain --workdir=out/s1 --image=film.jpg --out=report.html
+        --question="Any nodule?"
+
+Or many, with an index, worst first: --image_dir=films --questions=questions.csv --out=reports/
+(columns image and question; without --questions, each --question of each image). DICOM files are
+read too. With --config and --checkpoint instead of --workdir, weights of any form that
+`load_params` takes. --mask, --png, --npz: see below and docs/explain.md. Not for diagnosis.
+"""
+
+import os
+import shlex
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from paligemma_med import cli
+from paligemma_med.explain import page
+from paligemma_med.explain.answer import explain, load
+from paligemma_med.explain.files import write_npz, write_page, write_pngs
+from paligemma_med.explain.many import explain_many
+from paligemma_med.explain.questions import images_in, read_bytes, read_mask, read_questions
+from paligemma_med.page import check_jinja
+from paligemma_med.parallel import compilation_cache, distributed, ending
+from paligemma_med.saliency import occlusion, report
+
+
+def _keep_programs(folder):
+    """Compiled programs outlive the process: the next report starts within seconds."""
+    if folder:
+        compilation_cache.start(folder, ".")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@cli.command
+def main(argv):
+    del argv
+    values = flags.FLAGS
+    _keep_programs(values.compilation_cache)
+    distributed.start_from_flags(awaits_sigterm=False)
+    if not ending.is_alone():
+        raise app.UsageError("explain runs in one process.")
+    if (values.image is None) == (values.image_dir is None):
+        raise app.UsageError("Give --image or --image_dir.")
+    if values.questions and values.image_dir is None:
+        raise app.UsageError("--questions goes with --image_dir.")
+    if not values.questions and not values.question:
+        raise app.UsageError("Give --question" + (" or --questions." if values.image_dir else "."))
+    if values.image and len(values.question) > 1:
+        raise app.UsageError("--image takes one --question; --image_dir takes several.")
+    if values.image_dir and values.mask:
+        raise app.UsageError("--mask goes with --image.")
+    asked = None
+    if values.image_dir:
+        if not os.path.isdir(values.image_dir):
+            raise ValueError(f"--image_dir {values.image_dir}: no such folder.")
+        if os.path.exists(values.out) and not os.path.isdir(values.out):
+            raise ValueError(f"--out {values.out}: a file; expected a folder with --image_dir.")
+    elif os.path.isdir(values.out):
+        raise ValueError(f"--out {values.out}: a folder; expected a file with --image.")
+    if values.image_dir:
+        asked = (
+            read_questions(values.questions, values.image_dir)
+            if values.questions
+            else [(n, q) for n in images_in(values.image_dir) for q in values.question]
+        )
+    image = values.image and read_bytes(values.image, "--image")
+    mask = values.mask and read_mask(values.mask)
+    config, checkpoint = cli.from_flags()
+    check_jinja()
+    loaded = load(config, checkpoint)
+    kw = {k: values[k].value for k in _OPTIONS}
+    if asked:
+        failed = explain_many(
+            loaded, values.image_dir, asked, values.out, npz=bool(values.npz), png=bool(values.png), **kw
+        )
+        print(f"Written to {os.path.join(values.out, 'index.html')}")
+        if failed:
+            raise ValueError(f"{failed} of {len(asked)} have no report; index.html says why.")
+        return
+    try:
+        made, _ = explain(loaded, image, values.question[0], mask=mask, title=os.path.basename(values.image), **kw)
+    except ValueError as e:
+        raise ValueError(f"{values.image}: {e}") from e
+    command = shlex.join(["python", "-m", "paligemma_med.explain", *sys.argv[1:]])
+    made.about.append(("Command", command))
+    write_page(made, values.out)
+    if values.npz:
+        write_npz(made, values.npz)
+    if values.png:
+        write_pngs(made, values.png)
+    print(f"{made.answer}   (probability {page.percent(np.sum(made.logprobs))})")
+    for flag in made.flags:
+        print(f"  {flag['name']}: {flag['says']}")
+    print(f"Written to {values.out}")
+
+
+_OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "fill")
+
+
+if __name__ == "__main__":
+    cli.define_source_flags()
+    distributed.define_flags()
+    flags.DEFINE_string("image", None, "Image or DICOM file.")
+    flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")
+    flags.DEFINE_string("image_dir", None, "Folder of images, in place of --image.")
+    flags.DEFINE_string("questions", None, "CSV or TSV: columns image (below it) and question.")
+    flags.DEFINE_string("out", None, "The page; with --image_dir a folder.", required=True)
+    flags.DEFINE_string("mask", None, "Image file, white where the image is to be replaced.")
+    flags.DEFINE_string("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")
+    flags.DEFINE_string("npz", None, "File for the exact arrays; with --image_dir: 1 for --out.")
+    flags.DEFINE_list("methods", list(report.METHODS), f"Some of {', '.join(report.METHODS)}.")
+    flags.DEFINE_enum("fill", "blur", list(occlusion.FILLS), "What stands in for what is occluded.")
+    flags.DEFINE_integer("num_samples", 5, "Sampled answers beside the most probable one.")
+    flags.DEFINE_float("temperature", 1.0, "Of the samples.")
+    flags.DEFINE_integer("seed", 0, "Of the samples.")
+    flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "paligemma_med", "programs"),
+        "Folder that keeps compiled programs for the next start; empty for none.",
+    )
+    app.run(main, flags_parser=cli.parse_flags)

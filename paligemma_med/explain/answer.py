@@ -1,0 +1,261 @@
+"""One answer and what it rests on: a question about an image → a `report.Report` and its flags."""
+
+import dataclasses
+import hashlib
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import PIL.Image
+
+import paligemma_med
+from paligemma_med import decode, weights
+from paligemma_med.checkpoints import fingerprint
+from paligemma_med.explain import page
+from paligemma_med.models import vlm
+from paligemma_med.parallel import distributed, sharding
+from paligemma_med.pp import get_preprocess_fn, ops_image
+from paligemma_med.pp import images as images_lib
+from paligemma_med.saliency import capture, checks, occlusion, report, sequence
+
+CONTROLS = {"blank": "Nothing (mid-grey)", "shuffled": "Its own patches, shuffled"}
+_SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
+
+
+class Loaded(NamedTuple):
+    """What answering takes, loaded once for many questions."""
+
+    config: Any
+    weights: str  # their file's name, and what tells them from others (`fingerprint`)
+    model: Any
+    tokenizer: Any
+    mesh: Any
+    params: Any
+    pp: Any
+
+
+def load(config, checkpoint):
+    """`Loaded` of a config and weights of any form that `checkpoints.load_params` takes.
+
+    Raises:
+      ValueError: the config has no prompt.
+    """
+    if not config.get("predict_pp"):
+        raise ValueError("config has no predict_pp, which makes a prompt of a question.")
+    pp = get_preprocess_fn(config.predict_pp)
+    model, tokenizer, mesh, params = weights.load(config, checkpoint)
+    names = [os.path.basename(os.path.normpath(str(x))) for x in (checkpoint, config.get("adapter_init")) if x]
+    prints = "".join(fingerprint.of_leaves(params))
+    origin = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
+    return Loaded(config, origin, capture.capturable(model), tokenizer, mesh, params, pp)
+
+
+def explain(
+    loaded,
+    image,
+    question,
+    *,
+    title="image",
+    mask=None,
+    num_samples=5,
+    temperature=1.0,
+    seed=0,
+    max_new_tokens=64,
+    methods=report.METHODS,
+    fill="blur",
+):
+    """Answers a question about an image, and measures what the answer rests on.
+
+    Args:
+      loaded: `load`.
+      image: bytes of an image or DICOM file, or uint8[H, W, 3].
+      question: str.
+      title: of the page; a file's name.
+      mask: optional bool[H, W], of the image's own size or as the model sees it: a region to be
+        replaced by `fill`.
+      num_samples, temperature, seed: of the answers sampled beside the greedy one; 0 for none.
+      max_new_tokens: of an answer.
+      methods, fill: as `report.measure` takes them.
+
+    Returns:
+      (`report.Report`, the checks it was flagged by: list of `checks.Flag`).
+
+    Raises:
+      ValueError: an image that can't be read, a mask of another size, no answer at all.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty.")
+    if num_samples < 0:
+        raise ValueError(f"num_samples is {num_samples}; expected 0 or more.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
+    tok = loaded.tokenizer
+    if isinstance(image, bytes):
+        image = images_lib.to_rgb(image)
+    row = loaded.pp({"image": image, "question": question})
+    cut = int(row.get("_truncated", 0))
+    seen = np.asarray(row["image"], np.float32)
+    stretched = _is_stretched(image, seen)
+    patch = _patch(loaded.model, seen)
+    images = {"image": seen, "blank": decode.blank_image(seen.shape), "shuffled": checks.shuffled(seen, patch)}
+    if mask is not None:
+        mask = fit_mask(mask, image.shape, seen.shape, stretched)
+        images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
+
+    answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
+    answer_ids, answer = answers[0]
+    texts = dict(zip(images, (text for _, text in answers)))
+    prompt = sequence.prompt_of(row)
+    arrays, score = report.measure(
+        loaded.model, loaded.params, seen, answer_ids=answer_ids, **prompt, methods=methods, fill=fill
+    )
+    names = [name for name in images if name != "image"]
+    # In batches as occlusion's, whose program is compiled already.
+    size = report.BATCH if "occlusion" in methods else len(names)
+    others = occlusion.in_batches(score, [images[name] for name in names], size)
+    others = dict(zip(names, others))
+
+    length = len(arrays.logprobs)
+    out = report.Report(
+        **vars(arrays),
+        title=title,
+        question=question,
+        answer=answer,
+        prompt=[piece(tok, t) for t in prompt["prompt_ids"]],
+        tokens=[piece(tok, t) for t in answer_ids[:length]],
+        ended=int(answer_ids[length - 1]) == tok.eos_token,
+        others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays.rivals)],
+        picture=image if stretched else _pixels(seen),
+        seen=_pixels(seen),
+        samples=samples,
+        controls=[
+            dict(name=name, answer=texts[key], logprob=float(others[key].sum())) for key, name in CONTROLS.items()
+        ],
+        mask=None
+        if mask is None
+        else report.Masked(fill, _pixels(images["masked"]), others["masked"], texts["masked"]),
+    )
+    raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in CONTROLS})]
+    return dataclasses.replace(
+        out,
+        flags=[dict(name=words(f.name), says=f.says) for f in raised if f.raised],
+        about=_about(loaded, out, answer_ids, num_samples, temperature, seed),
+    ), raised
+
+
+def check(made, controls):
+    """The checks of `saliency.checks` on a report: list of `Flag`, raised or not.
+
+    Args:
+      made: a `report.Report`.
+      controls: {name: float[R]} log-probabilities of the answer on other images.
+    """
+    out = [
+        checks.image_ignored(made.logprobs, controls),
+        checks.low_image_mass(made.mass),
+    ]
+    if made.samples:
+        out.append(checks.samples_disagree(made.answer, [s["answer"] for s in made.samples]))
+    patches = made.grid[0] * made.grid[1]
+    method = page.first_method(made)
+    found = [m.values for m in made.maps if m.method == method]
+    values = found[0] if found else made.raw.mean((0, 1))
+    saliency = page.whole(method, values[page.content(made), :patches])
+    name = f"map by {page.METHODS[method][0].lower()}"
+    out.append(checks.outside_body(saliency.reshape(made.grid), made.seen, name=name))
+    return out
+
+
+def words(name):
+    """ "image_ignored" → "Image ignored"."""
+    return name.replace("_", " ").capitalize()
+
+
+def piece(tokenizer, token):
+    """A token as text that can be seen: specials in ‹ ›, line breaks as ↵, bytes by number."""
+    token = int(token)
+    if token in _SPECIAL:
+        return _SPECIAL[token]
+    text = tokenizer.to_str([token], stop_at_eos=False)
+    if not text or "\ufffd" in text:
+        return f"‹{token}›"
+    return text.replace("\n", "↵")
+
+
+def fit_mask(mask, image_shape, seen_shape, stretched):
+    """bool[H, W] as the model sees it, of a mask of the image's or the model's size.
+
+    Raises:
+      ValueError: another size; a mask that covers nothing.
+    """
+    sizes = {tuple(image_shape[:2]): "the image's"} if stretched else {}
+    sizes[tuple(seen_shape[:2])] = "the model's"
+    if mask.shape not in sizes:
+        known = " or ".join(f"{w} x {h} ({whose})" for (h, w), whose in sizes.items())
+        raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels; expected {known}")
+    size = seen_shape[1], seen_shape[0]
+    out = np.asarray(PIL.Image.fromarray(mask.astype(np.uint8)).resize(size, PIL.Image.NEAREST)) > 0
+    if not out.any():
+        raise ValueError("the mask covers nothing (white is what is replaced)")
+    return out
+
+
+def _patch(model, image):
+    h, w = vlm.patch_grid(model, image)
+    return image.shape[0] // h, image.shape[1] // w
+
+
+def _is_stretched(image, seen):
+    """Is what the model sees the whole image, only resized? Then maps can lie on the image."""
+    small = ops_image.resize_image(image, *seen.shape[:2], antialias=True)
+    return float(np.abs(small - (seen + 1) * 127.5).mean()) < 2
+
+
+def _pixels(image):
+    """float[H, W, 3] in [-1, 1] → uint8."""
+    return np.floor(np.clip((np.asarray(image) + 1) * 127.5, 0, 255) + 0.5).astype(np.uint8)
+
+
+def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens):
+    """([(tokens, text)] of the most probable answer on each image, samples on the first).
+
+    Greedy as `predict` is: a draw from the one most probable token would be another answer where
+    two are equally probable.
+    """
+
+    def draw(images, **kw):
+        with sharding.rules(loaded.config, loaded.mesh):
+            found = decode.generate(
+                loaded.model,
+                loaded.params,
+                decode.batch_of([{**row, "image": image} for image in images]),
+                eos_token=tok.eos_token,
+                max_new_tokens=max_new_tokens,
+                **kw,
+            )
+        return distributed.to_host(found)
+
+    tok = loaded.tokenizer
+    tokens, _ = draw(images)
+    greedy = [(t[0], tok.to_str(t[0].tolist())) for t in tokens]
+    if not num_samples:
+        return greedy, []
+    tokens, logprobs = draw(images[:1], num_samples=num_samples, temperature=temperature, seed=seed)
+    return greedy, [dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum())) for t, p in zip(tokens[0], logprobs[0])]
+
+
+def _about(loaded, made, answer_ids, num_samples, temperature, seed):
+    (height, width), (rows, columns) = made.seen.shape[:2], made.grid
+    # No time and no duration: the same command makes the same bytes.
+    out = [
+        ("Weights", loaded.weights),
+        ("Image", f"{width} × {height} px as the model sees it, {rows} × {columns} patches"),
+        ("Language model", f"{made.raw.shape[0]} layers of {made.raw.shape[1]} heads"),
+        ("Answer", "most probable token at each place (greedy)"),
+        ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
+        ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
+    ]
+    if loaded.tokenizer.eos_token not in np.asarray(answer_ids):
+        out.append(("Cut off", f"the answer had not ended after {len(answer_ids)} tokens"))
+    return out

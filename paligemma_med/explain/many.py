@@ -1,0 +1,127 @@
+"""Many answers: a page each, and an index of them, worst first; stopped at any point, it goes on."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+import paligemma_med
+from paligemma_med.config import files as config_files
+from paligemma_med.evaluation import results
+from paligemma_med.explain import page
+from paligemma_med.explain.answer import explain
+from paligemma_med.explain.files import slug, write_npz, write_page, write_pngs
+from paligemma_med.files import whole_file
+from paligemma_med.page import clean
+from paligemma_med.saliency import checks
+
+
+def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
+    """A page for each (image, question), and index.html, worst first.
+
+    An image that can't be read gets a line in the index and no page. Stopped at any point, the same
+    call goes on where it was: what is done stands in `results.PART` until the index is written.
+
+    Args:
+      folder, asked: image files below a folder, [(name, question)].
+      out: folder for the pages.
+      npz, png: write those beside each page.
+      **kw: for `explain`.
+
+    Returns:
+      How many have no page.
+    """
+    identity = dict(
+        weights=loaded.weights,
+        settings=kw,
+        npz=npz,
+        png=png,
+        config=config_files.to_json(loaded.config),
+        software=paligemma_med.__version__,
+        asked=[(clean(name), clean(question)) for name, question in asked],
+    )
+    rows = []
+    with contextlib.closing(results.Part(out, identity)) as part:
+        for i, (name, question) in enumerate(asked):
+            content = _content(os.path.join(folder, name))
+            sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
+            (row,) = part.found.get(("model", i), [{}])
+            there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
+            if row.get("sha256", "") != sha or not there:
+                stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")
+                row = _row(loaded, content, name, question, stem, npz=npz, png=png, **kw)
+                row["sha256"] = sha
+                part.add("model", i, [row])
+            rows.append(row)
+            said = f"{row['name']}: {row['error'] or row['question'] + ' ' + row['answer']}"
+            said = f"[{i + 1}/{len(asked)}] {' '.join(said.split())}"
+            print(said, file=sys.stderr if row["error"] else sys.stdout, flush=True)
+    raised = [[checks.Flag(*flag) for flag in row["raised"]] for row in rows]
+    order = worst_first(rows, raised)
+    title = f"{len(rows)} answers about images in {os.path.basename(os.path.abspath(folder))}"
+    with whole_file(os.path.join(out, "index.html")) as f:
+        f.write(page.render_index([rows[i] for i in order], title).encode())
+    os.remove(os.path.join(out, results.PART))
+    return sum(row["error"] is not None for row in rows)
+
+
+def _content(path):
+    """The bytes of a file, or the error that reading it gave."""
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as e:
+        return e
+
+
+def _row(loaded, content, name, question, stem, *, npz, png, **kw):
+    """Writes the files of one of many, `stem` and an ending; → its row in the index, as JSON."""
+    row = dict(
+        name=clean(name),
+        question=clean(question),
+        answer="",
+        probability=None,
+        flags=[],
+        raised=[],
+        thumb=None,
+        href=None,
+        error=None,
+    )
+    try:
+        if isinstance(content, OSError):
+            raise content
+        made, raised = explain(loaded, content, question, title=name, **kw)
+    except (OSError, ValueError) as e:
+        return row | dict(error=clean(getattr(e, "strerror", None) or str(e)))
+    write_page(made, f"{stem}.html")
+    if npz:
+        write_npz(made, f"{stem}.npz")
+    if png:
+        write_pngs(made, os.path.dirname(stem), f"{os.path.basename(stem)}_")
+    return row | dict(
+        answer=clean(made.answer),
+        flags=made.flags,
+        raised=results.plain(raised, name),
+        probability=float(np.exp(min(0.0, made.logprobs.sum()))),
+        thumb=page.data_url(made.picture, 96),
+        href=f"{os.path.basename(stem)}.html",
+    )
+
+
+def worst_first(rows, raised):
+    """Order for the index: what failed, then by flags, then the least probable answer first."""
+    by_flags = {i: place for place, i in enumerate(checks.worst_first(raised))}
+
+    def key(i):
+        row = rows[i]
+        probability = row["probability"]
+        return (
+            row["error"] is None,
+            [-x for x in checks.severity(raised[i])],
+            -1 if probability is None else probability,
+            by_flags[i],
+        )
+
+    return sorted(range(len(rows)), key=key)

@@ -1,0 +1,66 @@
+"""What is asked about which images: a folder, a table of questions, a mask."""
+
+import csv
+import io
+import os
+import pathlib
+
+from paligemma_med.pp import images
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
+
+
+def read_mask(path):
+    """bool[H, W], True where an image file is lighter than mid-grey."""
+    return images.to_rgb(read_bytes(path, "--mask")).max(-1) > 127
+
+
+def read_questions(path, folder):
+    """[(image's path below `folder`, question)] of a CSV or TSV file with those columns.
+
+    Raises:
+      ValueError: a column is missing, a field is empty, or an image's path leaves the folder; with
+        the file and line.
+    """
+    text = read_bytes(path, "--questions")
+    try:
+        lines = io.StringIO(text.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}).") from None
+    reader = csv.DictReader(lines, delimiter="\t" if str(path).endswith(".tsv") else ",")
+    if missing := {"image", "question"} - {*(reader.fieldnames or ())}:
+        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; found {reader.fieldnames}.")
+    out = []
+    for row in reader:
+        image, question = ((row[k] or "").strip() for k in ("image", "question"))
+        if not image or not question:
+            raise ValueError(f"{path} line {reader.line_num}: image or question is empty.")
+        if not _inside(folder, image):
+            raise ValueError(f"{path} line {reader.line_num}: {image!r} is not below {folder}.")
+        out.append((image, question))
+    if not out:
+        raise ValueError(f"{path}: no rows below its header.")
+    return out
+
+
+def _inside(folder, name):
+    if "\0" in name or os.path.isabs(name):
+        return False
+    root = os.path.realpath(folder)
+    return os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, ""))
+
+
+def images_in(folder):
+    """Names of the image files below a folder, sorted."""
+    root = pathlib.Path(folder)
+    found = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"--image_dir {folder}: no image files ({', '.join(SUFFIXES)}).")
+    return [str(p.relative_to(root)) for p in found]
+
+
+def read_bytes(path, flag):
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"{flag} {path}: {e.strerror}.") from None
