@@ -82,7 +82,7 @@ def _check_attention(config):
 def adapted(config, model):
     """{Target: Spec} of the projections that config.lora adapts."""
     names = abstract_params(config, model.clone(lora=())) if model.lora else ()
-    return lora_targets.resolve(model.lora, names)
+    return lora_targets.resolve(model.lora, names, model.leaves)
 
 
 def make_tokenizer(config, model):

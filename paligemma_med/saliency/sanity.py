@@ -65,17 +65,22 @@ def _stages(flat, leaves):
                 (layers if leaf.stacked else above if layers else below).append(leaf)
         if not layers:
             below, above = [], below
-        for folder in reversed(dict.fromkeys(leaf.folder for leaf in above)):
-            out.append(_Stage(folder, frozenset(leaf.path for leaf in above if leaf.folder == folder)))
+        for module in reversed(dict.fromkeys(map(_module, above))):
+            out.append(_Stage(module, frozenset(leaf.path for leaf in above if _module(leaf) == module)))
         if layers:
             stack, paths = leaf_tables.stack_of(layers), frozenset(leaf.path for leaf in layers)
             depth = len(flat[layers[0].path])
             out += [_Stage(f"{stack}/{i}", paths, i) for i in reversed(range(depth))]
         if below:
-            folders = {leaf.folder for leaf in below}
-            name = folders.pop() if len(folders) == 1 else f"{part}/embeddings"
+            modules = {_module(leaf) for leaf in below}
+            name = modules.pop() if len(modules) == 1 else f"{part}/embeddings"
             out.append(_Stage(name, frozenset(leaf.path for leaf in below)))
     return out
+
+
+def _module(leaf):
+    """The module of a leaf; the leaf itself if that is the part's own."""
+    return leaf.folder if "/" in leaf.folder else leaf.path
 
 
 def _flat(params):
