@@ -7,8 +7,9 @@ answer and EOS.
 """
 
 import ast
+from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from paligemma_med.pp import rows
 
@@ -25,7 +26,7 @@ EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location")
 LOOP = dict(keep_ckpt=2, skip_nonfinite=0, tensorboard=False, wandb=False, compilation_cache=True)
 
 
-def prompt_for(language="en", options=False):
+def prompt_for(language="en", options=False) -> str:
     """The prompt as a template over the keys of a row; what `strfmt` fills in.
 
     Args:
@@ -41,12 +42,12 @@ def prompt_for(language="en", options=False):
 PROMPT = prompt_for()
 
 
-def dataset(name, split, data_dir=""):
+def dataset(name, split, data_dir="") -> dict[str, str]:
     """A `data` section; without `data_dir` the set is looked for where TFDS keeps its sets."""
     return dict(name=name, split=split, **(dict(data_dir=data_dir) if data_dir else {}))
 
 
-def parse_arg(arg, **defaults):
+def parse_arg(arg, **defaults) -> ConfigDict:
     """ "res=224,batch_size=8" → ConfigDict of `defaults` with those values; types as the defaults'.
 
     Raises:
@@ -68,7 +69,7 @@ def parse_arg(arg, **defaults):
         if default is not None and (is_flag or not isinstance(value, _accepted(default))):
             raise ValueError(f"Config argument {item!r}: expected {type(default).__name__}, as in {name}={default!r}.")
         out[name] = value
-    return ml_collections.ConfigDict(out, convert_dict=False)
+    return ConfigDict(out, convert_dict=False)
 
 
 def _accepted(default):
@@ -88,14 +89,14 @@ def _op(name, *args, **kw):
     return f"{name}({', '.join(parts)})"
 
 
-def image_pp(res, augment=()):
+def image_pp(res, augment=()) -> list[str]:
     """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` stands before resize."""
     # big_vision decodes JPEG faster unless told to be precise, up to 8 grey levels off.
     size = _op("resize", res, antialias=True)
     return ["decode(precise=True)", *augment, size, _op("value_range", -1, 1)]
 
 
-def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer"):
+def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer") -> str:
     """The pp string of a training set of questions and answers; `answer` is the key of the latter.
 
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
@@ -118,7 +119,7 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
     )
 
 
-def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer"):
+def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer") -> str:
     """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator, for which
     the truth is called "answer" whatever its key in the data.
 
@@ -159,7 +160,7 @@ def vqa_eval(
     samples=1,
     temperature=None,
     **kw,
-):
+) -> dict[str, Any]:
     """A section of config.evals: exact match on a split of the data set `name`, with its controls.
 
     Several `samples` of each question are drawn at `temperature` (by default 1) and give a mean and
@@ -182,7 +183,7 @@ def vqa_eval(
 
 def big_vision_vqa_eval(
     c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, batch_size=64, answer="answer", **kw
-):
+) -> dict[str, Any]:
     """The same questions for big_vision's own VQA evaluator, which `paligemma_med.upstream.train`
     alone runs: one greedy answer each, right if it is the truth to the letter; see
     docs/big_vision.md.
@@ -207,7 +208,9 @@ def big_vision_vqa_eval(
     )
 
 
-def dialogue_eval(c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw):
+def dialogue_eval(
+    c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw
+) -> dict[str, Any]:
     """Dialogues of several `turns` on one image, questions and answers in the history of the next;
     see `paligemma_med.evaluators.dialogue`.
 
@@ -246,7 +249,7 @@ def dialogue_eval(c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="a
     return section | dict(type="dialogue", turns=turns, prompt_pp="|".join(prompt_pp), history_pp="|".join(history_pp))
 
 
-def closed_eval(c, name, split, *, samples=5, **kw):
+def closed_eval(c, name, split, *, samples=5, **kw) -> dict[str, Any]:
     """The paper's protocol for closed questions: five samples at temperature 1, mean and standard
     deviation over runs, which questions are not robust, and LLaVA-Med's closed metric.
 
@@ -255,7 +258,7 @@ def closed_eval(c, name, split, *, samples=5, **kw):
     return vqa_eval(c, name, split, samples=samples, protocol="closed", **kw)
 
 
-def open_eval(c, name, split, *, samples=1, **kw):
+def open_eval(c, name, split, *, samples=1, **kw) -> dict[str, Any]:
     """Open questions by overlap of words: F1, recall, BLEU, ROUGE, CIDEr, with their controls.
 
     Arguments as of `vqa_eval`. An echo of the question scores well in some of these.
@@ -274,7 +277,7 @@ def multiple_choice_eval(
     answer=rows.ANSWER_LETTER,
     options=None,
     **kw,
-):
+) -> dict[str, Any]:
     """Multiple choice by letter, by the nearest text, and by the likelihood of each choice; five
     samples at temperature 1 as in the paper.
 

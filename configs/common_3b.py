@@ -43,6 +43,8 @@ Table 3 also has: constant schedule, label smoothing 0, weight decay 0, fp16. He
 and activations are bfloat16, which has float32's range, and what is trained stays float32.
 """
 
+from ml_collections import ConfigDict, config_dict
+
 from configs import common, tiny_base
 from paligemma_med.pp import rows
 
@@ -64,7 +66,7 @@ _LANGUAGES = {"en": "en", "bare": ""}
 _ROCO = {"v1": "roco_v1/qa", "v2": "rocov2/qa"}
 
 
-def parse_arg(arg, **more):
+def parse_arg(arg, **more) -> ConfigDict:
     """The arguments of a stage 2: those above, and `more`, which must have `epochs`."""
     args = common.parse_arg(
         arg,
@@ -92,7 +94,7 @@ def parse_arg(arg, **more):
     return args
 
 
-def model(c, res):
+def model(c, res) -> None:
     """PaliGemma-3B in bfloat16 at `res` px."""
     c.res = res
     c.tokenizer = common.GEMMA
@@ -104,7 +106,7 @@ def model(c, res):
     c.frozen_dtype = "bfloat16"
 
 
-def recipe(c, micro, accum, lr):
+def recipe(c, micro, accum, lr) -> None:
     """Optimizer, batch and mesh of both stages (table 3)."""
     c.input.batch_size = micro * accum
     c.input.on_error = "error"
@@ -121,7 +123,7 @@ def recipe(c, micro, accum, lr):
     c.update(common.LOOP)
 
 
-def lora(which, rank, alpha, dropout):
+def lora(which, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
     """config.lora of a variant; ValueError names the variants there are."""
     if which not in _LORA:
         raise ValueError(f"lora={which!r}: expected one of {sorted(_LORA)}.")
@@ -129,7 +131,7 @@ def lora(which, rank, alpha, dropout):
     return [(regex, spec if adapted else None) for regex, adapted in _LORA[which]]
 
 
-def stage2(args):
+def stage2(args) -> ConfigDict:
     """A config of stage 2 but for its data and texts.
 
     Args:
@@ -139,7 +141,7 @@ def stage2(args):
       A ConfigDict: model, weights, adapters, optimizer, batch and schedule. Left to the experiment
       are text_len, input.data, input.pp, predict_pp and evals.
     """
-    c = common.ml_collections.ConfigDict()
+    c = ConfigDict()
     c.seed = args.seed
     if args.tiny:
         tiny_base.apply(c)
@@ -150,7 +152,7 @@ def stage2(args):
     c.adapter_init = None  # a PEFT folder to train on from
     # No supervised_len: the longest answers fill nearly all of text_len.
     # --config.loss_chunk=64, for small cards, has logits of 64 positions at a time.
-    c.loss_chunk = common.ml_collections.config_dict.placeholder(int)
+    c.loss_chunk = config_dict.placeholder(int)
     # A few captions run to thousands of characters; what is cut is counted and reported.
     c.input = dict(num_workers=0 if args.tiny else 4, allow_missing_eos=True)
     c.total_epochs = args.epochs
@@ -162,14 +164,14 @@ def stage2(args):
     return c
 
 
-def prompt_for(args, options=False):
+def prompt_for(args, options=False) -> str:
     """The prompt that args.prompt names; `options` as in `common.prompt_for`."""
     if args.prompt not in _LANGUAGES:
         raise ValueError(f"prompt={args.prompt!r}: expected one of {sorted(_LANGUAGES)}.")
     return common.prompt_for(_LANGUAGES[args.prompt], options)
 
 
-def roco(version):
+def roco(version) -> str:
     """The ROCO data set of a version; ValueError names the versions there are."""
     if version not in _ROCO:
         raise ValueError(f"version={version!r}: expected one of {sorted(_ROCO)}.")

@@ -9,13 +9,15 @@ of the stage), rank, size (of a batch), seed, eval (the split that evaluations u
 chosen on validate), data_dir.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, tiny_base
 
 EPOCHS = {1: 0.4, 2: 3.2}
 LR = {1: 3e-3, 2: 2e-3}
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common.parse_arg(
         arg,
         stage=1,
@@ -30,7 +32,7 @@ def get_config(arg=None):
     )
     if args.stage not in LR:
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
-    c = common.ml_collections.ConfigDict()
+    c = ConfigDict()
     c.seed = args.seed
     tiny_base.apply(c)
     c.model_init = args.init or None

@@ -10,10 +10,12 @@ evaluation: more than one are drawn at temperature 1), protocol (vqa, closed or 
 dialogues, an evaluation of its own; 0: none), seed, lr, drop.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common.parse_arg(
         arg,
         epochs=30.0,
@@ -30,7 +32,7 @@ def get_config(arg=None):
         protocol="vqa",
         turns=0,
     )
-    c = common.ml_collections.ConfigDict()
+    c = ConfigDict()
     c.seed = args.seed
     c.res = args.res
     # The longest prompt takes 35 tokens and most answers under 5. The few that don't fit (1.3 % of

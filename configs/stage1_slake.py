@@ -12,12 +12,14 @@ lang (en, zh or all), micro (examples at a time), accum (how many of those make 
 (the tiny base model of configs/tiny_base.py, to try out data and commands).
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, common_3b, tiny_base
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16, tiny=False)
-    c = common.ml_collections.ConfigDict()
+    c = ConfigDict()
     c.seed = 0
     if args.tiny:
         tiny_base.apply(c)

@@ -7,11 +7,13 @@ Data: `medpix2/qa`, by the official split of cases (the authors made their own, 
 Arguments: letters, stage1 or init, and the variants that configs/common_3b.py lists and argues.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, common_3b
 from paligemma_med.pp import rows
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common_3b.parse_arg(arg, epochs=4.0, letters=False)
     c = common_3b.stage2(args)
     c.text_len = 256  # answers have 21 words on average and 77 at most

@@ -10,13 +10,15 @@ questions without their options, and answers as text.
 Arguments: answer, version, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, common_3b
 from paligemma_med.pp import rows
 
 _ANSWERS = {"letter": rows.ANSWER_LETTER, "text": "answer"}
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common_3b.parse_arg(arg, epochs=4.0, version="v1", answer="letter")
     c = common_3b.stage2(args)
     c.text_len = 192

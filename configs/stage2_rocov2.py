@@ -8,11 +8,13 @@ ids in the authors' files.
 Arguments: version, letters, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, common_3b
 from paligemma_med.pp import rows
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common_3b.parse_arg(arg, epochs=7.0, version="v2", letters=False)
     c = common_3b.stage2(args)
     c.text_len = 256  # answers come from captions: 20 words on average, a few over 200

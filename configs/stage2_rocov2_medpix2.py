@@ -12,6 +12,8 @@ With `version=v1` the large set is ROCO v1, as in the authors' files.
 Arguments: medpix, anneal, version, stage1 or init, and the variants of configs/common_3b.py.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common, common_3b
 
 
@@ -19,7 +21,7 @@ def _shares(medpix):
     return dict(rocov2=1 - medpix, medpix2=medpix)
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common_3b.parse_arg(arg, epochs=9.0, medpix=0.15, anneal=True, version="v2")
     if not 0 < args.medpix < (0.5 if args.anneal else 1):
         raise ValueError(f"medpix={args.medpix}: expected a share above 0, below 0.5 with anneal.")

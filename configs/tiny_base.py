@@ -11,6 +11,8 @@ those of the lesson), size (of a batch), seed, eval (the split that evaluations 
 
 import os
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 # The weights, once they are made.
@@ -30,19 +32,19 @@ EPOCHS = {1: 1.2, 2: 1.3}
 LR = {1: 2e-3, 2: 2e-3}
 
 
-def apply(c):
+def apply(c) -> None:
     """Makes this the model of `c`: res, tokenizer and model. Its weights are `BASE`."""
     c.res = RES
     c.tokenizer = TOKENIZER
     c.model = MODEL
 
 
-def get_config(arg=None):
+def get_config(arg=None) -> ConfigDict:
     args = common.parse_arg(arg, lesson=1, init="", epochs=0.0, lr=0.0, size=32, seed=0, eval="test", data_dir="")
     if args.lesson not in DATA:
         raise ValueError(f"Config argument lesson={args.lesson}: expected 1 or 2.")
     data = DATA[args.lesson]
-    c = common.ml_collections.ConfigDict()
+    c = ConfigDict()
     c.seed = args.seed
     apply(c)
     c.model_init = args.init or None

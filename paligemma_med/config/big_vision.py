@@ -37,7 +37,7 @@ _IDLE = {
 _SHORT_NAME = re.compile(r"pt_((?P<second>3b|10b|28b)_)?(224|448|896)(\.bf16|\.f16)?")
 
 
-def adopt(config, known):
+def adopt(config, known) -> list[str]:
     """Turns a config of big_vision's into one of ours, in place. One of ours stays as it is.
 
     Args:

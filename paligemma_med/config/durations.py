@@ -5,7 +5,7 @@ import math
 UNITS = ("steps", "epochs", "examples", "percent")
 
 
-def to_steps(config, name, *, num_examples, batch_size, total_steps=None, default=None):
+def to_steps(config, name, *, num_examples, batch_size, total_steps=None, default=None) -> int | None:
     """The duration `name` of `config` in steps, as big_vision's `utils.steps` reads it.
 
     Args:

@@ -8,7 +8,7 @@ it may have several parts ("vqav2/minival"), and may begin with another one's
 import re
 
 
-def check(name):
+def check(name) -> None:
     """ValueError for a name that can't be a path below a folder."""
     parts = name.split("/")
     if not all(parts) or {".", ".."} & {*parts} or re.search(r"[\\\0\n]", name):
@@ -18,7 +18,7 @@ def check(name):
         )
 
 
-def split_metric(metric, names):
+def split_metric(metric, names) -> tuple[str, str]:
     """Which evaluation a metric of metrics.jsonl is of, and what that calls it.
 
     Args:

@@ -8,7 +8,7 @@ import ml_collections
 from paligemma_med.checkpoints import bv, npz, workdir
 
 
-def to_json(config):
+def to_json(config) -> str:
     """The config as JSON text. Paths of weights are absolute, and a workdir's has its newest step
     (`workdir.pin`): they must be found, and remain what they are."""
     plain = json.loads(config.to_json_best_effort())
@@ -22,12 +22,12 @@ def to_json(config):
     return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
-def absolute(spec):
+def absolute(spec) -> str:
     path, part = npz.split_spec(spec)
     path = os.path.abspath(os.path.expanduser(path))
     return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")
 
 
-def from_json(plain):
+def from_json(plain) -> ml_collections.ConfigDict:
     """The reverse: a dict read from config.json → ConfigDict (lists of pairs stay lists)."""
     return ml_collections.ConfigDict(plain)

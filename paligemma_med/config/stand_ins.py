@@ -12,6 +12,7 @@ import importlib.machinery
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -20,7 +21,7 @@ _HOW = "set BIG_VISION_DIR to a checkout of big_vision, or write that part witho
 
 
 @contextlib.contextmanager
-def importable(config_file=None):
+def importable(config_file=None) -> Iterator[None]:
     """Within this context `import big_vision…` works as far as config files need it.
 
     Args:
@@ -40,7 +41,7 @@ def importable(config_file=None):
             del sys.modules[name]
 
 
-def checkout_of(path):
+def checkout_of(path) -> str | None:
     """The checkout of big_vision that a file lies in, as a str; None if it lies in none."""
     if path is None:
         return None
@@ -58,7 +59,7 @@ def _is_its(module_name):
 # --- big_vision.configs.common ---
 
 
-def parse_arg(arg, lazy=False, **spec):
+def parse_arg(arg, lazy=False, **spec) -> ml_collections.ConfigDict:
     """The argument behind the colon of --config=file.py:… as a ConfigDict.
 
     "res=448,final_split" sets two of `spec`, a flag without a value to True. A text without "=" and
@@ -111,12 +112,12 @@ def _guess(text):
 # --- big_vision.configs.proj.paligemma.transfers.common ---
 
 
-def tok(**kw):
+def tok(**kw) -> str:
     """The pp op that makes tokens of a text, by default with `TOKENIZER`."""
     return f"tok({', '.join(f'{k}={v!r}' for k, v in {**kw, 'model': kw.get('model', TOKENIZER)}.items())})"
 
 
-def combine_and_keep_train(text_len, before=(), sep="\n"):
+def combine_and_keep_train(text_len, before=(), sep="\n") -> str:
     """pp ops from the texts "prefix" and "suffix" to what training reads, one token longer than
     text_len."""
     lengths = [("text", 0), ("mask_ar", 1), ("mask_loss", 0)]
@@ -133,7 +134,7 @@ def combine_and_keep_train(text_len, before=(), sep="\n"):
     )
 
 
-def combine_and_keep_eval(text_len, keep=(), before=(), sep="\n"):
+def combine_and_keep_eval(text_len, keep=(), before=(), sep="\n") -> str:
     """pp ops from the text "prefix" to a prompt for decoding, and `keep` for the evaluator. What an
     example has as "suffix" would be the beginning of its answer."""
     lengths = [("text", 0), ("mask_ar", 1), ("mask_input", 0)]

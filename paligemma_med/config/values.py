@@ -38,7 +38,7 @@ KEYS = frozenset(
 )
 
 
-def check_keys(section, known, where):
+def check_keys(section, known, where) -> None:
     """ValueError if a mapping has keys that aren't `known`, with the nearest ones that are."""
     unknown = sorted(set(section) - set(known))
     if unknown:
@@ -56,12 +56,12 @@ def _is_whole(x):
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def is_mapping(x):
+def is_mapping(x) -> bool:
     """Whether x is a dict or a ConfigDict."""
     return isinstance(x, Mapping | ml_collections.ConfigDict)
 
 
-def is_big_visions(section):
+def is_big_visions(section) -> bool:
     """Whether a section of config.evals names an evaluator of big_vision's own (a dotted module,
     "proj.paligemma.transfers.vqa"), which `paligemma_med.upstream.train` alone runs."""
     return bool(re.fullmatch(r"\w+(\.\w+)+", str(section.get("type"))))
@@ -203,7 +203,7 @@ def _check_sections(config):
             _check_values(pred_kw, _PRED_KW, f"{where}.pred_kw")
 
 
-def check_config(config):
+def check_config(config) -> None:
     """Refuses configs with unknown or missing keys, or values that can't be meant; ValueError.
 
     A config of big_vision's becomes one of ours, in place, with a word on stderr on what isn't read

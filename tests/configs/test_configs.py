@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common
 from paligemma_med import checkpoints, experiment, weights
@@ -256,7 +257,7 @@ def test_multiple_choice_shows_the_options_and_asks_for_the_letter():
 )
 def test_evaluations_by_protocol(section, samples, keys):
     """What a section says, the evaluator takes; what it keeps is there."""
-    c = common.ml_collections.ConfigDict(dict(res=32, tokenizer="tiny"))
+    c = ConfigDict(dict(res=32, tokenizer="tiny"))
     made = section(c, "x", "test", text_len=40, max_new_tokens=4)
     opened = ("type", "data", "train_data", "train_answer", "pp_fn", "batch_size")
     given = {k: v for k, v in made.items() if k not in opened}
