@@ -27,7 +27,7 @@ from data_prep.builders.vqa import REPORT_NAME
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
-from paligemma_med.pp import tokenizer
+from paligemma_med.pp import markdown, tokenizer
 from paligemma_med.pp.files import default_data_dir
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
@@ -270,9 +270,8 @@ def _n(number: int | None) -> str:
 
 def _table(columns: str, rows: Sequence[Sequence[Any]]) -> str:
     names = columns.split(", ")
-    lines = [names, ["---"] * len(names), *rows]
-    cells = ((str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+    lines = [markdown.head(names, left=len(names)), *(markdown.row(map(markdown.cell, row)) for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def _over_splits(described: Mapping[str, Any], title: str) -> Counter:

@@ -15,7 +15,7 @@ from absl import app, flags
 
 from paligemma_med import cli, experiment, preflight, weights
 from paligemma_med.config import values as config_values
-from paligemma_med.metrics import scoring
+from paligemma_med.metrics import scoring, tables
 from paligemma_med.parallel import distributed, sharding
 
 
@@ -52,7 +52,7 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
             results[name] = evaluator.run(params)
         if not distributed.is_main():
             continue
-        print(f"\n{name} on {checkpoint}\n\n{scoring.format_table(results[name])}", flush=True)
+        print(f"\n{name} on {checkpoint}\n\n{tables.format_table(results[name])}", flush=True)
         print(f"\nWritten to {os.path.join(out, 'eval', name)}", flush=True)
     return results
 

@@ -11,7 +11,7 @@ from paligemma_med import evaluate
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.evaluation.results import read_metrics, read_rows
-from paligemma_med.metrics import scoring
+from paligemma_med.metrics import scoring, tables
 from tests import tiny
 
 
@@ -72,13 +72,13 @@ def test_all_controls_but_where_a_config_names_its_own(run, tmp_path, capsys):
 
     def found(**kw):
         results = evaluate.evaluate(config, workdir, str(tmp_path), only=names, **kw)
-        columns = {k.split("/")[0] for name in names for k in results[name]} & {*scoring.TITLES}
-        by_name = {name: [w for w in scoring.TITLES if f"{w}/overall/acc" in results[name]] for name in names}
+        columns = {k.split("/")[0] for name in names for k in results[name]} & {*tables.COLUMNS}
+        by_name = {name: [w for w in tables.COLUMNS if f"{w}/overall/acc" in results[name]] for name in names}
         return columns, by_name
 
     columns, by_name = found(controls="all")
     assert columns == {"model", *scoring.CONTROLS}
-    assert by_name["test"] == list(scoring.TITLES)[: len(scoring.CONTROLS) + 1]
+    assert by_name["test"] == list(tables.COLUMNS)[: len(scoring.CONTROLS) + 1]
     assert by_name["own"] == ["model", "echo"]
     assert not [w for w in by_name["bare"] if "majority" in w] and "grey image" in capsys.readouterr().out
     # The same again asks nothing; other controls do.

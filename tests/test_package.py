@@ -21,7 +21,7 @@ ENTRY_POINTS = ("train", "evaluate", "predict", "explain")
 # everybody but the programs.
 MAY_IMPORT = {
     "files": (),
-    "metrics": (),
+    "metrics": ("pp",),
     "pp": (),
     "models": (),
     "parallel": ("models",),
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cli": ("parallel", "config", "checkpoints"),
     "experiment": ("config", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
     "weights": ("experiment", "config", "quantise", "models", "parallel", "checkpoints"),
-    "judge": ("evaluation", "metrics", "files"),
+    "judge": ("evaluation", "metrics", "pp", "files"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
 # big_vision does, and is no package: `upstream`, which nobody imports, is the place for both.

@@ -25,7 +25,8 @@ import numpy as np
 from paligemma_med import files
 from paligemma_med.evaluation import results
 from paligemma_med.judge import client as judge_client
-from paligemma_med.metrics import scoring, stats
+from paligemma_med.metrics import scoring, stats, tables
+from paligemma_med.pp import markdown
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
 JUDGEMENTS, SUMMARY, CACHE = "judgements.jsonl", "judge.json", "judge_cache.jsonl"
@@ -547,12 +548,12 @@ def format_table(entry):
         figure = {k: metrics.get(f"{name}/{k}") for k in ("mean", "mean_low", "mean_high", "sd")}
         mean, low, high, sd = map(number, figure.values())
         counts = (f"{metrics[f'{name}/{k}']:,}" for k in ("unjudged", "n"))
-        said = scoring.TITLES[who]
+        said = tables.COLUMNS[who]
         if figure["mean_low"] is not None:
             mean += f" ({low}–{high})"
         table.append([f"{said}, {title}", mean, sd, *counts])
     tokens, used = entry["tokens"], entry["cost"]
-    lines = [scoring.to_markdown(table), ""]
+    lines = [markdown.table(table), ""]
     lines += [
         f"Judge {entry['model']}, prompt {entry['prompt']} ({entry['prompt_digest'][:8]}): "
         f"{entry['requests']:,} texts, {tokens['replies']:,} replies, {tokens['unusable']:,} of "

@@ -13,8 +13,8 @@ figure   acc         equal after `answers.normalise`; the figure of the tables
          acc_set     as acc, but the parts of a comma-separated answer may come in any order
          and by protocol:
          closed           llava_closed
-         open             f1, recall, llava_recall, rouge1, rouge2, rougeL, cider, bleu (of the
-                          corpus), bleu_rows (mean over questions)
+         open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
+                          bleu (of the corpus), bleu_rows (mean over questions)
          multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name
                           none); where choices were scored, acc_likelihood and acc_likelihood_token
 
@@ -22,7 +22,7 @@ Each is that of the first sample of a question. Behind it may stand
 
 _low, _high       its 95 % interval: of acc Wilson's, for independent questions; of the others an
                   interval that keeps questions on one image together, Wilson's for shares of
-                  questions, the bootstrap for the rest. bleu has none.
+                  questions, the bootstrap for means. A total, such as bleu, has none.
 _cluster_low, _cluster_high   of acc: the same, with questions on one image kept together
 _mean, _sd        where there are several samples: mean over the runs, and their standard deviation;
                   run i is sample i of every question
@@ -44,6 +44,7 @@ import functools
 import numpy as np
 
 from paligemma_med.metrics import answers, protocols, stats, text_metrics
+from paligemma_med.pp import rows as row_keys
 
 # What needs no model: the most frequent answer in training, to the same question and to any
 # question of the same answer type; the question itself as the answer.
@@ -55,11 +56,10 @@ CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
 HISTORIES = ("true_history", "single_turn")
 PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
 # Keys of a row by whose values questions are told apart in the tables.
-GROUPS = ("turn", "answer_type", "content_type", "modality", "location", "location_category")
+GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
 
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
-FIGURES = tuple(_FORMS)
 
 
 @functools.lru_cache(1 << 16)
@@ -124,12 +124,10 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
             metrics[f"n/{group}"] = len(inside)
         for who in columns:
             values = {k: v[inside] for k, v in tables[who].items()}
-            found = _figures(values, clusters[inside])
-            if protocol == "open":
-                found |= _corpus_bleu(values[_BLEU_COUNTS])
-            said, name = compared[who]
-            found |= _robustness([said[i] for i in inside], values[name], clusters[inside])
-            metrics |= {f"{who}/{group}/{figure}": x for figure, x in found.items()}
+            figures = _figures(values, clusters[inside])
+            forms, name = compared[who]
+            figures |= _robustness([forms[i] for i in inside], values[name], clusters[inside])
+            metrics |= {f"{who}/{group}/{figure}": x for figure, x in figures.items()}
         metrics |= _bootstrapped(tables, columns, group, inside, clusters[inside])
     for name, count in (("tokens_cut", lambda x: x > 0), ("unfinished", int)):
         if name in rows[0]:
@@ -143,11 +141,7 @@ def cluster(row):
     return str(row.get("image_key") or row.get("image_id") or row["question_id"])
 
 
-# --- Values: float[questions, samples] of each figure ---
-
-_BLEU_COUNTS = "counts of n-grams"  # int[questions, samples, 10], no figure itself
-# Figures that aren't shares of questions: their intervals are the bootstrap's.
-MEANS = ("f1", "recall", "llava_recall", *text_metrics.ROUGES, "cider", "bleu_rows")
+# --- Values: float[questions, samples] of each figure; of totals int[questions, samples, K] ---
 
 
 def _values(rows, who, protocol):
@@ -163,26 +157,24 @@ def _values(rows, who, protocol):
     if protocol == "closed":
         out["llava_closed"] = each(protocols.llava_med_closed)
     elif protocol == "open":
-        out["f1"] = each(protocols.token_f1)
-        out["recall"] = each(protocols.token_recall)
-        out["llava_recall"] = each(lambda *pair: protocols.llava_med_f1(*pair)[2])
-        out |= _overlaps(pairs)
+        for metric in text_metrics.METRICS:
+            out |= _text_metric(metric, pairs)
     elif protocol == "multiple_choice":
         out |= _choices(rows, said, who)
     return out
 
 
-def _overlaps(pairs):
-    """Text metrics, each pair of texts looked at once."""
+def _text_metric(metric, pairs):
+    """Values of a text metric of [question][sample] pairs of texts."""
+    if metric.is_of_corpus:
+        runs = [metric.score(*map(list, zip(*run))) for run in zip(*pairs)]
+        return {name: np.stack([run[name] for run in runs], axis=1) for name in metric.titles}
+    # Each pair of texts is looked at once.
     unique = sorted({pair for x in pairs for pair in x})
     place = {pair: i for i, pair in enumerate(unique)}
     index = np.array([[place[pair] for pair in x] for x in pairs])
-    found = text_metrics.rouge(*zip(*unique))
-    found["bleu_rows"], found[_BLEU_COUNTS] = text_metrics.bleu_counts(*zip(*unique))
-    out = {name: values[index] for name, values in found.items()}
-    # Words count by how rare they are among the answers to *all* questions.
-    runs = [text_metrics.cider(*zip(*run)) for run in zip(*pairs)]
-    return out | {"cider": np.stack(runs, axis=1)}
+    values = metric.score(*map(list, zip(*unique)))
+    return {name: values[name][index] for name in metric.titles}
 
 
 def _choices(rows, said, who):
@@ -226,33 +218,30 @@ def _letters(rows, said):
 
 
 def _figures(values, clusters):
-    out = {}
+    out, totals = {}, {}
     for name, x in values.items():
-        if name == _BLEU_COUNTS:
+        if name in text_metrics.TOTALS:
+            runs = [text_metrics.TOTALS[name](x[:, i]) for i in range(x.shape[1])]
+            totals |= {name: runs[0]} | (_runs(name, np.array([runs])) if len(runs) > 1 else {})
             continue
         out[name] = float(x[:, 0].mean())
         if name == "acc":
             out["acc_low"], out["acc_high"] = stats.wilson(int(x[:, 0].sum()), len(x))
             low, high = stats.wilson_clustered(x[:, 0], clusters)
             out["acc_cluster_low"], out["acc_cluster_high"] = low, high
-        elif name not in MEANS and name not in FIGURES:
+        elif name not in text_metrics.MEANS and name not in _FORMS:
             out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], clusters)
         if x.shape[1] > 1:
             out |= _runs(name, x)
-        if x.shape[1] > 1 and name not in MEANS and name not in ("acc_strict", "acc_set"):
+        if x.shape[1] > 1 and name not in text_metrics.MEANS and name not in ("acc_strict", "acc_set"):
             low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
             out[f"{name}_mean_low"], out[f"{name}_mean_high"] = low, high
-    return out
+    return out | totals
 
 
 def _runs(name, values):
     mean, sd = protocols.accuracy_over_runs(values)
     return {f"{name}_mean": mean, f"{name}_sd": sd}
-
-
-def _corpus_bleu(counts):
-    runs = [text_metrics.bleu_of_counts(counts[:, i]) for i in range(counts.shape[1])]
-    return {"bleu": runs[0]} | (_runs("bleu", np.array([runs])) if len(runs) > 1 else {})
 
 
 def _compared(rows, who, protocol):
@@ -278,7 +267,7 @@ def _robustness(said, hits, clusters):
 
 def _bootstrapped(tables, columns, group, inside, clusters):
     """Intervals of all means of a group, from the same draws of images."""
-    names = [(who, k) for who in columns for k in tables[who] if k in MEANS]
+    names = [(who, k) for who in columns for k in tables[who] if k in text_metrics.MEANS]
     if not names:
         return {}
     values = {}
@@ -291,93 +280,3 @@ def _bootstrapped(tables, columns, group, inside, clusters):
     found = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
     # Of one image there is none.
     return {k: x for k, x in found.items() if np.isfinite(x)}
-
-
-# --- Table ---
-
-TITLES = {
-    "model": "model",
-    "majority": "majority answer",
-    "majority_type": "majority of type",
-    "echo": "question echoed",
-    "shuffled_images": "images shuffled",
-    "blank_image": "grey image",
-    "noise_image": "noise image",
-    "true_history": "true history",
-    "single_turn": "single turn",
-}
-
-
-# Figures of all questions, in lines of their own below the groups.
-_LINES = {
-    "acc_strict": "strict",
-    "acc_set": "any order",
-    "llava_closed": "LLaVA-Med's closed",
-    "acc_letter": "by letter",
-    "no_letter": "no letter",
-    "acc_text": "by nearest text",
-    "qa_score": "QA-score",
-    "acc_likelihood": "by likelihood",
-    "acc_likelihood_token": "by likelihood a token",
-    "f1": "F1",
-    "recall": "recall",
-    "llava_recall": "LLaVA-Med's recall",
-    "bleu": "BLEU",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "cider": "CIDEr × 100",
-    "nonrobust": "not robust",
-    "acc_penalised_item": "penalised, by question",
-    "acc_penalised_total": "penalised, in total",
-}
-
-
-def format_table(metrics):
-    """Figures of `summarise` as a Markdown table: percent, and 95 % in brackets, with questions on
-    one image kept together. Of several runs the mean and ± their standard deviation."""
-    columns = [who for who in TITLES if f"{who}/overall/acc" in metrics]
-    groups = [("overall", metrics["n"])]
-    groups += [(k.removeprefix("n/"), n) for k, n in metrics.items() if k.startswith("n/")]
-
-    def cell(who, group, figure):
-        def number(ending=""):
-            x = metrics.get(f"{who}/{group}/{figure}{ending}")
-            return None if x is None else f"{100 * x:.1f}"
-
-        if number() is None:
-            return ""
-        text, ends = number(), "_cluster" if figure == "acc" else ""
-        if number("_mean"):
-            text, ends = f"{number('_mean')} ± {number('_sd')}", "_mean"
-        low, high = number(f"{ends}_low"), number(f"{ends}_high")
-        return text + (f" ({low}–{high})" if low else "")
-
-    runs = any(k.endswith("_sd") for k in metrics)
-    table = [["exact match, %", *(TITLES[who] for who in columns), "n"]]
-    for group, n in groups:
-        title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
-        table.append([title, *(cell(who, group, "acc") for who in columns), f"{n:,}"])
-    for figure, title in _LINES.items():
-        group, n = "overall", metrics["n"]
-        if figure == "llava_closed" and "n/answer_type/CLOSED" in metrics:
-            group, n = "answer_type/CLOSED", metrics["n/answer_type/CLOSED"]
-        cells = [cell(who, group, figure) for who in columns]
-        if any(cells):
-            table.append([f"{group.rpartition('/')[2]}, {title}", *cells, f"{n:,}"])
-    notes = f"In brackets 95 %, by {metrics['images']:,} images." + (
-        " ±: standard deviation over runs." if runs else ""
-    )
-    if truncated := metrics.get("truncated"):
-        notes += f" {truncated:,} prompts lost tokens: they didn't fit."
-    if unfinished := metrics.get("unfinished"):
-        notes += f" {unfinished:,} answers were cut off at max_new_tokens."
-    return to_markdown(table) + "\n\n" + notes
-
-
-def to_markdown(table):
-    """[[cell, …], …], the head first → an aligned Markdown table, numbers to the right."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

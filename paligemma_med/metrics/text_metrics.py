@@ -4,21 +4,26 @@ They are here because others report them. What they can't do: an answer that ech
 scores as well as the paper's model (reference/medm.md, 4), "no mass" is close to "mass", and a
 one-word answer is all or nothing. Read them beside the controls.
 
-Each function takes N predictions and N answers (one reference each) and gives one number a row;
-`score` makes the figures of a corpus as well. All are fractions, 0 to 1, except CIDEr, 0 to 10.
+Each function takes N predictions and N answers (one reference each) and gives one number a row. All
+are fractions, 0 to 1, except CIDEr, 0 to 10. `METRICS`, at the end, says which of them every
+evaluation of open answers has; `score` is for a list of answers at hand.
 """
 
 import collections
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
+
+from paligemma_med.metrics import protocols
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def score(predictions, answers, embed=None, meteor_too=False):
-    """All text metrics of N answers.
+    """All text metrics of N answers at once; evaluations go by `METRICS`.
 
     Args:
       predictions, answers: N strings each.
@@ -283,3 +288,59 @@ def _texts(predictions, answers):
             kind = "answer" if i >= len(answers) else "prediction"
             raise ValueError(f"{kind} {i % len(answers)} is {text!r}; expected a string.")
     return predictions, answers
+
+
+# --- The metrics of an evaluation ---
+
+
+class Metric(NamedTuple):
+    """One or more figures of open answers, as evaluations make them and tables show them.
+
+    titles: {name of a figure: what tables call it}.
+    score: function of N predictions and N answers → {name: float[N], a number a row}.
+    totals: for a figure that isn't the mean of its rows, {name: function of int[M, K] → float}: the
+      score then gives int[N, K] for this name, of which any M rows make the figure.
+    is_of_corpus: whether the number of a row depends on the other rows.
+    """
+
+    titles: Mapping[str, str]
+    score: Callable[[list[str], list[str]], Mapping[str, np.ndarray]]
+    totals: Mapping[str, Callable[[np.ndarray], float]] = {}
+    is_of_corpus: bool = False
+
+
+def _of_pairs(name, function):
+    """The score of a metric that looks at one prediction and its answer."""
+    return lambda predictions, answers: {name: np.array([function(*x) for x in zip(predictions, answers)], float)}
+
+
+def _bleu_figures(predictions, answers):
+    rows, counts = bleu_counts(predictions, answers)
+    return {"bleu_rows": rows, "bleu": counts}
+
+
+# All that the protocol "open" reports beside exact match. To add a metric, write its function above
+# and its line here: `scoring`, the tables and the reports follow.
+METRICS = (
+    Metric({"f1": "token F1"}, _of_pairs("f1", protocols.token_f1)),
+    Metric({"recall": "token recall"}, _of_pairs("recall", protocols.token_recall)),
+    Metric(
+        {"llava_recall": "LLaVA-Med's recall"},
+        _of_pairs("llava_recall", lambda prediction, answer: protocols.llava_med_f1(prediction, answer)[2]),
+    ),
+    Metric({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, rouge),
+    Metric(
+        {"bleu_rows": "BLEU, mean of questions", "bleu": "BLEU of the corpus"},
+        _bleu_figures,
+        totals={"bleu": bleu_of_counts},
+    ),
+    # Words count by how rare they are among the answers to all questions.
+    Metric(
+        {"cider": "CIDEr × 100"},
+        lambda predictions, answers: {"cider": cider(predictions, answers)},
+        is_of_corpus=True,
+    ),
+)
+# Figures that are means of numbers rather than shares of questions.
+MEANS = tuple(name for metric in METRICS for name in metric.titles if name not in metric.totals)
+TOTALS = {name: total for metric in METRICS for name, total in metric.totals.items()}

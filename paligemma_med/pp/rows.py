@@ -14,6 +14,8 @@ NEEDED = ("question_id", "question", "answer", "answer_type")
 # What results are broken down by, where a set has it.
 GROUPS = ("answer_type", "content_type", "modality", "location", "location_category")
 
-# Multiple choice: texts of the choices, in the order of their letters, and the letter of the answer.
+# Multiple choice: letters, keys of the choices' texts in the order of their letters, and the key of
+# the answer's letter.
+LETTERS = "ABCD"
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 ANSWER_LETTER = "answer_letter"

@@ -14,7 +14,7 @@ from configs import common
 from paligemma_med import decode
 from paligemma_med.evaluation import results
 from paligemma_med.evaluators import dialogue, vqa
-from paligemma_med.metrics import scoring
+from paligemma_med.metrics import scoring, tables
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
 from paligemma_med.pp import get_preprocess_fn
@@ -146,7 +146,7 @@ def test_histories_and_accuracy_by_turn(monkeypatch, tmp_path):
             assert metrics[f"{who}/turn/{turn}/acc"] == want
     assert metrics["n/turn/2"] == 3 and metrics["n"] == 9
     assert metrics == scoring.summarise(rows)  # as tools.report does it
-    table = scoring.format_table(metrics)
+    table = tables.format_table(metrics)
     assert "single turn" in table and "| turn 2 " in table
     # Three dialogues on two images, two at a time.
     assert encoded == [["a", "c"]]

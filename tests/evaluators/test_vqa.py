@@ -14,7 +14,7 @@ import pytest
 from paligemma_med import decode
 from paligemma_med.evaluation import results
 from paligemma_med.evaluators import vqa
-from paligemma_med.metrics import scoring, stats
+from paligemma_med.metrics import scoring, stats, tables
 from paligemma_med.models import paligemma
 from paligemma_med.parallel import sharding
 from tests.evaluators.answering import (
@@ -190,14 +190,14 @@ def test_controls_are_optional(monkeypatch, tmp_path):
     assert len(calls) == 3
     text = json.dumps(metrics) + (tmp_path / "predictions.jsonl").read_text()
     assert "majority" not in text and "shuffled" not in text
-    table = scoring.format_table(metrics).splitlines()
+    table = tables.format_table(metrics).splitlines()
     assert table[0].replace(" ", "") == "|exactmatch,%|model|n|"
 
 
 def test_table(monkeypatch):
     answer_with(monkeypatch, look)
     names = ("majority", "shuffled_images")
-    *table, gap, note = scoring.format_table(make_evaluator(controls=names).run({})).splitlines()
+    *table, gap, note = tables.format_table(make_evaluator(controls=names).run({})).splitlines()
     assert gap == "" and note == "In brackets 95 %, by 3 images."
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in table]
     assert len({len(line) for line in table}) == 1

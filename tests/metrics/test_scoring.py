@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.metrics import answers, scoring, stats, text_metrics
+from paligemma_med.metrics import answers, scoring, stats, tables, text_metrics
 
 SENTENCES = (
     "no",
@@ -103,9 +103,9 @@ def test_runs():
     assert found["model/overall/acc_mean_low"] == low
     assert found["model/overall/acc_mean_high"] == high
     assert found["images"] == 2
-    table = scoring.format_table(found)
+    table = tables.format_table(found)
     assert f"50.0 ± 25.0 ({100 * low:.1f}–{100 * high:.1f})" in table
-    assert "| overall, not robust " in table and "by 2 images. ±:" in table
+    assert "| overall, non-robust " in table and "by 2 images. ±:" in table
     with pytest.raises(ValueError, match=r"questions have \[4, 5\] samples of model"):
         scoring.summarise([rows[0], row(9, "a", ["a"] * 4)])
 
@@ -126,7 +126,7 @@ def test_questions_on_one_image_count_together():
     assert low < stats.wilson(1, 2)[0] and high > stats.wilson(1, 2)[1]
     alone = scoring.summarise([x | {"image_key": str(i)} for i, x in enumerate(rows)])
     assert alone["model/overall/acc_cluster_low"] == pytest.approx(stats.wilson(5, 10)[0])
-    assert f"50.0 ({100 * low:.1f}–{100 * high:.1f})" in scoring.format_table(found)
+    assert f"50.0 ({100 * low:.1f}–{100 * high:.1f})" in tables.format_table(found)
 
 
 def test_groups_and_controls():
@@ -171,7 +171,7 @@ def test_closed_by_others_rule():
 
 def test_closed_by_others_rule_is_shown_of_closed_questions():
     rows = [row(0, "no", ["I know"]), row(1, "no", ["I know"]) | dict(answer_type="CLOSED")]
-    text = scoring.format_table(scoring.summarise(rows, "closed"))
+    text = tables.format_table(scoring.summarise(rows, "closed"))
     (line,) = [x for x in text.splitlines() if "LLaVA-Med's closed" in x]
     assert line.startswith("| CLOSED, ") and line.endswith(" 1 |")
 
@@ -202,7 +202,7 @@ def test_robustness_has_intervals():
 
 def test_what_did_not_fit_is_said():
     rows = [row(0, "a", ["a"], tokens_cut=2, unfinished=1)]
-    text = scoring.format_table(scoring.summarise(rows))
+    text = tables.format_table(scoring.summarise(rows))
     assert "1 prompts lost tokens" in text and "1 answers were cut off" in text
 
 
@@ -224,7 +224,7 @@ def test_open():
     for name in ("bleu", "cider", "rougeL"):
         assert found[f"model/overall/{name}"] == pytest.approx(corpus[name])
     assert found["model/overall/rougeL_low"] == 0 and found["model/overall/rougeL_high"] == 1
-    assert "F1" in scoring.format_table(found)
+    assert "F1" in tables.format_table(found)
     alone = scoring.summarise([x | {"image_key": "x"} for x in rows], "open")
     assert not [k for k in alone if "f1_low" in k]  # one image says nothing of others
 
@@ -250,7 +250,7 @@ def test_multiple_choice_by_letter():
     assert found["model/overall/acc_penalised_item"] == pytest.approx(1 / 3)
     assert found["model/overall/acc_likelihood"] == 0.5
     assert found["model/overall/acc_likelihood_token"] == 1.0
-    assert "overall, by likelihood a token" in scoring.format_table(found)
+    assert "overall, by likelihood a token" in tables.format_table(found)
     with pytest.raises(ValueError, match="'q5' has no 'choices'"):
         scoring.summarise([*rows, row(5, "B", ["B"] * 3)], "multiple_choice")
 

@@ -373,7 +373,7 @@ def test_programs_run_under_the_rules(monkeypatch, tmp_path, tiny_data):
     monkeypatch.setattr(train, "_train", lambda *args: Evaluator().run(None))
     monkeypatch.setattr(weights, "load", lambda *args: (None, tok, mesh, None))
     monkeypatch.setattr(experiment, "make_evaluators", lambda *args: {"val": (Evaluator(), None)})
-    monkeypatch.setattr(evaluate.scoring, "format_table", lambda results: "")
+    monkeypatch.setattr(evaluate.tables, "format_table", lambda results: "")
     monkeypatch.setattr(decode, "generate", generate)
     train.train(c, tmp_path)
     evaluate.evaluate(c, "weights", tmp_path)

@@ -14,7 +14,7 @@ import pytest
 
 from paligemma_med.evaluation import results
 from paligemma_med.judge import judge
-from paligemma_med.metrics import scoring
+from paligemma_med.metrics import scoring, tables
 from tools.report import (
     blocks,
     contamination,
@@ -157,12 +157,12 @@ def test_tables_show_what_the_rows_say(tmp_path):
 def test_figures_of_several_runs_are_means_with_clustered_intervals():
     made = [row(0, ["yes", "no"]), row(1, ["yes", "yes"]), row(2, ["no", "no"])]
     metrics = scoring.summarise(made)
-    value, sd, low, high = figures.of_figure(metrics, "model", "overall")
+    value, sd, low, high = tables.value_of(metrics, "model", "overall")
     assert value == pytest.approx(0.5) and sd == pytest.approx(math.sqrt(2) / 6)
     assert low == metrics["model/overall/acc_mean_low"]
     single = scoring.summarise([row(i, ["yes"]) for i in range(3)])
-    assert figures.of_figure(single, "model", "overall")[2] == (single["model/overall/acc_cluster_low"])
-    assert figures.as_text(single, "echo", "overall") == "–"
+    assert tables.value_of(single, "model", "overall")[2] == (single["model/overall/acc_cluster_low"])
+    assert tables.as_text(single, "echo", "overall") == "–"
     assert set(figures.names(single)) == {"acc", "acc_strict", "acc_set"}
     assert {"nonrobust", "acc_penalised_item"} < set(figures.names(metrics))
 

@@ -15,6 +15,7 @@ import pytest
 from data_prep.build import build
 from data_prep.datasets.medpix2 import fake
 from paligemma_med.metrics import stats
+from paligemma_med.pp import rows as row_keys
 from tests import chromium
 from tools.review_qa import page, pictures, rows, verdicts
 from tools.review_qa.__main__ import write_page
@@ -229,7 +230,7 @@ def test_hostile_texts_are_inert(tmp_path):
             question_id=HOSTILE,
             quality={HOSTILE: 0.5, "tags": [HOSTILE]},
         ),
-        pair(2, **dict.fromkeys(rows.CHOICES, HOSTILE), answer_letter="A", quality=[HOSTILE]),
+        pair(2, **dict.fromkeys(row_keys.CHOICES, HOSTILE), answer_letter="A", quality=[HOSTILE]),
         pair(3, caption=None, mode=7, quality=None, case_id={}),
         pair(4, question="half \ud800 of a character"),
     ]

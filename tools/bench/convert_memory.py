@@ -24,6 +24,7 @@ from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.pp import markdown
 
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
 
@@ -91,9 +92,9 @@ def main(argv):
         rows.append(("npz and adapter, merged → Hugging Face", *measure(*merge)))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print("| conversion | seconds | peak resident memory, GB |\n| --- | ---: | ---: |")
+    print(markdown.head(["conversion", "seconds", "peak resident memory, GB"]))
     for name, seconds, peak in rows:
-        print(f"| {name} | {seconds:.0f} | {peak:.2f} |")
+        print(markdown.row([name, f"{seconds:.0f}", f"{peak:.2f}"]))
     print(f"round trips give the same bytes: {same}")
 
 

@@ -18,6 +18,8 @@ import time
 
 from absl import app, flags
 
+from paligemma_med.pp import markdown
+
 CONFIG = "data_prep/curate/configs/paper.py"
 
 
@@ -53,8 +55,8 @@ def measure(path, output, within):
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}")
-    print("| rows | near duplicates within | seconds | rows a second | peak memory |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
+    head = ("rows", "near duplicates within", "seconds", "rows a second", "peak memory")
+    print(markdown.head(head, left=len(head)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "rows.jsonl"
         for n in map(int, flags.FLAGS.rows):
@@ -63,10 +65,8 @@ def main(argv):
                 output = pathlib.Path(folder) / f"{within}{n}.jsonl"
                 seconds, memory = measure(path, output, within)
                 speed = n / seconds
-                print(
-                    f"| {n:,} | {within} | {seconds:.0f} | {speed:,.0f} | {memory:,.0f} MB |",
-                    flush=True,
-                )
+                cells = [f"{n:,}", within, f"{seconds:.0f}", f"{speed:,.0f}", f"{memory:,.0f} MB"]
+                print(markdown.row(cells), flush=True)
 
 
 if __name__ == "__main__":

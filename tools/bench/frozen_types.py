@@ -24,6 +24,7 @@ from paligemma_med.config import files as config_files
 from paligemma_med.models import vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import sharding
+from paligemma_med.pp import markdown
 from paligemma_med.training import optim
 from paligemma_med.training import step as train_step
 from tools.bench import sizes
@@ -113,18 +114,16 @@ def main(argv):
             "same most probable token",
             "exact match",
         )
-        print(f"| {' | '.join(head)} |\n| --- |{' ---: |' * 6}")
+        print(markdown.head(head))
         exact = None
         for dtype in TYPES:
             logits, found = ask(v.workdir, dtype, v.out, v.batches)
             exact = logits if exact is None else exact
             c = compare(logits, exact)
             match = ", ".join(f"{100 * m['model/overall/acc']:.2f}" for m in found.values())
-            print(
-                f"| {dtype} | {c['max']:.3f} | {c['mean']:.4f} | {c['kl']:.1e} | "
-                f"{c['worst_kl']:.1e} | {c['same_top']:.3f} | {match} |",
-                flush=True,
-            )
+            kl, worst = f"{c['kl']:.1e}", f"{c['worst_kl']:.1e}"
+            cells = [dtype, f"{c['max']:.3f}", f"{c['mean']:.4f}", kl, worst, f"{c['same_top']:.3f}", match]
+            print(markdown.row(cells), flush=True)
         return
     size = sizes.SIZES[v.size]
     steps = {dtype: make_step(dtype, size, size.batch_size) for dtype in TYPES}
@@ -136,12 +135,11 @@ def main(argv):
             step()
             seconds[dtype].append(time.monotonic() - start)
             processor[dtype].append(time.process_time() - spent)
-    print("| frozen | loss | seconds | processor's | ratio to float32 |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print(markdown.head(["frozen", "loss", "seconds", "processor's", "ratio to float32"]))
     for dtype in TYPES:
         a, b = (np.median(x[dtype]) for x in (seconds, processor))
         ratio = b / np.median(processor["float32"])
-        print(f"| {dtype} | {losses[dtype]:.4f} | {a:.3f} | {b:.3f} | {ratio:.3f} |")
+        print(markdown.row([dtype, f"{losses[dtype]:.4f}", f"{a:.3f}", f"{b:.3f}", f"{ratio:.3f}"]))
 
 
 if __name__ == "__main__":

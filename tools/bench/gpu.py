@@ -25,7 +25,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from paligemma_med import files
-from tools.bench import sizes, turns
+from paligemma_med.pp import markdown
+from tools.bench import sizes
 
 
 class Row(NamedTuple):
@@ -183,12 +184,12 @@ def read(out, size):
 def table(found):
     """A Markdown table of the rows that have figures; a part's `row` is its line."""
     head = ["row", "work", "seconds: ours, theirs", "ratio", "memory, GB", "TFLOP/s", "of peak", "device"]
-    lines = [turns.line(*head), turns.line(*["---"] * len(head))]
+    lines = [markdown.head(head, left=len(head))]
     for name, figures in found.items():
         if "row" in figures:
             cells = [x.strip() for x in figures["row"].strip("| ").split("|")]
             cells[3:3] = [""] * (len(head) - 1 - len(cells))  # `load` has no FLOPs
-            lines.append(turns.line(name, *cells))
+            lines.append(markdown.row([name, *cells]))
     return "\n".join(lines)
 
 

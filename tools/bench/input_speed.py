@@ -17,6 +17,7 @@ import jax
 from configs import common
 from data_prep.datasets.slake import layout as slake_layout
 from paligemma_med import input_pipeline
+from paligemma_med.pp import markdown
 from tools.bench import sizes, turns
 
 # More batches than either side holds ready.
@@ -90,7 +91,7 @@ def run(
     speeds = ", ".join(f"{x:.1f}" for x in out["examples_per_second_per_core"].values())
     work = f"input, {data}, {res} px, batch {batch_size}" + f", {peer}" * (peer != "none")
     ratio = f"{out['ratio']:.2f}" if "ratio" in out else ""
-    return {**out, "row": turns.line(work, speeds, ratio, turns.where(out))}
+    return {**out, "row": markdown.row([work, speeds, ratio, turns.where(out)])}
 
 
 def _ours(name, split, data_dir, res, batch_size, cores, text_len):

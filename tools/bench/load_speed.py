@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 
+from paligemma_med.pp import markdown
 from tools.bench import sizes, train_speed, turns, workers
 
 
@@ -103,9 +104,6 @@ def run(
 def _row(out):
     """| work | seconds: cold, warm, the peer's | ratio | device |"""
     seconds = [f"{x['first_step']:.1f}" for x in out["seconds_until"].values()]
-    return turns.line(
-        f"load, {out['what']}, {out['size']}, {out['dtype']}",
-        ", ".join(seconds),
-        f"{out['ratio']:.2f}" if "ratio" in out else "",
-        turns.where(out),
-    )
+    work = f"load, {out['what']}, {out['size']}, {out['dtype']}"
+    ratio = f"{out['ratio']:.2f}" if "ratio" in out else ""
+    return markdown.row([work, ", ".join(seconds), ratio, turns.where(out)])

@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 
+from paligemma_med.pp import markdown
 from tools.bench import sizes, turns
 
 _STEPS = 3
@@ -74,8 +75,8 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
     for name, ms in times.items():
         groups[group(*known[name])] += ms
     total = sum(times.values())
-    table = ["| part of a step | ms | share |", "| --- | ---: | ---: |"]
-    table += [f"| {k} | {v:.0f} | {v / total:.0%} |" for k, v in groups.most_common()]
+    table = markdown.head(["part of a step", "ms", "share"]).splitlines()
+    table += [markdown.row([k, f"{v:.0f}", f"{v / total:.0%}"]) for k, v in groups.most_common()]
     return {
         **settings,
         **turns.surroundings([{**side.about, **peers_ours.device()}], load),

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from paligemma_med import experiment
 from paligemma_med.parallel import sharding
+from paligemma_med.pp import markdown
 from paligemma_med.training import dry_run
 from tools.bench.workers import forget_peak, resident
 
@@ -117,14 +118,13 @@ def main(argv):
         config = values.config or make_config(**CASES[values.case])
         print(json.dumps(measure(config, values.steps)))
         return
-    print("| | state, GB | temporary, GB | foretold, GB | found, GB | found / foretold |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(markdown.head(["", "state, GB", "temporary, GB", "foretold, GB", "found, GB", "found / foretold"]))
     for case in CASES:
         command = [sys.executable, "-m", "tools.bench.step_memory", f"--case={case}", f"--steps={values.steps}"]
         out = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         state = sum(v for k, v in out.items() if "weights" in k or "optimizer" in k)
         row = [f"{x / 1e9:.3f}" for x in (state, out["temporary"], out["foretold"], out["found"])]
-        print(f"| {case} | {' | '.join(row)} | {out['found'] / out['foretold']:.3f} |", flush=True)
+        print(markdown.row([case, *row, f"{out['found'] / out['foretold']:.3f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tempfile
 import time
 
 from paligemma_med import files
+from paligemma_med.pp import markdown
 from tools.bench import sizes, workers
 
 _MATRIX = {"cpu": 2048}  # rows of the matrices; 8192 on other platforms
@@ -151,7 +152,7 @@ def row(work, out, peer):
     def both(key, form):
         return ", ".join(form.format(x) for x in out[key].values())
 
-    return line(
+    cells = [
         work,
         both("median_seconds", "{:.3f}"),
         f"{out['ratio']:.2f}" if "ratio" in out else "",
@@ -159,17 +160,13 @@ def row(work, out, peer):
         both("tflops_per_second", "{:.3f}"),
         both("of_peak", "{:.0%}"),
         where(out),
-    )
+    ]
+    return markdown.row(cells)
 
 
 def where(out):
     """A cell: the accelerator's name, or the processor's."""
     return out["machine"] if out["device"] == "cpu" else out["device"]
-
-
-def line(*cells):
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def same(found, one, tolerance, what):

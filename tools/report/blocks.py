@@ -10,6 +10,7 @@ import pathlib
 import re
 
 from paligemma_med import page
+from paligemma_med.pp import markdown
 
 
 @dataclasses.dataclass
@@ -118,14 +119,7 @@ def to_markdown(title, sections, figures="figures"):
 def _table(block):
     lines = [f"**{escape(block.caption)}**", ""] if block.caption else []
     rows = [[escape(cell) for cell in row] for row in [block.head, *block.rows]]
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(block.head))]
-
-    def line(row):
-        cells = [cell.ljust(w) if i < block.left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * w if i < block.left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines += [line(rows[0]), line(rule), *map(line, rows[1:]), ""]
+    lines += [markdown.table(rows, block.left), ""]
     for note in block.notes:
         lines += [escape(note), ""]
     return lines

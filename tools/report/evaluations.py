@@ -15,9 +15,10 @@ import re
 from paligemma_med.evaluation import results
 from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
+from paligemma_med.pp import rows as row_keys
 from tools.report import figures
 
-NEEDED = ("question_id", "question", "prompt", "answer", "answer_type", "predictions", "correct")
+NEEDED = (*row_keys.NEEDED, "prompt", "predictions", "correct")
 # Not told by predictions.jsonl of earlier versions.
 _COUNTS = ("truncated", "unfinished")
 

@@ -1,36 +1,10 @@
-"""Figures of `scoring.summarise` as numbers to draw and texts to print.
+"""Which figures of an evaluation a report shows, and which answers count as right.
 
-One rule for tables and plots: of several runs their mean, else the first sample; the interval is
-the one that keeps questions on one image together, where there is one.
+What figures are called, and how one is written, is in `paligemma_med.metrics.tables`.
 """
 
-from paligemma_med.metrics import answers, protocols, scoring
+from paligemma_med.metrics import answers, protocols, scoring, tables
 
-# What `scoring` calls a figure → how it's called here; others keep their names.
-TITLES = {
-    "acc": "exact match",
-    "acc_strict": "exact match, strict",
-    "acc_set": "exact match, any order",
-    "llava_closed": "LLaVA-Med's closed",
-    "acc_letter": "by letter",
-    "no_letter": "no letter named",
-    "acc_text": "by nearest text",
-    "qa_score": "QA-score",
-    "acc_likelihood": "by likelihood",
-    "acc_likelihood_token": "by likelihood a token",
-    "f1": "token F1",
-    "recall": "token recall",
-    "llava_recall": "LLaVA-Med's recall",
-    "bleu": "BLEU of the corpus",
-    "bleu_rows": "BLEU, mean of questions",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "cider": "CIDEr × 100",
-    "nonrobust": "non-robust",
-    "acc_penalised_item": "penalised by item",
-    "acc_penalised_total": "penalised in total",
-}
 _ENDINGS = ("_low", "_high", "_mean", "_sd")
 
 
@@ -72,7 +46,7 @@ def who_of(evaluation):
 
 
 def title_of(who):
-    return scoring.TITLES.get(who, who)
+    return tables.COLUMNS.get(who, who)
 
 
 def groups_of(metrics):
@@ -84,32 +58,6 @@ def groups_of(metrics):
             key, _, value = group.partition("/")
             out.append((group, key.replace("_", " "), value, n))
     return out
-
-
-def of_figure(metrics, who, group, figure="acc"):
-    """(value, sd over runs or None, low or None, high or None), or None if there is no such."""
-
-    def get(ending):
-        return metrics.get(f"{who}/{group}/{figure}{ending}")
-
-    if get("") is None:
-        return None
-    several = get("_mean") is not None
-    value, sd = (get("_mean"), get("_sd")) if several else (get(""), None)
-    for kind in ["_mean"] if several else ["_cluster", ""]:
-        if get(f"{kind}_low") is not None:
-            return value, sd, get(f"{kind}_low"), get(f"{kind}_high")
-    return value, sd, None, None
-
-
-def as_text(metrics, who, group, figure="acc"):
-    """Percent: "79.1 (75.2–82.9)", of several runs "79.1 ± 0.8 (75.2–82.9)"; "–" for none."""
-    found = of_figure(metrics, who, group, figure)
-    if found is None:
-        return "–"
-    value, sd, low, high = found
-    text = f"{100 * value:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
-    return text + ("" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f})")
 
 
 def names(metrics, who="model"):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from paligemma_med.metrics import scoring, text_metrics
+from paligemma_med.metrics import scoring, tables, text_metrics
 from tools.report import blocks, figures
 
 NOT_RUN = "not run"
@@ -123,14 +123,14 @@ def _rows(evaluations, answer_type=None):
 
 
 def accuracy(rows, who="model"):
-    """What is right as `figures.as_text` has it, of these rows alone; multiple choice by letter or
+    """What is right as `tables.as_text` has it, of these rows alone; multiple choice by letter or
     nearest choice."""
     if not rows or (who != "model" and who not in scoring.controls_of(rows)):
         return NOT_RUN
     rule = figures.rule_of(rows)
     protocol = "vqa" if rule == "acc" else "multiple_choice"
     metrics = scoring.summarise(rows, protocol, [] if who == "model" else [who], groups=())
-    text = figures.as_text(metrics, who, "overall", rule)
+    text = tables.as_text(metrics, who, "overall", rule)
     return text if rule == "acc" else f"{text}, {figures.RULES[rule]}"
 
 

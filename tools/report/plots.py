@@ -8,6 +8,7 @@ or dark.
 import io
 import re
 
+from paligemma_med.metrics import tables
 from tools.report import figures
 
 _INK = "#123456"  # stands for currentColor
@@ -41,7 +42,7 @@ def accuracies(name, metrics, who, rule="acc"):
     figure, (axes,) = _figure(7.2, 1.1 + len(groups) * (0.14 + 0.11 * len(who)))
     for i, column in enumerate(who):
         colour, marker = STYLES.get(column, _OTHER)
-        found = [figures.of_figure(metrics, column, group, rule) for group, *_ in groups]
+        found = [tables.value_of(metrics, column, group, rule) for group, *_ in groups]
         y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
         acc = [100 * value for value, *_ in found]
         # An interval may end on the other side of the figure by rounding.

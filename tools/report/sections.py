@@ -7,7 +7,7 @@ import numpy as np
 
 from paligemma_med.evaluation import results
 from paligemma_med.judge import judge
-from paligemma_med.metrics import answers, scoring, stats
+from paligemma_med.metrics import answers, scoring, stats, tables
 from tools.report import blocks, contamination, figures, plots
 
 _BINS = 10
@@ -143,7 +143,7 @@ def accuracy_table(e):
     who = figures.who_of(e)
     rows, above = [], None
     for group, key, value, n in figures.groups_of(e.metrics):
-        cells = [figures.as_text(e.metrics, name, group, e.rule) for name in who]
+        cells = [tables.as_text(e.metrics, name, group, e.rule) for name in who]
         rows.append(["" if key == above else key, value, *cells, f"{n:,}"])
         above = key
     head = ["", f"{figures.RULES[e.rule]}, %", *map(figures.title_of, who), "n"]
@@ -157,12 +157,11 @@ def further_table(e):
     """Whatever else `scoring` gives over all questions; closed ones where it's made for those."""
     who, found = figures.who_of(e), []
     for name in figures.names(e.metrics):
-        title, group = figures.TITLES.get(name, name), "overall"
-        if name == "llava_closed" and "n/answer_type/CLOSED" in e.metrics:
-            group = "answer_type/CLOSED"
+        title, group = tables.FIGURES.get(name, name), tables.group_of(name, e.metrics)
+        if group != "overall":
             title += f", {e.metrics[f'n/{group}']:,} closed questions"
         if name != e.rule:
-            found.append([title, *(figures.as_text(e.metrics, w, group, name) for w in who)])
+            found.append([title, *(tables.as_text(e.metrics, w, group, name) for w in who)])
     head = ["all questions, %", *map(figures.title_of, who)]
     title = f"Other figures, protocol {e.about.get('protocol', 'vqa')}"
     notes = ["95 % in brackets, where there is an interval; questions on one image kept together."]

@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 
 from paligemma_med import page
+from paligemma_med.pp import rows as row_keys
 from tools.review_qa import pictures, rows
 
 HERE = pathlib.Path(__file__).parent
@@ -76,7 +77,7 @@ def _pair(row):
     quality = row.get("quality") if isinstance(row.get("quality"), dict) else {}
     tags = quality.get("tags")
     letter = _text(row.get("answer_letter"))
-    choices = [(k[-1].upper(), row[k]) for k in rows.CHOICES if _text(row.get(k))]
+    choices = [(k[-1].upper(), row[k]) for k in row_keys.CHOICES if _text(row.get(k))]
     return dict(
         question_id=row["question_id"],
         digest=rows.digest(row),

@@ -12,9 +12,10 @@ import json
 import pathlib
 
 from paligemma_med import files
+from paligemma_med.pp import rows as row_keys
 
-KEYS = ("question_id", "image_id", "question", "answer")
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+# People find the type of an answer by themselves.
+KEYS = tuple(key for key in row_keys.KEYS if key != "answer_type")
 EXPECTED = "expected a JSON object a line, with question_id, image_id, question and answer"
 
 
@@ -87,7 +88,7 @@ def digest(row):
 
     With a letter in front: a spreadsheet would take 12 digits, or 12e3, for a number.
     """
-    said = [row["question"], row["answer"], *(row.get(k) or "" for k in CHOICES)]
+    said = [row["question"], row["answer"], *(row.get(k) or "" for k in row_keys.CHOICES)]
     return "p" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 

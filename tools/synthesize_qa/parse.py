@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import pydantic
 
 from data_prep import qa_files
+from paligemma_med.pp.rows import LETTERS
 
 KINDS = ("pairs", "choices")
-LETTERS = "ABCD"
 AGAIN = "pair that stands there before"
 CUT = "pair that the reply's end cuts off"
 _DEEPEST = 8  # JSON within JSON that is looked at; bounds how often a text is read

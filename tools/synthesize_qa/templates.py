@@ -14,9 +14,9 @@ import string
 
 from data_prep import files
 from data_prep.files import DataError
+from paligemma_med.pp.rows import LETTERS
 
 FOLDER = pathlib.Path(__file__).parent / "templates"
-CHOICES = ("A", "B", "C", "D")
 
 _IMAGE = ("caption", "modality", "modality_detail", "plane", "location")
 # File → what the text itself doesn't say.
@@ -184,7 +184,7 @@ def _example_pair(pair):
     found = {k: pair[k] for k in keys}
     texts = [found["question"], found["answer"]]
     if "choices" in found:
-        if sorted(found["choices"]) != list(CHOICES) or found["answer"] not in CHOICES:
+        if sorted(found["choices"]) != list(LETTERS) or found["answer"] not in list(LETTERS):
             raise ValueError
         texts += found["choices"].values()
     if not all(isinstance(t, str) and t.strip() for t in texts):

@@ -16,6 +16,7 @@ from typing import Any
 from data_prep import qa_files
 from data_prep.curate.words import as_words
 from paligemma_med import files
+from paligemma_med.pp import rows as row_keys
 from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
 from tools.synthesize_qa.quality import Quality, Verdict
@@ -146,9 +147,9 @@ def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str
     }
     if pair.choices:
         order = _draw(f"{about['seed']} {unit.key} {number}")
-        right = parse.LETTERS.index(pair.letter)
-        row |= {f"choice_{x.lower()}": pair.choices[i] for x, i in zip(parse.LETTERS, order)}
-        row["answer_letter"] = parse.LETTERS[order.index(right)]
+        right = row_keys.LETTERS.index(pair.letter)
+        row |= {key: pair.choices[i] for key, i in zip(row_keys.CHOICES, order)}
+        row[row_keys.ANSWER_LETTER] = row_keys.LETTERS[order.index(right)]
     return row | {
         "mode": unit.template.name,
         "split": unit.row.split,

@@ -58,7 +58,7 @@ def test_each_template(name):
     form = json.loads(system["content"].splitlines()[-1])["pairs"][0]
     assert ("choices" in form) == (t.kind == "choices")
     if t.kind == "choices":
-        assert list(form["choices"]) == list(templates.CHOICES) and form["answer"] in "ABCD"
+        assert list(form["choices"]) == list(templates.LETTERS) and form["answer"] in "ABCD"
 
 
 def test_versions():

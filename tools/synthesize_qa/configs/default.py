@@ -11,8 +11,9 @@ looked for); drop (no: everything is kept, and tagged all the same).
 from ml_collections import ConfigDict
 
 from data_prep.curate import rules
+from paligemma_med.pp import rows
 
-TEXTS = ("question", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
+TEXTS = ("question", "answer", *rows.CHOICES)
 # Words that the prompts forbid beyond those of `rules.META`.
 TOLD = (
     r"\b(?:mentioned|stated|described|given|noted|reported|according to|based on|in) "

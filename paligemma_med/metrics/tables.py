@@ -1,0 +1,107 @@
+"""Figures as texts: what they and their columns are called, and the table that `evaluate` prints."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from paligemma_med.metrics import text_metrics
+from paligemma_med.pp import markdown
+
+# Columns: the model, the controls, and other ways of asking.
+COLUMNS = {
+    "model": "model",
+    "majority": "majority answer",
+    "majority_type": "majority of type",
+    "echo": "question echoed",
+    "shuffled_images": "images shuffled",
+    "blank_image": "grey image",
+    "noise_image": "noise image",
+    "true_history": "true history",
+    "single_turn": "single turn",
+}
+# Figures, in the order of the tables. Those of open answers say themselves what they are called.
+FIGURES = {
+    "acc": "exact match",
+    "acc_strict": "exact match, strict",
+    "acc_set": "exact match, any order",
+    "llava_closed": "LLaVA-Med's closed",
+    "acc_letter": "by letter",
+    "no_letter": "no letter named",
+    "acc_text": "by nearest text",
+    "qa_score": "QA-score",
+    "acc_likelihood": "by likelihood",
+    "acc_likelihood_token": "by likelihood a token",
+    **{name: title for metric in text_metrics.METRICS for name, title in metric.titles.items()},
+    "nonrobust": "non-robust",
+    "acc_penalised_item": "penalised by item",
+    "acc_penalised_total": "penalised in total",
+}
+
+
+class Value(NamedTuple):
+    """A figure of a group: of several runs their mean and standard deviation, else that of the first
+    sample; the ends of its interval, the one that keeps questions on one image together where there
+    is one."""
+
+    value: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+def value_of(metrics: Mapping[str, float], who: str, group: str, figure: str = "acc") -> Value | None:
+    """A figure out of those of `scoring.summarise`, or None if it isn't among them."""
+
+    def get(ending):
+        return metrics.get(f"{who}/{group}/{figure}{ending}")
+
+    if get("") is None:
+        return None
+    several = get("_mean") is not None
+    value, sd = (get("_mean"), get("_sd")) if several else (get(""), None)
+    for kind in ["_mean"] if several else ["_cluster", ""]:
+        if get(f"{kind}_low") is not None:
+            return Value(value, sd, get(f"{kind}_low"), get(f"{kind}_high"))
+    return Value(value, sd, None, None)
+
+
+def as_text(metrics: Mapping[str, float], who: str, group: str, figure: str = "acc", none: str = "–") -> str:
+    """Percent: "79.1 (75.2–82.9)", of several runs "79.1 ± 0.8 (75.2–82.9)"; `none` if there is none."""
+    x = value_of(metrics, who, group, figure)
+    if x is None:
+        return none
+    text = f"{100 * x.value:.1f}" + ("" if x.sd is None else f" ± {100 * x.sd:.1f}")
+    return text + ("" if x.low is None or x.high is None else f" ({100 * x.low:.1f}–{100 * x.high:.1f})")
+
+
+def group_of(figure: str, metrics: Mapping[str, float]) -> str:
+    """The group whose questions a figure is shown of: all, but for LLaVA-Med's closed, which means
+    something for closed questions alone."""
+    if figure == "llava_closed" and "n/answer_type/CLOSED" in metrics:
+        return "answer_type/CLOSED"
+    return "overall"
+
+
+def format_table(metrics: Mapping[str, float]) -> str:
+    """Figures of `scoring.summarise` as a Markdown table: percent, and 95 % in brackets, with
+    questions on one image kept together. Of several runs the mean and ± their standard deviation."""
+    columns = [who for who in COLUMNS if f"{who}/overall/acc" in metrics]
+    groups = {"overall": metrics["n"]}
+    groups |= {k.removeprefix("n/"): n for k, n in metrics.items() if k.startswith("n/")}
+    table = [["exact match, %", *(COLUMNS[who] for who in columns), "n"]]
+    for group, n in groups.items():
+        title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
+        table.append([title, *(as_text(metrics, who, group, none="") for who in columns), f"{n:,}"])
+    for figure, title in FIGURES.items():
+        group = group_of(figure, metrics)
+        cells = [as_text(metrics, who, group, figure, none="") for who in columns]
+        if any(cells) and figure != "acc":
+            title = f"{group.rpartition('/')[2]}, {title.removeprefix('exact match, ')}"
+            table.append([title, *cells, f"{groups[group]:,}"])
+    notes = f"In brackets 95 %, by {metrics['images']:,} images."
+    if any(k.endswith("_sd") for k in metrics):
+        notes += " ±: standard deviation over runs."
+    if truncated := metrics.get("truncated"):
+        notes += f" {truncated:,} prompts lost tokens: they didn't fit."
+    if unfinished := metrics.get("unfinished"):
+        notes += f" {unfinished:,} answers were cut off at max_new_tokens."
+    return markdown.table(table) + "\n\n" + notes
