@@ -5,6 +5,7 @@ Rules are checked on the syntax tree, so an import inside a function counts as w
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -213,6 +214,28 @@ def test_no_file_evaluates_or_unpickles():
     for path in python_files(*OURS):
         faults += unsafe_faults(path.read_text("utf-8"), module_name(path))
     assert not faults, "\n".join(faults)
+
+
+# What the families of parts call their own: others ask the tables of leaves and the presets.
+FAMILY_NAMES = re.compile("MultiHeadDotProductAttention|q_einsum|kv_einsum|gating_einsum|encoderblock|So400m|gemma_2b")
+MAY_NAME = ("paligemma_med/models/", "paligemma_med/checkpoints/hf/", "configs/")
+
+
+def family_names(path, source):
+    """Names of families' own that a file may not spell."""
+    return [] if path.startswith(MAY_NAME) else FAMILY_NAMES.findall(source)
+
+
+def test_nobody_else_spells_what_a_family_calls_its_parameters():
+    found = {}
+    for path in python_files(*OURS):
+        path, source = str(path.relative_to(ROOT)), path.read_text("utf-8")
+        if names := family_names(path, source):
+            found[path] = sorted(set(names))
+    assert not found
+    assert family_names("tools/x.py", '"""Of So400m."""')
+    assert not family_names("configs/x.py", 'variant="So400m/14"')
+    assert family_names("paligemma_med/checkpoints/hf.py", "q_einsum")
 
 
 def test_every_file_says_what_it_is_for():

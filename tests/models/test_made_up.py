@@ -138,7 +138,8 @@ def test_sharded_by_the_letters():
     assert specs["img/mixes/narrow/lora_a"] == "-,model,-"
     assert specs["llm/lines/gain/gain"] == "-,data"  # never along the layers
     placed = {n: jax.device_put(x, found[n][0]) for n, x in params.items()}
-    np.testing.assert_allclose(jax.jit(logits, static_argnums=0)(model, placed), logits(model, params), atol=1e-4)
+    cut, whole = jax.jit(logits, static_argnums=0)(model, placed), logits(model, params)
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=3e-5 * float(jnp.abs(whole).max()))
 
 
 def test_flops_by_hand():
