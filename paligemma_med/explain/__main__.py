@@ -25,7 +25,8 @@ from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import images_in, read_bytes, read_mask, read_questions
 from paligemma_med.page import check_jinja
 from paligemma_med.parallel import compilation_cache, distributed, ending
-from paligemma_med.saliency import occlusion, report
+from paligemma_med.saliency import occlusion
+from paligemma_med.saliency.methods import METHODS
 
 
 def _keep_programs(folder):
@@ -112,7 +113,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("mask", None, "Image file, white where the image is to be replaced.")
     flags.DEFINE_string("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")
     flags.DEFINE_string("npz", None, "File for the exact arrays; with --image_dir: 1 for --out.")
-    flags.DEFINE_list("methods", list(report.METHODS), f"Some of {', '.join(report.METHODS)}.")
+    flags.DEFINE_list("methods", list(METHODS), f"Some of {', '.join(METHODS)}.")
     flags.DEFINE_enum("fill", "blur", list(occlusion.FILLS), "What stands in for what is occluded.")
     flags.DEFINE_integer("num_samples", 5, "Sampled answers beside the most probable one.")
     flags.DEFINE_float("temperature", 1.0, "Of the samples.")

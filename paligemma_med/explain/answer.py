@@ -18,6 +18,7 @@ from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn, ops_image
 from paligemma_med.pp import images as images_lib
 from paligemma_med.saliency import capture, checks, occlusion, report, sequence
+from paligemma_med.saliency.methods import KINDS, METHODS
 
 CONTROLS = {"blank": "Nothing (mid-grey)", "shuffled": "Its own patches, shuffled"}
 _SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
@@ -62,7 +63,7 @@ def explain(
     temperature=1.0,
     seed=0,
     max_new_tokens=64,
-    methods=report.METHODS,
+    methods=tuple(METHODS),
     fill="blur",
 ):
     """Answers a question about an image, and measures what the answer rests on.
@@ -162,7 +163,7 @@ def check(made, controls):
     found = [m.values for m in made.maps if m.method == method]
     values = found[0] if found else made.raw.mean((0, 1))
     saliency = page.whole(method, values[page.content(made), :patches])
-    name = f"map by {page.METHODS[method][0].lower()}"
+    name = f"map by {KINDS[method].title.lower()}"
     out.append(checks.outside_body(saliency.reshape(made.grid), made.seen, name=name))
     return out
 

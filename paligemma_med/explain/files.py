@@ -10,6 +10,7 @@ import PIL.Image
 
 from paligemma_med.explain import page
 from paligemma_med.files import whole_file
+from paligemma_med.saliency.methods import KINDS
 
 
 def write_page(made, path):
@@ -46,7 +47,7 @@ def write_pngs(made, folder, prefix=""):
     for method, values in chosen.items():
         values = np.asarray(values)[:, :patches].reshape(-1, *grid)
         whole = page.whole(method, values[page.content(made)])
-        least = page.LEAST if method in page.SIGNED else 0.0
+        least = page.LEAST if KINDS[method].signed else 0.0
 
         def top(x, least=least):
             return max(float(np.abs(x).max()), least) or 1.0
@@ -55,7 +56,7 @@ def write_pngs(made, folder, prefix=""):
             (f"{r:02d}", x, top(values)) for r, x in enumerate(values)
         ]:
             with whole_file(os.path.join(folder, f"{prefix}{method}_{name}.png")) as f:
-                f.write(_png(page.overlay(picture, x, top=scale, signed=method in page.SIGNED)))
+                f.write(_png(page.overlay(picture, x, top=scale, signed=KINDS[method].signed)))
 
 
 def _png(pixels):

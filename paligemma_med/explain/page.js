@@ -221,7 +221,7 @@
     } else {
       text += `highest at ${place(top)} (${where(top)}), ${number(x[top])}, ${number(x[top] * P / whole)} times an even spread. `;
       text += `The strongest ${many === 1 ? "patch holds" : many + " of " + P + " patches hold"} ${percent(sum(sorted, 0, many) / whole)} of what falls on the image.`;
-      if (x.length === S && !state.method.startsWith("relevancy")) {
+      if (x.length === S && data.shares.includes(state.method)) {
         const all = sum(x, 0, S);
         text += ` Image ${percent(whole / all)}, prompt ${percent(sum(x, P, P + Q) / all)}, answer so far ${percent(sum(x, P + Q, S) / all)}.`;
       }

@@ -19,48 +19,12 @@ import PIL.Image
 
 from paligemma_med import page
 from paligemma_med.page import clean
+from paligemma_med.saliency.methods import KINDS
 
 FOLDER = pathlib.Path(__file__).parent
 MAX_SIDE = 768  # pixels of the picture in the page
 MAX_RAW = 400_000  # numbers of raw attention that are kept as float16
 
-# Name, whether values can be negative, what a map of it says. The page shows both texts.
-METHODS = {
-    "raw": (
-        "Raw attention",
-        "What the query of an answer token weighs in chosen layers and heads. A row sums to 1 over "
-        "image, prompt and answer so far. High attention is not yet importance: what is read may "
-        "be ignored by later layers.",
-    ),
-    "rollout": (
-        "Attention rollout",
-        "Attention of all layers of the language model multiplied from the first up, each averaged "
-        "with the identity for its residual. It follows where information could have come from, "
-        "whatever the answer's class.",
-    ),
-    "rollout_siglip": (
-        "Rollout through the image tower",
-        "Attention rollout, carried on through the image tower, whose layers mix patches before "
-        "the language model sees them: from its tokens back to places in the image.",
-    ),
-    "relevancy": (
-        "Gradient-weighted relevancy",
-        "Attention weighted by how much it would raise this very token, layer by layer (Chefer "
-        "et al. 2021). Unlike rollout it depends on what is answered.",
-    ),
-    "relevancy_siglip": (
-        "Relevancy through the image tower",
-        "Gradient-weighted relevancy, carried on through the image tower, whose layers mix patches "
-        "before the language model sees them: from its tokens back to places in the image.",
-    ),
-    "occlusion": (
-        "Occlusion",
-        "No attention at all: a cell of the image is replaced and the model asked again. A map "
-        "gives the drop of the tokens' log-probability; negative where they got likelier. The "
-        "model may react to the replacement itself.",
-    ),
-}
-SIGNED = ("occlusion",)
 LEAST = 0.1  # nats: the scale of a signed map reaches at least so far
 
 # Stops of matplotlib's viridis and cividis (both CC0), grey, and PuOr for signed maps
@@ -142,7 +106,7 @@ def content(report):
 def whole(method, values):
     """float[tokens, …] of one method → float[…] of those tokens together: their mean; drops of
     log-probability add up."""
-    return values.sum(0) if method in SIGNED else values.mean(0)
+    return values.sum(0) if KINDS[method].signed else values.mean(0)
 
 
 def check(report):
@@ -158,8 +122,8 @@ def check(report):
     arrays = {name: getattr(report, name) for name in expected}
     for m in report.maps:
         name = " ".join(filter(None, (m.method, m.variant)))
-        if m.method not in METHODS:
-            raise ValueError(f"a map is of {m.method!r}; expected one of {sorted(METHODS)}.")
+        if m.method not in KINDS:
+            raise ValueError(f"a map is of {m.method!r}; expected one of {sorted(KINDS)}.")
         if np.shape(m.values) not in ((r, patches), (r, s)):
             raise ValueError(f"the map {name} has shape {np.shape(m.values)}; expected {(r, patches)} or {(r, s)}.")
         arrays[name] = m.values
@@ -187,8 +151,9 @@ def data_of(report):
         heads=raw.shape[1],
         mass=pack(report.mass),
         maps=[{**m._asdict(), "values": pack(m.values)} for m in report.maps],
-        methods={k: list(v) for k, v in METHODS.items()},
-        signed=list(SIGNED),
+        methods={k: [kind.title, kind.says] for k, kind in KINDS.items()},
+        signed=[k for k, kind in KINDS.items() if kind.signed],
+        shares=[k for k, kind in KINDS.items() if kind.shares],
         least=LEAST,
         first=first_method(report),
         content=content(report).tolist(),
@@ -290,22 +255,18 @@ def _texts(report):
         quantised=np.size(report.raw) > MAX_RAW,
         regions=bool(report.regions),
         occlusion=report.occlusion,
-        methods={k: METHODS[k] for k in _methods(report)},
+        methods={k: (KINDS[k].title, KINDS[k].says) for k in _methods(report)},
     )
 
 
-# Which map a page opens with: the one that depends on the answer, where it was made.
-_FIRST = ("relevancy_siglip", "relevancy", "rollout_siglip", "rollout", "raw")
-
-
 def first_method(report):
-    """The method that a page opens with."""
-    return next(m for m in _FIRST if m in _methods(report))
+    """The kind of map that a page opens with: the one that depends on the answer, where it was made."""
+    return max(_methods(report), key=lambda k: KINDS[k].preferred)
 
 
 def _methods(report):
     found = {m.method for m in report.maps} | {"raw"}
-    return [k for k in METHODS if k in found]
+    return [k for k in KINDS if k in found]
 
 
 def _agreement(samples, answer):

@@ -7,37 +7,18 @@ Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models.loss import token_logprobs
-from paligemma_med.saliency import capture, occlusion, raw, relevancy, rollout, sequence, trace
+from paligemma_med.saliency import occlusion, raw, sequence
+from paligemma_med.saliency.methods import METHODS
+from paligemma_med.saliency.passes import ROLLOUTS, Map, Passes
 
-METHODS = ("raw", "rollout", "relevancy", "occlusion")
-# Fusing of heads, and share of the weakest keys that is left out of each row.
-ROLLOUTS = {
-    "mean of heads": dict(fuse="mean"),
-    "maximum of heads": dict(fuse="max"),
-    "minimum of heads": dict(fuse="min"),
-    "mean of heads, weakest 90 % of each row left out": dict(fuse="mean", discard=0.9),
-}
 CELLS = 8  # occluded cells along the longer side, at most
 REGIONS = 4  # lines of the coarse grid whose rectangles are occluded
-OTHERS = 5  # alternatives to a token
 BATCH = 32  # images a pass of occlusion
-
-
-class Map(NamedTuple):
-    """One method's map; variant is a choice within the method, "" where there is only one."""
-
-    method: str
-    variant: str
-    values: np.ndarray  # float32[R, C], or float32[R, P] of the image alone
 
 
 class Regions(NamedTuple):
@@ -60,7 +41,7 @@ class Masked(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays:
     """What `measure` finds of one answer of R tokens. Maps through the image tower ("…_siglip")
-    differ in their P first columns only. Relevancy is without the 1 that its rows start from."""
+    differ in their P first columns only."""
 
     grid: tuple[int, int]  # (h, w): P = h · w
     logprobs: np.ndarray  # float32[R] of the answer's tokens
@@ -101,7 +82,7 @@ def measure(
     *,
     mask_ar=0,
     image_at=None,
-    methods=METHODS,
+    methods=tuple(METHODS),
     fill="blur",
     batch_size=BATCH,
 ) -> tuple[Arrays, Callable]:
@@ -128,42 +109,29 @@ def measure(
         raise ValueError(f"fill is {fill!r}; expected one of {list(occlusion.FILLS)}.")
     seq = sequence.make(model, prompt_ids, answer_ids, image, mask_ar=mask_ar, image_at=image_at)
     score = occlusion.scorer(model, params, seq)
-    rows, rolled, logprobs, rivals = _attention(model, params, seq, "rollout" in methods)
-    end = seq.response.stop  # what stands behind is padding
-    maps = []
-
-    def add(method, variant, row, pixels):
-        row = row[:, :end]
-        maps.append(Map(method, variant, row))
-        maps.append(Map(f"{method}_siglip", variant, np.concatenate([pixels, row[:, seq.patches :]], axis=1)))
-
-    for variant in ROLLOUTS if rolled else ():  # in this order, which jit has lost
-        add("rollout", variant, *rolled[variant])
-    if "relevancy" in methods:
-        add("relevancy", "", *relevancy.relevancy(model, params, seq.batch, seq.queries, seq.tokens, own=False))
-    regions = None
-    if "occlusion" in methods:
-        cell = -(-max(seq.grid) // CELLS)
-        maps.append(_occlusion(score, seq, cell, fill, batch_size))
-        regions = _regions(score, seq.batch["image"][0], seq.grid, fill, batch_size)
+    cell = -(-max(seq.grid) // CELLS)
+    passes = Passes(
+        model,
+        params,
+        seq,
+        score,
+        variants=ROLLOUTS if "rollout" in methods else {},
+        cell=cell,
+        fill=fill,
+        batch_size=batch_size,
+    )
+    rows, _, logprobs, rivals = passes.attention
+    occluded = "occlusion" in methods
     return Arrays(
         grid=seq.grid,
         logprobs=logprobs,
         rivals=rivals,
-        raw=rows[..., :end],
-        mass=raw.mass(rows[..., :end], seq.patches, seq.prompt),
-        maps=maps,
-        occlusion=dict(fill=fill, cell=cell) if regions else None,
-        regions=regions,
+        raw=rows,
+        mass=raw.mass(rows, seq.patches, seq.prompt),
+        maps=[m for name in METHODS if name in methods for m in METHODS[name].maps(passes)],
+        occlusion=dict(fill=fill, cell=cell) if occluded else None,
+        regions=_regions(score, seq.batch["image"][0], seq.grid, fill, batch_size) if occluded else None,
     ), score
-
-
-def _occlusion(score, seq, cell, fill, batch_size):
-    """`Map` of the drops, each patch having the figure of its cell."""
-    image = seq.batch["image"][0]
-    drops = occlusion.occlusion(score, image, seq.grid, cell=cell, fill=fill, batch_size=batch_size)
-    drops = drops.repeat(cell, axis=1).repeat(cell, axis=2)[:, : seq.grid[0], : seq.grid[1]]
-    return Map("occlusion", "", drops.reshape(len(drops), -1))
 
 
 def boxes(grid, lines=REGIONS) -> np.ndarray:
@@ -187,55 +155,3 @@ def _regions(score, image, grid, fill, batch_size):
             yield replaced(mask)
 
     return Regions(fill, found, occlusion.in_batches(score, images(), batch_size))
-
-
-class _Folds:
-    """Several folds (`layers.capture`) as one, whose outs are those of the first."""
-
-    def __init__(self, folds):
-        self.folds = folds
-
-    def init(self, batch, heads, length):
-        return [f.init(batch, heads, length) for f in self.folds]
-
-    def step(self, states, probs):
-        states, outs = zip(*(f.step(s, probs) for f, s in zip(self.folds, states)))
-        return list(states), outs[0]
-
-
-def _attention(model, params, seq, rollouts):
-    """(rows float32[L, N, R, P + T], {variant: (rollout [R, P + T], carried on to patches [R, P])},
-    log-probabilities float32[R], (tokens int[R, K], probabilities float[R, K]))."""
-    count = len(seq.queries)
-    found = _streamed(model, params, trace.inputs(seq.batch), trace.padded(seq.queries), rollouts)
-    rows, rolled, *rest = jax.device_get(found)
-    logprobs, tokens, p = (x[:count] for x in rest)
-    rolled = {k: tuple(x[:count] for x in pair) for k, pair in rolled.items()}
-    return rows[:, :, :count], rolled, logprobs, (tokens, p)
-
-
-def lower(model, params, arrays, queries):
-    """The pass for attention and all rollouts as `jax.jit` lowers it, from arrays or their shapes, to
-    ask how much memory it takes (tools/bench/saliency_memory.py)."""
-    return _streamed.lower(model, params, arrays, queries, True)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "rollouts"))
-def _streamed(model, params, arrays, queries, rollouts):
-    """One pass for all variants, which holds a layer's probabilities and the rollouts."""
-    variants = ROLLOUTS if rollouts else {"": {}}
-    img = _Folds([capture.Rows(**kw) for kw in variants.values()])
-    llm = _Folds([capture.Rows(queries, **kw) for kw in variants.values()])
-    example = trace.of(model, arrays)
-    tokens = example.predicted(queries)
-    logits, out = model.apply(
-        {"params": params}, **arrays, logit_positions=(tokens - 1)[None], capture_attention=(img, llm)
-    )
-    states, rows = out["llm/attn"]
-    rolled = {}
-    for variant, of_llm, of_img in zip(variants, states, out["img/attn"][0]):
-        row = example.map(of_llm["rolled"][queries], out, rule="rollout")
-        rolled[variant] = row, rollout.to_patches(row[:, : example.patches], of_img["rolled"])
-    logprobs = token_logprobs(logits[0], arrays["text"][0, tokens])
-    top, rivals = jax.lax.top_k(jax.nn.log_softmax(logits[0]), min(OTHERS, logits.shape[-1]))
-    return example.map(rows, out, rule="raw"), rolled if rollouts else {}, logprobs, rivals, jnp.exp(top)

@@ -3,8 +3,9 @@ see no later ones."""
 
 import numpy as np
 
-from paligemma_med.explain import page
 from paligemma_med.saliency import raw, report
+from paligemma_med.saliency.methods import KINDS
+from paligemma_med.saliency.passes import ROLLOUTS
 
 PROMPT = ["‹start›", "Is", " it", "?", "↵"]
 TOKENS = ["left", " lung", "‹end›"]
@@ -26,8 +27,8 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         return (x / x.sum(-1, keepdims=True)).astype(np.float32)
 
     drops = rng.normal(0, 0.5, (r, patches)).astype(np.float32)
-    maps = [report.Map("rollout", v, rows()) for v in report.ROLLOUTS]
-    maps += [report.Map("rollout_siglip", v, rows()) for v in report.ROLLOUTS]
+    maps = [report.Map("rollout", v, rows()) for v in ROLLOUTS]
+    maps += [report.Map("rollout_siglip", v, rows()) for v in ROLLOUTS]
     maps += [report.Map(m, "", rows()) for m in ("relevancy", "relevancy_siglip")]
     maps += [report.Map("occlusion", "", drops)]
     made = rows(layers, heads)
@@ -56,5 +57,5 @@ def fake(*, grid=(6, 8), layers=3, heads=2, tokens=TOKENS, prompt=PROMPT, seed=0
         flags=[dict(name="Image ignored", says="It hardly depends on the image.")],
         about=[("Weights", "none")],
     )
-    assert {m.method for m in maps} | {"raw"} == set(page.METHODS)
+    assert {m.method for m in maps} | {"raw"} == set(KINDS)
     return report.Report(**{**out, **kw})

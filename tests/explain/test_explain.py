@@ -16,6 +16,7 @@ from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import page
 from paligemma_med.saliency import checks
+from paligemma_med.saliency.methods import KINDS
 from tests import chromium, tiny
 from tests.explain import reports
 
@@ -132,9 +133,7 @@ def test_files(made, tmp_path):
     assert texts["question"] == QUESTION and texts["tokens"] == made.tokens
     explain.write_pngs(made, tmp_path / "maps", "x_")
     names = {p.name for p in (tmp_path / "maps").iterdir()}
-    assert names == {
-        f"x_{m}_{t}.png" for m in page.METHODS for t in ("all", *(f"{r:02d}" for r in range(len(made.tokens))))
-    }
+    assert names == {f"x_{m}_{t}.png" for m in KINDS for t in ("all", *(f"{r:02d}" for r in range(len(made.tokens))))}
     with PIL.Image.open(tmp_path / "maps" / "x_raw_all.png") as image:
         assert image.size == (50, 40)
 

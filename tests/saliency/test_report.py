@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from paligemma_med import experiment
+from paligemma_med.explain import page
 from paligemma_med.models import paligemma
 from paligemma_med.saliency import (
     capture,
     occlusion,
-    page,
+    passes,
     raw,
     relevancy,
     report,
@@ -50,8 +51,8 @@ def test_one_pass_gives_what_the_methods_give(setting, measured):
     assert arrays.grid == seq.grid
     np.testing.assert_allclose(arrays.logprobs, found.logprobs[0, 5:8], rtol=1e-4, atol=1e-5)
     maps = {(m.method, m.variant): m.values for m in arrays.maps}
-    assert [v for m, v in maps if m == "rollout"] == list(report.ROLLOUTS)
-    for variant, kw in report.ROLLOUTS.items():
+    assert [v for m, v in maps if m == "rollout"] == list(passes.ROLLOUTS)
+    for variant, kw in passes.ROLLOUTS.items():
         row = np.asarray(rollout.rollout(found.llm[:, 0], **kw))[seq.queries, :end]
         np.testing.assert_allclose(maps["rollout", variant], row, **close)
         pixels = rollout.to_patches(row[:, :p], rollout.rollout(found.img[:, 0], **kw))
@@ -90,7 +91,7 @@ def test_a_page_can_be_made_of_it(measured):
     for m in (arrays.mass, raw.mass(arrays.raw, 4, slice(4, 9))):
         np.testing.assert_allclose(m.sum(-1), 1, rtol=1e-5)
     tokens, p = arrays.rivals
-    assert tokens.shape == p.shape == (3, report.OTHERS)
+    assert tokens.shape == p.shape == (3, passes.RIVALS)
     assert (np.diff(p) <= 0).all() and (p.sum(-1) <= 1).all()
     made = types.SimpleNamespace(**vars(arrays), prompt=["x"] * 5, tokens=["x"] * 3)
     page.check(made)

@@ -14,7 +14,7 @@ from paligemma_med import input_pipeline
 from paligemma_med.evaluation import results
 from paligemma_med.saliency import occlusion
 from tests import tiny
-from tools import eval_saliency
+from tools.eval_saliency import measure, priors, questions, summary, tables
 
 LABELS = ("Left Kidney", "Right Kidney", "Liver", "Brain Edema", "Brain Enhancing Tumor")
 
@@ -38,16 +38,16 @@ LABELS = ("Left Kidney", "Right Kidney", "Liver", "Brain Edema", "Brain Enhancin
     ],
 )
 def test_an_answer_names_labels(answer, labels):
-    assert eval_saliency.named(answer, LABELS) == labels
+    assert questions.named(answer, LABELS) == labels
 
 
 def test_a_label_by_its_own_name_counts_beside_a_pair():
-    assert eval_saliency.named("Lung", ["Lung", "Heart"]) == ["lung"]
+    assert questions.named("Lung", ["Lung", "Heart"]) == ["lung"]
 
 
 def test_questions_of_a_data_set(tiny_data):
     source = input_pipeline.open_source(dict(name="phantom", split="validate", data_dir=str(tiny_data)))
-    asked = eval_saliency.boxed_questions(source)
+    asked = questions.boxed_questions(source)
     assert 0 < len(asked) < len(source)
     records = [source[i] for i in range(len(source))]
     for row in asked:
@@ -59,7 +59,7 @@ def test_questions_of_a_data_set(tiny_data):
         assert any(r["image_id"] == row["image_id"] for r in other)
         assert all(r["answer"] != row["answer"] for r in other if r["image_id"] == row["image_id"])
         assert len(row["boxes"]) == sum(x.lower() in kept for x in record["boxes"]["label"])
-    general, by_label = eval_saliency.box_priors(source, (4, 4))
+    general, by_label = priors.box_priors(source, (4, 4))
     assert general.shape == (4, 4) and 0 < general.max() <= 1
     # Lungs lie to both sides, and the two are one map.
     lung = by_label["lung"]
@@ -71,20 +71,20 @@ def test_body_prior_by_hand():
     image[16:48, 16:40] = 0.5  # of cells of 16: one column whole, half of the next
     expected = np.zeros((4, 4))
     expected[1:3, 1], expected[1:3, 2] = 1, 0.5
-    np.testing.assert_allclose(eval_saliency.body_prior(image, (4, 4)), expected, atol=0.01)
+    np.testing.assert_allclose(priors.body_prior(image, (4, 4)), expected, atol=0.01)
 
 
 def test_data_without_boxes_is_refused():
     source = types.SimpleNamespace(features={"question_id": 0, "image_id": 0, "question": 0})
     with pytest.raises(ValueError, match="has no 'answer'"):
-        eval_saliency.boxed_questions(source)
+        questions.boxed_questions(source)
 
 
 def test_eos_does_not_count():
     maps = np.arange(3.0)[:, None, None] * np.ones((3, 2, 2))
-    assert eval_saliency.of_answer(maps, [7, 8, 1], 1)[0, 0] == 0.5
-    assert eval_saliency.of_answer(maps, [7, 8, 9], 1)[0, 0] == 1  # cut off before it
-    assert eval_saliency.of_answer(maps[2:], [1], 1)[0, 0] == 2
+    assert measure.of_answer(maps, [7, 8, 1], 1)[0, 0] == 0.5
+    assert measure.of_answer(maps, [7, 8, 9], 1)[0, 0] == 1  # cut off before it
+    assert measure.of_answer(maps[2:], [1], 1)[0, 0] == 2
 
 
 def test_curves_by_hand():
@@ -97,7 +97,7 @@ def test_curves_by_hand():
 
     maps = {"first": [[1, 2], [9, 3]], "last": [[4, 2], [-1, 3]], "second": [[1, 2], [5, 7]]}
     maps = {k: np.array(v) for k, v in maps.items()}
-    found, whole = eval_saliency.curves(score, image, maps, count=4, fill="blank", batch_size=7)
+    found, whole = measure.curves(score, image, maps, count=4, fill="blank", batch_size=7)
     assert whole == pytest.approx(0.8)
     # Deletion of "first": 0.8, then 0.2 four times; its area is 0.8/8 + 3·0.2/4 + 0.2/8.
     assert found["first"] == pytest.approx(dict(deletion=0.275, insertion=0.725))
@@ -106,19 +106,19 @@ def test_curves_by_hand():
 
 
 def test_holm_by_hand():
-    assert eval_saliency.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert eval_saliency.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert summary.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert summary.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def rows_of(values, correct):
     """Rows in which "occlusion" has the given pointing, the others 0.5; two questions an image."""
-    names = (*eval_saliency.METHODS, *eval_saliency.PRIORS)
-    figures = (*eval_saliency.BOX_FIGURES, *eval_saliency.CURVES)
+    names = (*measure.METHODS, *priors.PRIORS)
+    figures = (*measure.BOX_FIGURES, *measure.CURVES)
     rows = []
     for i, (value, right) in enumerate(zip(values, correct)):
         row = {name: dict.fromkeys(figures, 0.5) for name in names}
         row["occlusion"] = {**row["occlusion"], "pointing": value}
-        maps = {name: [[i, 1], [2, 3]] for name in eval_saliency.METHODS}
+        maps = {name: [[i, 1], [2, 3]] for name in measure.METHODS}
         checks = dict(randomised=0.5 - i % 2, other_question=None if i % 2 else 0.25)
         rows.append(
             dict(
@@ -128,14 +128,14 @@ def rows_of(values, correct):
                 area=0.25,
                 maps=maps,
                 question_id=str(i),
-                sanity=dict.fromkeys(eval_saliency.METHODS, checks),
+                sanity=dict.fromkeys(measure.METHODS, checks),
             )
         )
     return rows
 
 
 def test_summary_by_hand():
-    found = eval_saliency.summarise(rows_of([1, 1, 0, 1] * 5, [True, True, False, True] * 5))
+    found = summary.summarise(rows_of([1, 1, 0, 1] * 5, [True, True, False, True] * 5))
     assert (found["all"]["questions"], found["all"]["images"]) == (20, 10)
     assert (found["correct"]["questions"], found["correct"]["images"]) == (15, 10)
     at = found["all"]["table"]["occlusion"]["pointing"]
@@ -149,13 +149,13 @@ def test_summary_by_hand():
     checks = found["sanity"]["rollout"]
     assert checks["randomised"]["mean"] == 0 and checks["randomised"]["questions"] == 20
     assert checks["other_question"]["mean"] == 0.25 and checks["other_question"]["questions"] == 10
-    text = eval_saliency.markdown(found)
+    text = tables.markdown(found)
     assert "| occlusion | 100.0 (100.0–100.0) |" in text
     assert "**+50.0 (+50.0 to +50.0)**" in text and "boxes cover 25.0 %" in text
-    wrong = eval_saliency.summarise(rows_of([1, 0], [False, False]))
+    wrong = summary.summarise(rows_of([1, 0], [False, False]))
     assert wrong["correct"] == dict(questions=0, images=0)
     assert "other_image" not in wrong["sanity"]["rollout"]  # there is one image
-    assert "## All: 2 questions" in eval_saliency.markdown(wrong)
+    assert "## All: 2 questions" in tables.markdown(wrong)
 
 
 class FakeSubject:
@@ -173,10 +173,7 @@ class FakeSubject:
         return seq, "Heart"
 
     def maps(self, seq, score, fill, *, noise=False):
-        return {
-            name: np.random.default_rng([i, noise]).uniform(0, 1, (4, 4))
-            for i, name in enumerate(eval_saliency.METHODS)
-        }
+        return {name: np.random.default_rng([i, noise]).uniform(0, 1, (4, 4)) for i, name in enumerate(measure.METHODS)}
 
 
 @pytest.fixture
@@ -190,11 +187,11 @@ def measured(tiny_data, monkeypatch):
     monkeypatch.setattr(occlusion, "scorer", lambda *a: score)
     data = dict(name="phantom", split="validate", data_dir=str(tiny_data))
     source = input_pipeline.open_source(data)
-    asked = eval_saliency.boxed_questions(source)[:3]
+    asked = questions.boxed_questions(source)[:3]
 
     def run(folder):
         part = results.Part(folder, {"of": "test"})
-        rows = eval_saliency.measure_all(
+        rows = measure.measure_all(
             FakeSubject(), source, source, asked, part, steps=4, fill="blur", batch_size=8, seed=0
         )
         part.close()
@@ -208,7 +205,7 @@ def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
     assert len(whole) == 3 and FakeSubject.asked == 7  # 3 + 3 others, 1 for the grid
     assert json.loads(json.dumps(whole)) == whole
     for row in whole:
-        assert set(row["figures"]) == {*eval_saliency.METHODS, *eval_saliency.PRIORS}
+        assert set(row["figures"]) == {*measure.METHODS, *priors.PRIORS}
         assert row["correct"] == (row["answer"] == "Heart")
         assert all(0 <= x <= 1 for f in row["figures"].values() for x in f.values())
         # The made-up maps know of weights, and nothing of questions.
@@ -226,7 +223,7 @@ def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")])
 def test_configs_that_cannot_be_measured(pp, message):
     with pytest.raises(ValueError, match=message):
-        eval_saliency.Subject(tiny.config(predict_pp=pp), "nowhere")
+        measure.Subject(tiny.config(predict_pp=pp), "nowhere")
 
 
 @pytest.mark.slow
@@ -246,7 +243,7 @@ def test_program(tiny_data, tmp_path, repo_root):
     assert "is there for these weights" in second.stderr
     metrics, about = results.read_metrics(out / results.METRICS)
     rows = results.read_rows(out / results.PREDICTIONS)
-    assert metrics["saliency"] == eval_saliency.summarise(rows)
+    assert metrics["saliency"] == summary.summarise(rows)
     assert about["data"]["split"] == "validate" and about["section"]["steps"] == 2
     assert (out / "saliency.md").read_text() == first.stdout.removesuffix("\n")
     assert "Give --out" in program().stderr

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from paligemma_med.models import vlm
 from paligemma_med.models.loss import token_logprobs
-from paligemma_med.saliency import capture, relevancy, report, trace
+from paligemma_med.saliency import capture, passes, relevancy, trace
 
 
 def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True):
@@ -45,7 +45,7 @@ def added(*shapes, **kw):
     model, params, batch, queries = _abstract(*shapes)
     without = _mib(_plain.lower(model, params, batch, queries))
     streamed = _mib(capture.stream.lower(model, params, batch, queries, **kw))
-    page = _mib(report.lower(model, params, batch, queries))
+    page = _mib(passes.lower(model, params, batch, queries))
     return dict(without=without, streamed=streamed, added=streamed - without, added_by_page=page - without)
 
 

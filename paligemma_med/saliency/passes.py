@@ -1,0 +1,114 @@
+"""What the methods of saliency share of one answer: the model, the sequence, and one pass through both.
+
+Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + R columns of a map
+(`trace`) without padding; K alternatives.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paligemma_med.models.loss import token_logprobs
+from paligemma_med.saliency import capture, rollout, trace
+from paligemma_med.saliency.sequence import Sequence
+
+# Fusing of heads, and share of the weakest keys that is left out of each row.
+ROLLOUTS = {
+    "mean of heads": dict(fuse="mean"),
+    "maximum of heads": dict(fuse="max"),
+    "minimum of heads": dict(fuse="min"),
+    "mean of heads, weakest 90 % of each row left out": dict(fuse="mean", discard=0.9),
+}
+RIVALS = 5  # alternatives to a token
+
+
+class Map(NamedTuple):
+    """One method's map; variant is a choice within the method, "" where there is only one."""
+
+    method: str
+    variant: str
+    values: np.ndarray  # float32[R, C], or float32[R, P] of the image alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """One answer, as the functions of `methods.METHODS` ask it.
+
+    Attributes:
+      model, params: a `vlm.Model` that can be captured (`capture.capturable`), and its parameters.
+      seq: `sequence.make`.
+      score: `occlusion.scorer` of seq.
+      variants: those of ROLLOUTS that are computed.
+      cell: patches along the side of an occluded cell. fill: what replaces it (`occlusion.FILLS`).
+      batch_size: images a pass of occlusion.
+    """
+
+    model: Any
+    params: Any
+    seq: Sequence
+    score: Callable
+    variants: Mapping[str, dict]
+    cell: int = 1
+    fill: str = "blur"
+    batch_size: int = 32
+
+    @functools.cached_property
+    def attention(self):
+        """One pass without gradients: (raw attention float32[L, N, R, C], {variant: (rollout
+        float32[R, C], carried on through the image tower float32[R, P])}, log-probabilities
+        float32[R], (rivals int32[R, K], their probabilities float32[R, K]))."""
+        seq, count = self.seq, len(self.seq.queries)
+        arrays, queries = trace.inputs(seq.batch), trace.padded(seq.queries)
+        found = _streamed(self.model, self.params, arrays, queries, tuple(self.variants))
+        rows, rolled, *rest = jax.device_get(found)
+        logprobs, tokens, p = (x[:count] for x in rest)
+        end = seq.response.stop  # what stands behind is padding
+        # In the order of `variants`, which jit has lost.
+        rolled = {v: (rolled[v][0][:count, :end], rolled[v][1][:count]) for v in self.variants}
+        return rows[:, :, :count, :end], rolled, logprobs, (tokens, p)
+
+
+class _Folds:
+    """Several folds (`layers.capture`) as one, whose outs are those of the first."""
+
+    def __init__(self, folds):
+        self.folds = folds
+
+    def init(self, batch, heads, length):
+        return [f.init(batch, heads, length) for f in self.folds]
+
+    def step(self, states, probs):
+        states, outs = zip(*(f.step(s, probs) for f, s in zip(self.folds, states)))
+        return list(states), outs[0]
+
+
+def lower(model, params, arrays, queries):
+    """The pass for attention and all rollouts as `jax.jit` lowers it, from arrays or their shapes, to
+    ask how much memory it takes (tools/bench/saliency_memory.py)."""
+    return _streamed.lower(model, params, arrays, queries, tuple(ROLLOUTS))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "variants"))
+def _streamed(model, params, arrays, queries, variants):
+    """One pass for all variants (names of ROLLOUTS), which holds a layer's probabilities and the rollouts."""
+    rollouts = [ROLLOUTS[v] for v in variants] or [{}]
+    img = _Folds([capture.Rows(**kw) for kw in rollouts])
+    llm = _Folds([capture.Rows(queries, **kw) for kw in rollouts])
+    example = trace.of(model, arrays)
+    tokens = example.predicted(queries)
+    logits, out = model.apply(
+        {"params": params}, **arrays, logit_positions=(tokens - 1)[None], capture_attention=(img, llm)
+    )
+    states, rows = out["llm/attn"]
+    rolled = {}
+    for variant, of_llm, of_img in zip(variants, states, out["img/attn"][0]):
+        row = example.map(of_llm["rolled"][queries], out, rule="rollout")
+        rolled[variant] = row, rollout.to_patches(row[:, : example.patches], of_img["rolled"])
+    logprobs = token_logprobs(logits[0], arrays["text"][0, tokens])
+    top, rivals = jax.lax.top_k(jax.nn.log_softmax(logits[0]), min(RIVALS, logits.shape[-1]))
+    return example.map(rows, out, rule="raw"), rolled, logprobs, rivals, jnp.exp(top)

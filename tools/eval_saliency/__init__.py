@@ -1,0 +1,1 @@
+"""Saliency maps measured against boxes: `python -m tools.eval_saliency`, docs/saliency.md."""

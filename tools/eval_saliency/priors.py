@@ -1,0 +1,47 @@
+"""Maps that know nothing of the model, and what they do know: training's boxes, the patient's area."""
+
+import numpy as np
+
+from paligemma_med.pp import images
+from paligemma_med.saliency import checks, localisation, occlusion
+from tools.eval_saliency.questions import boxed_questions, boxes_of
+
+# Of nothing, of where things mostly are, of where the patient is, of where training boxes are, of
+# where training boxes of the same label are (which takes the answer from the truth).
+PRIORS = ("random", "centre", "body", "train_boxes", "label_boxes")
+
+
+def box_priors(source, grid):
+    """Where boxes are in training.
+
+    Returns:
+      (float[h, w] mean coverage over the questions of `boxed_questions`,
+       {label: float[h, w] mean coverage by the boxes of a label over the images that have one}).
+    """
+    sizes = {}
+
+    def size_of(index, image_id):
+        if image_id not in sizes:
+            sizes[image_id] = images.size(source[index]["image"])
+        return sizes[image_id]
+
+    questions = [
+        localisation.coverage(row["boxes"], size_of(row["index"], row["image_id"]), grid)
+        for row in boxed_questions(source)
+    ]
+    by_label, seen = {}, set()
+    for index, row in enumerate(source.columns(("image_id", "boxes"))):
+        if row["image_id"] in seen:
+            continue
+        seen.add(row["image_id"])
+        for label in {label.lower() for label in row["boxes"]["label"]}:
+            covered = localisation.coverage(boxes_of(row["boxes"], [label]), size_of(index, row["image_id"]), grid)
+            by_label.setdefault(label, []).append(covered)
+    return np.mean(questions, axis=0), {k: np.mean(v, axis=0) for k, v in by_label.items()}
+
+
+def body_prior(image, grid):
+    """The share of each patch that the patient takes (`checks.body`), float64[h, w]: a map that
+    finds the foreground and knows neither question nor answer."""
+    rows, columns = (x.astype(np.float64) for x in occlusion.bands(image.shape[:2], grid))
+    return rows @ checks.body(image) @ columns.T / np.outer(rows.sum(1), columns.sum(1))

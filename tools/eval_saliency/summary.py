@@ -1,0 +1,85 @@
+"""All questions: means with intervals, paired differences to the priors, and what sanity checks say."""
+
+import numpy as np
+
+from paligemma_med.metrics import stats
+from paligemma_med.saliency import sanity
+from tools.eval_saliency.measure import BOX_FIGURES, CURVES, METHODS, SANITY
+from tools.eval_saliency.priors import PRIORS
+
+BASES = ("centre", "body", "random")  # what differences are to
+
+
+def summarise(rows, seed=0):
+    """Means with intervals, and paired differences, of the rows of `measure`.
+
+    Questions are drawn by image (`stats.bootstrap`). p_holm is over the methods of the model, for
+    each figure by itself (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70).
+
+    Returns:
+      {"correct" and "all": dict(questions, images, area, table={method: {figure: dict(mean, low,
+      high, and to each of BASES a dict(difference, low, high, p, p_holm))}}, no table
+      where there are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
+    """
+    out = {}
+    for subset in ("correct", "all"):
+        chosen = [row for row in rows if row["correct"] or subset == "all"]
+        images = [row["image_key"] for row in chosen]
+        out[subset] = dict(questions=len(chosen), images=len(set(images)))
+        if not chosen:
+            continue
+        out[subset]["area"] = float(np.mean([row["area"] for row in chosen]))
+        out[subset]["table"] = _table(chosen, images, seed)
+    out["sanity"] = {name: _sanity(rows, name, seed) for name in METHODS}
+    return out
+
+
+def _table(rows, images, seed):
+    table = {name: {} for name in (*METHODS, *PRIORS)}
+    for figure in (*BOX_FIGURES, *CURVES):
+        values = {
+            name: [row["figures"][name][figure] for row in rows] for name in table if figure in rows[0]["figures"][name]
+        }
+        low, high = stats.bootstrap(np.stack([*values.values()], 1), images, seed=seed)
+        for i, name in enumerate(values):
+            cell = dict(mean=float(np.mean(values[name])), low=float(low[i]), high=float(high[i]))
+            for base in BASES:
+                found = stats.paired_bootstrap(values[base], values[name], images, seed=seed)
+                cell[base] = dict(zip(("difference", "low", "high", "p"), found))
+            table[name][figure] = cell
+        for base in BASES:
+            cells = [table[name][figure][base] for name in METHODS]
+            for cell, p in zip(cells, holm([cell["p"] for cell in cells])):
+                cell["p_holm"] = p
+    return table
+
+
+def _sanity(rows, name, seed):
+    """The checks of `sanity_of`, and other_image: how alike the method's maps of different images
+    are, which is what all its maps share."""
+    out = {}
+    for check in SANITY:
+        found = [(row["sanity"][name][check], row["image_key"]) for row in rows]
+        values, images = zip(*[x for x in found if x[0] is not None] or [((), ())])
+        if not values:
+            continue
+        low, high = stats.bootstrap(values, images, seed=seed)
+        out[check] = dict(mean=float(np.mean(values)), low=low, high=high, questions=len(values))
+    pairs = sanity.between_questions(
+        [np.ravel(row["maps"][name]) for row in rows],
+        [row["image_key"] for row in rows],
+        [row["question_id"] for row in rows],
+        seed=seed,
+    )["other_image"]
+    if pairs:
+        out["other_image"] = dict(mean=float(np.mean(pairs)))
+    return out
+
+
+def holm(ps):
+    """p-values adjusted for being several, by Holm's step-down."""
+    out, worst = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(np.argsort(ps)):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+        out[i] = worst
+    return out
