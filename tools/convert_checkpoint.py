@@ -28,18 +28,18 @@ FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
 
 
 def convert(
-    src,
-    dst,
-    to,
+    src: str,
+    dst: str,
+    to: str,
     *,
-    dtype=None,
-    merge=False,
-    adapter_dir=None,
-    part=None,
-    overwrite=False,
-    base_model=None,
-    key_style="4.52",
-):
+    dtype: str | None = None,
+    merge: bool = False,
+    adapter_dir: str | None = None,
+    part: str | None = None,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    key_style: str = "4.52",
+) -> None:
     """Reads weights and writes them in another form.
 
     Args:

@@ -1,8 +1,7 @@
 """LoRA adapters apart from a model: put into its parameters, taken out of them, merged with them.
 
-Arrays only; `peft` has the files. An adapter knows its projections by `lora_targets.Target`, so that
-everything the model can adapt can be moved, and each by how it is scaled (`lora.Spec`), without
-which its factors mean nothing.
+Arrays only; the files are `peft`'s. An adapter has two factors for each projection that it adapts (a
+`lora_targets.Target`), and the scale without which they mean nothing (`lora.Spec`).
 
 Axis letters: L layers, I inputs and O outputs of a projection (heads flattened), R rank.
 """
@@ -10,6 +9,7 @@ Axis letters: L layers, I inputs and O outputs of a projection (heads flattened)
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+
+Tree = Mapping[str, Any]  # nested, of arrays or anything else with a shape
+Specs = dict[lora_targets.Target, lora.Spec]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,12 +37,14 @@ class Adapter:
     factors: Mapping
 
 
-def rules_of(adapter):
+def rules_of(adapter: Adapter) -> list[tuple[str, dict[str, Any]]]:
     """config.lora for it: [(regex, dict(rank=…, …)), …] of plain Python values, one per target."""
     return [(re.escape(t.name), dataclasses.asdict(s)) for t, s in adapter.specs.items()]
 
 
-def apply_adapter(img, llm, params, adapter, **kw):
+def apply_adapter(
+    img: Mapping[str, Any], llm: Mapping[str, Any], params: Tree, adapter: Adapter, **kw
+) -> tuple[vlm.Model, dict[str, Any]]:
     """A model with the adapter in place.
 
     Args:
@@ -60,15 +65,15 @@ def apply_adapter(img, llm, params, adapter, **kw):
     return model, _insert(flat, fitted)
 
 
-def insert_adapter(params, adapter):
+def insert_adapter(params: Tree, adapter: Adapter) -> tuple[dict[str, Any], Specs]:
     """`params` with the adapter's factors, shaped as the model has them.
 
     Args:
       params: nested dict of a model without adapters, of arrays or anything else with a shape.
 
     Returns:
-      (new nested dict, {Target: Spec}). The targets are the adapter's, but for those of attention:
-      an adapter alone doesn't always tell whether the model keeps q, k and v in one kernel.
+      (new nested dict, {Target: Spec}). The targets are the adapter's; q, k and v are where the model has them,
+      which an adapter alone doesn't always tell.
 
     Raises:
       CheckpointError: listing every target that the parameters lack or have in another shape, or
@@ -79,7 +84,7 @@ def insert_adapter(params, adapter):
     return _insert(flat, fitted), dict(fitted.specs)
 
 
-def extract_adapter(rules, params):
+def extract_adapter(rules: Any, params: Tree) -> Adapter:
     """The adapter that is in `params`.
 
     Args:
@@ -101,12 +106,12 @@ def extract_adapter(rules, params):
     return Adapter(specs, factors)
 
 
-def remove_adapter(params):
+def remove_adapter(params: Tree) -> dict[str, Any]:
     """`params` without factors of adapters: the base as it is, nothing merged."""
     return unflatten_tree({n: x for n, x in flatten_tree(params).items() if not lora.is_factor(n)})
 
 
-def merge(params, specs):
+def merge(params: Tree, specs: Specs) -> dict[str, Any]:
     """The plain parameters that compute what `params` with adapters do: W + s·A·B in place of W.
 
     Computed in float32, layer by layer, and cast to W's type; in bfloat16 much of a small A·B is
@@ -140,7 +145,7 @@ def merge(params, specs):
     return unflatten_tree(out)
 
 
-def resolve(rules, params):
+def resolve(rules: Any, params: Tree) -> Specs:
     """{Target: Spec} of what `rules` (config.lora, or a model that has it) adapt in `params`."""
     names = [n for n in flatten_tree(params) if not lora.is_factor(n)]
     try:
@@ -158,7 +163,7 @@ def _merged(kernel, parts):
             layers = range(w.shape[0]) if target.stacked else [()]
             for i in layers:
                 at = (i,) if target.stacked else ()
-                delta = _product(target, spec, a[at], b[at], w.shape)
+                delta = _product(target, spec, a[at], b[at])
                 at = at if target.index is None else (*at, target.index)
                 out[at] = (w[at].astype(np.float32) + delta).astype(w.dtype)
         return out
@@ -169,7 +174,7 @@ def _merged(kernel, parts):
     return read()
 
 
-def _product(target, spec, a, b, kernel_shape):
+def _product(target, spec, a, b):
     """s·A·B of one layer as float32 with the kernel's axes. a: [*inputs, R]; b: [R, *outputs]."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     order = target.inputs + target.outputs
@@ -182,9 +187,9 @@ def _product(target, spec, a, b, kernel_shape):
 
 def _fit(flat, adapter):
     """The adapter for these parameters: targets as they have them, shapes checked."""
-    if there := [n for n in flat if lora.is_factor(n)]:
+    if first := next((n for n in flat if lora.is_factor(n)), None):
         raise CheckpointError(
-            f"the parameters have adapters already, the first of which is {there[0]}: merge them, or take them out"
+            f"the parameters have adapters already, the first of which is {first}: merge them, or take them out"
         )
     if set(adapter.specs) != set(adapter.factors):
         odd = sorted(t.name for t in set(adapter.specs) ^ set(adapter.factors))

@@ -13,7 +13,8 @@ isn't there for zeros: here that is an error.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ _CHUNK = 2**28  # bytes of an array that are compressed at once
 # --- which folder ------------------------------------------------------------------------------
 
 
-def find(spec):
+def find(spec: os.PathLike | str) -> tuple[str, str | None] | None:
     """Which checkpoint a path means.
 
     Args:
@@ -85,19 +86,19 @@ def _last(prefix):
     return text
 
 
-def pin(spec):
+def pin(spec: str) -> str:
     """ "out/bv" → "out/bv/checkpoint.bv-000000300"; a spec of another kind as it is.
 
-    What starts from a run must go on meaning those weights when the run itself goes on.
+    A run that started from these weights must find the same ones after the other run has gone on.
     """
-    found = find(spec)
-    if found is None:
+    checkpoint = find(spec)
+    if checkpoint is None:
         return spec
-    folder, part = found
+    folder, part = checkpoint
     return f"{folder}:{part}" if part else folder
 
 
-def pinned_from(spec):
+def pinned_from(spec: str) -> set[str]:
     """The specs that `pin` may have made this one of, itself among them."""
     match = re.fullmatch(r"(.+)-\d{9,}(?:-tmp)?(:[\w/]+)?", spec)
     if not match:
@@ -106,16 +107,18 @@ def pinned_from(spec):
     return {spec, prefix + part, os.path.dirname(prefix) + part}
 
 
-def read_config(spec):
+def read_config(spec: os.PathLike | str) -> dict[str, Any]:
     """What the config.json beside a checkpoint says of the model, in the words of our configs.
 
     Returns:
       dict(model=dict(img=…, llm=…), lora=rules or None); {} if there is no such file, or if another
       model than ours (model_name "paligemma_med") was trained.
     """
-    found = find(spec)
-    path = found and os.path.join(os.path.dirname(os.path.abspath(found[0])), "config.json")
-    if not path or not os.path.isfile(path):
+    checkpoint = find(spec)
+    if checkpoint is None:
+        return {}
+    path = os.path.join(os.path.dirname(os.path.abspath(checkpoint[0])), "config.json")
+    if not os.path.isfile(path):
         return {}
     try:
         with open(path, encoding="utf-8") as f:
@@ -145,7 +148,7 @@ def _check_whole(folder):
 # --- reading -----------------------------------------------------------------------------------
 
 
-def open_bv(spec):
+def open_bv(spec: os.PathLike | str) -> dict[str, Any]:
     """Opens the parameters of a checkpoint: a nested dict of `lazy.Lazy`, read one by one.
 
     Args:
@@ -159,16 +162,16 @@ def open_bv(spec):
       CheckpointError: it is damaged, was never finished, or has no such part. Damage within an
         array shows when it is read.
     """
-    found = find(spec)
-    if found is None:
+    checkpoint = find(spec)
+    if checkpoint is None:
         raise FileNotFoundError(f"no checkpoint of big_vision at {spec}")
-    folder, part = found
+    folder, part = checkpoint
     part = (part or "").strip("/").removeprefix("params").strip("/")
     inside = _PARAMS + part + "/" if part else _PARAMS
     return unflatten_tree(_open(folder, inside))
 
 
-def open_state(spec):
+def open_state(spec: os.PathLike | str) -> dict[str, Lazy]:
     """All of a checkpoint: {"params/img/head/kernel": `lazy.Lazy`, "opt/1/0/0": …}."""
     return _open(find(spec)[0], "")
 
@@ -234,7 +237,15 @@ def _unreadable(folder, key, error):
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
+def save_bv(
+    prefix: os.PathLike | str,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Writes a checkpoint of big_vision's, and makes it the one that its trainers resume from.
 
     Leaves pass through memory one at a time. The folder appears whole or not at all, and the
@@ -276,7 +287,7 @@ def save_bv(prefix, step, state, *, dtype=None, overwrite=False, progress=None):
         f.write(f"{step:09d}".encode())
 
 
-def flatten(tree):
+def flatten(tree: Any) -> dict[str, Any]:
     """{name: leaf} of nested mappings, lists and tuples, named as big_vision names them: keys and
     numbers with "/" between; named tuples count as tuples; None and what is empty give nothing."""
     if tree is None:

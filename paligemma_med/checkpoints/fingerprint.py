@@ -1,12 +1,13 @@
 """A number for the contents of an array, taken where the array lies.
 
-It tells a damaged checkpoint from a sound one (compressed files with a flipped bit can be read
-without complaint), and the weights that a run started from from others. It is a sum of integers, so
+It tells a damaged checkpoint from a sound one, since compressed files with a flipped bit can be read
+without complaint, and other weights from those that a run started from. It is a sum of integers, so
 it is the same however an array is cut over devices and processes, and costs one read of it. It
 protects against accidents, not against people.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 _STRIDES = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
 
-def of_leaves(tree):
+def of_leaves(tree: Any) -> list[str]:
     """Fingerprints of the leaves of `tree`, in the order of `jax.tree.leaves`.
 
     Args:

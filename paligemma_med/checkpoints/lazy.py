@@ -5,7 +5,8 @@ A tree of them can be renamed, fitted to a model and stacked without a byte bein
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,7 @@ class Lazy:
       read: function without arguments that gives the array; called anew each time.
     """
 
-    def __init__(self, shape, dtype, read):
+    def __init__(self, shape: Iterable[int], dtype: Any, read: Callable[[], np.ndarray]):
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype)
         self.read = read
@@ -43,17 +44,17 @@ class Lazy:
         return f"Lazy(shape={self.shape}, dtype={self.dtype})"
 
 
-def dtype_of(name):
+def dtype_of(name: Any) -> np.dtype | None:
     """A numpy dtype from its name or anything numpy takes; "bfloat16" is one, and None stays."""
     return None if name is None else BFLOAT16 if str(name) == "bfloat16" else np.dtype(name)
 
 
-def is_float(dtype):
+def is_float(dtype: np.dtype) -> bool:
     """Whether it is a floating type, bfloat16 included."""
     return dtype == BFLOAT16 or dtype.kind == "f"
 
 
-def derive(leaf, shape, function, dtype=None):
+def derive(leaf: Any, shape: tuple[int, ...], function: Callable[[np.ndarray], np.ndarray], dtype: Any = None) -> Any:
     """function(array), at once for an array, when asked for if `leaf` is Lazy.
 
     Args:
@@ -64,7 +65,7 @@ def derive(leaf, shape, function, dtype=None):
     return Lazy(shape, dtype or leaf.dtype, lambda: function(np.asarray(leaf)))
 
 
-def stack(leaves):
+def stack(leaves: Iterable[Any]) -> Any:
     """Leaves of one shape on a new leading axis: Lazy if one of them is, else an array.
 
     Read, it is filled one leaf after the other, so that memory holds it and one of them.
@@ -85,7 +86,7 @@ def stack(leaves):
     return Lazy(shape, *dtypes, read)
 
 
-def numbers(key: str, leaf) -> np.ndarray:
+def numbers(key: str, leaf: Any) -> np.ndarray:
     """`leaf` as an array; CheckpointError if it isn't one of numbers."""
     array = np.asarray(leaf)
     if array.dtype != BFLOAT16 and array.dtype.kind not in "fiubc":
@@ -95,7 +96,7 @@ def numbers(key: str, leaf) -> np.ndarray:
     return array
 
 
-def read_all(tree):
+def read_all(tree: Any) -> Any:
     """Nested mapping of arrays and Lazy → nested dict of numpy arrays."""
     if isinstance(tree, Mapping):
         return {key: read_all(child) for key, child in tree.items()}

@@ -12,7 +12,8 @@ there; no function here touches a device. `fit` makes them those of a model.
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,12 +46,12 @@ def split_spec(spec: str) -> tuple[str, str | None]:
     return path, subtree
 
 
-def load_npz(path, subtree: str | None = None) -> dict:
+def load_npz(path: os.PathLike | str, subtree: str | None = None) -> dict[str, Any]:
     """Reads a big_vision weights file into a nested dict of numpy arrays; else as `open_npz`."""
     return lazy.read_all(open_npz(path, subtree))
 
 
-def open_npz(path, subtree: str | None = None) -> dict:
+def open_npz(path: os.PathLike | str, subtree: str | None = None) -> dict[str, Any]:
     """Opens a big_vision weights file: a nested dict of `lazy.Lazy`, read one by one when asked.
 
     Args:
@@ -168,7 +169,14 @@ def _unreadable(path: str, key: str, error: Exception) -> CheckpointError:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def save_npz(path, params: Mapping, *, dtype=None, prefix: str = _PREFIX, progress=None) -> None:
+def save_npz(
+    path: os.PathLike | str,
+    params: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    prefix: str = _PREFIX,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Writes a tree as a big_vision weights file, one leaf in memory at a time.
 
     The file appears whole or not at all: it is written beside `path` under another name, flushed

@@ -6,6 +6,8 @@ that are still in their file lets them pass one at a time.
 
 import functools
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from paligemma_med import files
 from paligemma_med.checkpoints import lazy
-from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.errors import CheckpointError, first_line
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
@@ -41,7 +43,14 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def save_orbax(folder, params, *, dtype=None, overwrite=False, progress=None):
+def save_orbax(
+    folder: os.PathLike | str,
+    params: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Writes a tree that `ocp.StandardCheckpointer().restore(folder)` gives back.
 
     Leaves pass through memory one at a time, and the folder appears whole or not at all.
@@ -86,7 +95,7 @@ def _as_lazy(key, leaf):
     return Lazy(leaf.shape, dtype, lambda: np.asarray(leaf))
 
 
-def open_orbax(folder):
+def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     """Opens an Orbax checkpoint of a dict of arrays: its tree of `lazy.Lazy`, read one by one.
 
     Read into numpy arrays, whatever devices and sharding wrote it.
@@ -134,8 +143,7 @@ def _read(folder, key):
 
 
 def _unreadable(what, error):
-    first = (str(error) or "no message").splitlines()[0][:200]
     return CheckpointError(
         f"{what} is not a readable Orbax checkpoint; it may be damaged or something else (Orbax "
-        f"says: {type(error).__name__}: {first})"
+        f"says: {type(error).__name__}: {first_line(error)})"
     )

@@ -1,16 +1,14 @@
 """LoRA adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors in a folder.
 
 Names of tensors and the config's fields are those of PEFT (peft/tuners/lora/config.py,
-peft/utils/save_and_load.py). What it holds and the model here can't represent is refused, and so
-are keys too many or too few: PEFT itself only warns of them, and then computes something else.
+peft/utils/save_and_load.py). What the model here can't represent is refused, and so are missing or
+unexpected keys: PEFT itself only warns of them, and then computes something else.
 
 Axis letters: L layers, I inputs and O outputs of a projection (heads flattened), R rank.
 """
 
-import collections
 import functools
 import json
-import math
 import os
 import re
 
@@ -18,10 +16,9 @@ import ml_dtypes  # noqa: F401 (numpy knows "bfloat16" once it is imported, and 
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging
 
 from paligemma_med import files
-from paligemma_med.checkpoints import lazy
+from paligemma_med.checkpoints import lazy, peft_config
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError, raise_all
 from paligemma_med.checkpoints.hf import families
@@ -29,39 +26,19 @@ from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
 
 NAME = "PEFT"
-CONFIG = "adapter_config.json"
+CONFIG = peft_config.FILE
 WEIGHTS = "adapter_model.safetensors"
 
 # Versions of transformers whose names of modules can be written, whatever the model.
 KEY_STYLES = sorted({style for family in families.FAMILIES.values() for style in family.STYLES})
 
-_ALL_LINEAR = "all-linear"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern are meant
-
-# Fields that say nothing about what the adapter computes once it is trained.
-_IDLE = frozenset(
-    """
-    auto_mapping base_model_name_or_path revision inference_mode task_type peft_version
-    runtime_config megatron_config megatron_core ensure_weight_tying qalora_group_size
-    loftq_config eva_config corda_config lora_ga_config
-    """.split()
-)
-# Fields that are read here.
-_READ = frozenset(
-    """
-    peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules
-    exclude_modules bias init_lora_weights
-    """.split()
-)
-# Ways to begin after which the base's weights are no longer what they were.
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def is_adapter(path) -> bool:
+def is_adapter(path: os.PathLike | str) -> bool:
     """Whether a folder looks like a PEFT adapter's."""
     return os.path.isfile(os.path.join(path, CONFIG)) or os.path.isfile(os.path.join(path, WEIGHTS))
 
@@ -74,8 +51,8 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
 
     Returns:
       Adapter; factors are numpy arrays in the types of the file. Where the file doesn't tell
-      whether the language model has as many key heads as query heads, fewer are supposed;
-      `insert_adapter` puts it right.
+      whether the language model has as many key heads as query heads, fewer are assumed;
+      `insert_adapter` corrects it.
 
     Raises:
       FileNotFoundError: one of the two files isn't there.
@@ -83,7 +60,7 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
         missing or unexpected, all of which are listed.
     """
     folder = os.path.expanduser(os.fspath(folder))
-    config = _read_config(os.path.join(folder, CONFIG))
+    config = peft_config.read(os.path.join(folder, CONFIG))
     path = os.path.join(folder, WEIGHTS)
     if not os.path.isfile(path):
         hint = ""
@@ -104,71 +81,6 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
         b = np.stack([np.asarray(pair["B"]).T for _, pair in layers])
         factors[target] = a, b
     return _in_one_kernel(Adapter(specs, factors))
-
-
-def _read_config(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} is missing: expected a PEFT adapter's folder") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
-
-    def refuse(key, expected):
-        raise CheckpointError(f"{path}: {key} is {config.get(key)!r}; expected {expected}")
-
-    if config.get("peft_type") != "LORA":
-        refuse("peft_type", "'LORA', no other kind is known here")
-    for key, value in config.items():
-        if key not in _IDLE | _READ and value not in (None, False, [], {}, ""):
-            refuse(key, "none: the model here has nothing like it")
-    if config.get("bias", "none") != "none":
-        refuse("bias", "'none': biases aren't trained here")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        refuse(
-            "init_lora_weights",
-            "one that leaves the base as it is; PEFT converts such adapters in save_pretrained("
-            "…, path_initial_model_for_weight_conversion=…)",
-        )
-    if not _is_whole(config.get("r")):
-        refuse("r", "a whole number, 1 or more")
-    for key in ("lora_alpha", "lora_dropout"):
-        if not _is_number(config.get(key, 0)):
-            refuse(key, "a number")
-    for key, check in (("rank_pattern", _is_whole), ("alpha_pattern", _is_number)):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(check, pattern.values())):
-            refuse(key, "an object of numbers")
-        for regex in pattern:
-            _check_regex(path, key, _ENDS_IN.format(regex))
-    for key in ("target_modules", "exclude_modules"):
-        names = config.get(key)
-        if isinstance(names, str):
-            _check_regex(path, key, names)
-        elif names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-            refuse(key, "a list of names or a regex")
-    if not config.get("target_modules"):
-        refuse("target_modules", "a list of names or a regex")
-    return config
-
-
-def _is_number(x):
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def _is_whole(x):
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
-
-def _check_regex(path, key, regex):
-    try:
-        re.compile(regex)
-    except re.error as e:
-        raise CheckpointError(f"{path}: {key} {regex!r} is not a regular expression: {e}") from None
 
 
 def _read_tensors(path):
@@ -214,8 +126,7 @@ def _key(module, factor):
 
 @functools.cache
 def _targets(family):
-    """{canonical name of a module: what it adapts}; of a projection that our models keep in one kernel or in several,
-    the form of several."""
+    """{canonical name of a module: what it adapts}; q, k and v as kernels of their own."""
     out = {}
     for target, module in families.modules_of(family).items():
         out.setdefault(module, target)
@@ -236,7 +147,7 @@ def _check_complete(path, config, modules, family):
     problems = [
         f"{_key(m['name'], f)}: unexpected, target_modules doesn't match it"
         for m in modules.values()
-        if not _is_targeted(config, m["name"])
+        if not peft_config.is_targeted(config, m["name"])
         for f in "AB"
     ]
     depth, prefixes = {}, {}  # of each part that has adapters
@@ -257,29 +168,12 @@ def _check_complete(path, config, modules, family):
             if (target, layer) in modules:
                 continue
             names = [f"{s[part]}.{rest}".replace("{i}", str(layer)) for s in styles]
-            if all(_is_targeted(config, n) for n in names):
+            if all(peft_config.is_targeted(config, n) for n in names):
                 shown = names[0]
                 if part not in depth:
                     shown = f"{styles[0][part]}.{rest}".replace("{i}", "*")
                 problems += [f"{_key(shown, f)}: missing, target_modules matches it" for f in "AB"]
     raise_all(problems, path, 2 * len(modules))
-
-
-def _is_targeted(config, name):
-    """Whether PEFT would adapt the module `name` (peft/tuners/tuners_utils.py).
-
-    A string is a regex for the whole name; an entry of a list is the name or its end from a dot on.
-    """
-
-    def among(names):
-        if isinstance(names, str):
-            return re.fullmatch(names, name) is not None
-        return any(name == n or name.endswith(f".{n}") for n in names or ())
-
-    wanted = config["target_modules"]
-    if isinstance(wanted, str) and wanted.lower() == _ALL_LINEAR:
-        wanted = ".*"
-    return among(wanted) and not among(config.get("exclude_modules"))
 
 
 def _by_target(modules, family):
@@ -295,8 +189,8 @@ def _one_spec(path, config, layers):
     found = {}
     for _, module in layers:
         name = module["name"]
-        rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        rank = peft_config.by_pattern(config.get("rank_pattern"), name, config["r"])
+        alpha = peft_config.by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         a, b = tuple(module["A"].shape), tuple(module["B"].shape)
         if (a[0], b[1]) != (rank, rank):
             raise CheckpointError(
@@ -316,18 +210,9 @@ def _one_spec(path, config, layers):
         raise CheckpointError(f"{os.path.join(os.path.dirname(path), CONFIG)}: {e}") from None
 
 
-def _by_pattern(pattern, name, default):
-    """PEFT's rule: of the keys that match the name's end from a dot on, the first counts."""
-    for regex, value in (pattern or {}).items():
-        if re.match(_ENDS_IN.format(regex), name):
-            return value
-    return default
-
-
 def _in_one_kernel(adapter):
-    """The adapter with queries, keys and values as parts of one kernel, where there are as many heads of keys as of
-    queries, as far as the factors tell."""
-    widths = {}  # of heads, by the letters of their axes: what flat sizes the factors have
+    """The adapter with q, k and v in one kernel if the factors show as many key heads as query heads."""
+    widths = {}  # {(part, letters of axes): the sizes that the factors have for these axes as one}
     for target, (a, b) in adapter.factors.items():
         part = target.param.partition("/")[0]
         widths.setdefault((part, target.inputs), set()).add(a.shape[1])
@@ -397,7 +282,7 @@ def save_adapter(
         )
     dtype = lazy.dtype_of(dtype)
     specs = {t: adapter.specs[t] for t in lora_targets.TARGETS if t in adapter.specs}
-    config = _make_config(specs, base_model, family)
+    config = peft_config.make(specs, base_model, family)
     tensors = {}
     for target in specs:
         a, b = adapter.factors[target]
@@ -413,64 +298,3 @@ def save_adapter(
             f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _make_config(specs, base_model, family):
-    rslora = _commonest([s.rslora for s in specs.values()])
-    dropout = _commonest([s.dropout for s in specs.values()])
-    if others := sorted({s.dropout for s in specs.values()} - {dropout}):
-        logging.warning(
-            "PEFT has one dropout for all modules: %s is written; some of the adapter's have %s.",
-            dropout,
-            others,
-        )
-    ranks = {t: s.rank for t, s in specs.items()}
-    alphas = {t: _alpha(s, rslora) for t, s in specs.items()}
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    end_of = _ends(family)
-    return dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        use_rslora=rslora,
-        rank_pattern={end_of[t]: r for t, r in ranks.items() if r != rank},
-        alpha_pattern={end_of[t]: a for t, a in alphas.items() if a != alpha},
-        target_modules=rf"(.*\.)?({'|'.join(end_of[t] for t in specs)})",
-        bias="none",
-        fan_in_fan_out=False,
-        init_lora_weights=True,
-    )
-
-
-def _commonest(values):
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def _alpha(spec, rslora):
-    """Alpha that gives the spec's scale with or without rslora; a whole number as int."""
-    alpha = spec.alpha
-    if spec.rslora != rslora:
-        alpha = spec.scale * (math.sqrt(spec.rank) if rslora else spec.rank)
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
-def _ends(family):
-    r"""{target: regex of the end of its module's name, in every style and for each layer}.
-
-    It begins behind a dot in each of them, as older PEFT wants it. A part whose modules could be taken for another's
-    without its name has that in front: "layers.0.self_attn.q_proj" ends like "encoder.layers.0.self_attn.q_proj".
-    """
-    modules = {target: module.partition(".")[::2] for target, module in families.modules_of(family).items()}
-    names = {}  # {part: last words of what the styles call it}
-    for part, rest in modules.values():
-        if any(other.endswith(f".{rest}") for other_part, other in modules.values() if other_part != part):
-            names[part] = sorted({style[part].rpartition(".")[2] for style in family.STYLES.values()})
-    ends = {}
-    for target, (part, rest) in modules.items():
-        rest = re.escape(rest).replace(re.escape("{i}"), r"\d+")
-        ends[target] = rf"({'|'.join(names[part])})\.{rest}" if part in names else rest
-    return ends

@@ -13,6 +13,8 @@ writes them; which ones stay is in `keep`; config.json and the two files of the 
 
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +27,8 @@ from paligemma_med.checkpoints import keep as keep_lib
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.models.leaves import flatten_tree
 
+Path = os.PathLike | str
+
 
 class Damaged(CheckpointError):
     """A checkpoint that can't be read, or whose contents aren't those that were written."""
@@ -33,7 +37,7 @@ class Damaged(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run; made once, closed at the end (or used in a `with`)."""
 
-    def __init__(self, workdir, *, keep=1, best=None):
+    def __init__(self, workdir: Path, *, keep: int = 1, best: keep_lib.Best | None = None):
         """workdir: created if need be. keep, best: which stay, as `keep.policy` takes them."""
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep_lib.policy(keep, best),
@@ -44,13 +48,21 @@ class Checkpoints:
         self._workdir = os.path.abspath(workdir)
         self._manager = _manager(workdir, options)
 
-    def latest_step(self):
-        """int, or None if there is no complete checkpoint."""
+    def latest_step(self) -> int | None:
+        """None if there is no complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step, trained, opt_state, run=None):
-        """Writes trained ({name: array}), opt_state and `run` (anything that JSON can hold);
-        returns before all is on disk. CheckpointError if this or the save before it failed."""
+    def save(self, step: int, trained: Mapping[str, jax.Array], opt_state: Any, run: Any = None) -> None:
+        """Writes a checkpoint, unless there is one of that step; returns before all is on disk.
+
+        Args:
+          trained: {path: array}.
+          opt_state: tree of arrays.
+          run: what else the run needs to go on, anything that JSON can hold.
+
+        Raises:
+          CheckpointError: this or the save before it failed.
+        """
         if self._manager.latest_step() == step:
             return
         items = dict(trained=ocp.args.StandardSave(trained))
@@ -60,7 +72,7 @@ class Checkpoints:
         items["run"] = ocp.args.JsonSave({"run": run, "fingerprints": prints})
         self._or_tell(self._manager.save, step, args=ocp.args.Composite(**items))
 
-    def restore(self, step, trained, opt_state):
+    def restore(self, step: int, trained: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         """Reads what `save` wrote at `step`.
 
         Args:
@@ -85,13 +97,13 @@ class Checkpoints:
             items["run"] = ocp.args.JsonRestore()
         args = ocp.args.Composite(**items)
         out = self._read_or_damaged(where, self._manager.restore, step, args=args)
-        new = out["trained"], out.get("opt_state", opt_state)
-        beside = (out.get("run") or {}) if "run" in items else {}
-        if (prints := beside.get("fingerprints")) and fingerprint.of_leaves(new) != prints:
+        state = out["trained"], out.get("opt_state", opt_state)
+        notes = (out.get("run") or {}) if "run" in items else {}
+        if (prints := notes.get("fingerprints")) and fingerprint.of_leaves(state) != prints:
             raise Damaged(f"{where}: its numbers are not those that were written.")
-        return *new, beside.get("run")
+        return *state, notes.get("run")
 
-    def restore_newest(self, trained, opt_state):
+    def restore_newest(self, trained: Any, opt_state: Any) -> tuple[int, Any, Any, Any] | None:
         """`restore` of the newest checkpoint that is sound. Damaged ones are set aside with a
         warning, and told by their path.
 
@@ -175,11 +187,12 @@ class Checkpoints:
     def _complete_steps(self):
         return sorted(int(n) for n in os.listdir(self._manager.directory) if n.isdigit())
 
-    def wait(self):
+    def wait(self) -> None:
         """Blocks until everything is on disk; CheckpointError if it couldn't be written."""
         self._or_tell(self._manager.wait_until_finished)
 
-    def close(self):
+    def close(self) -> None:
+        """As `wait`, and lets go of everything."""
         self._or_tell(self._manager.close)
 
     def __enter__(self):
@@ -240,12 +253,12 @@ def _manager(workdir, options=None):
     return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 
-def is_workdir(folder):
+def is_workdir(folder: Path) -> bool:
     """Whether `folder` looks like a run's: a config and checkpoints in it."""
     return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(os.path.join(folder, "checkpoints"))
 
 
-def split_spec(spec):
+def split_spec(spec: str) -> tuple[str, int | None] | None:
     """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it is no workdir.
 
     "out/stage1@best" is the step that the run's config.keep_best has kept.
@@ -275,28 +288,28 @@ def _best_step(folder):
     return step
 
 
-def pin(spec):
+def pin(spec: str) -> str:
     """ "out/stage1" → "out/stage1@120", its newest step (or the best one, of "out/stage1@best"); a
     spec of another kind as it is.
 
-    What starts from a run must go on meaning those weights when the run itself goes on.
+    A run that started from these weights must find the same ones after the other run has gone on.
     """
-    found = split_spec(spec)
-    if found is None:
+    run = split_spec(spec)
+    if run is None:
         return spec
-    folder, step = found
+    folder, step = run
     step = newest_step(folder) if step is None else step
     return spec if step is None else f"{folder}@{step}"
 
 
-def newest_step(folder):
+def newest_step(folder: Path) -> int | None:
     """Step of the newest complete checkpoint of a workdir, or None."""
     checkpoints = os.path.join(folder, "checkpoints")
     names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
     return max((int(n) for n in names if n.isdigit()), default=None)
 
 
-def read_config(workdir):
+def read_config(workdir: Path) -> dict[str, Any]:
     """<workdir>/config.json as a dict."""
     path = os.path.join(workdir, "config.json")
     try:
@@ -308,7 +321,7 @@ def read_config(workdir):
         raise CheckpointError(f"{path} is not JSON: {e}.") from None
 
 
-def open_leaves(spec):
+def open_leaves(spec: str) -> tuple[str | Mapping[str, str] | None, dict[str, Any]]:
     """What the workdir of a run holds of its weights, and where the others are.
 
     Args:
@@ -353,11 +366,11 @@ def _complete_step(manager, workdir, step):
     return step
 
 
-def load_opt_state(spec, expected):
+def load_opt_state(spec: str, expected: Any) -> Any:
     """The optimizer's state of a run.
 
     Args:
-      spec: as in `open_params`.
+      spec: as in `open_leaves`.
       expected: what `tx.init` gives, of arrays or jax.ShapeDtypeStruct.
 
     Returns:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.checkpoints import adapter, peft
+from paligemma_med.checkpoints import adapter, peft, peft_config
 from paligemma_med.checkpoints.hf import families, paligemma
 from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree
@@ -354,4 +354,4 @@ def test_patterns_mean_what_they_mean_in_peft(regex):
         ):
             pattern = {regex: 1, ".*layers.*": 2}
             want = pattern.get(get_pattern_key(pattern, name), 3)
-            assert peft._by_pattern(pattern, name, 3) == want, name
+            assert peft_config.by_pattern(pattern, name, 3) == want, name
