@@ -20,6 +20,7 @@ from paligemma_med.models import leaves, presets
 from paligemma_med.models.layers import attention, lora, quantised, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
+from paligemma_med.models.layers.embedder import Embedder
 from paligemma_med.models.layers.norms import RMSNorm
 from paligemma_med.models.layers.positions import apply_rope, rope_angles
 
@@ -80,53 +81,6 @@ def _init(fan_in_axes, fan_out_axes):
     )
 
 
-class Einsum(nn.Module):
-    """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
-    whole stack outside the scan would hold a second copy of it; see `quantised`).
-
-    With `parts`, the output's third axis is over them, and each may have an adapter. (Were it the
-    first, the product would be w·x, and x be copied transposed.)"""
-
-    shape: tuple[int, ...]
-    w_init: nn.initializers.Initializer
-    lora: tuple
-    deterministic: bool
-    inputs: int = 1
-    parts: str = ""
-
-    @nn.compact
-    def __call__(self, eqn, x):
-        w = quantised.param(self, "w", self.w_init, self.shape)
-        y = quantised.product(lambda x, w: jnp.einsum(eqn, x, w), x, w)
-        if self.parts:
-            return [lora.add(self, y[:, :, i], x, "w", part) for i, part in enumerate(self.parts)]
-        return lora.add(self, y, x, "w", inputs=self.inputs)
-
-
-class Embedder(nn.Module):
-    """The table that embeds tokens and, transposed, gives logits."""
-
-    vocab_size: int
-    width: int
-    dtype: str
-
-    def setup(self):
-        self.table = quantised.param(
-            self,
-            "input_embedding",
-            nn.initializers.normal(stddev=self.width**-0.5),
-            (self.vocab_size, self.width),
-        )
-
-    def encode(self, tokens):
-        x = quantised.rows(self.table, tokens, self.dtype)
-        x = x * jnp.asarray(self.width**0.5, self.dtype)
-        return constrain(x, "act_batch", "act_len", "act_emb")
-
-    def decode(self, x):
-        return quantised.logits(x, self.table)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with RoPE; in modes "prefill" and "extend" it keeps a cache.
 
@@ -153,12 +107,12 @@ class Attention(nn.Module):
         n, k_heads, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
         kw = dict(lora=self.lora, deterministic=self.deterministic)
         if n == k_heads:
-            q, k, v = Einsum((3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw)(
+            q, k, v = lora.Einsum((3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw)(
                 "BTD,3NDH->BT3NH", x
             )
         else:
-            q = Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
-            k, v = Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw)(
+            q = lora.Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
+            k, v = lora.Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw)(
                 "BTD,2KDH->BT2KH", x
             )
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -181,7 +135,7 @@ class Attention(nn.Module):
                 capture=self.capture is not False,
                 perturb=perturbation(self),
             )
-        out = Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
+        out = lora.Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
         return out("BTNH,NHD->BTD", y), probs
 
     def _prefill(self, k, v):

@@ -10,6 +10,7 @@ from typing import Any
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, gemma, siglip
 from paligemma_med.checkpoints.hf.layout import Row, Sizes, dense
+from paligemma_med.models import presets
 
 MODEL_TYPE = "paligemma"
 NAME = "PaliGemma"
@@ -146,9 +147,9 @@ def make_config(
             f"and {text['D']}"
         )
     if img is not None:
-        img = {"variant": "So400m/14", **img}
+        img = {"variant": presets.DEFAULT["img"]["variant"], **img}
     if llm is not None:
-        llm = {"variant": "gemma_2b", **llm}
+        llm = {"variant": presets.DEFAULT["llm"]["variant"], **llm}
     rows = text["V"] + PADDING
     text_config = gemma.make_section(text, llm, post_norms=gemma.has_post_norms(paths), rows=rows)
     return dict(

@@ -192,3 +192,26 @@ class Dense(nn.Module):
         axes = range(x.ndim - self.inputs, x.ndim), range(self.inputs)
         y = quantised.product(lambda x, w: jax.lax.dot_general(x, w, (axes, ((), ()))), x, kernel)
         return add(self, y + bias.astype(y.dtype), x, "kernel", inputs=self.inputs)
+
+
+class Einsum(nn.Module):
+    """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
+    whole stack outside the scan would hold a second copy of it; see `quantised`).
+
+    With `parts`, the output's third axis is over them, and each may have an adapter. (Were it the
+    first, the product would be w·x, and x be copied transposed.)"""
+
+    shape: tuple[int, ...]
+    w_init: nn.initializers.Initializer
+    lora: tuple
+    deterministic: bool
+    inputs: int = 1
+    parts: str = ""
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        w = quantised.param(self, "w", self.w_init, self.shape)
+        y = quantised.product(lambda x, w: jnp.einsum(eqn, x, w), x, w)
+        if self.parts:
+            return [add(self, y[:, :, i], x, "w", part) for i, part in enumerate(self.parts)]
+        return add(self, y, x, "w", inputs=self.inputs)
