@@ -17,16 +17,17 @@ from paligemma_med import cli, experiment, preflight, weights
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
 from paligemma_med.parallel import distributed, sharding
+from paligemma_med.setup import Setup
 
 
 def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
     """Runs config.evals on `checkpoint` and prints a table for each.
 
     Args:
-      config: ConfigDict of an experiment.
+      config: ConfigDict of an experiment; stays as it is.
       checkpoint: anything `checkpoints.load_params` takes.
       out: folder for eval/<name>/.
-      only: names of the evals to run, or None for all.
+      only: names of the evals to run, or None for all. What the others need may be missing.
       controls: of all evals; None leaves them what the config says; "all" is all that there are,
         except where a config names its own.
       resume: whether to take what an earlier start has left.
@@ -34,19 +35,17 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
     Returns:
       {name: {metric: value}}.
     """
-    if unknown := sorted(set(only or []) - set(config.get("evals") or {})):
-        raise ValueError(f"config.evals has no {unknown}; it has {sorted(config.evals)}.")
+    config = _selected(config, only)
     _set_controls(config, controls)
-    config_values.check_config(config)
-    preflight.check_evals(config, experiment.make_model(config))
+    setup = Setup(config)
+    config = setup.config
+    preflight.check_evals(setup)
     model, tok, mesh, params = weights.load(config, checkpoint)
     evaluators = experiment.make_evaluators(config, model, tok, mesh, out, checkpoint)
     if not evaluators:
         raise ValueError("config.evals is empty: there is nothing to evaluate.")
     results = {}
     for name, (evaluator, _) in evaluators.items():
-        if only and name not in only:
-            continue
         evaluator.resume = resume
         with sharding.rules(config, mesh):
             results[name] = evaluator.run(params)
@@ -55,6 +54,19 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
         print(f"\n{name} on {checkpoint}\n\n{tables.format_table(results[name])}", flush=True)
         print(f"\nWritten to {os.path.join(out, 'eval', name)}", flush=True)
     return results
+
+
+def _selected(config, only):
+    """A copy of the config with these evals alone."""
+    evals = config.get("evals") or {}
+    if unknown := sorted(set(only or []) - set(evals)):
+        raise ValueError(f"config.evals has no {unknown}; it has {sorted(evals)}.")
+    config = config.copy_and_resolve_references()
+    if only:
+        with config.unlocked():
+            for name in set(evals) - set(only):
+                del config.evals[name]
+    return config
 
 
 def _set_controls(config, controls):

@@ -10,14 +10,14 @@ import importlib
 import inspect
 import json
 import os
-import re
+import pkgutil
 import shlex
 import sys
 
 import jax
 
 import paligemma_med
-from paligemma_med import input_pipeline
+from paligemma_med import evaluators, input_pipeline
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
@@ -26,28 +26,6 @@ from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
-
-
-def check_training_config(config):
-    """`config.values.check_config`, and what training alone needs; ValueError."""
-    config_values.check_config(config)
-    if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
-        raise ValueError(f"config lacks {missing}, which training needs.")
-    if "batch_size" not in config.input:
-        raise ValueError(f"config.input lacks ['batch_size'], found {sorted(config.input)}.")
-    size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
-    if size % accum:
-        raise ValueError(f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}.")
-    mesh = make_mesh(config)
-    shards = sharding.batch_sharding(mesh).mesh.shape[sharding.DATA_AXIS]
-    if size % (accum * shards):
-        more = -(-size // (accum * shards)) * accum * shards
-        what = f"{accum} microbatches (config.grad_accum_steps) on " if accum > 1 else ""
-        raise ValueError(
-            f"config.input.batch_size = {size} doesn't divide into {what}{shards} devices along "
-            f'the mesh axis "{sharding.DATA_AXIS}"; {more} does'
-            + (", or fewer accumulated steps." if accum > 1 else ".")
-        )
 
 
 def make_model(config):
@@ -132,14 +110,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
                     file=sys.stderr,
                 )
             continue
-        if not re.fullmatch(r"\w+", kind):
-            raise ValueError(f"config.evals.{name}.type is {kind!r}; expected a module name.")
-        try:
-            module = importlib.import_module(f"paligemma_med.evaluators.{kind}")
-        except ModuleNotFoundError as e:
-            if e.name != f"paligemma_med.evaluators.{kind}":
-                raise
-            raise ValueError(f"config.evals.{name}.type: there is no evaluator {kind!r}.") from None
+        module = evaluator_module(kind, f"config.evals.{name}")
         arguments = {*_arguments(module.Evaluator)}
         check_eval_keys(section, module.Evaluator, f"config.evals.{name}")
         if "about" in arguments:
@@ -155,6 +126,17 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
             raise ValueError(f"config.evals.{name}: {e}") from e
         out[name] = (evaluator, section)
     return out
+
+
+def evaluator_module(kind, where):
+    """The file of `paligemma_med.evaluators` that a section's type names; ValueError if it names none."""
+    known = sorted(module.name for module in pkgutil.iter_modules(evaluators.__path__))
+    if kind not in known:
+        raise ValueError(
+            f"{where}.type is {kind!r}; expected one of {known}, or one of big_vision's own, such as "
+            "'proj.paligemma.transfers.vqa'."
+        )
+    return importlib.import_module(f"{evaluators.__name__}.{kind}")
 
 
 _EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer", *config_values.WHEN)

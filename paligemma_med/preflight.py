@@ -1,76 +1,55 @@
 """Whether a run can start: what its config names is there and fits, before weights are read.
 
 Opens data sets and checkpoints, reads a record of each set and no weights, and traces the
-optimizer: a few seconds, however large the model. What a config's values can be at all is
-`config_values`' to say; this file needs the files.
+optimizer: a few seconds, however large the model. What a config's values can be at all is for
+`config.values` to say; this file needs the files.
 """
-
-import importlib
 
 import jax
 
 from paligemma_med import experiment, input_pipeline, weights
 from paligemma_med import pp as pp_lib
-from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
-from paligemma_med.training import optim
+from paligemma_med.setup import Setup, TrainingSetup
 
 
-def check(config, model, tok, mesh):
-    """Raises ValueError or OSError, in one sentence, for a run that would fail later.
-
-    Args:
-      config: that `experiment.check_training_config` has passed.
-      model, tok, mesh: of the config.
-    """
-    abstract = experiment.abstract_params(config, model)
-    names = optim.trained_names(config, list(abstract))
-    total_steps = _check_durations(config)
-    _check_optimizer(config, {n: abstract[n] for n in names}, total_steps)
-    weights.param_shardings(config, abstract, mesh)
-    _check_training_rows(config, model, tok, mesh, total_steps)
-    check_evals(config, model)
+def check(setup: TrainingSetup) -> None:
+    """Raises ValueError or OSError, in one sentence, for a run that would fail later."""
+    config = setup.config
+    _check_durations(setup)
+    _check_optimizer(setup)
+    setup.batch_sharding, setup.shardings  # noqa: B018  (refuse what can't be cut)
+    _check_training_rows(setup)
+    check_evals(setup)
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
     if config.get("model_init"):
-        weights.load_host_params(config.model_init, abstract, config.get("resample_posemb"))
+        weights.load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"))
 
 
-def check_evals(config, model):
+def check_evals(setup: Setup) -> None:
     """Raises ValueError for config.evals whose pp strings give what can't be evaluated on."""
+    config, model = setup.config, setup.model
     for name, section in (config.get("evals") or {}).items():
         if not config_values.is_big_visions(section):
             _check_eval_row(config, name, section, model)
 
 
-def _check_durations(config):
-    """Number of steps; all durations are sound."""
-    if "data" not in config.input:
-        raise ValueError(f"config.input lacks ['data'], found {sorted(config.input)}.")
-    kw = dict(num_examples=input_pipeline.num_examples(config.input), batch_size=config.input.batch_size)
-    total_steps = durations.to_steps(config, "total", **kw)
-    if total_steps is None:
-        raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
+def _check_durations(setup):
     for name in ("log_training", "ckpt"):
-        durations.to_steps(config, name, total_steps=total_steps, **kw)
-    for name, section in (config.get("evals") or {}).items():
+        setup.to_steps(setup.config, name)
+    for name, section in (setup.config.get("evals") or {}).items():
         try:
-            durations.to_steps(section, "log", total_steps=total_steps, **kw)
+            setup.to_steps(section, "log")
         except ValueError as e:
             raise ValueError(f"config.evals.{name}: {e}") from None
-    return total_steps
 
 
-def _check_optimizer(config, trained, total_steps):
+def _check_optimizer(setup):
     """Takes an abstract step."""
-    tx, _ = optim.make(
-        config,
-        list(trained),
-        total_steps=total_steps,
-        num_examples=1,
-        batch_size=config.input.batch_size,
-    )
+    config, tx = setup.config, setup.tx
     try:
+        trained = {n: setup.abstract[n] for n in setup.trained_names}
         jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), trained)
     except (TypeError, ValueError) as e:
         raise ValueError(
@@ -78,14 +57,16 @@ def _check_optimizer(config, trained, total_steps):
         ) from e
 
 
-def _check_training_rows(config, model, tok, mesh, total_steps):
+def _check_training_rows(setup):
+    config = setup.config
     try:
         with input_pipeline.training(
             config.input,
             seed=config.get("seed", 0),
-            mesh=mesh,
-            eos_token=tok.eos_token,
-            total_steps=total_steps,
+            mesh=setup.mesh,
+            eos_token=setup.tokenizer.eos_token,
+            total_steps=setup.total_steps,
+            sets=setup.data,
         ) as batches:
             rows = batches.first_rows()
     except input_pipeline.InputError:
@@ -102,20 +83,20 @@ def _check_training_rows(config, model, tok, mesh, total_steps):
                 f"{config.text_len} asks for {config.text_len + 1}, one more than the model reads: "
                 f"set config.text_len = {len(row['text']) - 1}, or the length given to tolen."
             )
-        _check_tokens(row, model, what)
+        _check_tokens(row, setup.model, what)
 
 
 def _check_eval_row(config, name, section, model):
+    needed = experiment.evaluator_module(section.type, f"config.evals.{name}").NEEDED
     what = f"config.evals.{name}.pp_fn"
     source = input_pipeline.open_source(section.data)
     try:
         row = _build_pp(section.pp_fn, what)(source[0])
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{what} on record 0 of {source}: {e}") from e
-    module = importlib.import_module(f"paligemma_med.evaluators.{section.type}")
     _check_arrays(row, ("image", "text", "mask_ar", "mask_input"), what)
     choices = tuple(section.get("choices") or ())
-    needed = (*getattr(module, "NEEDED", ()), *choices, *(["answer_letter"] if choices else []))
+    needed = (*needed, *choices, *(["answer_letter"] if choices else []))
     if missing := [k for k in needed if k not in row]:
         raise ValueError(f"{what} leaves no {missing[0]!r}, found {sorted(row)}: add it to its keep(...).")
     _check_image(config, row, what)

@@ -1,13 +1,11 @@
 """Trains a config: python -m paligemma_med.train --config=configs/stage1_slake.py --workdir=out/s1
 
-One loop, read from top to bottom in `train`. A workdir gets config.json, metrics.jsonl,
-checkpoints/ and eval/; started again on the same workdir, the run goes on from its newest
-checkpoint. With --dry_run the step is compiled on abstract arrays and its memory printed: nothing is
-written, and neither data nor weights are read, but for the ranks of an adapter that
-config.adapter_init names.
+`train` says what a run is made of, `Run.run` is its loop. A workdir gets config.json, metrics.jsonl, checkpoints/ and
+eval/; started again on the same workdir, the run goes on from its newest checkpoint. With --dry_run no data are read
+and nothing is written: the step is compiled on abstract arrays and its memory printed.
 """
 
-import functools
+import contextlib
 import os
 import sys
 
@@ -15,24 +13,25 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import cli, experiment, input_pipeline, preflight, weights
+from paligemma_med import cli, experiment, input_pipeline, preflight
 from paligemma_med.checkpoints import keep
 from paligemma_med.checkpoints import workdir as workdirs
-from paligemma_med.config import durations, eval_names
+from paligemma_med.config import eval_names
+from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
-from paligemma_med.models.leaves import unflatten_tree
-from paligemma_med.parallel import compilation_cache, distributed, ending, sharding
+from paligemma_med.parallel import compilation_cache, distributed, ending, notes, sharding
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import (
     describe,
     dry_run,
     find_batch_size,
     interrupts,
     metric_writers,
-    optim,
     profiling,
     progress,
     run_files,
 )
+from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 from paligemma_med.training.soundness import Soundness
 
@@ -41,208 +40,227 @@ def train(config, workdir, *, profile=None):
     """Runs `config` in `workdir` to its end, or on from the newest checkpoint there.
 
     Args:
+      config: ConfigDict; stays as it is.
       profile: "10:15" writes a trace of these steps into <workdir>/profile.
 
     Returns:
       {evaluator name: its metrics at the end}.
 
     Raises:
+      ValueError, OSError: the run can't start, in one sentence.
+      FloatingPointError: loss, gradient or parameters aren't finite.
       KeyboardInterrupt: stopped by a signal, after a checkpoint of where it was.
     """
-    rules = sharding.rules(config, experiment.make_mesh(config))
-    with interrupts.Signals() as signals, rules:
-        return _train(config, workdir, signals, profile)
+    config = config_values.checked_for_training(config)
+    setup = TrainingSetup(run_files.with_pinned_init(config, workdir))
+    compilation_cache.start(setup.config.get("compilation_cache", True), workdir)
+    with interrupts.Signals() as signals, sharding.rules(setup.config, setup.mesh):
+        with notes.stage("opening data sets"):
+            evaluators = _open(setup, workdir)
+        os.makedirs(workdir, exist_ok=True)
+        notes.say(describe.parameters(setup))
+        return Run(setup, workdir, evaluators, signals, profile).run()
 
 
-def _train(config, workdir, signals, profile):
-    experiment.check_training_config(config)
-    compilation_cache.start(config.get("compilation_cache", True), workdir)
-    run_files.keep_model_init(config, workdir)
-    model = experiment.make_model(config)
-    tok = experiment.make_tokenizer(config, model)
-    mesh = experiment.make_mesh(config)
-    evaluators = experiment.make_evaluators(config, model, tok, mesh, workdir)
-    keep.check(config, evaluators)
-    preflight.check(config, model, tok, mesh)
-    os.makedirs(workdir, exist_ok=True)
+def _open(setup, workdir):
+    """The evaluators of a run, after every check that can be made before weights are read."""
+    evaluators = experiment.make_evaluators(setup.config, setup.model, setup.tokenizer, setup.mesh, workdir)
+    keep.check(setup.config, evaluators)
+    preflight.check(setup)
+    return evaluators
 
-    # --- What is trained, and for how long ---
-    abstract = experiment.abstract_params(config, model)
-    trained_names = optim.trained_names(config, list(abstract))
-    if distributed.is_main():
-        print(describe.describe_params(config, abstract, trained_names), flush=True)
-    num_examples = input_pipeline.num_examples(config.input)
-    to_steps = functools.partial(durations.to_steps, num_examples=num_examples, batch_size=config.input.batch_size)
-    total_steps = to_steps(config, "total")
-    if total_steps is None:
-        raise ValueError("config says nothing about total_steps, total_epochs or total_examples.")
-    to_steps = functools.partial(to_steps, total_steps=total_steps)
-    tx, learning_rate = optim.make(
-        config,
-        trained_names,
-        total_steps=total_steps,
-        num_examples=num_examples,
-        batch_size=config.input.batch_size,
-    )
 
-    trace = profiling.Profile(profile, workdir, total_steps)
-    writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
+class Run:
+    """A run from its start to its end: its state, and what is open meanwhile."""
 
-    # --- The state: from weights or random, and from a checkpoint where there is one ---
-    dtypes = weights.param_dtypes(config, abstract, trained_names)
-    kinds = weights.param_kinds(config, abstract, trained_names)
-    params, beside = weights.initial_params(config, model, mesh, dtypes=dtypes, kinds=kinds)
-    trained = {n: params.pop(n) for n in trained_names}
-    frozen = params
-    opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    checkpoints = workdirs.Checkpoints(workdir, keep=config.get("keep_ckpt", 2), best=keep.best_of(workdir, config))
-    first_step, gone_on = 0, {}
-    if found := checkpoints.restore_newest(trained, opt_state):
-        first_step, trained, opt_state, gone_on = found
-        frozen |= run_files.own_base(workdir, frozen, beside)
-        _say(f"Resumed from step {first_step} of {total_steps} in {workdir}.")
-    gone_on = gone_on or {}
-    given = {n: x for n, x in frozen.items() if n not in beside}
-    run_files.check_base(workdir, config, given, first_step)
-    own_base = {n: x for n, x in frozen.items() if n in beside}
-    if first_step > total_steps:
-        raise ValueError(
-            f"{workdir} is at step {first_step} already, but by the config the run has only "
-            f"{total_steps} steps: set its length back, or use another --workdir."
+    def __init__(self, setup, workdir, evaluators, signals, profile):
+        """
+        Args:
+          setup: TrainingSetup.
+          evaluators: of `experiment.make_evaluators`.
+          signals: `interrupts.Signals`, entered.
+          profile: see `train`.
+        """
+        config = self.config = setup.config
+        self.setup, self.workdir, self.evaluators, self.signals = setup, workdir, evaluators, signals
+        self.total_steps = setup.total_steps
+        self.log_every = setup.to_steps(config, "log_training", default=50)
+        self.save_every = setup.to_steps(config, "ckpt", default=0)
+        self.best_evaluator, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
+        self.metrics, self.results = {}, {}  # of the latest step, on the devices; of each evaluator's latest run
+
+        self.trace = profiling.Profile(profile, workdir, setup.total_steps)
+        self.writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
+        self.checkpoints = workdirs.Checkpoints(
+            workdir, keep=config.get("keep_ckpt", 2), best=keep.best_of(workdir, config)
         )
+        self.state = self._first_state()
+        self.first_step = self.state.step
+        self.step_fn = train_step.jitted(setup, self.state.trained)
+        self.bar = progress.Progress(
+            self.first_step,
+            self.total_steps,
+            config.input.batch_size,
+            flops=setup.flops_per_example,
+            peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
+        )
+        self.batches = input_pipeline.training(
+            config.input,
+            seed=config.get("seed", 0),
+            mesh=setup.mesh,
+            eos_token=setup.tokenizer.eos_token,
+            start_step=self.first_step,
+            total_steps=self.total_steps,
+            state=self.state.input,
+            sets=setup.data,
+        )
+        self.soundness = Soundness(config, workdir, self.batches, skipped=self.state.skipped_steps)
 
-    # --- The loop ---
-    step_fn = train_step.make_train_step(config, model, tx, learning_rate)
-    step_fn = train_step.jit_step(step_fn, tx, trained, mesh)
-    log_every = to_steps(config, "log_training", default=50)
-    save_every = to_steps(config, "ckpt", default=0)
-    bar = progress.Progress(
-        first_step,
-        total_steps,
-        config.input.batch_size,
-        flops=flops.count(
-            model,
-            trained_names,
-            res=config.res,
-            text_len=config.text_len,
-            supervised_len=config.get("supervised_len"),
-            loss_chunk=config.get("loss_chunk"),
-        ),
-        peak=flops.peak(jax.devices()[0], config.get("peak_tflops")),
-    )
-    batches = input_pipeline.training(
-        config.input,
-        seed=config.get("seed", 0),
-        mesh=mesh,
-        eos_token=tok.eos_token,
-        start_step=first_step,
-        total_steps=total_steps,
-        state=gone_on.get("input"),
-    )
-    soundness = Soundness(config, workdir, batches, skipped=gone_on.get("skipped_steps", 0))
+    def _first_state(self):
+        """From weights or random, and from a checkpoint where there is one."""
+        with notes.stage("reading weights"):
+            state = states.initial(self.setup)
+        with notes.stage("reading the newest checkpoint"):
+            state = states.restore(state, self.checkpoints, self.workdir)
+        if state.step:
+            notes.say(f"Resumed from step {state.step} of {self.total_steps} in {self.workdir}.")
+        with notes.stage("comparing the frozen weights with those that the run began with"):
+            run_files.check_base(self.workdir, self.config, state.base_leaves, state.step)
+        if state.step > self.total_steps:
+            raise ValueError(
+                f"{self.workdir} is at step {state.step} already, but by the config the run has only "
+                f"{self.total_steps} steps: set its length back, or use another --workdir."
+            )
+        return state
 
-    def is_due(name):
-        """Whether this evaluator runs after `step`; always at the end."""
-        every = to_steps(evaluators[name][1], "log", default=None)
-        return step == total_steps or bool(every and step % every == 0)
+    def run(self):
+        """The loop; returns as `train`."""
+        state = self.state
+        try:
+            run_files.start(self.workdir, self.config, state.kept_leaves, state.step)  # now that nothing is refused
+            if state.step:  # The run may have ended in an eval, after its checkpoint.
+                self.evaluate(done=run_files.evals_at(self.workdir, state.step, self.evaluators))
+            while state.step < self.total_steps:
+                self.take_step()
+                self.evaluate()
+                self.signals.stop_if_agreed(state.step)
+        except KeyboardInterrupt as e:
+            self.bar.close()
+            if state.step > self.first_step and self.signals.together(e):
+                self.check()
+                self.save()
+                self.checkpoints.wait()
+            notes.say(f"Stopped at step {state.step}; the same command goes on from there.", file=sys.stderr)
+            raise
+        except Exception as e:
+            ending.tell_if_peer_lost(e)  # now: what is closed below may wait for it
+            raise
+        finally:
+            self.bar.close()
+            self.trace.close(self.metrics)
+            self.batches.close()
+            self.checkpoints.close()
+            self.writers.close()
+        return self.results
 
-    def check():
-        soundness.check()
-        for row in batches.skipped():
+    def take_step(self):
+        """One step, its metrics where they are due, and a checkpoint where one is: before the evals, so that what
+        fails there costs no training."""
+        state = self.state
+        batch, before = next(self.batches), self.metrics
+        self.trace.step(state.step, self.metrics)
+        # A signal waits until the end: a run that had changed its state without telling of it couldn't be resumed.
+        with self.signals.deferred():
+            with self._compiling():
+                state.trained, state.opt_state, self.metrics = self.step_fn(
+                    state.trained, state.opt_state, state.frozen, batch, state.step
+                )
+            state.step += 1
+            self.soundness.add(state.step, self.metrics)
+            saves = self.saves()
+            logs = saves or state.step == 1 or _divides(self.log_every, state.step)
+            self.bar.step(state.step, self.metrics["training_loss"], wait=logs)
+            if logs or state.step == self.first_step + 1:
+                self.check()
+                row = self.measure()
+                self.bar.print(row)
+            if logs:
+                self.record(row)
+            if saves:
+                self.save()
+        # Two steps sent off keep the devices busy; each one more would hold a batch there.
+        jax.block_until_ready(before)
+
+    def _compiling(self):
+        """The first call of the step compiles it."""
+        first = self.state.step == self.first_step
+        return notes.stage("compiling the train step", self.bar.say) if first else contextlib.nullcontext()
+
+    def saves(self):
+        """Whether a checkpoint is due: always at the end, and where config.keep_best looks at an eval."""
+        step = self.state.step
+        best = self.best_evaluator and self.is_due(self.best_evaluator)
+        return step == self.total_steps or _divides(self.save_every, step) or bool(best)
+
+    def is_due(self, name):
+        """Whether this evaluator runs after the latest step; always at the end."""
+        _, section = self.evaluators[name]
+        every = self.setup.to_steps(section, "log", default=None)
+        return self.state.step == self.total_steps or _divides(every, self.state.step)
+
+    def check(self):
+        """Raises what `Soundness.check` does; writes down which records were skipped."""
+        self.soundness.check()
+        for row in self.batches.skipped():
             if distributed.is_main():  # batch i makes step i + 1
-                run_files.append(workdir, "skipped.jsonl", row.pop("step") + 1, row)
+                run_files.append(self.workdir, "skipped.jsonl", row.pop("step") + 1, row)
 
-    def log():
-        row = {k: float(v) for k, v in jax.device_get(metrics).items() if k not in _INTERNAL}
-        if config.get("skip_nonfinite"):
-            row["skipped_steps"] = soundness.skipped
-        if (config.input.get("on_error") or "error") != "error":
-            row["skipped_examples"] = batches.state()["skipped"]
-        row |= bar.measure(step, batches)
-        row |= {f"epochs_of_{name}": n for name, n in batches.epochs().items()}
+    def measure(self):
+        """{name: number} of the latest step, waited for."""
+        row = {k: float(v) for k, v in jax.device_get(self.metrics).items() if k not in _INTERNAL}
+        if self.config.get("skip_nonfinite"):
+            row["skipped_steps"] = self.soundness.skipped
+        if (self.config.input.get("on_error") or "error") != "error":
+            row["skipped_examples"] = self.batches.state()["skipped"]
+        row |= self.bar.measure(self.state.step, self.batches)
+        row |= {f"epochs_of_{name}": n for name, n in self.batches.epochs().items()}
         return row
 
-    def record(values):
-        run_files.add_metrics(workdir, step, values)
-        writers.write(step, values)
+    def record(self, values):
+        """Adds numbers to the row of the latest step, in metrics.jsonl and what else is written."""
+        run_files.add_metrics(self.workdir, self.state.step, values)
+        self.writers.write(self.state.step, values)
 
-    def save():
-        run = {"input": {**batches.state(), "next_step": step}, "skipped_steps": soundness.skipped}
-        with bar.paused():
-            checkpoints.save(step, trained, opt_state, run)
+    def save(self):
+        state = self.state
+        state.input = {**self.batches.state(), "next_step": state.step}
+        state.skipped_steps = self.soundness.skipped
+        with self.bar.paused():
+            states.save(state, self.checkpoints)
 
-    def run_evals(done=()):
-        for name, (evaluator, _) in evaluators.items():
-            if name in done or not is_due(name):
+    def evaluate(self, done=()):
+        """Runs the evaluators that are due, but for those in `done`."""
+        for name, (evaluator, _) in self.evaluators.items():
+            if name in done or not self.is_due(name):
                 continue
-            with bar.paused():
-                found = evaluator.run(unflatten_tree({**frozen, **trained}))
-            results[name] = found
-            with signals.deferred():
-                record({f"{name}/{k}": v for k, v in found.items()})
-            shown = [k for k in found if k.endswith("overall/acc")] or list(found)[:5]
-            shown = ", ".join(f"{k} {found[k]:.4g}" for k in shown)
-            bar.say(f"step {step}/{total_steps}  {name}: {shown}")
-            if name == best_name:
-                keep.check_metric(config, name, found)
-
-    step, metrics, results = first_step, {}, {}
-    best_name, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
-    try:
-        run_files.start(workdir, config, own_base, first_step)  # now that nothing is refused
-        if first_step:  # The run may have ended in an eval, after its checkpoint.
-            run_evals(done=run_files.evals_at(workdir, first_step, evaluators))
-        while step < total_steps:
-            batch, before = next(batches), metrics
-            trace.step(step, metrics)
-            # Stopped in here, a run would have changed its state without having told of it.
-            with signals.deferred():
-                trained, opt_state, metrics = step_fn(trained, opt_state, frozen, batch, step)
-                step += 1
-                soundness.add(step, metrics)
-                saves = step == total_steps or (save_every and step % save_every == 0)
-                saves = saves or (best_name and is_due(best_name))
-                logs = saves or step == 1 or (log_every and step % log_every == 0)
-                bar.step(step, metrics["training_loss"], wait=logs)
-                if logs or step == first_step + 1:
-                    check()
-                    row = log()
-                    bar.print(row)
-                if logs:
-                    record(row)
-                if saves:  # before evals: what fails there costs no training
-                    save()
-            # Two steps sent off keep the devices busy; each one more would hold a batch there.
-            jax.block_until_ready(before)
-            run_evals()
-            signals.stop_if_agreed(step)
-    except KeyboardInterrupt as e:
-        bar.close()
-        if step > first_step and signals.together(e):
-            check()
-            save()
-            checkpoints.wait()
-        _say(f"Stopped at step {step}; the same command goes on from there.", file=sys.stderr)
-        raise
-    except Exception as e:
-        ending.tell_if_peer_lost(e)  # now: what is closed below may wait for it
-        raise
-    finally:
-        bar.close()
-        trace.close(metrics)
-        batches.close()
-        checkpoints.close()
-        writers.close()
-    return results
+            with self.bar.paused():
+                metrics = evaluator.run(self.state.params)
+            self.results[name] = metrics
+            with self.signals.deferred():
+                self.record({f"{name}/{k}": v for k, v in metrics.items()})
+            shown = [k for k in metrics if k.endswith("overall/acc")] or list(metrics)[:5]
+            shown = ", ".join(f"{k} {metrics[k]:.4g}" for k in shown)
+            self.bar.say(f"step {self.state.step}/{self.total_steps}  {name}: {shown}")
+            if name == self.best_evaluator:
+                keep.check_metric(self.config, name, metrics)
 
 
 # Of a step's metrics, those that are looked at by Soundness alone.
 _INTERNAL = ("lost", "finite")
 
 
-def _say(text, file=None):
-    if distributed.is_main():
-        print(text, file=file, flush=True)
+def _divides(every, step):
+    return bool(every) and step % every == 0
 
 
 @cli.command

@@ -5,89 +5,51 @@
 
 import math
 import sys
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
 from paligemma_med.checkpoints import bv, npz, workdir
 from paligemma_med.config import files as config_files
-from paligemma_med.config import values as config_values
-from paligemma_med.experiment import abstract_params, adapted, make_mesh, make_model, make_tokenizer
-from paligemma_med.models import lora_targets, parts, vlm
+from paligemma_med.experiment import abstract_params, adapted
+from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import distributed, notes
+from paligemma_med.setup import Setup
 
 
-def param_dtypes(config, names, trained):
-    """{name: dtype}: trained leaves float32, frozen ones config.frozen_dtype.
-
-    Those that are quantised (`param_kinds`) have the type here that the others then have.
-    """
-    frozen = config.get("frozen_dtype", "float32")
-    frozen = jnp.dtype(quantise.REST if frozen in quantise.KINDS else frozen)
-    trained = set(trained)
-    return {n: jnp.dtype("float32") if n in trained else frozen for n in names}
-
-
-def param_kinds(config, abstract, trained):
-    """{name: kind, of `quantise.kind_of`} of the leaves that config.frozen_dtype quantises.
-
-    Args:
-      abstract: {name: array or jax.ShapeDtypeStruct}.
-    """
-    wanted = config.get("frozen_dtype")
-    if wanted not in quantise.KINDS:
-        return {}
-    leaves = parts.leaves_of(config.model)
-    kinds = {n: quantise.kind_of(n, x.shape, wanted, leaves) for n, x in abstract.items() if n not in trained}
-    return {n: kind for n, kind in kinds.items() if kind}
-
-
-def param_shardings(config, abstract, mesh):
-    """{name: NamedSharding} by config.sharding_strategy; by default a copy on every device."""
-    return sharding.infer_sharding(abstract, sharding_strategy(config), mesh, parts.leaves_of(config.model))
-
-
-def sharding_strategy(config):
-    return config.get("sharding_strategy") or [(".*", "replicate")]
-
-
-def initial_params(config, model, mesh, *, dtypes=None, kinds=None):
+def initial_params(setup: Setup) -> tuple[dict[str, jax.Array], set[str]]:
     """The parameters training starts from, on the devices.
 
     They come from config.model_init, or are random by config.seed if that is None. Factors of
     adapters come from config.adapter_init, or from a model_init that has them, or are fresh.
-    Weights from files go to the devices leaf by leaf, each in its type; of `kinds`, quantised.
+    Weights from files go to the devices leaf by leaf, each as `setup` says.
 
     Returns:
-      ({name: jax.Array} sharded by config.sharding_strategy, names that model_init didn't give).
+      ({name: jax.Array}, names that config.model_init didn't give).
 
     Raises:
       checkpoints.CheckpointError: what was found doesn't fit the config.
       ValueError: weights to be quantised that no file gives.
     """
-    abstract, kinds = abstract_params(config, model), kinds or {}
-    shardings = param_shardings(config, abstract, mesh)
-    dtypes = dtypes or param_dtypes(config, abstract, abstract)
-    host, adapter = initial_host_params(config, model)
-    random = [n for n in abstract if n not in host and n not in adapter]
-    if given := next((n for n in random if n in kinds), None):
+    base, adapter = initial_host_params(setup)
+    random = [n for n in setup.abstract if n not in base and n not in adapter]
+    if missing := next((n for n in random if n in setup.kinds), None):
         raise ValueError(
-            f"config.frozen_dtype={config.frozen_dtype!r} quantises weights that config.model_init "
-            f"gives, but it gives none for {given}: set it, or train them."
+            f"config.frozen_dtype={setup.config.frozen_dtype!r} quantises weights that config.model_init "
+            f"gives, but it gives none for {missing}: set it, or train them."
         )
-    beside = {*random, *adapter}
-    params = place_params({**host, **adapter}, dtypes, shardings, kinds, parts.leaves_of(config.model))
+    params = place_params({**base, **adapter}, setup)
     if random:
-        params |= _random_params(config, model, random, dtypes, shardings)
-    return {n: params.pop(n) for n in abstract} | params, beside
+        params |= _random_params(setup, random)
+    return {n: params.pop(n) for n in setup.abstract} | params, {*random, *adapter}
 
 
-def initial_host_params(config, model):
+def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """What files give of the parameters that training starts from, on the host.
 
     Returns:
@@ -97,16 +59,16 @@ def initial_host_params(config, model):
     Raises:
       checkpoints.CheckpointError: what was found doesn't fit the config.
     """
-    abstract, host, adapter = abstract_params(config, model), {}, {}
+    config, base, adapter = setup.config, {}, {}
     if config.get("model_init"):
-        host = load_host_params(config.model_init, abstract, config.get("resample_posemb"))
-        if any(map(lora.is_factor, host)):
-            _check_scales(config, model, config.model_init)
+        base = load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"))
+        if any(map(lora.is_factor, base)):
+            _check_scales(config, setup.model, config.model_init)
     if config.get("adapter_init"):
-        if any(map(lora.is_factor, host)):
+        if any(map(lora.is_factor, base)):
             raise _two_adapters(config)
-        adapter = load_host_adapter(config, model)
-    return host, adapter
+        adapter = load_host_adapter(config, setup.model)
+    return base, adapter
 
 
 def _two_adapters(config):
@@ -116,15 +78,15 @@ def _two_adapters(config):
     )
 
 
-def _random_params(config, model, names, dtypes, shardings):
+def _random_params(setup, names):
     """Those of a fresh model's parameters; what isn't asked for is not computed."""
 
     def init():
-        tree = vlm.init_params(model, jax.random.key(config.get("seed", 0)), image_size=config.res)
-        flat = flatten_tree(tree)
-        return {n: flat[n].astype(dtypes[n]) for n in names}
+        seed = jax.random.key(setup.config.get("seed", 0))
+        flat = flatten_tree(vlm.init_params(setup.model, seed, image_size=setup.config.res))
+        return {n: flat[n].astype(setup.dtypes[n]) for n in names}
 
-    return jax.jit(init, out_shardings={n: shardings[n] for n in names})()
+    return jax.jit(init, out_shardings={n: setup.shardings[n] for n in names})()
 
 
 def load_host_adapter(config, model):
@@ -186,24 +148,27 @@ def load(config, checkpoint):
     model is the plain one, whatever config.lora says, and a line on stderr tells so.
 
     Args:
+      config: ConfigDict; stays as it is (its model_init doesn't count).
       checkpoint: anything `checkpoints.load_params` takes.
 
     Returns:
       (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
       config.frozen_dtype, since nothing is trained (quantised ones have their scales beside them).
+
+    Raises:
+      checkpoints.CheckpointError: the weights or the adapters don't fit the config. ValueError: a mistake in it.
     """
+    config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model_init = checkpoint
         if not config.get("lora") and not config.get("adapter_init") and _rules_of_run(checkpoint):
             config.lora = _rules_of_run(checkpoint)
-    config_values.check_config(config)
-    model, mesh = make_model(config), make_mesh(config)
-    tok = make_tokenizer(config, model)
-    abstract = abstract_params(config, model)
-    host = load_host_params(checkpoint, abstract, config.get("resample_posemb"))
+    setup = Setup(config)
+    config, model, tokenizer = setup.config, setup.model, setup.tokenizer
+    host = load_host_params(checkpoint, setup.abstract, config.get("resample_posemb"))
     if any(map(lora.is_factor, host)):
-        adapter, its_start = config.get("adapter_init"), _config_of_run(checkpoint)
-        if adapter and its_start.get("adapter_init") != config_files.absolute(adapter):
+        adapter, run_config = config.get("adapter_init"), _config_of_run(checkpoint)
+        if adapter and run_config.get("adapter_init") != config_files.absolute(adapter):
             raise _two_adapters(config)
         _check_scales(config, model, checkpoint)
     elif config.get("adapter_init"):
@@ -211,10 +176,9 @@ def load(config, checkpoint):
     elif model.lora:
         print(f"{checkpoint} has no adapters: config.lora is left out.", file=sys.stderr)
         model = model.clone(lora=())
-    dtypes, shardings = param_dtypes(config, host, ()), param_shardings(config, abstract, mesh)
-    kinds = param_kinds(config, abstract, ())
-    params = place_params(host, dtypes, shardings, kinds, parts.leaves_of(config.model))
-    return model, tok, mesh, unflatten_tree(params)
+    with notes.stage(f"reading the weights of {checkpoint}"):
+        params = place_params(host, setup)
+    return model, tokenizer, setup.mesh, unflatten_tree(params)
 
 
 def load_host_params(spec, abstract, resample_posemb=False):
@@ -263,24 +227,21 @@ def _check_resolution(spec, loaded, abstract):
     )
 
 
-def place_params(host, dtypes, shardings, kinds=None, leaves=None):
-    """{name: numpy array} → {name: jax.Array}; the host's copies are let go one by one.
+def place_params(host: dict[str, Any], setup: Setup) -> dict[str, jax.Array]:
+    """{name: numpy array} → {name: jax.Array} of the type, kind and place that `setup` says; the host's copies are
+    let go one by one.
 
     Of several processes each reads the weights, and copies to its devices what they hold of them.
-
-    Args:
-      kinds: of `param_kinds`: these become codes and scales (`quantise`).
-      leaves: the model's table of leaves; by default PaliGemma's.
     """
-    out, kinds = {}, kinds or {}
+    out = {}
     for name in list(host):
-        array = np.asarray(host.pop(name))
-        if name in kinds:
-            where = quantise.stored(name, _with_sharding(array, shardings[name]), kinds[name], leaves)
-            for n, x in quantise.quantise(name, array, kinds[name], leaves).items():
+        array, place = np.asarray(host.pop(name)), setup.shardings[name]
+        if kind := setup.kinds.get(name):
+            where = quantise.stored(name, _with_sharding(array, place), kind, setup.leaves)
+            for n, x in quantise.quantise(name, array, kind, setup.leaves).items():
                 out[n] = distributed.place(x, where[n].sharding)
         else:
-            out[name] = distributed.place(array.astype(dtypes[name]), shardings[name])
+            out[name] = distributed.place(array.astype(setup.dtypes[name]), place)
     return out
 
 
@@ -288,10 +249,11 @@ def _with_sharding(x, where, dtype=None):
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
 
 
-def stored_params(abstract, dtypes, shardings, kinds, leaves=None):
-    """{name: jax.ShapeDtypeStruct with its sharding} of what `place_params` makes."""
+def stored_params(abstract: dict[str, Any], setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: shape with its sharding} of what `place_params` makes of arrays of these shapes."""
     out = {}
     for name, x in abstract.items():
-        x = _with_sharding(x, shardings[name], dtypes[name])
-        out |= quantise.stored(name, x, kinds[name], leaves) if name in kinds else {name: x}
+        x = _with_sharding(x, setup.shardings[name], setup.dtypes[name])
+        kind = setup.kinds.get(name)
+        out |= quantise.stored(name, x, kind, setup.leaves) if kind else {name: x}
     return out

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,10 @@ def _words():
     whole = {s: distributed.place(host, spec(*s)) for s in [("data",), (None, "model"), ()]}
     # Each process's own copy, so that it shows whose rows came from where.
     own = distributed.to_host(distributed.place(host + 1000 * me, spec("data")))
-    placed = weights.place_params({"w": host}, {"w": jnp.dtype("bfloat16")}, {"w": spec("data", "model")})["w"]
+    places = types.SimpleNamespace(
+        dtypes={"w": jnp.dtype("bfloat16")}, shardings={"w": spec("data", "model")}, kinds={}, leaves=None
+    )
+    placed = weights.place_params({"w": host}, places)["w"]
     return dict(
         to_host=[np.array_equal(distributed.to_host(x), host) for x in whole.values()],
         owners=(own[:, 0] // 1000).astype(int).tolist(),

@@ -11,8 +11,9 @@ from tests import tiny
 @pytest.mark.parametrize(
     "section, message",
     [
-        (dict(type="../x"), "config.evals.val.type is '../x'; expected a module name"),
-        (dict(type="vqb"), "config.evals.val.type: there is no evaluator 'vqb'"),
+        (dict(type="../x"), "config.evals.val.type is '../x'; expected one of"),
+        (dict(type="vqb"), r"config.evals.val.type is 'vqb'; expected one of \['dialogue', 'vqa'\]"),
+        (dict(type="__init__"), "config.evals.val.type is '__init__'; expected one of"),
     ],
 )
 def test_evaluators_that_are_none(section, message):

@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "evaluators": ("evaluation", "decode", "metrics", "pp", "parallel", "files"),
     "config": ("pp", "models", "quantise", "checkpoints"),
     "cli": ("parallel", "config", "checkpoints"),
-    "experiment": ("config", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
-    "weights": ("experiment", "config", "quantise", "models", "parallel", "checkpoints"),
+    "experiment": ("config", "evaluators", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
+    "weights": ("setup", "experiment", "config", "quantise", "models", "parallel", "checkpoints"),
     "judge": ("evaluation", "metrics", "pp", "files"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.

@@ -22,7 +22,9 @@ from paligemma_med.evaluators import vqa
 from paligemma_med.models import loss as losses
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import optim, progress
+from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 from tests import tiny
 
@@ -37,7 +39,7 @@ def start():
     """The parameters that `steps` starts from, {name: numpy array}."""
     c = tiny.config()
     mesh = sharding.make_mesh([("data", 1)], devices=jax.devices()[:1])
-    return jax.device_get(weights.initial_params(c, experiment.make_model(c), mesh)[0])
+    return jax.device_get(weights.initial_params(TrainingSetup.without_data(c, mesh=mesh))[0])
 
 
 def steps(c, batches, *, parts=1, rng_step=0):
@@ -47,16 +49,11 @@ def steps(c, batches, *, parts=1, rng_step=0):
       (trained, frozen, opt_state, metrics of each step, the jitted step).
     """
     mesh = sharding.make_mesh([("data", parts)], devices=jax.devices()[:parts])
-    model = experiment.make_model(c)
-    abstract = experiment.abstract_params(c, model)
-    names = optim.trained_names(c, list(abstract))
-    dtypes = weights.param_dtypes(c, abstract, names)
-    places = weights.param_shardings(c, abstract, mesh)
-    params = weights.place_params(dict(start()), dtypes, places)
-    trained = {n: params.pop(n) for n in names}
-    tx, rate = optim.make(c, names, total_steps=10, num_examples=80, batch_size=8)
-    opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    step_fn = train_step.jit_step(train_step.make_train_step(c, model, tx, rate), tx, trained, mesh)
+    setup = TrainingSetup.without_data(c, mesh=mesh)
+    setup.num_examples, setup.total_steps = 100, 10
+    state = states.of_params(setup, weights.place_params(dict(start()), setup))
+    trained, opt_state, params = state.trained, state.opt_state, state.frozen
+    step_fn = train_step.jitted(setup, trained)
     found = []
     for i, batch in enumerate(batches, rng_step):
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -403,7 +400,7 @@ def test_fresh_start_replaces_what_a_run_without_checkpoint_left(tiny_data, tmp_
     c.seed = 4
     train.train(c, workdir)
     saved = checkpoints.load_params(workdir)
-    expected, _ = weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    expected, _ = weights.initial_params(TrainingSetup.without_data(c))
     np.testing.assert_array_equal(saved["llm"]["embedder"]["input_embedding"], expected["llm/embedder/input_embedding"])
 
 

@@ -9,8 +9,11 @@ from paligemma_med.checkpoints import npz
 from paligemma_med.config import files as config_files
 from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.setup import Setup, TrainingSetup
 from paligemma_med.training import describe
 from tests import tiny
+
+HEAD = [("img/head/kernel", dict(decay_type="constant")), (".*", None)]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +30,9 @@ def weights_file(tmp_path_factory):
 
 def test_weights_from_a_file_in_the_types_asked_for(weights_file):
     path, flat = weights_file
-    c = tiny.config(model_init=path, frozen_dtype="bfloat16")
+    c = tiny.config(model_init=path, frozen_dtype="bfloat16", schedule=HEAD)
     c.sharding_strategy = [(".*", 'fsdp(axis="data", min_size_to_shard_mb=0)')]
-    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
-    dtypes = weights.param_dtypes(c, flat, ["img/head/kernel"])
-    params, _ = weights.initial_params(c, model, mesh, dtypes=dtypes)
+    params, _ = weights.initial_params(TrainingSetup.without_data(c))
     assert params.keys() == flat.keys()
     for n, x in params.items():
         assert str(x.dtype) == ("float32" if n == "img/head/kernel" else "bfloat16")
@@ -77,8 +78,8 @@ def test_model_init_takes_every_form(weights_file, tmp_path, form):
         from paligemma_med.checkpoints import orbax
 
         orbax.save_orbax(c.model_init, checkpoints.open_params(path))
-    params, beside = weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
-    assert not beside and params.keys() == flat.keys()
+    params, kept = weights.initial_params(TrainingSetup.without_data(c))
+    assert not kept and params.keys() == flat.keys()
     for n, x in params.items():
         np.testing.assert_array_equal(np.asarray(x), flat[n], err_msg=n)
 
@@ -95,11 +96,9 @@ def test_weights_of_another_model(weights_file):
 def test_random_weights_depend_on_the_seed_alone():
     # Shapes of few leaves are enough; compiled once a seed.
     c = tiny.config()
-    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
-    a = jax.device_get(weights.initial_params(c, model, mesh)[0])
-    b = jax.device_get(weights.initial_params(c, model, mesh)[0])
+    a, b = (jax.device_get(weights.initial_params(TrainingSetup.without_data(c))[0]) for _ in range(2))
     c.seed = 4
-    other = jax.device_get(weights.initial_params(c, model, mesh)[0])
+    other = jax.device_get(weights.initial_params(TrainingSetup.without_data(c))[0])
     tiny.assert_trees_equal(a, b)
     assert (a["img/head/kernel"] != other["img/head/kernel"]).any()
     assert all(str(x.dtype) == "float32" for x in a.values())
@@ -119,19 +118,14 @@ def test_load_quantises(weights_file, kind):
     """What is foretold of the leaves is what is there, and no kernel of a layer is left dense."""
     path, flat = weights_file
     c = tiny.config(frozen_dtype=kind)
-    model, _, mesh, params = weights.load(c, path)
-    found, abstract = flatten_tree(params), experiment.abstract_params(c, model)
-    kinds = weights.param_kinds(c, abstract, ())
-    told = weights.stored_params(
-        abstract,
-        weights.param_dtypes(c, abstract, ()),
-        weights.param_shardings(c, abstract, mesh),
-        kinds,
-    )
+    *_, params = weights.load(c, path)
+    setup = Setup(c)
+    found, abstract = flatten_tree(params), setup.abstract
+    told = weights.stored_params(abstract, setup)
     assert {n: (x.shape, x.dtype) for n, x in found.items()} == {n: (x.shape, x.dtype) for n, x in told.items()}
     assert found["llm/layers/mlp/linear"].dtype == ("int8" if kind == "int8" else "uint8")
     assert found["llm/final_norm/scale"].dtype == "bfloat16"
-    table = describe.describe_params(c, abstract, ())
+    table = describe.parameters(setup)
     size = sum(x.nbytes for x in found.values())
     assert f"frozen, {size:,} bytes" in table and f"  {kind}  " in table
     with pytest.raises(checkpoints.CheckpointError, match="is quantised; merge into the base's"):
@@ -142,9 +136,6 @@ def test_load_quantises(weights_file, kind):
 
 
 def test_random_weights_are_not_quantised():
-    c = tiny.config(frozen_dtype="int8")
-    model, mesh = experiment.make_model(c), experiment.make_mesh(c)
-    abstract = experiment.abstract_params(c, model)
-    kinds = weights.param_kinds(c, abstract, ["img/head/kernel"])
+    c = tiny.config(frozen_dtype="int8", schedule=HEAD)
     with pytest.raises(ValueError, match="config.model_init gives, but it gives none for img/Tr"):
-        weights.initial_params(c, model, mesh, kinds=kinds)
+        weights.initial_params(TrainingSetup.without_data(c))

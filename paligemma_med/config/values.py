@@ -203,13 +203,17 @@ def _check_sections(config):
             _check_values(pred_kw, _PRED_KW, f"{where}.pred_kw")
 
 
-def check_config(config) -> None:
-    """Refuses configs with unknown or missing keys, or values that can't be meant; ValueError.
+def checked(config) -> ml_collections.ConfigDict:
+    """A copy of a config that has passed every check that needs no files, and lacks nothing.
 
-    A config of big_vision's becomes one of ours, in place, with a word on stderr on what isn't read
+    A config of big_vision's becomes one of ours, with a word on stderr on what isn't read
     (`big_vision.adopt`). One with adapter_init and no lora of its own is given the adapter's, since
     only together with its ranks and scales do the factors mean something.
+
+    Raises:
+      ValueError: unknown or missing keys, or values that can't be meant.
     """
+    config = config.copy_and_resolve_references()
     for note in big_vision.adopt(config, KEYS):
         if jax.process_index() == 0:
             print(note, file=sys.stderr, flush=True)
@@ -220,3 +224,17 @@ def check_config(config) -> None:
     if config.get("adapter_init") and not config.get("lora"):
         with config.unlocked():
             config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))
+    return config
+
+
+def checked_for_training(config) -> ml_collections.ConfigDict:
+    """`checked`, and what training alone needs."""
+    config = checked(config)
+    if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
+        raise ValueError(f"config lacks {missing}, which training needs.")
+    if missing := [k for k in ("data", "batch_size") if k not in config.input]:
+        raise ValueError(f"config.input lacks {missing}, found {sorted(config.input)}.")
+    size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
+    if size % accum:
+        raise ValueError(f"config.input.batch_size = {size} doesn't divide by config.grad_accum_steps = {accum}.")
+    return config

@@ -17,10 +17,12 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import experiment, quantise, weights
-from paligemma_med.models import flops, parts
-from paligemma_med.parallel import sharding
-from paligemma_med.training import describe, optim
+from paligemma_med import quantise
+from paligemma_med.models import flops
+from paligemma_med.parallel import notes, sharding
+from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import describe
+from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 
 # A loop that keeps the device busy has one step running and one waiting, each with its batch, and
@@ -29,84 +31,60 @@ _BATCHES_IN_USE = 3
 
 
 @dataclasses.dataclass
+class Traced:
+    """A train step as it is before any compiler sees it, and what it takes.
+
+    Attributes:
+      traced: jax.stages.Traced of (trained, opt_state, frozen, batch, i): its `jaxpr`, and by `lower()` its StableHLO.
+      state: TrainState of jax.ShapeDtypeStruct with shardings.
+      batch: {key: jax.ShapeDtypeStruct}.
+    """
+
+    setup: TrainingSetup
+    traced: jax.stages.Traced
+    state: states.TrainState
+    batch: dict
+
+
+@dataclasses.dataclass
 class Step:
     """A train step on abstract arrays, compiled.
 
     Attributes:
       compiled: jax.stages.Compiled; takes (trained, opt_state, frozen, batch, i).
-      trained, opt_state, frozen, batch: trees of jax.ShapeDtypeStruct with shardings.
+      state, batch: as in `Traced`.
       activations: bytes on a device that the forward pass leaves for the backward pass.
-      model, mesh: of the config.
       seconds: that compiling took.
     """
 
+    setup: TrainingSetup
     compiled: jax.stages.Compiled
-    trained: dict
-    opt_state: object
-    frozen: dict
+    state: states.TrainState
     batch: dict
     activations: int
-    model: object
-    mesh: jax.sharding.Mesh
     seconds: float
 
 
-@dataclasses.dataclass
-class Traced:
-    """A train step as it is before any compiler sees it, and what it takes.
-
-    Attributes:
-      traced: jax.stages.Traced: its `jaxpr`, and by `lower()` its StableHLO.
-      trained, opt_state, frozen, batch, model, mesh: as in `Step`.
-    """
-
-    traced: jax.stages.Traced
-    trained: dict
-    opt_state: object
-    frozen: dict
-    batch: dict
-    model: object
-    mesh: jax.sharding.Mesh
-
-
-def trace_step(config):
-    """The `Traced` of a config that `experiment.check_training_config` has passed. A few seconds,
-    however large the model."""
-    model, mesh = experiment.make_model(config), experiment.make_mesh(config)
-    abstract = experiment.abstract_params(config, model)
-    names = optim.trained_names(config, list(abstract))
-    # How long training takes changes no shape.
-    tx, learning_rate = optim.make(
-        config, names, total_steps=10**6, num_examples=10**6, batch_size=config.input.batch_size
-    )
-    dtypes = weights.param_dtypes(config, abstract, names)
-    shardings = weights.param_shardings(config, abstract, mesh)
-    kinds = weights.param_kinds(config, abstract, names)
-    frozen = weights.stored_params(abstract, dtypes, shardings, kinds, parts.leaves_of(config.model))
-    trained = {n: frozen.pop(n) for n in names}
-    opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, trained),
-        train_step.opt_shardings(tx, trained, mesh),
-    )
-    batch = abstract_batch(config, config.input.batch_size, sharding.batch_sharding(mesh))
-    step = train_step.make_train_step(config, model, tx, learning_rate)
-    step = train_step.jit_step(step, tx, trained, mesh)
-    with sharding.rules(config, mesh):
+def trace_step(setup: TrainingSetup) -> Traced:
+    """A few seconds, however large the model."""
+    state = states.abstract(setup)
+    batch = abstract_batch(setup.config, setup.config.input.batch_size, setup.batch_sharding)
+    step = train_step.jitted(setup, state.trained)
+    with sharding.rules(setup.config, setup.mesh):
         i = jax.ShapeDtypeStruct((), "int32")
-        traced = step.trace(trained, opt_state, frozen, batch, i)
-    return Traced(traced, trained, opt_state, frozen, batch, model, mesh)
+        traced = step.trace(state.trained, state.opt_state, state.frozen, batch, i)
+    return Traced(setup, traced, state, batch)
 
 
-def compile_step(config):
-    """The `Step` of a config that `experiment.check_training_config` has passed."""
+def compile_step(setup: TrainingSetup) -> Step:
+    """What `trace_step` gives, compiled for the devices of this machine."""
     started = time.monotonic()
-    t = trace_step(config)
-    with sharding.rules(config, t.mesh):
+    t = trace_step(setup)
+    with sharding.rules(setup.config, setup.mesh):
         compiled = t.traced.lower().compile()
         seconds = time.monotonic() - started
-        activations = _saved_bytes(config, t.model, t.mesh, t.trained, t.frozen)
-    return Step(compiled, t.trained, t.opt_state, t.frozen, t.batch, activations, t.model, t.mesh, seconds)
+        activations = saved_bytes(setup, t.state)
+    return Step(setup, compiled, t.state, t.batch, activations, seconds)
 
 
 def abstract_batch(config, size, where=None):
@@ -116,45 +94,47 @@ def abstract_batch(config, size, where=None):
     return {k: jax.ShapeDtypeStruct(*x, sharding=where) for k, x in shapes.items()}
 
 
-def _rows(config, mesh):
+def _rows(setup):
     """Examples that a device works on at a time."""
-    parts = mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
+    config = setup.config
+    parts = setup.mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
     return max(1, config.input.batch_size // parts)
 
 
-def _saved_bytes(config, model, mesh, trained, frozen):
+def saved_bytes(setup: TrainingSetup, state: states.TrainState) -> int:
     """Bytes of what the backward pass reads of the forward pass, without weights and batch, on one
     device: of its rows of a microbatch (activations that sharding_rules cut count whole)."""
-    rows = _rows(config, mesh)
-    batch = abstract_batch(config, rows)
+    rows = _rows(setup)
+    batch = abstract_batch(setup.config, rows)
     batch["row_weight"] = jax.ShapeDtypeStruct((rows,), "float32")
-    loss_fn = train_step.make_loss_fn(config, model)
+    loss_fn = train_step.make_loss_fn(setup.config, setup.model)
 
     def saved(trained, frozen, batch, rng):
         loss = lambda x: loss_fn(x, frozen, batch, rng)[0]  # noqa: E731
         return jax.tree.leaves(jax.vjp(loss, trained)[1])
 
-    plain = [{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()} for tree in (trained, frozen, batch)]
+    trees = state.trained, state.frozen, batch
+    plain = [{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in tree.items()} for tree in trees]
     jaxpr = jax.make_jaxpr(saved)(*plain, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
-    given = set(jaxpr.invars)
-    made = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v not in given}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in made)
+    inputs = set(jaxpr.invars)
+    saved_vars = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v not in inputs}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in saved_vars)
 
 
-def bytes_on_device(tree):
+def bytes_on_device(tree) -> int:
     """Bytes that one device holds of a tree of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def memory(config, step):
-    """{what: bytes on one device} of a run with the compiled `step`; together they are its peak."""
+def memory(step: Step) -> dict[str, int]:
+    """{what: bytes on one device} of a run with a compiled step; together they are its peak."""
     found = step.compiled.memory_analysis()
-    batches = 1 + config.input.get("prefetch", 2) + _BATCHES_IN_USE
+    batches = 1 + step.setup.config.input.get("prefetch", 2) + _BATCHES_IN_USE
     return {
-        "frozen weights": bytes_on_device(step.frozen),
-        "trained weights": bytes_on_device(step.trained),
-        "optimizer state": bytes_on_device(step.opt_state),
+        "frozen weights": bytes_on_device(step.state.frozen),
+        "trained weights": bytes_on_device(step.state.trained),
+        "optimizer state": bytes_on_device(step.state.opt_state),
         f"batches ({batches})": batches * bytes_on_device(step.batch),
         "temporary": found.temp_size_in_bytes,
         "results": found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -162,18 +142,19 @@ def memory(config, step):
     }
 
 
-def float32_twin(config, mesh):
-    """The config in float32 throughout, whose "temporary" bounds what a GPU or TPU needs, if this
+def float32_twin(setup: TrainingSetup) -> TrainingSetup | None:
+    """The same in float32 throughout, whose "temporary" bounds what a GPU or TPU needs, if this
     is a CPU that needs more because of bfloat16; else None. Quantised weights stay quantised."""
+    config = setup.config
     types = {k: str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
     if types["frozen_dtype"] in quantise.KINDS:
         del types["frozen_dtype"]
-    if mesh.devices.flat[0].platform != "cpu" or {*types.values()} == {"float32"}:
+    if setup.mesh.devices.flat[0].platform != "cpu" or {*types.values()} == {"float32"}:
         return None
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update({k: "float32" for k in types})
-    return config
+    return TrainingSetup.without_data(config)
 
 
 def dry_run(config, hbm_gib=None):
@@ -191,29 +172,27 @@ def dry_run(config, hbm_gib=None):
     Raises:
       ValueError: a config that can't train, or one that doesn't fit in hbm_gib.
     """
-    experiment.check_training_config(config)
-    model = experiment.make_model(config)
-    abstract = experiment.abstract_params(config, model)
-    names = optim.trained_names(config, list(abstract))
-    print(describe.describe_params(config, abstract, names), flush=True)
-    step = compile_step(config)
-    parts = memory(config, step)
+    setup = TrainingSetup.without_data(config)
+    print(describe.parameters(setup), flush=True)
+    with notes.stage("compiling the train step"):
+        step = compile_step(setup)
+    parts = memory(step)
     out = {name: size / 2**30 for name, size in parts.items()}
     out["peak"] = sum(out.values())
     # XLA may find that it can make some of them anew.
     out["activations"] = min(step.activations, parts["temporary"]) / 2**30
 
-    devices = step.mesh.devices.flat
+    devices = setup.mesh.devices.flat
     print(f"Compiled in {step.seconds:.0f} s for {len(devices)} × {devices[0].device_kind}; on each, GiB:")
     for name in parts:
         print(f"  {name:<18} {out[name]:9.3f}")
         if name == "temporary":
             print(
-                f"    activations kept for the backward pass of {_rows(config, step.mesh)} "
+                f"    activations kept for the backward pass of {_rows(setup)} "
                 f"examples: at most {out['activations']:.3f}"
             )
     print(f"  {'peak':<18} {out['peak']:9.3f}")
-    if (twin := float32_twin(config, step.mesh)) is not None:
+    if (twin := float32_twin(setup)) is not None:
         elsewhere = compile_step(twin).compiled.memory_analysis().temp_size_in_bytes
         parts["temporary"] = elsewhere = min(elsewhere, parts["temporary"])
         out["peak_elsewhere"] = sum(parts.values()) / 2**30
@@ -221,21 +200,14 @@ def dry_run(config, hbm_gib=None):
             "A CPU casts bfloat16 weights to float32. On a GPU or TPU expect a temporary of at "
             f"most {elsewhere / 2**30:.3f}, a peak of {out['peak_elsewhere']:.3f}."
         )
-    out |= _print_flops(config, step, names)
+    out |= _print_flops(setup)
     if hbm_gib is not None:
         check_fit(parts, hbm_gib)
     return out
 
 
-def _print_flops(config, step, names):
-    found = flops.count(
-        step.model,
-        names,
-        res=config.res,
-        text_len=config.text_len,
-        supervised_len=config.get("supervised_len"),
-        loss_chunk=config.get("loss_chunk"),
-    )
+def _print_flops(setup):
+    config, found = setup.config, setup.flops_per_example
     tera = config.input.batch_size / 1e12
     model, executed = (x * tera for x in (found.per_example_model, found.per_example_executed))
     print(
@@ -243,7 +215,7 @@ def _print_flops(config, step, names):
         f"attention, {found.per_example_recompute * tera:.4g} computed again: {executed:.4g}. "
         f"MFU counts the first: {flops.ACCOUNTING}."
     )
-    devices = step.mesh.devices.flat
+    devices = setup.mesh.devices.flat
     if peak := flops.peak(devices[0], config.get("peak_tflops")):
         seconds = executed * 1e12 / peak / len(devices)
         print(f"At the chip's peak a step would take {seconds:.3g} s.")

@@ -13,8 +13,9 @@ import math
 
 import jax
 
-from paligemma_med import experiment, quantise
-from paligemma_med.parallel import sharding
+from paligemma_med import quantise
+from paligemma_med.parallel import notes, sharding
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 
 _MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
@@ -36,20 +37,22 @@ def find_batch_size(config, hbm_gib):
     Raises:
       ValueError: a config that can't train, or not even one example fits.
     """
-    experiment.check_training_config(config)
+    setup = TrainingSetup.without_data(config)
+    config = setup.config
     # By rows and accumulated steps, since the config's own batch may be cut otherwise.
     known = {}
 
     def peak(rows, accum):
         if (rows, accum) not in known:
-            c = _resized(config, rows, accum)
-            known[rows, accum] = parts = _parts(c)
+            with notes.stage("compiling the train step"):
+                known[rows, accum] = _parts(_resized(setup, rows, accum))
+            parts = known[rows, accum]
             size = sum(parts.values()) / 2**30
             what = "example" if rows == 1 else "examples"
             print(f"{rows:5d} {what} at a time on each device, {accum} times a step: {size:.2f} GiB", flush=True)
         return sum(known[rows, accum].values()) / 2**30
 
-    shards = experiment.make_mesh(config).shape[sharding.DATA_AXIS]
+    shards = setup.batch_sharding.mesh.shape[sharding.DATA_AXIS]
     whole = config.input.batch_size // shards
     accumulates = (config.get("grad_accum_steps") or 1) > 1
 
@@ -108,24 +111,23 @@ def search(peak, limit, most):
     return low
 
 
-def _resized(config, rows, accum):
-    """The config with so many examples at a time on a device, so many times a step."""
-    c = config.copy_and_resolve_references()
-    with c.unlocked():
-        c.input.batch_size = rows * accum * experiment.make_mesh(c).shape[sharding.DATA_AXIS]
-        c.grad_accum_steps = accum
-    return c
+def _resized(setup, rows, accum):
+    """The same with so many examples at a time on a device, so many times a step."""
+    config = setup.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.input.batch_size = rows * accum * setup.mesh.shape[sharding.DATA_AXIS]
+        config.grad_accum_steps = accum
+    return TrainingSetup.without_data(config)
 
 
-def _parts(config):
+def _parts(setup):
     """`dry_run.memory`; on a CPU, of a GPU or TPU as far as that can be known."""
-    mesh = experiment.make_mesh(config)
-    elsewhere = dry_run.float32_twin(config, mesh)
+    elsewhere = dry_run.float32_twin(setup)
     if elsewhere is None:
-        return dry_run.memory(config, dry_run.compile_step(config))
+        return dry_run.memory(dry_run.compile_step(setup))
     step = dry_run.compile_step(elsewhere)
-    dtype = config.get("frozen_dtype", "float32")
+    dtype = setup.config.get("frozen_dtype", "float32")
     if dtype in quantise.KINDS:
-        return dry_run.memory(config, step)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.frozen)
-    return dry_run.memory(config, dataclasses.replace(step, frozen=frozen))
+        return dry_run.memory(step)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), step.state.frozen)
+    return dry_run.memory(dataclasses.replace(step, state=dataclasses.replace(step.state, frozen=frozen)))

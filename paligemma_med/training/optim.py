@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from paligemma_med.config import durations
 
@@ -83,10 +84,24 @@ def trained_names(config, names):
             f"config.schedule says nothing about {len(missing)} parameters, the first of which is "
             f"{missing[0]!r}: end it with ('.*', None) to freeze what is left."
         )
+    _check_order(names, matched, schedule_rules(config))
     trained = [n for n in names if matched[n][1] is not None]
     if not trained:
         raise ValueError("config.schedule freezes every parameter: there is nothing to train.")
     return trained
+
+
+def _check_order(names, matched, rules):
+    """A rule that trains, but only what rules before it have decided about, isn't what was meant."""
+    first = {i for i, _ in matched.values()}
+    for i, (regex, value) in enumerate(rules):
+        if value is not None and i not in first and regex != ".*":
+            name = next(n for n in names if re.fullmatch(regex, n))
+            before = rules[matched[name][0]][0]
+            raise ValueError(
+                f"config.schedule: {regex!r} comes too late, since {before!r} before it decides about {name!r} "
+                "already, and the first that fits counts: put it before."
+            )
 
 
 def make_schedule(schedule, *, total_steps, num_examples, batch_size):
@@ -142,22 +157,43 @@ def _make_tx(name, kw):
         raise ValueError(f"optax_name {name!r} doesn't take config.optax {dict(kw)}: {e}.") from e
 
 
-def _multipliers(config, key, names, default):
-    """`match_names` of config.lr_mults or config.wd_mults, whose values must be numbers."""
-    rules = config.get(key, default) or []
-    found = match_names(names, rules, f"config.{key}")
+# What weight decay acts on unless config.wd_mults says: big_vision's kernels, and what adapts one.
+_DECAYED = r".*/(kernel|lora_[ab])"
+
+
+def _multipliers(config, key, names):
+    """{name: number} by config.lr_mults or config.wd_mults; names that no rule matches are absent."""
+    rules = config.get(key) or []
+    matched = match_names(names, rules, f"config.{key}")
     for rule in rules:
         if isinstance(rule[1], bool) or not isinstance(rule[1], int | float):
             raise ValueError(f"config.{key}: {rule[0]!r} has {rule[1]!r}; expected a number.")
-    return found
+    return {name: value for name, (_, value) in matched.items()}
 
 
-def make(config, names, *, total_steps, num_examples, batch_size):
+def _decays(config, names, all_names):
+    """{name: weight decay} of the trained parameters that have any."""
+    wd = config.get("wd") or 0.0
+    if config.get("wd_mults") is None:
+        mults = {n: 1.0 for n in names if re.fullmatch(_DECAYED, n)}
+    else:
+        mults = _multipliers(config, "wd_mults", all_names)
+    if not wd:
+        return {}
+    decays = {n: wd * mults[n] for n in names if mults.get(n)}
+    if not decays:
+        logging.warning("config.wd = %g decays none of the trained parameters: config.wd_mults says which.", wd)
+    return decays
+
+
+def make(config, names, *, total_steps, num_examples, batch_size, all_names=None):
     """The transformation for the trained parameters, and the first schedule for logging.
 
     Args:
-      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm.
+      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm. By default wd is of kernels
+        and of the factors that adapt one.
       names: names of the trained parameters (`trained_names`).
+      all_names: names of all parameters, frozen ones too, any of which lr_mults and wd_mults may name.
 
     Returns:
       (optax.GradientTransformation over {name: array}, step → learning rate float32[]).
@@ -170,22 +206,22 @@ def make(config, names, *, total_steps, num_examples, batch_size):
         schedules.setdefault(i, make_schedule(schedule, **kw))
     label = {n: chosen[n][0] for n in names}
 
-    lr_mults = _multipliers(config, "lr_mults", names, [])
-    wd = config.get("wd") or 0.0
-    wd_mults = _multipliers(config, "wd_mults", names, [(".*/kernel$", 1.0)] if wd else [])
+    all_names = names if all_names is None else all_names
+    lr_mults = _multipliers(config, "lr_mults", all_names)
+    decays = _decays(config, names, all_names)
 
     def scale(mult):  # a factor per leaf
         return optax.stateless(lambda g, _: {n: g[n] * mult(n) for n in g})
 
     def decay(updates, params):
-        return {n: u + wd * wd_mults.get(n, (0, 0.0))[1] * params[n] for n, u in updates.items()}
+        return {n: u + decays.get(n, 0.0) * params[n] for n, u in updates.items()}
 
     txs = []
     if clip := config.get("grad_clip_norm"):
         txs.append(optax.clip_by_global_norm(clip))
     txs.append(_make_tx(config.optax_name, config.get("optax", {})))
-    txs.append(scale(lambda n: config.lr * lr_mults.get(n, (0, 1.0))[1]))
-    if wd:
+    txs.append(scale(lambda n: config.lr * lr_mults.get(n, 1.0)))
+    if config.get("wd"):  # also where nothing decays: the links number the state's leaves in checkpoints
         txs.append(optax.stateless(decay))
     txs.append(optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label))
     txs.append(optax.scale(-1.0))

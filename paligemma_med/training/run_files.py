@@ -9,6 +9,8 @@ import json
 import math
 import os
 
+import jax
+import ml_collections
 from absl import logging
 
 from paligemma_med import files
@@ -21,23 +23,38 @@ from paligemma_med.parallel import distributed
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 
 
-def keep_model_init(config, folder):
-    """A run that is resumed goes on from the very step of another run that it started from."""
-    if workdir.newest_step(folder) is not None:
-        old = workdir.read_config(folder).get("model_init")
-        init = config.get("model_init")
-        if isinstance(old, str) and isinstance(init, str):
-            init = os.path.abspath(os.path.expanduser(init.removesuffix("@best")))
-            if init in {old.rpartition("@")[0], *bv.pinned_from(old)}:
-                with config.unlocked():
-                    config.model_init = old
+def with_pinned_init(config: ml_collections.ConfigDict, folder: str) -> ml_collections.ConfigDict:
+    """The config with which a run is started or resumed in `folder`.
+
+    A run may start from the newest checkpoint of another run, which may have newer ones by now. When it is resumed
+    it keeps the one it started from: model_init names that step.
+    """
+    init = config.get("model_init")
+    if workdir.newest_step(folder) is None or not isinstance(init, str):
+        return config
+    old = workdir.read_config(folder).get("model_init")
+    init = os.path.abspath(os.path.expanduser(init.removesuffix("@best")))
+    if not isinstance(old, str) or init not in {old.rpartition("@")[0], *bv.pinned_from(old)}:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model_init = old
+    return config
 
 
-def own_base(folder, frozen, beside):
-    """Of the frozen leaves, those that model_init doesn't give, as the run has had them from its
-    start: {name: array}."""
+def load_kept(folder: str, expected: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The frozen leaves that model_init doesn't give, as the run has had them from its start.
+
+    Args:
+      expected: {name: array} of the same shapes, which says where they go and in which type.
+
+    Returns:
+      {name: array}; empty if the run has written none.
+
+    Raises:
+      npz.CheckpointError: base.npz has other leaves.
+    """
     path = os.path.join(folder, "base.npz")
-    expected = {n: x for n, x in frozen.items() if n in beside}
     if not expected or not os.path.exists(path):
         return {}
     host = flatten_tree(npz.load_npz(path))
@@ -46,23 +63,25 @@ def own_base(folder, frozen, beside):
     return {n: distributed.place(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
 
 
-def check_base(folder, config, given, first_step):
-    """Refuses to go on from other weights than the run began with, and notes which those are.
+def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, jax.Array], step: int) -> None:
+    """Refuses to resume a run with other frozen weights than it began with; notes which those are when it begins.
 
     Args:
-      given: {name: array} of the frozen leaves that model_init gives.
+      base: the frozen leaves that model_init gives.
+      step: steps taken so far.
 
     Raises:
       npz.CheckpointError: other weights; it names them, and the first leaf that differs.
     """
-    prints = dict(zip(sorted(given), fingerprint.of_leaves([given[n] for n in sorted(given)])))
+    names = sorted(base)
+    prints = dict(zip(names, fingerprint.of_leaves([base[n] for n in names])))
     now = {
         "model_init": json.loads(config_files.to_json(config)).get("model_init"),
         "frozen_dtype": config.get("frozen_dtype", "float32"),
         "fingerprints": prints,
     }
     path = os.path.join(folder, "base.json")
-    if first_step and os.path.exists(path):
+    if step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             then = json.load(f)
         was = then["fingerprints"]
@@ -80,9 +99,13 @@ def check_base(folder, config, given, first_step):
         os.remove(path)
 
 
-def start(folder, config, base, first_step):
+def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Array], first_step: int) -> None:
     """Writes config.json and the frozen leaves that model_init doesn't give; cuts off what lines
-    there are of later steps."""
+    there are of later steps. Collective.
+
+    Args:
+      kept: those leaves. first_step: steps taken so far.
+    """
     text = config_files.to_json(config)
     path = os.path.join(folder, "config.json")
     if first_step and os.path.exists(path):
@@ -96,10 +119,10 @@ def start(folder, config, base, first_step):
     write(path, text)
     path = os.path.join(folder, "base.npz")
     if not first_step:  # An older one may stand there, of a run that never made a checkpoint.
-        base = distributed.to_host(base)
+        kept = distributed.to_host(kept)
         if distributed.is_main():
-            if base:
-                npz.save_npz(path, unflatten_tree(base))
+            if kept:
+                npz.save_npz(path, unflatten_tree(kept))
             elif os.path.exists(path):
                 os.remove(path)
     # Steps after the checkpoint are taken again, and would stand twice.

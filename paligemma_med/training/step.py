@@ -129,6 +129,16 @@ def opt_shardings(tx, trained, mesh):
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trained))
 
 
+def jitted(setup, trained):
+    """The step of a `TrainingSetup`, jitted; see `make_train_step` and `jit_step`.
+
+    Args:
+      trained: {name: array, or jax.ShapeDtypeStruct with a sharding}.
+    """
+    step = make_train_step(setup.config, setup.model, setup.tx, setup.learning_rate)
+    return jit_step(step, setup.tx, trained, setup.mesh)
+
+
 def jit_step(step, tx, trained, mesh):
     """`step` of `make_train_step`, jitted. What it gives back lies as what it got, or the second
     call would compile anew."""

@@ -11,7 +11,6 @@ training here puts them: <workdir>/eval/<name>/.
 """
 
 import functools
-import importlib
 import math
 import os
 
@@ -27,7 +26,6 @@ from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.parallel import sharding
 
 API = "jit"  # which big_vision asks each evaluator for
-KINDS = ("vqa", "dialogue")
 
 
 class Evaluator:
@@ -55,12 +53,7 @@ class Evaluator:
                 f"{jax.process_count()}: leave config.evals empty there, and evaluate its "
                 "checkpoints with paligemma_med.evaluate."
             )
-        if section["type"] not in KINDS:
-            raise ValueError(
-                f"{where}.type is {section['type']!r}; expected one of {list(KINDS)}, or one of "
-                "big_vision's own, such as 'proj.paligemma.transfers.vqa'."
-            )
-        module = importlib.import_module(f"paligemma_med.evaluators.{section['type']}")
+        module = experiment.evaluator_module(section["type"], where)
         experiment.check_eval_keys(section, module.Evaluator, where)
         kw = {k: v for k, v in section.items() if k not in ("type", *config_values.WHEN)}
         folder = flags.FLAGS.workdir

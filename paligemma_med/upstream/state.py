@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import optax
 
-from paligemma_med import experiment, weights
+from paligemma_med import weights
 from paligemma_med.checkpoints import bv, lazy, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import unflatten_tree
-from paligemma_med.training import optim
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.upstream import config as configs
 
 
@@ -34,16 +34,12 @@ def train_state(spec):
     folder, _ = workdir.split_spec(spec)
     config = config_files.from_json(workdir.read_config(folder))
     theirs = configs.translate(config, note=lambda _: None)
-    abstract = experiment.abstract_params(config, experiment.make_model(config))
-    trained = optim.trained_names(config, list(abstract))
-    # How long the run is does not change the shape of its state.
-    tx, _ = optim.make(config, trained, total_steps=10**9, num_examples=10**6, batch_size=1)
-    expected = jax.eval_shape(tx.init, {n: abstract[n] for n in trained})
+    setup = TrainingSetup.without_data(config)
+    expected = jax.eval_shape(setup.tx.init, {n: setup.abstract[n] for n in setup.trained_names})
     opt_state = workdir.load_opt_state(spec, expected)
 
-    params = weights.load_host_params(spec, abstract, config.get("resample_posemb"))
-    dtypes = weights.param_dtypes(config, abstract, trained)
-    params = {n: _cast(x, np.dtype(dtypes[n])) for n, x in params.items()}
+    params = weights.load_host_params(spec, setup.abstract, config.get("resample_posemb"))
+    params = {n: _cast(x, np.dtype(setup.dtypes[n])) for n, x in params.items()}
     step, opt = optimizer_state(config, theirs, opt_state)
     examples = step * config.input.batch_size
     chrono = dict(

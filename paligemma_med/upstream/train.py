@@ -18,18 +18,19 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from paligemma_med import cli, experiment, input_pipeline, upstream
+from paligemma_med import cli, input_pipeline, upstream
 from paligemma_med.parallel import compilation_cache, sharding
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.upstream import config as configs
 from paligemma_med.upstream import shims
 
 TRAINER = "big_vision.trainers.proj.paligemma.train"
 
 
-def check(config):
+def check(setup: TrainingSetup) -> None:
     """What our own trainer would refuse, and data sets that TensorFlow can't read; ValueError."""
-    experiment.check_training_config(config)
-    experiment.make_tokenizer(config, experiment.make_model(config))
+    config = setup.config
+    setup.batch_sharding, setup.tokenizer  # noqa: B018  (refuse a batch that doesn't divide, a token without a row)
     for data in _data_sets(config):
         if data["name"].startswith("bv:") or data["name"] == "from_data_dir":
             continue  # big_vision's own ways of naming one
@@ -65,14 +66,16 @@ def train(config, workdir, trainer):
     """
     if os.environ.pop("BV_JAX_INIT", ""):
         jax.distributed.initialize()  # its trainer would, but our checks ask for devices before
-    check(config)
+    setup = TrainingSetup.without_data(config)
+    check(setup)
+    config = setup.config
     theirs = configs.translate(config, note=lambda s: print(s, file=sys.stderr, flush=True))
     cache = config.get("compilation_cache", True)
     compilation_cache.start(cache if workdir or cache is not True else False, workdir)
     shims.number_metrics(trainer.u.BigVisionMetricWriter)
     flags.FLAGS["config"].value = theirs
     flags.FLAGS["workdir"].value = workdir
-    with sharding.rules(config, experiment.make_mesh(config)):
+    with sharding.rules(config, setup.mesh):
         trainer.main([])
 
 

@@ -264,8 +264,9 @@ def test_a_resumed_run_keeps_to_the_step_it_started_from(their, tmp_path):
     (tmp_path / "ours" / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "ours" / "config.json").write_text(config_files.to_json(config))
     theirs(their, state(1), "000000060")
-    run_files.keep_model_init(config, str(tmp_path / "ours"))
-    assert config.model_init == f"{their}/checkpoint.bv-000000030-tmp"
+    resumed = run_files.with_pinned_init(config, str(tmp_path / "ours"))
+    assert config.model_init == str(their)  # the caller's stays as it is
+    assert resumed.model_init == f"{their}/checkpoint.bv-000000030-tmp"
 
 
 def test_the_model_comes_from_the_config_beside_it(their):

@@ -128,14 +128,14 @@ def test_what_becomes_of_its_keys(file):
     with c.unlocked():
         c.input.skip_errors = True
         del c.evals
-    config_values.check_config(c)
+    c = config_values.checked(c)
     assert c.input.prefetch == 2 and c.input.on_error == "skip"
     assert c.sharding_strategy == [("img/.*", "replicate"), (".*", 'fsdp(axis="data")')]
     assert c.schedule.to_dict() == dict(decay_type="constant", warmup_steps=3)
     assert c.model.img.to_dict() == dict(variant="mu/16", pool_type="none", scan=True, dtype="float32")
     assert c.model_init == "/w/x.npz"
     before = c.to_json_best_effort()
-    config_values.check_config(c)
+    c = config_values.checked(c)
     assert c.to_json_best_effort() == before, "an adopted config is one of ours"
 
 
@@ -148,10 +148,10 @@ def test_length_and_tokenizer_come_from_the_pp_of_a_mixture(file):
         c.input.data = dict(a=1, b=2)
         c.input.a = dict(data=dict(name="phantom", split="train"), pp=pp)
         c.input.b = dict(data=dict(name="phantom", split="train"), pp=pp)
-    config_values.check_config(c)
+    c = config_values.checked(c)
     assert (c.text_len, c.tokenizer) == (24, "tiny")
     c = changed(file, text_len=17, tokenizer="other")
-    config_values.check_config(c)
+    c = config_values.checked(c)
     assert (c.text_len, c.tokenizer) == (17, "other"), "what is said counts"
 
 
@@ -210,7 +210,7 @@ def test_a_config_of_ours_stays_as_it_is():
     before = c.to_json_best_effort()
     assert big_vision.adopt(c, config_values.KEYS) == [] and c.to_json_best_effort() == before
     with pytest.raises(ValueError, match=r"unknown keys \['mode'\]"):
-        config_values.check_config(c)
+        config_values.checked(c)
 
 
 # --- Command lines ---
@@ -264,9 +264,9 @@ def test_real_transfer_configs(path, tmp_path, monkeypatch):
     assert read(copy).to_json_best_effort() == theirs.to_json_best_effort(), "as with our stand-ins"
     if path.stem in NOT_HERE:
         with pytest.raises(ValueError, match=NOT_HERE[path.stem]):
-            config_values.check_config(theirs)
+            config_values.checked(theirs)
         return
-    config_values.check_config(theirs)
+    theirs = config_values.checked(theirs)
     assert isinstance(theirs, ml_collections.ConfigDict) and set(theirs) <= config_values.KEYS
 
 

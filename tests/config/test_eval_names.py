@@ -43,7 +43,7 @@ def test_names_that_are_no_path_below_a_folder_are_refused(name):
     c = tiny.config("/no/data")
     c.evals[name] = c.evals.val
     with pytest.raises(ValueError, match="config.evals has the name"):
-        config_values.check_config(c)
+        config_values.checked(c)
 
 
 @pytest.fixture(scope="module")

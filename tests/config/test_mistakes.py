@@ -124,7 +124,7 @@ MISTAKES = [
     (("total_epochs", 2), "Only one of .*'total_steps', 'total_epochs'"),
     (("ckpt_steps", -1), "ckpt_steps is -1; expected a number, zero or more"),
     (("evals.val.log_steps", "x"), "config.evals.val: log_steps is 'x'"),
-    (("evals.val.type", "vq"), "config.evals.val.type: there is no evaluator 'vq'"),
+    (("evals.val.type", "vq"), "config.evals.val.type is 'vq'; expected one of"),
     (("evals.val.train_answer", "anser"), "val: train_answer='anser'.* only .'answer'"),
     (("evals.val.pred_kw.max_new_tokens", 0), "max_new_tokens is 0; expected a whole number"),
     (("input.num_workers", "4"), "num_workers='4': expected a whole number"),

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from paligemma_med import checkpoints, experiment, weights
+from paligemma_med import checkpoints, experiment
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.evaluators import vqa
@@ -20,6 +20,7 @@ from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import get_preprocess_fn, rows
 from paligemma_med.pp.tokenizer import get_tokenizer
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import describe, optim
 
 FOLDER = pathlib.Path(common.__file__).parent
@@ -61,7 +62,7 @@ def pp(text):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name):
     c = get_config(name)
-    config_values.check_config(c)
+    config_values.checked(c)
     model = experiment.make_model(c)
     abstract = experiment.abstract_params(c, model)
     names = optim.trained_names(c, list(abstract))
@@ -93,14 +94,13 @@ def test_pp_strings_give_what_the_model_reads(name):
 
 def test_stage1_trains_the_projection_head_alone():
     c = get_config("stage1_slake")
-    abstract = experiment.abstract_params(c, experiment.make_model(c))
-    assert sum(x.size for x in abstract.values()) == 2_924_220_144
-    names = optim.trained_names(c, list(abstract))
+    setup = TrainingSetup.without_data(c)
+    assert sum(x.size for x in setup.abstract.values()) == 2_924_220_144
+    names, dtypes = setup.trained_names, setup.dtypes
     assert sorted(names) == ["img/head/bias", "img/head/kernel"]
-    dtypes = weights.param_dtypes(c, abstract, names)
     assert {str(d) for n, d in dtypes.items() if n not in names} == {"bfloat16"}
     assert {str(dtypes[n]) for n in names} == {"float32"}
-    table = describe.describe_params(c, abstract, names)
+    table = describe.parameters(setup)
     assert "2,361,344 parameters trained" in table
     assert "2,921,858,800 parameters frozen" in table
     line = next(s for s in table.splitlines() if s.startswith("img/head/kernel"))
@@ -121,12 +121,11 @@ def shapes_of(c):
 def test_stage2_trains_adapters_in_attention_of_both_towers_alone(name):
     c = get_config(name, "stage1=/runs/stage1")
     assert c.model_init == "/runs/stage1"
-    abstract = shapes_of(c)
-    names = optim.trained_names(c, list(abstract))
-    assert sum(abstract[n].size for n in names) == 3_833_856
+    setup = TrainingSetup.without_data(c)
+    names, dtypes = setup.trained_names, setup.dtypes
+    assert sum(setup.abstract[n].size for n in names) == 3_833_856
     assert all(n.endswith(("lora_a", "lora_b")) for n in names)
     assert {n.split("/")[0] for n in names} == {"img", "llm"}
-    dtypes = weights.param_dtypes(c, abstract, names)
     assert {str(d) for n, d in dtypes.items() if n not in names} == {"bfloat16"}
     assert {str(dtypes[n]) for n in names} == {"float32"}
     specs = set(experiment.adapted(c, experiment.make_model(c)).values())
@@ -306,7 +305,7 @@ def test_unknown_key_is_refused():
     c = get_config("slake_mini")
     c.grad_accumulation = 2
     with pytest.raises(ValueError, match="unknown keys \\['grad_accumulation'\\]"):
-        config_values.check_config(c)
+        config_values.checked(c)
 
 
 # --- One file is one experiment, and the prompt is written once ---

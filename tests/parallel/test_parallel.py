@@ -7,6 +7,7 @@ number of layers, the batch and each kernel's layer have sizes that nothing else
 import functools
 import math
 import re
+import types
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,9 @@ from paligemma_med.models.layers import activations
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.pp.tokenizer import get_tokenizer
-from paligemma_med.training import describe, optim
+from paligemma_med.setup import Setup, TrainingSetup
+from paligemma_med.training import describe
+from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 from tests import tiny
 
@@ -78,19 +81,15 @@ def random_weights(abstract):
 
 
 def start(c):
-    mesh, model = make_mesh(c), experiment.make_model(c)
-    abstract = experiment.abstract_params(c, model)
-    names = optim.trained_names(c, list(abstract))
-    params = jax.device_put(random_weights(abstract), weights.param_shardings(c, abstract, mesh))
-    trained = {n: params.pop(n) for n in names}
-    tx, rate = optim.make(c, names, total_steps=20, num_examples=480, batch_size=ROWS)
-    opt_state = jax.jit(tx.init, out_shardings=train_step.opt_shardings(tx, trained, mesh))(trained)
-    step = train_step.make_train_step(c, model, tx, rate)
-    step = train_step.jit_step(step, tx, trained, mesh)
+    mesh = make_mesh(c)
+    setup = TrainingSetup.without_data(c, mesh=mesh)
+    setup.num_examples, setup.total_steps = 480, 20
+    state = states.of_params(setup, jax.device_put(random_weights(setup.abstract), setup.shardings))
+    step = train_step.jitted(setup, state.trained)
     with sharding.rules(c, mesh):
-        args = trained, opt_state, params, batch_of(0, mesh), np.int32(0)
+        args = state.trained, state.opt_state, state.frozen, batch_of(0, mesh), np.int32(0)
         compiled = step.lower(*args).compile(QUICKLY)
-    return Run(compiled, trained, opt_state, params, mesh)
+    return Run(compiled, state.trained, state.opt_state, state.frozen, mesh)
 
 
 def batch_of(step, mesh):
@@ -195,10 +194,9 @@ def sent(compiled):
 
 def forward(c):
     """The image tower alone, compiled; it takes a tenth of a step's time."""
-    mesh, model = make_mesh(c), experiment.make_model(c)
-    abstract = experiment.abstract_params(c, model)
-    places = weights.param_shardings(c, abstract, mesh)
-    params = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[n]) for n, x in abstract.items()}
+    setup = Setup(c, mesh=make_mesh(c))
+    mesh, model = setup.mesh, setup.model
+    params = weights.stored_params(setup.abstract, setup)
     image = jax.ShapeDtypeStruct((ROWS, tiny.RES, tiny.RES, 3), "float32", sharding=sharding.batch_sharding(mesh))
     with sharding.rules(c, mesh):
         embed = jax.jit(lambda p, x: model.apply({"params": p}, x, method="embed_image")[0])
@@ -303,9 +301,9 @@ def test_the_checks_see_a_batch_that_is_gathered():
 @functools.cache
 def answers(name):
     c = make_config(*MESHES[name], lora=False)
-    mesh, model = make_mesh(c), experiment.make_model(c)
-    abstract = experiment.abstract_params(c, model)
-    flat = jax.device_put(random_weights(abstract), weights.param_shardings(c, abstract, mesh))
+    setup = Setup(c, mesh=make_mesh(c))
+    mesh, model = setup.mesh, setup.model
+    flat = jax.device_put(random_weights(setup.abstract), setup.shardings)
     batch = tiny.batch(8)
     batch["mask_input"] = (np.arange(13) < 3 + np.arange(8)[:, None] % 5).astype(np.int32)
     batch["mask_ar"] = np.zeros_like(batch["text"])
@@ -337,18 +335,14 @@ def test_answers_are_those_of_one_device(name):
 
 
 def test_table_tells_how_each_leaf_is_cut():
-    c = make_config(*MESHES["fsdp_tp"])
-    abstract = experiment.abstract_params(c, experiment.make_model(c))
-    trained = optim.trained_names(c, list(abstract))
-    table = describe.describe_params(c, abstract, trained)
+    setup = TrainingSetup.without_data(make_config(*MESHES["fsdp_tp"]))
+    table = describe.parameters(setup)
     lines = {line.split()[0]: line for line in table.splitlines()}
     mlp = lines["llm/layers/mlp/gating_einsum"]
     assert mlp.split()[-3:] == ["-,-,data,model", f"{DEPTH * 2 * WIDTH * 320 * 4 // 8:,}", "B"]
     assert "(model=2 doesn't divide K=1)" in lines["llm/layers/attn/kv_einsum/w"]
     per_device = sum(
-        math.prod(s.shard_shape(abstract[n].shape)) * 4
-        for n, s in weights.param_shardings(c, abstract, sharding.make_mesh(c.mesh)).items()
-        if n in trained
+        math.prod(setup.shardings[n].shard_shape(setup.abstract[n].shape)) * 4 for n in setup.trained_names
     )
     assert f"parameters trained, {per_device:,} bytes of them on each of 8 devices" in table
 
@@ -370,7 +364,8 @@ def test_programs_run_under_the_rules(monkeypatch, tmp_path, tiny_data):
 
     c = tiny.config(tiny_data)
     mesh, tok = experiment.make_mesh(c), get_tokenizer("tiny")
-    monkeypatch.setattr(train, "_train", lambda *args: Evaluator().run(None))
+    monkeypatch.setattr(train, "_open", lambda *args: {})
+    monkeypatch.setattr(train, "Run", lambda *args: types.SimpleNamespace(run=lambda: Evaluator().run(None)))
     monkeypatch.setattr(weights, "load", lambda *args: (None, tok, mesh, None))
     monkeypatch.setattr(experiment, "make_evaluators", lambda *args: {"val": (Evaluator(), None)})
     monkeypatch.setattr(evaluate.tables, "format_table", lambda results: "")

@@ -21,6 +21,7 @@ from paligemma_med.models import flops, paligemma
 from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import quantised
 from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 from paligemma_med.training import step as train_step
 from tests import tiny
@@ -53,10 +54,14 @@ def config(policy="nothing_saveable", **kw):
     return c
 
 
+def trace(c):
+    return dry_run.trace_step(TrainingSetup.without_data(c))
+
+
 @pytest.fixture(scope="module")
 def lora_step():
     """The LoRA step of `config`, traced."""
-    return dry_run.trace_step(config(**ADAPTERS))
+    return trace(config(**ADAPTERS))
 
 
 def _inner(value):
@@ -97,7 +102,7 @@ def frozen_shapes(step, *, min_ndim):
     whole leaf and of one layer. Sorted, so that a transposed copy is known, too; leaves of one
     shape go by the name of the last."""
     out = {}
-    for name, x in step.frozen.items():
+    for name, x in step.state.frozen.items():
         if x.ndim - _layers(name) >= min_ndim:
             out[_key(x.shape)] = name
             out[_key(x.shape[_layers(name) :])] = name
@@ -126,7 +131,7 @@ def float32_kernels(step):
 
 def stacks(step):
     """{sorted shape: name} of frozen leaves with an axis of layers."""
-    return {_key(x.shape): n for n, x in step.frozen.items() if _layers(n)}
+    return {_key(x.shape): n for n, x in step.state.frozen.items() if _layers(n)}
 
 
 def float32_stacks(step):
@@ -138,8 +143,8 @@ def float32_stacks(step):
 
 def dense_frozen(step):
     """{name: dense leaf} of what is frozen, quantised or not."""
-    made = flatten_tree(paligemma.abstract_params(step.model, image_size=tiny.RES))
-    return {n: x for n, x in made.items() if n not in step.trained}
+    made = flatten_tree(paligemma.abstract_params(step.setup.model, image_size=tiny.RES))
+    return {n: x for n, x in made.items() if n not in step.state.trained}
 
 
 def dense_stacks(step, dtype):
@@ -161,8 +166,8 @@ def gradients_of_frozen(step):
 
 def state_of_frozen(step):
     """Shapes in the optimizer's state beyond two moments of each trained leaf."""
-    left = [x.shape for x in jax.tree.leaves(step.opt_state) if x.ndim]
-    for x in 2 * list(step.trained.values()):
+    left = [x.shape for x in jax.tree.leaves(step.state.opt_state) if x.ndim]
+    for x in 2 * list(step.state.trained.values()):
         left.remove(x.shape)
     return left
 
@@ -193,7 +198,7 @@ def product_flops(step):
 def test_sizes_tell_arrays_apart(lora_step):
     """Or a guard would take one for another: no frozen leaf has the shape of a trained one."""
     frozen = frozen_shapes(lora_step, min_ndim=1)
-    trained = {_key(x.shape[_layers(n) :]) for n, x in lora_step.trained.items()}
+    trained = {_key(x.shape[_layers(n) :]) for n, x in lora_step.state.trained.items()}
     assert not trained & {*frozen}
     assert len(frozen) > 20 and len(trained) > 5
 
@@ -203,7 +208,7 @@ def test_logits_are_those_of_supervised_positions(lora_step):
 
 
 def test_in_chunks_there_are_fewer_logits():
-    step = dry_run.trace_step(config(**ADAPTERS, loss_chunk=4))
+    step = trace(config(**ADAPTERS, loss_chunk=4))
     assert most_logits(step) == BATCH * 4 * VOCAB
 
 
@@ -217,7 +222,7 @@ POLICIES = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "none")
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_float32_activations_cast_one_layer_at_a_time(policy):
-    step = dry_run.trace_step(config(policy, **ADAPTERS, dtype="float32"))
+    step = trace(config(policy, **ADAPTERS, dtype="float32"))
     assert float32_kernels(step)  # of a layer each
     assert not dense_stacks(step, jnp.float32)
 
@@ -229,13 +234,13 @@ def test_quantised_weights_are_dense_one_layer_at_a_time(monkeypatch, policy, ki
     vocab = 7 * 11 * 13  # in 13 parts, in one group
     c = config(policy, **ADAPTERS, frozen_dtype=kind)
     c.model.llm.vocab_size = vocab
-    step = dry_run.trace_step(c)
+    step = trace(c)
     assert not dense_stacks(step, jnp.bfloat16) and not dense_stacks(step, jnp.float32)
     width = MODEL["llm"]["width"]
     floats = {_key(a.shape) for _, a in arrays(step) if jnp.issubdtype(a.dtype, jnp.floating)}
     assert _key((vocab, width)) not in floats and _key((7 * 11, width)) in floats
     # Products are computed again where the policy says, and for the parts of the table never.
-    found = flops.count(step.model, step.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED)
+    found = flops.count(step.setup.model, step.state.trained, res=c.res, text_len=TEXT_LEN, supervised_len=SUPERVISED)
     assert product_flops(step) == found.per_example_executed
 
 
@@ -255,10 +260,10 @@ def test_nothing_is_computed_for_frozen_leaves(lora_step):
 )
 def test_flops_of_the_loops_are_those_of_the_formula(stage, kw):
     c = config(**STAGES[stage], **kw)
-    step = dry_run.trace_step(c)
+    step = trace(c)
     found = flops.count(
-        step.model,
-        step.trained,
+        step.setup.model,
+        step.state.trained,
         res=c.res,
         text_len=TEXT_LEN,
         supervised_len=SUPERVISED,
@@ -279,7 +284,7 @@ def test_state_is_written_over_and_nothing_else_is(lora_step):
         {False},
         {False},
     ]
-    state = jax.tree.leaves((lora_step.trained, lora_step.opt_state))
+    state = jax.tree.leaves((lora_step.state.trained, lora_step.state.opt_state))
     assert lowered.as_text().count("tf.aliasing_output") == len(state)
 
 
@@ -289,7 +294,7 @@ def test_state_is_written_over_and_nothing_else_is(lora_step):
 def mutant(monkeypatch, where, name, made):
     """The LoRA step with the function `name` replaced by made(the true one)."""
     monkeypatch.setattr(where, name, made(getattr(where, name)))
-    return dry_run.trace_step(config(**ADAPTERS))
+    return trace(config(**ADAPTERS))
 
 
 def test_logits_everywhere_would_be_seen(monkeypatch):
@@ -313,7 +318,7 @@ def test_casts_that_are_kept_would_be_seen(monkeypatch, frozen_dtype):
 
     monkeypatch.setattr(quantised, "product", product)
     kw = dict(dtype="float32", frozen_dtype=frozen_dtype)
-    step = dry_run.trace_step(config("none", **ADAPTERS, **kw))
+    step = trace(config("none", **ADAPTERS, **kw))
     found = dense_stacks(step, jnp.float32)
     assert {"llm/layers/mlp/linear", "llm/layers/attn/q_einsum/w"} <= found
 
@@ -340,7 +345,7 @@ def test_gradients_by_all_would_be_seen(monkeypatch):
 def test_compiled_program_holds_no_more_logits():
     c = config(**ADAPTERS, dtype="float32", frozen_dtype="float32")
     c.mesh = [("data", 8)]
-    text = dry_run.compile_step(c).compiled.as_text()
+    text = dry_run.compile_step(TrainingSetup.without_data(c)).compiled.as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\w\d+\[([\d,]+)\]", text)}
     rows = BATCH // 8
     with_logits = [s for s in shapes if VOCAB in s and MODEL["llm"]["width"] not in s]

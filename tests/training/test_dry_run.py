@@ -3,6 +3,7 @@
 How near it comes to a run's real peak is measured by `python -m tools.bench.step_memory`.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import types
 import jax
 import pytest
 
-from paligemma_med import experiment, train
+from paligemma_med import train
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
+from paligemma_med.training.state import TrainState
 from tests import environ, tiny
 
 pytestmark = pytest.mark.usefixtures("optimised_file")
@@ -30,12 +33,12 @@ def config(**kw):
 @pytest.fixture(scope="module")
 def step(optimised_file):
     """The compiled step of `config()`, on eight devices."""
-    return dry_run.compile_step(config())
+    return dry_run.compile_step(TrainingSetup.without_data(config()))
 
 
 @pytest.fixture
 def compiled(step, monkeypatch):
-    monkeypatch.setattr(dry_run, "compile_step", lambda config: step)
+    monkeypatch.setattr(dry_run, "compile_step", lambda setup: step)
 
 
 def test_figures(compiled, step, tmp_path, monkeypatch, capsys):
@@ -47,7 +50,7 @@ def test_figures(compiled, step, tmp_path, monkeypatch, capsys):
     assert found["trained weights"] * gib == 4 * HEAD_SIZE / 8
     assert found["optimizer state"] >= 2 * found["trained weights"]
     # Eight devices, nearly all of it cut in eight.
-    count = sum(x.size for x in experiment.abstract_params(c, step.model).values()) - HEAD_SIZE
+    count = sum(x.size for x in step.setup.abstract.values()) - HEAD_SIZE
     assert 4 * count / 8 <= found["frozen weights"] * gib < 4.4 * count / 8
     row = 4 * (tiny.RES**2 * 3 + 3 * (tiny.TEXT_LEN + 1))
     assert found["batches (6)"] * gib == 6 * row * c.input.batch_size / 8
@@ -65,7 +68,8 @@ def test_figures(compiled, step, tmp_path, monkeypatch, capsys):
 
 def test_prefetched_batches_count(step):
     def batches(c):
-        return next(v for k, v in dry_run.memory(c, step).items() if k.startswith("batches"))
+        other = dataclasses.replace(step, setup=TrainingSetup.without_data(c))
+        return next(v for k, v in dry_run.memory(other).items() if k.startswith("batches"))
 
     more = config()
     more.input.prefetch = 5
@@ -102,10 +106,10 @@ def activations(policy="nothing_saveable", schedule=HEAD, depth=3, rows=8, **kw)
     model = {k: dict(v, depth=depth, scan=True, remat_policy=policy) for k, v in tiny.MODEL.items()}
     c = tiny.config(schedule=schedule, model=model, mesh=[("data", 8)], **kw)
     c.input.batch_size = rows
-    m = experiment.make_model(c)
-    frozen = dict(experiment.abstract_params(c, m))
+    setup = TrainingSetup.without_data(c)
+    frozen = dict(setup.abstract)
     trained = {n: frozen.pop(n) for n in list(frozen) if schedule is not HEAD or "head" in n}
-    return dry_run._saved_bytes(c, m, experiment.make_mesh(c), trained, frozen)
+    return dry_run.saved_bytes(setup, TrainState(trained, None, frozen))
 
 
 def test_activations_by_hand():
@@ -133,12 +137,12 @@ def test_bfloat16_is_bounded_by_float32_on_a_cpu():
 
 @pytest.mark.slow
 def test_tensor_parallelism_is_told_per_device():
-    whole = dry_run.memory(config(), dry_run.compile_step(config()))
+    whole = dry_run.memory(dry_run.compile_step(TrainingSetup.without_data(config())))
     c = config(mesh=[("data", 4), ("model", 2)])
     c.sharding_strategy = [(".*", 'tp(axis="model")')]
-    step = dry_run.compile_step(c)
-    assert jax.tree.leaves(step.frozen)[0].sharding.mesh.shape == {"data": 4, "model": 2}
-    assert whole["frozen weights"] < dry_run.memory(c, step)["frozen weights"]
+    step = dry_run.compile_step(TrainingSetup.without_data(c))
+    assert jax.tree.leaves(step.state.frozen)[0].sharding.mesh.shape == {"data": 4, "model": 2}
+    assert whole["frozen weights"] < dry_run.memory(step)["frozen weights"]
 
 
 @pytest.mark.slow

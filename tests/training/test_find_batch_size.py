@@ -70,7 +70,8 @@ def compiled(monkeypatch):
     accumulation. Gives the list of (rows, accumulated steps) asked for."""
     seen = []
 
-    def parts(c):
+    def parts(setup):
+        c = setup.config
         accum = c.grad_accum_steps
         rows = c.input.batch_size // (8 * accum)
         seen.append((rows, accum))

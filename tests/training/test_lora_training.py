@@ -14,6 +14,7 @@ from paligemma_med.checkpoints import npz
 from paligemma_med.config import files as config_files
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import step as train_step
 from tests import tiny
 
@@ -127,7 +128,7 @@ def test_frozen_a_is_kept_with_the_run(tiny_data, base, tmp_path):
     schedule = [(".*/lora_b", dict(decay_type="constant")), (".*", None)]
     c = stage2(tiny_data, base, schedule=schedule)
     train.train(c, folder)
-    expected, _ = weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    expected, _ = weights.initial_params(TrainingSetup.without_data(c))
     found = flat(folder)
     names = [n for n in found if n.endswith("lora_a")]
     assert names and found.keys() == expected.keys()
@@ -181,7 +182,7 @@ def test_another_scale_than_in_training_is_refused(finished, change):
         weights.load(c, finished[0])
     c.model_init = finished[0]
     with pytest.raises(checkpoints.CheckpointError, match="scaled otherwise than in training"):
-        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(TrainingSetup.without_data(c))
 
 
 def test_another_rank_than_in_training_is_refused(finished):
@@ -194,7 +195,7 @@ def test_another_rank_than_in_training_is_refused(finished):
 def test_adapters_of_the_weights_are_not_dropped_silently(finished):
     c = tiny.config(model_init=finished[0])
     with pytest.raises(checkpoints.CheckpointError, match="lora_a: unexpected"):
-        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(TrainingSetup.without_data(c))
 
 
 def test_rules_that_match_nothing_are_refused_at_once():
@@ -237,19 +238,19 @@ def test_evaluating_base_and_adapter_equals_evaluating_the_run(tiny_data, stage1
 def test_an_adapter_that_differs_from_the_rules_is_refused(stage1, peft_folder, rules):
     c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
     with pytest.raises(checkpoints.CheckpointError, match="differs from config.lora at"):
-        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(TrainingSetup.without_data(c))
 
 
 def test_dropout_of_an_adapter_may_differ_from_the_rules(stage1, peft_folder):
     rules = [(RULES[0][0], dict(RULES[0][1], dropout=0.3))]
     c = tiny.config(model_init=stage1, lora=rules, adapter_init=peft_folder)
-    weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+    weights.initial_params(TrainingSetup.without_data(c))
 
 
 def test_two_adapters_at_once_are_refused(finished, peft_folder):
     c = tiny.config(model_init=finished[0], lora=RULES, adapter_init=peft_folder)
     with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
-        weights.initial_params(c, experiment.make_model(c), experiment.make_mesh(c))
+        weights.initial_params(TrainingSetup.without_data(c))
     with pytest.raises(checkpoints.CheckpointError, match="give one of them"):
         weights.load(c, finished[0])
 

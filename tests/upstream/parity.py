@@ -13,6 +13,7 @@ from paligemma_med import experiment, input_pipeline, weights
 from paligemma_med.checkpoints import npz, workdir
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import optim, run_files
 from paligemma_med.training import step as train_step
 from tests.upstream import parity_config, replay
@@ -81,7 +82,7 @@ def our_steps(c, batches, save_at=None, folder=None):
             num_examples=replay.EXAMPLES,
             batch_size=c.input.batch_size,
         )
-        params, _ = weights.initial_params(c, model, mesh)
+        params, _ = weights.initial_params(TrainingSetup.without_data(c, mesh=mesh))
         trained = {n: params.pop(n) for n in names}
         opt_state = jax.jit(tx.init)(trained)
         step = jax.jit(train_step.make_train_step(c, model, tx, learning_rate))

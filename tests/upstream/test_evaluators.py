@@ -110,7 +110,7 @@ def test_mistakes_in_a_section_are_told_with_its_name(tmp_path, run_python):
     build.build("phantom", data_dir=tmp_path, num_images=(2, 2, 2), file_format="tfrecord")
     said = run_python("-c", MISTAKES.replace("DATA", str(tmp_path))).splitlines()
     kind, key, control, lacking = said[-4:]
-    assert kind.startswith("config.evals.short.type is 'vqaa'; expected one of ['vqa', 'dialogue']")
+    assert kind.startswith("config.evals.short.type is 'vqaa'; expected one of ['dialogue', 'vqa']")
     assert key.startswith("config.evals.short has unknown keys ['promptt']")
     assert control.startswith("config.evals.short: controls has 'blank'")
     assert lacking.startswith("config.evals.short: the majority control needs train_data")
@@ -128,7 +128,7 @@ def test_a_section_of_its_own_is_left_to_it(capsys):
     """In a config of ours it is no mistake, and our programs say that they leave it out."""
     c = evals_config.get_config()
     assert [n for n, s in c.evals.items() if config_values.is_big_visions(s)] == ["own"]
-    config_values.check_config(c)
+    config_values.checked(c)
     c.evals = dict(own=c.evals.own)
     assert experiment.make_evaluators(c, None, None, None) == {}
     assert "config.evals.own is big_vision's own: left out." in capsys.readouterr().err

@@ -21,20 +21,17 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import cli, experiment
+from paligemma_med import cli
 from paligemma_med.checkpoints import workdir
-from paligemma_med.training import optim
+from paligemma_med.setup import TrainingSetup
 
 
 def make_state(config):
     """(trained, optimizer state) of `config`, of random numbers."""
-    model = experiment.make_model(config)
-    abstract = experiment.abstract_params(config, model)
-    names = optim.trained_names(config, list(abstract))
-    keys = jax.random.split(jax.random.key(0), len(names))
-    trained = {n: jax.random.normal(k, abstract[n].shape) for n, k in zip(names, keys)}
-    tx, _ = optim.make(config, names, total_steps=10_000, num_examples=10_000, batch_size=96)
-    state = jax.jit(tx.init)(trained)
+    setup = TrainingSetup.without_data(config)
+    keys = jax.random.split(jax.random.key(0), len(setup.trained_names))
+    trained = {n: jax.random.normal(k, setup.abstract[n].shape) for n, k in zip(setup.trained_names, keys)}
+    state = jax.jit(setup.tx.init)(trained)
     # Zeros would compress to nothing.
     noise = jax.tree.map(lambda x: jax.random.normal(keys[0], x.shape) if x.ndim else x, state)
     return trained, noise

@@ -21,11 +21,10 @@ from ml_collections import ConfigDict
 from paligemma_med import experiment, input_pipeline, quantise, weights
 from paligemma_med.checkpoints import workdir
 from paligemma_med.config import files as config_files
-from paligemma_med.models import vlm
-from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.pp import markdown
-from paligemma_med.training import optim
+from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 from tools.bench import sizes
 
@@ -69,33 +68,32 @@ def compare(logits, exact):
 def make_step(dtype, size, rows):
     """() → loss: takes a LoRA step with frozen weights in `dtype`, and waits for it."""
     tower = dict(remat_policy=size.remat_policy, scan=size.scan)
-    model = vlm.Model(img=size.img | tower, llm=size.llm | tower, lora=sizes.LORA)
-    config = ConfigDict(dict(sizes.optimizer(), supervised_len=size.answer_len))
-    config.schedule = [(sizes.TRAINED["lora"], dict(decay_type="constant")), (".*", None)]
-    config.frozen_dtype = dtype
-    abstract = flatten_tree(vlm.abstract_params(model, image_size=size.res))
-    names = optim.trained_names(config, list(abstract))
-    tx, rate = optim.make(config, names, total_steps=10, num_examples=10, batch_size=rows)
-    mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
-    where = dict.fromkeys(abstract, sharding.replicated(mesh))
-    rng = np.random.default_rng(0)
-    host = {n: 0.02 * rng.standard_normal(x.shape, np.float32) for n, x in abstract.items()}
-    frozen = weights.place_params(
-        host,
-        weights.param_dtypes(config, abstract, names),
-        where,
-        weights.param_kinds(config, abstract, names),
+    config = ConfigDict(
+        dict(
+            sizes.optimizer(),
+            model=dict(img=size.img | tower, llm=size.llm | tower),
+            lora=sizes.LORA,
+            res=size.res,
+            text_len=size.text_len,
+            tokenizer="tiny",
+            frozen_dtype=dtype,
+            supervised_len=size.answer_len,
+            schedule=[(sizes.TRAINED["lora"], dict(decay_type="constant")), (".*", None)],
+            input=dict(data={}, batch_size=rows),
+        )
     )
-    trained = {n: frozen.pop(n) for n in names}
-    opt_shardings = train_step.opt_shardings(tx, trained, mesh)
-    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(trained)
-    step = train_step.make_train_step(config, model, tx, rate)
-    step = train_step.jit_step(step, tx, trained, mesh)
+    mesh = sharding.make_mesh([("data", 1)], jax.devices()[:1])
+    setup = TrainingSetup.without_data(config, mesh=mesh)
+    rng = np.random.default_rng(0)
+    host = {n: 0.02 * rng.standard_normal(x.shape, np.float32) for n, x in setup.abstract.items()}
+    state = states.of_params(setup, weights.place_params(host, setup))
+    step = train_step.jitted(setup, state.trained)
     batch = jax.device_put(sizes.draw_batch(size, rows), sharding.batch_sharding(mesh))
 
     def run():
-        nonlocal trained, opt_state
-        trained, opt_state, metrics = step(trained, opt_state, frozen, batch, jnp.int32(1))
+        state.trained, state.opt_state, metrics = step(
+            state.trained, state.opt_state, state.frozen, batch, jnp.int32(1)
+        )
         return float(metrics["training_loss"])
 
     return run

@@ -19,9 +19,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import experiment
 from paligemma_med.parallel import sharding
 from paligemma_med.pp import markdown
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 from tools.bench.workers import forget_peak, resident
 
@@ -85,21 +85,20 @@ def draw_batch(rng, abstract):
 
 def measure(config, steps):
     """{what: bytes on one device} foretold and found."""
-    experiment.check_training_config(config)
-    step = dry_run.compile_step(config)
-    foretold = dry_run.memory(config, step)
+    step = dry_run.compile_step(TrainingSetup.without_data(config))
+    foretold = dry_run.memory(step)
     batches = next(k for k in foretold if k.startswith("batches"))
     # No input pipeline here, that would hold batches ready: one in use, one on its way.
     foretold[batches] = 2 * dry_run.bytes_on_device(step.batch)
     on_cpu = jax.default_backend() == "cpu"
     forget_peak()
     before = resident("VmRSS")
-    frozen, trained = jax.tree.map(draw_leaf, (step.frozen, step.trained))
-    opt_state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.opt_state)
+    frozen, trained = jax.tree.map(draw_leaf, (step.state.frozen, step.state.trained))
+    opt_state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.state.opt_state)
     jax.block_until_ready((frozen, trained, opt_state))
     forget_peak()
     rng = np.random.default_rng(0)
-    with sharding.rules(config, step.mesh):
+    with sharding.rules(config, step.setup.mesh):
         for i in range(steps):
             batch = draw_batch(rng, step.batch)
             trained, opt_state, metrics = step.compiled(trained, opt_state, frozen, batch, np.int32(i))
