@@ -27,8 +27,13 @@ from paligemma_med.upstream import shims
 TRAINER = "big_vision.trainers.proj.paligemma.train"
 
 
-def check(setup: TrainingSetup) -> None:
-    """What our own trainer would refuse, and data sets that TensorFlow can't read; ValueError."""
+def check(config) -> TrainingSetup:
+    """The setup of a config, after refusing what our own trainer would, and data sets that TensorFlow can't read.
+
+    Raises:
+      ValueError: a mistake, in one sentence.
+    """
+    setup = TrainingSetup.without_data(config)
     config = setup.config
     setup.batch_sharding, setup.tokenizer  # noqa: B018  (refuse a batch that doesn't divide, a token without a row)
     for data in _data_sets(config):
@@ -45,6 +50,7 @@ def check(setup: TrainingSetup) -> None:
                 "`python -m data_prep.build … --file_format=tfrecord` into another --data_dir, and "
                 "point data.data_dir or $TFDS_DATA_DIR there."
             )
+    return setup
 
 
 def _data_sets(config):
@@ -66,8 +72,7 @@ def train(config, workdir, trainer):
     """
     if os.environ.pop("BV_JAX_INIT", ""):
         jax.distributed.initialize()  # its trainer would, but our checks ask for devices before
-    setup = TrainingSetup.without_data(config)
-    check(setup)
+    setup = check(config)
     config = setup.config
     theirs = configs.translate(config, note=lambda s: print(s, file=sys.stderr, flush=True))
     cache = config.get("compilation_cache", True)
