@@ -64,7 +64,7 @@ def test_a_config_names_the_families_and_gives_them_what_they_take():
     assert model.vocab_size == 1024 and vlm.patch_grid(model, np.zeros((1, 32, 48, 3))) == (2, 3)
     assert experiment.make_tokenizer(c, model).vocab_size <= 1024
     with pytest.raises(ValueError, match=r"config.model.img has unknown keys \['mlp_dim'\].*known are .*inner"):
-        config_values.check_config(tiny.config("/no/such/folder", model=dict(MODEL, img=dict(mlp_dim=3))))
+        config_values.checked(tiny.config("/no/such/folder", model=dict(MODEL, img=dict(mlp_dim=3))))
 
 
 def test_the_tables_are_right():
