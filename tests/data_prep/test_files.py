@@ -130,3 +130,14 @@ def test_check_image_missing_or_folder(tmp_path):
         files.check_image(tmp_path / "no.jpg")
     with pytest.raises(files.DataError, match="found a folder"):
         files.check_image(tmp_path)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    with files.whole_file(tmp_path / "new" / "x") as f:
+        f.write(b"old")
+        assert not (tmp_path / "new" / "x").exists()
+    with pytest.raises(KeyboardInterrupt), files.whole_file(tmp_path / "new" / "x") as f:
+        f.write(b"new")
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x"]
+    assert (tmp_path / "new" / "x").read_bytes() == b"old"

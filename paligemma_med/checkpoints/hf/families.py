@@ -97,13 +97,14 @@ def without_layer(name: str) -> str:
 def modules_of(family: Family) -> dict[lora_targets.Target, str]:
     """{what can be adapted: canonical name of the module that holds its weight}; "{i}" stands for the layer.
 
-    Projections that our models keep in one kernel or in several have the same module in either form.
+    Projections that our models keep in one kernel or in several have the same module in either form. Those whose module
+    holds other leaves as well have none: it has one adapter for all of them.
     """
     return {
         target: row.name.removesuffix(".weight")
         for target in lora_targets.TARGETS
         for row in family.table({target.param})  # of the form that this leaf, being there, calls for
-        if (row.path, row.index) == (target.param, target.index)
+        if (row.path, row.index) == (target.param, target.index) and row.piece[1] == 1
     }
 
 

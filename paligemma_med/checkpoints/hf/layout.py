@@ -30,12 +30,17 @@ class Row(NamedTuple):
       theirs: its layout.
       path: of our leaf.
       projection: which of the leaf's projections the tensor is; "" if the leaf holds but one.
+      piece: (j, n): our leaf is the j-th of n equal pieces of the tensor, cut along its first axis; `theirs` is the
+        piece's layout.
+      numbering: (first, step): our layer i is their layer first + step · i.
     """
 
     name: str
     theirs: str
     path: str
     projection: str = ""
+    piece: tuple[int, int] = (0, 1)
+    numbering: tuple[int, int] = (0, 1)
 
     @property
     def leaf(self) -> Leaf:
@@ -50,6 +55,16 @@ class Row(NamedTuple):
     def ours(self) -> str:
         """Layout of the tensor on our side, in one layer."""
         return " ".join(self.leaf.letters)
+
+    def name_in(self, layer: int | None) -> str:
+        """The tensor's canonical name in one of our layers; None for a leaf without layers."""
+        first, step = self.numbering
+        return self.name if layer is None else self.name.format(i=first + step * layer)
+
+    def tensor_shape(self, size: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        rows, *rest = shape(self.theirs, size)
+        return (self.piece[1] * rows, *rest)
 
     @property
     def index(self) -> int | None:

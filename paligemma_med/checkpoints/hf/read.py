@@ -10,7 +10,7 @@ import numpy as np
 from paligemma_med.checkpoints.errors import CheckpointError, raise_all
 from paligemma_med.checkpoints.hf import families, tensors
 from paligemma_med.checkpoints.hf.config import Described, read_json
-from paligemma_med.checkpoints.hf.layout import by_path, leaf_shape, relayout, shape
+from paligemma_med.checkpoints.hf.layout import by_path, leaf_shape, relayout
 from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models import vlm
 from paligemma_med.models.leaves import unflatten_tree
@@ -110,7 +110,7 @@ def _check(found, rows, described, folder):
     expected = {}
     for row in rows:
         for i in _layers(row, sizes[row.part]):
-            expected[row.name.format(i=i)] = shape(row.theirs, sizes[row.part])
+            expected[row.name_in(i)] = row.tensor_shape(sizes[row.part])
     problems = []
     for name, wanted in expected.items():
         if name not in found:
@@ -132,7 +132,7 @@ def _leaf(rows, found, size):
     for row in rows:
         for i in _layers(row, size):
             at = tuple(n for n in (i, row.index) if n is not None)
-            pieces.append((at, found[row.name.format(i=i)], row))
+            pieces.append((at, found[row.name_in(i)], row))
     whole = leaf_shape(rows[0].leaf, size)
     dtypes = {tensor.dtype for _, tensor, _ in pieces}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
@@ -142,7 +142,10 @@ def _leaf(rows, found, size):
 def _fill(whole, dtype, pieces, size):
     out = np.empty(whole, dtype)
     for at, tensor, row in pieces:
-        out[at] = relayout(tensor.read(), row.theirs, row.ours, size)
+        j, n = row.piece
+        rows = tensor.shape[0] // n
+        x = tensor.read() if n == 1 else tensor.read(j * rows, (j + 1) * rows)
+        out[at] = relayout(x, row.theirs, row.ours, size)
     return out
 
 

@@ -106,6 +106,8 @@ def _table_of(flat):
         )
     family = families.of_paths(flat.keys())
     rows = family.table(flat.keys())
+    if cut := next((row.name for row in rows if row.piece[1] > 1), None):
+        raise CheckpointError(f"{family.NAME} is read, but not written: {cut} holds several of our parameters")
     expected = {row.path for row in rows}
     problems = [f"{p}: missing" for p in sorted(expected - flat.keys())]
     problems += [f"{p}: unexpected, found {np.shape(flat[p])}" for p in sorted(flat.keys() - expected)]
@@ -126,11 +128,11 @@ def _plan(family, flat, rows, sizes, dtype):
         kind = dtype or np.dtype(flat[path].dtype)
         for i in range(size["L"]) if leaf.stacked else (None,):
             for row in group:
-                rows_, *rest = shape(row.theirs, size)
+                length, *rest = shape(row.theirs, size)
                 padding = family.PADDING if row.name == family.EMBEDDING else 0
-                name = families.in_style(family, row.name.format(i=i), family.PUBLISHED)
+                name = families.in_style(family, row.name_in(i), family.PUBLISHED)
                 at = tuple(n for n in (i, row.index) if n is not None)
-                out.append(_Planned(name, kind, (rows_ + padding, *rest), row, at, padding))
+                out.append(_Planned(name, kind, (length + padding, *rest), row, at, padding))
     return out
 
 

@@ -5,12 +5,13 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from paligemma_med.checkpoints import CheckpointError, hf, peft
 from paligemma_med.checkpoints.hf import families, paligemma
 from tests.checkpoints import adapters
-from tests.checkpoints.hf.folders import dicts, tensors_of
+from tests.checkpoints.hf.folders import dicts, edit_config, ours_saved, rewrite, tensors_of
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
 
@@ -87,3 +88,49 @@ def test_an_unknown_family_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "toy"}')
     with pytest.raises(CheckpointError, match="has model_type 'toy': expected 'paligemma'"):
         hf.open_hf(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused(Toy):
+    """… whose tower keeps queries, keys and values in one tensor, and whose decoder counts its layers 1, 3, 5, …"""
+
+    NAME: str = "Fused"
+
+    def table(self, paths):
+        return tuple(self._rows(super().table(paths)))
+
+    def _rows(self, rows):
+        for row in rows:
+            for j, c in enumerate("qkv"):
+                if row.name.startswith("image.") and f"self_attn.{c}_proj." in row.name:
+                    row = row._replace(name=row.name.replace(f"{c}_proj", "qkv"), piece=(j, 3))
+            yield row._replace(numbering=(1, 2)) if row.name.startswith("text.layers") else row
+
+    def describe(self, whole, path):
+        return paligemma.describe(whole, path)
+
+
+def fuse(tensors):
+    """PaliGemma's tensors as `Fused` has them."""
+    out, qkv = {}, {}
+    for name, x in tensors.items():
+        name = renamed(paligemma.canonical(name))
+        if match := re.fullmatch(r"(image\..*self_attn\.)([qkv])_proj(\..*)", name):
+            qkv.setdefault(match[1] + "qkv" + match[3], {})[match[2]] = x
+        else:
+            out[re.sub(r"(?<=^text\.layers\.)\d+", lambda i: str(2 * int(i[0]) + 1), name)] = x
+    return out | {name: np.concatenate([x[c] for c in "qkv"]) for name, x in qkv.items()}
+
+
+def test_tensors_of_several_leaves_and_another_count_of_layers(monkeypatch, tmp_path):
+    _, params = ours_saved("gqa", tmp_path / "w")
+    family = Fused()
+    monkeypatch.setitem(families.FAMILIES, "toy", family)
+    rewrite(tmp_path / "w", fuse(tensors_of(tmp_path / "w")))
+    edit_config(tmp_path / "w", model_type="toy")
+    assert_same(hf.open_hf(tmp_path / "w"), params)
+    adapted = {target.param for target in families.modules_of(family)}
+    assert "img/head/kernel" in adapted and not any("/query/" in path for path in adapted)
+    monkeypatch.delitem(families.FAMILIES, "paligemma")
+    with pytest.raises(CheckpointError, match="Fused is read, but not written: image.encoder.layers.*qkv"):
+        hf.save_hf(tmp_path / "again", params)
