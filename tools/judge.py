@@ -18,8 +18,7 @@ from absl import app, flags
 
 from paligemma_med.cli import command
 from paligemma_med.evaluation import results
-from paligemma_med.judge import client as judge_client
-from paligemma_med.judge import judge
+from paligemma_med.judge import criteria, figures, judge, replies
 
 
 def settings_from(text, structured, protocol):
@@ -31,7 +30,7 @@ def settings_from(text, structured, protocol):
     if not isinstance(settings, dict):
         raise ValueError(f"--settings is {text!r}; expected a JSON object.")
     if structured:
-        settings["response_format"] = judge.schema(judge.PROTOCOLS[protocol].scores)
+        settings["response_format"] = criteria.schema(criteria.PROTOCOLS[protocol].scores)
     return settings
 
 
@@ -40,7 +39,7 @@ def dry_run(folder, protocol, *, model, num_questions, cache, **kw):
     folder = pathlib.Path(folder)
     rows = judge.choose(results.read_rows(folder / results.PREDICTIONS), num_questions)
     lines, requests = judge.plan(rows, protocol, model=model, **kw)
-    with judge_client.Cache(cache or folder / judge.CACHE) as opened:
+    with replies.Cache(cache or folder / judge.CACHE) as opened:
         there = sum(opened.score(key) is not None for key in requests)
     for message in next(iter(requests.values()))(0):
         print(f"--- {message['role']}\n{message['content']}\n")
@@ -90,14 +89,14 @@ def main(argv):
             progress=settled,
             **kw,
         )
-    print(judge.format_table(entry))
+    print(figures.format_table(entry))
     if entry["faults"]:
         print("Faults got over: " + ", ".join(f"{n} {k}" for k, n in entry["faults"].items()) + ".")
     print(f"Written to {argv[1]}: {judge.JUDGEMENTS}, {judge.SUMMARY}.")
 
 
 if __name__ == "__main__":
-    names = tuple(judge.PROTOCOLS)
+    names = tuple(criteria.PROTOCOLS)
     flags.DEFINE_enum("protocol", "binary", names, "Criterion; docs/judge.md has their sources.")
     flags.DEFINE_string("model", None, "The judge, as the server calls it.", required=True)
     flags.DEFINE_string("base_url", None, "Server, http(s)://…/v1; default: OpenAI's own.")

@@ -13,6 +13,7 @@ import pathlib
 import re
 
 from paligemma_med.evaluation import results
+from paligemma_med.judge import figures as judge_figures
 from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
 from paligemma_med.pp import rows as row_keys
@@ -253,7 +254,7 @@ def _verdicts(folder, rows):
                 problems.append(f"the verdicts of {version} are on other predictions; left out")
                 continue
             mine = [line for line in lines if line.get("judge") == version]
-            metrics = judge.summarise(mine, rows, entry["protocol"])
+            metrics = judge_figures.summarise(mine, rows, entry["protocol"])
             stored = {k: v for k, v in entry["metrics"].items() if v is not None}
             differ = [k for k, v in stored.items() if not _same(v, metrics.get(k))]
             ends = [k for k in differ if k.endswith(("_low", "_high"))]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from paligemma_med.evaluation import results
-from paligemma_med.judge import judge
+from paligemma_med.judge.criteria import PROTOCOLS
 from paligemma_med.metrics import answers, scoring, stats, tables
 from tools.report import blocks, contamination, figures, plots
 
@@ -223,7 +223,7 @@ def judge_table(e):
     """What language models said of the answers, as far as they were asked."""
     rows, notes = [], []
     for entry in e.verdicts:
-        m, scores = entry["metrics"], judge.PROTOCOLS[entry["protocol"]].scores
+        m, scores = entry["metrics"], PROTOCOLS[entry["protocol"]].scores
         for who in [k.partition("/")[0] for k in m if k.endswith("/overall/mean")]:
             values = {f: m.get(f"{who}/overall/{f}") for f in ("mean", "mean_low", "mean_high", "sd")}
             mean, low, high, sd = ("–" if v is None or math.isnan(v) else f"{v:.3f}" for v in values.values())

@@ -11,7 +11,7 @@ a last line or batch that a crash cut off dropped. Both backends write it.
 import glob
 import re
 
-from paligemma_med.judge.client import Cache
+from paligemma_med.judge.replies import Cache
 
 WHAT = "a reply in a journal of tools.synthesize_qa"
 

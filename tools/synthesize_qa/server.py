@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from paligemma_med.judge import client as judge_client
-from paligemma_med.judge.client import ServerError
+from paligemma_med.judge.server import ServerError
 from tools.synthesize_qa import units as units_lib
 
 __all__ = ["ServerError", "answer", "schema", "seed_of"]

@@ -1,9 +1,10 @@
 """tools.report: published figures beside ours."""
 
+import hashlib
 import json
 import math
 
-from paligemma_med.judge import judge
+from paligemma_med.judge import figures
 from tests.tools.report.reports import report, rows, save, table, warnings
 from tools.report import (
     evaluations,
@@ -94,14 +95,14 @@ def test_verdicts_of_a_judge_stand_beside_exact_match(tmp_path):
     folder = save(tmp_path / "a", made)
     lines = [dict(judge="v", question_id=r["question_id"], who="model", scores=[1, 1, 1, 1, None]) for r in made]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    digest = judge.hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
+    digest = hashlib.sha256((folder / "predictions.jsonl").read_bytes()).hexdigest()
     entry = dict(
         protocol="binary",
         model="m",
         prompt="binary_v1.txt",
         prompt_text="Is it right?",
         predictions_sha256=digest,
-        metrics=judge.summarise(lines, made, "binary"),
+        metrics=figures.summarise(lines, made, "binary"),
         cost=0.5,
         tokens=dict(replies=7, unusable=1, prompt_tokens=1200, completion_tokens=30),
         agreement=dict(n=5, unjudged=1, agree=0.8, kappa=None, table=[[1, 1, 4], [0, 1, 1]]),
