@@ -9,6 +9,8 @@ Axis letters: B batch, T text positions, Q image tokens, S = Q + T positions of 
 D width of the language model, V vocabulary.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -246,6 +248,21 @@ def perturbations(model, *, img=None, llm=None):
 def patch_grid(model, image):
     """(rows, columns) of patches of float[…, height, width, 3]."""
     return model.parts["img"].grid(*image.shape[-3:-1])
+
+
+def image_size(table: dict[str, leaves.Leaf], params) -> int:
+    """Side in pixels of the square images that parameters were made for.
+
+    Args:
+      table: of the model's leaves.
+      params: {name: array, or anything with its shape}, of the image tower at least.
+    """
+    tower = {leaf.role: leaf for leaf in table.values() if leaf.path.startswith("img/")}
+    count, side = (
+        params[leaf.path].shape[leaf.axes.index(letter)]
+        for leaf, letter in ((tower["positions"], "T"), (tower["patch"], "Y"))
+    )
+    return math.isqrt(count) * side
 
 
 def num_image_tokens(model, image) -> int:

@@ -5,7 +5,6 @@ It builds `Model(**config.model)` and calls `load(shapes, config.model_init, con
 the top of our configs: `dtype`, `attn_impl` and `lora`.
 """
 
-import math
 import re
 
 import jax
@@ -14,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import experiment, weights
-from paligemma_med.models import paligemma
+from paligemma_med.models import paligemma, parts, vlm
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 
@@ -61,18 +60,19 @@ def load(
       checkpoints.CheckpointError: the weights don't fit the model.
     """
     config = ml_collections.ConfigDict(model_cfg).unlock().to_dict()
-    towers = {part: config[part] for part in ("img", "llm") if part in config}
+    rules = config.pop("lora", None) or ()
+    model = {key: value for key, value in config.items() if key not in ("dtype", "attn_impl")}
+    out = flatten_tree(init_params)
     config = ml_collections.ConfigDict(
         dict(
-            model=towers,
-            lora=_as_dicts(config.get("lora") or ()),
+            model=model,
+            lora=_as_dicts(rules),
             model_init=init_file,
             adapter_init=adapter_init or None,
             resample_posemb=resample_posemb,
-            res=_resolution(init_params),
+            res=vlm.image_size(parts.leaves_of(model), out),
         )
     )
-    out = flatten_tree(init_params)
     # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
     with jax.transfer_guard("allow"):
         host, adapter = weights.initial_host_params(config, experiment.make_model(config))
@@ -81,9 +81,3 @@ def load(
             dtype = jnp.dtype("float32" if stays else frozen_dtype)
             out[name] = np.asarray(array).astype(dtype)
     return unflatten_tree(out)
-
-
-def _resolution(params):
-    """Side in pixels of the images that parameters of these shapes are for."""
-    img = params["img"]
-    return math.isqrt(img["pos_embedding"].shape[1]) * img["embedding"]["kernel"].shape[0]

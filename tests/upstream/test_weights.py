@@ -7,8 +7,11 @@ import pytest
 
 from paligemma_med import checkpoints, experiment
 from paligemma_med.checkpoints import CheckpointError, bv, npz, workdir
+from paligemma_med.models import vlm
+from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.training import optim, run_files
-from paligemma_med.upstream import state
+from paligemma_med.upstream import model, state
 from tests.checkpoints.trees import assert_same
 from tests.upstream import parity
 from tools import convert_checkpoint
@@ -44,6 +47,24 @@ def run_of_ours(folder, stage, **changes):
     with workdir.Checkpoints(run) as saved:
         saved.save(7, *jax.tree.map(jax.numpy.asarray, (trained, opt_state)), {})
     return run, trained, opt_state
+
+
+def test_its_trainer_loads_weights_of_ours(tmp_path):
+    """As `model.load` is called there: what the file has, each leaf in its type; factors stay shapes."""
+    c = parity.config(2)
+    c.lora = None
+    expected = parity.random_weights(c)
+    c.lora = [("llm/layers/.*", dict(rank=2))]
+    npz.save_npz(tmp_path / "w.npz", expected)
+    shapes = vlm.abstract_params(experiment.make_model(c), image_size=c.res)
+    config = dict(c.model.to_dict(), dtype="float32", lora=(("llm/layers/.*", (("rank", 2),)),))
+    rules = (("img/.*", True), (".*", False))
+    out = flatten_tree(model.load(shapes, str(tmp_path / "w.npz"), config, frozen_dtype="bfloat16", trained=rules))
+    assert {*out} == {*flatten_tree(shapes)}
+    for name, x in flatten_tree(expected).items():
+        dtype = np.float32 if name.startswith("img/") else BF16
+        assert out[name].tobytes() == x.astype(dtype).tobytes()
+    assert all(isinstance(out[n], jax.ShapeDtypeStruct) == lora.is_factor(n) for n in out)
 
 
 def test_the_optimizer_has_the_names_of_big_vision(tmp_path):
