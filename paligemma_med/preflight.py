@@ -24,7 +24,7 @@ def check(setup: TrainingSetup) -> None:
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
     if config.get("model_init"):
-        weights.load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"))
+        weights.load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"), setup.leaves)
 
 
 def check_evals(setup: Setup) -> None:

@@ -15,7 +15,7 @@ from paligemma_med import checkpoints, quantise
 from paligemma_med.checkpoints import bv, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.experiment import abstract_params, adapted
-from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed, notes
@@ -61,7 +61,7 @@ def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     config, base, adapter = setup.config, {}, {}
     if config.get("model_init"):
-        base = load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"))
+        base = load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"), setup.leaves)
         if any(map(lora.is_factor, base)):
             _check_scales(config, setup.model, config.model_init)
     if config.get("adapter_init"):
@@ -102,8 +102,7 @@ def load_host_adapter(config, model):
                 f"{target.name}: found {b}, expected {a}. Without config.lora it sets the ranks."
             )
     plain = unflatten_tree(abstract_params(config, model.clone(lora=())))
-    kw = config.model.to_dict()
-    _, tree = checkpoints.apply_adapter(kw.get("img"), kw.get("llm"), plain, adapter)
+    tree, _ = checkpoints.insert_adapter(plain, adapter)
     return {n: x for n, x in flatten_tree(tree).items() if lora.is_factor(n)}
 
 
@@ -113,7 +112,7 @@ def _check_scales(config, model, spec):
     if rules is None:
         return
     names = abstract_params(config, model.clone(lora=()))
-    want, found = adapted(config, model), lora_targets.resolve(rules, names)
+    want, found = adapted(config, model), lora_targets.resolve(rules, names, model.leaves)
     for target in want:
         a, b = want[target], found.get(target)
         if b is not None and not _same_scale(a, b):
@@ -165,7 +164,7 @@ def load(config, checkpoint):
             config.lora = _rules_of_run(checkpoint)
     setup = Setup(config)
     config, model, tokenizer = setup.config, setup.model, setup.tokenizer
-    host = load_host_params(checkpoint, setup.abstract, config.get("resample_posemb"))
+    host = load_host_params(checkpoint, setup.abstract, config.get("resample_posemb"), setup.leaves)
     if any(map(lora.is_factor, host)):
         adapter, run_config = config.get("adapter_init"), _config_of_run(checkpoint)
         if adapter and run_config.get("adapter_init") != config_files.absolute(adapter):
@@ -181,13 +180,14 @@ def load(config, checkpoint):
     return model, tokenizer, setup.mesh, unflatten_tree(params)
 
 
-def load_host_params(spec, abstract, resample_posemb=False):
+def load_host_params(spec, abstract, resample_posemb=False, leaves=None):
     """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
     Factors of adapters may be missing, but only all of them at once.
 
     Args:
       resample_posemb: take position embeddings of another resolution, and resample them.
+      leaves: the model's table of leaves; by default PaliGemma's.
 
     Returns:
       {name: array, which may still be in its file}.
@@ -199,7 +199,7 @@ def load_host_params(spec, abstract, resample_posemb=False):
         spec = spec.to_dict()
     loaded = checkpoints.open_init(spec)
     if not resample_posemb:
-        _check_resolution(spec, flatten_tree(loaded), abstract)
+        _check_resolution(spec, flatten_tree(loaded), abstract, leaves or parts.LEAVES)
     expected = abstract
     if not any(map(lora.is_factor, flatten_tree(loaded))):
         expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
@@ -210,15 +210,16 @@ def load_host_params(spec, abstract, resample_posemb=False):
     return flatten_tree(fitted)
 
 
-def _check_resolution(spec, loaded, abstract):
+def _check_resolution(spec, loaded, abstract, leaves):
     """The image tower has learned its positions on a grid of one size. Resampled to another, they
     work less well until they are trained on: a mistake, unless it's asked for."""
-    name = "img/pos_embedding"
-    found, expected = (getattr(x.get(name), "shape", ()) for x in (loaded, abstract))
+    positions = next((leaf for leaf in leaves.values() if leaf.role == "positions"), None)
+    if positions is None:
+        return
+    found, expected = (getattr(x.get(positions.path), "shape", ()) for x in (loaded, abstract))
     if len(found) != 3 or len(expected) != 3 or found[1] == expected[1]:
         return
-    patch = abstract["img/embedding/kernel"].shape[0]
-    has, wants = (f"{math.isqrt(shape[1]) * patch}" for shape in (found, expected))
+    has, wants = (vlm.image_size(leaves, {**abstract, positions.path: x[positions.path]}) for x in (loaded, abstract))
     raise checkpoints.CheckpointError(
         f"{spec} was made for images of {has} px ({found[1]} positions), but config.res = {wants} "
         f"has {expected[1]}: set res={has} (config.res, and resize({has}) in the pp strings), take "

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from paligemma_med import experiment, weights
+from paligemma_med import weights
 from paligemma_med.models import paligemma, parts, vlm
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.setup import Setup
 
 
 def Model(*, lora=(), **kw):  # noqa: N802 (big_vision's name for it)
@@ -70,12 +71,14 @@ def load(
             model_init=init_file,
             adapter_init=adapter_init or None,
             resample_posemb=resample_posemb,
+            text_len=1,  # of these two no weight depends
+            tokenizer="tiny",
             res=vlm.image_size(parts.leaves_of(model), out),
         )
     )
     # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
     with jax.transfer_guard("allow"):
-        host, adapter = weights.initial_host_params(config, experiment.make_model(config))
+        host, adapter = weights.initial_host_params(Setup(config))
         for name, array in {**host, **adapter}.items():
             stays = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
             dtype = jnp.dtype("float32" if stays else frozen_dtype)

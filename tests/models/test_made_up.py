@@ -15,7 +15,8 @@ from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
 from paligemma_med.saliency import sanity
-from paligemma_med.training import optim
+from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import describe, dry_run, optim
 from paligemma_med.training import step as train_step
 from tests import tiny
 from tests.models import made_up
@@ -140,6 +141,24 @@ def test_sharded_by_the_letters():
     placed = {n: jax.device_put(x, found[n][0]) for n, x in params.items()}
     cut, whole = jax.jit(logits, static_argnums=0)(model, placed), logits(model, params)
     np.testing.assert_allclose(cut, whole, rtol=0, atol=3e-5 * float(jnp.abs(whole).max()))
+
+
+def test_a_run_is_worked_out():
+    """Quantised, cut both ways, with adapters: the table and the traced step of a dry run."""
+    c, _ = make(
+        ADAPTERS,
+        schedule=[(".*lora_[ab]", dict(decay_type="constant")), (".*", None)],
+        frozen_dtype="nf4",
+        mesh=[("data", 4), ("model", 2)],
+        sharding_strategy=[(".*", 'tp(axis="model")|fsdp(axis="data", min_size_to_shard_mb=0)')],
+    )
+    setup = TrainingSetup.without_data(c)
+    state = dry_run.trace_step(setup).state
+    assert state.frozen["llm/lines/read/kernel"].dtype == np.uint8
+    assert state.frozen["llm/words"].dtype == np.int8
+    assert sharding.short_spec(state.frozen["llm/words"].sharding) == "model,data"
+    assert {*state.trained} == {n for n in setup.abstract if lora.is_factor(n)}
+    assert "nf4" in describe.parameters(setup)
 
 
 def test_flops_by_hand():
