@@ -63,6 +63,27 @@ def test_only_some(run, tmp_path):
     assert not (tmp_path / "eval" / "val").exists()
 
 
+def test_only_some_need_only_their_own_data(run, tmp_path):
+    """The others may have data that aren't here, or an evaluator that is another project's."""
+    workdir, config = run
+    config = config.copy_and_resolve_references()
+    config.evals.val.data.data_dir = config.evals.val.train_data.data_dir = "/no/such/folder"
+    config.evals.far = dict(config.evals.test.to_dict(), type="unknown")
+    before = config.to_json_best_effort()
+    assert set(evaluate.evaluate(config, workdir, str(tmp_path), only=["test"])) == {"test"}
+    assert config.to_json_best_effort() == before
+
+
+@pytest.mark.parametrize("kind", ["vqb", "stats", "scoring", "../vqa"])
+def test_an_evaluator_that_is_none(run, tmp_path, kind):
+    """`stats` was a helper in the evaluators' folder once, and any name a traceback."""
+    workdir, config = run
+    config = config.copy_and_resolve_references()
+    config.evals.test.type = kind
+    with pytest.raises(ValueError, match=f"config.evals.test.type is '{kind}'; expected one of .'dialogue', 'vqa'."):
+        evaluate.evaluate(config, workdir, str(tmp_path))
+
+
 def test_all_controls_but_where_a_config_names_its_own(run, tmp_path, capsys):
     workdir, config = run
     config = config.copy_and_resolve_references()

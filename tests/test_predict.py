@@ -3,14 +3,12 @@
 import pathlib
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 import PIL.Image
 import pytest
-from absl import flags
 
-from paligemma_med import cli, predict
+from paligemma_med import predict
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from tests import tiny
@@ -89,21 +87,6 @@ def test_command_line(run, repo_root):
     lines = done.stdout.split("\n")  # an untrained model may answer with line breaks
     assert [s for s in lines if s in QUESTIONS] == QUESTIONS
     assert done.stdout.count("(log-probability -") == 2
-
-
-def test_a_run_given_as_checkpoint_brings_its_config(run):
-    """--checkpoint of a run's folder, or of a step of it, needs no --config beside it."""
-    workdir, *_ = run
-    config = config_files.from_json(workdirs.read_config(workdir))
-    values = flags.FlagValues()
-    for name in ("config", "workdir", "checkpoint", "adapter"):
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    for spec in (workdir, f"{workdir}@{workdirs.newest_step(workdir)}"):
-        values(["x", f"--checkpoint={spec}"])
-        with mock.patch.object(cli.flags, "FLAGS", values):
-            found, checkpoint = cli.from_flags()
-        assert checkpoint == spec
-        assert found.to_dict() == config.to_dict()
 
 
 def test_help_and_mistakes(run, repo_root):

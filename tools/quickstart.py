@@ -67,9 +67,8 @@ def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
         f"--checkpoint={stage1.model_init} --out={base}",
     )
     before = _finished(base, name)
-    if before is None:  # a copy: evaluate and predict put their weights into the config
-        config = stage1.copy_and_resolve_references()
-        before = evaluate.evaluate(config, stage1.model_init, str(base))[name]
+    if before is None:
+        before = evaluate.evaluate(stage1, stage1.model_init, str(base))[name]
 
     _announce(
         3,
@@ -92,8 +91,7 @@ def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
         f'python -m paligemma_med.predict --workdir={second} --image={image} --question="{rows[0]["question"]}"',
     )
     questions = [r["question"] for r in rows]
-    config = stage2.copy_and_resolve_references()
-    answered = predict.predict(config, str(second), rows[0]["image"], questions, max_new_tokens=12)
+    answered = predict.predict(stage2, str(second), rows[0]["image"], questions, max_new_tokens=12)
     for row, found in zip(rows, answered):
         answer = found["answers"][0]["answer"]
         print(f"  {row['question']}\n    model: {answer}    truth: {row['answer']}")
@@ -141,7 +139,6 @@ def config_argument(stage, out):
 
 def _train(config, workdir, name):
     """Trains what is left to train; gives the metrics of eval `name` at the end."""
-    config = config.copy_and_resolve_references()
     found = train.train(config, str(workdir)).get(name) or _finished(workdir, name)
     return found or evaluate.evaluate(config, str(workdir), str(workdir))[name]
 

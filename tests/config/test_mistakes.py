@@ -9,10 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from paligemma_med import cli, experiment, train, weights
+from paligemma_med import experiment, train, weights
 from paligemma_med.checkpoints import npz
 from paligemma_med.models.leaves import unflatten_tree
 from tests import tiny
@@ -242,30 +240,3 @@ def test_tokens_of_another_tokenizer(tiny_data, tmp_path, monkeypatch):
     c = tiny.config(tiny_data)
     change(c, PP, 'gemma(model="x")', "tiny")
     assert "token 4000, but the model has 1024 rows" in told(c, str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "argv, sentence",
-    [
-        (["--config=configs/stage1_slake.py:ress=3"], "argument 'ress' is unknown; known are"),
-        (["--config.nosuch=3"], "--config.nosuch: the config has no such key. Flags"),
-        (["--config.lrr=3"], r"--config.lrr: the config has no such key (did you mean 'lr'?)"),
-        (
-            ["--config.modl.llm.x=3"],
-            "--config.modl.llm.x: the config has no such key (did you mean",
-        ),
-        (["--config.lr.x=3"], "--config.lr.x: the config has no such key"),
-        (["--config.lr=abc"], "flag --config.lr=abc: could not convert string to float"),
-        (["--cnfig=x"], "Unknown command line flag 'cnfig'. Did you mean: config"),
-    ],
-)
-def test_mistakes_on_the_command_line(argv, sentence, monkeypatch, repo_root):
-    argv = ["train", "--config=configs/stage1_slake.py", *argv]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
-    monkeypatch.setattr(cli.flags, "FLAGS", values)
-    monkeypatch.chdir(repo_root)
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_flags(argv)
-    assert sentence in stop.value.code
-    assert len(stop.value.code.splitlines()) == 1

@@ -192,6 +192,40 @@ def test_weight_decay_of_kernels_alone_by_default():
         np.testing.assert_allclose(after[n], factor * before[n], rtol=1e-6)
 
 
+def test_weight_decay_of_a_kernel_is_that_of_its_adapter():
+    """Without wd_mults, which no stage-2 config has: --config.wd=… alone was an error once."""
+    names = ["img/head/lora_a", "llm/layers/attn/q_einsum/lora_b", "img/head/bias"]
+    before = {n: np.ones(3, np.float32) for n in names}
+    tx, _ = optim.make(config(lr=0.0, wd=0.5), names, all_names=[*NAMES, *names], **KW)
+    updates, _ = tx.update(before, tx.init(before), before)
+    for n in names:
+        np.testing.assert_allclose(updates[n], -0.5 if "lora" in n else 0.0, err_msg=n)
+
+
+def test_weight_decay_of_nothing_is_told(caplog):
+    optim.make(config(wd=0.5), ["img/head/bias"], all_names=NAMES, **KW)
+    assert "config.wd = 0.5 decays none of the trained parameters: config.wd_mults says which" in caplog.text
+    with pytest.raises(ValueError, match="config.wd_mults: 'img/haed/.*' matches no parameter"):
+        optim.make(config(wd_mults=[("img/haed/.*", 1.0)]), NAMES, **KW)  # also where wd is 0
+
+
+@pytest.mark.parametrize("key", ["lr_mults", "wd_mults"])
+def test_multipliers_may_name_frozen_leaves(key):
+    """A config that trains less than another keeps the other's multipliers."""
+    c = config(wd=0.1, **{key: [("llm/.*", 0.1), (".*", 2.0)]})
+    head = [n for n in NAMES if n.startswith("img/")]
+    optim.make(c, head, all_names=NAMES, **KW)
+    with pytest.raises(ValueError, match=f"config.{key}: 'llm/.*' matches no parameter"):
+        optim.make(c, head, **KW)  # where there is no such leaf at all
+
+
+def test_a_rule_that_trains_must_not_come_too_late():
+    c = config(schedule=[("img/.*", None), ("img/head/.*", dict(decay_type="constant")), (".*", None)])
+    message = "'img/head/.*' comes too late, since 'img/.*' before it decides about 'img/head/"
+    with pytest.raises(ValueError, match=message):
+        optim.trained_names(c, NAMES)
+
+
 def test_clipping_is_of_the_norm_over_all_leaves():
     g = gradients(1)[0]
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in g.values()))

@@ -1,0 +1,81 @@
+"""Command lines: mistakes in flags, which config and weights the flags mean, and how a program ends."""
+
+from unittest import mock
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from paligemma_med import cli
+from paligemma_med.checkpoints import workdir as workdirs
+from paligemma_med.config import files as config_files
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--config=configs/stage1_slake.py:ress=3"], "argument 'ress' is unknown; known are"),
+        (["--config.nosuch=3"], "--config.nosuch: the config has no such key. Flags"),
+        (["--config.lrr=3"], r"--config.lrr: the config has no such key (did you mean 'lr'?)"),
+        (
+            ["--config.modl.llm.x=3"],
+            "--config.modl.llm.x: the config has no such key (did you mean",
+        ),
+        (["--config.lr.x=3"], "--config.lr.x: the config has no such key"),
+        (["--config.lr=abc"], "flag --config.lr=abc: could not convert string to float"),
+        (["--cnfig=x"], "Unknown command line flag 'cnfig'. Did you mean: config"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, sentence, monkeypatch, repo_root):
+    argv = ["train", "--config=configs/stage1_slake.py", *argv]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    monkeypatch.chdir(repo_root)
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_flags(argv)
+    assert sentence in stop.value.code
+    assert len(stop.value.code.splitlines()) == 1
+
+
+def test_a_run_given_as_checkpoint_brings_its_config(tmp_path):
+    """--checkpoint of a run's folder, or of a step of it, needs no --config beside it."""
+    workdir = str(tmp_path / "w")
+    tiny.write_workdir(workdir, tiny.config())
+    config = config_files.from_json(workdirs.read_config(workdir))
+    values = flags.FlagValues()
+    for name in ("config", "workdir", "checkpoint", "adapter"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    for spec in (workdir, f"{workdir}@{workdirs.newest_step(workdir)}"):
+        values(["x", f"--checkpoint={spec}"])
+        with mock.patch.object(cli.flags, "FLAGS", values):
+            found, checkpoint = cli.from_flags()
+        assert checkpoint == spec
+        assert found.to_dict() == config.to_dict()
+
+
+def test_a_mistake_is_one_line_and_a_bug_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(cli.flags, "FLAGS", _Flags(verbosity=(False, -1)))
+
+    @cli.command
+    def main(argv):
+        raise argv[0]
+
+    with pytest.raises(SystemExit) as stop:
+        main([ValueError("config.lr is 'x'; expected a number.")])
+    assert stop.value.code == "error: config.lr is 'x'; expected a number."
+    with pytest.raises(ZeroDivisionError):
+        main([ZeroDivisionError()])
+    monkeypatch.setattr(cli.flags, "FLAGS", _Flags(verbosity=(True, 1)))
+    with pytest.raises(ValueError):  # whose traceback was asked for
+        main([ValueError("x")])
+
+
+class _Flags(dict):
+    """flags.FLAGS of {name: (present, value)}."""
+
+    def __init__(self, **values):
+        super().__init__({name: mock.Mock(present=present) for name, (present, _) in values.items()})
+        for name, (_, value) in values.items():
+            setattr(self, name, value)
