@@ -44,7 +44,7 @@ def _flag(name, raised, value, threshold, excess, says):
 # --- Was the model asked what the page says? ---
 
 
-def prompt_cut(tokens):
+def prompt_cut(tokens) -> Flag:
     """Did the prompt lose its last `tokens` tokens? Then another question was answered."""
     says = f"The question was too long: the last {tokens} tokens of the prompt were cut off."
     return _flag("question_cut", tokens > 0, tokens, 0, 1, says)
@@ -53,7 +53,7 @@ def prompt_cut(tokens):
 # --- Does the answer depend on the image? ---
 
 
-def shuffled(image, patch, seed=0):
+def shuffled(image, patch, seed=0) -> np.ndarray:
     """float32[h, w, 3] whose patches of `patch` px (an int or a pair) have changed places.
 
     It has the grey values of the image, and nothing of its anatomy beyond a patch.
@@ -71,7 +71,7 @@ def shuffled(image, patch, seed=0):
     return patches.reshape(grid[0], grid[2], ph, pw, channels).swapaxes(1, 2).reshape(image.shape)
 
 
-def image_ignored(logprobs, controls, threshold=ONE_BIT):
+def image_ignored(logprobs, controls, threshold=ONE_BIT) -> Flag:
     """Is the answer as probable without the image?
 
     The answer's log-probability is compared with that of the same tokens on other images: blank,
@@ -97,7 +97,7 @@ def image_ignored(logprobs, controls, threshold=ONE_BIT):
     return _flag("image_ignored", raised, drop, threshold, 1 - drop / threshold, says)
 
 
-def low_image_mass(mass, threshold=0.1):
+def low_image_mass(mass, threshold=0.1) -> Flag:
     """Do the response's tokens attend to the image in any layer?
 
     Measured is the share of attention that goes from the response's queries to image patches, mean
@@ -120,7 +120,7 @@ def low_image_mass(mass, threshold=0.1):
 # --- Does the model stand by its answer? ---
 
 
-def samples_disagree(answer, samples, threshold=0.5):
+def samples_disagree(answer, samples, threshold=0.5) -> Flag:
     """Do sampled answers say something else than the answer shown?
 
     Measured is the share of samples that equal the answer, but for case, punctuation and blanks.
@@ -146,7 +146,7 @@ def _words(text):
 # --- Does the map lie on the patient? ---
 
 
-def body(image, level=0.1):
+def body(image, level=0.1) -> np.ndarray:
     """bool[height, width], True on the patient: whatever is brighter than the background.
 
     Brighter than `level` of the way from the darkest grey to the 99th percentile (the first tenth
@@ -175,7 +175,7 @@ def body(image, level=0.1):
     return ndimage.binary_fill_holes(labels == sizes.argmax())
 
 
-def outside_body(saliency, image, least=0.05, name="map"):
+def outside_body(saliency, image, least=0.05, name="map") -> Flag:
     """Does the map point beside the patient?
 
     Measured is the share of the map's (positive) sum outside the body; a patch across its edge
@@ -212,12 +212,12 @@ def outside_body(saliency, image, least=0.05, name="map"):
 # --- For an index page ---
 
 
-def severity(flags):
+def severity(flags) -> tuple[int, float]:
     """(number of raised flags, sum of their severities): the larger, the sooner to be looked at."""
     return sum(f.raised for f in flags), sum(f.severity for f in flags)
 
 
-def worst_first(answers):
+def worst_first(answers) -> list[int]:
     """Order of answers, each a list of flags, by `severity`; equal ones keep theirs. → list[int]"""
     found = [severity(flags) for flags in answers]
     return sorted(range(len(found)), key=lambda i: found[i], reverse=True)

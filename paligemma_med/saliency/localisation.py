@@ -10,7 +10,7 @@ Axis letters: h, w cells of the grid.
 import numpy as np
 
 
-def coverage(boxes, size, grid):
+def coverage(boxes, size, grid) -> np.ndarray:
     """The share of each cell that the union of boxes covers, float64[h, w] in [0, 1].
 
     The image is resized as a whole to the model's size, sides independently, so shares of the image
@@ -44,7 +44,7 @@ def coverage(boxes, size, grid):
     return out
 
 
-def pointing(values, boxes, size, *, tolerance=0.0):
+def pointing(values, boxes, size, *, tolerance=0.0) -> float:
     """The pointing game: is the maximum of the map in a box?
 
     The point is the centre of the maximal cell. J. Zhang et al., "Top-down Neural Attention by
@@ -69,7 +69,7 @@ def pointing(values, boxes, size, *, tolerance=0.0):
     return float(hit.mean())
 
 
-def energy(values, covered):
+def energy(values, covered) -> float:
     """The share of a map that lies in the boxes: Σ map · coverage / Σ map.
 
     H. Wang et al., "Score-CAM" (arXiv 1910.01279), 4.2. Negative values count as 0. A map without
@@ -84,7 +84,7 @@ def energy(values, covered):
     return float((values * covered).sum() / total if total > 0 else covered.mean())
 
 
-def best_iou(values, covered):
+def best_iou(values, covered) -> float:
     """The largest intersection over union of the boxes and {map >= t}, over all thresholds t.
 
     The threshold is chosen with the box in sight, so even a poor map gets a good figure with a box
@@ -100,7 +100,7 @@ def best_iou(values, covered):
     return float(np.max((inside / (taken + covered.sum() - inside))[ends]))
 
 
-def centre_prior(grid, sigma=0.25):
+def centre_prior(grid, sigma=0.25) -> np.ndarray:
     """A map that knows nothing but that things lie in the middle: a Gaussian, float64[h, w].
 
     Args:
@@ -111,12 +111,12 @@ def centre_prior(grid, sigma=0.25):
     return np.exp(-(y[:, None] ** 2 + x[None] ** 2) / 2)
 
 
-def random_order(grid, rng):
+def random_order(grid, rng) -> np.ndarray:
     """float64[h, w]: all cells in random order."""
     return rng.permutation(grid[0] * grid[1]).reshape(grid).astype(np.float64)
 
 
-def steps(values, count):
+def steps(values, count) -> np.ndarray:
     """bool[count + 1, h, w]: which cells are taken after 0, …, `count` equal steps, from the
     highest of the map on; of equals the upper and left ones first."""
     order = np.argsort(-np.ravel(values), kind="stable")
@@ -126,7 +126,7 @@ def steps(values, count):
     return (rank < taken[:, None]).reshape(-1, *np.shape(values))
 
 
-def area_under(curve):
+def area_under(curve) -> float:
     """Area under a curve of equal steps over [0, 1] by the trapezoidal rule.
 
     Of deletion and insertion curves: V. Petsiuk et al., "RISE" (arXiv 1806.07421), 3.2.
