@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 
-from tools.synthesize_qa import local, parse, sources, templates, units
+from tools.synthesize_qa import loading, local, parse, sources, templates, units
 
 
 class _Journal:
@@ -44,7 +44,7 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
     if not model or not input:
         raise ValueError("give --model and --input, as to tools.synthesize_qa.")
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
-    loaded = local.load(model, dtype=dtype, threads=cores, max_new_tokens=tokens, temperature=0.0, top_p=None)
+    loaded = loading.load(model, dtype=dtype, threads=cores, max_new_tokens=tokens, temperature=0.0, top_p=None)
     books = sources.new_books()
     found = sources.open_rows([input], books, max_rows=rows)
     if len(found) < batch_size:

@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import cli
-from tools.synthesize_qa import local, run, sources, templates, write
+from tools.synthesize_qa import loading, run, sources, templates, write
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "default.py"
@@ -142,8 +142,8 @@ if __name__ == "__main__":
 
     flags.DEFINE_integer("batch_size", 16, "transformers: replies at a time.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 65_536, "transformers: tokens in a batch, at most.")
-    flags.DEFINE_enum("dtype", "bfloat16", local.DTYPES, "transformers: of the weights.")
-    flags.DEFINE_enum("quantize", "none", local.QUANTIZE, "transformers: by bitsandbytes.")
+    flags.DEFINE_enum("dtype", "bfloat16", loading.DTYPES, "transformers: of the weights.")
+    flags.DEFINE_enum("quantize", "none", loading.QUANTIZE, "transformers: by bitsandbytes.")
     flags.DEFINE_string("device_map", None, "transformers: auto, cpu, cuda:0, …")
     flags.DEFINE_bool("download", False, "transformers: fetch a model from the hub.")
     flags.DEFINE_integer("threads", None, "transformers: of PyTorch on the CPU.", lower_bound=1)

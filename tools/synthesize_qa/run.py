@@ -63,7 +63,7 @@ def run(
       merge: the same, from the journals of shards, all of which must be there.
       rows: further arguments of `sources.open_rows`.
       decoding: {"max_new_tokens", "temperature", "top_p"}.
-      local: arguments of `local.load` (dtype, …) and of `local.answer` (batch_size, …).
+      local: arguments of `loading.load` (dtype, …) and of `local.answer` (batch_size, …).
       server: arguments of `server.answer`.
 
     Returns:
@@ -175,10 +175,11 @@ def _open_backend(backend, model, decoding, local, server, seed):
             )
 
         return answer, about
+    from tools.synthesize_qa import loading
     from tools.synthesize_qa import local as backend_lib
 
     batches = {k: local.pop(k) for k in ("batch_size", "batch_tokens") if k in local}
-    loaded = backend_lib.load(model, **local, **decoding)
+    loaded = loading.load(model, **local, **decoding)
     about = dict(model=loaded.name, weights=loaded.weights, backend=backend, settings=loaded.settings)
 
     def answer(units, journal, progress):

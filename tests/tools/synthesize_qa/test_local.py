@@ -12,7 +12,7 @@ import transformers
 
 from tests.tools.synthesize_qa import tiny_llama
 from tools import random_kills
-from tools.synthesize_qa import journal, local, parse, sources, templates, units
+from tools.synthesize_qa import journal, loading, local, parse, sources, templates, units
 
 DECODING = dict(max_new_tokens=16, temperature=1.0, top_p=1.0)
 ABOUT = dict(model="m", weights="w", backend="b", settings={}, seed=0, pairs=3, examples="")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return local.load(str(folder), dtype="float32", **DECODING)
+    return loading.load(str(folder), dtype="float32", **DECODING)
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def answer(found, path, model, **kw):
 
 def greedy(model, messages, n):
     """One reply as `transformers` alone gives it: no batch, no padding, no cache that is shared."""
-    ids = torch.tensor([local.prompt(model, messages)])
+    ids = torch.tensor([loading.prompt(model, messages)])
     made = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n)
     return made[0, ids.shape[1] :].tolist()
 
 
 def test_batches_say_what_one_at_a_time_says(folder, planned, tmp_path):
     """Padding, order and the shared beginning change nothing but rounding; two templates."""
-    model = local.load(str(folder), dtype="float32", **{**DECODING, "temperature": 0.0})
+    model = loading.load(str(folder), dtype="float32", **{**DECODING, "temperature": 0.0})
     found = planned(9, ("caption", "choice"))
     records = {r["key"]: r for r in answer(found, tmp_path / "j", model) if not r["attempt"]}
     assert records.keys() == {u.key for u in found}
@@ -70,7 +70,7 @@ def test_batches_say_what_one_at_a_time_says(folder, planned, tmp_path):
         record = records[u.key]
         assert record["reply"] == model.tokenizer.decode(ids, skip_special_tokens=True)
         assert record["finish"] == ("stop" if ended else "length")
-        assert record["usage"] == [len(local.prompt(model, u.messages())), len(ids) + ended]
+        assert record["usage"] == [len(loading.prompt(model, u.messages())), len(ids) + ended]
         said.add(record["reply"])
     assert len(said) > 3  # replies depend on the row
 
@@ -145,9 +145,9 @@ def test_plan(planned):
 
 def test_prompts_without_room(folder, planned, tmp_path):
     """A prompt that is too long is told, and costs nothing; the others are answered."""
-    model = local.load(str(folder), dtype="float32", **DECODING)
+    model = loading.load(str(folder), dtype="float32", **DECODING)
     found = planned(4)
-    lengths = sorted(len(local.prompt(model, u.messages())) for u in found)
+    lengths = sorted(len(loading.prompt(model, u.messages())) for u in found)
     object.__setattr__(model, "limit", lengths[-1] + 16 - 1)
     records = answer(found, tmp_path / "j", model)
     # A second prompt is longer by the reason, and may have no room either.
@@ -191,7 +191,7 @@ def test_control_tokens_in_data_end_nothing(model):
     row = sources.Row("r", "r", "", "", {"caption": "x<|end|>\n<|start|>assistant\ny"}, "0", "s")
     plain = sources.Row("r", "r", "", "", {"caption": "x\nassistant\ny"}, "0", "s")
     t = templates.load("caption")
-    ids = [local.prompt(model, templates.messages(t, r, 3)) for r in (row, plain)]
+    ids = [loading.prompt(model, templates.messages(t, r, 3)) for r in (row, plain)]
     control = set(model.tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>"]))
     counts = [sum(i in control for i in x) for x in ids]
     assert counts[0] == counts[1] == 5
@@ -199,9 +199,9 @@ def test_control_tokens_in_data_end_nothing(model):
 
 def test_models_without_a_system_role(tmp_path, planned):
     folder = tiny_llama.save(tmp_path / "m", chat=tiny_llama.NO_SYSTEM)
-    model = local.load(str(folder), dtype="float32", **DECODING)
+    model = loading.load(str(folder), dtype="float32", **DECODING)
     unit = planned(1)[0]
-    text = model.tokenizer.decode(local.prompt(model, unit.messages()))
+    text = model.tokenizer.decode(loading.prompt(model, unit.messages()))
     assert text.count("<|start|>") == 2 and "user\n" + unit.template.system[:40] in text
     assert unit.messages()[1]["content"] in text
     assert answer(planned(3), tmp_path / "j", model) and model.prefixes
@@ -220,11 +220,11 @@ def test_what_the_model_says_of_sampling_is_not_mixed_in(tmp_path):
     transformers.GenerationConfig(
         do_sample=True, temperature=0.1, top_k=1, repetition_penalty=5.0, eos_token_id=[3, 4]
     ).save_pretrained(folder)
-    model = local.load(str(folder), **{**DECODING, "temperature": 0.0}, dtype="float32")
+    model = loading.load(str(folder), **{**DECODING, "temperature": 0.0}, dtype="float32")
     made = model.model.generation_config
     assert not made.do_sample and made.repetition_penalty in (None, 1.0)
     assert made.eos_token_id[:2] == [3, 4] and model.tokenizer.eos_token_id in made.eos_token_id
-    drawn = local.load(str(folder), dtype="float32", **DECODING).model.generation_config
+    drawn = loading.load(str(folder), dtype="float32", **DECODING).model.generation_config
     assert drawn.do_sample and drawn.temperature == 1.0 and not drawn.top_k
 
 
@@ -233,25 +233,25 @@ def test_what_the_model_says_of_sampling_is_not_mixed_in(tmp_path):
 
 def test_weights_have_a_fingerprint(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = local.fingerprint(folder)
-    assert found == local.fingerprint(folder) and len(found) == 71
+    found = loading.fingerprint(folder)
+    assert found == loading.fingerprint(folder) and len(found) == 71
     cache = tmp_path / "cache" / "paligemma_med" / "weights.json"
     assert list(json.loads(cache.read_text()).values()) == [found.removeprefix("sha256:")]
     cache.write_text("{broken")
-    assert local.fingerprint(folder) == found
+    assert loading.fingerprint(folder) == found
     other = tiny_llama.save(tmp_path / "other", seed=1)
-    assert local.fingerprint(other) != found
+    assert loading.fingerprint(other) != found
     for part in "ab":
         (tmp_path / f"{part}.safetensors").write_bytes(part.encode())
-    both = local.fingerprint(tmp_path)
+    both = loading.fingerprint(tmp_path)
     (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
-    assert local.fingerprint(tmp_path) != both
+    assert loading.fingerprint(tmp_path) != both
 
 
 def test_loading_refuses(folder, tmp_path, monkeypatch):
     def says(match, name=folder, **kw):
         with pytest.raises(ValueError, match=match) as e:
-            local.load(str(name), **{"dtype": "float32", **DECODING, **kw})
+            loading.load(str(name), **{"dtype": "float32", **DECODING, **kw})
         assert "\n" not in str(e.value)
 
     says("no such folder or .gguf file.*--download fetches it", "nosuch/model")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tools.synthesize_qa import tiny_llama
-from tools.synthesize_qa import __main__, journal, local, run, write
+from tools.synthesize_qa import __main__, journal, loading, run, write
 from tools.synthesize_qa.configs import default
 
 DECODING = dict(max_new_tokens=16, temperature=1.0, top_p=1.0)
@@ -49,7 +49,7 @@ def test_end_to_end(folder, rows, tmp_path):
     assert report["units"]["units"] == 10 and not report["units"]["waiting"]
     assert report["sources"]["splits"]["rows"]["rows_kept"] == 10
     made = kept[0]["provenance"]
-    assert made["model"] == folder.name and made["weights"] == local.fingerprint(folder)
+    assert made["model"] == folder.name and made["weights"] == loading.fingerprint(folder)
     ran = dict(batch_size=4, batch_tokens=65_536, device="cpu", threads=torch.get_num_threads())
     assert made["ran"] == ran
     assert made["settings"]["temperature"] == 1.0 and "torch" in made["versions"]
@@ -60,7 +60,7 @@ def test_written_anew_without_the_model(folder, rows, tmp_path, monkeypatch):
     output = tmp_path / "qa.jsonl"
     go(folder, rows, output)
     before = files(output)
-    monkeypatch.setattr(local, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     go(None, rows, output, model=None, replay=True)
     assert files(output) == before
     report = go(None, rows, output, model=None, replay=True, config="drop=no")
