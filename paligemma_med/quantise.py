@@ -17,6 +17,7 @@ the few lines here. `models/layers/quantised.py` reads codes.
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_med.models import parts
 from paligemma_med.models.layers.quantised import NF4, SCALE
+from paligemma_med.models.leaves import Leaf
 
 KINDS = ("int8", "nf4")
 REST = "bfloat16"  # what isn't quantised
@@ -34,7 +36,7 @@ _ROWS = 2**14  # of the table, that are worked on at a time
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
 
-def kind_of(name, shape, wanted, leaves=None):
+def kind_of(name: str, shape, wanted: str, leaves: Mapping[str, Leaf] | None = None) -> str | None:
     """What the parameter `name` is stored in where config.frozen_dtype is `wanted`, of KINDS.
 
     Args:
@@ -54,7 +56,7 @@ def _table(leaves):
     return parts.LEAVES if leaves is None else leaves
 
 
-def stored(name, x, kind, leaves=None):
+def stored(name: str, x, kind: str, leaves: Mapping[str, Leaf] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """What a parameter becomes when stored in `kind`.
 
     Args:
@@ -99,7 +101,7 @@ def _cut(where, shape):
     return NamedSharding(where.mesh, PartitionSpec(*spec))
 
 
-def quantise(name, array, kind, leaves=None):
+def quantise(name: str, array, kind: str, leaves: Mapping[str, Leaf] | None = None) -> dict[str, np.ndarray]:
     """Codes and scales of a parameter, as numpy arrays, made layer by layer.
 
     Args:

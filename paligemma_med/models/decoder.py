@@ -238,22 +238,22 @@ class _Model(nn.Module):
     lora: tuple = ()
 
     @property
-    def grouped(self):
+    def grouped(self) -> bool:
         """Whether several query heads share keys and values; those then have a kernel of their own."""
         return self.num_heads != self.num_kv_heads
 
     @property
-    def ungrouped(self):
+    def ungrouped(self) -> bool:
         """Whether every query head has keys and values of its own, all in one kernel."""
         return not self.grouped
 
     @property
-    def leaves(self):
+    def leaves(self) -> tuple[leaves.Leaf, ...]:
         """The parameters this decoder has, as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
     @property
-    def probs_path(self):
+    def probs_path(self) -> str:
         """Where a layer's attention looks for the perturbation of its probabilities."""
         return "layers/attn/probs"
 
@@ -261,11 +261,11 @@ class _Model(nn.Module):
         self.embedder = Embedder(self.vocab_size, self.width, self.dtype)
         self.final_norm = RMSNorm()
 
-    def embed_tokens(self, tokens):
+    def embed_tokens(self, tokens) -> jax.Array:
         """int32[B, T] → float[B, T, D], scaled by sqrt(D)."""
         return self.embedder.encode(tokens)
 
-    def compute_logits(self, pre_logits):
+    def compute_logits(self, pre_logits) -> jax.Array:
         """float[B, T, D] after the final norm → float32[B, T, V]."""
         logits = self.embedder.decode(pre_logits)
         logits = constrain(logits, "act_batch", "act_len", "act_vocab")
@@ -291,7 +291,7 @@ class _Model(nn.Module):
         positions = jnp.arange(x.shape[1])[None]
         return self._layers(x, positions, mask, train=train, capture=capture_attention)
 
-    def prefill_cache(self, x, input_mask, attn_mask, *, cache_size, num_samples=1):
+    def prefill_cache(self, x, input_mask, attn_mask, *, cache_size: int, num_samples: int = 1) -> jax.Array:
         """Reads the prompts and makes the cache.
 
         Args:
@@ -322,7 +322,7 @@ class _Model(nn.Module):
         )
         return self.compute_logits(jnp.take_along_axis(y, seq_len[:, None, None] - 1, axis=1))
 
-    def extend_cache(self, x):
+    def extend_cache(self, x) -> jax.Array:
         """Advances every sample by one token: float[B·samples, 1, D] → float32[B·samples, 1, V]."""
         step = self.get_variable("cache", "step")
         seq_len = self.get_variable("cache", "seq_len")
@@ -383,7 +383,7 @@ class _Model(nn.Module):
 KEYS = frozenset(f.name for f in dataclasses.fields(_Model)) - {"parent", "name", "lora"} | {"variant"}
 
 
-def Model(*, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)
+def Model(*, variant: str | None = None, **kw) -> _Model:  # noqa: N802 (a factory, named as in big_vision)
     """The language model.
 
     Args:

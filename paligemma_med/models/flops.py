@@ -49,12 +49,12 @@ class Flops:
     per_example_recompute: int
 
     @property
-    def per_example_executed(self):
+    def per_example_executed(self) -> int:
         """All three together: what the chip does."""
         return self.per_example_model + self.per_example_attention + self.per_example_recompute
 
 
-def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None):
+def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None) -> Flops:
     """FLOPs of one example.
 
     Args:
@@ -183,7 +183,7 @@ def _group(leaf):
     return (_part_of(leaf.path), "layers") if leaf.stacked else leaf.folder
 
 
-def count_pass(model, *, res, text_len, logits):
+def count_pass(model, *, res, text_len, logits) -> Flops:
     """FLOPs of one example's forward pass.
 
     Args:
@@ -200,7 +200,7 @@ def count_pass(model, *, res, text_len, logits):
     return Flops(products, sum(once * tokens[part] ** 2 for part, once in sizes.scores().items()), 0)
 
 
-def count_answers(model, *, res, prompt_len, samples, tokens):
+def count_answers(model, *, res, prompt_len, samples, tokens) -> Flops:
     """FLOPs of drawing answers to one question as `decode` does: the image and the prompt are read
     once, however many answers there are, and each token but an answer's last is read once.
 
@@ -257,7 +257,7 @@ _PEAKS = (
 )
 
 
-def peak(device, tflops=None):
+def peak(device, tflops: float | None = None) -> float | None:
     """FLOP/s that `device` could do at most in bfloat16.
 
     Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 NORMS = ("example", "token")
 
 
-def supervised_positions(mask_loss, length):
+def supervised_positions(mask_loss, length: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The first `length` supervised positions of each row, so that logits are computed only there.
 
     Args:
@@ -35,7 +35,7 @@ def token_logprobs(logits, tokens) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def cross_entropy(logits, labels, label_smoothing=0.0):
+def cross_entropy(logits, labels, label_smoothing: float = 0.0) -> jax.Array:
     """-log p(label), in float32, without a one-hot array.
 
     With smoothing ε the target is 1 - ε on the label and ε / (V - 1) on every other token, as in
@@ -57,7 +57,9 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     return lse - (1.0 - label_smoothing) * right - label_smoothing * others
 
 
-def chunked_cross_entropy(compute_logits, x, labels, chunk=None, label_smoothing=0.0):
+def chunked_cross_entropy(
+    compute_logits, x, labels, chunk: int | None = None, label_smoothing: float = 0.0
+) -> jax.Array:
     """`cross_entropy(compute_logits(x), labels)`, with logits of few positions at a time.
 
     They are computed once more in the backward pass, so that B · chunk · V floats are the most
@@ -91,7 +93,7 @@ def chunked_cross_entropy(compute_logits, x, labels, chunk=None, label_smoothing
     return out.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
-def row_weights(mask_loss, loss_norm):
+def row_weights(mask_loss, loss_norm: str) -> jax.Array:
     """What each supervised token counts, so that the sum over a batch is the loss.
 
     "example" is big_vision's: the mean over examples of each example's mean over tokens. "token" is

@@ -8,6 +8,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def _dense(path, letters, inputs, **kw):
 LEAVES = tuple(_leaves())
 
 
-def decode_variant(variant):
+def decode_variant(variant: str) -> dict[str, Any]:
     """From "So400m/14" to dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
     name, _, patch = variant.partition("/")
     if name not in VARIANTS or (patch and not patch.isdigit()):
@@ -229,16 +230,16 @@ class _Model(nn.Module):
     lora: tuple = ()
 
     @property
-    def leaves(self):
+    def leaves(self) -> tuple[leaves.Leaf, ...]:
         """The parameters this tower has, as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
     @property
-    def probs_path(self):
+    def probs_path(self) -> str:
         """Where a layer's attention looks for the perturbation of its probabilities."""
         return "Transformer/encoderblock/MultiHeadDotProductAttention_0/probs"
 
-    def grid(self, height, width):
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of that many pixels."""
         return height // self.patch_size[0], width // self.patch_size[1]
 
@@ -299,7 +300,7 @@ class _Model(nn.Module):
 KEYS = frozenset(f.name for f in dataclasses.fields(_Model)) - {"parent", "name", "lora"} | {"variant"}
 
 
-def Model(num_classes=None, *, variant=None, **kw):  # noqa: N802 (a factory, named as in big_vision)
+def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -> _Model:  # noqa: N802 (a factory, named as in big_vision)
     """The image tower.
 
     Args:

@@ -82,19 +82,19 @@ class Model(nn.Module):
         return family.Model(**{**variant, **arguments, **getattr(self, part)}, name=part, **kw)
 
     @property
-    def parts(self):
+    def parts(self) -> dict[str, nn.Module]:
         """{"img": tower, "connector" if there is one, "llm": language model}: modules without
         parameters, to be asked for their sizes and leaves."""
         return self._make_parts(parent=None)
 
     @property
-    def leaves(self):
+    def leaves(self) -> dict[str, leaves.Leaf]:
         """{"img/head/kernel": `leaves.Leaf`, …}: all parameters, without adapters, in the order of
         the computation."""
         return leaves.join(**{name: part.leaves for name, part in self.parts.items()})
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """How many tokens the language model knows."""
         return self.parts["llm"].vocab_size
 
@@ -209,7 +209,7 @@ class Model(nn.Module):
         of_text = layout.outputs(y, logit_positions)
         return (of_text if pre_logits else self._llm.compute_logits(of_text)), out
 
-    def compute_logits(self, pre_logits):
+    def compute_logits(self, pre_logits) -> jax.Array:
         """float[B, P, D] of the call with `pre_logits` → float32[B, P, V]."""
         return self._llm.compute_logits(pre_logits)
 
@@ -218,7 +218,7 @@ class Model(nn.Module):
         mask = splice.make_attn_mask(input_mask, mask_ar)
         return self._llm.prefill_cache(x, input_mask, mask, cache_size=cache_size, num_samples=num_samples)
 
-    def extend_cache(self, x):
+    def extend_cache(self, x) -> jax.Array:
         """One step for every sample: float[B·samples, 1, D] → logits float32[B·samples, 1, V]."""
         return self._llm.extend_cache(x)
 
@@ -229,7 +229,7 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def perturbations(model, *, img=None, llm=None):
+def perturbations(model: Model, *, img=None, llm=None) -> dict:
     """The collection whose arrays are added to the attention's probabilities of all layers.
 
     Zeros change nothing; the gradient by them is the gradient by the probabilities:
@@ -245,7 +245,7 @@ def perturbations(model, *, img=None, llm=None):
     return leaves.unflatten_tree({f"{name}/{model.parts[name].probs_path}": x for name, x in arrays.items()})
 
 
-def patch_grid(model, image):
+def patch_grid(model: Model, image) -> tuple[int, int]:
     """(rows, columns) of patches of float[…, height, width, 3]."""
     return model.parts["img"].grid(*image.shape[-3:-1])
 
@@ -278,13 +278,13 @@ def layout_of(model, batch) -> splice.Layout:
     return splice.Layout(num_image, batch["text"].shape[-1], batch.get("image_at"), model.image_ar)
 
 
-def init_params(model, rng, *, image_size):
+def init_params(model: Model, rng, *, image_size: int) -> dict:
     """Random parameters in float32: {"img": …, "llm": …} for square images of `image_size` px."""
     image = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
     text = jnp.zeros((1, 2), jnp.int32)
     return model.init(rng, image, text, text)["params"]
 
 
-def abstract_params(model, *, image_size):
+def abstract_params(model: Model, *, image_size: int) -> dict:
     """The tree of `init_params` as jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0), image_size=image_size))

@@ -12,14 +12,15 @@ Axis letters: Q questions, P patches.
 
 import itertools
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import scipy.stats
 
-from paligemma_med.models import leaves as leaf_tables
 from paligemma_med.models import lora_targets, parts
+from paligemma_med.models.leaves import Leaf, stack_of
 
 # Where a mean rank correlation is above it, the check fails: ranks that correlate by 0.5 share a
 # quarter of their variance, and more than that would then be owed to something else than weights.
@@ -37,7 +38,7 @@ class _Stage(NamedTuple):
     layer: int | None = None
 
 
-def stages(params, leaves=None):
+def stages(params, leaves: dict[str, Leaf] | None = None) -> list[str]:
     """Names of what is randomised one after the other, from the output down.
 
     Part by part, the last first: what stands behind its layers, module by module; its layers from
@@ -68,7 +69,7 @@ def _stages(flat, leaves):
         for module in reversed(dict.fromkeys(map(_module, above))):
             out.append(_Stage(module, frozenset(leaf.path for leaf in above if _module(leaf) == module)))
         if layers:
-            stack, paths = leaf_tables.stack_of(layers), frozenset(leaf.path for leaf in layers)
+            stack, paths = stack_of(layers), frozenset(leaf.path for leaf in layers)
             depth = len(flat[layers[0].path])
             out += [_Stage(f"{stack}/{i}", paths, i) for i in reversed(range(depth))]
         if below:
@@ -87,7 +88,7 @@ def _flat(params):
     return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def randomised(params, which, seed=0, leaves=None):
+def randomised(params, which, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> dict:
     """`params` with the stages `which` (names of `stages`) replaced by noise.
 
     Each leaf of a layer becomes normal with its own mean and standard deviation: activations keep
@@ -119,14 +120,14 @@ def randomised(params, which, seed=0, leaves=None):
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def cascade(params, seed=0, leaves=None):
+def cascade(params, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields (stage, params with this stage and all above it randomised); the last is all noise."""
     for name in stages(params, leaves):
         params = randomised(params, (name,), seed, leaves)  # the noise of those above stays what it is
         yield name, params
 
 
-def similarity(a, b):
+def similarity(a, b) -> float:
     """Rank correlation (Spearman's, ties share their mean rank) of two maps of one size, in [-1,
     1]; 0 where one of them is the same everywhere, and has no order.
 
@@ -141,7 +142,7 @@ def similarity(a, b):
     return float(a @ b / scale) if scale else 0.0
 
 
-def between_questions(maps, images, questions, max_pairs=2000, seed=0):
+def between_questions(maps, images, questions, max_pairs: int = 2000, seed: int = 0) -> dict[str, list]:
     """How alike maps of different questions are: on the same image, and on different images.
 
     The second says what all maps share (the centre, a corner that collects attention); the first

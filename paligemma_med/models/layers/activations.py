@@ -20,7 +20,7 @@ NAMES = (*WHOLE_BY_DEFAULT, "act_heads", "act_mlp", "act_vocab")
 active = jax.make_user_context(default_value=None)
 
 
-def constrain(x, *names):
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out as the active rules say; `x` itself where there are none.
 
     Args:

@@ -24,7 +24,9 @@ MASKED = -(2.0**127)
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
-def attend(q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False, perturb=None):
+def attend(
+    q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False, perturb=None
+) -> tuple[jax.Array, jax.Array | None]:
     """Softmax attention with grouped key/value heads.
 
     Args:
@@ -188,7 +190,7 @@ def _attention_bwd(scale, softcap, kept, grad):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def attend_cached(q, prefix, new, *, scale, softcap=None):
+def attend_cached(q, prefix, new, *, scale, softcap=None) -> jax.Array:
     """One decoding step: each sample attends to its prompt's prefix and to its own past tokens.
 
     The prefix keys of a prompt are held once and read by all of its samples; nothing is copied

@@ -13,27 +13,30 @@ Axis letters: B batch, T query positions, S key positions, N query heads, K key/
 G query heads per key/value head (N = K·G).
 """
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
-def start_fold(capture, batch, heads, length):
+def start_fold(capture, batch: int, heads: int, length: int) -> Any:
     """State of `capture_attention` before the first layer; None unless it is a fold."""
     return None if isinstance(capture, bool) else capture.init(batch, heads, length)
 
 
-def fold_layer(capture, state, probs):
+def fold_layer(capture, state, probs) -> tuple[Any, Any]:
     """(state, what is stacked of this layer) from its probabilities float32[B, N, S, S] or None."""
     return (state, probs) if isinstance(capture, bool) else capture.step(state, probs)
 
 
-def end_folds(capture, state, stacked):
+def end_folds(capture, state, stacked) -> Any:
     """A tower's attention output after the last layer."""
     return stacked if isinstance(capture, bool) else (state, stacked)
 
 
 @jax.custom_vjp
-def weigh(probs, slot):
+def weigh(probs: jax.Array, slot: jax.Array) -> jax.Array:
     """The probabilities float32[B, K, G, T, S], unchanged.
 
     Only the gradient by `slot`, float32[B, T, S], is special: for a figure y it is the mean over
@@ -51,7 +54,7 @@ def _weigh_bwd(probs, grads):
 weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
 
 
-def perturbation(module):
+def perturbation(module: nn.Module) -> jax.Array | None:
     """What `attend` takes as `perturb`: the variable "probs" of the collection "perturbations" if
     the caller gave one (`vlm.perturbations`), else None. It is never created by `init`."""
     if module.has_variable("perturbations", "probs"):

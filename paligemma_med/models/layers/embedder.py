@@ -1,6 +1,7 @@
 """The vocabulary table: tokens in, logits out."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from paligemma_med.models.layers import quantised
@@ -22,10 +23,10 @@ class Embedder(nn.Module):
             (self.vocab_size, self.width),
         )
 
-    def encode(self, tokens):
+    def encode(self, tokens: jax.Array) -> jax.Array:
         x = quantised.rows(self.table, tokens, self.dtype)
         x = x * jnp.asarray(self.width**0.5, self.dtype)
         return constrain(x, "act_batch", "act_len", "act_emb")
 
-    def decode(self, x):
+    def decode(self, x: jax.Array) -> jax.Array:
         return quantised.logits(x, self.table)

@@ -49,7 +49,7 @@ class Spec:
             raise ValueError(f"LoRA dropout is {self.dropout!r}; expected 0 up to below 1.")
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """The factor on (x·A)·B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -57,7 +57,7 @@ class Spec:
 FACTORS = ("lora_a", "lora_b")
 
 
-def as_rules(rules):
+def as_rules(rules) -> tuple[tuple[str, Spec | None], ...]:
     """config.lora → a hashable tuple ((regex, Spec or None), …).
 
     Args:
@@ -90,7 +90,7 @@ def as_rules(rules):
     return tuple(out)
 
 
-def find(rules, param, part=""):
+def find(rules, param: str, part: str = "") -> Spec | None:
     """The Spec that `rules` (of `as_rules`) give a projection, or None."""
     names = (param, f"{param}:{part}") if part else (param,)
     for regex, spec in rules:
@@ -99,7 +99,7 @@ def find(rules, param, part=""):
     return None
 
 
-def is_factor(name):
+def is_factor(name: str) -> bool:
     """Whether a parameter's path is that of an adapter's factor."""
     return name.rpartition("/")[2] in FACTORS
 
@@ -134,7 +134,7 @@ class _Part(nn.Module):
         return _low_rank(self, self.spec, x, self.inputs, self.outputs, self.deterministic)
 
 
-def add(module, y, x, param, part="", *, inputs=1):
+def add(module: nn.Module, y: jax.Array, x: jax.Array, param: str, part: str = "", *, inputs: int = 1) -> jax.Array:
     """`y`, the output of a projection of `x`, plus that of its adapter if it has one.
 
     Called within a compact method of the module that owns the kernel.

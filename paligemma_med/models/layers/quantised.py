@@ -14,7 +14,10 @@ in each of P parts.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +58,7 @@ class Weight:
     shape: tuple[int, ...]
 
 
-def param(module, name, init, shape):
+def param(module: nn.Module, name: str, init, shape) -> Weight:
     """The parameter `name` of `module` as a Weight; made by `init(key, shape, dtype)`, it is dense."""
     if module.has_variable("params", name + SCALE):
         value, scale = (module.get_variable("params", n) for n in (name, name + SCALE))
@@ -63,7 +66,7 @@ def param(module, name, init, shape):
     return Weight(module.param(name, init, shape, jnp.float32), None, tuple(shape))
 
 
-def product(f, x, weight):
+def product(f: Callable, x: jax.Array, weight: Weight) -> Any:
     """f(x, w) with the Weight in the type of x.
 
     If that takes a copy, the copy isn't kept for the backward pass, whatever the remat policy:
@@ -111,7 +114,7 @@ _COPY = 2**26  # numbers: as many as the widest layer of gemma_2b has in one ker
 _GROUPS = 64
 
 
-def rows(table, tokens, dtype):
+def rows(table: Weight, tokens: jax.Array, dtype) -> jax.Array:
     """dtype[…, D]: rows of the table, a Weight [V, D], for int32[…] tokens."""
     found = jnp.take(table.value, tokens, axis=0)
     if table.scale is not None:
@@ -119,7 +122,7 @@ def rows(table, tokens, dtype):
     return found.astype(dtype)
 
 
-def logits(x, table):
+def logits(x: jax.Array, table: Weight) -> jax.Array:
     """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D]."""
     if table.scale is not None and _parts(table.shape)[1] > 1 and _few(x):
         return _logits_by_parts(x, table.value, table.scale)

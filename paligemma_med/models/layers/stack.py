@@ -1,10 +1,14 @@
 """A stack of like layers over parameters that are stacked on a leading axis."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
 
-def repeat(block, depth, scan, remat_policy, variable_axes=None):
+def repeat(
+    block: type[nn.Module], depth: int, scan: bool, remat_policy: str, variable_axes: dict[str, int] | None = None
+) -> Callable[..., nn.Module]:
     """Repeats `block`, a scan body, `depth` times.
 
     The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
