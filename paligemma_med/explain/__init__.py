@@ -1,6 +1,6 @@
 """An answer about an image and what it rests on, as a page to work with.
 
-`python -m paligemma_med.explain --help` tells the program; docs/explain.md how to read its page.
+`python -m paligemma_med.explain --help` shows the options; docs/explain.md says how to read the page.
 """
 
 from paligemma_med.explain.answer import Loaded, check, explain, fit_mask, load, piece

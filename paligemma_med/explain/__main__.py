@@ -30,14 +30,14 @@ from paligemma_med.saliency.methods import METHODS
 
 
 def _keep_programs(folder):
-    """Compiled programs outlive the process: the next report starts within seconds."""
+    """Keeps compiled programs on disk, so that the next report starts within seconds."""
     if folder:
         compilation_cache.start(folder, ".")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     values = flags.FLAGS
     _keep_programs(values.compilation_cache)

@@ -1,4 +1,4 @@
-"""One answer and what it rests on: a question about an image → a `report.Report` and its flags."""
+"""One answer and what it rests on: a question about an image → a `report.Report` with flags."""
 
 import dataclasses
 import hashlib
@@ -25,10 +25,10 @@ _SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
 
 
 class Loaded(NamedTuple):
-    """What answering takes, loaded once for many questions."""
+    """What answering needs, loaded once for many questions."""
 
     config: Any
-    weights: str  # their file's name, and what tells them from others (`fingerprint`)
+    weights: str  # the file's name, and the weights' `fingerprint`
     model: Any
     tokenizer: Any
     mesh: Any
@@ -36,8 +36,8 @@ class Loaded(NamedTuple):
     pp: Any
 
 
-def load(config, checkpoint):
-    """`Loaded` of a config and weights of any form that `checkpoints.load_params` takes.
+def load(config, checkpoint) -> Loaded:
+    """`Loaded` from a config and weights in any form that `checkpoints.load_params` takes.
 
     Raises:
       ValueError: the config has no prompt.
@@ -65,25 +65,25 @@ def explain(
     max_new_tokens=64,
     methods=tuple(METHODS),
     fill="blur",
-):
+) -> tuple[report.Report, list[checks.Flag]]:
     """Answers a question about an image, and measures what the answer rests on.
 
     Args:
       loaded: `load`.
       image: bytes of an image or DICOM file, or uint8[H, W, 3].
       question: str.
-      title: of the page; a file's name.
-      mask: optional bool[H, W], of the image's own size or as the model sees it: a region to be
-        replaced by `fill`.
-      num_samples, temperature, seed: of the answers sampled beside the greedy one; 0 for none.
-      max_new_tokens: of an answer.
+      title: the page's, such as the file's name.
+      mask: optional bool[H, W], of the image's own size or as the model sees it: a region to replace
+        by `fill`.
+      num_samples, temperature, seed: for the answers sampled besides the greedy one; 0 for none.
+      max_new_tokens: in an answer.
       methods, fill: as `report.measure` takes them.
 
     Returns:
-      (`report.Report`, the checks it was flagged by: list of `checks.Flag`).
+      (`report.Report`, its raised flags: list of `checks.Flag`).
 
     Raises:
-      ValueError: an image that can't be read, a mask of another size, no answer at all.
+      ValueError: an image that can't be read, a mask of another size, an empty answer.
     """
     if not question.strip():
         raise ValueError("the question is empty.")
@@ -112,7 +112,7 @@ def explain(
         loaded.model, loaded.params, seen, answer_ids=answer_ids, **prompt, methods=methods, fill=fill
     )
     names = [name for name in images if name != "image"]
-    # In batches as occlusion's, whose program is compiled already.
+    # In batches of occlusion's size, whose program is compiled already.
     size = report.BATCH if "occlusion" in methods else len(names)
     others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))
@@ -145,7 +145,7 @@ def explain(
     ), raised
 
 
-def check(made, controls):
+def check(made, controls) -> list[checks.Flag]:
     """The checks of `saliency.checks` on a report: list of `Flag`, raised or not.
 
     Args:
@@ -168,13 +168,13 @@ def check(made, controls):
     return out
 
 
-def words(name):
+def words(name) -> str:
     """ "image_ignored" → "Image ignored"."""
     return name.replace("_", " ").capitalize()
 
 
-def piece(tokenizer, token):
-    """A token as text that can be seen: specials in ‹ ›, line breaks as ↵, bytes by number."""
+def piece(tokenizer, token) -> str:
+    """A token as visible text: specials in ‹ ›, line breaks as ↵, bytes by number."""
     token = int(token)
     if token in _SPECIAL:
         return _SPECIAL[token]
@@ -184,8 +184,8 @@ def piece(tokenizer, token):
     return text.replace("\n", "↵")
 
 
-def fit_mask(mask, image_shape, seen_shape, stretched):
-    """bool[H, W] as the model sees it, of a mask of the image's or the model's size.
+def fit_mask(mask, image_shape, seen_shape, stretched) -> np.ndarray:
+    """bool[H, W] as the model sees it, from a mask of the image's or the model's size.
 
     Raises:
       ValueError: another size; a mask that covers nothing.
@@ -221,8 +221,8 @@ def _pixels(image):
 def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens):
     """([(tokens, text)] of the most probable answer on each image, samples on the first).
 
-    Greedy as `predict` is: a draw from the one most probable token would be another answer where
-    two are equally probable.
+    Greedy, as in `predict`: sampling from the single most probable token could give another answer
+    where two are equally probable.
     """
 
     def draw(images, **kw):
@@ -248,7 +248,7 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
 
 def _about(loaded, made, answer_ids, num_samples, temperature, seed):
     (height, width), (rows, columns) = made.seen.shape[:2], made.grid
-    # No time and no duration: the same command makes the same bytes.
+    # No date and no duration, so that the same command writes the same bytes.
     out = [
         ("Weights", loaded.weights),
         ("Image", f"{width} × {height} px as the model sees it, {rows} × {columns} patches"),

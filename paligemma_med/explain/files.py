@@ -13,14 +13,14 @@ from paligemma_med.files import whole_file
 from paligemma_med.saliency.methods import KINDS
 
 
-def write_page(made, path):
-    """The page of a report; the file appears whole."""
+def write_page(made, path) -> None:
+    """Writes the page of a report, whole or not at all."""
     with whole_file(path) as f:
         f.write(page.render(made).encode())
 
 
-def write_npz(made, path):
-    """All arrays of a report, exact: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
+def write_npz(made, path) -> None:
+    """Writes all arrays of a report, exactly: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
     and `texts`, JSON as UTF-8 bytes in an array (no pickle)."""
     arrays = {k: np.asarray(getattr(made, k)) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")}
     for m in made.maps:
@@ -36,9 +36,9 @@ def write_npz(made, path):
         np.savez_compressed(f, **arrays)
 
 
-def write_pngs(made, folder, prefix=""):
-    """Each method's map over the picture, of the whole answer and of each token: <prefix><method>_
-    all.png, …_00.png. Tokens of one method share their scale."""
+def write_pngs(made, folder, prefix="") -> None:
+    """Writes each method's map over the picture, for the whole answer and for each token:
+    <prefix><method>_all.png, …_00.png. Tokens of one method share a scale."""
     grid, patches = made.grid, made.grid[0] * made.grid[1]
     chosen = {"raw": made.raw.mean((0, 1))}
     for m in made.maps:
@@ -67,6 +67,6 @@ def _png(pixels):
     return out.getvalue()
 
 
-def slug(text, limit=40):
-    """A text as part of a file's name: ASCII letters, digits, - and _."""
+def slug(text, limit=40) -> str:
+    """A text as part of a file's name: ASCII letters, digits and _."""
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:limit] or "x"

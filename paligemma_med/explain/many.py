@@ -1,4 +1,4 @@
-"""Many answers: a page each, and an index of them, worst first; stopped at any point, it goes on."""
+"""Many answers: a page for each and an index, worst first; an interrupted call can be resumed."""
 
 import contextlib
 import hashlib
@@ -19,20 +19,20 @@ from paligemma_med.page import clean
 from paligemma_med.saliency import checks
 
 
-def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw):
+def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> int:
     """A page for each (image, question), and index.html, worst first.
 
-    An image that can't be read gets a line in the index and no page. Stopped at any point, the same
-    call goes on where it was: what is done stands in `results.PART` until the index is written.
+    An image that can't be read gets a line in the index and no page. If interrupted at any point, the
+    same call resumes: finished rows are in `results.PART` until the index is written.
 
     Args:
       folder, asked: image files below a folder, [(name, question)].
       out: folder for the pages.
-      npz, png: write those beside each page.
-      **kw: for `explain`.
+      npz, png: also write these for each page.
+      **kw: passed to `explain`.
 
     Returns:
-      How many have no page.
+      How many questions have no page.
     """
     identity = dict(
         weights=loaded.weights,
@@ -77,7 +77,7 @@ def _content(path):
 
 
 def _row(loaded, content, name, question, stem, *, npz, png, **kw):
-    """Writes the files of one of many, `stem` and an ending; → its row in the index, as JSON."""
+    """Writes the files of one question, named `stem` plus an ending; returns its row of the index."""
     row = dict(
         name=clean(name),
         question=clean(question),
@@ -110,8 +110,8 @@ def _row(loaded, content, name, question, stem, *, npz, png, **kw):
     )
 
 
-def worst_first(rows, raised):
-    """Order for the index: what failed, then by flags, then the least probable answer first."""
+def worst_first(rows, raised) -> list[int]:
+    """Indices in the index's order: failures, then by flags, then the least probable answer first."""
     by_flags = {i: place for place, i in enumerate(checks.worst_first(raised))}
 
     def key(i):

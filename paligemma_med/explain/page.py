@@ -1,12 +1,12 @@
 """A saliency report as one HTML page that an expert can work with, and the index of many of them.
 
-Made with `paligemma_med.page`, so that whatever a question or a file name holds is inert; the script
-puts text into the page as text.
+Made with `paligemma_med.page`, so that nothing in a question or a file name is executed; the script
+inserts text as text, never as HTML.
 
 Arrays travel in the page as base64, each row divided by its largest value: as float16, or, where
 raw attention would be megabytes, as uint8 on a square-root scale (`pack`); the page says which.
 
-`report.Report` says what a report holds.
+`report.Report` lists what a report holds.
 """
 
 import base64
@@ -25,7 +25,7 @@ FOLDER = pathlib.Path(__file__).parent
 MAX_SIDE = 768  # pixels of the picture in the page
 MAX_RAW = 400_000  # numbers of raw attention that are kept as float16
 
-LEAST = 0.1  # nats: the scale of a signed map reaches at least so far
+LEAST = 0.1  # nats: the scale of a signed map reaches at least this far
 
 # Stops of matplotlib's viridis and cividis (both CC0), grey, and PuOr for signed maps
 # (ColorBrewer): all readable with every kind of colour vision.
@@ -39,8 +39,8 @@ COLOURS = {
 }
 
 
-def render(report):
-    """The page of a report, as text.
+def render(report) -> str:
+    """The page of a report, as HTML text.
 
     Raises:
       ValueError: jinja2 isn't installed; an array holds NaN or has another shape.
@@ -49,19 +49,19 @@ def render(report):
     return _page("page", report=_texts(report), data=data_of(report))
 
 
-def render_index(rows, title):
+def render_index(rows, title) -> str:
     """The index of many reports, in the order given.
 
     Args:
       rows: list of dict(name, question, answer, probability float or None, flags list of dict(name,
         says), thumb by `data_url` or None, href relative address or None, error str or None).
-      title: of the page.
+      title: the page's.
     """
     names = sorted({f["name"] for row in rows for f in row["flags"]})
     return _page("index", rows=clean(rows), names=clean(names), title=clean(title))
 
 
-def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None, signed=None):
+def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None, signed=None) -> np.ndarray:
     """A map over a picture, as the page draws it: colour by value, opacity by its square root.
 
     Args:
@@ -70,7 +70,7 @@ def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None, signed
       colours: one of COLOURS.
       opacity: of the largest value.
       top: value that gets the last colour; by default the map's largest magnitude.
-      signed: purple to orange about 0; by default where any value is negative.
+      signed: colours from purple to orange around 0; by default if any value is negative.
 
     Returns:
       uint8[H, W, 3].
@@ -91,26 +91,26 @@ def overlay(picture, values, *, colours="viridis", opacity=0.7, top=None, signed
     return np.floor(out + 0.5).astype(np.uint8)
 
 
-def colour_stops(name):
+def colour_stops(name) -> np.ndarray:
     """float64[stops, 3] of 0…255."""
     stops = [[int(s[i : i + 2], 16) for i in (0, 2, 4)] for s in COLOURS[name].split()]
     return np.array(stops, np.float64)
 
 
-def content(report):
-    """int[…] tokens of the whole answer's map: all but its end, where there are others."""
+def content(report) -> np.ndarray:
+    """int[…] tokens that the whole answer's map covers: all but EOS, unless EOS is the only one."""
     r = len(report.tokens)
     return np.arange(r - (report.ended and r > 1))
 
 
-def whole(method, values):
-    """float[tokens, …] of one method → float[…] of those tokens together: their mean; drops of
-    log-probability add up."""
+def whole(method, values) -> np.ndarray:
+    """float[tokens, …] of one method → float[…] of all those tokens: the mean, or the sum for drops of
+    log-probability."""
     return values.sum(0) if KINDS[method].signed else values.mean(0)
 
 
-def check(report):
-    """ValueError where arrays don't fit one another: a page would show them shifted."""
+def check(report) -> None:
+    """Raises ValueError if arrays don't fit together: a page would show them shifted."""
     h, w = report.grid
     patches, prompt, r = h * w, len(report.prompt), len(report.tokens)
     s = patches + prompt + r
@@ -137,8 +137,8 @@ def check(report):
 # --- What goes into the page ---
 
 
-def data_of(report):
-    """What the page's script reads: a dict that JSON carries."""
+def data_of(report) -> dict:
+    """What the page's script reads, as a dict for JSON."""
     raw = np.asarray(report.raw)
     regions = report.regions
     return dict(
@@ -168,27 +168,27 @@ def data_of(report):
     )
 
 
-def pack(x, kind="f2"):
+def pack(x, kind="f2") -> dict:
     """An array for JSON: dict(type, shape, tops, data), the last two base64, little-endian.
 
     Each row (last axis) is divided by its largest magnitude, `tops` float32. "f2" keeps the rest as
-    float16 (error at most 2^-11 of a value); "u1" as round(255·sqrt(value)), for values of no sign
-    (error at most 0.4 % of the row's largest value).
+    float16 (error at most 2^-11 of a value); "u1" as round(255·sqrt(value)), for values that aren't
+    negative (error at most 0.4 % of the row's largest value).
     """
     x = np.asarray(x, np.float32)
     tops = np.abs(x).max(-1, keepdims=True).astype("<f4")
     rows = x / np.where(tops > 0, tops, 1)
     if kind == "u1":
         if (rows < 0).any():
-            raise ValueError("u1 is for values of no sign; found a negative one.")
+            raise ValueError("u1 is for values that aren't negative; found a negative one.")
         rows = np.floor(255 * np.sqrt(rows) + 0.5).astype("u1")
     else:
         rows = rows.astype("<f2")
     return dict(type=kind, shape=list(x.shape), tops=_base64(tops), data=_base64(rows))
 
 
-def unpack(packed):
-    """The reverse, float32, as the page's script does it."""
+def unpack(packed) -> np.ndarray:
+    """The reverse of `pack`, float32, as the page's script computes it."""
     rows = np.frombuffer(base64.b64decode(packed["data"]), "<" + packed["type"])
     rows = rows.astype(np.float32).reshape(packed["shape"])
     tops = np.frombuffer(base64.b64decode(packed["tops"]), "<f4")
@@ -205,20 +205,20 @@ def _floats(x):
     return [float(np.float32(v)) for v in x]
 
 
-def data_url(pixels, side=MAX_SIDE):
-    """An image as an address: PNG, at most `side` pixels wide and high."""
+def data_url(pixels, side=MAX_SIDE) -> str:
+    """An image as a data: URL: PNG, at most `side` pixels wide and high."""
     image = PIL.Image.fromarray(np.asarray(pixels, np.uint8))
     if max(image.size) > side:
         image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     if np.ptp(np.asarray(image), axis=-1).max() == 0:
-        image = image.convert("L")  # grey in colour's clothes: a third of the bytes
+        image = image.convert("L")  # grey stored as RGB: a third of the bytes
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return page.data_url(out.getvalue(), "image/png")
 
 
 def _texts(report):
-    """What the template reads: texts, addresses of images, rounded figures."""
+    """What the template reads: texts, image URLs, rounded figures."""
     logprobs = np.asarray(report.logprobs, np.float64)
     mask = report.mask
     h, w = report.grid
@@ -259,8 +259,8 @@ def _texts(report):
     )
 
 
-def first_method(report):
-    """The kind of map that a page opens with: the one that depends on the answer, where it was made."""
+def first_method(report) -> str:
+    """The kind of map that a page opens with: one that depends on the answer, if it was computed."""
     return max(_methods(report), key=lambda k: KINDS[k].preferred)
 
 
@@ -270,13 +270,13 @@ def _methods(report):
 
 
 def _agreement(samples, answer):
-    """(how many samples say what the answer says, of how many)."""
+    """(how many samples agree with the answer, of how many)."""
     said = [s["answer"].strip().lower() for s in samples]
     return sum(s == answer.strip().lower() for s in said), len(said)
 
 
 def _counted(samples):
-    """Equal answers as one, most frequent first: dict(answer, logprob, times)."""
+    """Equal answers merged, most frequent first: dict(answer, logprob, times)."""
     out = {}
     for s in samples:
         found = out.setdefault(s["answer"], dict(s, times=0))
@@ -284,13 +284,13 @@ def _counted(samples):
     return sorted(out.values(), key=lambda s: (-s["times"], -s["logprob"]))
 
 
-def percent(logprob):
+def percent(logprob) -> str:
     """A log-probability as text: "93 %", "0.4 %", "below 0.01 %"; never "100 %"."""
     return share(math.exp(min(float(logprob), -1e-6)))
 
 
-def share(p):
-    """A share as text; its blank doesn't break. What is nearly all, or nothing, doesn't look it."""
+def share(p) -> str:
+    """A share as text with a non-breaking blank; nearly 1 isn't rounded to 100 %, nor nearly 0 to 0 %."""
     if 0.995 <= p < 1:
         return f"{100 * p:.1f}\u00a0%" if p < 0.9995 else "over 99.9\u00a0%"
     if p < 1e-4:

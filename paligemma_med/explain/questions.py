@@ -1,25 +1,27 @@
-"""What is asked about which images: a folder, a table of questions, a mask."""
+"""Reads what to ask about which images: a folder, a table of questions, a mask."""
 
 import csv
 import io
 import os
 import pathlib
 
+import numpy as np
+
 from paligemma_med.pp import images
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 
 
-def read_mask(path):
+def read_mask(path) -> np.ndarray:
     """bool[H, W], True where an image file is lighter than mid-grey."""
     return images.to_rgb(read_bytes(path, "--mask")).max(-1) > 127
 
 
-def read_questions(path, folder):
-    """[(image's path below `folder`, question)] of a CSV or TSV file with those columns.
+def read_questions(path, folder) -> list[tuple[str, str]]:
+    """[(image's path below `folder`, question)] from a CSV or TSV file with columns image and question.
 
     Raises:
-      ValueError: a column is missing, a field is empty, or an image's path leaves the folder; with
+      ValueError: a column is missing, a field is empty, or an image's path leaves the folder; names
         the file and line.
     """
     text = read_bytes(path, "--questions")
@@ -50,7 +52,7 @@ def _inside(folder, name):
     return os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, ""))
 
 
-def images_in(folder):
+def images_in(folder) -> list[str]:
     """Names of the image files below a folder, sorted."""
     root = pathlib.Path(folder)
     found = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
@@ -59,7 +61,7 @@ def images_in(folder):
     return [str(p.relative_to(root)) for p in found]
 
 
-def read_bytes(path, flag):
+def read_bytes(path, flag) -> bytes:
     try:
         return pathlib.Path(path).read_bytes()
     except OSError as e:

@@ -15,7 +15,7 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
 
     Args:
         pp: ops separated by `|`, e.g. `decode|resize(224)|value_range(-1, 1)`. Empty sections are
-            skipped, an empty string gives a function that copies the dict.
+            skipped; an empty string gives a function that copies the dict.
 
     Returns:
         `fn(data, rng=None) -> dict`, picklable. `rng` is a `np.random.Generator`; only random ops
@@ -23,6 +23,6 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
 
     Raises:
         ValueError: unknown op (near names are listed), wrong or non-literal arguments.
-        FileNotFoundError: the tokenizer that a `tok` op names is not there.
+        FileNotFoundError: the tokenizer file that a `tok` op names doesn't exist.
     """
     return PreprocessFn(pp)

@@ -2,8 +2,8 @@
 
 Scanner files hold what the detector measured, in 10 to 16 bits and sometimes with white as zero;
 models want what a radiologist sees. Read with pydicom (extra `dicom`); compressed files need a
-decoder that pydicom finds, such as pylibjpeg. Names and dates of patients don't survive, since only
-pixels do; what is burned into the pixels stays.
+decoder that pydicom finds, such as pylibjpeg. Only pixels are kept, so patients' names and dates are
+gone, except for what is burned into the pixels.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def _open(content: bytes) -> Any:
     import pydicom
 
     if _DEFLATED in content[:4096]:
-        # It would be inflated whole before its size can be checked.
+        # pydicom would inflate all of it before its size can be checked.
         raise DicomError("a deflated DICOM file; expected another transfer syntax")
     ds = pydicom.dcmread(io.BytesIO(content), force=True)
     if not any(k in ds for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
@@ -99,7 +99,7 @@ def _open(content: bytes) -> Any:
 
 @contextlib.contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """pydicom logs the traceback of each decoder that fails, and then raises what sums them up."""
+    """Silences pydicom, which logs the traceback of each decoder that fails before it raises a summary."""
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
@@ -127,9 +127,9 @@ def _grey(ds: Any, values: np.ndarray) -> np.ndarray:
         depth = int(ds.VOILUTSequence[0].LUTDescriptor[2])
         x = np.asarray(apply_voi(x.astype(np.int64), ds), np.float64) / (2**depth - 1)
     elif bits <= 8 and not int(ds.get("PixelRepresentation") or 0) and np.array_equal(x, values):
-        x = x / (2**bits - 1)  # already made for a screen
+        x = x / (2**bits - 1)  # already meant for a screen
     else:
-        # No window given: from the darkest to the lightest. Padding is no part of the picture.
+        # Without a window: from the darkest to the lightest value. Padding isn't part of the picture.
         inside, padding = np.ones(values.shape, bool), ds.get("PixelPaddingValue")
         if isinstance(padding, int):
             last = ds.get("PixelPaddingRangeLimit")
@@ -139,7 +139,7 @@ def _grey(ds: Any, values: np.ndarray) -> np.ndarray:
         low, high = float(seen.min()), float(seen.max())
         x = np.clip((x - low) / (high - low), 0, 1) if high > low else np.zeros_like(x)
     inverse = str(ds.get("PresentationLUTShape") or "").upper() == "INVERSE"
-    # The two say the same thing; a file with both is inverted once.
+    # Both say the same; a file with both is inverted once.
     return 1 - x if inverse or ds.PhotometricInterpretation == "MONOCHROME1" else x
 
 
@@ -148,14 +148,14 @@ def to_rgb(content: bytes) -> np.ndarray:
 
     Grey images: modality LUT or rescale slope and intercept; the first window of several (centre
     and width by the standard's function), else the first VOI LUT, else 8-bit values as they are,
-    else from the smallest to the largest value; MONOCHROME1 (or presentation shape INVERSE) turned
-    round. Palettes are looked up, YBR becomes RGB, colours of more than 8 bits are scaled from
+    else from the smallest to the largest value; MONOCHROME1 (or presentation shape INVERSE) is
+    inverted. Palettes are looked up, YBR becomes RGB, colours of more than 8 bits are scaled from
     their full range. Of several frames the first is taken. Overlays are not drawn, and pixels that
-    aren't square are left so.
+    aren't square stay as they are.
 
     Raises:
       DicomError: pydicom isn't installed; not DICOM, without pixels, cut off, or compressed in a way
-        that no installed decoder reads. The message is to be prefixed with the file's name.
+        that no installed decoder reads. Callers put the file's name before the message.
     """
     try:
         from pydicom.pixels import apply_color_lut, pixel_array
@@ -163,14 +163,14 @@ def to_rgb(content: bytes) -> np.ndarray:
         raise DicomError("a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'") from None
     try:
         with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
-            warnings.simplefilter("ignore")  # pydicom's remarks on values that no pixel depends on
+            warnings.simplefilter("ignore")  # about values that no pixel depends on
             ds = _open(content)
             values = pixel_array(ds, index=0)
             kind = ds.PhotometricInterpretation
             if values.size == 0:
                 raise DicomError(f"an empty image, {values.shape}; expected pixels")
             if kind == "PALETTE COLOR":
-                # Entries are 8 or 16 bits by the descriptor; pydicom gives them in that type.
+                # The descriptor says whether entries have 8 or 16 bits; pydicom returns that type.
                 values = apply_color_lut(values, ds)
                 x = values / np.iinfo(values.dtype).max
             elif values.ndim == 2:
@@ -179,7 +179,7 @@ def to_rgb(content: bytes) -> np.ndarray:
                 x = values / (2 ** int(ds.BitsStored) - 1)
     except DicomError:
         raise
-    except Exception as e:  # pydicom raises nearly every kind, depending on where a file is damaged
+    except Exception as e:  # pydicom raises nearly anything, depending on where a file is damaged
         reason = " ".join(str(e).split()) or type(e).__name__
         raise DicomError(f"a DICOM file that can't be decoded ({len(content)} bytes; {reason:.200})") from None
     if not np.isfinite(x).all():

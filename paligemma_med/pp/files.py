@@ -1,4 +1,4 @@
-"""Where data lies by default, and files that aren't what their names say."""
+"""The default data folder, and git-LFS pointers in place of files."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 
 def default_data_dir() -> pathlib.Path:
-    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS looks by itself."""
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets, TFDS' own default."""
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
@@ -17,7 +17,7 @@ def is_lfs_pointer(content: bytes) -> bool:
 
 
 def lfs_message(what: str) -> str:
-    """What to say, behind the file's name, about a git-LFS pointer in place of `what`."""
+    """The rest of a message, after the file's name, about a git-LFS pointer in place of `what`."""
     return (
         f"found a git-LFS pointer, expected {what}; run `git lfs pull` where the folder was "
         "cloned, or download the file itself"

@@ -1,4 +1,4 @@
-"""Encoded images of any kind → uint8 RGB: the one reader of images in the house.
+"""Encoded images of any kind → uint8 RGB: the project's only reader of images.
 
 Training data, `predict`, `explain` and the builders of data sets all pass through it, so that a
 file means the same picture to each of them.
@@ -14,13 +14,13 @@ from PIL import Image
 from paligemma_med.pp import dicom, files
 
 # Formats that PIL decodes itself. For others it starts outside programs (EPS runs Ghostscript), or
-# they are too rare to be worth their attack surface on files from strangers.
+# they are too rare to justify their attack surface on files from strangers.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 _WHITE_IS_ZERO = 262, 0  # TIFF's tag PhotometricInterpretation; PIL heeds it for 8 bits only
 
 
 class ImageError(ValueError):
-    """Bytes that are no image, or one that is refused; one sentence says what was found."""
+    """Bytes that aren't an image, or an image that is refused; the message is one sentence."""
 
 
 class Decoded(NamedTuple):
@@ -41,23 +41,23 @@ def to_rgb(content: bytes) -> np.ndarray:
 
     Grey is repeated, palettes are looked up, CMYK is converted (Adobe's inverted JPEGs too). 16-bit
     grey is scaled from its full range, 0..65535 to 0..255, rounded, so that 12-bit values stored
-    without stretching stay dark; a TIFF whose white is zero is turned round. Transparency is put on
+    without stretching stay dark; a TIFF whose white is zero is inverted. Transparency is put on
     black, the colour of air in a radiograph: dropping alpha would uncover whatever an editor left
-    under the transparent parts. The first frame or page of several is taken, and EXIF orientation
-    is left alone, as TensorFlow leaves it. DICOM: see `dicom.to_rgb`.
+    under the transparent parts. Of several frames or pages the first is taken. EXIF orientation is
+    ignored, as in TensorFlow. DICOM: see `dicom.to_rgb`.
 
     Raises:
-      ImageError: no image, damaged, cut off, of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or
+      ImageError: not an image, damaged, cut off, more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or
         values of unknown range (floats, negative or above 65535).
     """
     return decode(content).rgb
 
 
 def decode(content: bytes, *, verify: bool = False) -> Decoded:
-    """As `to_rgb`, and whether the bytes are plain.
+    """Like `to_rgb`, and whether the bytes are plain.
 
     Args:
-      verify: look for broken chunks and checksums, too, which decoding alone may not notice.
+      verify: also look for broken chunks and checksums, which decoding alone may not notice.
     """
     if files.is_lfs_pointer(content):
         raise ImageError(files.lfs_message("an image"))
@@ -66,13 +66,13 @@ def decode(content: bytes, *, verify: bool = False) -> Decoded:
             return Decoded(dicom.to_rgb(content), False)
         if verify:
             with open_image(content) as image:
-                image.verify()  # which leaves the image unusable: it is opened once more below
+                image.verify()  # makes the image unusable, so it is opened again below
         with open_image(content) as image:
             image.load()
             rgb, changed = _pil_to_rgb(image)
             plain = image.format in ("JPEG", "MPO", "PNG") and not changed
             if image.format == "PNG":
-                # PIL reads 16-bit colour by its high bytes and says nothing of it.
+                # PIL silently reads only the high bytes of 16-bit colour.
                 plain = plain and content[24] <= 8 and getattr(image, "n_frames", 1) == 1
             return Decoded(rgb, plain)
     except ImageError:
@@ -83,7 +83,7 @@ def decode(content: bytes, *, verify: bool = False) -> Decoded:
 
 
 def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """An image of PIL's whose pixels aren't read yet; ImageError if they are too many.
+    """A PIL image whose pixels aren't read yet; ImageError if there are too many of them.
 
     Raises:
       Whatever PIL raises for bytes that are none of `formats`.
@@ -104,7 +104,7 @@ def size(content: bytes) -> tuple[int, int]:
     try:
         with open_image(content) as image:
             return image.height, image.width
-    except Exception:  # DICOM, or an error that decoding tells better
+    except Exception:  # DICOM, or an error that decoding explains better
         return decode(content).rgb.shape[:2]
 
 

@@ -1,6 +1,6 @@
-"""Markdown tables: one writer for all that prints figures or writes a report.
+"""Markdown tables: one writer for everything that prints figures or writes a report.
 
-It is in this package since data sets' reports may import nothing else of the library.
+It lives in `pp` because data sets' reports may import no other package of the library.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,18 +13,17 @@ def row(cells: Iterable[Any]) -> str:
 
 
 def head(cells: Sequence[Any], left: int = 1) -> str:
-    """The first two lines of a table whose rows will be printed one by one, as they come.
+    """The first two lines of a table whose rows are printed one by one later.
 
     Args:
       cells: titles of the columns.
-      left: how many of the first columns hold words; the others hold numbers, which are set to the
-        right.
+      left: how many of the first columns hold words; the others hold numbers and are right-aligned.
     """
     return row(cells) + "\n" + row(["---" if i < left else "---:" for i in range(len(cells))])
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A whole table, aligned so that it can be read as plain text, too.
+    """A whole table, aligned so that it also reads well as plain text.
 
     Args:
       rows: [[cell, …], …], the head first.
@@ -43,8 +42,8 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def cell(value: Any) -> str:
-    """A text of the project's own in a cell, where a bar or a new line would end it.
+    """One of the project's own texts as a cell, which a bar or a line break would end.
 
-    Texts of strangers need more: see `tools.report.blocks.escape`.
+    Texts from outside need more: see `tools.report.blocks.escape`.
     """
     return str(value).replace("|", "\\|").replace("\n", " ")

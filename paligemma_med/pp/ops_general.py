@@ -1,20 +1,22 @@
 """Ops that do not care whether a value is an image or a text: keys, defaults, ranges, choice.
 
-Names and arguments as in big_vision's `pp/ops_general.py`; values are numpy arrays and Python
-objects in place of TF tensors.
+Names and arguments are those of big_vision's `pp/ops_general.py`; values are numpy arrays and Python
+objects instead of TF tensors.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-from paligemma_med.pp.registry import get, need_rng, on_key, register
+from paligemma_med.pp.registry import Op, get, need_rng, on_key, register
 
 
 @register("value_range")
 @on_key()
-def value_range(vmin=-1, vmax=1, in_min=0, in_max=255.0, clip_values=False):
+def value_range(vmin=-1, vmax=1, in_min=0, in_max=255.0, clip_values=False) -> Callable:
     """Maps [in_min, in_max] linearly to [vmin, vmax]; gives float32 of the same shape.
 
-    `in_min` and `in_max` may be lists, one number a channel.
+    `in_min` and `in_max` may be lists, one number per channel.
     """
     low = np.asarray(in_min, np.float32)
     span = np.asarray(in_max, np.float32) - low
@@ -31,12 +33,11 @@ def value_range(vmin=-1, vmax=1, in_min=0, in_max=255.0, clip_values=False):
 
 
 @register("keep")
-def keep(*keys):
+def keep(*keys) -> Op:
     """Keeps the named keys, and always those that start with `_`.
 
     The underscore keys are bookkeeping that ops leave for the input pipeline (`_truncated`); an
-    experiment's keep list should not have to know them. Named keys that are missing are not an
-    error, as in big_vision.
+    config's keep list should not have to know them. A named key may be missing, as in big_vision.
     """
 
     def op(data, rng):
@@ -47,7 +48,7 @@ def keep(*keys):
 
 
 @register("drop")
-def drop(*keys):
+def drop(*keys) -> Op:
     """Removes the named keys."""
 
     def op(data, rng):
@@ -67,7 +68,7 @@ def _copy_structure(value):
 
 
 @register("copy")
-def copy(inkey, outkey):
+def copy(inkey, outkey) -> Op:
     """Puts the value of `inkey` under `outkey` too."""
 
     def op(data, rng):
@@ -79,11 +80,11 @@ def copy(inkey, outkey):
 
 
 @register("setdefault")
-def setdefault(key, value):
+def setdefault(key, value) -> Op:
     """Sets `key` to `value` where it is missing or holds no element.
 
-    An empty *string* is an element and stays; an empty list or array becomes one with `value` in
-    each place (at least one), as in big_vision.
+    An empty *string* counts as an element and stays; an empty list or array becomes one filled with
+    `value` (at least one entry), as in big_vision.
     """
 
     def op(data, rng):
@@ -101,16 +102,16 @@ def setdefault(key, value):
 
 
 @register("choice_no_replacement")
-def choice_no_replacement(key=None, inkey=None, outkey=None):
+def choice_no_replacement(key=None, inkey=None, outkey=None) -> Op:
     """Picks the same random entry of every input key.
 
     `key`, or `inkey` and `outkey`, are a string or a list of strings; `{key}` in an outkey stands
     for the inkey's name. Needs an rng.
 
-    big_vision counts how often each example was seen, to go through all entries before one
-    repeats. Such a counter depends on the worker that happens to see the example and is lost at a
-    restart, and the same seed must give the same batches. So the pick here depends on the rng
-    alone, and entries may repeat before all were seen.
+    big_vision counts how often each example was seen, so that no entry repeats before all were seen.
+    Such a counter depends on which worker sees the example and is lost at a restart, while the same
+    seed must give the same batches. So the pick here depends on the rng alone, and entries may repeat
+    earlier.
     """
     sources = _as_list(inkey or key)
     targets = _as_list(outkey or key)
@@ -135,7 +136,7 @@ def choice_no_replacement(key=None, inkey=None, outkey=None):
 
 
 @register("getidx")
-def getidx(inkey, index_key, outkey=None):
+def getidx(inkey, index_key, outkey=None) -> Op:
     """Stores `data[inkey][data[index_key]]` under `outkey` (or `inkey`)."""
 
     def op(data, rng):

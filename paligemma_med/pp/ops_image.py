@@ -1,10 +1,11 @@
 """Image ops: decode any file to RGB, resize as TensorFlow does, and three gentle augmentations.
 
-Names and arguments as in big_vision's `pp/ops_image.py`. Images are numpy arrays [H, W, 3] under
-the key `image` unless said otherwise. Nothing flips or rotates: left and right are answers here.
+Names and arguments are those of big_vision's `pp/ops_image.py`. Images are numpy arrays [H, W, 3]
+under the key `image` unless stated otherwise. Nothing flips or rotates: left and right are answers.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -15,16 +16,15 @@ from paligemma_med.pp.registry import need_rng, on_key, register
 
 @register("decode")
 @on_key()
-def decode(channels=3, precise=True):
-    """Decodes an encoded image (bytes) to uint8 [H, W, 3]; arrays are brought to the same form.
+def decode(channels=3, precise=True) -> Callable:
+    """Decodes an encoded image (bytes) to uint8 [H, W, 3]; arrays are converted to the same form.
 
-    Whatever `images.to_rgb` reads, DICOM included; what becomes of 16 bits, palettes, transparency
-    and several frames is told there.
+    Reads what `images.to_rgb` reads, DICOM included; see there for 16 bits, palettes, transparency and
+    several frames.
 
-    `precise` is accepted for big_vision's sake: PIL's JPEG decoding is the precise one.
+    `precise` is accepted because big_vision has it: PIL's JPEG decoding is the precise one.
 
-    Raises ValueError, saying what was found, for bytes that are no image, are cut off, or hold too
-    many pixels.
+    Raises ValueError for bytes that aren't an image, are cut off, or hold too many pixels.
     """
     if channels != 3:
         raise ValueError(f"only channels=3 is supported, found {channels!r}")
@@ -46,12 +46,12 @@ def decode(channels=3, precise=True):
 
 @register("resize")
 @on_key()
-def resize(size, method="bilinear", antialias=False):
+def resize(size, method="bilinear", antialias=False) -> Callable:
     """Resizes to `size`, an int for a square or (height, width); keeps the dtype.
 
-    As `tf.image.resize(method="bilinear", antialias=antialias)` followed by big_vision's cast back
-    to the input's dtype, which for uint8 cuts the fraction off. Keep `antialias=True`: without it,
-    shrinking skips pixels, and the default is False only because it is in big_vision.
+    Equals `tf.image.resize(method="bilinear", antialias=antialias)` followed by big_vision's cast back
+    to the input's dtype, which truncates for uint8. Use `antialias=True`: without it, shrinking skips
+    pixels. The default is False only because big_vision's is.
     """
     height, width = _two_sizes(size)
     if method != "bilinear":
@@ -85,12 +85,12 @@ def resize_image(image: np.ndarray, height: int, width: int, *, antialias: bool)
 
     Pixel centres sit at half integers. Each output pixel is a weighted mean of input pixels under
     a triangle of half-width 1, widened by the scale when shrinking with `antialias`. The two axes
-    are independent, so the whole is one small matrix product an axis.
+    are independent, so this is one small matrix product per axis.
 
     uint8 with antialias, which is what every config does to every image, is left to PIL: the same
-    filter in integers, rounded after each axis (within 1 of the exact value, and within 2 of the
-    one that TF computes and big_vision cuts off), several times faster, and without BLAS threads
-    that fight the training step for cores.
+    filter in integers, rounded after each axis (within 1 of the exact value, and within 2 of what TF
+    computes and big_vision truncates), several times faster, and without BLAS threads that compete
+    with the training step for cores.
     """
     image = _check_image(image)
     if image.shape[:2] == (height, width):
@@ -116,8 +116,8 @@ def resize_image(image: np.ndarray, height: int, width: int, *, antialias: bool)
         out = resize_rows(resize_cols(out))
     if image.dtype.kind == "f":
         return out.astype(image.dtype)
-    # Cutting off, as the cast in big_vision does; the little on top keeps 200 from being 199
-    # because float32 made it 199.99999.
+    # Truncation, as in big_vision's cast; the small addition keeps 200 from becoming 199 where
+    # float32 made it 199.99999.
     info = np.iinfo(image.dtype)
     return np.clip(np.floor(out + 1e-3), info.min, info.max).astype(image.dtype)
 
@@ -145,7 +145,7 @@ def inception_crop(
     aspect_max=1.33,
     method="bilinear",
     antialias=False,
-):
+) -> Callable:
     """Cuts out a random rectangle and, if `size` is given, resizes it. Needs an rng.
 
     Args:
@@ -154,8 +154,8 @@ def inception_crop(
         aspect_min, aspect_max: its width over its height, log-uniform (defaults: TF's).
         method, antialias: as for `resize`.
 
-    A cut that does not fit is drawn again, ten times, then the whole image is taken. A small
-    area_min can cut the finding away that the question is about: 50 and more is safer than 5.
+    A rectangle that doesn't fit is drawn again, up to ten times; then the whole image is taken. A small
+    area_min can cut away the finding that the question is about: 50 or more is safer than 5.
     """
     if not 0 < area_min <= area_max <= 100:
         raise ValueError(f"expected 0 < area_min <= area_max <= 100, found {area_min}, {area_max}")
@@ -196,8 +196,8 @@ def _shift(image: np.ndarray, change) -> np.ndarray:
 
 @register("brightness")
 @on_key()
-def brightness(max_delta):
-    """Adds one random number in ±max_delta * 255 to all of the image. Needs an rng.
+def brightness(max_delta) -> Callable:
+    """Adds one random number in ±max_delta * 255 to the whole image. Needs an rng.
 
     For uint8 or float images of values 0..255, so before `value_range`; the result is clipped to
     0..255 and has the input's dtype.
@@ -214,7 +214,7 @@ def brightness(max_delta):
 
 @register("contrast")
 @on_key()
-def contrast(lower, upper):
+def contrast(lower, upper) -> Callable:
     """Scales each channel's distance from its mean by a random factor in [lower, upper).
 
     Needs an rng. For uint8 or float images of values 0..255, so before `value_range`; the result is

@@ -1,15 +1,16 @@
 """Ops on strings and tokens: prompt templates, tokenising, joining with masks, fixed length.
 
-Names and arguments as in big_vision's `pp/ops_text.py` and `pp/proj/paligemma/ops.py`. Two silent
-failures known from there are made loud: `tolen` records how many tokens it cut off, and
-`masked_concat` refuses to put an answer into a prompt that is to be decoded from.
+Names and arguments are those of big_vision's `pp/ops_text.py` and `pp/proj/paligemma/ops.py`. Two of
+their silent failures are made visible: `tolen` records how many tokens it cut off, and `masked_concat`
+refuses to put an answer into a prompt for decoding.
 """
 
 import string
+from collections.abc import Callable
 
 import numpy as np
 
-from paligemma_med.pp.registry import get, on_key, register, resolve_keys
+from paligemma_med.pp.registry import Op, get, on_key, register, resolve_keys
 from paligemma_med.pp.tokenizer import get_tokenizer
 
 
@@ -39,10 +40,10 @@ def _show(value, key: str) -> str:
 
 
 @register("strfmt")
-def strfmt(template, outkey="text"):
+def strfmt(template, outkey="text") -> Op:
     """Fills `{key}` fields of `template` from the example and stores the string in `outkey`.
 
-    Only plain fields: no `{a.b}`, `{a[0]}`, `{0}`, `{a!r}` or `{a:>4}`, as a template must not
+    Only plain fields: no `{a.b}`, `{a[0]}`, `{0}`, `{a!r}` or `{a:>4}`, since a template must not
     reach into objects. Values are inserted, never parsed: braces in a question stay braces.
     `{{` and `}}` give literal braces.
     """
@@ -64,8 +65,8 @@ def strfmt(template, outkey="text"):
 
 @register("lower")
 @on_key("text")
-def lower():
-    """Lower-cases a string, or each string of a list (all of Unicode, not ASCII alone as in TF)."""
+def lower() -> Callable:
+    """Lower-cases a string or each string of a list (all of Unicode; TF does ASCII only)."""
 
     def fn(text, rng):
         del rng
@@ -78,7 +79,7 @@ def lower():
 
 @register("strjoin")
 @on_key()
-def strjoin(glue, axis=None):
+def strjoin(glue, axis=None) -> Callable:
     """Joins a list of strings with `glue` between them."""
     if axis not in (None, 0, -1):
         raise ValueError(f"axis {axis} is not supported: lists of strings have one axis")
@@ -93,7 +94,7 @@ def strjoin(glue, axis=None):
 
 
 def _to_length(tokens: np.ndarray, length, sticky_end: bool, pad_value) -> tuple[np.ndarray, int]:
-    """(array of `length`, number of entries cut off); a falsy `length` leaves all as it is."""
+    """(array of `length`, number of entries cut off); a falsy `length` leaves the array as it is."""
     if not length or len(tokens) == length:
         return tokens, 0
     if len(tokens) < length:
@@ -107,24 +108,24 @@ def _to_length(tokens: np.ndarray, length, sticky_end: bool, pad_value) -> tuple
 
 
 def _record_cut(data: dict, cut: int) -> None:
-    # The maximum, as text and its masks are cut by the same number of tokens.
+    # The maximum, because a text and its masks are cut by the same number of tokens.
     if cut:
         data["_truncated"] = np.int32(max(cut, int(data.get("_truncated", 0))))
 
 
 @register("tolen")
-def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, inkey=None, outkey=None):
-    """Pads or cuts a 1-D array to `length` entries (0 or None: leaves it).
+def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, inkey=None, outkey=None) -> Op:
+    """Pads or cuts a 1-D array to `length` entries (0 or None leaves it as it is).
 
     Args:
         length: number of entries wanted.
         sticky_end: when cutting, keep the last entry (the EOS) as the last one.
-        pad_value: what to fill up with, or
-        pad_key: the key of the example that holds it (its first entry where it is an array).
+        pad_value: value to pad with, or
+        pad_key: the example's key that holds it (the first entry if it is an array).
         key, inkey, outkey: which array; no default.
 
-    Where entries are cut off, `data["_truncated"]` (int32) says how many, the most over all calls:
-    a cut suffix or EOS means a loss of 0 on that example, and somebody has to count it.
+    `data["_truncated"]` (int32) says how many entries were cut off, the maximum over all calls: an
+    example whose suffix or EOS is cut off has a loss of 0 there, and somebody has to count it.
     """
     if length and (not isinstance(length, int) or length < 0):
         raise ValueError(f"length must be a whole number, found {length!r}")
@@ -146,7 +147,7 @@ def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, i
 
 
 @register("tok")
-def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=None, outkey=None):
+def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=None, outkey=None) -> Op:
     """Tokenises the string under a key, or the constant `text`, into int32[n].
 
     Args:
@@ -187,7 +188,7 @@ def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=No
 
 
 @register("masked_concat")
-def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks):
+def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks) -> Op:
     """Joins token arrays and makes masks that are constant on each of them.
 
     Args:
@@ -198,7 +199,7 @@ def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks):
 
     A string with `mask_input` is a prompt for decoding. If `suffix` is among its keys and holds
     tokens, the answer of the example would be part of the prompt and the model graded on copying
-    it, so that is an error. `allow_suffix=True` is for those who do want decoding to go on from
+    it, so that is an error. `allow_suffix=True` is for those who want decoding to continue a
     given text. (Ground truth is called `answer` in every data set here, for the same reason.)
     """
     for name, values in masks.items():

@@ -22,8 +22,8 @@ Op = Callable[[dict, np.random.Generator | None], dict]
 _OPS: dict[str, Callable[..., Op]] = {}
 
 
-def register(name: str):
-    """Decorator: makes a builder known as pp op `name`. A name is given once."""
+def register(name: str) -> Callable:
+    """Decorator: registers a builder as pp op `name`; ValueError if the name is taken."""
 
     def add(builder):
         if name in _OPS:
@@ -34,11 +34,11 @@ def register(name: str):
     return add
 
 
-def on_key(default: str | None = "image"):
+def on_key(default: str | None = "image") -> Callable:
     """Decorator for builders of one-value ops: adds big_vision's `key`, `inkey` and `outkey`.
 
-    The decorated builder returns `fn(value, rng) -> value`. `key` stands for both of the other two;
-    without any of them the value is read from and written to `default`.
+    The decorated builder returns `fn(value, rng) -> value`. `key` sets both of the others; without any
+    of the three, the value is read from and written to `default`.
     """
 
     def wrap(builder):
@@ -70,14 +70,14 @@ def resolve_keys(key, inkey, outkey, default=None) -> tuple[str, str]:
 
 
 def get(data: Mapping, key: str) -> Any:
-    """`data[key]`, or a ValueError that lists the keys there are."""
+    """`data[key]`, or a ValueError that lists the existing keys."""
     if key not in data:
         raise ValueError(f"there is no key {key!r}; the example has {sorted(data)}")
     return data[key]
 
 
 def need_rng(rng: np.random.Generator | None) -> np.random.Generator:
-    """The generator, or a ValueError: a random op must never fall back on a hidden global seed."""
+    """The generator, or a ValueError if it is None: a random op never falls back on a global seed."""
     if rng is None:
         raise ValueError("is random and got no rng: call fn(data, rng) with a np.random.Generator")
     return rng
@@ -162,8 +162,8 @@ def build(section: str) -> Op:
 class PreprocessFn:
     """What `get_preprocess_fn` returns: the built ops of one pp string, callable on an example.
 
-    Built at once, so that a mistake in a config shows before any data is read. Pickling keeps the
-    string alone: worker processes build the ops again, and tokenizers never travel.
+    Built immediately, so that a mistake in a config shows before any data is read. Only the string is
+    pickled: worker processes build the ops again, and no tokenizer is sent to them.
     """
 
     def __init__(self, pp: str):
@@ -183,13 +183,13 @@ class PreprocessFn:
 
         Args:
             data: the example: key -> str, bytes, number or numpy array. Not changed.
-            rng: source of randomness for the ops that want one.
+            rng: for the ops that are random.
 
         Returns:
             A new dict.
 
         Raises:
-            ValueError: says the op, what was wrong, and the question_id/image_id of the example.
+            ValueError: names the op, what was wrong, and the example's question_id/image_id.
         """
         out = dict(data)
         for section, op in self._build():

@@ -1,17 +1,17 @@
 """The keys of a row: one question about one image, from the data set to predictions.jsonl.
 
-Builders store them, pp strings keep them, evaluators score and copy them, tools show them. A set has
-its own besides, but what two rooms must agree about is named here.
+Builders store them, pp strings keep them, evaluators score and copy them, tools show them. A data set
+may have more; the keys that two packages must agree about are named here.
 """
 
-# Text that every set has, beside the encoded "image". question_id is unique within a split; questions
+# Text that every set has besides the encoded "image". question_id is unique within a split; questions
 # about one image share their image_id; answer_type is "OPEN" or "CLOSED".
 KEYS = ("question_id", "image_id", "question", "answer", "answer_type")
 
-# Those of them without which a question can't be asked and scored.
+# Those that are needed to ask and score a question.
 NEEDED = ("question_id", "question", "answer", "answer_type")
 
-# What results are broken down by, where a set has it.
+# Results are broken down by these, where a set has them.
 GROUPS = ("answer_type", "content_type", "modality", "location", "location_category")
 
 # Multiple choice: letters, keys of the choices' texts in the order of their letters, and the key of

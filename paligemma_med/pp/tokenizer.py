@@ -7,8 +7,8 @@
     tiny                                                   1,024 pieces, for models trained here
 
 Ids: pad 0, eos 1, bos 2, unk 3; Gemma has 256,000 pieces, `<loc0000>`… from 256000 and `<seg000>`…
-from 257024, so 257,152 with both token sets. Special tokens written out in a text ("<eos>") are
-text, as in SentencePiece: a question must not be able to end itself.
+from 257024, which makes 257,152 with both token sets. A special token spelled out in a text ("<eos>")
+is plain text, as in SentencePiece: a question must not be able to end itself.
 """
 
 import functools
@@ -25,8 +25,8 @@ from paligemma_med.pp import files, registry
 
 ENV = "PALIGEMMA_TOKENIZER"
 GEMMA_PIECES = 256_000
-# First id and names of each token set. The ids are those of the released checkpoints, whose
-# embedding rows are laid out so; another order would read other tokens' rows.
+# First id and names of each token set. The order is that of the embedding rows in the released
+# checkpoints; another order would read other tokens' rows.
 TOKENSETS = {
     "loc": (256_000, [f"<loc{i:04d}>" for i in range(1024)]),
     "seg": (257_024, [f"<seg{i:03d}>" for i in range(128)]),
@@ -48,12 +48,12 @@ _HOW_TO_GET = (
 class Tokenizer:
     """Text to token ids and back.
 
-    Both file formats end up here, so that they can differ in nothing but how a text is cut into
-    pieces: token sets, BOS, EOS and decoding are the same code.
+    Both file formats end up here, so that only the cutting of text into pieces can differ: token sets,
+        BOS, EOS and decoding share this code.
 
-    Attributes:
-        pad_token, eos_token, bos_token: 0, 1, 2.
-        vocab_size: number of ids, added token sets included.
+        Attributes:
+            pad_token, eos_token, bos_token: 0, 1, 2.
+            vocab_size: number of ids, added token sets included.
     """
 
     pad_token, eos_token, bos_token = 0, 1, 2
@@ -64,7 +64,7 @@ class Tokenizer:
         surfaces: Sequence[bytes],
         literals: Mapping[str, Sequence[int]],
     ):
-        """Puts together a tokenizer; users call `get_tokenizer`.
+        """Users call `get_tokenizer` instead.
 
         Args:
             encode: text -> ids of the file's own pieces, without BOS or EOS.
@@ -83,8 +83,8 @@ class Tokenizer:
     def to_int(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of `text`, with BOS first and EOS last where asked for.
 
-        Every string has ids, as unknown characters become bytes; ValueError only for what is no
-        string or no valid Unicode (a lone surrogate).
+        Every string has ids, since unknown characters become bytes; ValueError only for what isn't a
+        string or isn't valid Unicode (a lone surrogate).
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, found {type(text).__name__}: {text!r}")
@@ -101,7 +101,7 @@ class Tokenizer:
         """Text of `tokens` (a list or 1-D integer array), without pad, BOS and EOS.
 
         Args:
-            tokens: ids; one outside of the vocabulary is a ValueError.
+            tokens: ids; ValueError if one is outside the vocabulary.
             stop_at_eos: leave out what follows the first EOS.
 
         Bytes that are not UTF-8 become U+FFFD: a model may stop in the middle of a character.
@@ -120,7 +120,7 @@ class Tokenizer:
 
 
 def get_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names; read once a process and file.
+    """The tokenizer that `spec` names; each file is read once per process.
 
     Args:
         spec: `tiny` or `gemma(tokensets=(…), model=…)`, see the top of this file.
@@ -149,7 +149,7 @@ def get_tokenizer(spec: str) -> Tokenizer:
 def _tiny() -> Tokenizer:
     model = importlib.resources.files("paligemma_med.pp") / "tiny_tokenizer.model"
     encode, surfaces, byte_ids = _read_sentencepiece(model.read_bytes())
-    # SentencePiece would make the character that stands for a space a space: spell it in bytes.
+    # SentencePiece would turn its character for a space into a space: spell that character in bytes.
     return Tokenizer(encode, surfaces, {_SPACE: [byte_ids[b] for b in _SPACE.encode()]})
 
 
@@ -159,7 +159,7 @@ def _gemma(tokensets: tuple[str, ...], path: str) -> Tokenizer:
     literals = _tokenset_ids(tokensets)
     if len(surfaces) < GEMMA_PIECES:
         raise ValueError(f"{path}: expected Gemma's {GEMMA_PIECES} pieces, found {len(surfaces)}")
-    # Hugging Face's PaliGemma files hold the token sets themselves: then they must agree.
+    # Hugging Face's PaliGemma files contain the token sets, which must then agree with ours.
     # Ids past the token sets (its <image>) have no row in big_vision's vocabulary.
     if literals:
         end = 1 + max(literals.values())
@@ -203,11 +203,11 @@ def read_file(path: str) -> tuple[Callable[[str], Sequence[int]], list[bytes]]:
 
 
 def _tokenset_ids(tokensets: tuple[str, ...]) -> dict[str, int]:
-    """Token -> id of the named sets, which must lie behind Gemma's pieces without a gap."""
+    """Token -> id of the named sets, which must follow Gemma's pieces without a gap."""
     if unknown := [name for name in tokensets if name not in TOKENSETS]:
         raise ValueError(f"unknown token sets {unknown}; known: {list(TOKENSETS)}")
     if "seg" in tokensets and "loc" not in tokensets:
-        raise ValueError('tokenset "seg" needs "loc" too: its ids start behind those of "loc"')
+        raise ValueError('tokenset "seg" needs "loc" too: its ids follow those of "loc"')
     ids = {}
     for name, (first, tokens) in TOKENSETS.items():
         if name in tokensets:
@@ -251,7 +251,7 @@ def _read_sentencepiece(data: bytes):
 
 def _read_json(data: bytes):
     """(encode, surfaces) of a Hugging Face tokenizer.json, gzipped or not."""
-    import tokenizers  # here, as it is only needed for this format
+    import tokenizers  # here, since only this format needs it
 
     try:
         if data[:2] == b"\x1f\x8b":

@@ -1,16 +1,15 @@
 """What in the image and the question an answer rests on, as arrays.
 
-Attention of one teacher-forced pass (`capture`), read as it is (`raw`), followed through the
-layers (`rollout`), or weighted by gradients (`relevancy`); occlusion as a check that looks at no
-attention.
-Functions take arrays, return arrays, and know no files.
+Attention of one teacher-forced pass (`capture`), read as it is (`raw`), followed through the layers
+(`rollout`), or weighted by gradients (`relevancy`); occlusion as a check that uses no attention.
+Functions take and return arrays, and know no files.
 
-Words, in all files here: P image patches, row by row; T text tokens, prompt and answer and padding;
+Symbols, in all files here: P image patches, row by row; T text tokens, prompt and answer and padding;
 Q image tokens that the language model reads; S = Q + T positions of its sequence; R tokens of the
 answer; L layers, N heads of the language model. A *map* has P + T columns (`trace`). The *query* of
 an answer's token is the position that predicts it, the one before.
 
-What a prefix-LM can and can't say: patches and prompt see each other in both directions and never
-see the answer. So "which tokens does a patch influence" has no attention of its own; it is the
-answer's attention to the patch, read the other way (`raw.image_to_response`).
+In a prefix-LM, patches and prompt see each other in both directions but never the answer. So no
+attention says which tokens a patch influences; the answer's attention to the patch, read the other way,
+stands in for it (`raw.image_to_response`).
 """

@@ -1,8 +1,8 @@
 """The attention of an answer in one teacher-forced pass: all of it, or only what maps need.
 
-`attention` returns every layer's probabilities: at 448 px and the shapes of the 3B model, 2.4 GB.
-`streamed` reads each layer's where they arise, keeps the answer's rows and the rollout, and never
-holds more than one layer's probabilities.
+`attention` returns every layer's probabilities: 2.4 GB at 448 px and the shapes of the 3B model.
+`streamed` reduces each layer's to the answer's rows and the rollout, and never holds more than one
+layer's probabilities.
 
 Axis letters: B batch, L layers, N heads, S positions, P patches, T text positions, P + T columns of
 a map (`trace`), R tokens of the answer, V vocabulary.
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import vlm
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import raw, rollout, trace
 
@@ -38,10 +39,10 @@ class Streamed(NamedTuple):
     logprobs: np.ndarray
 
 
-def capturable(model):
-    """The same model, set up for capturing: attn_impl "xla" throughout, since a fused kernel holds
-    no probabilities, and its layers in a loop, which compiles sooner than an unrolled one and can't
-    hold more than one layer's."""
+def capturable(model) -> vlm.Model:
+    """The same model, set up for capturing: attn_impl "xla" throughout, since a fused kernel exposes no
+    probabilities, and its layers in a loop, which compiles faster than unrolled layers and can't hold
+    more than one layer's probabilities."""
 
     def plain(section):
         return {k: v for k, v in section.items() if k != "attn_impl"} | {"scan": True}
@@ -53,7 +54,7 @@ def attention(model, params, batch) -> Attention:
     """All probabilities of both towers.
 
     Args:
-      model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities
+      model: `vlm.Model`, not under attn_impl "cudnn", whose kernel exposes no probabilities
         (`capturable`).
       params: its parameters.
       batch: image float[B, H, W, 3], text int[B, T], mask_ar int[B, T], image_at int[B] if there is
@@ -63,22 +64,22 @@ def attention(model, params, batch) -> Attention:
       `Attention`. logprobs at t is log p(text[t] | image, text before t), 0 at t = 0.
 
     Raises:
-      ValueError: under "cudnn".
+      ValueError: attn_impl "cudnn".
     """
     arrays = {k: batch[k] for k in trace.INPUTS if k in batch}
     return Attention(*jax.device_get(whole(model, params, arrays)))
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def whole(model, params, batch):
-    """`attention` on the device: (llm, img, logprobs)."""
+def whole(model, params, batch) -> tuple:
+    """`attention` left on the device: (llm, img, logprobs)."""
     logits, out = model.apply({"params": params}, **batch, capture_attention=True)
     logprobs = token_logprobs(logits[:, :-1], batch["text"][:, 1:])
     return out["llm/attn"], out["img/attn"], jnp.pad(logprobs, ((0, 0), (1, 0)))
 
 
 class Rows:
-    """A fold (see `layers.capture`): keeps the rows of some queries, and computes the rollout.
+    """A fold (see `layers.capture`) that keeps the rows of some queries and computes the rollout.
 
     State: dict(layer int32[], rolled float32[S, S], queries). Outs: float32[N, R, S]. Batch of one.
     """
@@ -87,13 +88,13 @@ class Rows:
         self.queries, self.kw = queries, dict(fuse=fuse, discard=discard)
         self.start_layer = start_layer
 
-    def init(self, batch, heads, length):
+    def init(self, batch, heads, length) -> dict:
         if batch != 1:
             raise ValueError(f"The batch has {batch} rows; expected one.")
         rolled = jnp.eye(length, dtype=jnp.float32)
         return dict(layer=jnp.int32(0), rolled=rolled, queries=self.queries)
 
-    def step(self, state, probs):
+    def step(self, state, probs) -> tuple:
         probs, rolled = probs[0], state["rolled"]
         counts = state["layer"] >= self.start_layer
         rolled = jnp.where(counts, rollout.step(rolled, probs, **self.kw), rolled)
@@ -102,12 +103,12 @@ class Rows:
 
 
 def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0) -> Streamed:
-    """The answer's attention, and rollout of both towers, in little memory.
+    """The answer's attention and the rollout of both towers, in little memory.
 
     Args:
       model, params, batch: as `attention` takes them; B = 1 (`sequence.make`).
-      queries: int[R] positions that predict the answer's tokens, in order. What stands before the
-        token that the first of them predicts is the prompt.
+      queries: int[R] positions that predict the answer's tokens, in order. The prompt is everything
+        before the token that the first of them predicts.
       fuse, discard: as `rollout.fused` takes them, for both towers.
       start_layer: first layer of the language model in the rollout; the image tower's is 0.
 
@@ -115,8 +116,8 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
       `Streamed`.
 
     Raises:
-      ValueError: under "cudnn", for B other than 1, queries outside of the text, bad arguments of
-        the rollout.
+      ValueError: attn_impl "cudnn", B other than 1, queries outside the text, bad arguments of the
+        rollout.
     """
     arrays = trace.inputs(batch)
     example = trace.of(model, arrays)
@@ -131,7 +132,7 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
 
 
 @functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
-def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0):
+def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0) -> tuple:
     """The jitted part of `streamed`: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)
     folds = Rows(**kw), Rows(queries, start_layer=start_layer, **kw)

@@ -1,7 +1,7 @@
 """Failure flags: which answers an auditor should look at first, and why, from numbers alone.
 
-Each flag is a function with a threshold of its own, whose reason stands in its docstring. A raised
-flag is a reason to look, not a proof of failure; no raised flag is no proof of the contrary.
+Each flag is a function with a threshold of its own, explained in its docstring. A raised flag is a
+reason to look, not a proof of failure; the absence of flags proves nothing either.
 
 Axis letters: L layers, N heads, R response tokens, h × w patches.
 """
@@ -22,9 +22,9 @@ class Flag(NamedTuple):
     Attributes:
       name: which check.
       raised: whether it failed.
-      value: the number that was measured.
-      threshold: what it was compared with.
-      severity: 0 where not raised, up to 1; for sorting, comparable between checks only roughly.
+      value: the measured number.
+      threshold: what the value was compared with.
+      severity: 0 if not raised, up to 1; for sorting, only roughly comparable between checks.
       says: the finding in a sentence.
     """
 
@@ -54,9 +54,9 @@ def prompt_cut(tokens) -> Flag:
 
 
 def shuffled(image, patch, seed=0) -> np.ndarray:
-    """float32[h, w, 3] whose patches of `patch` px (an int or a pair) have changed places.
+    """float32[h, w, 3]: the image with its patches of `patch` px (an int or a pair) in random places.
 
-    It has the grey values of the image, and nothing of its anatomy beyond a patch.
+    It has the image's grey values, but no anatomy larger than a patch.
 
     Raises:
       ValueError: the patches don't tile the image.
@@ -74,18 +74,17 @@ def shuffled(image, patch, seed=0) -> np.ndarray:
 def image_ignored(logprobs, controls, threshold=ONE_BIT) -> Flag:
     """Is the answer as probable without the image?
 
-    The answer's log-probability is compared with that of the same tokens on other images: blank,
-    and shuffled. Raised where each of them costs it less than ln 2 nats. The reason for ln 2: it is
-    one bit, a halving of the probability. What leaves more than half of it wasn't evidence that the
-    answer was read off the image, though it may be right: much can be known from the question.
-    The reason for *each*: a single one says less. A blank image looks like something to a model
-    (slake_mini takes it for a film), and shuffled patches keep their grey values and texture, which
-    suffice for many questions: of 120 answers of slake_mini 97 % keep half of their probability on
-    shuffled patches, 63 % on a blank image, and 63 % on both.
+    The answer's log-probability is compared with that of the same tokens on other images: blank and
+    shuffled. Raised if each of them costs the answer less than ln 2 nats. Why ln 2: it is one bit, a
+    halving of the probability. An answer that keeps more than half of it wasn't read off the image,
+    though it may be right: much can be known from the question. Why *each*: one alone says less. A
+    blank image looks like something to a model (slake_mini takes it for a film), and shuffled patches
+    keep grey values and texture, which suffice for many questions: of 120 answers of slake_mini, 97 %
+    keep half of their probability on shuffled patches, 63 % on a blank image, and 63 % on both.
 
     Args:
       logprobs: float[R] of the answer's tokens, given the image.
-      controls: {name: float[R]}, those of the same tokens given another image.
+      controls: {name: float[R]}, the same tokens' log-probabilities given another image.
     """
     drops = {name: float(np.sum(logprobs) - np.sum(other)) for name, other in controls.items()}
     if not drops:
@@ -100,12 +99,12 @@ def image_ignored(logprobs, controls, threshold=ONE_BIT) -> Flag:
 def low_image_mass(mass, threshold=0.1) -> Flag:
     """Do the response's tokens attend to the image in any layer?
 
-    Measured is the share of attention that goes from the response's queries to image patches, mean
-    over heads and tokens, in the layer where it is largest. The reason for a tenth: patches are
-    four fifths of the positions and more, so that a query which prefers nothing gives them at least
-    0.8; even with much of it resting on the first token, as language models do, one layer that
-    reads the image is above 0.1 (slake_mini: 0.18 and more on 64 questions of SLAKE). The image can
-    still act through the prompt's tokens, which attend to it too: hence a flag.
+    The value is the share of attention that goes from the response's queries to image patches, mean
+    over heads and tokens, in the layer where it is largest. Why a tenth: patches are at least four
+    fifths of the positions, so a query without a preference gives them 0.8 or more; even when much of
+    it rests on the first token, as in most language models, a layer that reads the image is above 0.1
+    (slake_mini: 0.18 and more on 64 questions of SLAKE). The image can still act through the prompt's
+    tokens, which attend to it too: hence only a flag.
 
     Args:
       mass: float[L, N, R, 3], shares of image, prompt and response.
@@ -121,11 +120,11 @@ def low_image_mass(mass, threshold=0.1) -> Flag:
 
 
 def samples_disagree(answer, samples, threshold=0.5) -> Flag:
-    """Do sampled answers say something else than the answer shown?
+    """Do sampled answers say something other than the answer shown?
 
-    Measured is the share of samples that equal the answer, but for case, punctuation and blanks.
-    Raised at half or less, since the model itself then gives the answer no better than even odds.
-    (Of five samples, at most two agree. A paraphrase counts as another answer.)
+    The value is the share of samples that equal the answer apart from case, punctuation and blanks.
+    Raised at half or less, when the model itself gives the answer no better than even odds. (Of five
+    samples, at most two agree. A paraphrase counts as another answer.)
 
     Args:
       answer: str, the greedy one.
@@ -149,10 +148,11 @@ def _words(text):
 def body(image, level=0.1) -> np.ndarray:
     """bool[height, width], True on the patient: whatever is brighter than the background.
 
-    Brighter than `level` of the way from the darkest grey to the 99th percentile (the first tenth
-    holds noise and the air of a CT, but no tissue on a film), closed and opened by 1/64 of the
-    shorter side so that soft edges hold together and text and tables fall off, holes (lungs,
-    bowel) filled, the largest component. Wants a dark background: invert a MONOCHROME1 film before.
+    Brighter means above `level` of the way from the darkest grey to the 99th percentile (the first
+    tenth holds noise and the air of a CT, but no tissue on a film). The mask is closed and opened by
+    1/64 of the shorter side, so that soft edges hold together and text and tables fall off; holes
+    (lungs, bowel) are filled and the largest component is kept. Needs a dark background: invert a
+    MONOCHROME1 film first.
 
     Args:
       image: float or uint8 [height, width] or [height, width, channels].
@@ -162,7 +162,7 @@ def body(image, level=0.1) -> np.ndarray:
     dark, bright = grey.min(), np.percentile(grey, 99)
     mask = grey > dark + level * (bright - dark)
     radius = max(1, min(mask.shape) // 64)
-    # The edge is continued, or else what reaches the image's edge would be worn away from there.
+    # Padded with its edge values, or closing and opening would erode what touches the image's edge.
     mask = np.pad(mask, radius + 1, mode="edge")
     mask = ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=radius))
     mask = ndimage.binary_opening(mask, iterations=radius)
@@ -178,18 +178,18 @@ def body(image, level=0.1) -> np.ndarray:
 def outside_body(saliency, image, least=0.05, name="map") -> Flag:
     """Does the map point beside the patient?
 
-    Measured is the share of the map's (positive) sum outside the body; a patch across its edge
-    counts in proportion. The threshold is the share of the image outside the body, which a map that
-    knows nothing and is the same everywhere has: a map above it prefers the background. That can be
-    a habit of transformers, which keep notes in empty patches (arXiv 2309.16588), or of a model
-    that reads labels burnt in. (Of 179 relevancy maps of slake_mini on SLAKE 17 % are above it; of
-    the same values in random places, 56 %.) Where less than `least` of the image is outside, there
-    is hardly an outside to point at, and the flag isn't raised.
+    The value is the share of the map's (positive) sum outside the body; a patch across the body's edge
+    counts in proportion. The threshold is the share of the image outside the body, which is what a
+    constant map scores: a map above it prefers the background. That can be a habit of transformers,
+    which keep notes in empty patches (arXiv 2309.16588), or of a model that reads burnt-in labels. (Of
+    179 relevancy maps of slake_mini on SLAKE, 17 % are above it; of the same values in random places,
+    56 %.) If less than `least` of the image is outside, there is hardly an outside to point at, and
+    the flag isn't raised.
 
     Args:
       saliency: float[h, w], the map.
       image: float or uint8 [height, width(, channels)], h and w dividing its sides.
-      name: of the map, for the sentence.
+      name: the map's name, for the sentence.
 
     Raises:
       ValueError: the map's grid doesn't divide the image.
@@ -202,7 +202,7 @@ def outside_body(saliency, image, least=0.05, name="map") -> Flag:
     positive = np.maximum(np.asarray(saliency, np.float64), 0)
     value = float((positive * outside).sum() / max(positive.sum(), 1e-30))
     area = float(outside.mean())
-    # Rounding alone shall not raise it for a map that is the same everywhere.
+    # So that rounding alone doesn't raise it for a constant map.
     raised = least <= area < 1 and value > area + 1e-6
     says = f"{value:.0%} of the {name} lies outside the body, which is {area:.0%} of the image."
     excess = (value - area) / max(1 - area, 1e-6)
@@ -213,11 +213,11 @@ def outside_body(saliency, image, least=0.05, name="map") -> Flag:
 
 
 def severity(flags) -> tuple[int, float]:
-    """(number of raised flags, sum of their severities): the larger, the sooner to be looked at."""
+    """(number of raised flags, sum of their severities): the larger, the more urgent."""
     return sum(f.raised for f in flags), sum(f.severity for f in flags)
 
 
 def worst_first(answers) -> list[int]:
-    """Order of answers, each a list of flags, by `severity`; equal ones keep theirs. → list[int]"""
+    """Indices of answers (each a list of flags), the highest `severity` first; ties keep their order."""
     found = [severity(flags) for flags in answers]
     return sorted(range(len(found)), key=lambda i: found[i], reverse=True)

@@ -17,10 +17,10 @@ class Kind(NamedTuple):
     """A kind of map, as a page shows it.
 
     Attributes:
-      title, says: its name, and what a map of it says.
-      preferred: of the kinds that were made, a page opens with the one of the highest number.
-      shares: a row over image, prompt and answer so far sums to 1.
-      signed: values can be negative.
+      title, says: its name, and what such a map says.
+      preferred: a page opens with the available kind that has the highest number.
+      shares: whether a row over image, prompt and answer so far sums to 1.
+      signed: whether values can be negative.
     """
 
     title: str
@@ -31,12 +31,12 @@ class Kind(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What is computed together.
+    """Kinds of maps that are computed together.
 
     Attributes:
       kinds: {name: Kind} of its maps.
-      maps: `Passes` → its maps, whose `method` is one of `kinds`; of each kind the first is the one
-        that tools.eval_saliency measures.
+      maps: `Passes` → its maps, whose `method` is one of `kinds`; tools.eval_saliency measures the
+        first of each kind.
     """
 
     kinds: dict[str, Kind]
@@ -50,7 +50,7 @@ def _raw(passes: Passes) -> list[Map]:
 
 
 def _with_tower(name, variant, row, pixels, patches):
-    """The map `name` and, of the same text, the one carried on through the image tower."""
+    """The map `name`, and the same map carried on through the image tower."""
     carried = np.concatenate([pixels, row[:, patches:]], axis=1)
     return [Map(name, variant, row), Map(f"{name}_siglip", variant, carried)]
 
@@ -63,13 +63,13 @@ def _rollout(passes: Passes) -> list[Map]:
 
 def _relevancy(passes: Passes) -> list[Map]:
     seq = passes.seq
-    # Without the 1 that its rows start from, which would drown the rest.
+    # Without the 1 that each row starts from, which would dominate the rest.
     found = relevancy.relevancy(passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False)
     return _with_tower("relevancy", "", found.rows[:, : seq.response.stop], found.patches, seq.patches)
 
 
 def _occlusion(passes: Passes) -> list[Map]:
-    """Each patch has the figure of its cell."""
+    """Each patch gets the value of its cell."""
     seq, cell = passes.seq, passes.cell
     drops = occlusion.occlusion(
         passes.score, seq.batch["image"][0], seq.grid, cell=cell, fill=passes.fill, batch_size=passes.batch_size

@@ -1,12 +1,12 @@
-"""Occlusion: what the answer loses when a part of the image is replaced.
+"""Occlusion: how much less probable the answer gets when a part of the image is replaced.
 
 A check that uses neither attention nor gradients: the model is asked again, and only its answer
-counts. A replaced part is not a missing part: every fill is a picture of its own, and the model may
-react to the fill. So there are four fills, and a finding that only one of them shows is weak.
+counts. A replaced part isn't a missing part: every fill is a picture itself, and the model may react to
+it. So there are four fills, and a finding that only one of them shows is weak.
 
 Introduced by Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks"
-(arXiv 1311.2901), section 4.2, there with a grey square; here drops are of log-probability, and a
-cell is replaced exactly, without overlap.
+(arXiv 1311.2901), section 4.2, there with a grey square. Here drops are in log-probability, and cells
+don't overlap.
 
 Axis letters: H, W pixels; h, w cells; B images; R response tokens; T text positions.
 """
@@ -33,18 +33,18 @@ def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32) -> np.n
 
       map[r, y, x] = log p(token r | image) - log p(token r | image with cell (y, x) replaced)
 
-    Positive where the token needs what is there; negative where the token gets likelier without.
+    Positive where the token needs what is there; negative where it gets likelier without.
 
     Args:
       score: float32[B, H, W, 3] → float32[B, R]; see `scorer`.
       image: float[H, W, 3] in [-1, 1], as the model sees it.
       grid: (rows, columns) of patches that the image tower cuts it into.
-      cell: side of an occluded square in patches; at the right and lower edge it may be cut.
+      cell: side of an occluded square in patches; it may be cut at the right and lower edge.
       fill: one of FILLS; see `fill_image`.
-      batch_size: images a pass; the last pass is filled up, so that all have as many.
+      batch_size: images in a pass; the last pass is filled up to as many.
 
     Returns:
-      float32[R, h, w], h and w being the rows and columns of the grid over `cell`, rounded up.
+      float32[R, h, w]; h and w are the grid's rows and columns divided by `cell`, rounded up.
 
     Raises:
       ValueError: a cell or grid that doesn't fit the image, an unknown fill.
@@ -102,7 +102,7 @@ def replace(image, mask, fill="blur", patch=16, *, filling=None) -> np.ndarray:
     """float32[H, W, 3]: the image with the pixels of a bool[H, W] mask replaced; see `fill_image`.
 
     Args:
-      filling: float[H, W, 3] to take the new pixels from, where the caller has it already.
+      filling: float[H, W, 3] to take the new pixels from, if the caller has it already.
 
     Raises:
       ValueError: a mask of another shape or type, or an unknown fill.
@@ -118,8 +118,8 @@ def replace(image, mask, fill="blur", patch=16, *, filling=None) -> np.ndarray:
 
 
 def replacer(image, fill="blur", patch=16) -> Callable:
-    """`replace` of one image as a function of the mask, for many masks: a fill that doesn't depend
-    on the mask is computed once."""
+    """`replace` for one image and many masks, as a function of the mask: a fill that doesn't depend on
+    the mask is computed once."""
     if fill == "inpaint":
         return lambda mask: replace(image, mask, fill, patch)
     filled = fill_image(image, None, fill, patch)
@@ -129,12 +129,12 @@ def replacer(image, fill="blur", patch=16) -> Callable:
 def fill_image(image, mask, fill="blur", patch=16) -> np.ndarray:
     """What replaces the masked pixels, float32[H, W, 3]; its other pixels mean nothing.
 
-    blur     the image under a Gaussian of standard deviation `patch`: rough brightness stays,
-             structure goes, and few edges arise that the image didn't have.
+    blur     the image blurred by a Gaussian of standard deviation `patch`: rough brightness stays,
+             structure goes, and few new edges arise.
     mean     the image's mean colour.
     blank    mid-grey: the image of a prompt without one (`decode.blank_image`).
     inpaint  the harmonic function of the surrounding pixels (each new pixel the mean of its four
-             neighbours): a smooth membrane, without anything of what was there. Where all is
+            neighbours): a smooth membrane, without anything of what was there. If everything is
              masked, the same as blank.
     """
     image = np.asarray(image, np.float32)
@@ -183,12 +183,12 @@ def _membrane(image, mask):
 
 
 def in_batches(score, images, batch_size) -> np.ndarray:
-    """float32[N, R] scores of an iterable of N images float32[H, W, 3], `batch_size` a pass. No more
-    than a batch of them is held."""
+    """float32[N, R]: scores of an iterable of N images float32[H, W, 3], `batch_size` at a time, and never
+    more than one batch in memory."""
     scores, waiting = [], []
 
     def flush():
-        # One shape, one program: the last batch is filled up with copies.
+        # The last batch is filled up with copies: one shape needs one program only.
         full = waiting + [waiting[-1]] * (batch_size - len(waiting))
         scores.append(np.asarray(score(np.stack(full)))[: len(waiting)])
         waiting.clear()

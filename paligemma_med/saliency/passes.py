@@ -1,4 +1,4 @@
-"""What the methods of saliency share of one answer: the model, the sequence, and one pass through both.
+"""What all methods of saliency share for one answer: the model, the sequence, and one forward pass.
 
 Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + R columns of a map
 (`trace`) without padding; K alternatives.
@@ -17,7 +17,7 @@ from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import capture, rollout, trace
 from paligemma_med.saliency.sequence import Sequence
 
-# Fusing of heads, and share of the weakest keys that is left out of each row.
+# How heads are fused, and which share of each row's keys is left out, the weakest first.
 ROLLOUTS = {
     "mean of heads": dict(fuse="mean"),
     "maximum of heads": dict(fuse="max"),
@@ -28,7 +28,7 @@ RIVALS = 5  # alternatives to a token
 
 
 class Map(NamedTuple):
-    """One method's map; variant is a choice within the method, "" where there is only one."""
+    """One method's map; variant is a choice within the method, "" if there is only one."""
 
     method: str
     variant: str
@@ -37,13 +37,13 @@ class Map(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """One answer, as the functions of `methods.METHODS` ask it.
+    """One answer, as the functions of `methods.METHODS` use it.
 
     Attributes:
       model, params: a `vlm.Model` that can be captured (`capture.capturable`), and its parameters.
       seq: `sequence.make`.
       score: `occlusion.scorer` of seq.
-      variants: those of ROLLOUTS that are computed.
+      variants: which of ROLLOUTS are computed.
       cell: patches along the side of an occluded cell. fill: what replaces it (`occlusion.FILLS`).
       batch_size: images a pass of occlusion.
     """
@@ -58,7 +58,7 @@ class Passes:
     batch_size: int = 32
 
     @functools.cached_property
-    def attention(self):
+    def attention(self) -> tuple:
         """One pass without gradients: (raw attention float32[L, N, R, C], {variant: (rollout
         float32[R, C], carried on through the image tower float32[R, P])}, log-probabilities
         float32[R], (rivals int32[R, K], their probabilities float32[R, K]))."""
@@ -67,14 +67,14 @@ class Passes:
         found = _streamed(self.model, self.params, arrays, queries, tuple(self.variants))
         rows, rolled, *rest = jax.device_get(found)
         logprobs, tokens, p = (x[:count] for x in rest)
-        end = seq.response.stop  # what stands behind is padding
-        # In the order of `variants`, which jit has lost.
+        end = seq.response.stop  # padding follows
+        # In the order of `variants`, which jit doesn't keep.
         rolled = {v: (rolled[v][0][:count, :end], rolled[v][1][:count]) for v in self.variants}
         return rows[:, :, :count, :end], rolled, logprobs, (tokens, p)
 
 
 class _Folds:
-    """Several folds (`layers.capture`) as one, whose outs are those of the first."""
+    """Several folds (`layers.capture`) as one, with the outs of the first."""
 
     def __init__(self, folds):
         self.folds = folds
@@ -87,15 +87,15 @@ class _Folds:
         return list(states), outs[0]
 
 
-def lower(model, params, arrays, queries):
-    """The pass for attention and all rollouts as `jax.jit` lowers it, from arrays or their shapes, to
-    ask how much memory it takes (tools/bench/saliency_memory.py)."""
+def lower(model, params, arrays, queries) -> jax.stages.Lowered:
+    """The pass for attention and all rollouts, lowered by `jax.jit` from arrays or their shapes, so that
+    tools/bench/saliency_memory.py can ask how much memory it takes."""
     return _streamed.lower(model, params, arrays, queries, tuple(ROLLOUTS))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "variants"))
 def _streamed(model, params, arrays, queries, variants):
-    """One pass for all variants (names of ROLLOUTS), which holds a layer's probabilities and the rollouts."""
+    """One pass for all variants (names of ROLLOUTS); holds one layer's probabilities and the rollouts."""
     rollouts = [ROLLOUTS[v] for v in variants] or [{}]
     img = _Folds([capture.Rows(**kw) for kw in rollouts])
     llm = _Folds([capture.Rows(queries, **kw) for kw in rollouts])

@@ -21,7 +21,7 @@ def raw(rows, layers=None, heads=None, fuse="mean") -> np.ndarray:
       float32[R, C]. Rows sum to 1 for "mean" alone.
 
     Raises:
-      ValueError: a layer or head that isn't there, or none; an unknown `fuse`.
+      ValueError: a layer or head that doesn't exist, or an empty choice; an unknown `fuse`.
     """
     rollout.check_fuse(fuse)
     rows = np.asarray(rows, np.float32)
@@ -44,7 +44,7 @@ def mass(rows, patches, prompt) -> np.ndarray:
       prompt: slice of the prompt's columns, which begin at P.
 
     Returns:
-      float32[..., 3], which sum to what the row does.
+      float32[..., 3], whose sum is the row's.
     """
     rows = np.asarray(rows, np.float32)
     parts = (rows[..., :patches], rows[..., prompt], rows[..., prompt.stop :])
@@ -58,11 +58,11 @@ def response_to_image(map, grid) -> np.ndarray:
 
 
 def image_to_response(map, patches) -> np.ndarray:
-    """How what the answer takes from some patches is shared among its tokens.
+    """How the answer's attention to some patches is shared among its tokens.
 
-    The transpose of `response_to_image`, not an attention of the patches, which never see the
-    answer. The shares are rescaled to sum to 1 over the answer: they compare tokens with each
-    other, and say nothing about how much the patches matter.
+    The transpose of `response_to_image`, not the patches' own attention, since they never see the
+    answer. Shares are rescaled to sum to 1 over the answer: they compare tokens with each other and
+    don't say how much the patches matter.
 
     Args:
       map: float[R, C].
@@ -79,6 +79,5 @@ def image_to_response(map, patches) -> np.ndarray:
 
 
 def prompt_to_response(map, prompt) -> np.ndarray:
-    """float[R, C] → float32[R, tokens of the prompt]: what each token of the answer takes from each
-    of the prompt."""
+    """float[R, C] → float32[R, tokens of the prompt]: what each answer token takes from each prompt token."""
     return np.asarray(map, np.float32)[:, prompt]

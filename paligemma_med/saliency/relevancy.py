@@ -5,13 +5,13 @@ Bi-Modal and Encoder-Decoder Transformers" (arXiv 2103.15679), eq. 5 and 6, for 
 
     Ā_l = mean over heads of max(∂y/∂A_l ⊙ A_l, 0),    R ← R + Ā_l R,   from R = I, first layer up,
 
-y being the score of the token explained, and R's row at the token's query the map. Heads and keys
-that speak against the token count as nothing; rollout counts all of them as speaking for it.
+where y is the score of the explained token, and the map is R's row at the token's query. Heads and keys
+that speak against the token count as 0; rollout counts all of them as speaking for it.
 
 Without cross-attention between modalities (the paper's eq. 8 and 9) the whole model is one stack:
 the image tower's layers mix patches, the language model's the image tokens, the prompt and the
 answer. So the tower's R continues the same product: patches = R_llm[query, image] · R_img, through
-the connector where there is one.
+the connector if there is one.
 
 Axis letters: L layers, N heads, S positions, P patches, T text positions, P + T columns of a map
 (`trace`), R tokens, V vocabulary.
@@ -31,8 +31,8 @@ SCORES = ("logit", "logprob")
 
 
 class Relevancy(NamedTuple):
-    """rows float32[R, P + T], as far as the language model's input; patches float32[R, P], carried
-    through the image tower to its own input."""
+    """rows float32[R, P + T], down to the language model's input; patches float32[R, P], carried on
+    through the image tower to its input."""
 
     rows: np.ndarray
     patches: np.ndarray
@@ -42,30 +42,30 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
     One forward pass, and for each token one backward pass down to the probabilities of all layers.
-    Heads are fused where they arise: 1.4 GiB of temporary memory at 448 px and the shapes of the 3B
-    model in float32, in place of 8.3.
+    Heads are fused layer by layer: at 448 px and the shapes of the 3B model in float32, temporary
+    memory is 1.4 GiB instead of 8.3.
 
     A row starts as a 1 at its own query, to which attention adds. Rows don't sum to 1; only ratios
-    within a row mean something.
+    within a row have a meaning.
 
     Args:
       model: `vlm.Model`, not under attn_impl "cudnn", whose kernel holds no probabilities.
       params: its parameters.
       batch: image float[1, H, W, 3], text int[1, T], mask_ar int[1, T] (`sequence.make`).
       queries: int[R] positions of the sequence that predict the tokens.
-      tokens: int[R] of the vocabulary: those of the answer, or others, to see what speaks for them.
+      tokens: int[R]: the answer's, or others, to see what speaks for those.
       score: what is differentiated. "logit", the paper's and the default: its gradient doesn't
         vanish when the model is sure, so a sure token's map is as deep as an unsure one's.
-        "logprob" counts only what speaks for the token more than for its rivals, but its gradient
-        shrinks with 1 - p, and near p = 1 only the paths through a single layer are left.
-      own: False leaves out the 1 that a row starts from.
+        "logprob" counts only what speaks more for the token than for its rivals, but its gradient
+        shrinks with 1 - p, and near p = 1 only paths through a single layer are left.
+      own: False leaves out the 1 that a row starts with.
 
     Returns:
       `Relevancy`.
 
     Raises:
-      ValueError: under "cudnn", for a batch of several rows, queries outside of the text, tokens
-        outside of the vocabulary, an unknown score.
+      ValueError: attn_impl "cudnn", a batch of several rows, queries outside the text, tokens outside
+        the vocabulary, an unknown score.
     """
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; expected one of {SCORES}.")
@@ -81,16 +81,16 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
     return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
 
 
-def lower(model, params, batch, count):
-    """The program for `count` tokens as `jax.jit` lowers it, from arrays or their shapes, to ask how
-    much memory it takes (tools/bench/saliency_memory.py)."""
+def lower(model, params, batch, count) -> jax.stages.Lowered:
+    """The program for `count` tokens, lowered by `jax.jit` from arrays or their shapes, so that
+    tools/bench/saliency_memory.py can ask how much memory it takes."""
     tokens = jax.ShapeDtypeStruct((count + -count % trace.MULTIPLE,), jnp.int32)
     return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit", own=True)
 
 
 def _lean(model):
-    """The same model, its layers in a loop that keeps only their inputs for the backward pass: the
-    least memory, and the program that compiles soonest."""
+    """The same model with its layers in a loop that keeps only their inputs for the backward pass, which
+    needs the least memory and compiles fastest."""
     how = dict(scan=True, remat_policy="nothing_saveable")
     return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
@@ -102,7 +102,7 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
     patches, length = example.patches, example.layout.length
 
     def scores(slots):
-        """float32[R], whose gradient by the slots is Ā of each layer (`capture.weigh`)."""
+        """float32[R], whose gradient with respect to the slots is each layer's Ā (`capture.weigh`)."""
         variables = {"params": params, "perturbations": vlm.perturbations(model, **slots)}
         logits, _ = model.apply(variables, **batch, logit_positions=(example.predicted(queries) - 1)[None])
         if score == "logprob":
@@ -126,11 +126,11 @@ def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
     return jax.lax.fori_loop(0, count, one, empty)
 
 
-def carry_down(row, weights):
-    """A row of R without the rest of R: row · (I + Ā_L) · … · (I + Ā_1), from the last layer down.
+def carry_down(row, weights) -> jnp.ndarray:
+    """A single row of R: row · (I + Ā_L) · … · (I + Ā_1), from the last layer down.
 
-    The same product as R ← R + Ā_l R from the first layer up, but of a vector and a matrix in each
-    layer, not of two matrices. float32[S], float32[L, S, S] → float32[S].
+    The same product as R ← R + Ā_l R from the first layer up, but each layer multiplies a vector and a
+    matrix instead of two matrices. float32[S], float32[L, S, S] → float32[S].
     """
     row, _ = jax.lax.scan(lambda r, w: (r + r @ w, None), row, weights, reverse=True)
     return row

@@ -1,6 +1,6 @@
-"""A report of one answer: its definition, and all of its arrays at once.
+"""A report of one answer: its fields, and `measure`, which computes its arrays.
 
-`measure` finds the arrays, `explain` adds texts and pictures, and the page shows them.
+`explain` adds texts and pictures, and the page shows them.
 
 Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + R columns of a map
 (`trace`) without padding; H, W pixels; h, w patches; M regions; K alternatives; V vocabulary.
@@ -18,13 +18,13 @@ from paligemma_med.saliency.passes import ROLLOUTS, Map, Passes
 
 CELLS = 8  # occluded cells along the longer side, at most
 REGIONS = 4  # lines of the coarse grid whose rectangles are occluded
-BATCH = 32  # images a pass of occlusion
+BATCH = 32  # images in a pass of occlusion
 
 
 class Regions(NamedTuple):
     """The answer with each rectangle of the image replaced."""
 
-    fill: str  # what stands in its place: one of `occlusion.FILLS`
+    fill: str  # what replaces it: one of `occlusion.FILLS`
     boxes: np.ndarray  # int[M, 4], y0 x0 y1 x1 in patches
     logprobs: np.ndarray  # float32[M, R]
 
@@ -40,8 +40,8 @@ class Masked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays:
-    """What `measure` finds of one answer of R tokens. Maps through the image tower ("…_siglip")
-    differ in their P first columns only."""
+    """What `measure` computes for one answer of R tokens. Maps through the image tower ("…_siglip")
+    differ only in their first P columns."""
 
     grid: tuple[int, int]  # (h, w): P = h · w
     logprobs: np.ndarray  # float32[R] of the answer's tokens
@@ -55,16 +55,16 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Arrays):
-    """All of one answer. Samples, controls, flags and `about` are as they go into JSON."""
+    """Everything about one answer. Samples, controls, flags and `about` have the form they have in JSON."""
 
     title: str  # the file's or study's name
     question: str
     answer: str
-    prompt: list[str]  # its tokens as texts
+    prompt: list[str]  # the prompt's tokens as texts
     tokens: list[str]  # R of them: the answer's
-    ended: bool  # the last of them is the end, and the whole answer's map that of the others
+    ended: bool  # the last token is EOS, which the whole answer's map leaves out
     others: list[list[tuple[str, float]]]  # `rivals` as R lists of (text, probability)
-    picture: np.ndarray  # uint8[H, W, 3] as it is shown
+    picture: np.ndarray  # uint8[H, W, 3] as shown on the page
     seen: np.ndarray  # uint8[H', W', 3] as the model sees it
     samples: list[dict]  # answer, logprob
     controls: list[dict]  # name, answer to another image, logprob of the report's answer there
@@ -94,14 +94,13 @@ def measure(
       prompt_ids, answer_ids, mask_ar, image_at: as `sequence.make` takes them.
       methods: some of METHODS; raw attention is always there.
       fill: of occluded cells, see `occlusion.fill_image`.
-      batch_size: images a pass of occlusion.
+      batch_size: images in a pass of occlusion.
 
     Returns:
-      (`Arrays`, score), the second being the answer's log-probabilities on other images,
-      `occlusion.scorer`.
+      (`Arrays`, score); score gives the answer's log-probabilities on other images (`occlusion.scorer`).
 
     Raises:
-      ValueError: an unknown method or fill, a prompt or answer without tokens, under "cudnn".
+      ValueError: an unknown method or fill, a prompt or answer without tokens, attn_impl "cudnn".
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"methods has {unknown}; expected some of {list(METHODS)}.")
@@ -135,8 +134,7 @@ def measure(
 
 
 def boxes(grid, lines=REGIONS) -> np.ndarray:
-    """int[M, 4] all rectangles of a coarse grid of at most `lines` × `lines` cells, as y0 x0 y1 x1
-    in patches."""
+    """int[M, 4]: all rectangles of a coarse grid of at most `lines` × `lines` cells, y0 x0 y1 x1 in patches."""
     edges = [sorted({round(i * n / lines) for i in range(lines + 1)}) for n in grid]
     spans = [[(a, b) for i, a in enumerate(e) for b in e[i + 1 :]] for e in edges]
     return np.array([(y0, x0, y1, x1) for y0, y1 in spans[0] for x0, x1 in spans[1]])

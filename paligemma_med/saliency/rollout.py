@@ -10,24 +10,24 @@ Axis letters: N heads, S positions (queries in front, keys behind), R rows of in
 
 import jax.numpy as jnp
 
-FUSES = ("max", "mean", "min")  # of heads; functions of numpy and jax.numpy
+FUSES = ("max", "mean", "min")  # over heads; functions of numpy and jax.numpy
 
 
 def fused(probs, fuse="mean", discard=0.0) -> jnp.ndarray:
-    """One layer's Ā, from the probabilities of its heads.
+    """One layer's Ā from the probabilities of its heads.
 
     Args:
       probs: float[N, S, S], rows sum to 1.
-      fuse: of the heads: "mean", "max" or "min".
-      discard: share of a row's keys that are left out, smallest first. Keys of probability 0, those
-        a query doesn't see, are not counted, so that padding changes nothing. A row's largest key,
-        keys equal to it, and the position itself always stay.
+      fuse: over the heads: "mean", "max" or "min".
+      discard: share of a row's keys that are left out, smallest first. Keys of probability 0, which
+        the query doesn't see, don't count, so that padding changes nothing. A row's largest key, keys
+        equal to it, and the position itself always stay.
 
     Returns:
-      float32[S, S], rows sum to 1: (F + I) / 2, F being the fused rows, rescaled to sum to 1.
+      float32[S, S], rows sum to 1: (F + I) / 2, where F are the fused rows, rescaled to sum to 1.
 
     Raises:
-      ValueError: an unknown `fuse`, a `discard` outside of [0, 1).
+      ValueError: an unknown `fuse`, a `discard` outside [0, 1).
     """
     check_fuse(fuse)
     if not 0 <= discard < 1:
@@ -41,7 +41,7 @@ def fused(probs, fuse="mean", discard=0.0) -> jnp.ndarray:
         least = jnp.take_along_axis(jnp.sort(f, axis=-1), place, axis=-1)
         f = jnp.where((f >= least) | (eye > 0), f, 0.0)
     total = jnp.sum(f, axis=-1, keepdims=True)
-    # Under "min" a row can be empty, where no key is seen by all heads: only its residual is left.
+    # Under "min" a row is empty if no key is seen by all heads: only its residual is left.
     f = jnp.where(total > 0, f / jnp.where(total > 0, total, 1.0), eye)
     return (f + eye) / 2
 
@@ -52,7 +52,7 @@ def step(rolled, probs, fuse="mean", discard=0.0) -> jnp.ndarray:
 
 
 def rollout(attn, fuse="mean", discard=0.0, start_layer=0) -> jnp.ndarray:
-    """R of all layers.
+    """R through all layers.
 
     Args:
       attn: float[L, N, S, S].
@@ -76,7 +76,7 @@ def check_fuse(fuse) -> None:
 
 
 def check_start_layer(start_layer, layers) -> None:
-    """Raises ValueError where no layer would be left."""
+    """Raises ValueError if no layer would be left."""
     if not 0 <= start_layer < layers:
         raise ValueError(f"start_layer is {start_layer!r}; expected 0 to {layers - 1}.")
 

@@ -1,9 +1,9 @@
 """Sanity checks: does a map depend on what the model has learned, and on the question?
 
-Two ways in which a map can be pretty and say nothing. It may stay the same when the weights are
-replaced by noise: then it draws the picture, as an edge detector would, not the model (Adebayo et
-al., "Sanity Checks for Saliency Maps", arXiv 1810.03292: weights are randomised layer by layer from
-the output down). And it may stay the same when another question is asked about the same image.
+A map can look good and say nothing in two ways. It may stay the same when the weights are replaced by
+noise: then it shows the picture, as an edge detector would, and not the model (Adebayo et al., "Sanity
+Checks for Saliency Maps", arXiv 1810.03292: weights are randomised layer by layer from the output
+down). Or it may stay the same when another question is asked about the same image.
 
 Maps are compared by rank correlation, which sees order and not scale.
 
@@ -22,29 +22,29 @@ import scipy.stats
 from paligemma_med.models import lora_targets, parts
 from paligemma_med.models.leaves import Leaf, stack_of
 
-# Where a mean rank correlation is above it, the check fails: ranks that correlate by 0.5 share a
-# quarter of their variance, and more than that would then be owed to something else than weights.
+# The check fails where the mean rank correlation is above this: ranks that correlate by 0.5 share a
+# quarter of their variance, and a larger share would come from something other than the weights.
 MAX_AFTER_RANDOMISING = 0.5
-# Two questions on one image rightly look at one patient, and often at one organ. 0.9 leaves little
-# more (a fifth of the ranks' variance) to the question.
+# Two questions on one image rightly look at one patient, and often at one organ. 0.9 leaves only a
+# fifth of the ranks' variance to the question.
 MAX_BETWEEN_QUESTIONS = 0.9
 
 
 class _Stage(NamedTuple):
-    """What is randomised at once: some leaves, or one layer of them."""
+    """What is randomised together: some leaves, or one layer of them."""
 
     name: str
     paths: frozenset[str]
     layer: int | None = None
 
 
-def stages(params, leaves: dict[str, Leaf] | None = None) -> list[str]:
-    """Names of what is randomised one after the other, from the output down.
+def stages(params, leaves=None) -> list[str]:
+    """Names of the stages of randomisation, from the output down.
 
-    Part by part, the last first: what stands behind its layers, module by module; its layers from
-    the last to the first; what stands in front of them at once. In PaliGemma the language model's
-    last norm, its layers, its table of tokens (tied to the output, and yet below: it is the input
-    too), the tower's head and last norm, its layers, its patch and position embeddings.
+    Part by part, the last one first: the modules after its layers, one by one; its layers from last to
+    first; everything before them together. In PaliGemma: the language model's last norm, its layers,
+    its embedding table (tied to the output, but the input too, hence below the layers), the tower's
+    head and last norm, its layers, its patch and position embeddings.
 
     Args:
       params: {"img": …, "llm": …} as of `vlm.Model`.
@@ -80,7 +80,7 @@ def _stages(flat, leaves):
 
 
 def _module(leaf):
-    """The module of a leaf; the leaf itself if that is the part's own."""
+    """The module of a leaf, or the leaf itself if it belongs to the part directly."""
     return leaf.folder if "/" in leaf.folder else leaf.path
 
 
@@ -88,13 +88,13 @@ def _flat(params):
     return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def randomised(params, which, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> dict:
-    """`params` with the stages `which` (names of `stages`) replaced by noise.
+def randomised(params, which, seed=0, leaves=None) -> dict:
+    """`params` with the stages `which` (names from `stages`) replaced by noise.
 
-    Each leaf of a layer becomes normal with its own mean and standard deviation: activations keep
-    their scale, and what was learned is gone. Noise depends on seed, leaf and layer alone. A leaf
-    that has one value throughout keeps it. Types and devices are kept; untouched leaves are shared.
-    Adapters and scales go with the kernel that they belong to.
+    Each leaf of a layer becomes normal noise with the leaf's mean and standard deviation: activations
+    keep their scale, and what was learned is gone. Noise depends only on seed, leaf and layer. A leaf
+    with one value throughout keeps it. Types and devices are kept; untouched leaves are shared.
+    Adapters and scales are randomised with the kernel they belong to.
 
     Raises:
       ValueError: a name that isn't among the stages.
@@ -120,16 +120,17 @@ def randomised(params, which, seed: int = 0, leaves: dict[str, Leaf] | None = No
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def cascade(params, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> Iterator[tuple[str, dict]]:
+def cascade(params, seed=0, leaves=None) -> Iterator[tuple[str, dict]]:
     """Yields (stage, params with this stage and all above it randomised); the last is all noise."""
     for name in stages(params, leaves):
-        params = randomised(params, (name,), seed, leaves)  # the noise of those above stays what it is
+        params = randomised(params, (name,), seed, leaves)  # the stages above keep their noise
         yield name, params
 
 
 def similarity(a, b) -> float:
-    """Rank correlation (Spearman's, ties share their mean rank) of two maps of one size, in [-1,
-    1]; 0 where one of them is the same everywhere, and has no order.
+    """Spearman's rank correlation of two maps of one size, in [-1, 1]; ties share their mean rank.
+
+    0 where one of the maps is constant and so has no order.
 
     Raises:
       ValueError: maps of different sizes.
@@ -142,16 +143,16 @@ def similarity(a, b) -> float:
     return float(a @ b / scale) if scale else 0.0
 
 
-def between_questions(maps, images, questions, max_pairs: int = 2000, seed: int = 0) -> dict[str, list]:
-    """How alike maps of different questions are: on the same image, and on different images.
+def between_questions(maps, images, questions, max_pairs=2000, seed=0) -> dict:
+    """How alike maps of different questions are, on the same image and on different images.
 
-    The second says what all maps share (the centre, a corner that collects attention); the first
-    should be nearer to it than to 1.
+    Different images show what all maps share (the centre, a corner that collects attention); the
+    figure on the same image should be nearer to theirs than to 1.
 
     Args:
       maps: float[Q, P].
       images, questions: Q ids or texts each.
-      max_pairs: of either kind; drawn by `seed` where there are more.
+      max_pairs: of each kind; drawn by `seed` if there are more.
 
     Returns:
       dict(same_image=list of (image, similarity), other_image=list of similarities).

@@ -1,4 +1,4 @@
-"""A question with its answer as one sequence of tokens, and where its parts are in it."""
+"""A question and its answer as one sequence of tokens, and where each part is in it."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ class Sequence:
     """One image, prompt and answer.
 
     Attributes:
-      batch: image float32[1, H, W, 3], text int32[1, T], mask_ar int32[1, T] (1 behind the prompt),
-        mask_input int32[1, T] (1 on prompt and answer), and image_at int32[1] if the image stands
-        elsewhere than in front.
+      batch: image float32[1, H, W, 3], text int32[1, T], mask_ar int32[1, T] (1 after the prompt),
+        mask_input int32[1, T] (1 on prompt and answer), and image_at int32[1] if the image isn't in
+        front.
       grid: (rows, columns) of patches.
       prompt: slice of a map's columns (see `trace`).
       response: slice of a map's columns, those of the answer's tokens.
@@ -35,7 +35,7 @@ class Sequence:
 
     @property
     def places(self) -> np.ndarray:
-        """int[R] tokens of the text after which the model is to say the answer's."""
+        """int[R] tokens of the text after which the model predicts the answer's."""
         return np.arange(self.response.start, self.response.stop) - self.patches - 1
 
     @property
@@ -45,7 +45,7 @@ class Sequence:
 
 
 def prompt_of(row) -> dict:
-    """What `make` takes of a preprocessed row: its prompt without padding, and where the image is."""
+    """`make`'s arguments from a preprocessed row: the prompt without padding, and where the image is."""
     valid = np.asarray(row["mask_input"]) > 0
     return dict(
         prompt_ids=np.asarray(row["text"])[valid],
@@ -58,18 +58,18 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
     """Puts a prompt and an answer, as `decode.generate` reads and writes them, into one sequence.
 
     Args:
-      model: `vlm.Model`, which tells where everything stands.
+      model: `vlm.Model`, which knows where everything stands.
       prompt_ids: int[…] the prompt's tokens, without padding.
       answer_ids: int[…] the answer's tokens; padding (0) at the end is dropped, EOS is a token.
       image: float[H, W, 3] in [-1, 1].
       mask_ar: of the prompt, an int or int[…] for each token: 0 where it is bidirectional, 1 where
         it is causal; see `splice.make_attn_mask`.
-      image_at: how many of the prompt's tokens stand before the image; None: it is in front.
+      image_at: how many of the prompt's tokens come before the image; None: the image is in front.
       pad_to: T. By default the next multiple of 16, so that few programs are compiled.
 
     Raises:
-      ValueError: no prompt, no answer, an image that isn't [H, W, 3] or stands outside of the
-        prompt, text longer than `pad_to`.
+      ValueError: no prompt, no answer, an image that isn't [H, W, 3] or that lies outside the prompt,
+        text longer than `pad_to`.
     """
     image = np.asarray(image, np.float32)
     if image.ndim != 3 or image.shape[-1] != 3:

@@ -1,9 +1,9 @@
-"""The way back from a sequence's positions to the image's patches and the text.
+"""From a sequence's positions back to the image's patches and the text.
 
-What a method finds has a share for each position of the language model's sequence. A *map* has a
-column for each patch of the image, row by row, and then one for each token of the text, in their
-own order: wherever the image stands in the sequence, and however many tokens the language model
-reads of it. The model tells both (`splice.Layout`, `connector.to_cells`); the methods don't know.
+A method gives each position of the language model's sequence a share. A *map* has a column for each
+patch of the image, row by row, and then one for each token of the text, in their own order, wherever
+the image stands in the sequence and however many tokens the language model reads of it. The model
+knows both (`splice.Layout`, `connector.to_cells`); the methods needn't.
 
 Axis letters: S positions of the sequence; P patches, T tokens of the text, P + T columns of a map;
 R tokens of the answer.
@@ -23,11 +23,11 @@ INPUTS = ("image", "text", "mask_ar", "image_at")
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Of one example, inside of jitted functions and outside.
+    """Maps one example's positions to patches and text; usable inside jitted functions and outside.
 
     Attributes:
       grid: (rows, columns) of patches.
-      layout: of its one row.
+      layout: `splice.Layout` of its one row.
       connector: config of the model's connector, or None.
     """
 
@@ -40,12 +40,12 @@ class Trace:
         """P."""
         return self.grid[0] * self.grid[1]
 
-    def map(self, rows, out=None, *, rule):
+    def map(self, rows, out=None, *, rule) -> jnp.ndarray:
         """Shares of positions float[…, S] → float[…, P + T].
 
         Args:
           out: the model's out-dict of a pass with its attention captured.
-          rule: one of `connector.RULES`, by which a connector's own attention is followed.
+          rule: one of `connector.RULES`: how a connector's own attention is followed.
         """
         if self.layout.image_at is None and self.connector is None:
             return rows
@@ -54,13 +54,12 @@ class Trace:
         text = self.layout.slot(jnp.arange(self.layout.num_text)[None])[0]
         return jnp.concatenate([cells, jnp.take(rows, text, axis=-1)], axis=-1)
 
-    def predicted(self, queries):
+    def predicted(self, queries) -> jnp.ndarray:
         """Tokens of the text, int[R], that positions int[R] of the sequence predict."""
         return self.layout.predicted(queries[None])[0]
 
     def check_queries(self, queries, *, last=0) -> np.ndarray:
-        """int32[R] positions, once it is sure that each predicts a token of the text, or what follows
-        the text.
+        """int32[R] positions, after checking that each predicts a token of the text, or what follows it.
 
         Args:
           last: 1 to refuse the latter.
@@ -84,7 +83,7 @@ def of(model, batch) -> Trace:
 
 
 def inputs(batch) -> dict:
-    """What the model reads of a batch, as arrays.
+    """The arrays of a batch that the model reads.
 
     Raises:
       ValueError: a batch of several rows.
@@ -96,5 +95,5 @@ def inputs(batch) -> dict:
 
 
 def padded(x) -> np.ndarray:
-    """[R, …] with its last row repeated up to a multiple of MULTIPLE."""
+    """[R, …] with its last row repeated to fill up to a multiple of MULTIPLE."""
     return np.pad(x, [(0, -len(x) % MULTIPLE)] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
