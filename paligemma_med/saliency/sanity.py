@@ -38,7 +38,7 @@ class _Stage(NamedTuple):
     layer: int | None = None
 
 
-def stages(params, leaves=None) -> list[str]:
+def stages(params, leaves: dict[str, Leaf] | None = None) -> list[str]:
     """Names of the stages of randomisation, from the output down.
 
     Part by part, the last one first: the modules after its layers, one by one; its layers from last to
@@ -88,7 +88,7 @@ def _flat(params):
     return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def randomised(params, which, seed=0, leaves=None) -> dict:
+def randomised(params, which, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> dict:
     """`params` with the stages `which` (names from `stages`) replaced by noise.
 
     Each leaf of a layer becomes normal noise with the leaf's mean and standard deviation: activations
@@ -120,7 +120,7 @@ def randomised(params, which, seed=0, leaves=None) -> dict:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def cascade(params, seed=0, leaves=None) -> Iterator[tuple[str, dict]]:
+def cascade(params, seed: int = 0, leaves: dict[str, Leaf] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields (stage, params with this stage and all above it randomised); the last is all noise."""
     for name in stages(params, leaves):
         params = randomised(params, (name,), seed, leaves)  # the stages above keep their noise
@@ -143,7 +143,7 @@ def similarity(a, b) -> float:
     return float(a @ b / scale) if scale else 0.0
 
 
-def between_questions(maps, images, questions, max_pairs=2000, seed=0) -> dict:
+def between_questions(maps, images, questions, max_pairs: int = 2000, seed: int = 0) -> dict[str, list]:
     """How alike maps of different questions are, on the same image and on different images.
 
     Different images show what all maps share (the centre, a corner that collects attention); the
