@@ -23,7 +23,7 @@ def beam_search(
     length_penalty=1.0,
     early_stopping=False,
     eos_token=1,
-):
+) -> tuple[jax.Array, jax.Array]:
     """The K best continuations that a search K wide finds.
 
     They are found and scored as by `generate(num_beams=K)` of transformers (5.23): at each step the

@@ -28,7 +28,7 @@ def generate(
     top_p=1.0,
     seed=0,
     eos_token=1,
-):
+) -> tuple[jax.Array, jax.Array]:
     """Continues prompts.
 
     In a run of several processes all of them call it with the same global batch, whose arrays may

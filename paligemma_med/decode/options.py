@@ -18,7 +18,7 @@ from paligemma_med.models.loss import token_logprobs
 from paligemma_med.parallel import distributed
 
 
-def encode_options(tokenizer, choices, *, eos=True, rows=None):
+def encode_options(tokenizer, choices, *, eos=True, rows=None) -> tuple[np.ndarray, np.ndarray]:
     """Options as `score_options` takes them.
 
     Args:
@@ -48,7 +48,7 @@ def encode_options(tokenizer, choices, *, eos=True, rows=None):
     return tokens, mask
 
 
-def score_choices(model, params, batch, choices, tokenizer, *, eos=True):
+def score_choices(model, params, batch, choices, tokenizer, *, eos=True) -> tuple[list[list[float]], list[list[int]]]:
     """Log-likelihoods of each question's options.
 
     Args:
@@ -68,7 +68,7 @@ def score_choices(model, params, batch, choices, tokenizer, *, eos=True):
     return tuple([x[i, :n].tolist() for i, n in enumerate(cut)] for x in (sums, lengths))
 
 
-def score_options(model, params, batch, options, mask):
+def score_options(model, params, batch, options, mask) -> tuple[jax.Array, np.ndarray]:
     """Log-likelihood of given continuations: log p(option | image, prompt).
 
     The prompt is read once for all of its options. Processes: as `generate`; `options` and `mask`

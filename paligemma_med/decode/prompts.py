@@ -18,7 +18,7 @@ KEYS = ("text", "mask_ar", "mask_input")
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def encode_images(model, params, image):
+def encode_images(model, params, image) -> jax.Array:
     """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to stand as "zimg" in batches in
     place of "image": several questions on one image then cost one pass of the image tower."""
     return model.apply({"params": params}, image, method="embed_image")[0]
@@ -35,7 +35,7 @@ def batch_of(rows) -> dict:
     return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in keys if k in rows[0]}
 
 
-def bucket(longest, limit):
+def bucket(longest, limit) -> int:
     """The length that text is cut to: 16, 32, 64, … or `limit`, the first not below `longest`."""
     size = MIN_BUCKET
     while size < longest:
@@ -43,7 +43,7 @@ def bucket(longest, limit):
     return min(size, limit)
 
 
-def check_whole(limit, **values):
+def check_whole(limit, **values) -> None:
     """ValueError unless each is a whole number, `limit` or more."""
     for name, value in values.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -51,7 +51,7 @@ def check_whole(limit, **values):
             raise ValueError(f"{name} is {value!r}; expected a whole number, {limit} or more.")
 
 
-def check_batch(batch, model):
+def check_batch(batch, model) -> tuple[dict, int]:
     """(the arrays that the model reads, the length to cut text to), or ValueError.
 
     Tokens are checked on the host: a prompt that isn't left-aligned, or that another tokenizer made,
@@ -95,7 +95,7 @@ def check_batch(batch, model):
     return arrays, bucket(mask.sum(axis=1).max(initial=0), text.shape[1])
 
 
-def check_tokens(tokens, model, what):
+def check_tokens(tokens, model, what) -> None:
     """ValueError where the model has no embedding for one of int[…] tokens."""
     known = model.vocab_size
     if np.any(unknown := (tokens < 0) | (tokens >= known)):
@@ -109,7 +109,7 @@ def _as_bool(mask):
     return mask.astype(bool)
 
 
-def read_prompts(model, params, batch, *, text_len, new, copies):
+def read_prompts(model, params, batch, *, text_len, new, copies) -> tuple[dict, dict, jax.Array]:
     """Reads the prompts; traced as a part of each jitted way of decoding.
 
     Returns:
@@ -145,7 +145,7 @@ def read_prompts(model, params, batch, *, text_len, new, copies):
     return {**variables, "prefix": cache.pop("prefix")}, cache, logits[:, 0]
 
 
-def next_logits(model, variables, cache, tokens):
+def next_logits(model, variables, cache, tokens) -> tuple[jax.Array, dict]:
     """int32[BR] tokens → (float32[BR, V] logits after them, cache that holds them)."""
     ztxt, _ = model.apply(variables, tokens[:, None], method="embed_text")
     logits, cache = model.apply({**variables, **cache}, ztxt, method="extend_cache", mutable=["cache"])

@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 
 
-def temper(logits, temperature):
+def temper(logits, temperature) -> jax.Array:
     """float32[..., V] over a temperature > 0, shifted so that the largest is 0: however small the
     temperature, nothing overflows."""
     temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
 
 
-def most_probable(logits, top_k):
+def most_probable(logits, top_k) -> jax.Array:
     """float32[..., V] with -inf outside of the k largest and their equals."""
     logits = jnp.asarray(logits, jnp.float32)
     return jnp.where(logits >= _cutoff(logits, jnp.ones_like(logits), top_k), logits, -jnp.inf)
 
 
-def nucleus(logits, top_p):
+def nucleus(logits, top_p) -> jax.Array:
     """float32[..., V] with -inf outside of the nucleus, as `generate` defines it."""
     logits = jnp.asarray(logits, jnp.float32)
     return jnp.where(logits >= _cutoff(logits, jax.nn.softmax(logits), top_p), logits, -jnp.inf)
@@ -54,7 +54,7 @@ def _cutoff(logits, weights, limit):
     return jax.lax.bitcast_convert_type(flip(found), jnp.float32)
 
 
-def draw(key, logits):
+def draw(key, logits) -> jax.Array:
     """One token of the distribution softmax(float32[V]), int32[].
 
     The vocabulary is cut into about sqrt(V) groups; first a group is drawn, then a token of it.

@@ -98,7 +98,7 @@ def majority_of_type(majority, row) -> str:
 # --- Other images ---
 
 
-def noise_image(shape, key, seed=0):
+def noise_image(shape, key, seed=0) -> np.ndarray:
     """float32[shape] in [-1, 1), each number drawn for itself, by the image's key and `seed` alone:
     questions on one image share their noise, in any order and batch."""
     rng = np.random.default_rng([seed, int(key, 16)])
@@ -117,7 +117,7 @@ class Images:
         self.image_id = {}  # key → id of the first row that had it
         self._folder = pathlib.Path(folder)
 
-    def add(self, pixels, key, row):
+    def add(self, pixels, key, row) -> None:
         """Keeps float[height, width, 3] unless an image of this key is there."""
         if key not in self.image_id:
             if "image_id" not in row:
@@ -128,10 +128,10 @@ class Images:
             np.save(self._folder / f"{key}.npy", pixels)
             self.image_id[key] = row["image_id"]
 
-    def load(self, key):
+    def load(self, key) -> np.ndarray:
         return np.load(self._folder / f"{key}.npy")
 
-    def derangement(self, seed):
+    def derangement(self, seed) -> dict[str, str]:
         """{key: key of the image to show instead}: each gets the next on a random ring, so that
         every image is used once and none stays in its place."""
         if len(self.image_id) < 2:

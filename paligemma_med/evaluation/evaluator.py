@@ -203,7 +203,7 @@ class Evaluator:
             row[f"{who}_prediction"] = text
             row |= scoring.correct(text, row["answer"], f"{who}_")
 
-    def progress(self, what, total):
+    def progress(self, what, total) -> tqdm.tqdm:
         """A progress bar on a terminal, a line now and then in a log; nothing in other processes."""
         if not distributed.is_main():
             return tqdm.tqdm(disable=True)

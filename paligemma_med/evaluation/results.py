@@ -1,12 +1,12 @@
-"""The files of an evaluation: what is there while it runs, how it goes on, and what it leaves.
+"""The files of an evaluation: what is there while it runs, how it resumes, and what it leaves.
 
 While it runs, predictions.part.jsonl grows by a line a batch, flushed to the disk. Its first line
-says what is evaluated: weights, data, settings. Started again, an evaluation of the same takes the
-batches that are there and goes on after them; of anything else, it starts anew. At the end
+says what is evaluated: weights, data, settings. Started again, an evaluation of the same takes over
+the batches that are there and continues after them; one of anything else starts anew. At the end
 predictions.jsonl and metrics.json are written, each whole or not at all, and the part is removed.
 The result is the same to the byte as without an interruption.
 
-In a run of several processes the first one reads and writes, and tells the others.
+In a run of several processes the first one reads and writes, and sends what it read to the others.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
 
 
-def digest(values):
+def digest(values) -> str:
     """sha256 of a sequence of JSON-able values, in hexadecimal digits."""
     sha = hashlib.sha256()
     for value in values:
@@ -33,21 +34,21 @@ def digest(values):
     return sha.hexdigest()
 
 
-def split_hash(rows):
+def split_hash(rows) -> str:
     """Which questions were asked: a digest of their ids, images' ids, texts and answers, in order.
 
-    Two figures are of the same split if these are equal; from rows of predictions.jsonl.
+    Two figures are of the same split if these are equal. The rows are those of predictions.jsonl.
     """
     keys = ("question_id", "image_id", "question", "answer")
     return digest([row.get(key) for key in keys] for row in rows)
 
 
-def prompt_hash(rows):
+def prompt_hash(rows) -> str:
     """How they were asked: a digest of the prompts as the model read them, in order."""
     return digest(row["prompt"] for row in rows)
 
 
-def read_rows(path):
+def read_rows(path) -> list[dict]:
     """The rows of a predictions.jsonl; ValueError names a line that can't be read."""
     rows = []
     with open(path, encoding="utf-8") as f:
@@ -59,7 +60,7 @@ def read_rows(path):
     return rows
 
 
-def read_metrics(path):
+def read_metrics(path) -> tuple[dict, dict]:
     """(figures {name: number}, about {…}) of a metrics.json; about is {} in one that has none."""
     with open(path, encoding="utf-8") as f:
         metrics = json.load(f)
@@ -67,8 +68,8 @@ def read_metrics(path):
     return metrics, about
 
 
-def write(folder, rows, metrics, about):
-    """Writes predictions.jsonl and metrics.json, and removes what there is of a part."""
+def write(folder, rows, metrics, about) -> None:
+    """Writes predictions.jsonl and metrics.json, and removes the part."""
     if not distributed.is_main():
         return
     folder = pathlib.Path(folder)
@@ -77,7 +78,7 @@ def write(folder, rows, metrics, about):
     (folder / PART).unlink(missing_ok=True)
 
 
-def finished(folder, identity):
+def finished(folder, identity) -> list[dict] | None:
     """The rows of an evaluation of `identity` that is complete in `folder`, or None. Collective."""
     rows = None
     if distributed.is_main():
@@ -100,7 +101,7 @@ class Part:
     """The batches of an evaluation that is under way.
 
     Attributes:
-      found: {(name of the pass, number of the batch): [row, …]} that an earlier start left.
+      saved: {(name of the pass, number of the batch): [row, …]} that an earlier start left.
     """
 
     def __init__(self, folder, identity, resume=True):
@@ -108,61 +109,61 @@ class Part:
 
         Args:
           folder: that of the evaluation; None keeps nothing.
-          identity: JSON-able dict, of all that the answers depend on.
-          resume: False takes nothing from an earlier start.
+          identity: JSON-able dict of all that the answers depend on.
+          resume: False ignores what an earlier start left.
         """
-        self.found, self._file = {}, None
+        self.saved, self._file = {}, None
         if folder is None:
             return
         path = pathlib.Path(folder) / PART
-        found = []
+        batches = []
         if distributed.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             header = plain(identity, "about")
-            sound, found = _read(path, header) if resume else (0, [])
-            if not sound:
+            length, batches = _read(path, header) if resume else (0, [])
+            if not length:
                 files.write_text(path, _line(header))
             else:
-                os.truncate(path, sound)
+                os.truncate(path, length)
             self._file = open(path, "a", encoding="utf-8")
-            if n := sum(len(rows) for name, _, rows in found if name == "model"):
+            if n := sum(len(rows) for name, _, rows in batches if name == "model"):
                 print(f"{path}: goes on after {n} questions.", file=sys.stderr, flush=True)
-        self.found = {(name, i): rows for name, i, rows in distributed.broadcast(found)}
+        self.saved = {(name, i): rows for name, i, rows in distributed.broadcast(batches)}
 
-    def add(self, name, batch, rows):
+    def add(self, name, batch, rows) -> None:
         """Keeps the rows of a batch; they are on the disk when this returns."""
         if self._file is not None:
             self._file.write(_line([name, batch, rows]))
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def close(self):
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
 def _read(path, header):
-    """(length of what is sound, [[pass, batch, rows], …]) of a part with that header; 0 if it is
-    another's, or isn't there. A last line that was cut off is left out."""
-    found, sound = [], 0
+    """(bytes of whole lines, [[pass, batch, rows], …]) of a part with this header; 0 bytes if the
+    header is another, or there is no file. A last line that was cut off is left out."""
+    batches, length = [], 0
     try:
         with open(path, "rb") as f:
             for line in f:
                 value = json.loads(line) if line.endswith(b"\n") else None
-                if value is None or (not sound and value != header):
+                if value is None or (not length and value != header):
                     break
-                if sound:
+                if length:
                     name, batch, rows = value
-                    found.append([name, batch, rows])
-                sound += len(line)
+                    batches.append([name, batch, rows])
+                length += len(line)
     except (OSError, ValueError, TypeError):
         pass
-    return sound, found
+    return length, batches
 
 
-def plain(value, what):
-    """A value as it comes back from a JSON file, numpy's numbers and arrays as numbers and lists;
-    ValueError, which begins with `what`, names a type that can't be written."""
+def plain(value, what) -> Any:
+    """A value as it would come back from a JSON file: numpy's numbers and arrays as numbers and
+    lists. ValueError, which begins with `what`, names a type that can't be written."""
 
     def default(x):
         if isinstance(x, np.generic | np.ndarray):

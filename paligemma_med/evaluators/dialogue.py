@@ -98,7 +98,7 @@ class Evaluator(evaluator.Evaluator):
                 for turns in some
                 for t, line in enumerate(turns, 1)
             ]
-            done = questions.checked(part.found.get(("model", i)), asked)
+            done = questions.checked(part.saved.get(("model", i)), asked)
             if done is None:
                 answers = self._hold(params, place, size, encode, some)
                 done = [line | answer for line, answer in zip(asked, answers, strict=True)]

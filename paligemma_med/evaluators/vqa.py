@@ -64,7 +64,7 @@ class Evaluator(evaluator.Evaluator):
                 questions.check(batch, source)
                 pixels = distributed.to_host(batch["image"])
                 asked = self.lines(batch, source, pixels, self.choices)
-                done = questions.checked(part.found.get(("model", i)), asked)
+                done = questions.checked(part.saved.get(("model", i)), asked)
                 if done is None:
                     done = self._ask_all(params, batch, asked, pixels)
                     part.add("model", i, done)
@@ -120,7 +120,7 @@ class Evaluator(evaluator.Evaluator):
         who = "shuffled_images"
         with self.progress("vqa, images shuffled", total) as progress:
             for i, (batch, rows) in enumerate(batches):
-                done = part.found.get((who, i))
+                done = part.saved.get((who, i))
                 if done is None:
                     keys = [other[row["image_key"]] for row in rows]
                     before = [set(row) for row in rows]

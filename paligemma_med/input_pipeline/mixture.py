@@ -13,7 +13,7 @@ due; no order does better for all shares.
 import numpy as np
 
 
-def check_phases(weights, anneal, what="input"):
+def check_phases(weights, anneal, what="input") -> list[tuple[float, dict[str, float]]]:
     """The phases of a mixture as [(fraction of training at which it begins, {name: share}), …].
 
     Args:
@@ -55,7 +55,7 @@ def _is_number(x):
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def draw(phases, total):
+def draw(phases, total) -> tuple[np.ndarray, np.ndarray]:
     """Which set each of `total` examples comes from.
 
     Args:

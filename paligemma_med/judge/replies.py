@@ -71,24 +71,24 @@ class Cache:
         for record, offset, length in lines:
             self._places.setdefault(record["key"], []).append((record["score"], offset, length))
 
-    def count(self, key):
+    def count(self, key) -> int:
         """How many records a key has."""
         return len(self._places.get(key, ()))
 
-    def score(self, key):
+    def score(self, key) -> int | None:
         """Its verdict, or None."""
         return next((s for s, *_ in self._places.get(key, ()) if s is not None), None)
 
-    def replies(self, key):
+    def replies(self, key) -> list[dict]:
         """The records of a key, in the order in which they came; read from the file."""
         fd = self._file.fileno()
         return [json.loads(os.pread(fd, n, at)) for _, at, n in self._places.get(key, ())]
 
-    def add(self, record):
+    def add(self, record) -> None:
         """Appends a record; it is on the disk when this returns, or not at all (OSError)."""
         self.add_many([record])
 
-    def add_many(self, records):
+    def add_many(self, records) -> None:
         """Appends records with one fsync; all of them are on the disk when this returns, or none.
 
         Each but the last has "rest", the number of those that follow: by it `Cache` knows after a
@@ -110,7 +110,7 @@ class Cache:
             self._keep([(record, size, len(line))])
             size += len(line)
 
-    def close(self):
+    def close(self) -> None:
         """Lets go of the file."""
         self._file.close()
 
@@ -134,7 +134,7 @@ def _read_line(line):
         return None
 
 
-def totals(cache, keys):
+def totals(cache, keys) -> dict[str, int]:
     """What the replies to these keys took, in this and all earlier runs.
 
     Returns:

@@ -4,12 +4,12 @@ import re
 import string
 
 
-def strict(text):
+def strict(text) -> str:
     """Lower case, no blanks around."""
     return text.strip().lower()
 
 
-def normalise(text):
+def normalise(text) -> str:
     """The form in which answers are compared.
 
     Lower case; every comma (also the full-width `，` and the enumerating `、`) followed by one
@@ -21,12 +21,12 @@ def normalise(text):
     return re.sub(r"\s+", " ", text).strip().rstrip(" .,;:!?。；：！？")
 
 
-def as_set(text):
+def as_set(text) -> frozenset[str]:
     """The set of an answer's comma-separated parts, normalised."""
     return frozenset(normalise(part) for part in normalise(text).split(", "))
 
 
-def squad(text):
+def squad(text) -> str:
     """SQuAD's form: lower case, without ASCII punctuation and the words a, an, the; single blanks.
 
     Punctuation goes first and leaves nothing behind, so "x-ray" becomes "xray". P. Rajpurkar et
@@ -42,7 +42,7 @@ _LLAVA_MED_NUMBERS = {"none": "0"} | {
 }
 
 
-def llava_med(text):
+def llava_med(text) -> str:
     """LLaVA-Med's form, which is that of the VQA challenge (S. Antol et al., ICCV 2015).
 
     Lower case. A punctuation mark `; / [ ] " { } ( ) = + \\ _ - > < @ ` , ? !` vanishes if it

@@ -27,7 +27,7 @@ from paligemma_med.metrics import answers
 # --- Several runs of the same questions ---
 
 
-def accuracy_over_runs(correct):
+def accuracy_over_runs(correct) -> tuple[float, float]:
     """Mean accuracy of R runs and its standard deviation over them, the paper's "mean ± sd".
 
       a_r = mean over questions of correct[q][r];  mean = Σ a_r / R;
@@ -51,7 +51,7 @@ def accuracy_over_runs(correct):
     return float(runs.mean()), sd
 
 
-def distinct_answers(predictions, form=answers.normalise):
+def distinct_answers(predictions, form=answers.normalise) -> np.ndarray:
     """How many different answers each question got.
 
     Args:
@@ -66,7 +66,7 @@ def distinct_answers(predictions, form=answers.normalise):
     return np.array([len({form(answer) for answer in row}) for row in predictions], np.int64)
 
 
-def nonrobust(predictions, threshold=3, form=answers.normalise):
+def nonrobust(predictions, threshold=3, form=answers.normalise) -> np.ndarray:
     """Which questions are answered non-robustly: with `threshold` different answers or more.
 
     The paper (papers/001, 5): "non-robust if the model produces different answers in three or more
@@ -83,7 +83,7 @@ def nonrobust(predictions, threshold=3, form=answers.normalise):
     return distinct_answers(predictions, form) >= threshold
 
 
-def penalised(correct, predictions, reading="item", threshold=3, form=answers.normalise):
+def penalised(correct, predictions, reading="item", threshold=3, form=answers.normalise) -> tuple[float, float]:
     """Accuracy over runs, docked for non-robust questions: "we penalize the accuracy by one point"
     (papers/001, 5), of which there are two readings.
 
@@ -134,7 +134,7 @@ def _table(values, name):
 # --- Multiple choice ---
 
 
-def letter(text, choices):
+def letter(text, choices) -> str | None:
     """The letter that an answer names, or None where it names none, or more than one.
 
     Understood, in either case: "B", "(b)", "B." alone; "B: text", "B) text", "b. text", "B - text"
@@ -206,7 +206,7 @@ def _denied(text, m):
     return bool(re.search(before, text[: m.start()], re.IGNORECASE) or re.match(after, text[m.end() :], re.IGNORECASE))
 
 
-def closest_option(text, choices):
+def closest_option(text, choices) -> int | None:
     """The number of the choice that an answer's text is nearest to, or None if to none.
 
     An answer equal to a choice is that choice: `answers.normalise` of both, without a label such as
@@ -236,7 +236,7 @@ def closest_option(text, choices):
     return _most_similar(options, bare)
 
 
-def most_likely_option(logprobs, lengths=None):
+def most_likely_option(logprobs, lengths=None) -> int:
     """The number of the choice that the model finds likeliest, whatever it would say itself.
 
       argmax_c log p(choice c | image, question), the sum over the choice's tokens, EOS included;
@@ -268,7 +268,7 @@ def most_likely_option(logprobs, lengths=None):
     return int(scores.argmax())
 
 
-def qa_score(prediction, choices, answer):
+def qa_score(prediction, choices, answer) -> bool:
     """OmniMedVQA's question-answering score: is the choice nearest to the text the right one?
 
     Like `closest_option`, but verbatim as its script does it: case, blanks and labels count, and no
@@ -294,7 +294,7 @@ def qa_score(prediction, choices, answer):
     return nearest is not None and choices[nearest] == answer
 
 
-def letter_of(i):
+def letter_of(i) -> str:
     """0 → "A", 1 → "B", …"""
     return string.ascii_uppercase[i]
 
@@ -326,12 +326,12 @@ def _count(choices):
 # --- Closed and open answers ---
 
 
-def exact_match(prediction, answer):
+def exact_match(prediction, answer) -> bool:
     """Equality after `answers.normalise`: the tables' `acc`."""
     return answers.normalise(prediction) == answers.normalise(answer)
 
 
-def token_f1(prediction, answer):
+def token_f1(prediction, answer) -> float:
     """SQuAD's F1: the harmonic mean of token precision and recall.
 
       common = Σ_w min(count in prediction, count in answer)
@@ -347,7 +347,7 @@ def token_f1(prediction, answer):
     return 2 * common / (said + true) if said and true else float(said == true)
 
 
-def token_recall(prediction, answer):
+def token_recall(prediction, answer) -> float:
     """The share of the answer's tokens that the prediction has, each counted as often as it occurs:
     common / (tokens of answer), see `token_f1`. Repeating or listing everything raises it, so it
     means little without precision; `llava_med_f1` is what others report by this name.
@@ -364,7 +364,7 @@ def _overlap(prediction, answer):
     return (said & true).total(), said.total(), true.total()
 
 
-def llava_med_closed(prediction, answer):
+def llava_med_closed(prediction, answer) -> bool:
     """LLaVA-Med's accuracy of closed questions: the answer is a substring of the prediction.
 
     After `answers.llava_med` of both: right if "yes" or "no" occurs in the prediction *and* the
@@ -381,7 +381,7 @@ def llava_med_closed(prediction, answer):
     return ("yes" in said or "no" in said) and true in said
 
 
-def llava_med_f1(prediction, answer):
+def llava_med_f1(prediction, answer) -> tuple[float, float, float]:
     """LLaVA-Med's (f1, precision, recall) of open questions; its tables give the recall.
 
     Over the words of `answers.llava_med`. A word of both counts as often as the *prediction* has

@@ -67,29 +67,29 @@ def _scores(prediction, answer):
     return tuple(form(prediction) == form(answer) for form in _FORMS.values())
 
 
-def score(prediction, answer):
+def score(prediction, answer) -> dict[str, bool]:
     """{figure: bool} for the three figures."""
     return dict(zip(_FORMS, _scores(prediction, answer)))
 
 
-def correct(prediction, answer, prefix=""):
+def correct(prediction, answer, prefix="") -> dict[str, bool]:
     """The same by the keys of a row: {prefix + "correct", …_strict, …_set: bool}."""
     return {prefix + figure.replace("acc", "correct"): x for figure, x in score(prediction, answer).items()}
 
 
-def texts(row, who):
+def texts(row, who) -> list[str]:
     """What model or control said to a question: a list of strings, one a sample."""
     if who == "model":
         return row["predictions"]
     return [row[f"{who}_prediction"]] if who in TEXT_CONTROLS else row[f"{who}_predictions"]
 
 
-def controls_of(rows):
+def controls_of(rows) -> tuple[str, ...]:
     """The controls that rows of predictions.jsonl hold, in the order of the tables."""
     return tuple(c for c in (*CONTROLS, *HISTORIES) if rows and f"{c}_correct" in rows[0])
 
 
-def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
+def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, float]:
     """Figures of an evaluation, as the top of this file describes them.
 
     Args:
@@ -136,7 +136,7 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS):
     return metrics
 
 
-def cluster(row):
+def cluster(row) -> str:
     """What questions have in common that share an image: its digest, else its id."""
     return str(row.get("image_key") or row.get("image_id") or row["question_id"])
 

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.stats
 
 
-def wilson(k, n, z=1.96):
+def wilson(k, n, z=1.96) -> tuple[float, float]:
     """Wilson's score interval for a proportion.
 
     centre ± half, with p = k / n:
@@ -46,7 +46,7 @@ def wilson(k, n, z=1.96):
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
-def wilson_clustered(correct, clusters=None, z=1.96):
+def wilson_clustered(correct, clusters=None, z=1.96) -> tuple[float, float]:
     """Wilson's interval for an accuracy whose questions share images.
 
     The n answers count as n / design_effect independent ones: the effective sample size of Rao and
@@ -79,7 +79,7 @@ def wilson_clustered(correct, clusters=None, z=1.96):
     return wilson(min(p * n_effective, n_effective), n_effective, z)
 
 
-def design_effect(values, clusters=None):
+def design_effect(values, clusters=None) -> float:
     """By how much sharing images inflates the variance of a mean; at least 1.
 
       [C/(C-1) · Σ_c (Σ_{i in c} (x_i - x̄))²] / [n/(n-1) · Σ_i (x_i - x̄)²]
@@ -111,7 +111,7 @@ def design_effect(values, clusters=None):
     return max(1.0, (count / (count - 1) * between) / (n / (n - 1) * spread))
 
 
-def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95, seed=0):
+def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95, seed=0) -> tuple:
     """Percentile bootstrap interval of a mean or a ratio, whole clusters drawn with replacement.
 
     The figure is Σ values / Σ weights; without weights the mean. Drawing images rather than
@@ -140,7 +140,7 @@ def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95
     return (low, high) if np.ndim(values) > 1 else (float(low[0]), float(high[0]))
 
 
-def mcnemar(a, b):
+def mcnemar(a, b) -> tuple[int, int, float]:
     """McNemar's exact test of two runs on the same questions.
 
     Only questions that one run has right and the other wrong say anything. If both were equally
@@ -168,7 +168,7 @@ def mcnemar(a, b):
     return only_a, only_b, p
 
 
-def paired_bootstrap(a, b, clusters=None, *, resamples=2000, level=0.95, seed=0):
+def paired_bootstrap(a, b, clusters=None, *, resamples=2000, level=0.95, seed=0) -> tuple[float, float, float, float]:
     """How much better run b is than run a on the same questions, by a clustered bootstrap.
 
     The differences b - a of single questions are drawn by cluster (see `bootstrap`). The p-value is
@@ -201,7 +201,7 @@ def paired_bootstrap(a, b, clusters=None, *, resamples=2000, level=0.95, seed=0)
     return difference, low, high, float((1 + far.sum()) / (1 + len(draws)))
 
 
-def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, design_effect=1.0):
+def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, design_effect=1.0) -> int | float:
     """How many questions it takes to see that p_a and p_b differ.
 
     Paired (both runs answer the same questions; McNemar's test): with d = p_b - p_a and the share s
@@ -250,7 +250,7 @@ def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, de
     return max(1, math.ceil(n * design_effect - 1e-9))
 
 
-def kappa(a, b, weights=None):
+def kappa(a, b, weights=None) -> float:
     """Cohen's kappa: agreement of two raters beyond what chance gives.
 
       1 - Σ w_ij o_ij / Σ w_ij e_ij

@@ -22,7 +22,7 @@ from paligemma_med.metrics import protocols
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
-def score(predictions, answers, embed=None, meteor_too=False):
+def score(predictions, answers, embed=None, meteor_too=False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """All text metrics of N answers at once; evaluations go by `METRICS`.
 
     Args:
@@ -48,7 +48,7 @@ def score(predictions, answers, embed=None, meteor_too=False):
     return rows, corpus | {"bleu": corpus_bleu(predictions, answers)}
 
 
-def corpus_bleu(predictions, answers):
+def corpus_bleu(predictions, answers) -> float:
     """BLEU-4 of a corpus by sacrebleu with its defaults (13a tokens, case counts, exp smoothing).
 
       BP · exp(Σ_{n=1..4} ln p_n / 4), BP = min(1, exp(1 - length of answers / of predictions))
@@ -65,7 +65,7 @@ def corpus_bleu(predictions, answers):
     return _bleu().corpus_score(predictions, [answers]).score / 100
 
 
-def sentence_bleu(predictions, answers):
+def sentence_bleu(predictions, answers) -> np.ndarray:
     """BLEU of each row by sacrebleu, as its sentence_bleu: `corpus_bleu`'s settings, and of n-grams
     only the orders that the prediction is long enough for.
 
@@ -80,7 +80,7 @@ def sentence_bleu(predictions, answers):
     return np.array([bleu.sentence_score(p, [a]).score / 100 for p, a in zip(predictions, answers)])
 
 
-def bleu_counts(predictions, answers):
+def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
     """`sentence_bleu` of each row, and what `corpus_bleu` adds up: for corpora of many subsets.
 
     Returns:
@@ -97,7 +97,7 @@ def bleu_counts(predictions, answers):
     return np.array([x.score / 100 for x in found]), np.array(counts)
 
 
-def bleu_of_counts(counts):
+def bleu_of_counts(counts) -> float:
     """`corpus_bleu` of rows of which `bleu_counts` gave int[N, 10]."""
     from sacrebleu.metrics import BLEU
 
@@ -112,7 +112,7 @@ def _bleu(**settings):
     return BLEU(**settings)
 
 
-def rouge(predictions, answers):
+def rouge(predictions, answers) -> dict[str, np.ndarray]:
     """ROUGE-1, -2 and -L F-measures by rouge-score, with Porter's stemmer.
 
     ROUGE-1, -2: overlap of words and of pairs of words; ROUGE-L: of the longest common subsequence;
@@ -134,7 +134,7 @@ def rouge(predictions, answers):
     return {name: np.array([row[name].fmeasure for row in found]) for name in ROUGES}
 
 
-def tokens(text):
+def tokens(text) -> list[str]:
     """Words of a text for `cider` and `meteor`.
 
     Lower case, no punctuation but within a word or before a number ("x-ray", "1.5", ".5", "-50"
@@ -145,7 +145,7 @@ def tokens(text):
     return re.findall(r"(?:(?<!\w)-?\.?(?=\d))?\w+(?:[-'’./,]\w+)*", text.lower())
 
 
-def cider(predictions, answers, tokenise=tokens):
+def cider(predictions, answers, tokenise=tokens) -> np.ndarray:
     """CIDEr of each row, in the form (CIDEr-D) that the COCO captioning evaluation reports.
 
     With g_n(x)[w] = (count of n-gram w in x) · (ln N - ln max(1, df(w))), df(w) the number of
@@ -199,7 +199,7 @@ def _ngrams(words):
     return collections.Counter(tuple(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
 
 
-def meteor(predictions, answers, wordnet=None, tokenise=tokens):
+def meteor(predictions, answers, wordnet=None, tokenise=tokens) -> np.ndarray:
     """METEOR of each row by NLTK: words matched by form, stem, and WordNet's synonyms.
 
       F · (1 - 0.5 · (chunks / matches)³), F = P · R / (0.9 · P + 0.1 · R)
@@ -236,7 +236,7 @@ def meteor(predictions, answers, wordnet=None, tokenise=tokens):
     )
 
 
-def has_wordnet():
+def has_wordnet() -> bool:
     """Whether `meteor` can be computed on this machine."""
     return _wordnet() is not None
 
@@ -251,7 +251,7 @@ def _wordnet():
     return wordnet
 
 
-def embedding_similarity(predictions, answers, embed):
+def embedding_similarity(predictions, answers, embed) -> np.ndarray:
     """Cosine of the embeddings of prediction and answer.
 
     Which model embeds is the caller's choice and part of the figure's name. Similarities of one

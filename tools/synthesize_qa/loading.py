@@ -34,7 +34,7 @@ class Model:
     prefixes: dict = dataclasses.field(default_factory=dict)
 
 
-def find(name, download=False):
+def find(name, download=False) -> tuple[pathlib.Path, str | None]:
     """Where a model is: (folder, name of its GGUF file or None).
 
     Args:
@@ -67,7 +67,7 @@ def find(name, download=False):
     return pathlib.Path(found), file
 
 
-def fingerprint(folder, file=None):
+def fingerprint(folder, file=None) -> str:
     """SHA-256 of the weights, "sha256:…": of a file, or of its names and digests for several.
 
     Digests of files are kept in ~/.cache by path, size and time of change: an 8B model is 16 GB.
@@ -113,7 +113,7 @@ def load(
     download=False,
     threads=None,
     **decoding,
-):
+) -> Model:
     """Loads tokenizer and weights.
 
     Args:
@@ -257,7 +257,7 @@ def _knows_system(tokenizer):
 # --- Prompts ---
 
 
-def prompt(model, messages):
+def prompt(model, messages) -> list[int]:
     """The prompt of chat messages as token ids."""
     if not model.system:
         first, second, *rest = messages

@@ -26,7 +26,7 @@ def answer(
     batch_tokens=65_536,
     progress=None,
     log=lambda text: print(text, file=sys.stderr, flush=True),
-):
+) -> None:
     """Has `model` answer all units that aren't settled; see `units` for the journal's records.
 
     A batch's replies, second ones to what couldn't be used included, are on the disk together.
@@ -79,7 +79,7 @@ def _machine(model):
     return {"device": name, "threads": torch.get_num_threads()}
 
 
-def plan(window, prompts, new_tokens, batch_size, batch_tokens):
+def plan(window, prompts, new_tokens, batch_size, batch_tokens) -> list[list]:
     """Units in batches of similar length, within both limits; the same for the same units."""
     batches, longest = [[]], 0
     for unit in sorted(window, key=lambda u: (len(prompts[u.key]), u.number)):
