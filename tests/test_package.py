@@ -238,6 +238,13 @@ def test_nobody_else_spells_what_a_family_calls_its_parameters():
     assert family_names("paligemma_med/checkpoints/hf.py", "q_einsum")
 
 
+def test_no_file_is_long():
+    limit = 500  # past 400 lines a file has two ideas
+    files = python_files(*OURS, "tests")
+    long = [f"{p.relative_to(ROOT)}: {n}" for p in files if (n := len(p.read_text("utf-8").splitlines())) > limit]
+    assert not long, "\n".join(long)
+
+
 def test_every_file_says_what_it_is_for():
     bare = [
         str(path.relative_to(ROOT))
