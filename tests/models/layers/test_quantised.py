@@ -77,7 +77,7 @@ BLOCK = "img/Transformer/encoderblock"
 LAYERS = {
     "Einsum of parts": (
         "llm/layers/attn/kv_einsum",
-        decoder.Einsum((2, 1, 16, 4), jax.nn.initializers.ones, (), True, parts="kv"),
+        lora.Einsum((2, 1, 16, 4), jax.nn.initializers.ones, (), True, parts="kv"),
         ("BTD,2KDH->BT2KH", (2, 3, 16)),
     ),
     "FeedForward": ("llm/layers/mlp", decoder.FeedForward(12, (), True), ((2, 3, 16),)),
