@@ -27,18 +27,12 @@ def of_leaves(tree: Any) -> list[str]:
     Returns:
       A list of strings of 16 hexadecimal digits.
     """
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    if not leaves:
-        return []
-    sums = np.asarray(_sums(tuple(leaves)).addressable_data(0))
-    return [f"{int(a):08x}{int(b):08x}" for a, b in sums]
+    # Leaf by leaf: trees differ, but their leaves share a few shapes, each of which is compiled once.
+    sums = [_sum(jnp.asarray(x)) for x in jax.tree.leaves(tree)]
+    return [f"{a:08x}{b:08x}" for a, b in (np.asarray(s.addressable_data(0)).tolist() for s in sums)]
 
 
 @jax.jit
-def _sums(leaves):
-    return jnp.stack([_sum(x) for x in leaves])
-
-
 def _sum(x):
     """uint32[2]: the sum of the bits, and that of the bits weighted by their place."""
     if x.dtype == jnp.bool_:
