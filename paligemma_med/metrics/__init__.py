@@ -1,1 +1,1 @@
-"""Figures from answers: what counts as right, text metrics, intervals. Knows no models."""
+"""Figures from answers: what counts as right, text metrics, intervals. Needs no model."""

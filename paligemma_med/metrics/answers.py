@@ -5,7 +5,7 @@ import string
 
 
 def strict(text) -> str:
-    """Lower case, no blanks around."""
+    """Lower case, no surrounding blanks."""
     return text.strip().lower()
 
 
@@ -13,9 +13,9 @@ def normalise(text) -> str:
     """The form in which answers are compared.
 
     Lower case; every comma (also the full-width `，` and the enumerating `、`) followed by one
-    space and preceded by none; runs of white space become one space; white space around and
-    `. , ; : ! ?` (also full-width) at the end are dropped. Nothing else: articles, plurals and
-    number words count, and so does the order of a list.
+    space and preceded by none; runs of white space become one space; surrounding white space and
+    `. , ; : ! ?` (also full-width) at the end are dropped. Nothing else: articles, plurals, number
+    words and the order of a list still count.
     """
     text = re.sub(r"\s*[,，、]\s*", ", ", text.lower())
     return re.sub(r"\s+", " ", text).strip().rstrip(" .,;:!?。；：！？")
@@ -29,7 +29,7 @@ def as_set(text) -> frozenset[str]:
 def squad(text) -> str:
     """SQuAD's form: lower case, without ASCII punctuation and the words a, an, the; single blanks.
 
-    Punctuation goes first and leaves nothing behind, so "x-ray" becomes "xray". P. Rajpurkar et
+    Punctuation is removed first, without a blank in its place, so "x-ray" becomes "xray". P. Rajpurkar et
     al., EMNLP 2016 (arXiv 1606.05250), as in its evaluation script.
     """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -51,7 +51,7 @@ def llava_med(text) -> str:
     dropped and zero to ten become digits, "none" being 0.
 
     Source: normalize_word in llava/eval/eval_metrics/glossary.py of microsoft/LLaVA-Med, v1.0.0.
-    Left out: its table that writes "dont" as "don't".
+    Left out: its table that turns "dont" into "don't".
     """
     digits = re.search(r"\d,\d", text)
     out = text

@@ -1,8 +1,8 @@
 """Protocols of the field, one function each: what exactly a reported accuracy counts.
 
-Tables can't be compared where "accuracy" means a substring here and a letter there. Each function
-states its rule, where it comes from, and what it gets wrong. They work on strings and lists alone:
-`scoring` makes figures of them.
+Tables can't be compared if "accuracy" means a substring in one and a letter in the other. Each function
+states its rule, its source, and what it gets wrong. They work on strings and lists; `scoring` turns
+them into figures.
 
 Several runs       accuracy_over_runs, distinct_answers, nonrobust, penalised
 Multiple choice    letter, closest_option, most_likely_option, qa_score
@@ -33,9 +33,9 @@ def accuracy_over_runs(correct) -> tuple[float, float]:
       a_r = mean over questions of correct[q][r];  mean = Σ a_r / R;
       sd = sqrt(Σ (a_r - mean)² / (R - 1))
 
-    The sd says how much sampling answers anew moves the score of *these* questions, and nothing
-    about other questions: with 200 of them that error is another 3 points, see `stats`. Divided by
-    R - 1 (the paper, papers/001 section 5, doesn't say by what; R would give 0.89 of it for R = 5).
+    The sd says how much resampling the answers moves the score of *these* questions, and nothing about
+    other questions: with 200 of them that error is another 3 points, see `stats`. It divides by R - 1
+    (the paper, papers/001 section 5, doesn't say; R would give 0.89 of it for R = 5).
 
     Args:
       correct: [Q][R] bools or numbers in [0, 1]; run r is answer r of every question.
@@ -44,7 +44,7 @@ def accuracy_over_runs(correct) -> tuple[float, float]:
       (mean, sd); sd is NaN for a single run.
 
     Raises:
-      ValueError: no questions, no runs, or not as many runs for each question.
+      ValueError: no questions, no runs, or different numbers of runs.
     """
     runs = _table(correct, "correct").mean(axis=0)
     sd = float(runs.std(ddof=1)) if len(runs) > 1 else math.nan
@@ -56,8 +56,8 @@ def distinct_answers(predictions, form=answers.normalise) -> np.ndarray:
 
     Args:
       predictions: [Q][R] answers.
-      form: function of an answer that gives what is compared; None compares them as they are
-        (letters, numbers of choices; None, "no answer", counts as an answer of its own).
+      form: function from an answer to what is compared; None compares answers as they are (letters,
+        numbers of choices; an answer of None, "no answer", counts as an answer of its own).
 
     Returns:
       int[Q], 1 to R.
@@ -67,15 +67,15 @@ def distinct_answers(predictions, form=answers.normalise) -> np.ndarray:
 
 
 def nonrobust(predictions, threshold=3, form=answers.normalise) -> np.ndarray:
-    """Which questions are answered non-robustly: with `threshold` different answers or more.
+    """Which questions are answered non-robustly: with `threshold` or more different answers.
 
     The paper (papers/001, 5): "non-robust if the model produces different answers in three or more
-    out of five inferences". Read here as three different ones among the five. (Another reading,
-    three that differ from the most frequent one, would spare 3 + 1 + 1, and nothing else.)
+    out of five inferences". This is read as three different answers among the five. (The other reading,
+    three that differ from the most frequent one, would only spare the split 3 + 1 + 1.)
 
     Args:
       predictions, form: as in `distinct_answers`.
-      threshold: at least so many different answers.
+      threshold: the least number of different answers.
 
     Returns:
       bool[Q].
@@ -85,18 +85,17 @@ def nonrobust(predictions, threshold=3, form=answers.normalise) -> np.ndarray:
 
 def penalised(correct, predictions, reading="item", threshold=3, form=answers.normalise) -> tuple[float, float]:
     """Accuracy over runs, docked for non-robust questions: "we penalize the accuracy by one point"
-    (papers/001, 5), of which there are two readings.
+    (papers/001, 5), which can be read in two ways.
 
     item     a non-robust question loses its own point: it counts as wrong in every run.
     total    every non-robust question takes one percentage point off the whole score, at least 0:
              mean - 0.01 · (number of non-robust questions). The sd stays.
 
-    "item" is the default. It doesn't depend on how many questions there are, where "total" weighs a
-    question n / 100 times what it is worth (200 questions: twice; 1,061: ten times) and reaches 0
-    soon: near chance on four choices, 82 % of questions are non-robust when sampled at temperature
-    1 (of uniform answers), so that the paper's 33 % on PMC-VQA can't have been docked in that way.
-    And "item" stays an accuracy, with an interval: the share of questions that are right *and*
-    robustly so.
+    "item" is the default. It doesn't depend on the number of questions, while "total" counts a question
+    n / 100 times (200 questions: twice; 1,061: ten times) and soon reaches 0: near chance on four
+    choices, 82 % of questions are non-robust when sampled at temperature 1 (with uniform answers), so
+    the paper's 33 % on PMC-VQA can't have been docked in that way. And "item" is still an accuracy, with
+    an interval: the share of questions that are answered right *and* robustly.
 
     Args:
       correct: [Q][R] as in `accuracy_over_runs`.
@@ -135,20 +134,20 @@ def _table(values, name):
 
 
 def letter(text, choices) -> str | None:
-    """The letter that an answer names, or None where it names none, or more than one.
+    """The letter that an answer names, or None if it names none or several.
 
     Understood, in either case: "B", "(b)", "B." alone; "B: text", "B) text", "b. text", "B - text"
     at the start of a line; "B text" if `text` is choice B; "(B)" anywhere; "option B", "I choose
-    B", "it is B"; and, before all others, "the answer is B", "Answer: (b)". Not taken for letters:
-    the article ("A large mass"), names ("hepatitis B"), what is denied ("not option B", "option B
-    is wrong"). "A or B", "A, B", "A: yes, B: no" name two.
+    B", "it is B"; and, with priority, "the answer is B", "Answer: (b)". Not counted as letters: the
+    article ("A large mass"), names ("hepatitis B"), denials ("not option B", "option B is wrong").
+    "A or B", "A, B", "A: yes, B: no" name two.
 
-    An answer that gives a choice's text without its letter names none, also if that begins with one
-    ("C. difficile"): see `closest_option`. The scripts of the field take the nearest of "A".."D" by
-    difflib and so make a letter of anything (PMC-VQA's MedVInT_TE takes "Both" for B).
+    An answer that gives a choice's text without its letter names none, even if the text begins with one
+    ("C. difficile"): see `closest_option`. The field's scripts take the nearest of "A".."D" by difflib
+    and so find a letter in anything (PMC-VQA's MedVInT_TE takes "Both" for B).
 
     Args:
-      text: what the model said.
+      text: the model's answer.
       choices: the choices' texts, in order: letters A, B, ….
 
     Returns:
@@ -160,7 +159,8 @@ def letter(text, choices) -> str | None:
     last = letter_of(_count(choices) - 1)
     capital, small = f"[A-{last}]", f"[a-{last.lower()}]"
     either = f"[A-{last}a-{last.lower()}]"
-    # Within a sentence a small letter may be the article; it counts before punctuation or the end.
+    # Within a sentence a lone "a" may be the article: a small letter only counts before punctuation or
+    # the end.
     within = rf"[(\[]?(?:({capital})(?![\w'’]|-\w)|({small})(?=\s*(?:[)\].:,;!?]|$)))"
     text = re.sub(r'[*`"“”]', "", unicodedata.normalize("NFKC", text)).strip()
 
@@ -176,7 +176,7 @@ def letter(text, choices) -> str | None:
     says = r"(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*"
     kind = r"(?:(?:the\s+)?(?:option|choice|letter)\s*)?"
     verbs = "option|choice|letter|choose|chose|pick|select|go with|think"
-    # "C. text" is a label, unless choices begin so themselves: "C. difficile", "E. coli".
+    # "C. text" is a label, unless choices themselves begin that way: "C. difficile", "E. coli".
     period = r"|\.(?=\s|$)" if not any(re.match(r"[a-z]\. ", o) for o in options) else ""
     either_or = rf"\s*[)\].:]?\s*(?:,|/|&|\bor\b|\band\b)\s*{kind}{within}"
     strong = [rf"(?i:\banswer{says}{kind}){within}"]
@@ -200,23 +200,23 @@ def letter(text, choices) -> str | None:
 
 
 def _denied(text, m):
-    """Whether a mention of a letter is of one that is *not* the answer."""
+    """Whether a letter is mentioned as *not* the answer."""
     before = r"\b(?:not|than|instead of|neither|nor|except|excluding)\s+(?:the\s+)?[(\[]?$"
     after = r"[)\].:]?\s*(?:is|was|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)"
     return bool(re.search(before, text[: m.start()], re.IGNORECASE) or re.match(after, text[m.end() :], re.IGNORECASE))
 
 
 def closest_option(text, choices) -> int | None:
-    """The number of the choice that an answer's text is nearest to, or None if to none.
+    """The number of the choice that an answer's text is nearest to, or None if it resembles none.
 
-    An answer equal to a choice is that choice: `answers.normalise` of both, without a label such as
-    "B:" at the front of the answer, or of every choice. Otherwise the one of the highest difflib
-    ratio (twice the matching characters over the characters of both), the first among equals; None
-    if all ratios are 0.
+    An answer equal to a choice is that choice (`answers.normalise` of both, without a label such as
+    "B:" at the front of the answer, or of every choice). Otherwise it is the choice with the highest
+    difflib ratio (twice the matching characters over the characters of both), the first among equals;
+    None if all ratios are 0.
 
-    The ratio is that of PMC-VQA's own script (find_most_similar_index), which compares the texts
-    as they are, and only the last character generated. It always decides, so a question's chance
-    level isn't 1 in 4: a long choice is near to much.
+    The ratio is that of PMC-VQA's own script (find_most_similar_index), which compares the raw texts,
+    and only the last character generated. It always decides, so a question's chance level isn't 1 in 4:
+    a long choice is close to many texts.
 
     Args:
       text: what the model said.
@@ -237,15 +237,15 @@ def closest_option(text, choices) -> int | None:
 
 
 def most_likely_option(logprobs, lengths=None) -> int:
-    """The number of the choice that the model finds likeliest, whatever it would say itself.
+    """The number of the choice that the model finds likeliest, whatever it would generate.
 
       argmax_c log p(choice c | image, question), the sum over the choice's tokens, EOS included;
-      with lengths: the same over the number of tokens
+      with lengths: that divided by the number of tokens
 
-    The sum is the probability of saying just that and favours short choices; per token favours long
-    ones, whose later tokens follow from the earlier. The latter is GPT-3's rule (T. Brown et al.,
+    The sum is the probability of generating exactly the choice and favours short ones; per token favours
+    long ones, whose later tokens follow from the earlier. The latter is GPT-3's rule (T. Brown et al.,
     2005.14165, 2.4) and, as the smallest mean loss, the "prefix-based score" of OmniMedVQA (Y. Hu
-    et al., CVPR 2024, 2402.09181). Report which.
+    et al., CVPR 2024, 2402.09181). Report which one is used.
 
     Args:
       logprobs: [C] sums of log-probabilities, such as a row's option_logprobs.
@@ -255,7 +255,7 @@ def most_likely_option(logprobs, lengths=None) -> int:
       0, 1, …; the first among equals.
 
     Raises:
-      ValueError: fewer than two choices, NaN, a length below 1 or too few of them.
+      ValueError: fewer than two choices, NaN, a length below 1, or too few lengths.
     """
     _count(logprobs)
     scores = np.asarray(logprobs, np.float64)
@@ -271,13 +271,13 @@ def most_likely_option(logprobs, lengths=None) -> int:
 def qa_score(prediction, choices, answer) -> bool:
     """OmniMedVQA's question-answering score: is the choice nearest to the text the right one?
 
-    Like `closest_option`, but verbatim as its script does it: case, blanks and labels count, and no
-    exact match goes first. An answer that resembles no choice at all, such as an empty one, is
-    wrong. Its prompt lists the choices as a Python list and asks for one of them.
+    Like `closest_option`, but exactly as in OmniMedVQA's script: case, blanks and labels count, and exact
+    matches have no priority. An answer that resembles no choice at all, such as an empty one, is
+    wrong. OmniMedVQA's prompt lists the choices as a Python list and asks for one of them.
     Y. Hu et al., CVPR 2024, 2402.09181; MedicalEval in utils/medicalqa.py.
 
     Args:
-      prediction: what the model said.
+      prediction: the model's answer.
       choices: the choices' texts, in order.
       answer: the text of the right one.
 
@@ -300,7 +300,7 @@ def letter_of(i) -> str:
 
 
 def _most_similar(options, text):
-    # The order of the two texts matters to difflib; it is that of the originals.
+    # The order of the two texts matters to difflib; this is the original scripts' order.
     ratios = [difflib.SequenceMatcher(None, option, text).ratio() for option in options]
     return ratios.index(max(ratios)) if max(ratios) > 0 else None
 
@@ -337,8 +337,8 @@ def token_f1(prediction, answer) -> float:
       common = Σ_w min(count in prediction, count in answer)
       F1 = 2 · common / (tokens of prediction + tokens of answer)
 
-    over the words of `answers.squad`. If either has no words left, 1.0 if both, else 0.0.
-    P. Rajpurkar et al., EMNLP 2016 (1606.05250); that case as in SQuAD 2.0's script (1806.03822).
+    over the words of `answers.squad`. Without words left in either: 1.0 if in both, else 0.0, as in SQuAD
+    2.0's script (1806.03822). P. Rajpurkar et al., EMNLP 2016 (1606.05250).
 
     Returns:
       float, 0 to 1.
@@ -348,9 +348,9 @@ def token_f1(prediction, answer) -> float:
 
 
 def token_recall(prediction, answer) -> float:
-    """The share of the answer's tokens that the prediction has, each counted as often as it occurs:
-    common / (tokens of answer), see `token_f1`. Repeating or listing everything raises it, so it
-    means little without precision; `llava_med_f1` is what others report by this name.
+    """The share of the answer's tokens that the prediction contains: common / (tokens of answer), see
+    `token_f1`. Repeating or listing everything raises it, so it means little without precision;
+    `llava_med_f1` is what others report under this name.
 
     Returns:
       float, 0 to 1; for an answer without words 1.0 if the prediction has none either, else 0.0.
@@ -368,10 +368,10 @@ def llava_med_closed(prediction, answer) -> bool:
     """LLaVA-Med's accuracy of closed questions: the answer is a substring of the prediction.
 
     After `answers.llava_med` of both: right if "yes" or "no" occurs in the prediction *and* the
-    answer does. What follows from it: "No, it is not normal" is right for "normal", and for "no" so
-    is any text with "normal" or "know"; "yes and no" is always right; an answer other than yes and
-    no, of which SLAKE's closed questions have many, is wrong unless "no" turns up somewhere. Use it
-    beside others' figures of that name, not instead of `exact_match`.
+    answer does. So "No, it is not normal" is right for "normal"; any text with "normal" or "know" is
+    right for "no"; "yes and no" is always right; and an answer other than yes and no, of which SLAKE's
+    closed questions have many, is wrong unless "no" turns up somewhere. Use it to compare with others'
+    figures of that name, not instead of `exact_match`.
     C. Li et al., NeurIPS 2023 (2306.00890), 5; evaluate() in run_eval.py.
 
     Returns:
@@ -382,13 +382,13 @@ def llava_med_closed(prediction, answer) -> bool:
 
 
 def llava_med_f1(prediction, answer) -> tuple[float, float, float]:
-    """LLaVA-Med's (f1, precision, recall) of open questions; its tables give the recall.
+    """LLaVA-Med's (f1, precision, recall) of open questions; its tables show the recall.
 
-    Over the words of `answers.llava_med`. A word of both counts as often as the *prediction* has
-    it, a word of the answer alone as often as the answer has it:
+    Over the words of `answers.llava_med`. A word in both counts as often as the *prediction* has it, a
+    word only in the answer as often as the answer has it:
       precision = tp / (tp + fp);  recall = tp / (tp + fn);  f1 = 2 · precision · recall / (both)
-    So repeating a right word raises recall: "left left left" has 3/4 of "left lung", where
-    `token_recall` gives 1/2. All are 0.0 if either has no words.
+    So repeating a right word raises recall: "left left left" gets 3/4 for "left lung", where
+    `token_recall` gives 1/2. All three are 0.0 if either has no words.
     C. Li et al., NeurIPS 2023 (2306.00890), 5; calculate_f1score in evaluate_metrics.py.
 
     Returns:

@@ -1,42 +1,42 @@
 """Every figure of an evaluation, from the rows of its predictions.jsonl.
 
 The evaluators and `tools.report` call the same function, so a figure can't differ from what the
-predictions say. It knows no model and no file. What a single figure means stands with its function
-in `answers`, `protocols`, `text_metrics` and `stats`.
+predictions say. It needs no model and no file. The meaning of each figure is documented with its
+function in `answers`, `protocols`, `text_metrics` and `stats`.
 
-A figure is called `{who}/{group}/{figure}`.
+A figure is named `{who}/{group}/{figure}`.
 
 who      "model" or a control: CONTROLS says what each is.
 group    "overall", "answer_type/CLOSED", "content_type/Organ", "modality/CT", …: see GROUPS.
 figure   acc         equal after `answers.normalise`; the figure of the tables
-         acc_strict  equal but for case and blanks around: the usual "exact match"
+        acc_strict  equal except for case and surrounding blanks: the usual "exact match"
          acc_set     as acc, but the parts of a comma-separated answer may come in any order
          and by protocol:
          closed           llava_closed
          open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
                           bleu (of the corpus), bleu_rows (mean over questions)
-         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name
-                          none); where choices were scored, acc_likelihood and acc_likelihood_token
+        multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name no
+                          letter); if choices were scored, acc_likelihood and acc_likelihood_token
 
-Each is that of the first sample of a question. Behind it may stand
+Each uses the first sample of every question. Suffixes:
 
-_low, _high       its 95 % interval: of acc Wilson's, for independent questions; of the others an
-                  interval that keeps questions on one image together, Wilson's for shares of
-                  questions, the bootstrap for means. A total, such as bleu, has none.
-_cluster_low, _cluster_high   of acc: the same, with questions on one image kept together
-_mean, _sd        where there are several samples: mean over the runs, and their standard deviation;
-                  run i is sample i of every question
-_mean_low, _mean_high   95 % of that mean, with questions on one image kept together; of those
-                  figures that have one of the first sample
+_low, _high       95 % interval: for acc, Wilson's, for independent questions; for the others one that
+                  keeps questions on one image together, Wilson's for shares of questions, the
+                  bootstrap for means. Totals, such as bleu, have none.
+_cluster_low, _cluster_high   for acc: the same, with questions on one image kept together
+_mean, _sd        with several samples: mean over the runs, and their standard deviation; run i is
+                  sample i of every question
+_mean_low, _mean_high   95 % interval of that mean, with questions on one image kept together; for
+                  figures that have an interval
 
-Where there are several samples also nonrobust (share of questions with three different answers or
-more), acc_penalised_item (both with _low and _high, images kept together) and acc_penalised_total
-(acc_mean docked for those, by either reading of `protocols.penalised`; in multiple choice it's the
-letters that differ and are docked, if the truth is one).
+With several samples also nonrobust (share of questions with three or more different answers),
+acc_penalised_item (both with _low and _high, images kept together) and acc_penalised_total (acc_mean
+docked for those questions, by the two readings of `protocols.penalised`; in multiple choice letters are
+compared and docked, if the truth is a letter).
 
-Beside those: n (questions), `n/{group}`, images (different ones), and, where the rows tell,
-truncated (prompts that lost tokens) and unfinished (the model's answers, all samples, without EOS
-within max_new_tokens).
+Also: n (questions), `n/{group}`, images (distinct ones), and, if the rows say so, truncated (prompts
+that lost tokens) and unfinished (answers of the model, over all samples, without EOS within
+max_new_tokens).
 """
 
 import functools
@@ -46,16 +46,16 @@ import numpy as np
 from paligemma_med.metrics import answers, protocols, stats, text_metrics
 from paligemma_med.pp import rows as row_keys
 
-# What needs no model: the most frequent answer in training, to the same question and to any
+# Controls without a model: the most frequent answer in training, to the same question and to any
 # question of the same answer type; the question itself as the answer.
 TEXT_CONTROLS = ("majority", "majority_type", "echo")
 # The same model and prompts with other images: another question's, mid-grey, noise.
 IMAGE_CONTROLS = ("shuffled_images", "blank_image", "noise_image")
 CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
-# Other ways of asking the same: see `dialogue`.
+# Other ways of asking the same questions: see `dialogue`.
 HISTORIES = ("true_history", "single_turn")
 PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
-# Keys of a row by whose values questions are told apart in the tables.
+# Keys of a row whose values are the groups in the tables.
 GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
 
@@ -73,30 +73,30 @@ def score(prediction, answer) -> dict[str, bool]:
 
 
 def correct(prediction, answer, prefix="") -> dict[str, bool]:
-    """The same by the keys of a row: {prefix + "correct", …_strict, …_set: bool}."""
+    """`score` under the keys of a row: {prefix + "correct", …_strict, …_set: bool}."""
     return {prefix + figure.replace("acc", "correct"): x for figure, x in score(prediction, answer).items()}
 
 
 def texts(row, who) -> list[str]:
-    """What model or control said to a question: a list of strings, one a sample."""
+    """The answers of the model or a control to a question: a list of strings, one per sample."""
     if who == "model":
         return row["predictions"]
     return [row[f"{who}_prediction"]] if who in TEXT_CONTROLS else row[f"{who}_predictions"]
 
 
 def controls_of(rows) -> tuple[str, ...]:
-    """The controls that rows of predictions.jsonl hold, in the order of the tables."""
+    """The controls in rows of predictions.jsonl, in the order of the tables."""
     return tuple(c for c in (*CONTROLS, *HISTORIES) if rows and f"{c}_correct" in rows[0])
 
 
 def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, float]:
-    """Figures of an evaluation, as the top of this file describes them.
+    """The figures of an evaluation that the top of this file describes.
 
     Args:
       rows: dicts of predictions.jsonl, one or more.
       protocol: one of PROTOCOLS.
-      controls: those to give figures of; None: all that the rows hold.
-      groups: keys of a row; those that rows lack are left out, or have many values of.
+      controls: which controls to include; None: all that the rows have.
+      groups: keys of a row; keys that rows lack, or that have many values, are left out.
 
     Returns:
       {name: number}.
@@ -137,11 +137,11 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, f
 
 
 def cluster(row) -> str:
-    """What questions have in common that share an image: its digest, else its id."""
+    """The key that questions on one image share: the image's digest, else its id."""
     return str(row.get("image_key") or row.get("image_id") or row["question_id"])
 
 
-# --- Values: float[questions, samples] of each figure; of totals int[questions, samples, K] ---
+# --- Values: float[questions, samples] per figure, int[questions, samples, K] per total ---
 
 
 def _values(rows, who, protocol):
@@ -165,11 +165,11 @@ def _values(rows, who, protocol):
 
 
 def _text_metric(metric, pairs):
-    """Values of a text metric of [question][sample] pairs of texts."""
+    """Values of a text metric for [question][sample] pairs of texts."""
     if metric.is_of_corpus:
         runs = [metric.score(*map(list, zip(*run))) for run in zip(*pairs)]
         return {name: np.stack([run[name] for run in runs], axis=1) for name in metric.titles}
-    # Each pair of texts is looked at once.
+    # Each distinct pair of texts is scored once.
     unique = sorted({pair for x in pairs for pair in x})
     place = {pair: i for i, pair in enumerate(unique)}
     index = np.array([[place[pair] for pair in x] for x in pairs])
@@ -245,7 +245,7 @@ def _runs(name, values):
 
 
 def _compared(rows, who, protocol):
-    """([question][sample] of what makes answers different, the figure that goes with it)."""
+    """([question][sample] of what is compared between answers, the figure that goes with it)."""
     said = [texts(row, who) for row in rows]
     if protocol == "multiple_choice" and all(r["answer"] == r["answer_letter"] for r in rows):
         return _letters(rows, said), "acc_letter"
@@ -266,7 +266,7 @@ def _robustness(said, hits, clusters):
 
 
 def _bootstrapped(tables, columns, group, inside, clusters):
-    """Intervals of all means of a group, from the same draws of images."""
+    """Intervals of a group's means, all from the same draws of images."""
     names = [(who, k) for who in columns for k in tables[who] if k in text_metrics.MEANS]
     if not names:
         return {}
@@ -278,5 +278,5 @@ def _bootstrapped(tables, columns, group, inside, clusters):
             values[f"{who}/{group}/{k}_mean"] = x.mean(axis=1)
     ends = zip(("low", "high"), stats.bootstrap(np.stack([*values.values()], axis=1), clusters))
     found = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
-    # Of one image there is none.
+    # A single image gives no interval.
     return {k: x for k, x in found.items() if np.isfinite(x)}

@@ -1,7 +1,7 @@
 """How far a measured figure can be trusted: intervals, paired tests, sample sizes, agreement.
 
-Questions share images, so answers aren't independent; functions that take `clusters` (one key a
-question, such as image_key) allow for that. Plain functions on lists and numpy arrays.
+Questions share images, so answers aren't independent; functions that take `clusters` (one key per
+question, such as image_key) account for that. Plain functions on lists and numpy arrays.
 """
 
 import collections
@@ -18,20 +18,20 @@ def wilson(k, n, z=1.96) -> tuple[float, float]:
       centre = (p + z²/2n) / (1 + z²/n)
       half = z / (1 + z²/n) · sqrt(p(1 - p)/n + z²/4n²)
 
-    Unlike p ± z·sqrt(p(1 - p)/n) it stays within [0, 1] and has a width at p = 0 and p = 1. It
-    takes the n trials for independent; questions about one image are not quite, see
-    `wilson_clustered`. E. B. Wilson, JASA 22 (1927), 209-212.
+    Unlike p ± z·sqrt(p(1 - p)/n) it stays within [0, 1] and has a width at p = 0 and p = 1. It assumes
+    independent trials; for questions that share images see `wilson_clustered`. E. B. Wilson, JASA 22
+    (1927), 209-212.
 
     Args:
       k: successes, 0 to n.
-      n: trials. Both need not be whole, for effective sample sizes.
+      n: trials. Neither needs to be an integer, for effective sample sizes.
       z: quantile of the normal distribution; 1.96 gives 95 %.
 
     Returns:
       (low, high); (0.0, 1.0) for n = 0, when nothing is known.
 
     Raises:
-      ValueError: k outside of 0 to n, or a z that isn't positive.
+      ValueError: k outside 0 to n, or a z that isn't positive.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k is {k} of n = {n}; expected 0 <= k <= n.")
@@ -42,7 +42,7 @@ def wilson(k, n, z=1.96) -> tuple[float, float]:
     p, z2 = k / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # At the ends one limit is exactly 0 or 1, up to rounding.
+    # At k = 0 and k = n one limit is exactly 0 or 1; the formula gives it up to rounding.
     return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
 
 
@@ -50,22 +50,22 @@ def wilson_clustered(correct, clusters=None, z=1.96) -> tuple[float, float]:
     """Wilson's interval for an accuracy whose questions share images.
 
     The n answers count as n / design_effect independent ones: the effective sample size of Rao and
-    Scott, Biometrics 48 (1992), 577-585, put into Wilson's formula as Dean and Pagano, J. Survey
-    Statistics and Methodology 3 (2015), 484-503, do. Equals `wilson` where every question has an
-    image of its own. Where all are right or all wrong nothing shows how alike an image's answers
-    are; they are then taken for fully alike, n² / Σ m² independent ones with m answers an image.
+    Scott, Biometrics 48 (1992), 577-585, put into Wilson's formula as in Dean and Pagano, J. Survey
+    Statistics and Methodology 3 (2015), 484-503. Equals `wilson` if every question has an image of its
+    own. If all answers are right or all wrong, nothing shows how alike an image's answers are; they are
+    then treated as fully alike: n² / Σ m² independent answers, with m answers per image.
 
     Args:
       correct: [Q] bools, or shares in [0, 1] (means over several runs, which vary less than bools;
-        the interval is then wider than it need be).
-      clusters: [Q] anything hashable, such as image keys; None: no two answers belong together.
+        the interval is then wider than necessary).
+      clusters: [Q] anything hashable, such as image keys; None: each answer is independent.
       z: as in `wilson`.
 
     Returns:
       (low, high); (0.0, 1.0) for no questions.
 
     Raises:
-      ValueError: lengths that differ, values outside of 0 to 1, bad z.
+      ValueError: lengths that differ, values outside 0 to 1, a z that isn't positive.
     """
     values = _numbers(correct, "correct")
     if values.ndim != 1 or (values < 0).any() or (values > 1).any():
@@ -75,7 +75,7 @@ def wilson_clustered(correct, clusters=None, z=1.96) -> tuple[float, float]:
         return wilson(0, 0, z)
     n_effective = n / design_effect(values, clusters)
     p = float(np.clip(values.mean(), 0, 1))
-    # p · n, not the sum: rounding must not push k past n.
+    # p · n and not the sum, whose rounding could push k past n.
     return wilson(min(p * n_effective, n_effective), n_effective, z)
 
 
@@ -84,9 +84,9 @@ def design_effect(values, clusters=None) -> float:
 
       [C/(C-1) · Σ_c (Σ_{i in c} (x_i - x̄))²] / [n/(n-1) · Σ_i (x_i - x̄)²]
 
-    the cluster-robust variance over that of independent values, for C clusters. Estimates below 1
-    are taken for chance. Equal values, or a single cluster, tell nothing: Σ m² / n is given then, m
-    the sizes of the clusters, as if all of a cluster's values were one. L. Kish, Survey Sampling
+    the cluster-robust variance divided by that of independent values, for C clusters. Estimates below 1
+    are treated as chance. Equal values, or a single cluster, say nothing; the result is then Σ m² / n,
+    with m the sizes of the clusters, as if a cluster's values were one. L. Kish, Survey Sampling
     (1965), 8.2.
 
     Args:
@@ -114,26 +114,26 @@ def design_effect(values, clusters=None) -> float:
 def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95, seed=0) -> tuple:
     """Percentile bootstrap interval of a mean or a ratio, whole clusters drawn with replacement.
 
-    The figure is Σ values / Σ weights; without weights the mean. Drawing images rather than
-    questions keeps questions about one image together, as they are in the world. B. Efron, Annals
+    The figure is Σ values / Σ weights, or the mean without weights. Drawing images rather than
+    questions keeps questions about one image together, as in reality. B. Efron, Annals
     of Statistics 7 (1979), 1-26; for clusters A. C. Davison, D. V. Hinkley, Bootstrap Methods and
-    their Application (1997), 3.8. With fewer than about 20 clusters it comes out too narrow.
+    their Application (1997), 3.8. With fewer than about 20 clusters the interval is too narrow.
 
     Args:
       values: [Q] numbers, or [Q, K] for K figures from the same draws.
       clusters: [Q] hashables; None: each value by itself.
-      weights: of values' shape or [Q], not negative: the denominators of a ratio. Draws in which
+      weights: the denominators of a ratio, shaped like values or [Q], not negative. Draws in which
         they add up to 0 are left out.
       resamples: how many draws.
-      level: share of draws within.
-      seed: of the draws; the same rows in the same order give the same interval.
+      level: share of draws within the interval.
+      seed: for the draws; the same rows in the same order give the same interval.
 
     Returns:
-      (low, high): floats, or arrays [K]. NaN where there are fewer than two clusters: one image
-      can't tell how images differ.
+      (low, high): floats, or arrays [K]. NaN with fewer than two clusters: one image can't show how
+      images differ.
 
     Raises:
-      ValueError: no values, not finite ones, lengths that differ, negative weights.
+      ValueError: no values, values that aren't finite, lengths that differ, negative weights.
     """
     draws = _draws(values, clusters, weights, resamples, seed)
     low, high = _interval(draws, level)
@@ -143,17 +143,17 @@ def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95
 def mcnemar(a, b) -> tuple[int, int, float]:
     """McNemar's exact test of two runs on the same questions.
 
-    Only questions that one run has right and the other wrong say anything. If both were equally
-    good, each of those n = only_a + only_b would fall to either side like a coin:
+    Only questions that one run has right and the other wrong carry information. If both runs were
+    equally good, each of those n = only_a + only_b would be a fair coin toss:
       p = min(1, 2 · P(X <= min(only_a, only_b))), X ~ Binomial(n, 1/2).
-    Q. McNemar, Psychometrika 12 (1947), 153-157; exact form. It takes questions for independent;
-    `paired_bootstrap` does not.
+    Q. McNemar, Psychometrika 12 (1947), 153-157; exact form. It assumes independent questions, unlike
+    `paired_bootstrap`.
 
     Args:
       a, b: [Q] bools: right or wrong, in the same order of questions.
 
     Returns:
-      (only_a, only_b, p); p = 1.0 where they never differ.
+      (only_a, only_b, p); p = 1.0 if the runs never differ.
 
     Raises:
       ValueError: lengths that differ, or values other than 0 and 1.
@@ -171,13 +171,13 @@ def mcnemar(a, b) -> tuple[int, int, float]:
 def paired_bootstrap(a, b, clusters=None, *, resamples=2000, level=0.95, seed=0) -> tuple[float, float, float, float]:
     """How much better run b is than run a on the same questions, by a clustered bootstrap.
 
-    The differences b - a of single questions are drawn by cluster (see `bootstrap`). The p-value is
-    two-sided: the share of draws d* whose distance from the observed difference d is |d| or more,
+    The questions' differences b - a are drawn by cluster (see `bootstrap`). The p-value is two-sided:
+    the share of draws d* whose distance from the observed difference d is |d| or more,
     (1 + #{|d* - d| >= |d|}) / (1 + draws). That is Davison and Hinkley (1997), 4.4, with the draws
-    moved to a mean of no difference.
+    shifted to a mean of 0.
 
     Args:
-      a, b: [Q] numbers of the same questions in the same order: right or wrong, an F1, a share of
+      a, b: [Q] numbers for the same questions in the same order: right or wrong, an F1, a share of
         right runs.
       clusters, resamples, level, seed: as in `bootstrap`.
 
@@ -202,29 +202,29 @@ def paired_bootstrap(a, b, clusters=None, *, resamples=2000, level=0.95, seed=0)
 
 
 def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, design_effect=1.0) -> int | float:
-    """How many questions it takes to see that p_a and p_b differ.
+    """How many questions it takes to detect that p_a and p_b differ.
 
-    Paired (both runs answer the same questions; McNemar's test): with d = p_b - p_a and the share s
-    of questions on which one is right and the other wrong,
+    Paired (both runs answer the same questions; McNemar's test): with d = p_b - p_a and s the share of
+    questions on which one is right and the other wrong,
       n = (z_{1-alpha/2} · sqrt(s) + z_power · sqrt(s - d²))² / d²,
-    R. J. Connor, Biometrics 43 (1987), 207-211. Unpaired (each its own questions; two proportions):
+    R. J. Connor, Biometrics 43 (1987), 207-211. Unpaired (different questions; two proportions):
       n = (z_{1-alpha/2} · sqrt(2 p̄(1-p̄)) + z_power · sqrt(p_a(1-p_a) + p_b(1-p_b)))² / d²
-    a run, J. L. Fleiss, Statistical Methods for Rates and Proportions (1981), 3.2, uncorrected.
+    per run; J. L. Fleiss, Statistical Methods for Rates and Proportions (1981), 3.2, uncorrected.
 
     Args:
       p_a, p_b: accuracies, 0 to 1.
       discordance: s, |p_a - p_b| to min(p_a + p_b, 2 - p_a - p_b). None: as if the runs erred
-        independently, p_a(1-p_b) + p_b(1-p_a). Runs alike differ less and need fewer questions.
-      paired: which of the two.
-      power: the chance to see the difference.
+        independently, p_a(1-p_b) + p_b(1-p_a). Similar runs differ less and need fewer questions.
+      paired: which of the two formulas.
+      power: the probability of detecting the difference.
       alpha: the two-sided level of the test.
-      design_effect: of questions that share images, see `design_effect`; multiplies n.
+      design_effect: for questions that share images, see `design_effect`; multiplies n.
 
     Returns:
-      The number of questions, an int; math.inf where p_a = p_b.
+      The number of questions, an int; math.inf if p_a = p_b.
 
     Raises:
-      ValueError: something outside of its range.
+      ValueError: an argument outside its range.
     """
     for name, x in (("p_a", p_a), ("p_b", p_b), ("power", power), ("alpha", alpha)):
         if not 0 <= x <= 1:
@@ -251,7 +251,7 @@ def needed(p_a, p_b, discordance=None, *, paired=True, power=0.8, alpha=0.05, de
 
 
 def kappa(a, b, weights=None) -> float:
-    """Cohen's kappa: agreement of two raters beyond what chance gives.
+    """Cohen's kappa: agreement of two raters beyond chance.
 
       1 - Σ w_ij o_ij / Σ w_ij e_ij
     with o the shares of pairs (i, j), e the products of the raters' own shares, and w = 1 off the
@@ -259,11 +259,11 @@ def kappa(a, b, weights=None) -> float:
     (i - j)² (J. Cohen, Psychological Bulletin 70 (1968), 213-220).
 
     Args:
-      a, b: [N] labels of the same things; hashable, and numbers where weights are given.
-      weights: None, "linear" or "quadratic": the last two for scales such as 1 to 5.
+      a, b: [N] labels of the same items; hashable, and numbers if weights are given.
+      weights: None, or "linear" or "quadratic" for scales such as 1 to 5.
 
     Returns:
-      kappa, -1 to 1; NaN where both gave one and the same label throughout, or N = 0.
+      kappa, -1 to 1; NaN if both raters used a single, same label throughout, or N = 0.
 
     Raises:
       ValueError: lengths that differ, an unknown weighting.
@@ -303,7 +303,7 @@ def _pair(a, b):
 
 
 def _codes(clusters, n):
-    """→ (int[n] number of each value's cluster, by first appearance; number of clusters)."""
+    """(int[n]: each value's cluster, numbered by first appearance; the number of clusters)."""
     if clusters is None:
         return np.arange(n), n
     numbers = {}
@@ -314,14 +314,14 @@ def _codes(clusters, n):
 
 
 def _draws(values, clusters, weights, resamples, seed):
-    """The figures of each draw, float[draws, K]; none with fewer than two clusters."""
+    """The figures of each draw, float[draws, K]; no draws with fewer than two clusters."""
     values = _numbers(values, "values")
     if len(values) == 0:
         raise ValueError("values is empty; expected at least one.")
     flat = values.reshape(len(values), -1)
     weights = np.ones(len(flat)) if weights is None else _numbers(weights, "weights")
     if weights.shape[0] != len(flat) or (weights < 0).any() or not weights.any(axis=0).all():
-        raise ValueError("weights must be as many as values, none below 0, not all 0.")
+        raise ValueError("there must be as many weights as values, none below 0, not all 0.")
     weights = np.broadcast_to(weights.reshape(len(flat), -1), flat.shape)
     codes, count = _codes(clusters, len(flat))
     if count < 2:
@@ -341,7 +341,7 @@ def _draws(values, clusters, weights, resamples, seed):
 
 
 def _interval(draws, level):
-    """→ (low, high), each float[K]."""
+    """(low, high), each float[K]."""
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected between 0 and 1.")
     if not len(draws):

@@ -1,4 +1,4 @@
-"""Figures as texts: what they and their columns are called, and the table that `evaluate` prints."""
+"""Figures as text: titles of figures and columns, and the table that `evaluate` prints."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +18,7 @@ COLUMNS = {
     "true_history": "true history",
     "single_turn": "single turn",
 }
-# Figures, in the order of the tables. Those of open answers say themselves what they are called.
+# Figures, in the order of the tables. Metrics of open answers have their own titles (`Metric.titles`).
 FIGURES = {
     "acc": "exact match",
     "acc_strict": "exact match, strict",
@@ -38,9 +38,8 @@ FIGURES = {
 
 
 class Value(NamedTuple):
-    """A figure of a group: of several runs their mean and standard deviation, else that of the first
-    sample; the ends of its interval, the one that keeps questions on one image together where there
-    is one."""
+    """A group's figure: mean and standard deviation over several runs, or else the first sample's figure;
+    and the ends of its interval, if possible the one that keeps questions on one image together."""
 
     value: float
     sd: float | None
@@ -49,7 +48,7 @@ class Value(NamedTuple):
 
 
 def value_of(metrics: Mapping[str, float], who: str, group: str, figure: str = "acc") -> Value | None:
-    """A figure out of those of `scoring.summarise`, or None if it isn't among them."""
+    """One of the figures of `scoring.summarise`, or None if it isn't among them."""
 
     def get(ending):
         return metrics.get(f"{who}/{group}/{figure}{ending}")
@@ -65,7 +64,7 @@ def value_of(metrics: Mapping[str, float], who: str, group: str, figure: str = "
 
 
 def as_text(metrics: Mapping[str, float], who: str, group: str, figure: str = "acc", none: str = "–") -> str:
-    """Percent: "79.1 (75.2–82.9)", of several runs "79.1 ± 0.8 (75.2–82.9)"; `none` if there is none."""
+    """Percent: "79.1 (75.2–82.9)", or "79.1 ± 0.8 (75.2–82.9)" for several runs; `none` without a figure."""
     x = value_of(metrics, who, group, figure)
     if x is None:
         return none
@@ -74,16 +73,16 @@ def as_text(metrics: Mapping[str, float], who: str, group: str, figure: str = "a
 
 
 def group_of(figure: str, metrics: Mapping[str, float]) -> str:
-    """The group whose questions a figure is shown of: all, but for LLaVA-Med's closed, which means
-    something for closed questions alone."""
+    """The group of questions that a figure is shown for: all, except that LLaVA-Med's closed is only
+    meaningful for closed questions."""
     if figure == "llava_closed" and "n/answer_type/CLOSED" in metrics:
         return "answer_type/CLOSED"
     return "overall"
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-    """Figures of `scoring.summarise` as a Markdown table: percent, and 95 % in brackets, with
-    questions on one image kept together. Of several runs the mean and ± their standard deviation."""
+    """Figures of `scoring.summarise` as a Markdown table: percent, and the 95 % interval in brackets, with
+    questions on one image kept together; for several runs the mean ± standard deviation."""
     columns = [who for who in COLUMNS if f"{who}/overall/acc" in metrics]
     groups = {"overall": metrics["n"]}
     groups |= {k.removeprefix("n/"): n for k, n in metrics.items() if k.startswith("n/")}

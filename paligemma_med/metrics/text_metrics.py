@@ -1,12 +1,12 @@
 """Overlap of answers with the truth: BLEU, ROUGE, CIDEr, METEOR, similarity of embeddings.
 
-They are here because others report them. What they can't do: an answer that echoes the question
-scores as well as the paper's model (reference/medm.md, 4), "no mass" is close to "mass", and a
-one-word answer is all or nothing. Read them beside the controls.
+They are here because others report them. Their limits: an answer that echoes the question scores as
+well as the paper's model (reference/medm.md, 4), "no mass" is close to "mass", and a one-word answer is
+all or nothing. Compare them with the controls.
 
-Each function takes N predictions and N answers (one reference each) and gives one number a row. All
-are fractions, 0 to 1, except CIDEr, 0 to 10. `METRICS`, at the end, says which of them every
-evaluation of open answers has; `score` is for a list of answers at hand.
+Each function takes N predictions and N answers (one reference each) and returns one number per row. All
+are fractions, 0 to 1, except CIDEr, 0 to 10. `METRICS`, at the end, lists those that every evaluation
+of open answers computes; `score` is for any list of answers.
 """
 
 import collections
@@ -23,20 +23,20 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def score(predictions, answers, embed=None, meteor_too=False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """All text metrics of N answers at once; evaluations go by `METRICS`.
+    """All text metrics of N answers at once; evaluations use `METRICS` instead.
 
     Args:
       predictions, answers: N strings each.
       embed: as for `embedding_similarity`; None leaves it out.
-      meteor_too: METEOR as well, which needs WordNet: see `meteor`.
+      meteor_too: also METEOR, which needs WordNet: see `meteor`.
 
     Returns:
-      (rows {name: float[N]}, corpus {name: float}), names bleu, rouge1, rouge2, rougeL, cider and
-      as asked meteor, embedding. A corpus' figure is the mean of its rows, except for bleu, whose
-      counts are added up before they are divided.
+      (rows {name: float[N]}, corpus {name: float}), names bleu, rouge1, rouge2, rougeL, cider and,
+      if asked for, meteor and embedding. A corpus' figure is the mean of its rows, except for bleu,
+      whose counts are added up before they are divided.
 
     Raises:
-      ValueError: as the single functions.
+      ValueError: like the functions themselves.
     """
     rows = {"bleu": sentence_bleu(predictions, answers), **rouge(predictions, answers)}
     rows["cider"] = cider(predictions, answers)
@@ -52,8 +52,8 @@ def corpus_bleu(predictions, answers) -> float:
     """BLEU-4 of a corpus by sacrebleu with its defaults (13a tokens, case counts, exp smoothing).
 
       BP · exp(Σ_{n=1..4} ln p_n / 4), BP = min(1, exp(1 - length of answers / of predictions))
-    with p_n the clipped n-gram precision over all rows. A corpus of answers of one or two words has
-    no 4-grams at all and scores 0. K. Papineni et al., ACL 2002; M. Post, WMT 2018 (1804.08771).
+    with p_n the clipped n-gram precision over all rows. A corpus of one- and two-word answers has no
+    4-grams and scores 0. K. Papineni et al., ACL 2002; M. Post, WMT 2018 (1804.08771).
 
     Returns:
       float, 0 to 1: sacrebleu's score / 100.
@@ -66,8 +66,8 @@ def corpus_bleu(predictions, answers) -> float:
 
 
 def sentence_bleu(predictions, answers) -> np.ndarray:
-    """BLEU of each row by sacrebleu, as its sentence_bleu: `corpus_bleu`'s settings, and of n-grams
-    only the orders that the prediction is long enough for.
+    """BLEU of each row, equal to sacrebleu's sentence_bleu: `corpus_bleu`'s settings, and only n-grams of
+    orders that the prediction is long enough for.
 
     Returns:
       float[N], 0 to 1.
@@ -81,10 +81,10 @@ def sentence_bleu(predictions, answers) -> np.ndarray:
 
 
 def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
-    """`sentence_bleu` of each row, and what `corpus_bleu` adds up: for corpora of many subsets.
+    """`sentence_bleu` of each row, and the counts that `corpus_bleu` adds up, for BLEU of many subsets.
 
     Returns:
-      (float[N], int[N, 10]): the columns are right n-grams and all n-grams of order 1 to 4, the
+      (float[N], int[N, 10]): the columns are matching n-grams and all n-grams of order 1 to 4, the
       prediction's length, the answer's.
 
     Raises:
@@ -98,7 +98,7 @@ def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bleu_of_counts(counts) -> float:
-    """`corpus_bleu` of rows of which `bleu_counts` gave int[N, 10]."""
+    """`corpus_bleu` of rows, from the int[N, 10] of `bleu_counts`."""
     from sacrebleu.metrics import BLEU
 
     *grams, said, true = np.sum(counts, axis=0).tolist()
@@ -137,10 +137,10 @@ def rouge(predictions, answers) -> dict[str, np.ndarray]:
 def tokens(text) -> list[str]:
     """Words of a text for `cider` and `meteor`.
 
-    Lower case, no punctuation but within a word or before a number ("x-ray", "1.5", ".5", "-50"
-    stay whole). On 500 answers of SLAKE these are the words of the tokenizer that the COCO
-    evaluation uses; of 500 MedPix captions 433 have the same, the others differ by
-    its way with brackets ("-lrb-"), signs and abbreviations.
+    Lower case, no punctuation except within a word or before a number ("x-ray", "1.5", ".5", "-50"
+    stay whole). On 500 answers of SLAKE the words equal those of the COCO evaluation's tokenizer; so do
+    433 of 500 MedPix captions, and the others differ in how that one treats brackets ("-lrb-"), signs
+    and abbreviations.
     """
     return re.findall(r"(?:(?<!\w)-?\.?(?=\d))?\w+(?:[-'’./,]\w+)*", text.lower())
 
@@ -149,15 +149,15 @@ def cider(predictions, answers, tokenise=tokens) -> np.ndarray:
     """CIDEr of each row, in the form (CIDEr-D) that the COCO captioning evaluation reports.
 
     With g_n(x)[w] = (count of n-gram w in x) · (ln N - ln max(1, df(w))), df(w) the number of
-    answers that have w:
+    answers that contain w:
       10 · mean_{n=1..4} Σ_w min(g_n(p)[w], g_n(a)[w]) · g_n(a)[w] / (|g_n(p)| · |g_n(a)|)
          · exp(-(l_p - l_a)² / (2 · 6²))
-    a norm of 0 giving 0; l is the number of bigrams, words less one. R. Vedantam et al., CVPR 2015
+    or 0 if a norm is 0; l is the number of bigrams, words minus one. R. Vedantam et al., CVPR 2015
     (1411.5726); equal to CiderScorer of pycocoevalcap 1.2 on the same tokens.
 
-    N-grams weigh by how rare they are among *these* answers, so it can't be compared between
-    splits; an n-gram in all answers weighs nothing. A right answer of one word gets 2.5 at most, as
-    it has no longer n-grams.
+    N-grams are weighted by how rare they are among *these* answers, so CIDEr can't be compared between
+    splits; an n-gram in all answers has weight 0. A right answer of one word gets at most 2.5, since it
+    has no longer n-grams.
 
     Args:
       predictions, answers: N strings each.
@@ -204,22 +204,22 @@ def meteor(predictions, answers, wordnet=None, tokenise=tokens) -> np.ndarray:
 
       F · (1 - 0.5 · (chunks / matches)³), F = P · R / (0.9 · P + 0.1 · R)
     S. Banerjee and A. Lavie, ACL 2005 workshop; the parameters are those of M. Denkowski and
-    A. Lavie that NLTK defaults to. Not METEOR 1.5, whose paraphrase tables and Java it doesn't use;
-    COCO's figures of that name are higher.
+    A. Lavie that NLTK defaults to. This isn't METEOR 1.5, which uses paraphrase tables and Java; COCO's
+    figures of that name are higher.
 
-    WordNet has to be on this machine, where NLTK looks (corpora/wordnet in a folder that NLTK_DATA
-    names, or after python -m nltk.downloader wordnet). Nothing is downloaded.
+    WordNet must be where NLTK looks for it (corpora/wordnet in a folder that NLTK_DATA names, or after
+    python -m nltk.downloader wordnet). Nothing is downloaded.
 
     Args:
       predictions, answers: N strings each.
-      wordnet: an object with synsets(word) as NLTK's; None: NLTK's own.
+      wordnet: an object with a method synsets(word) like NLTK's; None: NLTK's own.
       tokenise: string → words.
 
     Returns:
       float[N], 0 to 1.
 
     Raises:
-      ValueError: no WordNet found; and as `corpus_bleu`.
+      ValueError: no WordNet found; otherwise as `corpus_bleu`.
     """
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -246,7 +246,7 @@ def _wordnet():
 
     try:
         wordnet.ensure_loaded()
-    except (LookupError, OSError):  # no such folder; one that lacks files
+    except (LookupError, OSError):  # no such folder, or files missing in it
         return None
     return wordnet
 
@@ -254,18 +254,18 @@ def _wordnet():
 def embedding_similarity(predictions, answers, embed) -> np.ndarray:
     """Cosine of the embeddings of prediction and answer.
 
-    Which model embeds is the caller's choice and part of the figure's name. Similarities of one
-    model can't be compared with another's, and many rate opposites as near.
+    The caller chooses the embedding model, which is part of the figure's name. Similarities of one model
+    can't be compared with another's, and many models rate opposites as close.
 
     Args:
       predictions, answers: N strings each.
-      embed: function of a list of strings that gives float[N, D].
+      embed: function from a list of strings to float[N, D].
 
     Returns:
-      float[N], -1 to 1; 0 where an embedding is 0.
+      float[N], -1 to 1; 0 if an embedding is 0.
 
     Raises:
-      ValueError: not one finite vector a text; and as `corpus_bleu`.
+      ValueError: not one finite vector per text; otherwise as `corpus_bleu`.
     """
     predictions, answers = _texts(predictions, answers)
     vectors = np.asarray(embed(predictions + answers), np.float64)
@@ -294,13 +294,13 @@ def _texts(predictions, answers):
 
 
 class Metric(NamedTuple):
-    """One or more figures of open answers, as evaluations make them and tables show them.
+    """One or more figures of open answers, as evaluations compute them and tables show them.
 
-    titles: {name of a figure: what tables call it}.
-    score: function of N predictions and N answers → {name: float[N], a number a row}.
+    titles: {name of a figure: its title in tables}.
+    score: function of N predictions and N answers → {name: float[N], one number per row}.
     totals: for a figure that isn't the mean of its rows, {name: function of int[M, K] → float}: the
-      score then gives int[N, K] for this name, of which any M rows make the figure.
-    is_of_corpus: whether the number of a row depends on the other rows.
+      score then gives int[N, K] for this name, and the function the figure of any M rows.
+    is_of_corpus: whether a row's number depends on the other rows.
     """
 
     titles: Mapping[str, str]
@@ -310,7 +310,7 @@ class Metric(NamedTuple):
 
 
 def _of_pairs(name, function):
-    """The score of a metric that looks at one prediction and its answer."""
+    """The score of a metric that compares one prediction with its answer."""
     return lambda predictions, answers: {name: np.array([function(*x) for x in zip(predictions, answers)], float)}
 
 
@@ -319,8 +319,8 @@ def _bleu_figures(predictions, answers):
     return {"bleu_rows": rows, "bleu": counts}
 
 
-# All that the protocol "open" reports beside exact match. To add a metric, write its function above
-# and its line here: `scoring`, the tables and the reports follow.
+# Everything that the protocol "open" reports besides exact match. To add a metric, write its function
+# above and its line here: `scoring`, the tables and the reports follow.
 METRICS = (
     Metric({"f1": "token F1"}, _of_pairs("f1", protocols.token_f1)),
     Metric({"recall": "token recall"}, _of_pairs("recall", protocols.token_recall)),
@@ -334,13 +334,13 @@ METRICS = (
         _bleu_figures,
         totals={"bleu": bleu_of_counts},
     ),
-    # Words count by how rare they are among the answers to all questions.
+    # Words are weighted by how rare they are among the answers to all questions.
     Metric(
         {"cider": "CIDEr × 100"},
         lambda predictions, answers: {"cider": cider(predictions, answers)},
         is_of_corpus=True,
     ),
 )
-# Figures that are means of numbers rather than shares of questions.
+# Figures that are means of numbers, not shares of questions.
 MEANS = tuple(name for metric in METRICS for name in metric.titles if name not in metric.totals)
 TOTALS = {name: total for metric in METRICS for name, total in metric.totals.items()}

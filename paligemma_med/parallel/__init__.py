@@ -1,1 +1,1 @@
-"""Several devices and several processes: who holds which part of an array, and who speaks."""
+"""Several devices and processes: which part of an array each holds, and what they exchange."""

@@ -1,7 +1,7 @@
-"""JAX's persistent compilation cache in the workdir: a run that is resumed doesn't compile again.
+"""JAX's persistent compilation cache in the workdir, so that a resumed run doesn't compile again.
 
-On GPUs it also keeps the kernels the same, which a new compilation would choose anew by timing
-them; so a resumed run stays closer to the one it continues.
+On GPUs it also keeps the same kernels, which a new compilation would choose anew by timing them, so a
+resumed run stays closer to the original.
 """
 
 import os
@@ -13,12 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from paligemma_med.parallel import distributed, jax_private
 
 
-def start(setting, workdir):
-    """Sets JAX's cache; to be called before anything is compiled.
+def start(setting, workdir) -> str | None:
+    """Sets up JAX's cache; call it before anything is compiled.
 
     Args:
       setting: config.compilation_cache: True for <workdir>/compilation_cache, False for none, or a
-        folder. Where the environment has JAX_COMPILATION_CACHE_DIR, that counts instead.
+        folder. The environment's JAX_COMPILATION_CACHE_DIR overrides it.
 
     Returns:
       The folder, or None.
@@ -34,17 +34,17 @@ def start(setting, workdir):
     if setting:
         name = os.path.join(workdir, "compilation_cache") if setting is True else setting
         folder = os.path.abspath(os.path.expanduser(name))
-        if distributed.is_main():  # who alone writes entries
+        if distributed.is_main():  # only this process writes entries
             _remove_cut_entries(folder)
     if folder != jax.config.jax_compilation_cache_dir:
         compilation_cache.set_cache_dir(folder)
-        compilation_cache.reset_cache()  # or a folder that is already open would stay
+        compilation_cache.reset_cache()  # or a folder that is already open would stay in use
     return folder
 
 
 def _remove_cut_entries(folder):
-    """Removes entries that a killed process left half written. JAX only warns of them, compiles,
-    and never writes them again: every later start would compile."""
+    """Removes entries that a killed process left half written. JAX would only warn, compile and never
+    rewrite them, so every later start would compile."""
     if not os.path.isdir(folder):
         return
     for entry in os.scandir(folder):

@@ -1,8 +1,8 @@
-"""Several processes of one run: how they start, and what they tell each other.
+"""Several processes of one run: how they start, and what they exchange.
 
-JAX does the work: `jax.distributed` joins the processes, collectives over all devices carry what
-they exchange. This file holds the few words that the programs need for it. All of them work with
-one process too, and then cost nothing.
+JAX does the work: `jax.distributed` joins the processes, and collectives over all devices carry what
+they exchange. This file holds the few functions that the programs need. With a single process they
+work too, at no cost.
 
 A function that is marked "collective" waits for all processes: every process must call it, in the
 same order, from its main thread.
@@ -11,6 +11,7 @@ same order, from its main thread.
 import json
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,17 @@ from jax.experimental import multihost_utils
 
 from paligemma_med.parallel import jax_private
 
-# Nodes of a cluster come up minutes apart; who is still missing then isn't coming.
+# Nodes of a cluster may start minutes apart; a process still missing after this isn't coming.
 START_TIMEOUT = 300
-# How long a process may be silent before the others take it for dead, and stop. Its heartbeats come
-# from a thread of their own, so that long steps or compilations don't silence it.
+# How long a process may be silent before the others consider it dead and stop. Heartbeats come from
+# a separate thread, so long steps or compilations don't silence it.
 PEER_TIMEOUT = 60
 
 
 # --- Starting ---
 
 
-def define_flags():
+def define_flags() -> None:
     """The flags of every program that may run in several processes; read by `start`."""
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for all processes.")
     flags.DEFINE_integer("num_processes", None, "How many processes run together; 1: none but this")
@@ -39,7 +40,7 @@ def define_flags():
     flags.DEFINE_integer("peer_timeout", PEER_TIMEOUT, "Seconds of silence that mean death.")
 
 
-def start_from_flags(**kw):
+def start_from_flags(**kw) -> None:
     """`start` with the flags of `define_flags`."""
     v = flags.FLAGS
     start(
@@ -60,19 +61,18 @@ def start(
     start_timeout=START_TIMEOUT,
     peer_timeout=PEER_TIMEOUT,
     awaits_sigterm=True,
-):
-    """Joins the processes of this run. To be called once, before any other use of JAX.
+) -> None:
+    """Joins the processes of this run. Call it once, before any other use of JAX.
 
-    What isn't given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, and
-    what those don't say is left to JAX's own detection, if a scheduler (SLURM, Open MPI, an indexed
-    Kubernetes job, a TPU pod) says that there is more than one task. Otherwise, and where
-    num_processes is 1, nothing is started and nothing is waited for.
+    Missing arguments are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; the rest
+    is left to JAX's own detection if a scheduler (SLURM, Open MPI, an indexed Kubernetes job, a TPU
+    pod) reports more than one task. Otherwise, or with num_processes=1, nothing is started or awaited.
 
-    awaits_sigterm: whether SIGTERM becomes a notice for all processes, which must then ask for it
-    (`interrupts.Signals`), and ends none by itself.
+    awaits_sigterm: SIGTERM then ends no process by itself but becomes a notice to all of them, which
+    must ask for it (`interrupts.Signals`).
 
     Raises:
-      ValueError: a setup that can't work. Where the others don't come, JAX aborts the process.
+      ValueError: a setup that can't work. If the others don't come, JAX aborts the process.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
@@ -82,12 +82,12 @@ def start(
         return
     _check(coordinator, num_processes, process_id)
     jax.config.update("jax_enable_preemption_service", awaits_sigterm)
-    # Said before, since JAX aborts processes that wait in vain or lose another one.
+    # Printed first, since JAX aborts a process that waits in vain or loses another one.
     which = "" if process_id is None else f"process {process_id} of {num_processes}: "
     where = f" at {coordinator}" if coordinator else ""
     print(
         f"{which}waiting for the other processes of this run{where}, for {start_timeout} s. Should "
-        f"one of them end later, this one does within {peer_timeout} s; the same command goes on.",
+        f"one of them end later, this one stops within {peer_timeout} s; the same command resumes the run.",
         file=sys.stderr,
         flush=True,
     )
@@ -108,8 +108,8 @@ def start(
 
 
 def _meet():
-    """A first collective, while all are here: connections over CPUs are made at the first one, and
-    given up if the others come to it 30 s later, as they may after compiling something large."""
+    """A first collective while all processes are here: CPU connections are made at the first one, and
+    fail if another process gets there 30 s later, as it may after compiling something large."""
     count = jax.device_count()
     if jax.process_count() > 1:
         mesh = jax.make_mesh((count,), ("all",))
@@ -144,11 +144,11 @@ def _check(coordinator, num_processes, process_id):
 
 
 def _many_tasks():
-    """Whether a scheduler that JAX knows started more than one task (it may be that it doesn't say:
-    then JAX finds out)."""
+    """Whether a scheduler that JAX knows started more than one task; True also if it doesn't say, so that
+    JAX finds out."""
     env = os.environ
     if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
-        # SLURM_NTASKS is of the job; an interactive shell in it is a step of one task.
+        # SLURM_NTASKS counts the job's tasks; an interactive shell in it is a step of one task.
         return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1)) > 1
     if "OMPI_COMM_WORLD_SIZE" in env:
         return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
@@ -162,15 +162,15 @@ def _many_tasks():
 # --- Talking ---
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this is the process that writes files and shows progress."""
     return jax.process_index() == 0
 
 
-def to_host(tree):
-    """A tree of arrays → numpy, whole, in every process. Collective.
+def to_host(tree) -> Any:
+    """A tree of arrays → whole numpy arrays in every process. Collective.
 
-    What this process has whole isn't sent; the rest is gathered from the devices of all.
+    Arrays that this process has whole aren't sent; the rest is gathered from all devices.
     """
     return jax.tree.map(_to_host, tree)
 
@@ -183,17 +183,17 @@ def _to_host(x):
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def place(array, sharding):
-    """A numpy array that is the same in all processes → a jax.Array of that sharding.
+def place(array, sharding) -> jax.Array:
+    """A numpy array that is the same in all processes → a jax.Array with that sharding.
 
-    Each process copies to its devices what they hold of it; unlike `jax.device_put`, nothing is
-    sent to compare the copies.
+    Each process copies its devices' parts to them; unlike `jax.device_put`, nothing is sent to compare
+    the copies.
     """
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def gather(value):
+def gather(value) -> list:
     """[value of process 0, of process 1, …] in every process, of JSON-able values. Collective.
 
     Numpy's scalars and arrays come back as numbers and lists, tuples as lists.
@@ -215,12 +215,12 @@ def _plain(x):
     raise TypeError(f"{type(x).__name__} can't be sent between processes.")
 
 
-def broadcast(value):
-    """The value of process 0 in every process; as `gather`. Collective."""
+def broadcast(value) -> Any:
+    """The value of process 0, in every process; values as in `gather`. Collective."""
     return gather(value if is_main() else None)[0]
 
 
-def barrier(name):
+def barrier(name) -> None:
     """Waits until all processes are here. Collective."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,23 +1,24 @@
-"""How a process of a run ends, alone or with others that wait for it. Importing this needs no JAX."""
+"""How a process of a run ends, whether alone or while others wait for it. Importing this needs no JAX."""
 
 import os
 import re
 import sys
+from typing import NoReturn
 
 from paligemma_med.parallel import jax_private
 
 
-def is_alone():
-    """Whether this run has one process; unlike jax.process_count, asks no device."""
-    jax = sys.modules.get("jax")  # who hasn't imported it hasn't joined others by it
+def is_alone() -> bool:
+    """Whether this run has a single process; unlike jax.process_count, starts no device."""
+    jax = sys.modules.get("jax")  # without JAX imported, no other process was joined
     return jax is None or not jax.distributed.is_initialized()
 
 
-def leave(status):
-    """`sys.exit(status)`; of several processes without waiting for the others.
+def leave(status) -> NoReturn:
+    """`sys.exit(status)`, but with several processes it doesn't wait for the others.
 
-    At an orderly end JAX waits until all are there. Where one alone fails, it would wait for others
-    that are waiting for it.
+    At an orderly exit JAX waits until all processes get there. A process that fails alone would wait for
+    others that are waiting for it.
     """
     if is_alone():
         sys.exit(status)
@@ -26,9 +27,9 @@ def leave(status):
     leave_at_once(status if isinstance(status, int) else 1)
 
 
-def leave_at_once(status):
-    """Ends this process without Python's own end, at which threads of XLA can crash that a signal
-    has interrupted in compiling. What is open must have been closed before."""
+def leave_at_once(status) -> NoReturn:
+    """Ends this process without Python's own shutdown, in which XLA's threads can crash if a signal
+    interrupted their compiling. Files must be closed before."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -39,7 +40,7 @@ def _this():
     return "this process" if index is None else f"process {index}"
 
 
-# What XLA's errors speak of when another process is gone, on CPUs, GPUs and in the coordinator.
+# What XLA's errors mention when another process is gone, on CPUs, GPUs and in the coordinator.
 _LOST = re.compile(
     r"gloo|nccl|coordination|heartbeat|closed by peer|connection re|UNAVAILABLE|DEADLINE_EXCEEDED",
     re.IGNORECASE,
@@ -47,10 +48,10 @@ _LOST = re.compile(
 _told = False
 
 
-def tell_if_peer_lost(error):
-    """Whether an error means that another process of this run is gone; if so, says it on stderr.
+def tell_if_peer_lost(error) -> bool:
+    """Whether an error means that another process of this run is gone; if so, prints that to stderr once.
 
-    Said once. To be called before anything that could wait for that process.
+    Call it before anything that could wait for that process.
     """
     global _told
     if is_alone():
@@ -67,7 +68,7 @@ def tell_if_peer_lost(error):
         print(
             f"{_this()}: error: another process of this run has ended or can't "
             "be reached, so this one stops too. Start all of them again with the same command: "
-            "training goes on from its newest checkpoint. "
+            "training resumes from its newest checkpoint. "
             f"({str(lost[-1]).splitlines()[0][:200]})",
             file=sys.stderr,
             flush=True,

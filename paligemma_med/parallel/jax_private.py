@@ -1,17 +1,17 @@
-"""What the programs need of JAX that JAX keeps under private names: the one place for `jax._src`.
+"""What the programs need from JAX under private names: the only file that imports `jax._src`.
 
-A release of JAX may move such a name at any time. Each function here then answers with less, or says
-that it can't answer, and the programs go on. What the caller does without is told at each.
+A release of JAX may move such a name at any time. Each function then falls back to a weaker answer, which
+its docstring states, and the programs keep running.
 """
 
 import os
 
 
-def process_index():
-    """This process's number in the run, or None where it isn't known.
+def process_index() -> int | None:
+    """This process's number in the run, or None if unknown; for messages only.
 
     `jax.process_index` would start the devices, which may be what failed, and wait for the other
-    processes. Needed for messages only.
+    processes.
     """
     try:
         from jax._src import distributed
@@ -21,10 +21,10 @@ def process_index():
         return None
 
 
-def is_cloud_tpu():
-    """Whether JAX, when it was imported, found itself on a Cloud TPU machine.
+def is_cloud_tpu() -> bool:
+    """Whether JAX found itself on a Cloud TPU machine when it was imported.
 
-    The fallback is a variable that JAX sets there for the TPU's runtime.
+    The fallback is an environment variable that JAX sets there for the TPU's runtime.
     """
     try:
         from jax._src import cloud_tpu_init
@@ -34,10 +34,10 @@ def is_cloud_tpu():
         return os.environ.get("TPU_ML_PLATFORM") == "JAX"
 
 
-def is_whole_cache_entry(packed):
+def is_whole_cache_entry(packed) -> bool:
     """Whether the bytes of a file in JAX's compilation cache decompress.
 
-    True where that can't be found out: JAX then warns of an entry that was cut off, and compiles.
+    True if that can't be checked: JAX then warns of a truncated entry, and compiles.
     """
     try:
         from jax._src.compilation_cache import decompress_executable
@@ -45,6 +45,6 @@ def is_whole_cache_entry(packed):
         return True
     try:
         decompress_executable(packed)
-    except Exception:  # of zlib, zstandard or Python's own zstd, whichever JAX compressed with
+    except Exception:  # from zlib, zstandard or Python's own zstd, whichever JAX compressed with
         return False
     return True

@@ -1,13 +1,13 @@
 """Where arrays live: the device mesh, and which axis of it each leaf and each batch is cut along.
 
 A config says `mesh = [("data", -1)]` and `sharding_strategy = [(regex, strategy), ...]`, as in
-big_vision. JAX does the distributing; this file only turns those words into `NamedSharding`s.
+big_vision. JAX does the distributing; this file only turns those settings into `NamedSharding`s.
 
-Strategies, which "|" applies one after the other to what is still whole:
+Strategies; "|" applies several, each to the dimensions that are still whole:
 
 - `replicate`: a copy on every device.
-- `fsdp(axis="data", min_size_to_shard_mb=1)`: the longest dimension that the axis divides, but
-  never that of the layers or of a LoRA rank. A smaller leaf stays whole.
+- `fsdp(axis="data", min_size_to_shard_mb=1)`: the longest dimension that the axis divides, except
+  the layers and LoRA ranks. Smaller leaves stay whole.
 - `shard_dim(axis, dim, ignore_ndim_error=False)`: that dimension.
 - `tp(axis)`: by the kind of layer. Attention by heads, MLPs by their inner width, the embedding
   table by vocabulary; everything else stays whole. After Megatron-LM (arXiv 1909.08053).
@@ -36,10 +36,10 @@ def make_mesh(
     spec: Sequence[tuple[str, int]] = ((DATA_AXIS, -1),),
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The mesh of `config.mesh`: (axis name, size) pairs, one size may be -1 (what is left).
+    """The mesh of `config.mesh`: (axis name, size) pairs; one size may be -1 (the remaining devices).
 
-    devices: the devices to lay out; all of them by default, of every process.
-    ValueError: names given twice, a size that is no positive integer, or a product that is not the
+    devices: the devices to use; by default all devices of all processes.
+    ValueError: duplicate names, a size that isn't a positive integer, or a product that isn't the
     number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -57,8 +57,8 @@ def make_mesh(
         raise ValueError(
             f"mesh={shown}: the sizes given multiply to {known}, which doesn't fit the {len(devices)} devices there are"
         )
-    # Auto: the compiler places intermediate arrays, as big_vision's jit does. make_mesh's own
-    # default asks every operation to state its sharding.
+    # Auto: the compiler places intermediate arrays, as in big_vision. make_mesh's own default wants
+    # every operation to state its sharding.
     return jax.make_mesh(tuple(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
@@ -75,15 +75,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 class Parameter(NamedTuple):
-    """What strategies know of a parameter.
+    """What strategies know about a parameter.
 
     Attributes:
       shape, nbytes: its size.
       letters: one for each dimension, as in `models/leaves.py`: L layers, V vocabulary, R rank…; ""
         if no part describes the parameter.
-      kernel: of a LoRA factor that a rule for its kernel takes, the letters of that; otherwise its
-        own.
-      stacked: whether the first dimension is that of the layers.
+      kernel: for a LoRA factor that follows a rule for its kernel, the kernel's letters; otherwise the
+        parameter's own.
+      stacked: whether the first dimension is the layers.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class Parameter(NamedTuple):
     stacked: bool
 
 
-Spec = list[Any]  # of one leaf: an axis, a tuple of axes or None for each dimension
+Spec = list[Any]  # for one leaf: an axis, a tuple of axes or None for each dimension
 
 
 def _size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
@@ -116,7 +116,7 @@ def _fsdp(
 ) -> tuple[Spec, str]:
     if _size(axis, mesh) == 1 or leaf.nbytes < min_size_to_shard_mb * 2**20:
         return spec, ""
-    # A cut through the layers would gather the whole stack to read one of them; a rank is short.
+    # With the layers cut, reading one would gather the whole stack; a rank is too short to cut.
     never = {0 if leaf.stacked else -1, leaf.letters.find("R")}
     fits = [
         i
@@ -180,7 +180,7 @@ def _shown(axis: str | tuple[str, ...]) -> str:
     return axis if isinstance(axis, str) else "×".join(axis)
 
 
-# Strategy name -> (function, {argument: types it may have}, arguments it must have).
+# Strategy name -> (function, {argument: allowed types}, required arguments).
 _STRATEGIES: Mapping[str, tuple[Callable[..., tuple[Spec, str]], Mapping[str, tuple[type, ...]], tuple[str, ...]]] = {
     "replicate": (_replicate, {}, ()),
     "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float)}, ()),
@@ -250,7 +250,7 @@ def _leaf_name(path: Sequence[Any]) -> str:
 
 
 def _letters(leaves: Mapping[str, Leaf]) -> dict[str, tuple[str, str]]:
-    """{name: (letters of its dimensions, its kernel's)} of all parameters, LoRA factors included."""
+    """{name: (letters of its dimensions, letters of its kernel's)} of all parameters and LoRA factors."""
     out = {path: (leaf.axes, leaf.axes) for path, leaf in leaves.items()}
     for leaf in leaves.values():
         for target in lora_targets.targets_of(leaf):
@@ -273,7 +273,7 @@ def _parameter(name: str, x: Any, letters: Mapping[str, tuple[str, str]], by_nam
 def _read_rules(
     strategy: Sequence[tuple[str, str]], mesh: Mesh
 ) -> list[tuple[re.Pattern[str], list[tuple[str, dict[str, Any]]]]]:
-    """The (regex, strategy) pairs, read; ValueError where one is wrong."""
+    """The parsed (regex, strategy) pairs; ValueError if one is wrong."""
     rules = []
     for pair in strategy:
         if isinstance(pair, str) or len(pair) != 2:
@@ -298,9 +298,9 @@ def _read_rules(
 def plan(
     tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh, leaves: Mapping[str, Leaf] | None = None
 ) -> dict[str, tuple[NamedSharding, str]]:
-    """`infer_sharding` by name, with a note on what stayed whole though a strategy would cut it.
+    """{name: (sharding, note)}; arguments and errors are those of `infer_sharding`.
 
-    {name: (sharding, note or "")}; arguments and errors are those of `infer_sharding`.
+    The note says why a parameter stayed whole although a strategy would cut it; otherwise "".
     """
     rules = _read_rules(strategy, mesh)
     leaves = parts.LEAVES if leaves is None else leaves
@@ -337,7 +337,7 @@ def plan(
     if unused:
         raise ValueError(
             f"sharding_strategy: regex {min(unused)!r} matches no parameter; "
-            "a LoRA factor goes by the name of its kernel, unless the regex has 'lora' in it"
+            "a LoRA factor is matched by its kernel's name, unless the regex has 'lora' in it"
         )
     if uncovered:
         raise ValueError(
@@ -350,14 +350,14 @@ def plan(
 def infer_sharding(
     tree: Any, strategy: Sequence[tuple[str, str]], mesh: Mesh, leaves: Mapping[str, Leaf] | None = None
 ) -> Any:
-    """The tree of `NamedSharding` that `config.sharding_strategy` gives the leaves of `tree`.
+    """The `NamedSharding` of each leaf of `tree`, by `config.sharding_strategy`.
 
     tree: leaves have `.shape` and `.dtype` (arrays or `jax.ShapeDtypeStruct`).
-    strategy: (regex, strategy) pairs, strategies as this file's docstring lists them; a regex must
-    match the whole "/"-joined name, and the first that does wins. LoRA factors go by the name of
-    their kernel, so that a rule for it is theirs as well: `tp` cuts of both factors what it cuts of
-    the kernel, `shard_dim` the same dimension where they have it, `fsdp` what it would cut of any
-    leaf of their size. Only a regex with "lora" in it is matched with their own name.
+    strategy: (regex, strategy) pairs, strategies as listed at the top of this file; a regex must match
+    the whole "/"-joined name, and the first match wins. LoRA factors are matched by their kernel's
+    name, so that a rule for the kernel applies to them too: `tp` cuts the same dimensions as in the
+    kernel, `shard_dim` the same dimension if they have it, `fsdp` what it would cut of any leaf of
+    their size. Only a regex with "lora" in it is matched against their own name.
     leaves: the model's table of leaves, {path: Leaf}; by default PaliGemma's.
     ValueError: a leaf that no regex matches, a regex other than ".*" that matches no leaf, an axis
     that the mesh doesn't have, a dimension that can't be cut, or a pair that can't be read.
@@ -367,22 +367,22 @@ def infer_sharding(
 
 
 def short_spec(sharding: NamedSharding) -> str:
-    """The axis that each dimension is cut along: "-,-,data,model"; "whole" if none is."""
+    """The axis that each dimension is cut along, such as "-,-,data,model"; "whole" if none is cut."""
     spec = sharding.spec
     return ",".join("-" if a is None else _shown(a) for a in spec) if any(spec) else "whole"
 
 
 def rules(config: Mapping[str, Any], mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """A context under which activations lie as `config.sharding_rules` says.
+    """A context in which activations are sharded as `config.sharding_rules` says.
 
     sharding_rules: (name, mesh axis, axes or None) pairs, names as in `models/layers/activations.py`; the
-    first that fits wins. By default [("act_batch", "data")], as in big_vision, and it takes that
-    for `fsdp` to be what its name says: from the weights alone the compiler would conclude to cut
-    activations along "data" by width, and to gather the batch instead of a layer's weights.
+    first that fits wins. The default, [("act_batch", "data")] as in big_vision, is what makes `fsdp`
+    work as its name says: from the weights alone the compiler would infer to cut activations along
+    "data" by width, and to gather the batch instead of a layer's weights.
     [("act_vocab", "data"), ("act_batch", "data")] cuts logits by vocabulary: then the few rows of
-    logits are sent around, not the embedding table.
-    Functions have to be traced, and called, within the context. An empty list, or a mesh of one
-    device, makes it do nothing.
+    logits are communicated, not the embedding table.
+    Functions must be traced and called within the context. With an empty list, or a mesh of one
+    device, it does nothing.
     ValueError: a pair that can't be read, an unknown name, an axis that the mesh doesn't have.
     """
     pairs = config.get("sharding_rules")

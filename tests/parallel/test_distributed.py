@@ -149,7 +149,7 @@ def test_only_a_lost_peer_is_called_one(monkeypatch, capsys):
         assert ending.tell_if_peer_lost(e) and ending.tell_if_peer_lost(e)
     err = capsys.readouterr().err
     assert err.count("another process of this run has ended") == 1
-    assert "training goes on from its newest checkpoint" in err
+    assert "training resumes from its newest checkpoint" in err
 
 
 # --- Two processes ---
