@@ -1,25 +1,26 @@
-"""What a program that is busy says: lines of the process that speaks, and where a long start is at."""
+"""Lines that a program prints while it works, in process 0 only, and notes on the stages of a long start."""
 
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 from paligemma_med.parallel import distributed
 
-# A stage that takes longer is worth a line.
+# Seconds after which a stage is worth a line.
 _PATIENCE = 3.0
 
 
 def say(text, file=None) -> None:
-    """Prints a line, in process 0 alone."""
+    """Prints a line in process 0, nothing in the others."""
     if distributed.is_main():
         print(text, file=file, flush=True)
 
 
 @contextlib.contextmanager
-def stage(doing, say=say):
-    """A stage of a program's start. If it isn't done within a few seconds a line says what is being done, and
-    another one, at the end, how long it took.
+def stage(doing, say=say) -> Iterator[None]:
+    """A stage of a program's start. If it takes more than a few seconds, one line says what is being done and
+    another, at the end, how long it took.
 
     Args:
       doing: "reading weights".
