@@ -90,39 +90,72 @@ def answer(
     """
     units = list(units)
     open_units = {u.key: u for u in units if not units_lib.settled(journal.replies(u.key))}
-    versions = {"openai": _version()}
-    before = time.monotonic()
+    requests = _Requests(open_units, journal, read, seed=seed, structured=structured, progress=progress)
+    # With those that were answered before, so that it's known that the server does answer.
+    asked = [u.key for u in units if u.key in open_units or journal.score(u.key) is not None]
+    why, faults = judge_client.ask_all(
+        {key: functools.partial(requests.messages, key) for key in asked},
+        requests.score,
+        journal,
+        model=model,
+        settings=dict(settings or {}),
+        settings_of=requests.settings,
+        note=requests.note,
+        refusal_of=requests.refusal,
+        kept_characters=None,
+        max_replies=units_lib.MAX_REPLIES,
+        **client,
+    )
+    left = {k: text for k, text in why.items() if not units_lib.settled(journal.replies(k))}
+    return {"unanswered": left, "faults": dict(faults)}
 
-    def messages(key, attempt):
-        earlier = journal.replies(key)
-        return open_units[key].messages(attempt, earlier[-1]["problem"] if earlier else "")
 
-    @functools.lru_cache(1)  # the score and the note are of the same reply
-    def reply_of(key, text, finish):
-        return read(text, open_units[key].template.kind, finish == "length")
+class _Requests:
+    """What the client asks about each unit, and what the journal holds of its replies.
 
-    def settings_of(key, attempt):
-        own = {"response_format": schema(open_units[key].template.kind)} if structured else {}
-        return own | {"seed": None if seed is None else seed_of(seed, key, attempt)}
+    units: {key: unit} of those that are open. The others: as for `answer`.
+    """
 
-    def note(key, attempt, record, completion):
-        nonlocal before
+    def __init__(self, units, journal, read, *, seed, structured, progress):
+        self._units, self._journal = units, journal
+        self._seed, self._structured, self._progress = seed, structured, progress
+        self._versions = {"openai": _version()}
+        self._last = time.monotonic()
+
+        @functools.lru_cache(1)  # the score and the note are of the same reply
+        def reply_of(key, text, finish):
+            return read(text, units[key].template.kind, finish == "length")
+
+        self._reply_of = reply_of
+
+    def messages(self, key, attempt):
+        earlier = self._journal.replies(key)
+        return self._units[key].messages(attempt, earlier[-1]["problem"] if earlier else "")
+
+    def settings(self, key, attempt):
+        form = {"response_format": schema(self._units[key].template.kind)} if self._structured else {}
+        return form | {"seed": None if self._seed is None else seed_of(self._seed, key, attempt)}
+
+    def score(self, key, record):
+        return len(self._reply_of(key, record["reply"], record["finish"]).pairs) or None
+
+    def note(self, key, attempt, record, completion):
         now = time.monotonic()
-        seconds, before = now - before, now
-        tokens = record["usage"][1] if record["usage"] else 0
-        if progress:
-            progress(1, tokens)
-        said = getattr(completion, "system_fingerprint", None)
-        problem = reply_of(key, record["reply"], record["finish"]).problem
-        return about(key, attempt, problem, seconds) | dict(
-            system_fingerprint=said[:200] if isinstance(said, str) else None
+        seconds, self._last = now - self._last, now
+        if self._progress:
+            self._progress(1, record["usage"][1] if record["usage"] else 0)
+        fingerprint = getattr(completion, "system_fingerprint", None)
+        problem = self._reply_of(key, record["reply"], record["finish"]).problem
+        return self._about(key, attempt, problem, seconds) | dict(
+            system_fingerprint=fingerprint[:200] if isinstance(fingerprint, str) else None
         )
 
-    def refusal_of(key, attempt, status, why):
+    def refusal(self, key, attempt, status, why):
+        """A record for a prompt that the model has no room for; None for any other refusal."""
         if status not in (400, 413, 422) or not _TOO_LONG.search(why):
             return None
-        if progress:
-            progress(1, 0)
+        if self._progress:
+            self._progress(1, 0)
         record = dict(
             key=key,
             score=None,
@@ -133,36 +166,18 @@ def answer(
             time=round(time.time(), 3),
             system_fingerprint=None,
         )
-        return record | about(key, attempt, f"the prompt has no room in the model: {why}", 0.0)
+        return record | self._about(key, attempt, f"the prompt has no room in the model: {why}", 0.0)
 
-    def about(key, attempt, problem, seconds):
-        unit = open_units[key]
+    def _about(self, key, attempt, problem, seconds):
+        unit = self._units[key]
         return dict(
             problem=problem,
             attempt=attempt,
             row_id=unit.row.row_id,
             template=f"{unit.template.name}_v{unit.template.version}",
             seconds=round(seconds, 4),
-            versions=versions,
+            versions=self._versions,
         )
-
-    # With those that were answered before, so that it's known that the server does answer.
-    asked = [u.key for u in units if u.key in open_units or journal.score(u.key) is not None]
-    why, faults = judge_client.ask_all(
-        {key: functools.partial(messages, key) for key in asked},
-        lambda key, r: len(reply_of(key, r["reply"], r["finish"]).pairs) or None,
-        journal,
-        model=model,
-        settings=dict(settings or {}),
-        settings_of=settings_of,
-        note=note,
-        refusal_of=refusal_of,
-        kept_characters=None,
-        max_replies=units_lib.MAX_REPLIES,
-        **client,
-    )
-    left = {k: text for k, text in why.items() if not units_lib.settled(journal.replies(k))}
-    return {"unanswered": left, "faults": dict(faults)}
 
 
 def _version():
