@@ -22,7 +22,7 @@ from paligemma_med.checkpoints import fingerprint
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
-from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
@@ -47,7 +47,7 @@ def make_model(config):
 
 def _check_attention(config):
     """cuDNN's kernels are a GPU's; elsewhere they fail while tracing."""
-    towers = {f"config.model.{k}": config.model[k] for k in ("img", "llm") if k in config.model}
+    towers = {f"config.model.{k}": config.model[k] for k in parts.FAMILIES if k in config.model}
     sections = {"config": config, **towers}
     for where, section in sections.items():
         if section.get("attn_impl") == "cudnn" and jax.default_backend() != "gpu":

@@ -9,11 +9,11 @@ Quantised are the kernels that adapters can have, and the vocabulary table: that
 either case, since its errors are the logits' own. Biases, norms, position embeddings and the patch
 kernel are 0.05 % of PaliGemma, and stay in bfloat16. What is trained is never quantised.
 
-Codes and scales are those of the library qwix, which the tests compare with. It isn't used itself:
-its model-wide providers replace the products that a module calls, and know neither a look-up in the
-table (whose transpose gives the logits) nor a kernel of several projections that is indexed before
-use; and its `quantize` compiles a program for each shape, and took four times as long for nf4 as
-the few lines here. `models/layers/quantised.py` reads codes.
+Codes and scales equal those of the library qwix, with which the tests compare them. The library
+itself isn't used: its model-wide providers replace the products that a module calls, and handle
+neither a look-up in the table (whose transpose gives the logits) nor a kernel of several projections
+that is indexed before use; and its `quantize` compiles a program for each shape, which took four
+times as long for nf4 as the few lines here. `models/layers/quantised.py` reads codes.
 """
 
 import math
@@ -116,8 +116,8 @@ def quantise(name: str, array, kind: str, leaves: Mapping[str, Leaf] | None = No
       ValueError: a weight isn't finite.
     """
     leaf = _table(leaves)[name]
-    made = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind, leaves)
-    out = {n: np.empty(x.shape, x.dtype) for n, x in made.items()}
+    shapes = stored(name, jax.ShapeDtypeStruct(array.shape, jnp.float32), kind, leaves)
+    out = {n: np.empty(x.shape, x.dtype) for n, x in shapes.items()}
     for i in _pieces(leaf, array.shape[0]):
         layer = np.asarray(array[i], np.float32)
         if not np.isfinite(layer).all():

@@ -130,7 +130,8 @@ def read_config(spec: os.PathLike | str) -> dict[str, Any]:
         rules = [(regex, spec and dict(spec)) for regex, spec in model.get("lora") or ()]
     except (ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is not the config of a run: {e}") from None
-    return dict(model={k: model[k] for k in ("img", "llm") if k in model}, lora=rules or None)
+    run = ("dtype", "attn_impl", "lora")  # which ours have beside config.model
+    return dict(model={k: v for k, v in model.items() if k not in run}, lora=rules or None)
 
 
 def _check_whole(folder):

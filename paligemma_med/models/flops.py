@@ -6,10 +6,10 @@ its own gradient where it is trained itself. That is the "4N" of adapters on fro
 "6N" of full fine-tuning. What lies below everything that is trained runs forward only: stage 1's
 image tower costs 2N.
 
-Attention's two products of activations are counted beside that, over the whole square of tokens,
+Attention's two products of activations are counted separately, over the whole square of tokens,
 masked or not. Norms, softmax, embedding look-ups and the optimizer are left out, as is usual.
-MFU, "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B), is the first figure alone by
-the chip's peak: conservative, and the same whatever is recomputed.
+MFU, "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B), is the first figure alone
+divided by the chip's peak: conservative, and independent of what is recomputed.
 """
 
 import dataclasses
@@ -71,8 +71,8 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     tokens = sizes.tokens(text_len)
     trained = set(trained)
     lowest = min((sizes.place(n) for n in trained), default=math.inf)
-    # Where layers are stacked, all of them count as passed by gradients if any is trained (of the
-    # first, what lies below its own trained weights needn't be).
+    # Gradients count as passing through all stacked layers if any of them is trained (in the first, they
+    # needn't pass below its lowest trained weight).
     backward = {part: lowest <= place for part, place in sizes.stacks.items()}
 
     weights, recompute = 0, 0

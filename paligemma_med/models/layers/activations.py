@@ -1,7 +1,7 @@
-"""Where activations lie on a mesh: names for their dimensions, which rules tie to mesh axes.
+"""How activations are laid out on a mesh: their dimensions have names, which rules map to mesh axes.
 
-Without rules the compiler follows the weights and the batch, and where these contradict each other
-its choice is seldom ours. `paligemma_med.parallel.sharding.rules` reads the rules from a config.
+Without rules the compiler infers layouts from the weights and the batch; where those conflict, it
+rarely chooses what we want. `paligemma_med.parallel.sharding.rules` reads the rules from a config.
 """
 
 import math
@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-# The first three are big_vision's, and whole where no rule cuts them, as there. What the others
-# name is cut as the weights are: without a rule, that remains the compiler's choice.
+# The first three are big_vision's; without a rule they stay whole, as there. Dimensions with the
+# other names follow the weights: without a rule, the compiler decides.
 WHOLE_BY_DEFAULT = ("act_batch", "act_len", "act_emb")
 NAMES = (*WHOLE_BY_DEFAULT, "act_heads", "act_mlp", "act_vocab")
 
@@ -25,7 +25,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
     Args:
       x: an array with a name of NAMES, or None, for each dimension. A rule whose axes don't divide
-        its dimension is left out for it; where there is no name the compiler chooses.
+        its dimension is skipped there; a dimension without a name is left to the compiler.
     """
     if active.value is None:
         return x
@@ -34,7 +34,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     rules = [(n, axes) for n, axes in rules if n in size and size[n] % _parts(axes, mesh) == 0]
     known = {*WHOLE_BY_DEFAULT, *(n for n, _ in rules)}
     names = tuple(n if n in known else PartitionSpec.UNCONSTRAINED for n in names)
-    # The one rule of no meaning is for flax, to whom no rules are no constraint.
+    # flax applies no constraint at all for an empty list of rules; the last rule matches nothing.
     return nn.with_logical_constraint(x, names, rules=[*rules, ("", None)], mesh=mesh)
 
 

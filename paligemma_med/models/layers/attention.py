@@ -104,14 +104,14 @@ def _attend_fused(q, k, v, mask, scale):
     return jnp.concatenate([out, _attend(q[:, first:], k, v, mask, scale, None)], axis=1)
 
 
-# Attention that writes T × S floats as seldom as it can. Probabilities are divided by their sum
-# after the product with v, where there are H of them and not S. The backward pass is written out:
-# it makes the exponentials again from q and k, and no product in it wants a T × S matrix
-# transposed, which on a CPU is a copy of it (five of them in what JAX derives). The gradient by the
-# logits is FlashAttention's (arXiv 2205.14135, appendix B.2).
+# Attention that writes T × S floats as rarely as possible. The division by the sum of exponentials
+# comes after the product with v, on H numbers a query instead of S. The backward pass is written by
+# hand: it computes the exponentials again from q and k, and none of its products needs a T × S matrix
+# transposed, which a CPU copies (what JAX derives has five such copies). The gradient by the logits is
+# FlashAttention's (arXiv 2205.14135, appendix B.2).
 #
-# Axes: B, K, T, G, H of queries; B, K, S, H of keys and values; no K or G where it would be 1. They
-# stay apart, so that each can be cut over devices.
+# Axes: B, K, T, G, H of queries; B, K, S, H of keys and values; no K or G where it would be 1. K and G
+# aren't merged, so that each can be cut over devices.
 
 
 def _attend(q, k, v, mask, scale, softcap):
@@ -170,14 +170,14 @@ def _attention_bwd(scale, softcap, kept, grad):
     grad = grad.astype(jnp.float32) / total
     by_sum = jnp.sum(grad * out.astype(jnp.float32), axis=-1, keepdims=True)
     grad = grad.astype(v.dtype)
-    # A row that sees nothing weighs all alike, whatever its logits are.
+    # The probabilities of a row that sees nothing are uniform, whatever its logits.
     factor = jnp.where(most > MASKED, jnp.float32(scale), 0.0)
     by_logits = exps * (_dot(grad, jnp.swapaxes(v, -1, -2), batch) - by_sum) * factor
     if softcap:
         by_logits *= 1 - jnp.square(logits / softcap)
     by_logits = by_logits.astype(q.dtype)
 
-    def by_keys(x, weights):  # H in front, so that not the weights are transposed, but this is
+    def by_keys(x, weights):  # transposes x, with H in front, rather than the larger weights
         out = _dot(jnp.moveaxis(x, -1, batch), weights, batch, x.ndim - 1 - batch)
         return jnp.swapaxes(out, -1, -2)
 

@@ -1,10 +1,10 @@
 """LoRA: low-rank adapters in the activation path, y = x·W + s·(x·A)·B.
 
-Adding the small product A·B to a bfloat16 W would round most of it away; here it meets the
-activations instead, and W is never touched. Factors lie beside the kernel they adapt, as `lora_a`
-and `lora_b`, shaped as PEFT's are but for the heads, which keep their axis. A kernel that holds
-several projections (`kv_einsum/w`, `gating_einsum`) has factors for each of them ("parts"), one
-folder down: `kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
+Added to a bfloat16 W, the small product A·B would mostly be rounded away; here it is applied to the
+activations instead, and W stays as it is. The factors `lora_a` and `lora_b` stand next to the kernel
+that they adapt, with PEFT's shapes except that heads keep an axis of their own. A kernel that holds
+several projections (`kv_einsum/w`, `gating_einsum`) has factors for each of these "parts", one folder
+down: `kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
 
 LoRA is arXiv 2106.09685; initialisation and scale are those of PEFT (peft/tuners/lora/layer.py);
 rank-stabilised scaling is arXiv 2312.03732. `models/lora_targets.py` knows what of a model can be adapted.
@@ -111,12 +111,12 @@ def _uniform(key, shape, dtype):
 
 
 def _low_rank(module, spec, x, inputs, outputs, deterministic):
-    """s·(x·A)·B with the factors made as parameters of `module`. outputs: shape beside x's rows."""
+    """s·(x·A)·B, with the factors as parameters of `module`. outputs: the result's shape after x's rows."""
     a = module.param("lora_a", _uniform, (*x.shape[x.ndim - inputs :], spec.rank), jnp.float32)
     b = module.param("lora_b", nn.initializers.zeros_init(), (spec.rank, *outputs), jnp.float32)
     if spec.dropout:
         x = nn.Dropout(spec.dropout, deterministic=deterministic, name="lora_dropout")(x)
-    with jax.named_scope("lora"):  # so that profiles tell its products
+    with jax.named_scope("lora"):  # shows these products in a profile
         low = jnp.tensordot(x, a.astype(x.dtype), inputs)
         return jnp.tensordot(low * jnp.asarray(spec.scale, x.dtype), b.astype(x.dtype), 1)
 
@@ -151,17 +151,17 @@ def add(module: nn.Module, y: jax.Array, x: jax.Array, param: str, part: str = "
         return y
     outputs = y.shape[x.ndim - inputs :]
     if part:
-        made = _Part(spec, inputs, outputs, module.deterministic, name=part)(x)
+        delta = _Part(spec, inputs, outputs, module.deterministic, name=part)(x)
     else:
-        made = _low_rank(module, spec, x, inputs, outputs, module.deterministic)
-    return y + made.astype(y.dtype)
+        delta = _low_rank(module, spec, x, inputs, outputs, module.deterministic)
+    return y + delta.astype(y.dtype)
 
 
 class Dense(nn.Module):
     """A linear map of the last axes, with an adapter where the rules say so.
 
-    Parameters, their initial values and the result are those of nn.DenseGeneral, which would make a
-    dense weight of a quantised one before a layer can say when.
+    Parameters, their initial values and the result are those of nn.DenseGeneral, which couldn't read
+    a quantised kernel (`quantised.product`).
 
     Attributes:
       features: size or sizes of the output's axes.
@@ -181,7 +181,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
         ins = x.shape[x.ndim - self.inputs :]
-        flat = math.prod(ins), math.prod(features)  # as initialisers want it
+        flat = math.prod(ins), math.prod(features)  # initialisers expect a matrix
 
         def kernel_init(key, shape, dtype):
             return self.kernel_init(key, flat, dtype).reshape(shape)
@@ -195,11 +195,11 @@ class Dense(nn.Module):
 
 
 class Einsum(nn.Module):
-    """A weight `w` applied by an einsum, cast to the input's type inside the layer (a cast of the
-    whole stack outside the scan would hold a second copy of it; see `quantised`).
+    """A weight `w` applied by an einsum, cast to the input's type inside the layer: a cast outside the
+    scan would hold a second copy of the whole stack (see `quantised`).
 
-    With `parts`, the output's third axis is over them, and each may have an adapter. (Were it the
-    first, the product would be w·x, and x be copied transposed.)"""
+    With `parts`, the output's third axis is over them, and each may have an adapter. (If it were the
+    first, the product would be w·x, for which XLA copies x transposed.)"""
 
     shape: tuple[int, ...]
     w_init: nn.initializers.Initializer

@@ -5,8 +5,8 @@ are whole numbers; codes uint8 are pairs of nf4, the 16 quantiles of the normal 
 QLoRA (arXiv 2305.14314, appendix E). Scales have the kernel's axes, each as long as the kernel's or
 dividing it into blocks.
 
-A layer makes the dense weight of its own codes, so that one layer's is there at a time. `product`
-sees to it that the backward pass makes it again, too, rather than keep it.
+Each layer makes its own dense weight from the codes, so that only one layer's exists at a time. The
+backward pass makes it again instead of keeping it (`product`).
 
 Axis letters: V vocabulary, D width of the language model; rows of the table are G groups of C rows
 in each of P parts.
@@ -69,8 +69,8 @@ def param(module: nn.Module, name: str, init, shape) -> Weight:
 def product(f: Callable, x: jax.Array, weight: Weight) -> Any:
     """f(x, w) with the Weight in the type of x.
 
-    If that takes a copy, the copy isn't kept for the backward pass, whatever the remat policy:
-    in a loop over layers, copies of all of them would be.
+    If that needs a copy, the copy isn't kept for the backward pass, whatever the remat policy: a loop
+    over layers would keep the copies of all layers.
     """
     if weight.scale is None and weight.value.dtype == x.dtype:
         return f(x, weight.value)
@@ -92,7 +92,7 @@ def _unpacked(pairs, shape):
     """uint8 of two codes each → float32[shape] of their quantiles."""
     axis = next(i for i, (a, b) in enumerate(zip(pairs.shape, shape)) if a != b)
     codes = jnp.stack([pairs & 15, pairs >> 4], axis + 1).reshape(shape)
-    # Bit by bit a choice between neighbours: a look-up would be a gather, slow on some devices.
+    # Four choices between neighbours, one a bit: a look-up would be a gather, slow on some devices.
     values = list(map(jnp.float32, NF4))
     for bit in range(4):
         one = (codes >> bit) & 1 != 0
@@ -110,16 +110,16 @@ def _scaled(x, scale):
 
 # --- The vocabulary table ---
 
-_COPY = 2**26  # numbers: as many as the widest layer of gemma_2b has in one kernel
+_COPY = 2**26  # numbers of a dense part: as many as in one layer's largest kernel in Gemma 2B
 _GROUPS = 64
 
 
 def rows(table: Weight, tokens: jax.Array, dtype) -> jax.Array:
     """dtype[…, D]: rows of the table, a Weight [V, D], for int32[…] tokens."""
-    found = jnp.take(table.value, tokens, axis=0)
+    x = jnp.take(table.value, tokens, axis=0)
     if table.scale is not None:
-        found = found.astype(jnp.float32) * jnp.take(table.scale, tokens, axis=0)
-    return found.astype(dtype)
+        x = x.astype(jnp.float32) * jnp.take(table.scale, tokens, axis=0)
+    return x.astype(dtype)
 
 
 def logits(x: jax.Array, table: Weight) -> jax.Array:
@@ -134,15 +134,15 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
 
 
 def _few(x):
-    """Whether a row of the table in the type of x is larger than the logits for it. Where they are
-    the larger, a loop doesn't pay: XLA then holds them once more."""
+    """Whether a row of the table in the type of x takes more memory than its logits. Otherwise the loop
+    doesn't pay, since XLA holds the logits twice for it."""
     return 4 * math.prod(x.shape[:-1]) < x.dtype.itemsize * x.shape[-1]
 
 
 @jax.custom_vjp
 def _logits_by_parts(x, codes, scale):
-    """As `logits`, of a quantised table of which a part is dense at a time. A rule of its own for
-    the gradient, since JAX's would hold the logits' twice."""
+    """`logits` of a quantised table, of which one part at a time is made dense. It has its own rule for the
+    gradient, since JAX's would hold the gradient by the logits twice."""
     groups, parts = _parts(codes.shape)
     size = codes.shape[0] // (groups * parts)
 
@@ -186,8 +186,8 @@ _logits_by_parts.defvjp(_forward, _backward)
 
 
 def _parts(shape):
-    """(G, P): how a table's rows are dealt out as [G, P, C] so that parts [:, i] have at most _COPY
-    numbers. They may be cut over a number of devices that divides G: each has rows of each part."""
+    """(G, P): a table's rows are viewed as [G, P, C], in which a part [:, i] has at most _COPY numbers. Cut over
+    a number of devices that divides G, each device has rows of every part."""
     groups = math.gcd(shape[0], _GROUPS)
     rows = shape[0] // groups
     least = math.ceil(math.prod(shape) / _COPY)
