@@ -2,6 +2,7 @@
 
 import math
 
+from paligemma_med.pp import markdown as tables
 from tools.eval_saliency.measure import BOX_FIGURES, CURVES, SANITY
 
 _TITLES = {
@@ -47,14 +48,9 @@ def markdown(summary):
 
 def _grid(corner, columns, table, text):
     """Lines of the table {row: {column: cell}}, cells being turned into text; – where none is."""
-    lines = [
-        f"| {corner} | " + " | ".join(_TITLES[c] for c in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
-    for name, cells in table.items():
-        texts = (text(cells[c]) if c in cells else "–" for c in columns)
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    return [*lines, ""]
+    rows = [[corner, *(_TITLES[c] for c in columns)]]
+    rows += [[name, *(text(cells[c]) if c in cells else "–" for c in columns)] for name, cells in table.items()]
+    return [tables.table(rows), ""]
 
 
 def _interval(x):
