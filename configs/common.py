@@ -1,8 +1,8 @@
 """What the experiments share: arguments, the prompt, and the preprocessing strings built from it.
 
 The prompt is part of a checkpoint: a model answers best when asked in the words it was trained
-with. `prompt_for` is the one place where those words are written; training, evaluation and `predict`
-take them from there. They are big_vision's for VQA: BOS, "answer en {question}", newline, then the
+with. Only `prompt_for` writes those words; training, evaluation and `predict` use it. They are
+big_vision's for VQA: BOS, "answer en {question}", newline, then the
 answer and EOS.
 """
 
@@ -17,33 +17,33 @@ GEMMA = 'gemma(tokensets=("loc", "seg"))'
 GEMMA_VOCAB = 256_000 + 1024 + 128
 SEPARATOR = "\n"
 
-# What evaluators need to know of each question, in addition to the arrays.
+# What evaluators need to know about each question, in addition to the arrays.
 EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location")
 
 
-# Settings of the training loop at their defaults: written out in every config, since the command
-# line changes only what a config has. docs/training.md says what they mean.
+# Settings of the training loop at their defaults, written out in every config because the command line
+# can only change keys that a config has. docs/training.md explains them.
 LOOP = dict(keep_ckpt=2, skip_nonfinite=0, tensorboard=False, wandb=False, compilation_cache=True)
 
 
 def prompt_for(language="en", options=False) -> str:
-    """The prompt as a template over the keys of a row; what `strfmt` fills in.
+    """The prompt as a template over the keys of a row, filled in by `strfmt`.
 
     Args:
-      language: of the answer, which PaliGemma is told in the prompt: "en", "zh", or "{q_lang}" for
-        the row's own. "": nothing is said about it.
+      language: the answer's language, which the prompt tells PaliGemma: "en", "zh", or "{q_lang}" for
+        the row's own. "" leaves it out.
       options: whether the four choices of the row follow the question.
     """
     text = f"answer {language} {{question}}" if language else "answer {question}"
     return text + " A: {choice_a} B: {choice_b} C: {choice_c} D: {choice_d}" if options else text
 
 
-# What every function below takes unless told otherwise.
+# The default of every function below.
 PROMPT = prompt_for()
 
 
 def dataset(name, split, data_dir="") -> dict[str, str]:
-    """A `data` section; without `data_dir` the set is looked for where TFDS keeps its sets."""
+    """A `data` section; without `data_dir` the set is looked up in TFDS' default folder."""
     return dict(name=name, split=split, **(dict(data_dir=data_dir) if data_dir else {}))
 
 
@@ -65,7 +65,7 @@ def parse_arg(arg, **defaults) -> ConfigDict:
             value = text
         else:
             value = ast.literal_eval(text) if _is_literal(text) else text
-        is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int, too
+        is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int too
         if default is not None and (is_flag or not isinstance(value, _accepted(default))):
             raise ValueError(f"Config argument {item!r}: expected {type(default).__name__}, as in {name}={default!r}.")
         out[name] = value
@@ -90,8 +90,8 @@ def _op(name, *args, **kw):
 
 
 def image_pp(res, augment=()) -> list[str]:
-    """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` stands before resize."""
-    # big_vision decodes JPEG faster unless told to be precise, up to 8 grey levels off.
+    """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` comes before resize."""
+    # By default big_vision decodes JPEG faster, but up to 8 grey levels off.
     size = _op("resize", res, antialias=True)
     return ["decode(precise=True)", *augment, size, _op("value_range", -1, 1)]
 
@@ -120,8 +120,8 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
 
 
 def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer") -> str:
-    """The pp string of an evaluation set: the prompt alone, and `keep` for the evaluator, for which
-    the truth is called "answer" whatever its key in the data.
+    """The pp string of an evaluation set: only the prompt, and `keep` for the evaluator, to which the truth
+    is called "answer" whatever its key in the data.
 
     Gives image as above, and text, mask_ar, mask_input int32[text_len].
     """
@@ -184,14 +184,13 @@ def vqa_eval(
 def big_vision_vqa_eval(
     c, name, split, *, text_len, max_new_tokens, prompt=PROMPT, batch_size=64, answer="answer", **kw
 ) -> dict[str, Any]:
-    """The same questions for big_vision's own VQA evaluator, which `paligemma_med.upstream.train`
-    alone runs: one greedy answer each, right if it is the truth to the letter; see
-    docs/big_vision.md.
+    """The same questions for big_vision's own VQA evaluator, which only `paligemma_med.upstream.train` runs:
+    one greedy answer each, right if it equals the truth exactly; see docs/big_vision.md.
 
     Arguments as of `vqa_eval`; outfile: where it writes the answers, by default
     <workdir>/<split>.json.
     """
-    # It takes any other text that is kept for an array.
+    # It would treat any other kept text as an array.
     keep = ("question_id", "answer")
     if not any(key.startswith("log_") for key in kw):
         kw["log_percent"] = 1.0  # or it would never run
@@ -211,10 +210,10 @@ def big_vision_vqa_eval(
 def dialogue_eval(
     c, name, split, *, turns=3, text_len, prompt=PROMPT, answer="answer", protocol="vqa", **kw
 ) -> dict[str, Any]:
-    """Dialogues of several `turns` on one image, questions and answers in the history of the next;
-    see `paligemma_med.evaluators.dialogue`.
+    """Dialogues of several `turns` on one image; each turn's prompt contains the previous questions and
+    answers. See `paligemma_med.evaluators.dialogue`.
 
-    Arguments as of `vqa_eval`; text_len is that of the whole prompt, history included.
+    Arguments as of `vqa_eval`; text_len is for the whole prompt, history included.
     """
     section = vqa_eval(
         c,
@@ -251,7 +250,7 @@ def dialogue_eval(
 
 def closed_eval(c, name, split, *, samples=5, **kw) -> dict[str, Any]:
     """The paper's protocol for closed questions: five samples at temperature 1, mean and standard
-    deviation over runs, which questions are not robust, and LLaVA-Med's closed metric.
+    deviation over runs, which questions aren't robust, and LLaVA-Med's closed metric.
 
     Arguments as of `vqa_eval`. The figures of answer_type/CLOSED are those of closed questions.
     """
@@ -282,10 +281,11 @@ def multiple_choice_eval(
     samples at temperature 1 as in the paper.
 
     Args:
-      choices: keys of the data that hold the choices' texts, in order. The data has answer_letter.
-      answer: key of what the model was trained to say: the letter or, with "answer", the choice.
-      options: what is scored as a continuation of the prompt, "letter" or "text"; by default what
-        `answer` is; "" scores nothing.
+      choices: keys of the data that hold the choices' texts, in order. The data must have
+        answer_letter.
+      answer: key of what the model was trained to answer: the letter or, with "answer", the choice.
+      options: which continuations of the prompt are scored, "letter" or "text"; by default the kind
+        that `answer` is; "" scores none.
       Others as of `vqa_eval`. `prompt` must show the choices.
     """
     if options is None:

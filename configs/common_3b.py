@@ -4,19 +4,19 @@
 length and evaluations.
 
 Where the paper ("Adapting Lightweight Vision Language Models for Radiological VQA"), its draft and
-the authors' scripts say different things, the variants are arguments of the configs:
+the authors' scripts differ, the variants are arguments of the configs:
 
-stage1   a stage-1 workdir to start from; `init` in its place starts from base weights, which is
-         the paper's ablation without stage 1. Neither: random weights.
+stage1   a stage-1 workdir to start from; `init` instead starts from base weights, which is the
+         paper's ablation without stage 1. Neither: random weights.
 lora     "attention" (default): q, k, v and output of both towers, which is what the paper's text
          says (section 4.4, "the attention heads in both the vision tower and the language model").
          "script": the targets of lora_finetune.py, q, k, v of both towers and o, gate, up, down of
          Gemma (SigLIP's output isn't matched, because it is called out_proj).
          "draft": the draft's list, the same without gate.
-         "figure": its figure of stage 2, attention, MLPs and the projection head.
-         "llm": attention of Gemma alone, the README's table.
+        "figure": the figure of stage 2, attention, MLPs and the projection head.
+         "llm": only attention of Gemma, the README's table.
 rank, alpha, dropout
-         8, 32 and 0.05: the paper names none; all eight adapters that the authors saved have
+        8, 32 and 0.05: the paper gives none; all eight adapters that the authors saved have
          these. The draft says rank 12.
 prompt   "en" (default): "answer en {question}", the prompt that PaliGemma's mix weights were tuned
          with. "bare": "answer {question}", as in lora_finetune.py.
@@ -24,20 +24,20 @@ res      448 as in the paper; the scripts have 224.
 norm     "example" (default): each example's token mean counts the same, as in big_vision, and as in
          the authors' scripts, whose batches hold one example. "token": Hugging Face's mean over all
          tokens of a step.
-clip     1.0: the paper is silent, and Hugging Face's trainer clips there unless told otherwise.
+clip     1.0: the paper doesn't say; it is the default of Hugging Face's trainer.
 micro, accum
          6 and 16 (96 in effect), table 3; the scripts have 1 and 4.
 epochs   the paper gives none for stage 2. Defaults are where the curves of validation loss in the
          authors' article end or are lowest: ROCO 7, MedPix 4, both 9, PMC-VQA 4.
 lr       1e-5, table 3.
-letters  (stage2_medpix2, stage2_rocov2) False (default). True, for sets of synthesised multiple
-         choice alone: the options stand in the prompt, and the letter is the answer.
-tiny     False (default). True: the tiny base model (configs/tiny_base.py) in place of PaliGemma-3B,
-         to try out data and commands in minutes. It has seen no radiology; its figures mean nothing.
-samples  of each question in evaluations: 1, the most probable answer. The paper has 5, drawn at
-         temperature 1 here (it names none).
+letters  (stage2_medpix2, stage2_rocov2) False (default). True, only for sets of synthesised multiple
+         choice: the options are in the prompt, and the letter is the answer.
+tiny     False (default). True: the tiny base model (configs/tiny_base.py) instead of PaliGemma-3B, to
+         try out data and commands in minutes. It has seen no radiology; its figures mean nothing.
+samples  answers per question in evaluations: 1, the most probable one. The paper has 5, here drawn at
+         temperature 1 (the paper gives none).
 seed, data_dir
-         as everywhere; without data_dir, sets are looked for where TFDS keeps its sets.
+         as everywhere; without data_dir, sets are looked up in TFDS' default folder.
 
 Table 3 also has: constant schedule, label smoothing 0, weight decay 0, fp16. Here frozen weights
 and activations are bfloat16, which has float32's range, and what is trained stays float32.
@@ -48,7 +48,7 @@ from ml_collections import ConfigDict, config_dict
 from configs import common, tiny_base
 from paligemma_med.pp import rows
 
-# What evaluators need to know of each question, and what figures are broken down by.
+# What evaluators need to know about each question, and what figures are broken down by.
 EVAL_KEYS = (*rows.KEYS, "modality", "location", "location_category")
 
 _TOWERS = "img/Transformer/.*"
@@ -67,7 +67,7 @@ _ROCO = {"v1": "roco_v1/qa", "v2": "rocov2/qa"}
 
 
 def parse_arg(arg, **more) -> ConfigDict:
-    """The arguments of a stage 2: those above, and `more`, which must have `epochs`."""
+    """The arguments of a stage-2 config: those above and `more`, which must contain `epochs`."""
     args = common.parse_arg(
         arg,
         stage1="",
@@ -117,14 +117,14 @@ def recipe(c, micro, accum, lr) -> None:
     c.label_smoothing = 0.0
     c.mesh = [("data", -1)]
     c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
-    # Logits by vocabulary: the embedding table, 1 GB, then stays in its parts.
+    # Logits are cut by vocabulary, so that the embedding table, 1 GB, isn't gathered.
     c.sharding_rules = [("act_vocab", "data"), ("act_batch", "data")]
     c.ckpt_epochs = 1.0
     c.update(common.LOOP)
 
 
 def lora(which, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
-    """config.lora of a variant; ValueError names the variants there are."""
+    """config.lora of a variant; ValueError lists the known variants."""
     if which not in _LORA:
         raise ValueError(f"lora={which!r}: expected one of {sorted(_LORA)}.")
     spec = dict(rank=rank, alpha=alpha, dropout=dropout)
@@ -132,14 +132,14 @@ def lora(which, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
 
 
 def stage2(args) -> ConfigDict:
-    """A config of stage 2 but for its data and texts.
+    """A stage-2 config without its data and texts.
 
     Args:
-      args: of `parse_arg`.
+      args: from `parse_arg`.
 
     Returns:
-      A ConfigDict: model, weights, adapters, optimizer, batch and schedule. Left to the experiment
-      are text_len, input.data, input.pp, predict_pp and evals.
+      A ConfigDict: model, weights, adapters, optimizer, batch and schedule. The experiment must add
+      text_len, input.data, input.pp, predict_pp and evals.
     """
     c = ConfigDict()
     c.seed = args.seed
@@ -149,11 +149,11 @@ def stage2(args) -> ConfigDict:
         model(c, args.res)
     c.model_init = args.stage1 or args.init or (tiny_base.BASE if args.tiny else None)
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
-    c.adapter_init = None  # a PEFT folder to train on from
+    c.adapter_init = None  # a PEFT folder to continue training from
     # No supervised_len: the longest answers fill nearly all of text_len.
-    # --config.loss_chunk=64, for small cards, has logits of 64 positions at a time.
+    # For small GPUs, --config.loss_chunk=64 computes logits of 64 positions at a time.
     c.loss_chunk = config_dict.placeholder(int)
-    # A few captions run to thousands of characters; what is cut is counted and reported.
+    # A few captions have thousands of characters; what is cut is counted and reported.
     c.input = dict(num_workers=0 if args.tiny else 4, allow_missing_eos=True)
     c.total_epochs = args.epochs
     recipe(c, args.micro, args.accum, args.lr)
@@ -172,7 +172,7 @@ def prompt_for(args, options=False) -> str:
 
 
 def roco(version) -> str:
-    """The ROCO data set of a version; ValueError names the versions there are."""
+    """The ROCO data set of a version; ValueError lists the known versions."""
     if version not in _ROCO:
         raise ValueError(f"version={version!r}: expected one of {sorted(_ROCO)}.")
     return _ROCO[version]

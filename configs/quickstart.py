@@ -1,12 +1,12 @@
 """The quickstart: the tiny base model, which has seen no radiology, adapted to the phantoms.
 
-`python -m tools.quickstart` runs its two stages, which are the paper's: with stage=1 the projection
-head alone is trained, with stage=2 LoRA in both towers, on what stage 1 made. Minutes on two cores;
+`python -m tools.quickstart` runs its two stages, which are the paper's: stage=1 trains only the
+projection head, stage=2 trains LoRA in both towers on top of stage 1's result. Minutes on two cores;
 the same loop, data path and evaluation as the real thing.
 
 Arguments: stage, init (weights; stage 2 is given the workdir of stage 1), epochs and lr (0: those
-of the stage), rank, size (of a batch), seed, eval (the split that evaluations use; settings were
-chosen on validate), data_dir.
+of the stage), rank, size (of a batch), seed, eval (the split for evaluations; settings were chosen on
+validate), data_dir.
 """
 
 from ml_collections import ConfigDict

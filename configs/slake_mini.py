@@ -5,9 +5,9 @@
         --config=configs/slake_mini.py:eval=test
 
 Meant for two CPU cores and an hour. Settings were chosen on `validate`; see docs/slake_mini.md.
-Arguments: epochs, res, eval (the split that evaluations use), samples (of each question in an
-evaluation: more than one are drawn at temperature 1), protocol (vqa, closed or open), turns (of
-dialogues, an evaluation of its own; 0: none), seed, lr, drop.
+Arguments: epochs, res, eval (the split for evaluations), samples (answers per question in an evaluation;
+several are drawn at temperature 1), protocol (vqa, closed or open), turns (of dialogues, a separate
+evaluation; 0: none), seed, lr, drop.
 """
 
 from ml_collections import ConfigDict
@@ -48,7 +48,7 @@ def get_config(arg=None) -> ConfigDict:
     )
     c.model_init = None
 
-    # Few images (450) and many questions: every look at an image is a little different. No flips:
+    # Few images (450) and many questions: each time an image is shown it is slightly different. No flips:
     # questions ask for sides.
     augment = (
         f"inception_crop({c.res}, {args.area}, 100, 0.8, 1.25, antialias=True)",
@@ -69,7 +69,7 @@ def get_config(arg=None) -> ConfigDict:
     c.optax_name = "scale_by_adam"
     c.optax = dict(b2=0.95)
     c.lr = args.lr
-    # Decoupled from the learning rate, as in big_vision: times lr it is AdamW's weight decay.
+    # Decoupled from the learning rate, as in big_vision: multiplied by lr it is AdamW's weight decay.
     c.wd = args.wd * args.lr
     c.wd_mults = [(".*/(kernel|w|gating_einsum|linear)", 1.0)]
     c.grad_clip_norm = 1.0

@@ -8,7 +8,7 @@ with 16 accumulated (96 in effect), fp16. Here frozen weights and activations ar
 has float32's range, and what is trained stays float32.
 
 Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), res,
-lang (en, zh or all), micro (examples at a time), accum (how many of those make a step) and tiny
+lang (en, zh or all), micro (examples in a micro-batch), accum (micro-batches in a step) and tiny
 (the tiny base model of configs/tiny_base.py, to try out data and commands).
 """
 
@@ -31,8 +31,8 @@ def get_config(arg=None) -> ConfigDict:
     c.supervised_len = 32  # logits are computed at this many positions
 
     name = f"slake/{args.lang}"
-    # PaliGemma is told the language of the answer. With both, each row says its own, and `predict`,
-    # which has no rows, asks in English.
+    # The prompt tells PaliGemma the language of the answer. With both languages each row gives its own,
+    # and `predict`, which has no rows, asks in English.
     both = args.lang == "all"
     prompt = common.prompt_for("{q_lang}" if both else args.lang)
     predict_prompt = common.prompt_for("en" if both else args.lang)

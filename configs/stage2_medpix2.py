@@ -4,7 +4,7 @@
         --workdir=out/stage2
 
 Data: `medpix2/qa`, by the official split of cases (the authors made their own, unseeded).
-Arguments: letters, stage1 or init, and the variants that configs/common_3b.py lists and argues.
+Arguments: letters, stage1 or init, and the variants that configs/common_3b.py lists and explains.
 """
 
 from ml_collections import ConfigDict

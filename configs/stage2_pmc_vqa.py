@@ -3,10 +3,10 @@
     python -m paligemma_med.train --config=configs/stage2_pmc_vqa.py:stage1=out/stage1 \
         --workdir=out/stage2
 
-The four options stand in the prompt. `answer=letter` (default) trains and scores the letter, one
-token that leaves nothing to interpretation; `answer=text` the option itself, as the paper's ROUGE
-rows would need. `version` is v1 (the paper's 227K pairs) or v2; v1_open and v2_open have the
-questions without their options, and answers as text.
+The four options are in the prompt. `answer=letter` (default) trains and scores the letter, one
+unambiguous token; `answer=text` the option itself, which the paper's ROUGE rows would need. `version`
+is v1 (the paper's 227K pairs) or v2; v1_open and v2_open have the questions without their options,
+and answers as text.
 Arguments: answer, version, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 

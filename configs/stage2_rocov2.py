@@ -3,8 +3,8 @@
     python -m paligemma_med.train --config=configs/stage2_rocov2.py:stage1=out/stage1 \
         --workdir=out/stage2
 
-Data: `rocov2/qa`, or with `version=v1` `roco_v1/qa`: what the paper calls ROCO v2.0 is v1 by the
-ids in the authors' files.
+Data: `rocov2/qa`, or with `version=v1` `roco_v1/qa`: by the ids in the authors' files, what the paper
+calls ROCO v2.0 is v1.
 Arguments: version, letters, stage1 or init, and the variants that configs/common_3b.py lists.
 """
 

@@ -3,11 +3,11 @@
     python -m paligemma_med.train --config=configs/stage2_rocov2_medpix2.py:stage1=out/stage1 \
         --workdir=out/stage2
 
-Section 4.3 brings a small set of high quality into a large one "incrementally" and gives no
+Section 4.3 mixes a small set of high quality into a large one "incrementally" and gives no
 proportions. Here `medpix` is the share of MedPix among all examples: by default 0.15, which is
-about what putting the two sets in one pile gives (11,574 of the authors' 77 thousand questions).
-With `anneal` (the default) it comes in by thirds of training: none, that share, twice that share.
-Without, the share is constant; both see as many examples of either set.
+about its share if the two sets are simply joined (11,574 of the authors' 77 thousand questions).
+With `anneal` (the default) it grows by thirds of training: none, that share, twice that share.
+Without it the share is constant; the number of examples from each set is the same.
 With `version=v1` the large set is ROCO v1, as in the authors' files.
 Arguments: medpix, anneal, version, stage1 or init, and the variants of configs/common_3b.py.
 """
@@ -26,7 +26,7 @@ def get_config(arg=None) -> ConfigDict:
     if not 0 < args.medpix < (0.5 if args.anneal else 1):
         raise ValueError(f"medpix={args.medpix}: expected a share above 0, below 0.5 with anneal.")
     c = common_3b.stage2(args)
-    c.text_len = 256  # as the sets by themselves have
+    c.text_len = 256  # as for each of the two sets
 
     sets = dict(rocov2=common_3b.roco(args.version), medpix2="medpix2/qa")
     if args.anneal:

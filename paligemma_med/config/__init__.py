@@ -1,1 +1,1 @@
-"""What a config may say: its keys and values, durations, and the files it is kept in."""
+"""Configs: their keys and values, durations, and the file they are saved in."""

@@ -1,8 +1,8 @@
-"""Configs of big_vision's, read as ours: `adopt` is the one place that knows its keys.
+"""Reads big_vision's configs as ours: `adopt` is the only place that knows its keys.
 
-Most keys are the same to begin with. Those of its PaliGemma transfer configs that aren't
-(configs/proj/paligemma/transfers) are translated here, or refused with what to use in their place.
-The other direction is upstream/config.py; what its files import is config/stand_ins.py's matter.
+Most keys are the same. Those of its PaliGemma transfer configs that differ
+(configs/proj/paligemma/transfers) are translated here, or refused with what to use instead.
+The other direction is upstream/config.py; the modules that its files import are config/stand_ins.py.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import re
 from paligemma_med.config import durations
 from paligemma_med.pp import registry
 
-# A config with one of these is big_vision's: ours names neither its program nor its modules.
+# A config with one of these keys is big_vision's: ours name neither the program nor modules.
 MARKS = ("model_name", "pp_modules")
 MODEL_NAME = "proj.paligemma.paligemma"
 PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops")
@@ -28,27 +28,27 @@ _REFUSED = {
         for unit in durations.UNITS
     },
 }
-# Of big_vision's image tower and language model: values that say what is the case here anyway.
+# Arguments of big_vision's towers, with the values that describe how ours always are.
 _IDLE = {
     "img": {"posemb": ("learn",), "rep_size": (False,), "head_zeroinit": (True, False)},
     "llm": {"dropout_bdims": ((), [])},
 }
-# Weights by big_vision's short names, and the files that it expects in $BV_GEMMA_DIR.
+# big_vision's short names of weights, and the files that they stand for in $BV_GEMMA_DIR.
 _SHORT_NAME = re.compile(r"pt_((?P<second>3b|10b|28b)_)?(224|448|896)(\.bf16|\.f16)?")
 
 
 def adopt(config, known) -> list[str]:
-    """Turns a config of big_vision's into one of ours, in place. One of ours stays as it is.
+    """Turns a big_vision config into one of ours, in place; ours stay as they are.
 
     Args:
       config: ConfigDict, locked or not.
-      known: the keys that a config of ours may have.
+      known: the keys that our configs may have.
 
     Returns:
       What the user should know, as sentences.
 
     Raises:
-      ValueError: it asks for something that isn't here; the sentence says what to use instead.
+      ValueError: it asks for something unsupported; the message says what to use instead.
     """
     if not any(mark in config for mark in MARKS):
         return []
@@ -64,7 +64,7 @@ def adopt(config, known) -> list[str]:
 
 
 def _take(section, key, default=None):
-    """The value of a key, which is then gone."""
+    """Removes a key and returns its value."""
     value = section.get(key, default)
     if key in section:
         del section[key]
@@ -72,7 +72,7 @@ def _take(section, key, default=None):
 
 
 def _check_modules(config):
-    """Model and preprocessing are named by modules of big_vision's; ours are always there."""
+    """Checks the modules that it names for model and preprocessing; ours are always used."""
     name = _take(config, "model_name", MODEL_NAME)
     if name != MODEL_NAME:
         raise ValueError(f"config.model_name is {name!r}; expected {MODEL_NAME!r}, the only one here.")
@@ -99,7 +99,7 @@ def _translate_model(config):
 
 
 def _translate_input(config):
-    """What is said in pp strings there and has a key here, and what tf.data is told."""
+    """Takes what its pp strings say and our configs have keys for, and drops tf.data's settings."""
     section = config.get("input")
     if section is None:
         return
@@ -107,7 +107,7 @@ def _translate_input(config):
         section.prefetch = prefetch
     if _take(section, "skip_errors", False):
         section.on_error = "skip"
-    # A text that is cut loses its EOS, which big_vision never looks for; here it is counted.
+    # A text that is cut loses its EOS. big_vision never checks for that; here it is counted.
     if "allow_missing_eos" not in section:
         section.allow_missing_eos = True
     names = () if isinstance((section.get("data") or {}).get("name"), str) else section.get("data") or ()
@@ -115,18 +115,18 @@ def _translate_input(config):
     calls = [registry.parse_call(op) for pp in strings if isinstance(pp, str) for op in registry.split(pp)]
     for name, args, kw in calls:
         if name == "tolen" and kw.get("key") == "text" and "text_len" not in config:
-            config.text_len = (args[0] if args else kw["length"]) - 1  # which predicts the token after the last
+            config.text_len = (args[0] if args else kw["length"]) - 1  # the last token is only predicted
         if name == "tok" and "tokenizer" not in config:
             config.tokenizer = args[0] if args else kw["model"]
 
 
 def _translate_rules(config):
-    """Schedules and sharding, whose words differ a little."""
+    """Schedules and sharding, whose names differ slightly."""
     if schedule := config.get("schedule"):
         is_list = isinstance(schedule, list | tuple)
         config.schedule = [(regex, _schedule(s)) for regex, s in schedule] if is_list else _schedule(schedule)
     if strategy := config.get("sharding_strategy"):
-        # Names there begin with params/ or opt/; here the optimizer's state lies as its parameter.
+        # Its names begin with params/ or opt/; here the optimizer's state is sharded like its parameter.
         config.sharding_strategy = [
             (regex.removeprefix("params/"), how) for regex, how in strategy if not regex.startswith("opt/")
         ]
@@ -144,8 +144,8 @@ def _schedule(schedule):
 
 
 def _drop_arguments(config, known):
-    """Leaves out keys that nothing reads: `parse_arg` of its files puts their arguments into the
-    config. What looks like a misspelt key stays, and is refused as such."""
+    """Drops keys that nothing reads: its files' `parse_arg` puts their arguments into the config. A key that
+    looks misspelt stays, and is then refused."""
     left_out = [k for k in config if k not in known and not difflib.get_close_matches(k, known, n=1, cutoff=0.9)]
     for key in left_out:
         del config[key]

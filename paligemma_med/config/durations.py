@@ -6,17 +6,17 @@ UNITS = ("steps", "epochs", "examples", "percent")
 
 
 def to_steps(config, name, *, num_examples, batch_size, total_steps=None, default=None) -> int | None:
-    """The duration `name` of `config` in steps, as big_vision's `utils.steps` reads it.
+    """The duration `name` of `config` in steps, read like big_vision's `utils.steps`.
 
     Args:
       config: mapping with at most one of NAME_steps, NAME_epochs, NAME_examples, NAME_percent
         (percent is a fraction of training: 0.1 is a tenth).
       num_examples: in one epoch of the training data.
       total_steps: needed for percent.
-      default: what to return when there is none.
+      default: what to return if none is given.
 
     Returns:
-      int, rounded, at least 1 unless 0 was asked for; or `default`.
+      int, rounded, at least 1 unless the config says 0; or `default`.
     """
     given = {u: config[f"{name}_{u}"] for u in UNITS if config.get(f"{name}_{u}") is not None}
     if len(given) > 1:

@@ -1,7 +1,7 @@
-"""Names of evaluations: what one may be called, and which one a metric belongs to.
+"""Names of evaluations: which names are allowed, and which evaluation a metric belongs to.
 
-A name is a path below <workdir>/eval, and the beginning of its metrics' names. Like big_vision's,
-it may have several parts ("vqav2/minival"), and may begin with another one's
+A name is a path below <workdir>/eval, and the prefix of its metrics' names. As in big_vision, it may
+have several parts ("vqav2/minival"), and may begin with another evaluation's name
 ("vqav2/minival/pplx").
 """
 
@@ -9,7 +9,7 @@ import re
 
 
 def check(name) -> None:
-    """ValueError for a name that can't be a path below a folder."""
+    """Raises ValueError for a name that can't be a path below a folder."""
     parts = name.split("/")
     if not all(parts) or {".", ".."} & {*parts} or re.search(r"[\\\0\n]", name):
         raise ValueError(
@@ -19,14 +19,14 @@ def check(name) -> None:
 
 
 def split_metric(metric, names) -> tuple[str, str]:
-    """Which evaluation a metric of metrics.jsonl is of, and what that calls it.
+    """The evaluation that a metric of metrics.jsonl belongs to, and the metric's name within it.
 
     Args:
       metric: "vqav2/minival/model/overall/acc".
-      names: of the evaluations there are; the longest that fits is the one.
+      names: the evaluations' names; the longest that fits wins.
 
     Returns:
-      ("vqav2/minival", "model/overall/acc"), or ("", metric) if it is of none of them.
+      ("vqav2/minival", "model/overall/acc"), or ("", metric) if it belongs to none of them.
     """
     name = max((n for n in names if metric.startswith(f"{n}/")), key=len, default="")
     return name, metric[len(name) + 1 :] if name else metric

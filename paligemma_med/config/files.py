@@ -1,4 +1,4 @@
-"""The file that a config is kept in: config.json of a workdir, and back."""
+"""Writing a config to a workdir's config.json, and reading it."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from paligemma_med.checkpoints import bv, npz, workdir
 
 
 def to_json(config) -> str:
-    """The config as JSON text. Paths of weights are absolute, and a workdir's has its newest step
-    (`workdir.pin`): they must be found, and remain what they are."""
+    """The config as JSON text. Paths of weights become absolute, and a workdir gets its newest step
+    (`workdir.pin`), so that they are found later and still mean the same weights."""
     plain = json.loads(config.to_json_best_effort())
     init = plain.get("model_init")
     if isinstance(init, dict):

@@ -1,9 +1,9 @@
-"""What config files of big_vision's import, while they are read.
+"""Supplies what big_vision's config files import while they are read.
 
-Such a file begins with `import big_vision.configs.common`. Where it lies in a checkout, that is the
-one it means; else an installed big_vision counts, then $BIG_VISION_DIR. Where there is none, the two
-modules that its PaliGemma transfer configs need are supplied from here. Neither big_vision nor
-TensorFlow is needed, and once the file is read nothing of it stays imported.
+Such a file begins with `import big_vision.configs.common`. If it lies in a checkout, that checkout is
+imported; otherwise an installed big_vision, then $BIG_VISION_DIR. If there is none, this file supplies
+the two modules that the PaliGemma transfer configs need. Neither big_vision nor TensorFlow is required,
+and after the file is read nothing of it stays imported.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ _HOW = "set BIG_VISION_DIR to a checkout of big_vision, or write that part witho
 
 @contextlib.contextmanager
 def importable(config_file=None) -> Iterator[None]:
-    """Within this context `import big_vision…` works as far as config files need it.
+    """A context in which `import big_vision…` works, as far as config files need it.
 
     Args:
-      config_file: the file that is to be read.
+      config_file: the file to be read.
     """
     path, before = list(sys.path), {name for name in sys.modules if _is_its(name)}
     own, named = checkout_of(config_file), os.path.expanduser(os.environ.get("BIG_VISION_DIR", ""))
     sys.path[:] = [*([own] if own else []), *path, *([named] if _is_checkout(named) else [])]
     finder = _Finder()
-    sys.meta_path.append(finder)  # the last one, asked for what no other has
+    sys.meta_path.append(finder)  # last, so that it is only asked for what no other finder has
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ def importable(config_file=None) -> Iterator[None]:
 
 
 def checkout_of(path) -> str | None:
-    """The checkout of big_vision that a file lies in, as a str; None if it lies in none."""
+    """The checkout of big_vision that contains a file, as a str, or None."""
     if path is None:
         return None
     return next((str(p) for p in pathlib.Path(path).resolve().parents if _is_checkout(p)), None)
@@ -60,18 +60,18 @@ def _is_its(module_name):
 
 
 def parse_arg(arg, lazy=False, **spec) -> ml_collections.ConfigDict:
-    """The argument behind the colon of --config=file.py:… as a ConfigDict.
+    """The argument after the colon of --config=file.py:… as a ConfigDict.
 
-    "res=448,final_split" sets two of `spec`, a flag without a value to True. A text without "=" and
-    "," is the value of the first of `spec`, unless it is the name of one.
+    "res=448,final_split" sets two of `spec`; a name without a value becomes True. A text without "="
+    and "," is the value of the first of `spec`, unless it is one of the names.
 
     Args:
       arg: the text, or None.
-      lazy: also take names that `spec` hasn't.
-      **spec: {name: default, whose type it has, or (default, type)}.
+      lazy: accept names that aren't in `spec`.
+      **spec: {name: default, which gives the type, or (default, type)}.
 
     Raises:
-      ValueError: an unknown name, or a value that isn't of its type.
+      ValueError: an unknown name, or a value of another type.
     """
     arg = arg or ""
     if arg and spec and "," not in arg and "=" not in arg and arg not in spec:
@@ -113,12 +113,12 @@ def _guess(text):
 
 
 def tok(**kw) -> str:
-    """The pp op that makes tokens of a text, by default with `TOKENIZER`."""
+    """The pp op that tokenises a text, by default with `TOKENIZER`."""
     return f"tok({', '.join(f'{k}={v!r}' for k, v in {**kw, 'model': kw.get('model', TOKENIZER)}.items())})"
 
 
 def combine_and_keep_train(text_len, before=(), sep="\n") -> str:
-    """pp ops from the texts "prefix" and "suffix" to what training reads, one token longer than
+    """pp ops that turn the texts "prefix" and "suffix" into what training reads, one token longer than
     text_len."""
     lengths = [("text", 0), ("mask_ar", 1), ("mask_loss", 0)]
     return "|".join(
@@ -135,8 +135,8 @@ def combine_and_keep_train(text_len, before=(), sep="\n") -> str:
 
 
 def combine_and_keep_eval(text_len, keep=(), before=(), sep="\n") -> str:
-    """pp ops from the text "prefix" to a prompt for decoding, and `keep` for the evaluator. What an
-    example has as "suffix" would be the beginning of its answer."""
+    """pp ops that turn the text "prefix" into a prompt for decoding, and keep `keep` for the evaluator. An
+    example's "suffix" would be the beginning of its answer."""
     lengths = [("text", 0), ("mask_ar", 1), ("mask_input", 0)]
     return "|".join(
         [
@@ -187,7 +187,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         def missing(name):
-            if name.startswith("__"):  # asked for by the import system
+            if name.startswith("__"):  # the import system asks for these
                 raise AttributeError(name)
             raise ImportError(f"{module.__name__} has no {name!r} here: {_HOW}.", name=module.__name__)
 

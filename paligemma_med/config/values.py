@@ -1,8 +1,8 @@
-"""What a config's values must be, as far as they can be judged by themselves.
+"""Checks of a config's values that need nothing but the config.
 
-A wrong one would otherwise fail later, in words that aren't about it: a text where a number belongs
-in the middle of tracing, a misspelt key of a tower as a missing argument. Each mistake is one
-sentence that names the key, what was found and what is expected.
+A wrong value would otherwise fail later with an unrelated message: a text instead of a number in the
+middle of tracing, a misspelt key of a tower as a missing argument. Each mistake is reported in one
+sentence that names the key, what was found and what was expected.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from paligemma_med.models import loss as losses
 from paligemma_med.models import parts, splice
 from paligemma_med.models.layers import attention
 
-# Keys of a config. An unknown one is a typo more often than not, and is refused.
+# Keys of a config. An unknown key is usually a typo, and is refused.
 KEYS = frozenset(
     """
     seed res text_len tokenizer
@@ -39,7 +39,7 @@ KEYS = frozenset(
 
 
 def check_keys(section, known, where) -> None:
-    """ValueError if a mapping has keys that aren't `known`, with the nearest ones that are."""
+    """Raises ValueError if a mapping has unknown keys; the message suggests the nearest known ones."""
     unknown = sorted(set(section) - set(known))
     if unknown:
         near = [difflib.get_close_matches(key, known, n=1) for key in unknown]
@@ -62,8 +62,8 @@ def is_mapping(x) -> bool:
 
 
 def is_big_visions(section) -> bool:
-    """Whether a section of config.evals names an evaluator of big_vision's own (a dotted module,
-    "proj.paligemma.transfers.vqa"), which `paligemma_med.upstream.train` alone runs."""
+    """Whether a section of config.evals names one of big_vision's own evaluators (a dotted module,
+    "proj.paligemma.transfers.vqa"), which only `paligemma_med.upstream.train` runs."""
     return bool(re.fullmatch(r"\w+(\.\w+)+", str(section.get("type"))))
 
 
@@ -74,7 +74,7 @@ def _is_float_type(x):
         return False
 
 
-# What is expected, in words, and whether a value is that.
+# Expectations in words, and whether a value meets them.
 _POSITIVE_WHOLE = ("a whole number, 1 or more", lambda x: _is_whole(x) and x >= 1)
 _POSITIVE = ("a number above 0", lambda x: _is_number(x) and x > 0)
 _WHOLE = ("a whole number, 0 or more", lambda x: _is_whole(x) and x >= 0)
@@ -139,7 +139,7 @@ _PART = {
     "dtype": _FLOAT_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
 }
-# How the two towers are joined.
+# Keys that say how the two towers are joined.
 _JOINED = {"connector": _SECTION, "image_ar": _one_of(splice.IMAGE_AR)}
 _PRED_KW = {
     "max_new_tokens": _POSITIVE_WHOLE,
@@ -149,7 +149,7 @@ _PRED_KW = {
     "seed": _SEED,
     "eos_token": ("a token's number", lambda x: _is_whole(x) and x >= 0),
 }
-# Keys of an evals section that say when it runs rather than what.
+# Keys of an evals section that say when it runs, not what.
 WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")
 _INPUT = {"data": _SECTION, "batch_size": _POSITIVE_WHOLE}
 _EVAL = {"type": _TEXT, "data": _SECTION, "pp_fn": _TEXT, "batch_size": _POSITIVE_WHOLE}
@@ -164,7 +164,7 @@ def _check_values(section, rules, where):
 
 
 def _check_model(model):
-    """ValueError where config.model names no part that there is, or gives it what it doesn't take."""
+    """Raises ValueError if config.model names an unknown part or gives it an unknown argument."""
     names = {part: f"{part}_model" for part in parts.FAMILIES}
     check_keys(model, (*names, *names.values(), *_JOINED), "config.model")
     _check_values(model, _JOINED, "config.model")
@@ -183,7 +183,7 @@ def _check_model(model):
 
 
 def _check_sections(config):
-    """ValueError where a value, or a key of a section, can't be meant."""
+    """Raises ValueError for impossible values, or unknown keys of a section."""
     _check_values(config, _CONFIG, "config")
     if "input" in config:
         _check_values(config.input, _INPUT, "config.input")
@@ -204,14 +204,14 @@ def _check_sections(config):
 
 
 def checked(config) -> ml_collections.ConfigDict:
-    """A copy of a config that has passed every check that needs no files, and lacks nothing.
+    """A complete copy of a config that has passed every check that needs no files.
 
-    A config of big_vision's becomes one of ours, with a word on stderr on what isn't read
-    (`big_vision.adopt`). One with adapter_init and no lora of its own is given the adapter's, since
-    only together with its ranks and scales do the factors mean something.
+    A big_vision config becomes one of ours, with a note on stderr about what isn't read
+    (`big_vision.adopt`). A config with adapter_init and without lora gets the adapter's, since the
+    factors only have a meaning with their ranks and scales.
 
     Raises:
-      ValueError: unknown or missing keys, or values that can't be meant.
+      ValueError: unknown or missing keys, or impossible values.
     """
     config = config.copy_and_resolve_references()
     for note in big_vision.adopt(config, KEYS):
@@ -228,7 +228,7 @@ def checked(config) -> ml_collections.ConfigDict:
 
 
 def checked_for_training(config) -> ml_collections.ConfigDict:
-    """`checked`, and what training alone needs."""
+    """`checked`, plus what only training needs."""
     config = checked(config)
     if missing := [k for k in ("input", "optax_name", "lr") if k not in config]:
         raise ValueError(f"config lacks {missing}, which training needs.")

@@ -1,8 +1,8 @@
-"""big_vision, where it is at hand: found, made to run on today's JAX, and shown our modules.
+"""Runs big_vision if it is available: finds it, makes it run on today's JAX, and registers our modules.
 
-big_vision (github.com/google-research/big_vision) is no package of the index, so it is optional and
-everything that imports it, or TensorFlow, is in this folder. Nothing else of the library imports
-this one. docs/big_vision.md has the commands.
+big_vision (github.com/google-research/big_vision) isn't on the package index, so it is optional, and
+everything that imports it or TensorFlow is in this folder. Nothing else in the library imports this
+folder. docs/big_vision.md has the commands.
 
 `install` makes these names resolvable in big_vision's config strings:
 
@@ -20,7 +20,7 @@ import os
 import sys
 
 COMMIT = "0127fb6"
-# What it imports on the way to its PaliGemma trainer, beside what this project needs anyway.
+# What its PaliGemma trainer imports in addition to this project's own dependencies.
 REQUIRED = ("clu", "editdistance", "einops", "overrides", "tensorflow")
 NAME = "paligemma_med"
 ALIASES = {
@@ -34,17 +34,17 @@ _HOW = (
 )
 
 
-def locate():
+def locate() -> str:
     """The folder that holds the package `big_vision`, as a str.
 
-    An importable one counts first, then $BIG_VISION_DIR.
+    An importable one is preferred, then $BIG_VISION_DIR.
 
     Raises:
-      ValueError: there is none; the sentence says how to get it.
+      ValueError: there is none; the message says how to get it.
     """
     folder = os.path.expanduser(os.environ.get("BIG_VISION_DIR", ""))
     spec = importlib.util.find_spec("big_vision")
-    if spec and spec.origin:  # a folder without __init__.py is the clone, beside us by chance
+    if spec and spec.origin:  # without __init__.py it is a clone that happens to be next to us
         return os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
     if os.path.isfile(os.path.join(folder, "big_vision", "utils.py")):
         return os.path.abspath(folder)
@@ -56,7 +56,7 @@ def locate():
     raise ValueError(f"{where}: {_HOW}.")
 
 
-def missing():
+def missing() -> str:
     """Why big_vision can't run here, as one sentence; "" if it can. Imports nothing."""
     try:
         locate()
@@ -68,22 +68,22 @@ def missing():
     return ""
 
 
-def found():
-    """Whether big_vision can be imported here, with what it needs."""
+def found() -> bool:
+    """Whether big_vision and what it needs can be imported here."""
     return not missing()
 
 
-def install():
+def install() -> str:
     """Makes `import big_vision` work, and our modules resolvable under its prefixes. Idempotent.
 
-    To be called before big_vision or TensorFlow is imported. Modules of ours behind the aliases are
-    imported when they are asked for.
+    Call it before big_vision or TensorFlow is imported. Our modules behind the aliases are imported when
+    they are needed.
 
     Returns:
       The folder of the checkout.
 
     Raises:
-      ValueError: big_vision, or what it needs, isn't there.
+      ValueError: big_vision or something it needs is missing.
     """
     if why := missing():
         raise ValueError(why)
@@ -99,7 +99,7 @@ def install():
 
 
 class _Aliases(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives our module where big_vision asks for the one of the alias: the same object."""
+    """Returns our own module object when big_vision imports an alias."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in ALIASES:
@@ -112,4 +112,4 @@ class _Aliases(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module):
-        module.__spec__ = self._own  # which the import system has just replaced
+        module.__spec__ = self._own  # the import system has just replaced it

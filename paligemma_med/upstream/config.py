@@ -1,7 +1,7 @@
-"""Our configs in big_vision's words: `translate` is the one place where the two differ.
+"""Translates our configs into big_vision's: `translate` is the only place that knows the differences.
 
-Most keys are big_vision's to begin with. `KEYS` says of each key of ours what becomes of it, and
-`INPUT_KEYS` of those of config.input.
+Most keys are the same. `KEYS` says what becomes of each of our keys, and `INPUT_KEYS` of the keys of
+config.input.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 
 PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops", upstream.NAME)
-# Ours shuffles a whole epoch. Encoded images of so many rows are held in memory: 0.5 GB of SLAKE.
+# Ours shuffles a whole epoch. The encoded images of this many rows are held in memory: 0.5 GB of SLAKE.
 SHUFFLE_BUFFER = 10_000
 
 
@@ -25,11 +25,11 @@ class Key(NamedTuple):
     """What becomes of a key.
 
     Attributes:
-      what: "same": read as here. "kept": not read there, but needed to come back. "translated": by
-        this file. "launched": `upstream.train` sees to it. "left out": with `why` where the value
-        isn't idle. "ignored": left out without a word. "refused" where the value isn't idle.
-      why: how it is translated; or the end of a sentence about big_vision's trainer.
-      idle: values that ask for nothing.
+      what: "same": read as here. "kept": not read there, but needed to translate back. "translated":
+        by this file. "launched": handled by `upstream.train`. "left out": with the note `why` unless
+        the value is idle. "ignored": left out without a note. "refused" unless the value is idle.
+      why: how it is translated, or the end of a sentence about big_vision's trainer.
+      idle: values without an effect.
     """
 
     what: str
@@ -38,17 +38,17 @@ class Key(NamedTuple):
 
 
 _SAME = Key("same")
-_KEPT = Key("kept", "said in pp strings, which are what is read there")
+_KEPT = Key("kept", "stated in pp strings, which are what is read there")
 _METRICS = Key("left out", "writes big_vision_metrics.txt alone", (None, False))
 
 KEYS = {
     "seed": _SAME,
     "res": _KEPT,
     "text_len": _KEPT,
-    "tokenizer": Key("kept", "said in pp strings, and given to the evaluators"),
+    "tokenizer": Key("kept", "stated in pp strings, and given to the evaluators"),
     "predict_pp": Key("kept", "for `predict` on what was trained there"),
     # The model and its weights.
-    "model": Key("translated", "beside img and llm it holds dtype, attn_impl and lora"),
+    "model": Key("translated", "also holds dtype, attn_impl and lora"),
     "dtype": Key("translated", "model.dtype"),
     "attn_impl": Key("translated", "model.attn_impl"),
     "lora": Key("translated", "model.lora, pairs in place of dicts"),
@@ -80,14 +80,14 @@ KEYS = {
     # Devices.
     "mesh": _SAME,
     "sharding_strategy": Key("translated", "names there begin with params/ or opt/"),
-    "sharding_rules": Key("launched", "our model asks our own rules, under which it is run"),
+    "sharding_rules": Key("launched", "the model is run under our own rules"),
     # When.
     **{f"log_training_{u}": _SAME for u in ("steps", "epochs", "percent")},
     **{f"ckpt_{u}": Key("same", "saved after the first step, too") for u in ("steps", "epochs", "percent")},
     "keep_ckpt": Key("left out", "keeps the newest, and those of keep_ckpt_steps", (None, 1, 2)),
     "keep_best": Key("refused", "doesn't choose among checkpoints"),
     "evals": Key("translated", "type='paligemma_med', our section whole under `section`"),
-    # What looks on.
+    # Monitoring.
     "tensorboard": _METRICS,
     "wandb": _METRICS,
     "peak_tflops": Key("left out", "tells no MFU"),
@@ -103,28 +103,28 @@ INPUT_KEYS = {
     "prefetch": Key("translated", "prefetch_to_device"),
     "allow_missing_eos": Key("ignored", "never looks for the EOS"),
     "on_error": Key("translated", "'skip' is skip_errors=True"),
-    # Of big_vision to begin with; here they mean nothing.
-    "shuffle_buffer_size": Key("same", "10,000 where it isn't given: nothing is shuffled without"),
+    # big_vision's own keys, without a meaning here.
+    "shuffle_buffer_size": Key("same", "10,000 by default: without it nothing is shuffled"),
     "cache_raw": _SAME,
     "num_parallel_calls": _SAME,
     "tfdata": _SAME,
 }
-# Those that a mixture has with each of its sets, and not beside them.
+# Keys that a mixture has for each of its sets, not once for all.
 _OF_A_SET = ("pp", "shuffle_buffer_size", "cache_raw", "num_parallel_calls", "tfdata")
 
 
-def translate(config, *, note=print):
-    """Our config as big_vision's trainer reads it.
+def translate(config, *, note=print) -> ConfigDict:
+    """Our config in the form that big_vision's trainer reads.
 
     Args:
-      config: ConfigDict of a config file of ours, with flags applied.
-      note: is told what its trainer does otherwise, a sentence each.
+      config: ConfigDict of one of our config files, with flags applied.
+      note: called with a sentence for each thing that its trainer does differently.
 
     Returns:
-      A new ConfigDict; `config` is left as it is. Each of `evals` becomes
+      A new ConfigDict; `config` isn't changed. Each of `evals` becomes
       dict(type="paligemma_med", pred="logits", section=<ours>, tokenizer=config.tokenizer,
-      name=<its name>, batch_size=…, log_…=…, skip_first=True), of which
-      `upstream.evaluators.Evaluator` is made; one whose type has a dot in it is big_vision's own
+      name=<its name>, batch_size=…, log_…=…, skip_first=True), the arguments of
+      `upstream.evaluators.Evaluator`; one with a dot in its type is big_vision's own
       ("proj.paligemma.transfers.vqa") and stays as it is.
 
     Raises:
@@ -168,7 +168,7 @@ def translate(config, *, note=print):
 
 
 def _pick(section, keys, where, note):
-    """{key: value} of what passes unchanged; notes and refusals of the others."""
+    """{key: value} of what passes unchanged; notes or refuses the others."""
     config_values.check_keys(section, keys, where)
     out = {}
     for name, value in section.items():
@@ -186,12 +186,12 @@ def _pick(section, keys, where, note):
 
 
 def _says(config, name):
-    """Whether one of NAME_steps, NAME_epochs, … is set."""
+    """Whether one of NAME_steps, NAME_epochs, … is given."""
     return any(config.get(f"{name}_{unit}") is not None for unit in durations.UNITS)
 
 
 def _model(config):
-    # A frozen config, which the model gets, may hold no dict within a tuple.
+    # The model gets a frozen config, which can't hold a dict within a tuple.
     rules = lora.as_rules(config.get("lora") or ())
     return dict(
         config.model.to_dict(),
@@ -234,7 +234,7 @@ def _schedule(config):
             return None
         schedule = dict(schedule)
         if schedule.get("decay_type", "constant") == "constant":
-            schedule["decay_type"] = "stair"  # whose steps, of which there are none, change it
+            schedule["decay_type"] = "stair"  # a stair without steps is constant
         return schedule
 
     rules = config.schedule
@@ -244,7 +244,7 @@ def _schedule(config):
 
 
 def _strategy(text):
-    """A strategy of ours in big_vision's form, where fsdp must be told its axis."""
+    """One of our strategies in big_vision's form, in which fsdp must name its axis."""
     out = []
     for name, kw in sharding.parse_strategy(text):
         if name == "tp":

@@ -1,18 +1,20 @@
 """This project's evaluators inside big_vision's training loop: evals[name].type = "paligemma_med".
 
-What they ask, how they score and what they write are those of `paligemma_med.evaluators`. Rows
-come from big_vision's data sources, so that the tfrecord build suffices; what is made of them comes
-from our own pp ops, not TensorFlow's. Their images differ in the last bits, which is enough to turn
-an answer that two candidates tie for: this way a checkpoint has the same figures in its loop and by
-`paligemma_med.evaluate`, to the last digit.
+Questions, scores and files are those of `paligemma_med.evaluators`. Rows come from big_vision's data
+sources, so that the tfrecord build suffices, but they are preprocessed by our pp ops and not
+TensorFlow's, whose images differ in the last bits. That is enough to change an answer when two
+candidates tie; this way a checkpoint has exactly the same figures in its loop and with
+`paligemma_med.evaluate`.
 
-Made from what `upstream.config.translate` leaves of a section of config.evals. Files go where
-training here puts them: <workdir>/eval/<name>/.
+Built from the sections of config.evals that `upstream.config.translate` returns. Files go where our
+training puts them: <workdir>/eval/<name>/.
 """
 
 import functools
 import math
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,26 +27,25 @@ from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.parallel import sharding
 
-API = "jit"  # which big_vision asks each evaluator for
+API = "jit"  # big_vision reads it from each evaluator
 
 
 class Evaluator:
-    """One of `paligemma_med.evaluators`, as big_vision's loop wants it."""
+    """One of `paligemma_med.evaluators` with the interface of big_vision's loop."""
 
     def __init__(self, predict_fn, *, section, name, tokenizer, devices, batch_size=None):
         """Arguments as `big_vision.evaluators.common.from_config` gives them.
 
         Args:
-          predict_fn: any of big_vision's predict_fns; only the model is taken from it.
+          predict_fn: any of big_vision's predict_fns; only its model is used.
           section: our section of config.evals, a dict.
           name: its name, for <workdir>/eval/<name>/.
-          tokenizer: that of the model, a spec as for `pp.tokenizer.get_tokenizer`.
+          tokenizer: the model's, a spec as for `pp.tokenizer.get_tokenizer`.
           devices: in the order of the batches' rows.
           batch_size: the trainer's own, for sections that have none.
 
         Raises:
-          ValueError: an evaluator that isn't there, what it needs and section lacks, or a run of
-            several processes.
+          ValueError: an unknown evaluator, a missing setting, or a run with several processes.
         """
         where = f"config.evals.{name}"
         if jax.process_count() > 1:
@@ -75,24 +76,24 @@ class Evaluator:
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
 
-    def run(self, train_state):
-        """Yields (name, number) of each figure, as `evaluators.scoring` describes them."""
+    def run(self, train_state) -> Iterator[tuple[str, float]]:
+        """Yields (name, number) of each figure, as `metrics.scoring` describes them."""
         # big_vision's trainer forbids transfers that aren't spelled out; ours are small.
         with jax.transfer_guard("allow"):
             metrics = self._evaluator.run(train_state["params"])
         yield from metrics.items()
 
 
-def model_of(predict_fn):
-    """The model that one of `predict_fns.get_all(model)` was made for; it may be wrapped in the
-    partial that big_vision makes of pred_kw."""
+def model_of(predict_fn) -> Any:
+    """The model of one of `predict_fns.get_all(model)`, which big_vision may have wrapped in a partial with
+    pred_kw."""
     fn = getattr(predict_fn, "fn", predict_fn)
     return fn.keywords["model"]
 
 
-def open_input(data, pp_fn, batch_size, devices):
-    """A split that big_vision reads, as the `input_pipeline.EvalInput` that our evaluators go
-    through; its `source` is big_vision's data source."""
+def open_input(data, pp_fn, batch_size, devices) -> input_pipeline.EvalInput:
+    """A split that big_vision reads, as an `input_pipeline.EvalInput` for our evaluators; its `source` is
+    big_vision's data source."""
     mesh = jax.sharding.Mesh(devices, (sharding.DATA_AXIS,))
     source = ds_core.get(**data)
     rows = _Rows(source, data)
@@ -109,7 +110,7 @@ def open_input(data, pp_fn, batch_size, devices):
 
 
 class _Batches:
-    """What an EvalInput reads: each pass makes the batches one by one, in order."""
+    """The batches of an EvalInput: each pass makes them one by one, in order."""
 
     def __init__(self, rows, pp_fn, batch_size):
         self._rows = rows
@@ -124,7 +125,7 @@ class _Batches:
 
 
 class _InOrder:
-    """One pass over rows that can be gone through alone: `[i]` for i = 0, 1, 2, …"""
+    """One pass over rows that can only be iterated: `[i]` for i = 0, 1, 2, …"""
 
     def __init__(self, rows):
         self._rows, self._iterator, self._next = rows, iter(rows), 0
@@ -139,8 +140,8 @@ class _InOrder:
 
 
 class _Rows:
-    """A split's rows as `input_pipeline.Source` gives them: encoded images as the bytes of the
-    file, text as str, lists of texts as lists, numbers as numpy."""
+    """A split's rows in the form of `input_pipeline.Source`: encoded images as the bytes of the file, text
+    as str, lists of texts as lists, numbers as numpy."""
 
     def __init__(self, source, data):
         self._name = f"data set {data['name']} split {data.get('split')}"
@@ -159,14 +160,14 @@ class _Rows:
 
 
 def _in_order(source, name):
-    """The split's examples in the order of its files, as other readers of TFDS give them; without
-    being told, tf.data takes turns between files (blocks of 16 examples)."""
+    """The split's examples in the order of its files, like other readers of TFDS; by default tf.data
+    alternates between files (blocks of 16 examples)."""
     kw = {} if name.startswith("bv:") else {"interleave_cycle_length": 1}
     return source.get_tfdata(ordered=True, **kw)
 
 
 def _plain(key, value):
-    """bytes → str, but for images; arrays of bytes → lists of str; in nested dicts, too."""
+    """bytes → str, except for images; arrays of bytes → lists of str; also in nested dicts."""
     if isinstance(value, dict):
         return {k: _plain(k, v) for k, v in value.items()}
     if isinstance(value, bytes) and key != "image":
@@ -188,7 +189,7 @@ def _training_rows(data, answer):
 
 
 def _about(section, inputs, folder, params):
-    """What is evaluated, for metrics.json: `experiment.about`, and which reader it came by."""
+    """What is evaluated, for metrics.json: `experiment.about`, and which reader was used."""
     where = section["data"]
     data = dict(name=where["name"], split=where.get("split"), examples=len(inputs))
     if builder := getattr(inputs.source, "builder", None):

@@ -1,8 +1,8 @@
-"""Our model as big_vision's trainer wants one: model_name = "paligemma_med".
+"""Our model in the form that big_vision's trainer expects: model_name = "paligemma_med".
 
-It builds `Model(**config.model)` and calls `load(shapes, config.model_init, config.model,
-**config.model_load)`. config.model holds `img` and `llm` as here, and beside them what stands at
-the top of our configs: `dtype`, `attn_impl` and `lora`.
+The trainer builds `Model(**config.model)` and calls `load(shapes, config.model_init, config.model,
+**config.model_load)`. config.model holds `img` and `llm` as here, and also `dtype`, `attn_impl` and
+`lora`, which are at the top level of our configs.
 """
 
 import re
@@ -18,12 +18,12 @@ from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.setup import Setup
 
 
-def Model(*, lora=(), **kw):  # noqa: N802 (big_vision's name for it)
-    """`paligemma.Model` of these arguments.
+def Model(*, lora=(), **kw) -> paligemma.Model:  # noqa: N802 (big_vision's name)
+    """`paligemma.Model` with these arguments.
 
     Args:
       lora: ((regex, (("rank", 8), ("alpha", 32), …)), …), None in place of the pairs for no
-        adapter. A frozen config can hold no dict within a tuple; dicts are taken, too.
+        adapter. Pairs, because a frozen config can't hold a dict within a tuple; dicts work too.
     """
     return paligemma.Model(lora=_as_dicts(lora), **kw)
 
@@ -41,21 +41,21 @@ def load(
     adapter_init="",
     frozen_dtype="float32",
     trained=((".*", True),),
-):
-    """Weights of any form that our `model_init` takes, fitted to the model.
+) -> dict:
+    """Weights in any form that our `model_init` takes, fitted to the model.
 
     Args:
       init_params: {"img": …, "llm": …} of jax.ShapeDtypeStruct.
       init_file: a path, or a mapping img=path, llm=path.
       model_cfg: config.model.
-      resample_posemb: take position embeddings of another resolution, and resample them.
+      resample_posemb: resample position embeddings of another resolution.
       adapter_init: a PEFT folder to take LoRA factors from.
-      frozen_dtype: of the leaves that aren't trained; those that are stay float32.
-      trained: ((regex, bool), …) over names of leaves, of which the first full match counts.
+      frozen_dtype: for leaves that aren't trained; trained ones stay float32.
+      trained: ((regex, bool), …) over names of leaves; the first full match counts.
 
     Returns:
-      The tree, with numpy arrays for what was found. LoRA factors that are in no file remain
-      jax.ShapeDtypeStruct, which big_vision then initialises.
+      The tree, with numpy arrays for what was found. LoRA factors that are in no file stay
+      jax.ShapeDtypeStruct, and big_vision initialises them.
 
     Raises:
       checkpoints.CheckpointError: the weights don't fit the model.
@@ -76,7 +76,7 @@ def load(
             res=vlm.image_size(parts.leaves_of(model), out),
         )
     )
-    # Its trainer forbids implicit transfers to devices, by which fingerprints are taken.
+    # Its trainer forbids implicit transfers to devices, which fingerprints need.
     with jax.transfer_guard("allow"):
         host, adapter = weights.initial_host_params(Setup(config))
         for name, array in {**host, **adapter}.items():

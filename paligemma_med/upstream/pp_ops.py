@@ -1,20 +1,21 @@
-"""What our pp strings say and big_vision can't read: ops and tokenizers, in TensorFlow.
+"""Our ops and tokenizers that big_vision lacks, in TensorFlow.
 
-pp_modules = [..., "paligemma_med"] registers them. The ops that both have are big_vision's own and
-stay so; tests/upstream/test_pp.py holds that they give what ours give.
+pp_modules = [..., "paligemma_med"] registers them. Ops that both have stay big_vision's own;
+tests/upstream/test_pp.py checks that they agree with ours.
 
-    inception_crop      takes aspect_min and aspect_max too, as ours does; a call without them that
-                        big_vision can read is left to its own op
+    inception_crop      takes aspect_min and aspect_max too, like ours; a call without them is left to
+                        big_vision's own op if that can read it
     brightness, contrast   as ours; big_vision has none
     tokenizer `tiny`    ours
-    tokenizer `gemma`   of the file that model= or $PALIGEMMA_TOKENIZER names, .model or .json; with
-                        neither, big_vision's own, which is read from gs://big_vision
+    tokenizer `gemma`   from the file that model= or $PALIGEMMA_TOKENIZER names, .model or .json; without
+                        either, big_vision's own, which is read from gs://big_vision
 
-The random numbers are TensorFlow's: the same ranges and distributions as ours, other draws.
+Random numbers are TensorFlow's: the same ranges and distributions as ours, but other draws.
 """
 
 import math
 import os
+from collections.abc import Callable
 
 import tensorflow as tf
 from big_vision.pp import ops_image, ops_text, utils
@@ -23,20 +24,20 @@ from big_vision.pp.registry import Registry
 
 from paligemma_med.pp import tokenizer as own_tokenizer
 
-_TRIES = 10  # of a crop that fits, before the whole image is taken
+_TRIES = 10  # to find a crop that fits, before the whole image is taken
 
 
-def random_box(height, width, area, aspect, place):
+def random_box(height, width, area, aspect, place) -> tuple:
     """The first box that fits, of several tries; the whole image if none does.
 
-    As `paligemma_med.pp.ops_image.inception_crop`: a box of `area` and `aspect` has sides
+    Like `paligemma_med.pp.ops_image.inception_crop`: a box of `area` and `aspect` has sides
     sqrt(area / aspect) and sqrt(area * aspect), rounded.
 
     Args:
-      height, width: int32 scalars, of the image.
+      height, width: int32 scalars, the image's.
       area: float32[n], in pixels.
       aspect: float32[n], width over height.
-      place: float32[2] in [0, 1), where in the room that is left the box lies (y, x).
+      place: float32[2] in [0, 1): where the box lies in the remaining room (y, x).
 
     Returns:
       int32 scalars y, x, h, w.
@@ -53,9 +54,9 @@ def random_box(height, width, area, aspect, place):
 
 
 @Registry.register("preprocess_ops.inception_crop", replace=True)
-def get_inception_crop(*args, key=None, inkey=None, outkey=None, **kw):
-    """Arguments as ours (size, area_min, area_max, aspect_min, aspect_max, method, antialias), or
-    as big_vision's, which has no aspect."""
+def get_inception_crop(*args, key=None, inkey=None, outkey=None, **kw) -> Callable:
+    """Takes our arguments (size, area_min, area_max, aspect_min, aspect_max, method, antialias) or
+    big_vision's, which lack the aspect."""
     keys = dict(inkey=inkey or key or "image", outkey=outkey or key or "image")
     numbers = len(args) > 3 and not isinstance(args[3], str)
     if numbers or {"aspect_min", "aspect_max"} & set(kw):
@@ -63,7 +64,7 @@ def get_inception_crop(*args, key=None, inkey=None, outkey=None, **kw):
     return _their_inception_crop(*args, **keys, **kw)
 
 
-# Registered before this module was imported, or by importing ops_image above.
+# big_vision's own op, registered by its ops_image.
 _their_inception_crop = ops_image.get_inception_crop
 
 
@@ -92,21 +93,21 @@ def _inception_crop(
     return fn
 
 
-def shifted(image, change):
+def shifted(image, change) -> tf.Tensor:
     """Applies `change` to an image of values 0..255 in float32, clips, restores the dtype."""
     out = tf.clip_by_value(change(tf.cast(image, tf.float32)), 0.0, 255.0)
     return tf.cast(tf.round(out) if image.dtype == tf.uint8 else out, image.dtype)
 
 
-def scaled_from_mean(image, factor):
-    """Each channel's distance from its mean times `factor`, of float32[H, W, C]."""
+def scaled_from_mean(image, factor) -> tf.Tensor:
+    """float32[H, W, C] with each channel's distance from its mean multiplied by `factor`."""
     mean = tf.reduce_mean(image, axis=(0, 1), keepdims=True)
     return (image - mean) * factor + mean
 
 
 @Registry.register("preprocess_ops.brightness")
 @utils.InKeyOutKey()
-def get_brightness(max_delta):
+def get_brightness(max_delta) -> Callable:
     """Adds one random number in ±max_delta * 255 to an image of values 0..255."""
 
     def fn(image):
@@ -118,7 +119,7 @@ def get_brightness(max_delta):
 
 @Registry.register("preprocess_ops.contrast")
 @utils.InKeyOutKey()
-def get_contrast(lower, upper):
+def get_contrast(lower, upper) -> Callable:
     """Scales each channel's distance from its mean by a random factor in [lower, upper)."""
 
     def fn(image):
@@ -129,56 +130,55 @@ def get_contrast(lower, upper):
 
 
 class Tokenizer(ops_text.SentencepieceTokenizer):
-    """A tokenizer of ours under big_vision's interface.
+    """One of our tokenizers with big_vision's interface.
 
-    Its class brings what turns lists and tensors of texts into single ones; a text is cut into
-    pieces by ours.
+    The base class handles lists and tensors of texts; single texts are tokenised by ours.
     """
 
     def __init__(self, spec):
         self._own = own_tokenizer.get_tokenizer(spec)
 
-    def to_int(self, text, *, bos=False, eos=False):
+    def to_int(self, text, *, bos=False, eos=False) -> list | tuple:
         """Token ids of a text, or of each text of a list."""
         if isinstance(text, str):
             return self._own.to_int(text, bos=bos, eos=eos)
         return type(text)(self._own.to_int(t, bos=bos, eos=eos) for t in text)
 
-    def to_str(self, tokens, *, stop_at_eos=True):
+    def to_str(self, tokens, *, stop_at_eos=True) -> str | list[str]:
         """The text of tokens, or of each row of them."""
         if ops_text._iterable(tokens):
             return [self._own.to_str(row, stop_at_eos=stop_at_eos) for row in tokens]
         return self._own.to_str(tokens, stop_at_eos=stop_at_eos)
 
-    def to_piece(self, idx):
+    def to_piece(self, idx) -> str:
         """The text of one token."""
         return self._own.to_str([idx], stop_at_eos=False)
 
     @property
-    def pad_token(self):
+    def pad_token(self) -> int:
         return self._own.pad_token
 
     @property
-    def eos_token(self):
+    def eos_token(self) -> int:
         return self._own.eos_token
 
     @property
-    def bos_token(self):
+    def bos_token(self) -> int:
         return self._own.bos_token
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return self._own.vocab_size
 
 
 @Registry.register("tokenizers.tiny")
-def get_tokenizer_tiny():
+def get_tokenizer_tiny() -> Tokenizer:
     """The tokenizer that ships with paligemma_med."""
     return Tokenizer("tiny")
 
 
 @Registry.register("tokenizers.gemma", replace=True)
-def get_tokenizer_gemma(tokensets=(), model=None):
+def get_tokenizer_gemma(tokensets=(), model=None) -> ops_text.SentencepieceTokenizer:
     """Gemma's tokenizer, from a file if one is named."""
     if model or os.environ.get(own_tokenizer.ENV):
         named = f", model={model!r}" if model else ""

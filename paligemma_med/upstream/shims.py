@@ -1,38 +1,38 @@
-"""What big_vision @0127fb6 asks of JAX that today's no longer has, put back from outside; and one
-fault of its own, without whose mending its figures can't be read.
+"""Restores what big_vision @0127fb6 needs and today's JAX no longer has, and fixes one of its own bugs
+that makes its figures unreadable.
 
-Each shim names the line of big_vision it serves. Its checkout is never edited.
+Each shim names the line of big_vision that needs it. The checkout itself is never edited.
 """
 
 import jax
 import numpy as np
 
 
-def apply():
-    """All shims. Idempotent; to be called before big_vision is imported."""
+def apply() -> None:
+    """Applies all shims. Idempotent; call it before big_vision is imported."""
     _positional_sharding()
 
 
 def _positional_sharding():
     """jax.sharding.PositionalSharding, removed in JAX 0.6.
 
-    big_vision/utils.py:1165: the barrier `sync` lays one number on each device with it.
+    big_vision/utils.py:1165: the barrier `sync` uses it to put one number on each device.
     """
     if not hasattr(jax.sharding, "PositionalSharding"):
         jax.sharding.PositionalSharding = _one_axis
 
 
 def _one_axis(devices):
-    """A sharding of a vector, one part a device; all that `sync` uses of the class."""
+    """A sharding of a vector with one part per device, which is all that `sync` uses of the class."""
     mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
 
 
-def number_metrics(writer):
-    """Rows of big_vision_metrics.txt get the number of their own step. Idempotent.
+def number_metrics(writer) -> None:
+    """Gives each row of big_vision_metrics.txt the number of its own step. Idempotent.
 
-    big_vision/utils.py:1289: a thread writes the row, and takes the number when it gets to it, from
-    the loop that has gone on: step 50 was seen as 55. Here the loop waits for the thread.
+    big_vision/utils.py:1289: a thread writes the row and reads the step's number only then, when the
+    loop may already be further: step 50 appeared as 55. Here the loop waits for the thread.
 
     Args:
       writer: big_vision.utils.BigVisionMetricWriter, the class.

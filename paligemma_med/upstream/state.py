@@ -1,6 +1,6 @@
-"""A run of ours as big_vision's trainer would have left it, so that it goes on there.
+"""Converts one of our runs to the state that big_vision's trainer would have saved, to resume it there.
 
-Neither big_vision nor TensorFlow is needed for it. Its trainer restores three things
+This needs neither big_vision nor TensorFlow. Its trainer restores three things
 (trainers/proj/paligemma/train.py, "Init and/or load model"): `params`, `opt` (the state of the
 chain that big_vision/optax.py, `make`, builds) and `chrono` (utils.py, `Chrono`).
 """
@@ -17,16 +17,16 @@ from paligemma_med.setup import TrainingSetup
 from paligemma_med.upstream import config as configs
 
 
-def train_state(spec):
-    """The newest checkpoint of a run, or the one asked for, as a checkpoint of big_vision's.
+def train_state(spec) -> tuple[int, dict]:
+    """A run's newest checkpoint, or the one at a given step, as a big_vision checkpoint.
 
     Args:
       spec: a workdir of this project, or "workdir@step".
 
     Returns:
-      (step, {"params": …, "opt": …, "chrono": …}) for `bv.save_bv`. step: of the optimizer, which
-      doesn't count the steps that skip_nonfinite left out. Parameters have the types they are
-      trained in; the base's are still in their files.
+      (step, {"params": …, "opt": …, "chrono": …}) for `bv.save_bv`. step is the optimizer's, which
+      doesn't count steps that skip_nonfinite skipped. Parameters have the types they are trained in;
+      the base's are still in their files.
 
     Raises:
       ValueError: a config that big_vision's trainer can't run; CheckpointError: a damaged run.
@@ -49,12 +49,12 @@ def train_state(spec):
     return step, {"params": unflatten_tree(params), "opt": opt, "chrono": chrono}
 
 
-def optimizer_state(config, theirs, opt_state):
-    """The state of our optimizer under the names that big_vision's has for it.
+def optimizer_state(config, theirs, opt_state) -> tuple:
+    """The state of our optimizer under big_vision's names.
 
-    Both chains hold a clip without a state, then `optax.<optax_name>`, then what only scales, and
-    at the end the counters of the schedules. big_vision has one counter for each schedule that
-    isn't None, and wraps every link in `optax.masked`, whose state is its link's at index 0.
+    Both chains hold a stateless clip, then `optax.<optax_name>`, then transformations that only scale,
+    and at the end the schedules' counters. big_vision has one counter for each schedule that isn't
+    None, and wraps every link in `optax.masked`, whose state has the link's at index 0.
 
     Args:
       config: ours. theirs: its translation.

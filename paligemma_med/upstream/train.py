@@ -7,8 +7,8 @@ Example:
 # The docstring above is what --help prints.
 #
 # The loop, the data reader and the optimizer are big_vision's (trainers/proj/paligemma/train.py);
-# the config file, the model, the evaluators and the data sets are ours. Flags are those of its
-# trainer, which defines them when it is imported.
+# the config file, the model, the evaluators and the data sets are ours. The flags are those of its
+# trainer, which defines them on import.
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def check(config) -> TrainingSetup:
     setup.batch_sharding, setup.tokenizer  # noqa: B018  (refuse a batch that doesn't divide, a token without a row)
     for data in _data_sets(config):
         if data["name"].startswith("bv:") or data["name"] == "from_data_dir":
-            continue  # big_vision's own ways of naming one
+            continue  # named in one of big_vision's own ways
         try:
             folder = input_pipeline.folder_of(data)
         except input_pipeline.InputError as e:
@@ -62,16 +62,16 @@ def _data_sets(config):
         yield from (section[key] for key in ("data", "train_data") if section.get(key))
 
 
-def train(config, workdir, trainer):
+def train(config, workdir, trainer) -> None:
     """Runs `trainer`, big_vision's module, on our config in `workdir`.
 
-    Its flags must have been parsed; --config and --workdir are set to what is given here.
+    Its flags must have been parsed; --config and --workdir are set to these arguments.
 
     Raises:
-      ValueError: the config has a mistake, or asks for what its trainer can't do.
+      ValueError: the config has a mistake, or asks for something its trainer can't do.
     """
     if os.environ.pop("BV_JAX_INIT", ""):
-        jax.distributed.initialize()  # its trainer would, but our checks ask for devices before
+        jax.distributed.initialize()  # its trainer would do it later, but our checks need devices first
     setup = check(config)
     config = setup.config
     theirs = configs.translate(config, note=lambda s: print(s, file=sys.stderr, flush=True))
@@ -85,18 +85,18 @@ def train(config, workdir, trainer):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)  # where its trainer tells its metrics
+        logging.set_verbosity(logging.INFO)  # its trainer logs its metrics there
     if flags.FLAGS.config is None:
         raise app.UsageError("--config is needed.")
-    if not flags.FLAGS.workdir:  # its trainer would train, and keep nothing
+    if not flags.FLAGS.workdir:  # its trainer would train and save nothing
         raise app.UsageError("--workdir is needed.")
     train(flags.FLAGS.config, flags.FLAGS.workdir, importlib.import_module(TRAINER))
 
 
-def start():
+def start() -> None:
     """The program: finds big_vision, has it define its flags, and runs."""
     try:
         upstream.install()
