@@ -50,8 +50,8 @@ def _cutoff(logits, weights, limit):
 
     high = jnp.max(order, axis=-1, keepdims=True)
     low = jnp.full_like(high, flip(jnp.float32(-jnp.inf).view(jnp.int32)))
-    _, found = jax.lax.fori_loop(0, 32, halve, (low, high))
-    return jax.lax.bitcast_convert_type(flip(found), jnp.float32)
+    _, bits = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return jax.lax.bitcast_convert_type(flip(bits), jnp.float32)
 
 
 def draw(key, logits) -> jax.Array:

@@ -66,8 +66,8 @@ class Prompt(NamedTuple):
 def load_prompt(name: str) -> Prompt:
     """Reads a file of prompts/: system text, a line of "=====", user text."""
     text = (PROMPTS / name).read_text("utf-8")
-    system, found, user = text.partition("\n=====\n")
-    if not found:
+    system, line, user = text.partition("\n=====\n")
+    if not line:
         raise ValueError(f"{PROMPTS / name} has no line of '====='; expected one between its parts.")
     return Prompt(name, hashlib.sha256(text.encode()).hexdigest(), system.strip(), user.strip())
 

@@ -106,9 +106,9 @@ def plan(rows, protocol, *, model, who=("model",), samples=None, settings=None) 
         for name in who:
             line = dict(question_id=row.get("question_id"), who=name, scores=[], keys=[])
             try:
-                said = scoring.texts(row, name)[:samples]
-                shown = [{k: text if k == "prediction" else row[k] for k in spec.sees} for text in said]
-                good = said and all(isinstance(t, str) for texts in shown for t in texts.values())
+                predictions = scoring.texts(row, name)[:samples]
+                shown = [{k: text if k == "prediction" else row[k] for k in spec.sees} for text in predictions]
+                good = predictions and all(isinstance(t, str) for texts in shown for t in texts.values())
             except (KeyError, TypeError):
                 good = False
             if not good or line["question_id"] is None:
@@ -212,13 +212,13 @@ def read_summary(folder) -> dict:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
-        good = isinstance(found, dict) and all(isinstance(x, dict) for x in found.values())
+        summary = json.loads(path.read_text("utf-8"))
+        good = isinstance(summary, dict) and all(isinstance(x, dict) for x in summary.values())
     except ValueError:
         good = False
     if not good:
         raise ValueError(f"{path} can't be read; expected JSON as the judge writes it.")
-    return found
+    return summary
 
 
 def read_judgements(folder) -> list[dict]:

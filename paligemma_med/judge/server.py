@@ -105,15 +105,15 @@ def sentence(e: Exception) -> str:
 def retry_after(e: Exception) -> float | None:
     """Seconds that the server wants to be left alone, or None where it doesn't say."""
     headers = getattr(getattr(e, "response", None), "headers", None) or {}
-    found = None
+    seconds = None
     try:
         if (text := headers.get("retry-after-ms")) is not None:
-            found = float(text) / 1000
+            seconds = float(text) / 1000
         elif (text := headers.get("retry-after")) is not None:
             if re.fullmatch(r"\s*[\d.]+\s*", text):
-                found = float(text)
+                seconds = float(text)
             else:
-                found = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+                seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
-    return max(0.0, found) if found is not None and math.isfinite(found) else None
+    return max(0.0, seconds) if seconds is not None and math.isfinite(seconds) else None

@@ -166,11 +166,11 @@ def letter(text, choices) -> str | None:
 
     if m := re.fullmatch(rf"[(\[]?\s*({either})\s*[)\]]?\s*[.:,;!?]*", text):
         return m[1].upper()
-    options, said = _unlabelled(choices), answers.normalise(text)
-    if said in options:
+    options, answer = _unlabelled(choices), answers.normalise(text)
+    if answer in options:
         return None
     for i, option in enumerate(options):
-        if said == answers.normalise(f"{letter_of(i)} {option}"):
+        if answer == answers.normalise(f"{letter_of(i)} {option}"):
             return letter_of(i)
 
     says = r"(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*"
@@ -187,12 +187,12 @@ def letter(text, choices) -> str | None:
         rf"(?i:\b(?:it|that)(?:\s+is|['’]s)\s+{kind}){within}",
     ]
     for patterns in (strong, weak):
-        found = [m for p in patterns for m in re.finditer(p, text, re.MULTILINE)]
-        found = [m for m in found if not _denied(text, m)]
-        if any(re.match(either_or, text[m.end() :]) for m in found):
+        matches = [m for p in patterns for m in re.finditer(p, text, re.MULTILINE)]
+        matches = [m for m in matches if not _denied(text, m)]
+        if any(re.match(either_or, text[m.end() :]) for m in matches):
             return None
-        if found:
-            named = {next(filter(None, m.groups())).upper() for m in found}
+        if matches:
+            named = {next(filter(None, m.groups())).upper() for m in matches}
             if patterns is weak:  # further labels contradict: "A: yes, B: no"
                 named |= set(re.findall(rf"(?<=[\s,;])({capital})\s*[):]", text))
             return named.pop() if len(named) == 1 else None
@@ -230,9 +230,9 @@ def closest_option(text, choices) -> int | None:
     """
     _count(choices)
     options, bare = _unlabelled(choices), answers.normalise(re.sub(_LABEL, "", text))
-    for said in (answers.normalise(text), bare):
-        if said in options:
-            return options.index(said)
+    for form in (answers.normalise(text), bare):
+        if form in options:
+            return options.index(form)
     return _most_similar(options, bare)
 
 
@@ -311,10 +311,10 @@ _LABEL = r"^\s*\(?([A-Za-z])(?:\s*[:)]|\.\s)\s*"
 
 def _unlabelled(choices):
     """The choices' texts, normalised, without their labels if each has its own."""
-    found = [re.match(_LABEL, choice) for choice in choices]
-    if not all(m and m[1].upper() == letter_of(i) for i, m in enumerate(found)):
-        found = [None] * len(choices)
-    return [answers.normalise(c[m.end() :] if m else c) for c, m in zip(choices, found)]
+    labels = [re.match(_LABEL, choice) for choice in choices]
+    if not all(m and m[1].upper() == letter_of(i) for i, m in enumerate(labels)):
+        labels = [None] * len(choices)
+    return [answers.normalise(c[m.end() :] if m else c) for c, m in zip(choices, labels)]
 
 
 def _count(choices):
@@ -343,8 +343,8 @@ def token_f1(prediction, answer) -> float:
     Returns:
       float, 0 to 1.
     """
-    common, said, true = _overlap(prediction, answer)
-    return 2 * common / (said + true) if said and true else float(said == true)
+    common, predicted, wanted = _overlap(prediction, answer)
+    return 2 * common / (predicted + wanted) if predicted and wanted else float(predicted == wanted)
 
 
 def token_recall(prediction, answer) -> float:
@@ -355,13 +355,13 @@ def token_recall(prediction, answer) -> float:
     Returns:
       float, 0 to 1; for an answer without words 1.0 if the prediction has none either, else 0.0.
     """
-    common, said, true = _overlap(prediction, answer)
-    return common / true if true else float(said == 0)
+    common, predicted, wanted = _overlap(prediction, answer)
+    return common / wanted if wanted else float(predicted == 0)
 
 
 def _overlap(prediction, answer):
-    said, true = (collections.Counter(answers.squad(x).split()) for x in (prediction, answer))
-    return (said & true).total(), said.total(), true.total()
+    predicted, wanted = (collections.Counter(answers.squad(x).split()) for x in (prediction, answer))
+    return (predicted & wanted).total(), predicted.total(), wanted.total()
 
 
 def llava_med_closed(prediction, answer) -> bool:
@@ -377,8 +377,8 @@ def llava_med_closed(prediction, answer) -> bool:
     Returns:
       bool.
     """
-    said, true = answers.llava_med(prediction), answers.llava_med(answer)
-    return ("yes" in said or "no" in said) and true in said
+    predicted, wanted = answers.llava_med(prediction), answers.llava_med(answer)
+    return ("yes" in predicted or "no" in predicted) and wanted in predicted
 
 
 def llava_med_f1(prediction, answer) -> tuple[float, float, float]:
@@ -394,10 +394,10 @@ def llava_med_f1(prediction, answer) -> tuple[float, float, float]:
     Returns:
       (float, float, float), 0 to 1.
     """
-    said, true = (collections.Counter(answers.llava_med(x).split()) for x in (prediction, answer))
-    tp = sum(n for word, n in said.items() if word in true)
+    predicted, wanted = (collections.Counter(answers.llava_med(x).split()) for x in (prediction, answer))
+    tp = sum(n for word, n in predicted.items() if word in wanted)
     if not tp:
         return 0.0, 0.0, 0.0
-    fn = sum(n for word, n in true.items() if word not in said)
-    precision, recall = tp / said.total(), tp / (tp + fn)
+    fn = sum(n for word, n in wanted.items() if word not in predicted)
+    precision, recall = tp / predicted.total(), tp / (tp + fn)
     return 2 * precision * recall / (precision + recall), precision, recall

@@ -145,10 +145,10 @@ def cluster(row) -> str:
 
 
 def _values(rows, who, protocol):
-    said = [texts(row, who) for row in rows]
-    if len(lengths := {len(x) for x in said}) != 1:
+    samples = [texts(row, who) for row in rows]
+    if len(lengths := {len(x) for x in samples}) != 1:
         raise ValueError(f"questions have {sorted(lengths)} samples of {who}; expected as many for each.")
-    pairs = [[(text, row["answer"]) for text in x] for x, row in zip(said, rows)]
+    pairs = [[(text, row["answer"]) for text in x] for x, row in zip(samples, rows)]
 
     def each(function):
         return np.array([[function(*pair) for pair in x] for x in pairs], float)
@@ -160,7 +160,7 @@ def _values(rows, who, protocol):
         for metric in text_metrics.METRICS:
             out |= _text_metric(metric, pairs)
     elif protocol == "multiple_choice":
-        out |= _choices(rows, said, who)
+        out |= _choices(rows, samples, who)
     return out
 
 
@@ -177,7 +177,7 @@ def _text_metric(metric, pairs):
     return {name: values[name][index] for name in metric.titles}
 
 
-def _choices(rows, said, who):
+def _choices(rows, samples, who):
     for row in rows:
         if missing := [k for k in ("choices", "answer_letter") if not row.get(k)]:
             raise ValueError(
@@ -185,16 +185,16 @@ def _choices(rows, said, who):
                 f"multiple_choice needs; found {sorted(row)}."
             )
     right = [ord(row["answer_letter"]) - ord("A") for row in rows]
-    letters = _letters(rows, said)
+    letters = _letters(rows, samples)
     out = dict(
         acc_letter=[[x == row["answer_letter"] for x in xs] for xs, row in zip(letters, rows)],
         no_letter=[[x is None for x in xs] for xs in letters],
         acc_text=[
-            [protocols.closest_option(x, row["choices"]) == i for x in xs] for xs, row, i in zip(said, rows, right)
+            [protocols.closest_option(x, row["choices"]) == i for x in xs] for xs, row, i in zip(samples, rows, right)
         ],
         qa_score=[
             [protocols.qa_score(x, row["choices"], row["choices"][i]) for x in xs]
-            for xs, row, i in zip(said, rows, right)
+            for xs, row, i in zip(samples, rows, right)
         ],
     )
     prefix = "" if who == "model" else f"{who}_"
@@ -210,8 +210,8 @@ def _choices(rows, said, who):
     return {k: np.array(v, float) for k, v in out.items()}
 
 
-def _letters(rows, said):
-    return [[protocols.letter(x, row["choices"]) for x in xs] for xs, row in zip(said, rows)]
+def _letters(rows, samples):
+    return [[protocols.letter(x, row["choices"]) for x in xs] for xs, row in zip(samples, rows)]
 
 
 # --- Figures of a group ---
@@ -246,19 +246,19 @@ def _runs(name, values):
 
 def _compared(rows, who, protocol):
     """([question][sample] of what is compared between answers, the figure that goes with it)."""
-    said = [texts(row, who) for row in rows]
+    samples = [texts(row, who) for row in rows]
     if protocol == "multiple_choice" and all(r["answer"] == r["answer_letter"] for r in rows):
-        return _letters(rows, said), "acc_letter"
-    return [[answers.normalise(x) for x in xs] for xs in said], "acc"
+        return _letters(rows, samples), "acc_letter"
+    return [[answers.normalise(x) for x in xs] for xs in samples], "acc"
 
 
-def _robustness(said, hits, clusters):
+def _robustness(forms, hits, clusters):
     if hits.shape[1] == 1:
         return {}
-    bad = protocols.nonrobust(said, form=None)
+    bad = protocols.nonrobust(forms, form=None)
     out = {"nonrobust": float(bad.mean())}
     for reading in ("item", "total"):
-        out[f"acc_penalised_{reading}"], _ = protocols.penalised(hits, said, reading, form=None)
+        out[f"acc_penalised_{reading}"], _ = protocols.penalised(hits, forms, reading, form=None)
     shares = dict(nonrobust=bad, acc_penalised_item=np.where(bad, 0.0, hits.mean(axis=1)))
     for name, x in shares.items():
         out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x, clusters)
@@ -277,6 +277,6 @@ def _bootstrapped(tables, columns, group, inside, clusters):
         if x.shape[1] > 1:
             values[f"{who}/{group}/{k}_mean"] = x.mean(axis=1)
     ends = zip(("low", "high"), stats.bootstrap(np.stack([*values.values()], axis=1), clusters))
-    found = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
+    figures = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
     # A single image gives no interval.
-    return {k: x for k, x in found.items() if np.isfinite(x)}
+    return {k: x for k, x in figures.items() if np.isfinite(x)}

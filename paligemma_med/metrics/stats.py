@@ -330,14 +330,14 @@ def _draws(values, clusters, weights, resamples, seed):
     np.add.at(sums, codes, flat)
     np.add.at(totals, codes, weights)
     rng = np.random.default_rng(seed)
-    found, at_once = [], max(1, 4_000_000 // count)
+    figures, at_once = [], max(1, 4_000_000 // count)
     for start in range(0, resamples, at_once):
         m = min(at_once, resamples - start)
         drawn = rng.integers(count, size=(m, count)) + np.arange(m)[:, None] * count
         times = np.bincount(drawn.ravel(), minlength=m * count).reshape(m, count).astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found.append((times @ sums) / (times @ totals))
-    return np.concatenate(found)
+            figures.append((times @ sums) / (times @ totals))
+    return np.concatenate(figures)
 
 
 def _interval(draws, level):

@@ -92,18 +92,18 @@ def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
     """
     predictions, answers = _texts(predictions, answers)
     bleu = _bleu(effective_order=True)
-    found = [bleu.sentence_score(p, [a]) for p, a in zip(predictions, answers)]
-    counts = [[*x.counts, *x.totals, x.sys_len, x.ref_len] for x in found]
-    return np.array([x.score / 100 for x in found]), np.array(counts)
+    scores = [bleu.sentence_score(p, [a]) for p, a in zip(predictions, answers)]
+    counts = [[*x.counts, *x.totals, x.sys_len, x.ref_len] for x in scores]
+    return np.array([x.score / 100 for x in scores]), np.array(counts)
 
 
 def bleu_of_counts(counts) -> float:
     """`corpus_bleu` of rows, from the int[N, 10] of `bleu_counts`."""
     from sacrebleu.metrics import BLEU
 
-    *grams, said, true = np.sum(counts, axis=0).tolist()
-    found = BLEU.compute_bleu(grams[:4], grams[4:], said, true, smooth_method="exp")
-    return found.score / 100
+    *grams, predicted, wanted = np.sum(counts, axis=0).tolist()
+    score = BLEU.compute_bleu(grams[:4], grams[4:], predicted, wanted, smooth_method="exp")
+    return score.score / 100
 
 
 def _bleu(**settings):
@@ -130,8 +130,8 @@ def rouge(predictions, answers) -> dict[str, np.ndarray]:
 
     predictions, answers = _texts(predictions, answers)
     scorer = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
-    found = [scorer.score(a, p) for p, a in zip(predictions, answers)]
-    return {name: np.array([row[name].fmeasure for row in found]) for name in ROUGES}
+    scores = [scorer.score(a, p) for p, a in zip(predictions, answers)]
+    return {name: np.array([row[name].fmeasure for row in scores]) for name in ROUGES}
 
 
 def tokens(text) -> list[str]:
@@ -170,9 +170,9 @@ def cider(predictions, answers, tokenise=tokens) -> np.ndarray:
       ValueError: as `corpus_bleu`.
     """
     predictions, answers = _texts(predictions, answers)
-    said = [_ngrams(tokenise(p)) for p in predictions]
-    true = [_ngrams(tokenise(a)) for a in answers]
-    df = collections.Counter(w for counts in true for w in counts)
+    predicted = [_ngrams(tokenise(p)) for p in predictions]
+    wanted = [_ngrams(tokenise(a)) for a in answers]
+    df = collections.Counter(w for counts in wanted for w in counts)
     log_n = math.log(len(answers))
 
     def vector(counts):
@@ -184,7 +184,7 @@ def cider(predictions, answers, tokenise=tokens) -> np.ndarray:
         return weights, np.sqrt(squares), sum(m for w, m in counts.items() if len(w) == 2)
 
     scores = []
-    for p, a in zip(said, true):
+    for p, a in zip(predicted, wanted):
         (of_p, norm_p, length_p), (of_a, norm_a, length_a) = vector(p), vector(a)
         dots = np.zeros(4)
         for w, x in of_p.items():

@@ -1,7 +1,7 @@
 """The server backend: any OpenAI-compatible server answers units, many of them at a time.
 
 vLLM, Ollama, llama.cpp, or a service: the way to several GPUs and to models that don't fit here.
-What is done about faults, limits and keys is `judge_client`'s; here is what a request of a unit
+What is done about faults, limits and keys is that of `judge.client`; here is what a request of a unit
 is. A unit whose requests find no reply at all stays without one, and the next run asks again; one
 whose prompt the server finds too long has failed.
 """
