@@ -10,6 +10,7 @@ from paligemma_med import decode
 from paligemma_med.parallel import sharding
 from tests import processes
 from tests.decode.tiny_models import NO_EOS, SAMPLING, make, make_batch
+from tests.rounding import assert_close
 
 
 @pytest.mark.parametrize("calls", ["generate", pytest.param("all", marks=pytest.mark.slow)])
@@ -29,7 +30,7 @@ def test_on_a_mesh(strategy, calls):
     got = decode.generate(model, jax.device_put(params, where), placed, num_samples=2, **SAMPLING)
     want = decode.generate(model, params, batch, num_samples=2, **SAMPLING)
     np.testing.assert_array_equal(got[0], want[0])
-    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+    assert_close(got[1], want[1], units=32)
     if calls == "generate":
         return
 
@@ -37,10 +38,10 @@ def test_on_a_mesh(strategy, calls):
     got = decode.beam_search(model, jax.device_put(params, where), placed, **kw)
     want = decode.beam_search(model, params, batch, **kw)
     np.testing.assert_array_equal(got[0], want[0])
-    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+    assert_close(got[1], want[1], units=32)
     options, on = np.asarray(want[0]), np.ones(want[0].shape, bool)
     sums = [decode.score_options(model, params, b, options, on)[0] for b in (placed, batch)]
-    np.testing.assert_allclose(*sums, atol=1e-5)
+    assert_close(*sums, units=32)
 
 
 @pytest.mark.slow
@@ -51,4 +52,4 @@ def test_two_processes_decode_as_one(tmp_path):
     assert len(alone) == 8
     for found in each:
         for a, b in zip(alone, found, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+            assert_close(a, b, units=32)

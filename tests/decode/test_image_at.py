@@ -8,6 +8,7 @@ import pytest
 
 from paligemma_med import decode
 from paligemma_med.models import vlm
+from tests.rounding import assert_close
 
 PROMPT, IMAGE_AT, NEW = np.array([5, 1, 3]), np.array([2, 1, 0]), 4
 LLM = dict(width=16, depth=2, mlp_dim=24, num_heads=4, num_kv_heads=1, head_dim=8, vocab_size=31)
@@ -47,7 +48,7 @@ def test_greedy_equals_full_forward_passes(image_ar):
     for step in range(NEW):
         logp = np.asarray(full_pass(model, params, text, batch))[rows, PROMPT + step - 1]
         np.testing.assert_array_equal(tokens[:, 0, step], logp.argmax(axis=1))
-        np.testing.assert_allclose(logprobs[:, 0, step], logp.max(axis=1), atol=1e-5)
+        assert_close(logprobs[:, 0, step], logp.max(axis=1), units=32)
         text[rows, PROMPT + step] = logp.argmax(axis=1)
     front = {k: v for k, v in batch.items() if k != "image_at"}
     other, _ = decode.generate(model, params, front, **kw)
@@ -63,9 +64,9 @@ def test_encoded_images_beams_and_options_know_where_the_image_is():
     np.testing.assert_array_equal(decode.generate(model, params, encoded, **kw)[0], want)
     beams, scores = decode.beam_search(model, params, batch, beams=1, length_penalty=0.0, **kw)
     np.testing.assert_array_equal(beams, want)
-    np.testing.assert_allclose(scores, logprobs.sum(-1), atol=1e-5)
+    assert_close(scores, logprobs.sum(-1), units=32)
     sums, _ = decode.score_options(model, params, batch, want, np.ones(want.shape, bool))
-    np.testing.assert_allclose(sums, logprobs.sum(-1), atol=1e-5)
+    assert_close(sums, logprobs.sum(-1), units=32)
 
 
 @pytest.mark.parametrize(

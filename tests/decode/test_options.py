@@ -8,6 +8,7 @@ from paligemma_med import decode
 from paligemma_med.models import paligemma
 from paligemma_med.pp.tokenizer import get_tokenizer
 from tests.decode.tiny_models import IMG, NO_EOS, draw_params, full_forward, make, make_batch
+from tests.rounding import assert_close
 
 OPTION_LENGTHS = np.array([[2, 4, 1], [4, 0, 3]])
 
@@ -44,7 +45,7 @@ def test_options_are_scored_as_when_they_are_drawn():
         model, params, batch, max_new_tokens=3, num_samples=4, temperature=1.5, eos_token=NO_EOS
     )
     sums, _ = decode.score_options(model, params, batch, tokens, np.ones(tokens.shape, bool))
-    np.testing.assert_allclose(sums, logprobs.sum(axis=-1), atol=1e-5)
+    assert_close(sums, logprobs.sum(axis=-1), units=32)
 
 
 @pytest.mark.parametrize(

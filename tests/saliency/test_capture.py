@@ -11,6 +11,7 @@ import torch
 from paligemma_med import decode
 from paligemma_med.saliency import capture, raw, rollout, sequence
 from tests.models import hf
+from tests.rounding import assert_close
 from tools.bench import saliency_memory
 
 NAMES = ("gqa", "gemma2")
@@ -58,7 +59,7 @@ def test_rows_sum_to_one_and_nobody_sees_what_comes_later(name):
     got = whole(name)
     for probs in (got.llm, got.img):
         assert probs.dtype == np.float32
-        np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-6)
+        assert_close(probs.sum(-1), 1)
     before = seq.response.start
     assert (got.llm[..., :before, before:] == 0).all()  # image and prompt never see the answer
     assert (got.llm[..., :before, :before] > 0).all()  # but each other, in both directions
@@ -72,23 +73,23 @@ SETTINGS = (dict(), dict(fuse="max", discard=0.4), dict(fuse="min", discard=0.9,
 
 @pytest.mark.parametrize("name,kw", [*(("gqa", kw) for kw in SETTINGS), ("gemma2", SETTINGS[0])])
 def test_streamed_equals_whole(name, kw):
-    """To 1e-6: products are rounded otherwise inside the loop over layers than outside, and rows in
+    """But for rounding: products are rounded otherwise inside the loop over layers than outside, and rows in
     another program (by some emitters of XLA; by others they are equal to the bit)."""
     model, params, seq = example(name)
     full, got = whole(name), capture.streamed(model, params, seq.batch, seq.queries, **kw)
     rows = full.llm[:, 0][:, :, seq.queries]
-    np.testing.assert_allclose(got.rows, rows, rtol=0, atol=1e-6)
+    assert_close(got.rows, rows)
     fixed = functools.partial(rollout.rollout, **kw)
-    np.testing.assert_allclose(got.rollout, jax.jit(fixed)(full.llm[:, 0])[seq.queries], rtol=0, atol=1e-6)
+    assert_close(got.rollout, jax.jit(fixed)(full.llm[:, 0])[seq.queries])
     img = functools.partial(rollout.rollout, **{**kw, "start_layer": 0})
-    np.testing.assert_allclose(got.img_rollout, jax.jit(img)(full.img[:, 0]), rtol=0, atol=1e-6)
+    assert_close(got.img_rollout, jax.jit(img)(full.img[:, 0]))
     np.testing.assert_array_equal(got.mass, raw.mass(got.rows, seq.patches, seq.prompt))
-    np.testing.assert_allclose(got.mass.sum(-1), 1, atol=1e-6)
-    np.testing.assert_allclose(got.rollout.sum(-1), 1, atol=1e-6)
+    assert_close(got.mass.sum(-1), 1)
+    assert_close(got.rollout.sum(-1), 1)
     assert (got.mass[:, :, 0, 2] == 0).all()  # the first query comes before the answer
     assert (got.mass[:, :, 1:, 2] > 0).all()
     at = seq.queries - seq.patches + 1
-    np.testing.assert_allclose(got.logprobs, full.logprobs[0, at], rtol=0, atol=1e-6)
+    assert_close(got.logprobs, full.logprobs[0, at])
     for x in got:
         assert isinstance(x, np.ndarray) and x.dtype == np.float32
 
@@ -100,11 +101,11 @@ def test_padding_changes_nothing():
     want = capture.streamed(model, params, seq.batch, seq.queries, **kw)
     got = capture.streamed(model, params, longer.batch, longer.queries, **kw)
     length = want.rows.shape[-1]
-    np.testing.assert_allclose(got.rows[..., :length], want.rows, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(got.rollout[:, :length], want.rollout, rtol=0, atol=1e-6)
+    assert_close(got.rows[..., :length], want.rows)
+    assert_close(got.rollout[:, :length], want.rollout)
     for x in (got.rows, got.rollout):
         assert (x[..., seq.response.stop :] == 0).all()
-    np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    assert_close(got.logprobs, want.logprobs)
 
 
 def test_logprobs_are_those_of_decoding():
@@ -126,8 +127,8 @@ def test_a_later_token_changes_no_earlier_row():
     text[0, at] = text[0, at] % 50 + 1
     got = capture.streamed(model, params, {**seq.batch, "text": text}, seq.queries)
     same = changed + 1  # the query of token `changed` comes before it
-    np.testing.assert_allclose(got.rows[:, :, :same], want.rows[:, :, :same], atol=1e-6)
-    np.testing.assert_allclose(got.rollout[:same], want.rollout[:same], atol=1e-6)
+    assert_close(got.rows[:, :, :same], want.rows[:, :, :same])
+    assert_close(got.rollout[:same], want.rollout[:same])
     assert np.abs(got.rows[:, :, same:] - want.rows[:, :, same:]).max() > 1e-3
 
 
@@ -160,7 +161,7 @@ def test_probabilities_are_float32_under_bfloat16():
     got = capture.streamed(model, params, seq.batch, seq.queries)
     for x, exact in zip(got[:3], want, strict=False):
         assert x.dtype == np.float32
-        np.testing.assert_allclose(x.sum(-1), 1, atol=1e-6)
+        assert_close(x.sum(-1), 1)
         np.testing.assert_allclose(x, exact, atol=0.05)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.saliency import rollout
+from tests.rounding import assert_close
 
 run = jax.jit(rollout.rollout, static_argnames=("fuse", "discard", "start_layer"))
 fused = jax.jit(rollout.fused, static_argnames=("fuse", "discard"))
@@ -48,11 +49,11 @@ def test_three_layers_by_hand():
 def test_rows_sum_to_one_and_equal_float64(seed, fuse, discard):
     attn = attention(seed)
     got = run(attn, fuse=fuse, discard=discard)
-    np.testing.assert_allclose(np.sum(got, -1), 1, atol=1e-6)
+    assert_close(np.sum(got, -1), 1)
     want = np.eye(6)
     for layer in attn:
         want = by_rows(layer, fuse, discard) @ want
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert_close(got, want)
 
 
 def by_rows(probs, fuse, discard):
@@ -89,7 +90,7 @@ def test_padding_changes_nothing():
     padded[..., :5, :5] = attn
     padded[..., 5:, 5:] = np.eye(4)
     got = np.asarray(run(padded, discard=0.4))
-    np.testing.assert_allclose(got[:5, :5], run(attn, discard=0.4), atol=1e-7)
+    assert_close(got[:5, :5], run(attn, discard=0.4))
     assert (got[:5, 5:] == 0).all()
 
 
@@ -103,11 +104,11 @@ def test_on_to_the_patches():
     """Token 0 was made of patch 1 alone, token 1 of both: shares follow, and sums are kept."""
     img = np.array([[0, 1], [0.5, 0.5]])
     got = rollout.to_patches(np.array([[0.2, 0.6], [1, 0]]), img)
-    np.testing.assert_allclose(got, [[0.3, 0.5], [0, 1]], atol=1e-7)
+    assert_close(got, [[0.3, 0.5], [0, 1]])
     attn = attention(4)
     rows = np.random.default_rng(0).random((3, 6))
     moved = rollout.to_patches(rows, run(attn))
-    np.testing.assert_allclose(np.sum(moved, -1), rows.sum(-1), rtol=1e-6)
+    assert_close(np.sum(moved, -1), rows.sum(-1))
 
 
 @pytest.mark.parametrize(

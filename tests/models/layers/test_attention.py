@@ -13,6 +13,7 @@ from jax.extend import core as jex
 
 from paligemma_med.models import splice
 from paligemma_med.models.layers import attention
+from tests.rounding import assert_close
 
 # Jitted: one compilation a shape is quicker than one an operation.
 attend = jax.jit(attention.attend, static_argnames=("scale", "softcap", "impl", "capture"))
@@ -57,17 +58,17 @@ def test_attend_equals_the_definition(seed, shape, softcap):
     mask[..., 0] = True
     want, want_probs = by_loops(q, k, v, mask, 0.7, softcap)
     got, probs = attend(q, k, v, mask, scale=0.7, softcap=softcap, capture=True)
-    np.testing.assert_allclose(got, want, atol=2e-6)
-    np.testing.assert_allclose(probs, want_probs, atol=1e-6)
+    assert_close(got, want)
+    assert_close(probs, want_probs)
     assert probs.dtype == jnp.float32
-    np.testing.assert_allclose(np.sum(probs, axis=-1), 1, atol=1e-6)
+    assert_close(np.sum(probs, axis=-1), 1)
     assert (np.asarray(probs)[~np.broadcast_to(mask[:, None], probs.shape)] == 0).all()
     # The captured probabilities are those that made the output.
     again = np.einsum("bnts,bsnh->btnh", probs, np.repeat(v, shape[3] // shape[4], axis=2))
-    np.testing.assert_allclose(again, got, atol=2e-6)
+    assert_close(again, got)
     plain, nothing = attend(q, k, v, mask, scale=0.7, softcap=softcap)
     assert nothing is None
-    np.testing.assert_allclose(plain, got, atol=1e-6)
+    assert_close(plain, got)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), (6, 2), (3, 3)])
@@ -88,7 +89,7 @@ def test_gradients_are_those_that_jax_derives(heads, kv_heads, softcap):
     grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnames="capture")
     for got, want in zip(grad(q, k, v, capture=False), grad(q, k, v, capture=True), strict=True):
         assert np.abs(want).max() > 0.1
-        np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 1), (6, 6)])
@@ -173,7 +174,7 @@ def test_no_mask_means_all_are_seen():
     q, k, v = random_qkv(np.random.default_rng(0), 2, 3, 5, 4, 2, 6)
     got, _ = attend(q, k, v, scale=0.4)
     want, _ = attend(q, k, v, np.ones((2, 3, 5), bool), scale=0.4)
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert_close(got, want)
 
 
 def test_softmax_is_taken_in_float32_under_bfloat16():
@@ -224,7 +225,7 @@ def test_attend_cached_equals_attend_on_all_keys(samples, softcap, heads, kv_hea
     keys, values = (np.concatenate([a, b], axis=1) for a, b in zip(per_sample, (nk, nv)))
     mask = np.concatenate([per_sample[2], np.tile(nmask, (rows, 1))], axis=1)[:, None]
     want, _ = attend(q, keys, values, mask, scale=0.6, softcap=softcap)
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert_close(got, want)
     assert got.shape == q.shape
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from paligemma_med.models import paligemma
 from tests.models import hf
+from tests.rounding import UNIT, assert_close
 
 
 class Keep:
@@ -51,12 +52,12 @@ def test_a_fold_sees_every_layer_of_both_towers_in_order(name):
     case, _, model, params, batch = hf.reference(name)
     logits, want = run(model, {"params": params}, batch)
     got_logits, got = run(model, {"params": params}, batch, Keep())
-    np.testing.assert_allclose(got_logits, logits, rtol=0, atol=1e-6)
+    assert_close(got_logits, logits)
     for tower in ("img", "llm"):
         state, (probs, layer) = got[f"{tower}/attn"]
         np.testing.assert_array_equal(layer, np.arange(case[tower]["depth"]))
         assert state["layer"] == case[tower]["depth"]
-        np.testing.assert_allclose(probs, want[f"{tower}/attn"], rtol=0, atol=1e-7)
+        assert_close(probs, want[f"{tower}/attn"])
 
 
 def test_each_tower_has_its_own():
@@ -89,7 +90,7 @@ def test_a_perturbation_is_added_to_the_probabilities_it_names(name, tower):
     zeros = zeros_of(name)
     (_, out), grads = score(model, params, batch, zeros)
     _, plain = run(model, {"params": params}, batch)
-    np.testing.assert_allclose(out["llm/attn"], plain["llm/attn"], rtol=0, atol=1e-6)
+    assert_close(out["llm/attn"], plain["llm/attn"])
 
     # One key that weighs much, in the first layer, so that all later ones feel it.
     grad = np.asarray(grads[tower])
@@ -103,8 +104,8 @@ def test_a_perturbation_is_added_to_the_probabilities_it_names(name, tower):
         (value, out), _ = score(model, params, batch, moved)
         ends.append(float(value))
         change = np.asarray(out[f"{tower}/attn"] - plain[f"{tower}/attn"])
-        np.testing.assert_allclose(change[0], moved[tower][0], rtol=0, atol=1e-6)
-        assert np.abs(change[1:]).max() > 1e-6
+        np.testing.assert_allclose(change[0], moved[tower][0], rtol=0, atol=16 * UNIT)  # of probabilities, up to 1
+        assert np.abs(change[1:]).max() > 64 * UNIT
     np.testing.assert_allclose((ends[0] - ends[1]) / (2 * eps), grad[at], rtol=2e-2)
 
 
@@ -116,7 +117,7 @@ def test_gradients_are_the_same_under_remat():
     _, got = score(variant_of("gqa", "none"), params, batch, zeros_of("gqa"))
     for tower in ("img", "llm"):
         assert np.abs(want[tower]).max() > 1e-3
-        np.testing.assert_allclose(got[tower], want[tower], rtol=1e-5, atol=1e-5)
+        assert_close(got[tower], want[tower])
 
 
 def test_a_fused_kernel_refuses_folds_and_perturbations():
