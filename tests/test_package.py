@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 
@@ -207,6 +208,23 @@ def test_no_circles():
 
 def test_a_circle_would_be_seen():
     assert strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
+
+
+def test_the_lock_is_of_this_pyproject():
+    """That it was made anew (`uv lock`) after requirements changed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    packages = tomllib.loads((ROOT / "uv.lock").read_text("utf-8"))["package"]
+    [ours] = [p["metadata"] for p in packages if p["source"] == {"editable": "."}]
+    assert ours["provides-extras"] == list(project["optional-dependencies"])
+
+    def words(requirement):
+        """(name, its specifiers) of a requirement as pyproject.toml has it."""
+        name, specifiers = re.fullmatch(r"([\w-]+)(?:\[.*\])?([^;]*)(?:;.*)?", requirement).groups()
+        return name.lower().replace("_", "-"), specifiers.strip()
+
+    asked = sum(project["optional-dependencies"].values(), project["dependencies"])
+    locked = {(x["name"], x.get("specifier", "")) for x in ours["requires-dist"]}
+    assert locked == {words(x) for x in asked}, "run `uv lock`"
 
 
 def test_no_file_evaluates_or_unpickles():
