@@ -7,9 +7,9 @@ Example:
 """
 # The docstring above is what --help prints.
 #
-# A build is written to DATA_DIR/.building and renamed into place when it's whole: a killed or
-# failed build leaves the data sets as they were, also with --overwrite. A lock on that folder
-# makes a second build of the same thing wait, and lets the next one clear what a killed one left.
+# A build is written to DATA_DIR/.building and renamed into place when it is complete: a killed or
+# failed build leaves the data sets as they were, even with --overwrite. A lock on that folder makes a
+# second build of the same set wait, and lets the next one clean up after a killed one.
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ BUILDERS = {
 
 @contextlib.contextmanager
 def _staging(data_dir: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
-    """An empty folder below `data_dir` that only this process uses; gone afterwards."""
+    """An empty folder below `data_dir` that only this process uses; removed afterwards."""
     try:
         parent = data_dir / ".building"
         parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _already_built(
     defaults: Mapping[str, Any],
     file_format: str,
 ) -> bool:
-    """Says so if it's built; DataError if it was made with other settings than asked for."""
+    """Whether the set is built already; DataError if it was built with other settings."""
     info_path = final / "dataset_info.json"
     if not info_path.is_file():
         return False
@@ -96,11 +96,11 @@ def _already_built(
     if built != file_format:
         raise DataError(
             f"{final}: already built as {built}, asked for file_format={file_format}; give "
-            "another --data_dir, or --overwrite to have this format in its place"
+            "another --data_dir, or --overwrite to replace it"
         )
     report_path = final / REPORT_NAME
     report = files.read_json(report_path) if report_path.is_file() else {}
-    # A set built before an option existed is as its default makes it.
+    # A set built before an option existed counts as built with its default.
     found = {k: report.get("made_with", {}).get(k, defaults.get(k)) for k in made_with}
     if found != made_with:
         other = [k for k in made_with if found[k] != made_with[k]]
@@ -139,13 +139,13 @@ def _build_one(
     beam_options: Sequence[str] | None,
     file_format: str,
 ) -> pathlib.Path:
-    # No file_format here: TFDS refuses another than that of a set which is there already.
+    # No file_format here: TFDS refuses a format that differs from an existing set's.
     settings = dict(config=config, options=options)
     builder = module.Builder(data_dir=data_dir, **settings)
     made_with = {**drawn_with, **builder.options}
     defaults = {k: o.default for k, o in builder.OPTIONS.items()}
     full_name, final = builder.info.full_name, pathlib.Path(builder.data_path)
-    # Asked before taking the lock, which a read-only data_dir has no room for, and again after.
+    # Checked before taking the lock, which a read-only data_dir can't hold, and again afterwards.
     if not overwrite and _already_built(full_name, final, made_with, defaults, file_format):
         return final
     with _staging(data_dir, full_name.replace("/", "-")) as staging:
@@ -191,7 +191,7 @@ def build(
     report: str | os.PathLike | None = None,
     file_format: str = tfrecord.ARRAY_RECORD,
 ) -> dict[str, pathlib.Path]:
-    """Builds one data set, or says that it is built already. Prints what it does.
+    """Builds one data set unless it is built already. Prints what it does.
 
     Args:
       name: a key of `BUILDERS`.
@@ -199,21 +199,21 @@ def build(
         own if None.
       data_dir: where TFDS data sets are; None: `default_data_dir()`.
       config: one builder config; None: all that `manual_dir` has the files for.
-      overwrite: build again what is there; the old one stays until the new one is whole.
-      num_images: of drawn sets only: images in train, validate, test.
-      seed: of a drawn set, or of what else the builder draws at random.
-      options: of the builder's `OPTIONS`; those not given have their default.
-      beam_options: None: no Beam. Else the arguments of its pipeline, such as
+      overwrite: build again even if it exists; the old set stays until the new one is complete.
+      num_images: only for drawn sets: images in train, validate, test.
+      seed: for drawing, or for whatever else the builder draws at random.
+      options: values of the builder's `OPTIONS`; missing ones have their default.
+      beam_options: None: no Beam. Otherwise the arguments of its pipeline, such as
         ["--runner=FlinkRunner"]; [] runs it on this machine.
-      report: folder for `data_prep.report` of what is built, or was already.
+      report: folder for a `data_prep.report` of the sets, newly built or not.
       file_format: "array_record", which this project reads, or "tfrecord", for `tf.data` and
-        big_vision: the same records in the same order. A data_dir holds a set in one of them.
+        big_vision: the same records in the same order. A data_dir holds a set in only one format.
 
     Returns:
       {"slake/en": folder of the records, ...} (the name alone for a data set without configs).
 
     Raises:
-      DataError: unknown name or config, or bad input; one sentence that names the file.
+      DataError: unknown name or config, or bad input; the message names the file.
     """
     if name not in BUILDERS:
         raise DataError(f"unknown data set {name!r}; known ones: {', '.join(sorted(BUILDERS))}")
@@ -235,8 +235,8 @@ def build(
         report_lib.check_installed()
     if beam_options is not None:
         if not module.Builder.CAN_BEAM:
-            raise DataError(f"{name}: small enough to be built without --beam, and only so")
-        _beam_options(beam_options)  # says at once if it isn't installed
+            raise DataError(f"{name}: small enough to be built without --beam, which it doesn't support")
+        _beam_options(beam_options)  # fails now if it isn't installed
     if not own and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom, shapes, shapes_easy) only")
     if manual_dir is not None and (num_images is not None or seed is not None):
@@ -281,7 +281,7 @@ def build(
 
 
 def _options() -> dict[str, tuple[Option, list[str]]]:
-    """All builders' options by name, with the data sets that have them; `seed` has its own flag."""
+    """All builders' options by name, with the data sets that have them, except `seed`, which has a flag."""
     found: dict[str, tuple[Option, list[str]]] = {}
     for name, module in BUILDERS.items():
         for key, option in importlib.import_module(module).Builder.OPTIONS.items():
@@ -291,7 +291,7 @@ def _options() -> dict[str, tuple[Option, list[str]]]:
 
 
 def _define_flags() -> None:
-    # Not at import: other programs import `build` and have a --data_dir of their own.
+    # Not on import: other programs import `build` and define their own --data_dir.
     flags.DEFINE_string("manual_dir", None, "Folder with the released files (unpacked).")
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
@@ -302,16 +302,16 @@ def _define_flags() -> None:
         "tfrecord is for big_vision's TensorFlow readers.",
     )
     flags.DEFINE_bool("overwrite", False, "Build again what is built already.")
-    flags.DEFINE_list("num_images", None, "Of drawn sets: number of images in train,validate,test.")
-    flags.DEFINE_integer("seed", None, "Seed of drawings, or of what a data set draws by lot.")
+    flags.DEFINE_list("num_images", None, "For drawn sets: number of images in train,validate,test.")
+    flags.DEFINE_integer("seed", None, "Seed of drawings, or of other random choices of a data set.")
     flags.DEFINE_bool("beam", False, "Build with Apache Beam (extra `beam`), for large sets.")
     flags.DEFINE_list(
         "beam_options",
         None,
-        "With --beam: arguments of its pipeline, such as --runner=FlinkRunner.",
+        "With --beam: arguments of the pipeline, such as --runner=FlinkRunner.",
     )
     flags.DEFINE_string("report", None, "Folder for a report of what is built (extra `report`).")
-    # None tells that an option wasn't given, which matters for data sets that don't have it.
+    # None means that an option wasn't given, which matters for data sets that don't have it.
     for key, (option, names) in _options().items():
         kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
         define = kinds.get(type(option.default), flags.DEFINE_string)

@@ -3,8 +3,8 @@
 Example:
   python -m data_prep.convert_images case17.dcm scans/ --output_dir=pngs
 
-Files that every reader shows right are copied as they are; the others become NAME.png behind their
-whole name (case17.dcm.png). Folders are searched through; what is no image is told and left out.
+Files that every reader shows correctly are copied as they are; for the others .png is added to the
+name (case17.dcm.png). Folders are searched recursively; files that aren't images are reported and left out.
 """
 # The docstring above is what --help prints.
 
@@ -23,7 +23,7 @@ from data_prep.progress import progress
 
 
 def _inputs(paths: Iterable[str | os.PathLike]) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """(file, its place in the output folder) of all files; folders in the order of names."""
+    """(file, its path in the output folder) of all files; folders in the order of names."""
     for path in map(pathlib.Path, paths):
         if path.is_dir():
             for file in sorted(p for p in path.rglob("*") if p.is_file()):

@@ -1,7 +1,7 @@
-"""Reading other people's files with suspicion: JSON, image bytes, and paths found inside JSON.
+"""Reads untrusted files: JSON, image bytes, and paths found inside JSON.
 
 Released data sets come with truncated downloads, git-LFS pointers, stray paths. Each function here
-either gives the content or raises `DataError` with one sentence that names the file, what was
+either returns the content or raises `DataError` with one sentence that names the file, what was
 found and what was expected, because a user can act on that and not on a stack trace.
 """
 
@@ -57,10 +57,10 @@ def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
 
 
 def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
-    """Joins a relative path read from a data file to `root`, and never leaves `root`.
+    """Joins a relative path from a data file to `root`, and never leaves `root`.
 
-    Windows separators are accepted (several released sets have them). The check is on the text of
-    the path: links inside `root` are the user's own doing and are followed.
+    Windows separators are accepted (several released sets have them). Only the text of the path is
+    checked: links inside `root` are the user's own and are followed.
 
     Raises:
       DataError: empty, absolute, with a drive letter, a NUL or a `..` part, or not a string.
@@ -88,13 +88,13 @@ def check_image_bytes(content: bytes, where: str) -> str:
 
 @functools.cache
 def _check_image(path: str, size: int, mtime_ns: int) -> str:
-    # size and mtime are in the cache key so that a file changed on disk is looked at again.
+    # size and mtime are in the cache key so that a file changed on disk is checked again.
     del size, mtime_ns
     return check_image_bytes(read_bytes(path, "an image"), path)
 
 
 def check_image(path: os.PathLike | str) -> str:
-    """Decodes an image file once a process and returns the SHA-256 of its bytes.
+    """Decodes an image file, once per process, and returns the SHA-256 of its bytes.
 
     Raises:
       DataError: missing, a git-LFS pointer, corrupt or truncated.
@@ -111,7 +111,7 @@ def check_image(path: os.PathLike | str) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
-    """In a `with`: a binary file to write, which becomes `path` whole or not at all.
+    """A context with a binary file to write, which becomes `path` whole or not at all.
 
     As in `paligemma_med.files`, which isn't imported here; several take their places in the reverse order of the
     `with`: the first one is there last.

@@ -1,8 +1,8 @@
-"""Counts what becomes of the rows of a data set: read, kept, dropped and why, split by split.
+"""Counts the rows of a data set split by split: read, kept, dropped and why.
 
-A data set that silently loses rows can't be compared with anything. Each reader therefore tells
-a `Ledger` about every row; the build report is made of it. Only counters, the first few ids of
-each kind and, for leakage, short digests are held, so memory doesn't grow with the data's bytes.
+A data set that silently loses rows can't be compared with anything. So each reader reports every row to a
+`Ledger`, from which the build report is made. It only holds counters, the first few ids of each kind and,
+for leakage, short digests, so memory doesn't grow with the data's bytes.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-FIRST = 10  # ids told of each reason
+FIRST = 10  # how many ids are listed for each reason
 
 
 def shared(members: Mapping[str, Mapping[Any, str]]) -> dict[str, dict[str, Any]]:
-    """What two splits have in common.
+    """What pairs of splits have in common.
 
     Args:
       members: split -> {key: name to show}; a key is a content digest or a case id, since a renamed
@@ -33,11 +33,11 @@ def shared(members: Mapping[str, Mapping[Any, str]]) -> dict[str, dict[str, Any]
 
 
 class Ledger:
-    """Books of one build.
+    """The counts of one build.
 
     Args:
-      splits: their names in the order of the report.
-      tables: keys of features whose values are counted beside `answer_type`, such as modality.
+      splits: their names, in the report's order.
+      tables: features whose values are counted in addition to `answer_type`, such as modality.
     """
 
     def __init__(self, splits: Iterable[str], tables: Iterable[str] = ()):
@@ -50,7 +50,7 @@ class Ledger:
         self._splits[split].read += n
 
     def keep(self, split: str, features: Mapping[str, Any]) -> None:
-        """One row goes into the data set with these features (`image_id` tells its image)."""
+        """One row goes into the data set with these features (`image_id` identifies its image)."""
         book = self._splits[split]
         book.kept += 1
         book.images.add(_digest(features["image_id"]))
@@ -62,11 +62,11 @@ class Ledger:
         _note(self._splits[split].dropped, reason, row_id)
 
     def flag(self, split: str, what: str, row_id: Any) -> None:
-        """One row is kept but worth telling about."""
+        """One row is kept, but the report should mention it."""
         _note(self._splits[split].flags, what, row_id)
 
     def member(self, split: str, kind: str, key: str | bytes, name: str) -> None:
-        """`split` holds this image or case; the report tells what two splits have in common.
+        """`split` holds this image or case; the report shows what two splits have in common.
 
         Args:
           split: name of the split.
@@ -78,7 +78,7 @@ class Ledger:
         kinds[split].setdefault(_digest(key), name)
 
     def to_report(self) -> dict[str, Any]:
-        """Everything as JSON can hold it: {"splits": {...}, "shared": {kind: {pair: ...}}}."""
+        """Everything, JSON-able: {"splits": {...}, "shared": {kind: {pair: ...}}}."""
         return {
             "splits": {split: book.to_report() for split, book in self._splits.items()},
             "shared": {kind: shared(splits) for kind, splits in self._members.items()},
@@ -112,13 +112,13 @@ def _note(notes: dict[str, dict[str, Any]], reason: str, row_id: Any) -> None:
 
 
 def _digest(key: str | bytes) -> bytes:
-    """16 bytes in place of names and digests of any length: two million differ all the same."""
+    """16 bytes instead of names and digests of any length; enough to tell two million apart."""
     content = key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def describe(report: Mapping[str, Any]) -> Sequence[str]:
-    """A report with `to_report`'s keys as lines for a person."""
+    """A report with `to_report`'s keys as lines of text."""
     lines = []
     for split, r in report["splits"].items():
         types = ", ".join(f"{k} {v:,}" for k, v in r["tables"]["answer_type"].items())

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line a minute in a log file."""
+"""Progress of long work: a bar on a terminal, a line per minute in a log file."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ SECONDS = 60.0  # between lines in a log
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yields `items` and tells on stderr how far it is, at what speed and when it will be done."""
+    """Yields `items` and prints to stderr the progress, the speed and the remaining time."""
     if sys.stderr.isatty():
         yield from tqdm.tqdm(items, desc=what, total=total, leave=False, unit="")
         return

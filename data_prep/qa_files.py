@@ -1,9 +1,9 @@
 """Reads question-answer pairs about images: those that MedM's authors released, and our own JSONL.
 
-The authors' files come from scripts that changed on the way: JSON objects one after another without
-a list around them, model output in which questions are marked in four ways, two schemas for ROCO,
-CSV with line breaks inside cells. `read_qa` gives the same rows for all of them and counts what
-each rule kept and why the rest was dropped, since a parser that skips quietly skews a data set.
+The authors' files come from scripts that changed over time: JSON objects one after another without a
+list around them, model output in which questions are marked in four ways, two schemas for ROCO, CSV with
+line breaks inside cells. `read_qa` gives the same rows for all of them and counts what each rule kept and
+why the rest was dropped, since a parser that skips silently skews a data set.
 """
 
 import csv
@@ -20,7 +20,7 @@ from data_prep.files import DataError
 from data_prep.ledger import Ledger
 
 # A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `Q1. …`, `2. Q: …`.
-# Possessive, so that long lines of spaces cost no more than others.
+# Possessive quantifiers keep it fast on long lines of spaces.
 _MARK = re.compile(
     r"""\s*+(?:[-*•]\s++|\#++\s*+|\d++[.)]\s*+)?   # a list's bullet or number, a heading
     (?P<bold>\*\*|__)?\s*+
@@ -29,7 +29,7 @@ _MARK = re.compile(
     (?P<text>.*)""",
     re.VERBOSE,
 )
-# The same as a heading alone, `### Question 2` or `**Answer**`: what it opens is below it.
+# The same as a heading only, `### Question 2` or `**Answer**`: its text is below it.
 _HEADING = re.compile(
     r"\s*+(?:#++\s*+(?:\*\*|__)?|\*\*|__)\s*+"
     r"(?P<kind>(?i:Question|Answer))\s?(?P<number>\d++)?[.\s*_]*+"
@@ -57,7 +57,7 @@ _EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One question and its answer. `rule` is how it was found; `extra` what else the row says."""
+    """One question and its answer. `rule` says how it was found; `extra` holds the row's other fields."""
 
     question_id: str
     image_id: str
@@ -79,7 +79,7 @@ def answer_type(answer: str) -> str:
 
 
 def question_word(question: str) -> str:
-    """What a question begins with, as a type for pairs that come without one.
+    """The beginning of a question, as a question type for pairs that have none.
 
     "What", "Which", "Where", "When", "Who", "Why", "How", "How many"; "Yes or no" if a verb comes
     first ("Is there …"); "Describe" for requests; else "Other".
@@ -110,12 +110,12 @@ def parse_pairs(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, 
     A blank line ends an answer, unless it has no text yet; so closing remarks are left out.
 
     Returns:
-      pairs: (question, answer, rule), the rule being the form that the question's mark has:
+      pairs: (question, answer, rule); the rule is the form of the question's mark:
         "Q:", "**Q: …**", "**Q:**", "Q1:" (bold or not), "heading" ("### Question 1", the text
         below); or in a text without such marks "? A:" (a question, numbered or not, before a
         marked answer), "1." (a numbered question, its answer behind it or below) or "unmarked"
         (paragraphs that are a question and an answer in turn).
-      rejected: (reason, text) of what looked like a part of a pair and wasn't one.
+      rejected: (reason, text) of what only looked like a part of a pair.
     """
     lines = text.splitlines()
     parts = _parts(lines, mark)
@@ -163,7 +163,7 @@ def _joined(lines: list[str]) -> str:
 
 
 def mark(line: str) -> tuple[str, str, str] | None:
-    """("Q" or "A", rule, text behind the mark) of a line that opens a question or an answer."""
+    """("Q" or "A", rule, text after the mark) of a line that opens a question or an answer."""
     if found := _MARK.fullmatch(line):
         return found["kind"][0].upper(), _rule(found), found["text"]
     if found := _HEADING.fullmatch(line):
@@ -172,7 +172,7 @@ def mark(line: str) -> tuple[str, str, str] | None:
 
 
 def _bare_question(line: str) -> tuple[str, str, str] | None:
-    """A line that is a question without saying so, where the answers do."""
+    """The same for an unmarked question, in texts where only answers are marked."""
     numbered = _NUMBERED.fullmatch(line)
     content = (numbered["text"] if numbered else line).strip(" *_#\t")
     return ("Q", "? A:", content) if "?" in content else None
@@ -211,7 +211,7 @@ def _numbered(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, st
             blocks.append([found["text"]])
             open_block = True
         elif not line.strip():
-            # The answer may be a paragraph of its own below its question.
+            # The answer may be a separate paragraph below its question.
             open_block = open_block and len(blocks[-1]) == 1 and blocks[-1][0].strip(" *_")[-1:] == "?"
         elif open_block:
             blocks[-1].append(_BULLET.sub("", line.strip(), count=1))
@@ -240,7 +240,7 @@ def _numbered(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, st
 
 
 def _open(path: pathlib.Path) -> Any:
-    """A text handle that has been looked at: there, not empty, no LFS pointer."""
+    """An open text file, after checking that it exists, isn't empty and isn't an LFS pointer."""
     try:
         with open(path, "rb") as f:
             head = f.read(200)
@@ -256,10 +256,10 @@ def _open(path: pathlib.Path) -> Any:
 def iter_objects(path: pathlib.Path | str) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSON list, of JSON Lines, or of objects that just follow each other.
 
-    Only a list is held in memory as a whole.
+    Only a list is held in memory entirely.
 
     Raises:
-      DataError: not UTF-8, not JSON (with the line), or something else than objects.
+      DataError: not UTF-8, not JSON (with the line), or something other than objects.
     """
     path = pathlib.Path(path)
     with _open(path) as f:
@@ -280,7 +280,7 @@ def _first_letter(f: Any) -> str:
             if line.strip():
                 return line.strip()[0]
     except UnicodeDecodeError:
-        pass  # told by whoever reads on
+        pass  # reported when the file is read on
     return ""
 
 
@@ -340,7 +340,7 @@ def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[st
 
 
 def qa_ledger() -> Ledger:
-    """The books of `read_qa`: "records" (objects or rows) and the "pairs" in them, by rule."""
+    """The ledger of `read_qa`: "records" (objects or rows) and the "pairs" in them, by rule."""
     return Ledger(("records", "pairs"), ("rule",))
 
 
@@ -352,14 +352,14 @@ def read_qa(paths: pathlib.Path | str | Sequence[pathlib.Path | str], ledger: Le
         {image_id, question, answer, …}           ours, ROCO test, MedM's csv files
         {image_id, "original caption", qa_pair}   ROCO valid; the caption is the answer
         {image_id, qa_pairs_raw | qa_pairs, …}    MedPix; pairs in a model's free text
-      ledger: from `qa_ledger`; told of each record and each pair.
+      ledger: from `qa_ledger`; counts each record and each pair.
 
-    Dropped: pairs with an empty side, pairs that came before, what `parse_pairs` rejects.
+    Dropped: pairs with an empty side, duplicates of earlier pairs, what `parse_pairs` rejects.
     Texts lose surrounding spaces and `**`; questions become one line. A row's `question_id` is
-    kept; without one it is the image id and the pair's number at that image.
+    kept; otherwise it is the image id and the pair's number within the image.
 
     Raises:
-      DataError: unreadable, none of the schemas above, or a given question_id that comes twice.
+      DataError: unreadable, none of the schemas above, or a duplicate question_id.
     """
     paths = [paths] if isinstance(paths, (str, pathlib.Path)) else paths
     ledger = ledger or qa_ledger()

@@ -1,4 +1,4 @@
-"""What is in built data sets, for a paper or a doubt: report.json, report.md, distributions.png.
+"""What built data sets contain, for papers and checks: report.json, report.md, distributions.png.
 
 Example:
   python -m data_prep.report slake/en medpix2/qa --data_dir ~/tensorflow_datasets --out out/report
@@ -6,9 +6,9 @@ Example:
 """
 # The docstring above is what --help prints.
 #
-# Rows read, dropped and shared between splits come from the build report beside the records;
-# lengths and distributions from the records themselves. They are read one at a time, so memory
-# doesn't grow with the set.
+# Counts of rows read, dropped and shared between splits come from the build report next to the records;
+# lengths and distributions from the records themselves, read one at a time, so that memory doesn't grow
+# with the set.
 
 import importlib.util
 import os
@@ -31,8 +31,8 @@ from paligemma_med.pp import markdown, tokenizer
 from paligemma_med.pp.files import default_data_dir
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
-# Panel -> features that may hold it, the first that a set has. Questions of a set without types
-# are told apart by their first word.
+# Panel -> features that may hold its values; the first that a set has is used. Without question types,
+# questions are grouped by their first word.
 PANELS = {
     "Modality": ("modality",),
     "Body part": ("location_category", "location", "image_organ"),
@@ -45,7 +45,7 @@ _BATCH = 512  # texts that are tokenized together
 
 
 def check_installed() -> None:
-    """DataError if the extra `report` is missing: better before a build than after it."""
+    """Raises DataError if the extra `report` is missing, so that a build fails before it starts."""
     if importlib.util.find_spec("matplotlib") is None:
         raise DataError("--report needs matplotlib; pip install 'paligemma_med[report]'")
 
@@ -54,7 +54,7 @@ def write(out: str | os.PathLike, sets: Mapping[str, pathlib.Path]) -> dict[str,
     """Writes report.json, report.md and distributions.png into `out`.
 
     Args:
-      out: folder, made if need be.
+      out: folder, created if missing.
       sets: {"slake/en": folder of the records, ...}, as `data_prep.build.build` returns.
 
     Returns:
@@ -114,7 +114,7 @@ def _panels(features: Any) -> dict[str, str]:
 
 
 def _leave_out_empty(panels: dict[str, str], splits: Mapping[str, Any]) -> None:
-    """A feature that is empty in all examples tells nothing; question types have a substitute."""
+    """Drops features that are empty in all examples; question types have a substitute."""
     for title in PANELS:
         values = {v for split in splits.values() for v in split["tables"].get(title, ())}
         if values <= {NONE}:
@@ -192,7 +192,7 @@ def summary(counts: Mapping[int, int]) -> dict[str, float]:
 
 
 def _normal(split: Mapping[str, Any]) -> dict[str, Any]:
-    """A split's part of a build report, also of the sets that list all ids of dropped rows."""
+    """A split's part of a build report in one form; some sets list all ids of dropped rows."""
     dropped = {
         reason: note if isinstance(note, Mapping) else {"count": len(note), "first": [str(i) for i in note[:FIRST]]}
         for reason, note in split["dropped"].items()
@@ -209,7 +209,7 @@ def _old_shared(build: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
-    """The report for a person."""
+    """The report as Markdown."""
     parts = ["# Data sets\n", "![Distributions](distributions.png)\n"]
     for name, r in found.items():
         parts.append(f"## {name}\n")
@@ -282,7 +282,7 @@ def _over_splits(described: Mapping[str, Any], title: str) -> Counter:
 
 
 def _shown(counts: Counter) -> list[tuple[str, int]]:
-    """The most frequent values, and the others together."""
+    """The most frequent values, and the rest as one."""
     common = counts.most_common()
     if len(common) <= _SHOWN + 1:
         return common
@@ -291,9 +291,9 @@ def _shown(counts: Counter) -> list[tuple[str, int]]:
 
 
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
-    """One row of bar charts a set (the paper's Figure 3): all splits together, share of examples.
+    """One row of bar charts per set (the paper's Figure 3): share of examples over all splits.
 
-    Bars are told by their labels, not by colours.
+    Bars are identified by labels, not by colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -313,14 +313,14 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
             key = r["panels"][title]
             totals = _over_splits(r, title)
             values = [(_short(v), 100 * n / totals.total()) for v, n in _shown(totals)][::-1]
-            # By place, not by name: two long names may be the same when cut.
+            # By position, not by name: two long names may be equal once cut.
             bars = ax.barh(range(len(values)), [share for _, share in values], color="#0072B2")
             ax.set_yticks(range(len(values)), [v for v, _ in values])
             ax.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
             ax.set_xlabel(f"{title} ({key}), % of examples", fontsize=9)
             ax.tick_params(labelsize=9)
             ax.margins(x=0.12)
-            ax.set_ylim(len(values) - 0.5 - _longest(r), len(values) - 0.5)  # bars equally thick
+            ax.set_ylim(len(values) - 0.5 - _longest(r), len(values) - 0.5)  # so that all bars are equally thick
             for side in ("top", "right"):
                 ax.spines[side].set_visible(False)
     FigureCanvasAgg(figure).print_figure(path, dpi=110)
@@ -332,7 +332,7 @@ def _longest(described: Mapping[str, Any]) -> int:
 
 def _short(text: str) -> str:
     text = text if len(text) <= 36 else text[:34].rstrip() + " …"
-    return text.replace("$", r"\$")  # else it would be set as mathematics
+    return text.replace("$", r"\$")  # or it would be typeset as mathematics
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""TFDS builders that the data sets have in common, and what keeps their memory flat."""
+"""The data sets' common TFDS builders, and what keeps their memory use flat."""

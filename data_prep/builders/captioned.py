@@ -1,7 +1,7 @@
 """The TFDS builder that `rocov2`, `roco_v1` and `medpix2` share: configs `caption` and `qa`.
 
-Two passes, as in `row_file`: the rows are made, checked and counted first, so that a bad file costs
-no half-written data set; then they are written with their images.
+Two passes, as in `row_file`: first the rows are made, checked and counted, so that a bad file doesn't
+leave a half-written data set; then they are written with their images.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ CAPTION_QUESTION = "Describe this image."
 QA_FILES = ("qa.jsonl", "qa.json", "qa.csv", "qa_pairs_generated_all.json")
 CHOICES = (*TEXTS, ANSWER_LETTER)
 _EXAMPLES = 3
-# MedM's csv files name the split their authors made; ours are the release's.
+# MedM's csv files name a split that their authors made; ours are the release's.
 _THEIR_SPLITS = {s: s for s in SPLITS} | {"valid": "validate", "validation": "validate"}
 
 
 class CaptionedBuilder(VqaBuilder, skip_registration=True):
-    """Subclasses give FEATURES, TABLES, HOMEPAGE, LICENSE, `check_manual_dir` and `read_release`.
+    """Subclasses define FEATURES, TABLES, HOMEPAGE, LICENSE, `check_manual_dir` and `read_release`.
 
-    FEATURES: text features of a figure; TABLES: those of them whose values the report counts.
+    FEATURES: text features of a figure; TABLES: the features whose values the report counts.
     """
 
     CAN_BEAM = True
@@ -45,7 +45,7 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
     HOMEPAGE = LICENSE = ""
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="caption", description="One row per image and caption"),
-        # A version of its own, so that captions needn't be built again.
+        # A separate version, so that captions needn't be built again.
         tfds.core.BuilderConfig(
             name="qa",
             version=tfds.core.Version("1.1.0"),
@@ -58,17 +58,17 @@ class CaptionedBuilder(VqaBuilder, skip_registration=True):
     ]
     OPTIONS = {
         "qa": Option(None, f"file(s,) of question-answer pairs; else {QA_FILES[0]} in manual_dir."),
-        "allow_missing_images": Option(False, "build what is there; leave out rows whose image is missing or broken."),
+        "allow_missing_images": Option(False, "leave out rows whose image is missing or broken, and absent splits."),
     }
 
     @classmethod
     def read_release(cls, folder: pathlib.Path) -> Release:
-        """Reads everything but the images' content."""
+        """Reads everything except the images' content."""
         raise NotImplementedError
 
     @classmethod
     def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
-        # Without a file of pairs in it, `qa` is built when asked for by --config=qa --qa=FILE.
+        # Without a file of pairs in the folder, `qa` is only built with --config=qa --qa=FILE.
         return [c for c in cls.builder_configs if c == "caption" or first_there(folder, *QA_FILES)]
 
     @classmethod
@@ -138,20 +138,20 @@ def make_rows(
     """Makes the rows of a data set, each image decoded once, and the report.
 
     Args:
-      release: what a reader found in `folder`.
+      release: what the reader found in `folder`.
       folder: for messages.
       qa: files of question-answer pairs; None: the captions are the answers.
       tables: features whose values are counted.
-      allow_missing: leave out rows whose image is missing or broken, and splits that aren't there.
+      allow_missing: leave out rows whose image is missing or broken, and absent splits.
       work_dir: for temporary files, which must stay until the rows are written.
-      cache_dir: for what a build started again needn't do again.
+      cache_dir: for results that a restarted build can reuse.
 
     Returns:
-      {split: (its rows, the store that has their images)} and the report.
+      {split: (its rows, the store with their images)} and the report.
 
     Raises:
-      DataError: a split, an image or its content missing (unless `allow_missing`); a split left
-        without rows; pairs of which none is about an image of the release.
+      DataError: a split, an image or its content is missing (unless `allow_missing`); a split has no
+        rows left; no pair is about an image of the release.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"folder": str(folder.resolve())}
@@ -187,7 +187,7 @@ def make_rows(
                 if reason:
                     books.drop(split, reason, row["question_id"])
                     continue
-                if figure.no_caption:  # a pair can be about its case all the same
+                if figure.no_caption:  # a pair can still be about its case
                     books.flag(split, figure.no_caption, row["question_id"])
                 _keep(books, split, figure, row, digest)
                 writer.write({**row, "file": names[figure.image_id]})
@@ -227,7 +227,7 @@ def _caption_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[Figure, dict[
 def _sort_pairs(
     release: Release, qa: Sequence[pathlib.Path | str], work_dir: pathlib.Path
 ) -> tuple[dict[str, Callable[[], Iterator]], dict[str, Any]]:
-    """Lays the pairs down by split; returns what reads them again, and the file's own report."""
+    """Writes the pairs to one file per split; returns functions that read them, and the pairs' report."""
     split_of = {i: split for split, figures in release.figures.items() for i in figures}
     books = qa_files.qa_ledger()
     unknown = ""
@@ -273,7 +273,7 @@ def _sort_pairs(
 
 def _choices(pair: qa_files.Pair) -> tuple[dict[str, str], str]:
     """({key of CHOICES: text}, what is wrong with them or ""); all "" without four good ones."""
-    # Cleaned as the answer is, which has to be one of them.
+    # Cleaned like the answer, which has to be one of them.
     found = {key: pair.extra.get(key, "").replace("**", "").strip() for key in CHOICES}
     *options, letter = found.values()
     letter = found[ANSWER_LETTER] = letter.upper()
@@ -303,7 +303,7 @@ def _find_images(
     rows: Mapping[str, Callable[[], Iterator]],
     allow_missing: bool,
 ) -> tuple[dict[str, Store | None], dict[str, str]]:
-    """The splits' stores, and image id -> file name there, of all images that rows ask for."""
+    """The splits' stores, and image id -> file name in them, for all images that rows use."""
     stores, names, missing, total = {}, {}, [], 0
     for split in rows:
         root = release.images.get(split)
@@ -335,7 +335,7 @@ def _keep(books: ledger.Ledger, split: str, figure: Figure, row: dict[str, str],
         books.flag(split, flag, row["question_id"])
     theirs = row.pop("split", "").strip().lower()
     if theirs and _THEIR_SPLITS.get(theirs) != split:
-        # Pairs go where the release puts their image.
+        # Pairs go to the split that the release puts their image in.
         books.flag(split, f"in split {theirs} of the file of pairs", row["question_id"])
     books.member(split, "image", digest, figure.image_id)
     for kind, key in figure.groups:

@@ -1,8 +1,8 @@
-"""Images with captions, and what is known about each: what `rocov2`, `roco_v1`, `medpix2` share.
+"""Images with captions and what is known about each, shared by `rocov2`, `roco_v1`, `medpix2`.
 
-A reader of a release gives `Figure`s by split. Built with config `caption`, each becomes one row
-whose answer is its caption; with config `qa`, it is joined by its id with question-answer pairs
-that somebody made from the captions (`qa_files.read_qa`).
+The reader of a release gives `Figure`s by split. With config `caption`, each becomes one row whose
+answer is its caption; with config `qa`, it is joined by its id with question-answer pairs that somebody
+made from the captions (`qa_files.read_qa`).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.files import DataError
 
 SPLITS = ("train", "validate", "test")
-CAPTION_AGAIN = "caption of another image too"  # flag of all but the first that have it
+CAPTION_AGAIN = "caption of another image too"  # flags all but the first figure with a caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Figure:
 
     image_id: unique over all splits.
     names: file names that its image may have, the likeliest first.
-    features: texts by name; `caption` among them, "" where there is no usable one.
-    no_caption: why there is none; "" if there is.
-    flags: what is worth telling about it.
-    groups: (kind, key) of what must not be in two splits, such as ("case", "MPX1009").
+    features: texts by name; `caption` is one of them, "" without a usable one.
+    no_caption: why there is no caption; "" if there is one.
+    flags: what the report should mention about it.
+    groups: (kind, key) of groups that must not be in two splits, such as ("case", "MPX1009").
     """
 
     image_id: str
@@ -39,9 +39,9 @@ class Figure:
 class Release:
     """What a reader found.
 
-    figures: split -> image id -> Figure, in the order of the files; a split may lack.
-    images: split -> folder or zip file in which its images are; None: not there.
-    notes: counts for the report, as JSON can hold them.
+    figures: split -> image id -> Figure, in the order of the files; a split may be absent.
+    images: split -> folder or zip file with its images, or None if there is none.
+    notes: counts for the report, JSON-able.
     """
 
     figures: dict[str, dict[str, Figure]]
@@ -50,7 +50,7 @@ class Release:
 
 
 def has_text(caption: str) -> bool:
-    """False for what shows nothing: spaces of all kinds, zero-width characters, dots."""
+    """False for invisible text: spaces of all kinds, zero-width characters, dots."""
     return any(c.isalnum() for c in caption)
 
 
@@ -60,7 +60,7 @@ def first_there(folder: pathlib.Path, *names: str) -> pathlib.Path | None:
 
 
 def add_figure(figures: dict[str, Figure], figure: Figure, where: str) -> None:
-    """Adds it. DataError: its id is taken (`where` names file and row)."""
+    """Adds a figure. DataError: its id is taken (`where` names file and row)."""
     if figure.image_id in figures:
         raise DataError(f"{where}: id {figure.image_id!r} comes twice; expected each once")
     figures[figure.image_id] = figure

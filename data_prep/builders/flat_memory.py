@@ -1,9 +1,9 @@
 """Lets TFDS write splits of any size in little memory, and without TensorFlow.
 
-TFDS sorts the records of a split by a hash of their keys. It holds up to 1 GB of them in memory;
-what is more it writes to temporary files through TensorFlow's file functions, so that where
-TensorFlow isn't installed a larger split can't be built (tensorflow-datasets 4.9.10). Here the
-temporary files are plain ones and less is held. Records and their order stay the same.
+TFDS sorts the records of a split by a hash of their keys. It holds up to 1 GB of them in memory and
+writes the rest to temporary files through TensorFlow's file functions, so that without TensorFlow a
+larger split can't be built (tensorflow-datasets 4.9.10). Here the temporary files are plain files and
+less is held in memory. Records and their order stay the same.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from unittest import mock
 
 from tensorflow_datasets.core import shuffle
 
-MAX_BYTES = 64 << 20  # of a split's records held in memory
+MAX_BYTES = 64 << 20  # how many bytes of a split's records are held in memory
 _HEAD = struct.Struct("=QQQ")  # the upper and lower half of the key's hash, size of the record
 
 
 class _Bucket:
-    """Records whose hashes lie in one of a thousand ranges; in place of TFDS's class."""
+    """Records whose hashes lie in one of a thousand ranges; replaces TFDS' class."""
 
     def __init__(self, path: os.PathLike):
         self._path = os.fspath(path)
@@ -51,7 +51,7 @@ class _Bucket:
 
 @contextlib.contextmanager
 def flat_memory() -> Iterator[None]:
-    """Within it TFDS writes as described above."""
+    """A context in which TFDS writes as described above."""
     with (
         mock.patch.object(shuffle, "_Bucket", _Bucket),
         mock.patch.object(shuffle, "MAX_MEM_BUFFER_SIZE", MAX_BYTES),

@@ -1,8 +1,8 @@
-"""Rows of a split that were checked and kept, as JSON lines in a temporary file.
+"""The checked rows of a split, as JSON lines in a temporary file.
 
-A builder that streams goes over its rows twice: once to check them and count, once to write them
-with their images. Between the two they lie in such a file and not in memory, and Beam workers can
-each read a part of it.
+A streaming builder goes over its rows twice: once to check and count them, once to write them with
+their images. In between they are in such a file and not in memory, and Beam workers can each read a
+part of it.
 """
 
 import functools
@@ -52,15 +52,15 @@ def read_rows(path: os.PathLike | str, start: int = 0, count: int | None = None)
             yield json.loads(line)
 
 
-def generate(rows: RowWriter, example: Callable[[dict], tuple[str, dict]], what: str, beam: bool):
+def generate(rows: RowWriter, example: Callable[[dict], tuple[str, dict]], what: str, beam: bool) -> Any:
     """What `_split_generators` gives TFDS for one split: a generator, or a Beam transform.
 
     Args:
-      rows: closed.
+      rows: the split's rows; the writer must be closed.
       example: row -> (key, example); a function of a module, or a `functools.partial` of one with
         picklable arguments, since Beam sends it to its workers.
-      what: shown with the progress.
-      beam: whether Beam runs it.
+      what: label of the progress bar.
+      beam: whether to return a Beam transform.
     """
     if not beam:
         return (example(row) for row in progress(read_rows(rows.path), what, rows.count))

@@ -1,8 +1,8 @@
 """TFRecord files without TensorFlow: the format that `tf.data`, and so big_vision, reads.
 
-A record is its length (8 bytes), the checksum of those, its bytes, and their checksum (4 bytes
+A record is its length (8 bytes), the checksum of the length, its bytes, and their checksum (4 bytes
 each; little-endian). TFDS writes such files through TensorFlow; a builder that returns
-`ExampleWriter` from `_example_writer` needs none. The format is described in TensorFlow's
+`ExampleWriter` from `_example_writer` doesn't need it. The format is described in TensorFlow's
 guide "TFRecord and tf.train.Example".
 """
 
@@ -23,13 +23,13 @@ _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
 def check_installed() -> None:
-    """DataError if checksums can't be computed here: better before a build than in it."""
+    """Raises DataError if checksums can't be computed here, so that a build fails before it starts."""
     if importlib.util.find_spec("google_crc32c") is None:
         raise DataError("--file_format=tfrecord needs google-crc32c; pip install 'paligemma_med[tfrecord]'")
 
 
 def check_random_access(file_format: Any, where: str | os.PathLike) -> None:
-    """DataError unless records of this format can be read at random, without TensorFlow."""
+    """Raises DataError unless records of this format can be read in random order, without TensorFlow."""
     if file_format.value != ARRAY_RECORD:
         raise DataError(
             f"{where}: holds {file_format.value} files, expected array_record; build it into "
@@ -38,7 +38,7 @@ def check_random_access(file_format: Any, where: str | os.PathLike) -> None:
 
 
 def _checksum(data: bytes) -> bytes:
-    import google_crc32c  # of an extra
+    import google_crc32c  # an optional dependency
 
     crc = google_crc32c.value(data)
     rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF  # so that files can hold checksums of files
@@ -72,7 +72,7 @@ def read(path: str | os.PathLike) -> Iterator[bytes]:
 
 
 class ExampleWriter(writer.ExampleWriter):
-    """TFDS's writer of shards, for TFRecord files alone."""
+    """TFDS' writer of shards, for TFRecord files only."""
 
     def write(self, path: str | os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
         write(os.fspath(path), (record for _, record in examples))

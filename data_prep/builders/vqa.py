@@ -1,8 +1,7 @@
-"""What every data set of the project has in common as a TFDS builder: schema and build report.
+"""The base of the project's TFDS builders: schema and build report.
 
-A config or an evaluator can swap one data set for another because the keys are the same. Images
-are stored as the bytes of the released file: nothing is decoded and encoded again, and TFDS needs
-no TensorFlow for it.
+A config or an evaluator can swap one data set for another because the keys are the same. Images are
+stored as the bytes of the released file: nothing is encoded again, and TFDS needs no TensorFlow for it.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ def vqa_features(**extra: Any) -> tfds.features.FeaturesDict:
     """Features of one question about one image, plus those that only this data set has.
 
     image: encoded bytes as released (read with `tfds.decode.SkipDecoding()`); the text that every
-    set has is named and told in `paligemma_med.pp.rows`.
+    set has is listed in `paligemma_med.pp.rows`.
     """
     text = tfds.features.Text()
     return tfds.features.FeaturesDict(
@@ -48,8 +47,8 @@ def boxes_feature() -> tfds.features.Sequence:
 class Option:
     """A setting of a builder, given as `--NAME` to `data_prep.build`.
 
-    default: a bool, int, float or str, whose type the option has; None: text (such as a path) that
-    need not be given. help: one line.
+    default: a bool, int, float or str, which sets the option's type; None: an optional text (such as a
+    path). help: one line.
     """
 
     default: bool | int | float | str | None
@@ -57,40 +56,40 @@ class Option:
 
 
 class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A GeneratorBasedBuilder that leaves `build_report.json` beside the records.
+    """A GeneratorBasedBuilder that writes `build_report.json` next to the records.
 
-    Subclasses set `self.report` (a dict that JSON can hold) in `_split_generators` or while their
-    examples are generated, and give the two functions that `data_prep.build` asks for. They may
-    declare `OPTIONS`; `self.options` has the values, the defaults included.
+    Subclasses set `self.report` (a JSON-able dict) in `_split_generators` or while their examples are
+    generated, and define the class methods below, which `data_prep.build` calls. They may declare
+    `OPTIONS`; `self.options` has the values, defaults included.
     """
 
     OPTIONS: Mapping[str, Option] = {}
     report: Mapping[str, Any] | None = None
-    # Whether the builder can give TFDS its splits as Beam transforms (see row_file.generate).
+    # Whether the builder can return its splits as Beam transforms (see row_file.generate).
     CAN_BEAM = False
-    # Set by data_prep.build: whether to do so, and a folder for what a killed build leaves to the
-    # next one (see CheckedImages).
+    # Set by data_prep.build: whether to use Beam, and a folder in which a killed build leaves results to
+    # the next one (see CheckedImages).
     beam: bool = False
     cache_dir: pathlib.Path | None = None
 
     def __init__(self, *, options: Mapping[str, Any] | None = None, **kwargs: Any):
         self.options = {k: o.default for k, o in self.OPTIONS.items()} | dict(options or {})
         super().__init__(**kwargs)
-        self._original_state["options"] = self.options  # what a copy in another process gets
+        self._original_state["options"] = self.options  # so that a copy in another process gets them
 
     @classmethod
     def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
-        """Returns `folder` if it looks right at a glance; DataError says what it lacks."""
+        """Returns `folder` after a quick check; DataError says what is missing in it."""
         raise NotImplementedError
 
     @classmethod
     def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
-        """The configs that `folder` has files for: what is built if none is asked for."""
+        """The configs that `folder` has files for, which are built by default."""
         return list(cls.builder_configs)
 
     @classmethod
     def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
-        """The report as lines for a person."""
+        """The report as lines of text."""
         raise NotImplementedError
 
     def _example_writer(self) -> Any:
@@ -103,6 +102,5 @@ class VqaBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             super()._download_and_prepare(*args, **kwargs)
         if self.options:
             self.report = {**self.report, "made_with": self.options}
-        # TFDS has pointed data_path at its temporary folder here: report and records appear
-        # together or not at all.
+        # Here data_path is TFDS' temporary folder, so report and records appear together or not at all.
         files.write_json(pathlib.Path(self.data_path) / REPORT_NAME, self.report)

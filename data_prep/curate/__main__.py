@@ -6,8 +6,8 @@ Examples:
   python -m data_prep.curate --config=data_prep/curate/configs/paper.py:min_cases=50 \
       --input=tfds:medpix2/qa:train --data_dir ~/tensorflow_datasets --output=kept.jsonl
 
-Stopped at any point, the same command goes on. Beside the output it writes NAME.drops.jsonl (each
-dropped row with its reasons) and NAME.report.json.
+If interrupted, the same command resumes. Next to the output it writes NAME.drops.jsonl (each dropped
+row with its reasons) and NAME.report.json.
 """
 # The docstring above is what --help prints.
 
@@ -26,7 +26,7 @@ from paligemma_med.pp.files import default_data_dir
 def main(argv: Sequence[str]) -> None:
     """Command line; exits with 1 and one line on bad input, with 130 when stopped by Ctrl-C."""
     values = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)  # TFDS tells what it loads
+    logging.set_verbosity(logging.WARNING)  # TFDS logs what it loads
     try:
         if len(argv) > 1:
             raise DataError(f"unexpected argument {argv[1]!r}; --help shows an example")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     except DataError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
     for line in describe(report):
         print(line)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Rules and relevance; configs/paper.py shows.")
+    config_flags.DEFINE_config_file("config", None, "Rules and relevance; see configs/paper.py.")
     flags.DEFINE_multi_string("input", None, "JSONL, MedM's .json or .csv, or tfds:NAME:SPLIT.")
     flags.DEFINE_string("output", None, "JSONL of the rows kept.")
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")

@@ -1,9 +1,8 @@
-"""Near duplicates among rows that come one after another, in bounded memory.
+"""Near duplicates in a stream of rows, in bounded memory.
 
-Two rows are near duplicates if the sets of their texts' runs of words overlap enough (Jaccard).
-They are looked for among the rows of the same image or case, all of which are compared; or among
-all rows, where MinHash with bands finds the candidates (Broder 1997) and the sets themselves
-decide, so that no row is ever taken for a duplicate that isn't one.
+Two rows are near duplicates if the sets of their texts' runs of words overlap enough (Jaccard). Rows of
+the same image or case are all compared. Among all rows, MinHash with bands finds the candidates (Broder
+1997) and the sets themselves decide, so that there are no false duplicates.
 """
 
 import hashlib
@@ -29,21 +28,21 @@ def shingles(text: str, n: int) -> np.ndarray:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Shared share of two sorted sets of hashes."""
+    """Jaccard similarity of two sorted sets of hashes."""
     place = np.minimum(np.searchsorted(b, a), len(b) - 1)
     both = int((b[place] == a).sum())
     return both / (len(a) + len(b) - both)
 
 
 class NearDuplicates:
-    """Remembers the rows that it was told to, and finds the first that a new row repeats.
+    """Remembers added rows, and finds the one that a new row repeats.
 
     Args:
-      within: "image", "case" (image where a row has no case_id), or "all".
+      within: "image", "case" (the image if a row has no case_id), or "all".
       threshold: Jaccard similarity from which two rows are near duplicates.
-      shingle: words a run; texts that are shorter are one run.
-      fields: whose texts are compared, each with its own runs.
-      max_rows: rows remembered; beyond, the oldest is forgotten.
+      shingle: words in a run; a shorter text is one run.
+      fields: fields whose texts are compared, each with its own runs.
+      max_rows: how many rows are remembered; after that the oldest is forgotten.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class NearDuplicates:
         self._rows: OrderedDict[int, tuple[str, np.ndarray, list[int]]] = OrderedDict()
         self._buckets: dict[int, list[int]] = {}
         self._count = 0
-        self._last: tuple[Any, np.ndarray, list[int]] | None = None  # a row is found, then added
+        self._last: tuple[Any, np.ndarray, list[int]] | None = None  # a row is looked up, then added
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,7 +99,7 @@ class NearDuplicates:
     def find(self, row: Mapping[str, Any]) -> tuple[str | None, float]:
         """(name of the most similar row remembered, similarity); (None, best) below the threshold.
 
-        Of several rows equally similar, the first.
+        The first of several equally similar rows.
         """
         runs, buckets = self._look_at(row)
         seen, best, name = set(), 0.0, None
@@ -119,7 +118,7 @@ class NearDuplicates:
         self._rows[self._count] = (name, runs, buckets)
         for bucket in buckets:
             held = self._buckets.setdefault(bucket, [])
-            # Without an end to it, a corpus of one phrase would be compared all with all.
+            # Without a limit, in a corpus of one phrase every row would be compared with every other.
             if len(held) < _LONGEST_BUCKET or self._within != "all":
                 held.append(self._count)
         self._count += 1

@@ -1,8 +1,8 @@
-"""Relevance by pathology category: which rows count, and how much more the common ones do.
+"""Relevance by pathology category: which rows are kept, and how much more the common ones weigh.
 
 The paper reinforces the most common pathologies instead of the rare ones; its draft keeps MedPix
-locations with at least 100 examples, counted in images. A row's category is what the data set says,
-or is found by key words.
+locations with at least 100 examples, counted in images. A row's category comes from the data set or is
+found by key words.
 """
 
 import re
@@ -21,19 +21,19 @@ class Relevance:
 
     Args:
       keys: the first of these fields that a row has is its category.
-      keywords: [name, regular expression] pairs, tried in order on a row that has none of `keys`,
-        in its fields `text`.
-      text: these fields.
-      min_cases: how many a category must have of what is counted.
+      keywords: [name, regular expression] pairs, tried in order on the fields `text` of a row that has
+        none of `keys`.
+      text: those fields.
+      min_cases: how many cases (or images, see `count`) a category must have.
       count: "cases" (case_id, else image_id) or "images".
       below: "drop" or "keep" rows of smaller categories.
       missing: "drop" or "keep" rows without category.
-      reinforce: "weight" writes a weight beside each row, "repeat" writes rows several times,
-        "none" neither.
+      reinforce: "weight" adds a weight to each row, "repeat" writes rows several times, "none" does
+        neither.
       power, max_weight: the weight is (count / min_cases) ** power, at least 1 and at most this.
 
     Raises:
-      DataError: settings that make no sense.
+      DataError: impossible settings.
     """
 
     def __init__(
@@ -81,25 +81,25 @@ class Relevance:
         return ""
 
     def counted(self, row: Mapping[str, Any]) -> str:
-        """The id of what a row counts for."""
+        """The id of the case or image that a row counts for."""
         case = row.get("case_id") if self.count == "cases" else None
         return f"case {case}" if case else f"image {row.get('image_id')}"
 
     def reason(self, category: str, n: int) -> str | None:
-        """Why rows of a category with `n` cases (or images) go, or None."""
+        """Why rows of a category with `n` cases (or images) are dropped, or None."""
         if not category:
             return "no category" if self.missing == "drop" else None
         small = self.below == "drop" and n < self.min_cases
         return f"{category}: {n} {self.count}, fewer than {self.min_cases}" if small else None
 
     def weight(self, category: str, n: int) -> float:
-        """At least 1, larger the more of a category there is; 1 for rows without category."""
+        """At least 1, larger for more frequent categories; 1 for rows without category."""
         if not category or self.reinforce == "none":
             return 1.0
         return round(min(self._max_weight, max(1.0, (n / self.min_cases) ** self._power)), 4)
 
 
 def repeats(weight: float, share: float) -> int:
-    """A whole number that is `weight` on average over `share`, uniform in [0, 1)."""
+    """A whole number whose mean over a uniform `share` in [0, 1) is `weight`."""
     whole = int(weight)
     return whole + (share < weight - whole)

@@ -1,7 +1,6 @@
 """Where rows come from: JSON Lines, MedM's files, or a built TFDS data set; in a fixed order.
 
-A source says what it is (`identity`), so that a run that goes on after a stop can tell whether its
-input is still the same.
+A source has an `identity`, so that a resumed run can tell whether its input is still the same.
 """
 
 import dataclasses
@@ -25,9 +24,9 @@ MALFORMED = "malformed"
 class Source:
     """Rows of one input.
 
-    name: stands in provenance. identity: JSON-able, changes with the content. total: number of
+    name: recorded in provenance. identity: JSON-able, changes with the content. total: number of
     rows if known. read: yields (line or row number from 1, row, None), or (number, None, why) for
-    what is no row. notes: lines for a person, after all was read.
+    something that isn't a row. notes: lines of text, after everything was read.
     """
 
     name: str
@@ -41,11 +40,11 @@ def open_source(spec: str, data_dir: str | os.PathLike | None = None) -> Source:
     """Opens `FILE.jsonl`, a file that `qa_files` reads (.json, .csv), or `tfds:NAME[/CONFIG]:SPLIT`.
 
     Args:
-      spec: as on the command line.
+      spec: one of these, as on the command line.
       data_dir: where TFDS data sets are.
 
     Raises:
-      DataError: it isn't there, or is of another form.
+      DataError: it doesn't exist, or has another form.
     """
     if spec.startswith("tfds:"):
         return _tfds(spec, data_dir)
@@ -90,7 +89,7 @@ def _jsonl(path: pathlib.Path) -> Source:
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """(row, None) or (None, why it is none)."""
+    """(row, None) or (None, why it isn't a row)."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:

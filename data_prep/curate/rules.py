@@ -1,8 +1,8 @@
-"""The rules of the filter: each looks at one row and says why it should go, or nothing.
+"""The rules of the filter: each looks at one row and says why it should be dropped, if so.
 
-A config lists them by name with their settings, so that a corpus can be filtered otherwise without
-touching code. The measurement, number and history rules come from what MedM's prompt forbade its
-language model, which it did all the same; the others from what its output looks like.
+A config lists them by name with their settings, so that a corpus can be filtered differently without
+changing code. The measurement, number and history rules are what MedM's prompt forbade its language
+model, in vain; the others come from looking at its output.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from data_prep.curate.words import SMALL, as_words, content_words, words
 from data_prep.files import DataError
 
 Row = Mapping[str, Any]
-# Why the row should go (None: it may stay), and a score to keep with it (None: there's none).
+# Why the row should be dropped (None: it may stay), and a score to store with it, or None.
 Verdict = tuple[str | None, float | None]
 RULES: dict[str, Callable[..., Callable[[Row], Verdict]]] = {}
 PASS: Verdict = (None, None)
@@ -24,7 +24,7 @@ PASS: Verdict = (None, None)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule with its settings made: `check(row)` gives its verdict, `name` stands in reports."""
+    """A rule with its settings: `check(row)` gives its verdict; reports show `name`."""
 
     name: str
     check: Callable[[Row], Verdict]
@@ -68,7 +68,7 @@ def _regex(patterns: Sequence[str]) -> re.Pattern:
 
 
 def _found(regex: re.Pattern, row: Row, fields: Sequence[str]) -> Verdict:
-    """Drops a row in one of whose fields the regex is found; the detail quotes what."""
+    """Drops a row if the regex matches in one of its fields; the reason quotes the match."""
     for field in fields:
         if match := regex.search(str(row.get(field) or "")):
             return f"{field}: {' '.join(match[0].split())!r:.60}", None
@@ -79,8 +79,8 @@ BOTH = ("question", "answer")
 
 
 @rule
-def pattern(patterns: Sequence[str], fields: Sequence[str] = BOTH):
-    """Drops rows in which one of the regular expressions is found (case doesn't matter)."""
+def pattern(patterns: Sequence[str], fields: Sequence[str] = BOTH) -> Callable[[Row], Verdict]:
+    """Drops rows in which one of the regular expressions matches (case doesn't matter)."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("no patterns; expected at least one regular expression")
@@ -92,7 +92,7 @@ def pattern(patterns: Sequence[str], fields: Sequence[str] = BOTH):
 def empty(
     fields: Sequence[str] = ("question", "answer", "image_id"),
     nothing: Sequence[str] = ("n/a", "na", "nan", "none", "null", "unknown", "not available"),
-):
+) -> Callable[[Row], Verdict]:
     """Drops rows with a field that is missing, without letters or digits, or says "N/A"."""
     nothing = {" ".join(words(n)) for n in nothing}
 
@@ -113,7 +113,7 @@ def length(
     min_answer_words: int = 1,
     max_answer_words: int = 60,
     max_answer_chars: int = 600,
-):
+) -> Callable[[Row], Verdict]:
     """Drops rows whose question or answer is too short or too long, in words and characters."""
     limits = {
         "question": (min_question_words, max_question_words),
@@ -134,8 +134,8 @@ def length(
 @rule
 def question_form(
     starts: Sequence[str] = ("describe", "list", "name", "identify", "explain", "compare", "state"),
-):
-    """Drops questions on several lines, and those without "?" that don't start as an order does."""
+) -> Callable[[Row], Verdict]:
+    """Drops questions on several lines, and those without "?" that don't start like a request."""
 
     def check(row):
         text = str(row.get("question") or "").strip()
@@ -172,7 +172,7 @@ def measurement(
     questions: Sequence[str] = MEASURE_QUESTIONS,
     values: Sequence[str] = MEASURES,
     fields: Sequence[str] = BOTH,
-):
+) -> Callable[[Row], Verdict]:
     """Drops questions that ask for a size or count, and rows in which a number has a unit."""
     ask, value = _regex(questions), _regex(values)
 
@@ -183,7 +183,7 @@ def measurement(
     return check
 
 
-# Digits that are names and not amounts: vertebrae, MRI weightings, isotopes, stages, "third rib".
+# Digits that are part of names, not amounts: vertebrae, MRI weightings, isotopes, stages, "third rib".
 NAMES_WITH_DIGITS = (
     r"\b(?:type|grade|stage|segment|class|level|group|zone|phase|category|figure|rib|vertebrae?|"
     r"neurofibromatosis|trisomy|chromosome)"
@@ -196,8 +196,10 @@ NAMES_WITH_DIGITS = (
 
 
 @rule
-def numbers(fields: Sequence[str] = ("answer",), allowed: Sequence[str] = NAMES_WITH_DIGITS):
-    """Drops rows with a free-standing number; those in `allowed` expressions are names."""
+def numbers(
+    fields: Sequence[str] = ("answer",), allowed: Sequence[str] = NAMES_WITH_DIGITS
+) -> Callable[[Row], Verdict]:
+    """Drops rows with a free-standing number, except for names that match `allowed` expressions."""
     names, number = _regex(allowed), re.compile(rf"{_NUMBER}\b")
 
     def check(row):
@@ -224,7 +226,7 @@ HISTORY = (
 
 
 @rule
-def patient_history(patterns: Sequence[str] = HISTORY, fields: Sequence[str] = BOTH):
+def patient_history(patterns: Sequence[str] = HISTORY, fields: Sequence[str] = BOTH) -> Callable[[Row], Verdict]:
     """Drops rows about the patient's history, age, sex or complaints: no image shows them."""
     return pattern(patterns, fields)
 
@@ -258,19 +260,20 @@ MARKUP = (
 
 
 @rule
-def chatter(patterns: Sequence[str] = REFUSALS + CHATTER + META + MARKUP, fields: Sequence[str] = BOTH):
+def chatter(
+    patterns: Sequence[str] = REFUSALS + CHATTER + META + MARKUP, fields: Sequence[str] = BOTH
+) -> Callable[[Row], Verdict]:
     """Drops a chatbot's refusals, greetings, remarks on "the caption", and left-over markup."""
     return pattern(patterns, fields)
 
 
 @rule
-def answer_leak(max_share: float = 0.8, min_words: int = 3):
-    """Drops rows whose question already holds the answer.
+def answer_leak(max_share: float = 0.8, min_words: int = 3) -> Callable[[Row], Verdict]:
+    """Drops rows whose question already contains the answer.
 
-    Score: the share of the answer's content words that occur in the question. Answers with fewer
-    than `min_words` of them leak if the question has all their words ("Which leg is the left one?",
-    "The left leg"), unless it offers a choice: to "Is it left or right?" every right answer is in
-    the question.
+    Score: the share of the answer's content words that occur in the question. An answer with fewer than
+    `min_words` of them leaks if the question has all its words ("Which leg is the left one?", "The left
+    leg"), unless the question offers a choice: "Is it left or right?" contains every right answer.
     """
     if not 0 < max_share <= 1:
         raise ValueError(f"max_share is {max_share}; expected above 0 and at most 1")
@@ -290,12 +293,14 @@ def answer_leak(max_share: float = 0.8, min_words: int = 3):
 
 
 @rule
-def not_in_source(min_share: float = 0.5, min_words: int = 2, fields: Sequence[str] = ("caption",), stem: int = 5):
-    """Drops rows whose answer says what neither the source nor the question does.
+def not_in_source(
+    min_share: float = 0.5, min_words: int = 2, fields: Sequence[str] = ("caption",), stem: int = 5
+) -> Callable[[Row], Verdict]:
+    """Drops rows whose answer says something that neither the source nor the question says.
 
-    Score: the share of the answer's content words that occur in one of `fields` or in the question,
-    words being the same if their first `stem` letters are (calcified, calcification). Other words
-    for the same thing count as absent, so that a low share is a hint and no proof.
+    Score: the share of the answer's content words that occur in one of `fields` or in the question; words
+    count as equal if their first `stem` letters are (calcified, calcification). Synonyms count as absent,
+    so a low share is a hint and not a proof.
     """
     if not 0 < min_share <= 1 or stem < 1:
         raise ValueError(f"min_share is {min_share}, stem {stem}; expected above 0 and at most 1, and 1 or more")
@@ -314,12 +319,11 @@ def not_in_source(min_share: float = 0.5, min_words: int = 2, fields: Sequence[s
 
 
 @rule
-def copied_example(fields: Sequence[str] = ("caption",)):
-    """Drops pairs of an example that the language model was shown, unless a source says so, too.
+def copied_example(fields: Sequence[str] = ("caption",)) -> Callable[[Row], Verdict]:
+    """Drops copies of the example pairs that the language model was shown, unless a source says the same.
 
-    An example's question with another answer goes if the answer has words that no source has. A
-    row's "example_pairs" holds those pairs as `words.as_words` makes them; `fields` tell what the
-    source says.
+    An example's question with another answer is dropped if the answer has words that no source has. A
+    row's "example_pairs" holds the examples as made by `words.as_words`; `fields` hold the source's text.
     """
 
     def check(row):
@@ -334,7 +338,7 @@ def copied_example(fields: Sequence[str] = ("caption",)):
     return check
 
 
-# Frequent short words that the other languages don't have, or hardly.
+# Frequent short words that are rare or absent in the other languages.
 FUNCTION_WORDS = {
     "en": "the of and is are with this that what which for by from was were shows showing an there "
     "does as at be has no it in on to",
@@ -349,8 +353,10 @@ SCRIPTS = {"zh": r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", "ru": r"[\u0400-\
 
 
 @rule
-def language(allowed: Sequence[str] = ("en",), min_hits: int = 2, fields: Sequence[str] = BOTH):
-    """Drops rows in which a field is in a language not allowed, as far as short words tell.
+def language(
+    allowed: Sequence[str] = ("en",), min_hits: int = 2, fields: Sequence[str] = BOTH
+) -> Callable[[Row], Verdict]:
+    """Drops rows in which a field is in a language that isn't allowed, judging by short words.
 
     A field is in another language if at least `min_hits` of its words are function words there and
     more than in any allowed one, or if a third of its letters are of another script.

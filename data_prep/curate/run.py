@@ -1,9 +1,9 @@
-"""The filter from end to end: rows in, kept rows, drops and a report out; goes on where it stopped.
+"""The filter from end to end: rows in; kept rows, drops and a report out. It can be resumed.
 
-Each row's fate is a line of OUTPUT.journal, in the order of the input. The journal is all there is
-to resume from: what it holds is not judged again, and the memory of near duplicates is made anew
-from its kept rows. Once the input is through, a second pass over the journal counts categories, and
-the results are written under other names and renamed, OUTPUT itself last.
+The verdict on each row is a line of OUTPUT.journal, in the order of the input. Resuming needs only the
+journal: its rows aren't judged again, and the memory of near duplicates is rebuilt from its kept rows.
+After the input, a second pass over the journal counts categories, and the results are written under
+temporary names and renamed, OUTPUT itself last.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from data_prep.progress import progress
 
 NEAR_DUPLICATE, CATEGORY = "near_duplicate", "category"
 FLUSH_SECONDS = 2.0
-VERSION = 1  # of what rules do; another number does not go on with an old journal
+VERSION = 1  # of the rules' behaviour; a journal of another version isn't resumed
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Files of a run; all lie beside the output."""
+    """Files of a run, all in the output's folder."""
 
     output: pathlib.Path
     drops: pathlib.Path
@@ -55,12 +55,12 @@ def paths_of(output: str | os.PathLike) -> Paths:
 def _dump(value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and UTF-8 can't
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON allows and UTF-8 doesn't
         return json.dumps(value).encode() + b"\n"
 
 
 def _made_by(head: bytes) -> str | None:
-    """What a journal's first line says; None if it isn't one."""
+    """What a journal's first line says, or None if it isn't a journal's."""
     try:
         return json.loads(head).get("made_by")
     except (ValueError, AttributeError):
@@ -92,7 +92,7 @@ class Judge:
         self.names += [NEAR_DUPLICATE] * bool(last) + [CATEGORY] * bool(self.relevance)
 
     def judge(self, row: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """What becomes of a row: {"reasons": [[rule, why], ...], "scores": {rule: number}, ...}."""
+        """The verdict on a row: {"reasons": [[rule, why], ...], "scores": {rule: number}, ...}."""
         reasons, scores = [], {}
         for rule in self.rules:
             why, score = rule.check(row)
@@ -113,7 +113,7 @@ class Judge:
         return fate
 
     def remember(self, row: Mapping[str, Any], name: str) -> None:
-        """A kept row, of this run or of the one that was stopped."""
+        """Remembers a kept row, of this run or of the interrupted one."""
         if self.near is not None:
             self.near.add(row, name)
 
@@ -126,14 +126,14 @@ def curate(
     data_dir: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Filters rows; the same call after a stop goes on.
+    """Filters rows; the same call resumes an interrupted one.
 
     Args:
       config: {"rules": [{"rule": name, ...}, ...], "relevance": {...} or None}.
-      inputs: see `rows.open_source`; taken one after another as one corpus.
-      output: JSON Lines of kept rows. Beside it: NAME.drops.jsonl, NAME.report.json.
+      inputs: see `rows.open_source`; read one after another as one corpus.
+      output: JSON Lines of kept rows. In its folder also NAME.drops.jsonl, NAME.report.json.
       data_dir: where TFDS data sets are.
-      overwrite: replace an output made otherwise, and begin anew.
+      overwrite: start again and replace an output of other settings.
 
     Returns:
       The report.
@@ -150,10 +150,10 @@ def curate(
     if paths.output.exists() and not overwrite:
         report = json.loads(paths.report.read_bytes()) if paths.report.is_file() else {}
         if report.get("made_by") == made_by:
-            paths.journal.unlink(missing_ok=True)  # killed just before it would have done so
+            paths.journal.unlink(missing_ok=True)  # the run was killed just before doing this
             return {**report, "already_there": True}
         raise DataError(
-            f"{paths.output}: is there, made from other rules or other input; expected a new name or --overwrite"
+            f"{paths.output}: exists, made from other rules or other input; expected a new name or --overwrite"
         )
     try:
         paths.output.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def curate(
 
 
 def _resume(journal: Any, paths: Paths, judge: Judge, made_by: str, overwrite: bool) -> int:
-    """Rows that the journal has judged already; cuts off what a crash left half written."""
+    """How many rows the journal has judged already; cuts off a half-written line after a crash."""
     journal.seek(0)
     head = journal.readline()
     if not head.endswith(b"\n") or (overwrite and _made_by(head) != made_by):
@@ -208,7 +208,7 @@ def _all_rows(sources: Sequence[Source]) -> Iterator[tuple[Source, int, Any, str
 
 
 def _judge_rest(journal: Any, judge: Judge, sources: Sequence[Source], done: int) -> None:
-    """Judges the rows from number `done` on; what is judged survives whatever stops it."""
+    """Judges the rows from number `done` on; each verdict survives an interruption."""
     totals = [s.total for s in sources]
     total = None if None in totals else sum(totals) - done
     rows = _all_rows(sources)
@@ -283,7 +283,7 @@ def _finish(
                 case = _digest(relevance.counted(fate["row"]))
                 cases.setdefault(fate["category"], set()).add(case)
     counts, rows_in, rows_out = _Counts(judge.names), Counter(), Counter()
-    with (  # the output takes its place last: where it is, the others are
+    with (  # the output appears last: once it exists, the others do too
         whole_file(paths.output) as kept,
         whole_file(paths.drops) as dropped,
         whole_file(paths.report) as report_file,

@@ -1,4 +1,4 @@
-"""Texts as words: what the rules compare is neither case nor punctuation."""
+"""Texts as words: the rules ignore case and punctuation."""
 
 import re
 
@@ -30,5 +30,5 @@ def content_words(text: str) -> set[str]:
 
 
 def as_words(question: str, answer: str) -> tuple[str, str]:
-    """A pair as what is compared."""
+    """A pair in the form that is compared."""
     return " ".join(words(question)), " ".join(words(answer))

@@ -1,1 +1,1 @@
-"""One folder a data set: its released layout, its builder, its README and citations."""
+"""One folder per data set: its released layout, its builder, its README and citations."""

@@ -1,1 +1,1 @@
-"""Images of data sets: read, converted, checked, and stored once."""
+"""Images of data sets: reading, converting, checking, and storing each once."""

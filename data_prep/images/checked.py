@@ -1,7 +1,7 @@
-"""Decodes each image of a store once, also when a build is killed and started again.
+"""Decodes each image of a store once, even if a build is killed and restarted.
 
-Decoding 150,000 figures takes minutes. What was found is appended to a file as it is found, so that
-the next build, or the next config of this one, carries on from there.
+Decoding 150,000 figures takes minutes. Results are appended to a file immediately, so that the next
+build, or the next config of this one, continues from there.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ class CheckedImages:
 
     Args:
       store: where the images are.
-      cache_dir: folder for the file of what was found; None: nothing is kept.
+      cache_dir: folder for the file of results; None: nothing is saved.
     """
 
     def __init__(self, store: Store, cache_dir: pathlib.Path | None):
@@ -39,7 +39,7 @@ class CheckedImages:
             self._file.close()
 
     def check(self, name: str) -> bytes:
-        """Returns 16 bytes that tell the content from any other. DataError: as `Store.check`."""
+        """Returns 16 bytes that identify the content. DataError: as `Store.check`."""
         stamp = self._store.stamp(name)
         found = self._found.get(name)
         if found is None or found[0] != stamp:

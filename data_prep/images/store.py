@@ -1,7 +1,7 @@
 """Images of a release, from its folder or straight from its zip file, which is never unpacked.
 
-Zip files of 20 GB are read member by member: only their list of names is held in memory. Stores
-can be sent to other processes, which open the file for themselves.
+Zip files of 20 GB are read member by member: only the list of names is held in memory. Stores can be
+sent to other processes, which open the file themselves.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from data_prep import files
 from data_prep.files import DataError
 
-# A member that claims to be larger is no radiograph but a bomb.
+# A member that claims to be larger isn't a radiograph but a zip bomb.
 MAX_BYTES = 1 << 30
 
 __all__ = ["MAX_BYTES", "Store", "open_store"]
@@ -26,9 +26,9 @@ def open_store(path: os.PathLike | str, *, by_name: bool = False) -> "Store":
 
     Args:
       path: folder or `.zip`.
-      by_name: a name that isn't found as a path is looked for by its last part, wherever it lies;
-        found at two places it is refused. Zip files often have a folder around their files that
-        the tables beside them don't name.
+      by_name: a name that isn't found as a path is looked up by its last part in all folders, and
+        refused if it is in two places. Zip files often have an outer folder that the tables don't
+        name.
 
     Raises:
       DataError: missing, neither folder nor zip, or a broken zip (such as a part of a download).
@@ -42,7 +42,7 @@ def open_store(path: os.PathLike | str, *, by_name: bool = False) -> "Store":
 
 
 class Store:
-    """Names are relative paths with `/`; Windows separators are accepted, leaving the root isn't.
+    """Names are relative paths with `/` inside the root; Windows separators are accepted.
 
     Args:
       root: the folder or zip file.
@@ -55,11 +55,11 @@ class Store:
         self._last: dict[str, str | None] | None = None  # last part -> name; None: at two places
 
     def names(self) -> Iterator[str]:
-        """Relative paths of all files, without what macOS leaves behind."""
+        """Relative paths of all files, except macOS' metadata files."""
         raise NotImplementedError
 
     def has(self, name: str) -> bool:
-        """Whether `read` finds a file. DataError if `name` would leave the root."""
+        """Whether `read` would find a file. DataError if `name` leaves the root."""
         return self._find(name) is not None
 
     def read(self, name: str) -> bytes:
@@ -93,7 +93,7 @@ class Store:
         return f"{self.root}/{name}"
 
     def _find(self, name: str) -> str | None:
-        inside = files.path_inside(pathlib.PurePosixPath("/"), name)  # refuses what leaves it
+        inside = files.path_inside(pathlib.PurePosixPath("/"), name)  # refuses paths that leave it
         name = str(inside).removeprefix("/")
         if self._exists(name):
             return name
@@ -149,7 +149,7 @@ class _Zip(Store):
         self._file()
 
     def _file(self) -> zipfile.ZipFile:
-        # After a fork the parent's file handle would share its position with the child's.
+        # After a fork, parent and child would share the file handle's position.
         if self._zip is None or self._open_in != os.getpid():
             try:
                 with open(self.root, "rb") as f:
@@ -206,7 +206,7 @@ class _Zip(Store):
 
 
 def _litter(name: str) -> bool:
-    """What macOS adds to folders and zip files."""
+    """Whether this is a file that macOS adds to folders and zip files."""
     parts = name.split("/")
     return "__MACOSX" in parts or parts[-1] == ".DS_Store" or parts[-1].startswith("._")
 

@@ -1,9 +1,9 @@
-"""The filter of the paper's Figure 4, as far as its text and MedM's code tell.
+"""The filter of the paper's Figure 4, as far as its text and MedM's code describe it.
 
-Rules against measurements, numbers, history and left-over chatter are what MedM asked of its
-language model; 60 words is its only length limit. Its draft keeps MedPix locations with at least
-100 examples, which are images: by cases, one of its five would be left. The rest (leaks, near
-duplicates, form, language) it lacks, and its released data shows.
+Rules against measurements, numbers, history and left-over chatter are what MedM's prompt asked of its
+language model; 60 words is its only length limit. Its draft keeps MedPix locations with at least 100
+examples, counted in images: counted in cases, one of its five would be left. It has no rules against
+leaks and near duplicates or about form and language, and its released data shows it.
 
 Arguments: min_cases; count (images, cases); max_share (of an answer in its question); within
 (image, case, all: where near duplicates are looked for); reinforce (weight, repeat, none).
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Config of `python -m data_prep.curate`; `arg` as in "min_cases=50,within=case"."""
+    """Config of `python -m data_prep.curate`; `arg` such as "min_cases=50,within=case"."""
     args = {
         "min_cases": "100",
         "count": "images",

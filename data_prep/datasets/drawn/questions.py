@@ -1,9 +1,9 @@
 """Questions about drawn images: every wording has its answers in equal numbers.
 
-A question bank is only worth something if the question alone doesn't give the answer away. So each
-wording (exact string) knows its possible answers, and an image may be asked it only if its answer
-is the one used least so far: counts of a wording's answers never differ by more than one, in each
-split. Guessing the commonest answer of each wording then scores about 1 / (number of answers).
+A question bank is only useful if the question alone doesn't give the answer away. So each wording (exact
+string) knows its possible answers, and is used for an image only if the image's answer is the least used
+so far: within a split, counts of a wording's answers never differ by more than one. Guessing the most
+common answer of each wording then scores about 1 / (number of answers).
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class Balancer:
         self._used: dict[str, Counter] = {}
 
     def choose(self, rng: np.random.Generator, group: list[Question]) -> Question | None:
-        """Takes the least asked wording of the group whose turn this image's answer is.
+        """Picks the least used wording of the group for which it is this image's answer's turn.
 
-        Returns None if every wording waits for another answer.
+        Returns None if every wording needs another answer next.
         """
         allowed = []
         for q in group:

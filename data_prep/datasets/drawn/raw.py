@@ -1,7 +1,6 @@
 """Drawn data sets (phantom, shapes): a stream of pictures with questions → SLAKE's layout.
 
-What is drawn and asked is the data set's own; this file writes it, so that it goes through SLAKE's
-reader.
+Each data set draws and asks for itself; this file writes the result so that SLAKE's reader can read it.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ SPLITS = ("train", "validate", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One image and what is asked about it.
+    """One image and its questions.
 
     image: uint8[H, W] or [H, W, 3]. boxes: as in SLAKE's detection.json. questions: objects with
     text, answer, answer_type, content_type. quality: of the JPEG.
@@ -47,10 +46,10 @@ def make_raw(
     num_images: Sequence[int] | None = None,
     seed: int | None = None,
 ) -> pathlib.Path:
-    """Draws all splits into `folder`, or leaves it if it holds just these drawings.
+    """Draws all splits into `folder`, unless it holds these drawings already.
 
     Args:
-      folder: made by this function and replaced by it; appears only when whole.
+      folder: written, and replaced, by this function; appears only when complete.
       pictures: random numbers of a split → its pictures, without end.
       name: of the data set; its images are NAME0, NAME1, …, its settings NAME.json.
       drawing: number of the current drawings; another number in `folder` draws anew.
@@ -107,7 +106,7 @@ def _write_split(
     first: int,
     first_qid: int,
 ) -> int:
-    """Writes n images, numbered from `first`, and their questions; returns how many of those."""
+    """Writes n images, numbered from `first`, and their questions; returns the number of questions."""
     rows: list[dict[str, Any]] = []
     progress = tqdm.tqdm(itertools.islice(pictures, n), desc=f"drawing {split}", total=n, leave=False, disable=None)
     for i, picture in enumerate(progress, start=first):

@@ -1,7 +1,7 @@
 """Reads a folder of MedPix 2.0: images with descriptions, joined with their cases, official split.
 
 Layout: `Descriptions.json` (one entry per image), `Case_topic.json` (one per case),
-`splitted_dataset/uid_list.json` (the cases of each split; or the jsonl files beside it), `images/`.
+`splitted_dataset/uid_list.json` (the cases of each split; or the jsonl files next to it), `images/`.
 """
 
 import json
@@ -99,10 +99,10 @@ def _descriptions(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_folder(folder: pathlib.Path | str) -> Release:
-    """Reads and joins everything; looks for the images, but at none.
+    """Reads and joins everything; checks that images exist but doesn't open them.
 
-    Features: `FEATURES`, texts freed of surrounding spaces; "" for what is absent, null or "N/A".
-    `modality` is CT or MR, `modality_detail` the release's finer name. A placeholder is no caption.
+    Features: `FEATURES`, texts without surrounding spaces; "" for anything absent, null or "N/A".
+    `modality` is CT or MR, `modality_detail` the release's finer name. A placeholder isn't a caption.
 
     Raises:
       DataError: see `check_folder`; an entry of another form; an image, or a case, in two splits or
@@ -179,7 +179,7 @@ def read_folder(folder: pathlib.Path | str) -> Release:
 
 
 def no_caption(caption: str) -> str:
-    """Why a text of the field Caption isn't one; "" if it is one."""
+    """Why a text of the field Caption isn't a caption; "" if it is one."""
     text = " ".join(caption.split()).lower()
     if not has_text(text):
         return "no caption"
@@ -191,7 +191,7 @@ def no_caption(caption: str) -> str:
 
 
 def _text(entry: dict[str, Any], key: str) -> str:
-    """Absent, null and "N/A" mean the same, in the JSON files and in the jsonl ones."""
+    """A field's text; "" for absent, null and "N/A", which mean the same in the JSON and jsonl files."""
     value = entry.get(key)
     text = "" if value is None else str(value).strip()
     return "" if text.upper() in ("N/A", "NA", "NULL") else text
@@ -215,7 +215,7 @@ def _key(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def _cases(path: pathlib.Path) -> tuple[dict[str, dict[str, str]], set[str]]:
-    """Case id -> its features; and the ids of all images that cases list."""
+    """(case id -> its features, the ids of all images that cases list)."""
     cases: dict[str, dict[str, str]] = {}
     listed: set[str] = set()
     for i, row in enumerate(_list(path)):
@@ -235,7 +235,7 @@ def _cases(path: pathlib.Path) -> tuple[dict[str, dict[str, str]], set[str]]:
 
 
 def _split(folder: pathlib.Path) -> dict[str, str]:
-    """Case id -> split, from `uid_list.json`, or from `descriptions_<name>.jsonl` without it."""
+    """Case id -> split, from `uid_list.json` or, without it, from `descriptions_<name>.jsonl`."""
     path = folder / "uid_list.json"
     if path.is_file():
         content = files.read_json(path, "lists of case ids by split")
@@ -243,7 +243,7 @@ def _split(folder: pathlib.Path) -> dict[str, str]:
             raise DataError(f"{path}: found {content!r:.60}; expected lists of case ids by split")
         named = {name: content.get(name) or [] for names in SPLITS.values() for name in names}
         if bad := [n for n, v in named.items() if not isinstance(v, list)]:
-            raise DataError(f"{path}: {bad[0]} is no list; expected a list of case ids")
+            raise DataError(f"{path}: {bad[0]} isn't a list; expected a list of case ids")
     else:
         path = folder
         named = {

@@ -42,7 +42,7 @@ def release() -> dict[str, Any]:
             "Differential Diagnosis": f"This {n}\nThat {n}",
             "Case Diagnosis": f"Disease {n}",
         }
-        if n % 3 == 0:  # keys that a case may lack
+        if n % 3 == 0:  # optional keys of a case
             case["Discussion"] = f"Discussed {n}"
         cases.append(
             {
@@ -92,7 +92,7 @@ def write(folder: pathlib.Path, content: dict[str, Any] | None = None, pixels: i
         cases = content["uid_list"][split]
         rows = [d for d in content["descriptions"] if d["U_id"] in cases]
         _lines(folder / "splitted_dataset" / f"descriptions_{split}.jsonl", rows)
-        # There, absent keys are null and keys are sorted.
+        # In these files absent keys are null, and keys are sorted.
         rows = [
             dict(c, Case=dict(sorted(({"Discussion": None, "Media": None} | c["Case"]).items())))
             for c in content["cases"]

@@ -1,12 +1,12 @@
 """Draws the phantoms: a head CT or MRI, a chest film, an abdomen CT, with at most one finding.
 
 Anatomy is a few soft-edged ellipses in body coordinates (x to the right of the image, y down, both
--1..1), and what varies between two images of the same kind is what varies in a clinic: how the
-body lies (shift, rotation, size), the organs' shapes, exposure, noise. Findings are large and
-clear (radius at least 8 % of the image width) so that a model of a million parameters can learn
-them at 64 pixels; the nuisances keep that from being a look-up of pixels.
+-1..1). Images of the same kind vary as in a clinic: position of the body (shift, rotation, size), shapes
+of organs, exposure, noise. Findings are large and clear (radius at least 8 % of the image width) so that
+a model of a million parameters can learn them at 64 pixels; the variation keeps it from looking up
+pixels.
 
-"left" and "right" are sides of the image as the viewer sees it, nowhere the patient's.
+"left" and "right" are sides of the image as the viewer sees it, never the patient's.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ FINDINGS = {
     "Abdomen": ("Cyst", "Stone", "Mass"),
 }
 MODALITIES = {"Head": ("CT", "MRI"), "Chest": ("X-Ray",), "Abdomen": ("CT",)}
-# A finding's centre keeps this far from both middle lines of the image (half widths), so that its
-# side and level are beyond doubt after rotation and shift.
+# A finding's centre keeps this distance from both middle lines of the image (in half widths), so that
+# its side and level are unambiguous after rotation and shift.
 MARGIN = 0.12
 MIN_RADIUS = 0.16  # in half widths: 8 % of the image width
 
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclasses.dataclass
 class _Body:
-    """Body coordinates of every pixel, and the way from body to image coordinates."""
+    """Body coordinates of every pixel, and the conversion from body to image coordinates."""
 
     x: np.ndarray
     y: np.ndarray
@@ -68,7 +68,7 @@ def _body(rng: np.random.Generator) -> _Body:
 
 
 def _step(distance: np.ndarray, edge: float) -> np.ndarray:
-    """1 inside (positive distance), 0 outside, a soft edge of about `edge` half widths between."""
+    """1 inside (positive distance), 0 outside, with a soft edge of about `edge` half widths."""
     return 1 / (1 + np.exp(np.clip(-4 * distance / edge, -30, 30)))
 
 
@@ -103,8 +103,8 @@ def _over(image: np.ndarray, mask: np.ndarray, value: Any) -> np.ndarray:
 
 
 Placed = list[tuple[str, float, float, float, float]]  # label, centre x y, radii x y (body)
-# What an anatomy gives: the image, where findings can be, its organs, and the box (|x|, |y|) that
-# a finding's centre is drawn from.
+# What an anatomy consists of: the image, where findings can be, its organs, and the box (|x|, |y|) from
+# which a finding's centre is drawn.
 Anatomy = tuple[np.ndarray, np.ndarray, Placed, tuple[tuple[float, float], tuple[float, float]]]
 
 
@@ -222,7 +222,7 @@ def _place(
 def _effusion(
     rng: np.random.Generator, b: _Body, image: np.ndarray, lungs: np.ndarray, side: int
 ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """Fluid at the base of one lung, climbing up its outer wall; and its box in body coordinates.
+    """Fluid at the base of one lung, rising along its outer wall; and its box in body coordinates.
 
     The box is measured from the drawn fluid: x0, y0, x1, y1.
     """
@@ -249,7 +249,7 @@ def _add_finding(
         image, (x0, y0, x1, y1) = _effusion(rng, b, image, mask, side)
         return image, ((x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2)
     x, y = _place(rng, b, finding, box)
-    low = MIN_RADIUS / b.scale  # the bound holds in the image, the radius is in body coordinates
+    low = MIN_RADIUS / b.scale  # the bound is for the image, the radius in body coordinates
 
     def blob(r: float, rough: float, edge: float) -> np.ndarray:
         return _blob(rng, b, x, y, r, rough, edge) * mask
@@ -298,7 +298,7 @@ def draw(
     """Draws one image.
 
     Args:
-      rng: all randomness comes from it: the same state gives the same image.
+      rng: the only source of randomness: the same state gives the same image.
       region: "Head", "Chest" or "Abdomen".
       modality: one of `MODALITIES[region]`.
       finding: what to draw into it; None for a normal image.

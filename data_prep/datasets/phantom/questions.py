@@ -1,4 +1,4 @@
-"""The questions that phantoms are asked: modality, organ, what is abnormal, and where."""
+"""The questions about phantoms: modality, organ, what is abnormal, and where."""
 
 from collections.abc import Iterator
 
@@ -12,12 +12,12 @@ ALL_MODALITIES = tuple(dict.fromkeys(m for names in MODALITIES.values() for m in
 
 
 def _article(noun: str) -> str:
-    """`an MRI`, `an X-Ray`, `an opacity`, `a CT`: by the sound it starts with."""
+    """`an MRI`, `an X-Ray`, `an opacity`, `a CT`: by the noun's first sound."""
     return f"an {noun}" if noun in ("MRI", "X-Ray") or noun[0] in "aeiou" else f"a {noun}"
 
 
 def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[list[Question]]:
-    """Yields groups of questions that fit an image; from each group about one is asked."""
+    """Yields groups of questions that fit an image; about one of each group is asked."""
 
     def yes_no(texts: list[tuple[str, bool]], content_type: str) -> list[Question]:
         return [Question(t, "Yes" if yes else "No", YES_NO, content_type) for t, yes in texts]
@@ -55,7 +55,7 @@ def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[
     for kind in FINDINGS[region]:
         here = finding is not None and finding.kind == kind
         noun = _article(kind.lower())
-        # "Mass" is both in head and abdomen; naming the region keeps one wording to one region.
+        # "Mass" occurs in head and abdomen; naming the region keeps each wording to one region.
         place = region.lower()
         presence.append((f"Is there {noun} in the {place}?", here))
         presence.append((f"Does this {place} image show {noun}?", here))
@@ -94,7 +94,7 @@ def candidates(region: str, modality: str, finding: Finding | None) -> Iterator[
         LEVELS,
         "Position",
     )
-    if finding.kind != "Effusion":  # always low: the wording would give the answer away
+    if finding.kind != "Effusion":  # an effusion is always low: the wording would give the answer away
         levels += opens(
             [f"Is the {kind} in the upper or the lower half of the image?"],
             finding.level,
@@ -134,7 +134,7 @@ def ask(
     modality: str,
     finding: Finding | None,
 ) -> list[Question]:
-    """About six different questions about one image, two of them on position if it has one."""
+    """About six different questions about one image, two of them on the position of a finding."""
     chosen: dict[str, Question] = {}
     groups = list(candidates(region, modality, finding))
     if finding is not None:

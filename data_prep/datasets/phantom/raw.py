@@ -35,7 +35,7 @@ def _states() -> list[tuple[str, Finding | None]]:
 
 
 def _plan(rng: np.random.Generator) -> Iterator[tuple[str, Finding | None]]:
-    """States without end, each as often as the others (within one), in random order."""
+    """An endless stream of states in random order, all equally often (within one)."""
     states = _states()
     while True:
         for i in rng.permutation(len(states)):
@@ -47,7 +47,7 @@ def _pictures(rng: np.random.Generator) -> Iterator[drawn.Picture]:
     plan = _plan(rng)
     while True:
         asked: list[drawn_questions.Question] = []
-        while not asked:  # rarely, all wordings that fit wait for another answer
+        while not asked:  # rarely, all wordings that fit need another answer next
             region, finding = next(plan)
             modality = str(rng.choice(MODALITIES[region]))
             asked = questions.ask(rng, balancer, region, modality, finding)

@@ -29,12 +29,12 @@ def write(
     """Writes the tables and images of one release; three questions share two images of an article.
 
     Args:
-      folder: made if need be.
+      folder: created if missing.
       version: "v1" or "v2".
       train, test: rows.
       zipped: images in images.zip (v2: images_2.zip) below a folder, as released; else in folders.
       pixels: side of the images; 224 gives files of some 20 KB.
-      seed: of everything.
+      seed: of all randomness.
 
     Returns:
       `folder`.

@@ -20,7 +20,7 @@ from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 
 @dataclasses.dataclass
 class PmcVqaConfig(tfds.core.BuilderConfig):
-    """`release`: "v1" or "v2" (the name `version` is TFDS's). `blank`: asked without options."""
+    """`release`: "v1" or "v2" (TFDS uses the name `version`). `blank`: questions without options."""
 
     release: str = "v1"
     blank: bool = False
@@ -43,11 +43,11 @@ class Builder(VqaBuilder):
     )
     CAN_BEAM = True
     OPTIONS = {
-        "images": Option(None, "folder or zip file of the images, if not beside the tables."),
+        "images": Option(None, "folder or zip file of the images, if not next to the tables."),
         "allow_missing_images": Option(False, "leave out rows whose image is missing or broken."),
         "validate_fraction": Option(0.02, "share of train that becomes validate, by article."),
-        "shuffle_choices": Option(False, "put the options of each question in a drawn order."),
-        "seed": Option(0, "of the validation set and of shuffled options."),
+        "shuffle_choices": Option(False, "put the options of each question in a random order."),
+        "seed": Option(0, "for the validation set and shuffled options."),
         "test_clean": Option(False, "v1: test is test_clean.csv, which the authors checked."),
     }
 

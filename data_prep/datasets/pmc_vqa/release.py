@@ -1,8 +1,8 @@
 """Reads a release of PMC-VQA into checked rows on disk, split by split, and the report.
 
-Three passes, so that memory doesn't grow with the release: the tables (is every row a question, is
-its image there?), the images (each decoded once), and the splits. PMC-VQA has no validation set;
-one is cut from train by article, never through one, nor through images that articles share.
+Three passes, so that memory doesn't grow with the release: the tables (is every row a question, does its
+image exist?), the images (each decoded once), and the splits. PMC-VQA has no validation set; one is
+taken from train by whole articles, and articles that share images stay together.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 SPLITS = ("train", "validate", "test")
 TABLES = {"v1": ("train.csv", "test.csv"), "v2": ("train_2.csv", "test_2.csv")}
 CLEAN_TEST = "test_clean.csv"
-# Where the images are looked for, in this order; images_2.zip unpacks to figures/.
+# Where images are looked for, in this order; images_2.zip unpacks to figures/.
 IMAGES = {
     "v1": ("images", "images.zip"),
     "v2": ("images_2", "figures", "images_2.zip", "images", "images.zip"),
@@ -48,12 +48,12 @@ class Release:
 
 
 def versions_in(folder: pathlib.Path) -> list[str]:
-    """The versions whose tables lie in `folder`."""
+    """The versions whose tables are in `folder`."""
     return [v for v, names in TABLES.items() if all((folder / n).is_file() for n in names)]
 
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
-    """Returns `folder` as a path if it holds the tables of a release, else DataError."""
+    """Returns `folder` as a path; DataError unless it holds the tables of a release."""
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
@@ -91,9 +91,9 @@ def read_release(
       folder: where the tables are.
       version: "v1" or "v2".
       blank: questions without their options.
-      options: of the builder, see there.
+      options: the builder's, see there.
       work_dir: for temporary files, which must stay until the rows are written.
-      cache_dir: for what a build started again needn't do again.
+      cache_dir: for results that a restarted build can reuse.
 
     Raises:
       DataError: see `rows.read_table`; images missing or broken without
@@ -179,10 +179,10 @@ def _refuse_missing(asked: Iterable[RowWriter], images: Store, allow: bool) -> N
 
 
 def _check_images(asked: Mapping[str, RowWriter], checked: CheckedImages, articles: "_Articles", allow: bool) -> None:
-    """Decodes all images, and learns which articles of train belong together.
+    """Decodes all images, and finds which articles of train belong together.
 
-    Also those of rows that are dropped: which are may differ between a version's configs, and their
-    validation sets shouldn't.
+    Images of dropped rows count too: a version's configs may drop different rows, but their validation
+    sets should be the same.
     """
     total = sum(writer.count for writer in asked.values())
     every = ((s, row) for s, writer in asked.items() for row in read_rows(writer.path))
@@ -236,7 +236,7 @@ def _book(
 
 
 def shuffled(features: Mapping[str, str], seed: int) -> dict[str, str]:
-    """The same question with its options in an order drawn from the seed and its id."""
+    """The same question with its options in a random order given by the seed and its id."""
     key = hashlib.sha256(f"{seed} {features['question_id']}".encode()).digest()
     order = np.random.default_rng(list(key)).permutation(len(LETTERS))
     options = [features[CHOICES[i]] for i in order]
@@ -271,7 +271,7 @@ class _Articles:
         return paper
 
     def share(self, fraction: float, seed: int):
-        """Draws groups of articles until they have `fraction` of the rows; tells who is drawn."""
+        """Draws groups of articles until they have `fraction` of the rows; returns the articles drawn."""
         rows_of = Counter()
         for paper, n in self._rows.items():
             rows_of[self._root(paper)] += n

@@ -1,4 +1,4 @@
-"""Rows of PMC-VQA's tables: how they are written, and what one question is made of.
+"""Rows of PMC-VQA's tables, and the question that one row gives.
 
 The two releases name their columns differently (v1: `Answer` is the text, `Answer_label` the
 letter; v2: `Answer` is the letter), and the texts carry leftovers of how they were generated: `A:`
@@ -19,7 +19,7 @@ from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 LETTERS = "ABCD"
 _NEEDED = ("figure path", "question", "answer", *(f"choice {c.lower()}" for c in LETTERS))
 _MISSPELT = {"anwser": "answer", "anwser label": "answer label"}
-_LONGEST = 1 << 20  # characters of a field; more means a quote that is never closed
+_LONGEST = 1 << 20  # characters in a field; more means that a quote is never closed
 _REFERS = re.compile(r"\b(of|among) (the following|these)\b|\bthe following (options?|choices?)\b")
 
 
@@ -27,8 +27,8 @@ _REFERS = re.compile(r"\b(of|among) (the following|these)\b|\bthe following (opt
 class Question:
     """One row. `features` are texts; `dropped` says why it can't be used, if so.
 
-    `image` is the path in the table with `/`, `paper` the article's id or the image's name; `found`
-    tells whether the image is there, also for rows that are dropped.
+    `image` is the path in the table with `/`, `paper` the article's id or the image's name; `found` says
+    whether the image exists, also for dropped rows.
     """
 
     question_id: str
@@ -48,8 +48,8 @@ def _column(name: str) -> str:
 def read_table(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str] | None]]:
     """Yields (row number from 0, fields by column) of a CSV file; None for a row of another width.
 
-    Columns are named in lower case with single spaces: "figure path", "choice a". Nothing is taken
-    for a missing value: "NA" and "None" are texts.
+    Columns are named in lower case with single spaces: "figure path", "choice a". No text counts as a
+    missing value: "NA" and "None" are texts.
 
     Raises:
       DataError: missing, a git-LFS pointer, a needed column missing, or a quote never closed.
@@ -81,8 +81,8 @@ def read_table(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str] | None]
 
 
 def clean(text: str) -> str:
-    """Without odd and repeated spaces, and without quotes around it or left over at an end."""
-    # Format characters (zero-width spaces, byte-order marks) are no spaces for split().
+    """The text without odd or repeated spaces, and without surrounding or left-over quotes."""
+    # split() doesn't treat format characters (zero-width spaces, byte-order marks) as spaces.
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     text = " ".join(text.split())
     while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
@@ -106,13 +106,13 @@ def _letter(label: str) -> str:
 
 
 def parse(row: dict[str, str] | None, question_id: str, where: str, *, blank: bool) -> Question:
-    """Makes a question of a table's row.
+    """Makes a question from a table's row.
 
     Args:
       row: from `read_table`.
       question_id: its id.
       where: names file and row in errors.
-      blank: the question will be asked without its options, which then needn't be good.
+      blank: the question will be asked without its options, which then needn't be valid.
 
     Raises:
       DataError: the image's path leaves the folder.
@@ -135,7 +135,7 @@ def parse(row: dict[str, str] | None, question_id: str, where: str, *, blank: bo
 
     question = clean(row["question"])
     named, options = zip(*(_option(row[f"choice {c.lower()}"]) for c in LETTERS))
-    # v1 has the letter in a column of its own, v2 in place of the text.
+    # v1 has the letter in a separate column, v2 instead of the text.
     letter, text = _letter(row.get("answer label", "")), _option(row["answer"])[1]
     if not letter and (letter := _letter(row["answer"])):
         text = ""

@@ -64,7 +64,7 @@ def write_v2(folder: pathlib.Path, *, zipped: bool = False, pixels: int = 24) ->
 
 
 def write_v1(folder: pathlib.Path, *, medm: bool = False, pixels: int = 24) -> pathlib.Path:
-    """As the data set's repository after its script, or as MedM has the captions."""
+    """The layout of the data set's repository after its script, or MedM's captions."""
     for split, n in SIZES.items():
         names = ids(split, n, v2=False)
         lines = "".join(f"{k}\t {caption(split, i)}\n" for i, k in enumerate(names))
@@ -88,7 +88,7 @@ def write_v1(folder: pathlib.Path, *, medm: bool = False, pixels: int = 24) -> p
 
 
 def write_qa(path: pathlib.Path, v2: bool = True) -> pathlib.Path:
-    """Two question-answer pairs per image, our own JSON Lines."""
+    """Two question-answer pairs per image, in our JSON Lines."""
     with open(path, "w", encoding="utf-8") as f:
         for split, n in SIZES.items():
             for i, name in enumerate(ids(split, n, v2)):

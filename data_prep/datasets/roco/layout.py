@@ -3,7 +3,7 @@
 ROCOv2 (images `ROCOv2_2023_test_000001`): `{train,valid,test}_captions.csv`, optional files of UMLS
 concepts, and per split a folder or zip file of JPEGs.
 ROCO v1 (`ROCO_00001`; the version behind the paper's results, by the ids in the authors' files):
-tab-separated captions without a header, as the repository of the data set has them or as MedM does.
+tab-separated captions without a header, in the layout of the data set's repository or of MedM.
 """
 
 import csv
@@ -24,7 +24,7 @@ from data_prep.builders.figures import (
 )
 from data_prep.files import DataError
 
-# Split -> what the release calls it, in file and folder names.
+# Split -> its name in the release's files and folders.
 SPLITS = {"train": ("train",), "validate": ("valid", "validation", "val"), "test": ("test",)}
 EXPECTED_V2 = "train_captions.csv, valid_captions.csv, test_captions.csv and the images per split"
 EXPECTED_V1 = (
@@ -35,8 +35,8 @@ EXPECTED_V1 = (
 FEATURES = ("caption", "concepts", "modality", "location", "plane")
 TABLES = ("modality", "location", "plane", "content_type")
 
-# Concepts that were assigned by hand: how the image was made, and for plain X-rays what it shows
-# and from where. ImageCLEFmedical evaluates manual concepts by this list; the names are UMLS's.
+# Manually assigned concepts: how the image was made and, for plain X-rays, what it shows and from which
+# direction. ImageCLEFmedical evaluates manual concepts by this list; the names are UMLS'.
 MODALITIES = {
     "C0040405": "CT",
     "C1306645": "X-ray",
@@ -62,7 +62,7 @@ _SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
 def captions_v2(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Split -> its file of captions, for the splits that are there."""
+    """Split -> its file of captions, for the splits that exist."""
     return _present(folder, "{0}_captions.csv", "{0}/{0}_captions.csv")
 
 
@@ -88,7 +88,7 @@ def _present(folder: pathlib.Path, *patterns: str) -> dict[str, pathlib.Path]:
 
 
 def check_v2(folder: pathlib.Path | str) -> pathlib.Path:
-    """Returns `folder` if it has captions of ROCOv2. DataError says what was found instead."""
+    """Returns `folder` if it has ROCOv2's captions; DataError says what was found instead."""
     folder = _folder(folder, EXPECTED_V2)
     if not captions_v2(folder):
         hint = "; this is ROCO v1: build roco_v1" if captions_v1(folder) else _near(folder, True)
@@ -119,13 +119,13 @@ def _near(folder: pathlib.Path, v2: bool) -> str:
 
 
 def read_v2(folder: pathlib.Path | str) -> Release:
-    """Reads captions and concepts of ROCOv2; looks for images, but at none.
+    """Reads captions and concepts of ROCOv2; finds the images but doesn't open them.
 
-    Features: caption, concepts (UMLS ids joined by ";"), modality, location, plane (by hand, see
-    above; several joined by ", "); "" where unknown.
+    Features: caption, concepts (UMLS ids joined by ";"), modality, location, plane (manual concepts, see
+    above; several joined by ", "); "" if unknown.
 
     Raises:
-      DataError: as `check_v2`; a table with another header or a row of another width; an id twice.
+      DataError: as `check_v2`; a table with another header or a row of another width; a duplicate id.
     """
     folder = check_v2(folder)
     figures, images, notes, captions = {}, {}, {}, set()
@@ -153,13 +153,13 @@ def read_v2(folder: pathlib.Path | str) -> Release:
 
 
 def read_v1(folder: pathlib.Path | str) -> Release:
-    """Reads captions and concepts of ROCO v1; features as `read_v2`'s.
+    """Reads captions and concepts of ROCO v1; features as in `read_v2`.
 
-    The data set's download script names an image after article and figure; `dlinks.txt` beside the
-    captions tells which one belongs to which id. Images named by their id are found as well.
+    The data set's download script names an image after article and figure; `dlinks.txt` next to the
+    captions maps them to ids. Images named by their id are found too.
 
     Raises:
-      DataError: as `check_v1`; an id twice; a file that is not UTF-8.
+      DataError: as `check_v1`; a duplicate id; a file that isn't UTF-8.
     """
     folder = check_v1(folder)
     figures, images, notes, captions = {}, {}, {}, set()
@@ -174,7 +174,7 @@ def read_v1(folder: pathlib.Path | str) -> Release:
             if not image_id:
                 bad.append(where.rsplit(" ", 1)[-1])
                 continue
-            # Each caption has a space before it, which is the format and not worth telling.
+            # Each caption has a space before it: that is the format, not a repair to report.
             caption = caption.removeprefix(" ")
             cuis, link = table.get(image_id, ()), links.get(image_id, ())
             figure = _figure(image_id, caption, cuis, captions, *link)
@@ -197,7 +197,7 @@ def _figure(
     file: str = "",
     paper: str = "",
 ) -> Figure:
-    """`captions`: those of the figures so far; this one's is added."""
+    """A figure; its caption is added to `captions`, those of the figures so far."""
     text = caption.strip()
     flags = []
     if has_text(text):
@@ -223,7 +223,7 @@ def _figure(
 def _table(path: pathlib.Path, column: str) -> Iterator[tuple[str, str, str]]:
     """(where, id, text) of a CSV file with the header `ID,<column>`."""
     text = _text(path, f"a table ID,{column}")
-    reader = csv.reader(io.StringIO(text, newline=""))  # splitlines() knows too many line ends
+    reader = csv.reader(io.StringIO(text, newline=""))  # splitlines() would also split at other characters
     try:
         header = [c.strip() for c in next(reader, [])]
         if header != ["ID", column]:
@@ -278,14 +278,14 @@ def _text(path: pathlib.Path, what: str) -> str:
 
 
 def _images(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
-    """Where a split's images are: a folder or zip file of the split, else one for all splits."""
+    """Where a split's images are: a folder or zip file for the split, else one for all splits."""
     of_split = [p.format(n) for n in names for p in ("{0}", "{0}_images", "images/{0}")]
     candidates = [*of_split, *(f"{c}.zip" for c in of_split), "images", "images.zip"]
     return first_there(folder, *candidates)
 
 
 def _ids(figures: dict[str, Figure]) -> dict[str, int]:
-    """Numbers in the ids run with gaps, which is as released; counted so that it shows."""
+    """Counts gaps in the ids' numbers, which the release has too, so that the report shows them."""
     numbers = [int(m[0]) for i in figures if (m := re.search(r"\d+$", i))]
     if not numbers:
         return {}

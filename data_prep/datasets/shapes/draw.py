@@ -1,10 +1,10 @@
 """Draws pictures of up to two simple shapes on a background, in colour or in grey.
 
-Nothing medical: these are what the tiny base model is pre-trained on. What it should learn is to
-look, to find a thing in a picture, and to name what and where it is. So each shape has a quadrant
-of the picture to itself and differs clearly from what lies behind, while size, place, turn,
-sharpness, background and noise vary. Half of the grey pictures have a background with a structure
-of its own that is the same left and right ("Plates"): there, a shape is what breaks the symmetry.
+Nothing medical: the tiny base model is pre-trained on these. It should learn to look, to find a thing in
+a picture, and to name what and where it is. So each shape has a quadrant of the picture to itself and
+differs clearly from the background, while size, place, rotation, sharpness, background and noise vary.
+Half of the grey pictures have a structured background that is mirrored left and right ("Plates"), in
+which a shape breaks the symmetry.
 
 "left" and "right" are sides of the picture as the viewer sees it.
 """
@@ -50,7 +50,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is in a picture: `background` one of BACKGROUNDS, at most one item in a quadrant."""
+    """The content of a picture: `background` is one of BACKGROUNDS, with at most one item per quadrant."""
 
     grey: bool
     background: str
@@ -68,12 +68,12 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def easy_scene(rng: np.random.Generator) -> Scene:
-    """One shape (rarely none) on a plain ground: what a model that can't look yet learns from."""
+    """One shape (rarely none) on a plain ground, for a model that can't look yet."""
     return _scene(rng, bool(rng.random() < 0.8), "Plain", [0.05, 0.95, 0])
 
 
 def _scene(rng, grey, background, shares) -> Scene:
-    """shares: of scenes with no shape, one, two."""
+    """A scene; shares are the probabilities of no shape, one, two."""
     items = []
     for quadrant in rng.permutation(4)[: rng.choice(MAX_SHAPES + 1, p=shares)].tolist():
         items.append(
@@ -100,7 +100,7 @@ def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Roughly how far inside of a shape of radius 1 a point is; negative outside."""
+    """Roughly how far inside a shape of radius 1 a point is; negative outside."""
     if shape in ("Circle", "Cloud"):
         return 1 - np.hypot(x, y)
     if shape == "Ring":
@@ -148,7 +148,7 @@ def _background(rng: np.random.Generator, kind: str) -> np.ndarray:
 
 
 def _soft(distance: np.ndarray, edge: float) -> np.ndarray:
-    """1 where `distance` is positive, 0 where it is negative, about `edge` wide between."""
+    """1 where `distance` is positive, 0 where it is negative, with a transition about `edge` wide."""
     return 1 / (1 + np.exp(np.clip(-4 * distance / edge, -30, 30)))
 
 
@@ -162,7 +162,7 @@ def _plate(x, y, radii, turn, edge, power=2.0):
 def _plates(rng: np.random.Generator) -> np.ndarray:
     """float[SIZE, SIZE]: plates on plates, bars and pairs of plates, mirrored at an upright axis.
 
-    The axis leans and is off the middle a little, and both halves have a smooth texture.
+    The axis is slightly tilted and off the middle, and both halves have a smooth texture.
     """
     lean, off = rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05, 2)
     x, y = _X - off[0], _Y - off[1]
@@ -178,7 +178,7 @@ def _plates(rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         bars = np.sin(rng.uniform(8, 14) * (y + rng.uniform(-1, 1) * across) + rng.uniform(0, 6))
         image += 0.1 * np.clip(bars, 0, 1)
-    for _ in range(rng.integers(0, 5)):  # pairs, mostly thin ones, which no shape is
+    for _ in range(rng.integers(0, 5)):  # pairs, mostly thin, unlike any shape
         long, thin = rng.uniform(0.12, 0.6), rng.uniform(0.03, 0.12)
         if rng.random() < 0.25:
             long, thin = rng.uniform(0.3, 0.6), rng.uniform(0.2, 0.35)
@@ -197,13 +197,13 @@ def _radius(rng: np.random.Generator, size: str) -> float:
 
 
 def _tone(rng, behind, mask, item, scene) -> float:
-    """A grey clearly on the item's side of what lies behind it."""
+    """A grey that is clearly brighter or darker than what lies behind, as the item's tone says."""
     sign = 1 if item.paint == "Brighter" else -1
     if scene.background != "Plates":
         return np.clip(behind.mean() + sign * rng.uniform(0.26, 0.42), 0, 1)
     around = (behind * mask).sum() / mask.sum()
     end = 1.0 if sign > 0 else 0.0
-    # Plates may be so bright or dark that little room is left; there, the whole of it is used.
+    # Plates may be so bright or dark that little range is left; then all of it is used.
     far = max(rng.uniform(0.5, 0.9) * abs(end - around), min(0.25, abs(end - around)))
     return around + sign * far
 
@@ -212,7 +212,7 @@ def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[
     """Draws a picture.
 
     Args:
-      rng: all randomness comes from it: the same state gives the same picture.
+      rng: the only source of randomness: the same state gives the same picture.
       scene: what is in it.
 
     Returns:
@@ -230,7 +230,7 @@ def draw(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, list[dict[
         r = _radius(rng, item.size)
         sx = -1 if item.side == "Left" else 1
         sy = -1 if item.level == "Upper" else 1
-        # Large shapes stay inside of the picture and cross the middle lines only a little.
+        # Large shapes stay inside the picture and cross the middle lines only a little.
         low, high = max(MARGIN, r - 0.12), min(0.8, 0.97 - r)
         x, y = sx * rng.uniform(low, high), sy * rng.uniform(low, high)
         turn = rng.uniform(-0.3, 0.3)

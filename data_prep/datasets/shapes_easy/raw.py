@@ -1,4 +1,4 @@
-"""Draws single shapes on a plain ground and asks for descriptions alone; see README.md."""
+"""Draws single shapes on a plain ground and only asks for descriptions; see README.md."""
 
 import pathlib
 from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ from data_prep.datasets.slake import layout
 
 
 class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
-    """What SLAKE and data sets in its layout have in common. Subclasses give `_language`."""
+    """The builder of SLAKE and of data sets in its layout. Subclasses define `_language`."""
 
     @property
     def _language(self) -> str:

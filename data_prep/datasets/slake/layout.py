@@ -1,8 +1,7 @@
-"""Reads a folder in SLAKE's layout into checked rows and a report: of `slake`
-and of the drawn sets.
+"""Reads a folder in SLAKE's layout (`slake` and the drawn sets) into checked rows and a report.
 
 Layout: `train.json`, `validate.json` (or `validation.json`), `test.json`, each a list of rows with
-twelve keys, and `imgs/<image>/source.jpg` with `detection.json` beside it. Everything is checked
+twelve keys, and `imgs/<image>/source.jpg` with `detection.json` next to it. Everything is checked
 before the first record is written, so that a bad file costs seconds and not a build.
 """
 
@@ -49,7 +48,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it looks like a released SLAKE folder.
 
     Raises:
-      DataError: it doesn't; names what is missing and, if a neighbour looks right, that one.
+      DataError: it doesn't; names what is missing and, if one looks right, a neighbouring folder.
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
@@ -71,7 +70,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
 
 
 def _check_row(row: Any, where: str) -> dict[str, Any]:
-    """Returns the row if its keys and types are right; `where` is its file and place for errors."""
+    """Returns the row if its keys and types are right; `where` is its file and place, for errors."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with 12 keys, found {row!r:.80}")
     where = f"{where} (qid {row['qid']!r})" if "qid" in row else where
@@ -191,9 +190,9 @@ def _check_images(rows: dict[str, list[Row]]) -> dict[pathlib.Path, str]:
 
 
 def shared_images(rows: dict[str, list[Row]], digests: dict[pathlib.Path, str]) -> dict[str, list[str]]:
-    """Images that two splits have in common, by content: `{"train+test": [image ids], ...}`.
+    """Images that two splits share: `{"train+test": [image ids], ...}`.
 
-    By content and not by name, since a renamed copy leaks as much as the file itself.
+    Compared by content and not by name, since a renamed copy leaks as much as the file itself.
     """
     by_split = {
         split: {digests[r.image]: r.features["image_id"] for r in split_rows} for split, split_rows in rows.items()
@@ -211,12 +210,12 @@ def read_folder(folder: pathlib.Path | str, language: str) -> Folder:
 
     Args:
       folder: the released folder.
-      language: "en", "zh", or "all". The first two require that no image is in two splits; "all"
-        can't have that in SLAKE (its two languages split the images differently) and reports it.
+      language: "en", "zh", or "all". For the first two no image may be in two splits; "all" can't
+        avoid that in SLAKE (its languages split the images differently) and only reports it.
 
     Raises:
-      DataError: see `check_folder`; a row, image or box file that is not as expected; a question
-        id used twice; splits of one language that share images.
+      DataError: see `check_folder`; a malformed row, image or box file; a duplicate question id; splits
+        of one language that share images.
     """
     folder = check_folder(folder)
     rows, splits, all_qids = {}, {}, Counter()
@@ -267,7 +266,7 @@ def examples(folder: Folder, split: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def describe(report: dict[str, Any]) -> Sequence[str]:
-    """The report as lines for a person."""
+    """The report as lines of text."""
     lines = []
     for split, r in report["splits"].items():
         types = ", ".join(f"{k} {v:,}" for k, v in r["answer_types"].items())
@@ -284,7 +283,7 @@ def describe(report: dict[str, Any]) -> Sequence[str]:
         lines.append(
             f"WARNING: {shared['train+test']} of {tests} test images are also in train (and "
             f"{shared['validate+test']} in validate, {shared['train+validate']} in train and "
-            "validate): don't evaluate on these splits what was trained on them"
+            "validate): don't evaluate a model on these splits if it was trained on them"
         )
     else:
         lines.append("no image is in two splits")

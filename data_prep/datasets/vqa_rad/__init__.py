@@ -1,1 +1,1 @@
-"""VQA-RAD: clinicians' questions about 315 radiological images, in both layouts it is found in."""
+"""VQA-RAD: clinicians' questions about 315 radiological images, in either of its two layouts."""

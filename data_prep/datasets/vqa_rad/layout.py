@@ -1,8 +1,8 @@
 """Reads VQA-RAD's question files into checked rows: the public JSON, or trainset and testset.
 
-Both come from a spreadsheet that was filled in by hand, and it shows: numbers among the texts, tabs
-where commas were, "NULL" for nothing, misspelt types. Each repair is small, the same in both
-layouts, and counted in the build report.
+Both come from a manually filled spreadsheet, and it shows: numbers among the texts, tabs instead of
+commas, "NULL" for nothing, misspelt types. Each repair is small, the same in both layouts, and counted
+in the build report.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ EXPECTED = f"{PUBLIC!r} (or trainset.json and testset.json) and {IMAGES[0]!r} (o
 EXPECTED += " file of that name)"
 TYPES = "ABN ATTRIB COLOR COUNT MODALITY ORGAN OTHER PLANE POS PRES SIZE".split()
 KEYS = "qid image_name question answer answer_type question_type phrase_type image_organ".split()
-# Only the public file has these; "" elsewhere.
+# Only the public file has these; "" otherwise.
 PUBLIC_KEYS = {
     "linked_id": "qid_linked_id",
     "question_rephrase": "question_rephrase",
@@ -76,7 +76,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds VQA-RAD.
 
     Raises:
-      DataError: it doesn't; says what is missing and, if a folder in it looks right, which.
+      DataError: it doesn't; says what is missing and names a folder in it that looks right, if any.
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
 
 
 def _text(value: Any, where: str, key: str) -> tuple[str, list[str]]:
-    """A text as it was meant, and what was repaired."""
+    """The repaired text, and what was repaired."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{where}: {key} is {value!r:.80}; expected text")
     notes = [] if isinstance(value, str) else [f"a number as the {key}"]
@@ -172,7 +172,7 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
 
 
 def _raw_rows(folder: pathlib.Path, layout: str) -> Iterable[tuple[str, str, Any]]:
-    """Yields (split, place, row) of all question files; validate is not yet cut off."""
+    """Yields (split, place, row) of all question files, before validate is separated."""
     paths = question_file(folder, layout)
     if not paths:
         need = PUBLIC if layout == "public" else " and ".join(SETS.values())
@@ -192,7 +192,7 @@ def _raw_rows(folder: pathlib.Path, layout: str) -> Iterable[tuple[str, str, Any
 def validation_images(images: Iterable[str], fraction: float, seed: int) -> set[str]:
     """A seeded share of images (image ids, in any order), at least one if `fraction` is above 0.
 
-    Each image is ranked by a hash of seed and id: more images don't reshuffle those there are.
+    Each image is ranked by a hash of seed and id, so that more images don't reshuffle the existing ones.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"validate_fraction is {fraction}; expected 0 up to, not including, 1")
@@ -215,11 +215,11 @@ def read_folder(
       folder: see `check_folder`.
       layout: "public" or "trainset".
       validate_fraction: share of train's images whose questions become `validate`; 0: none.
-      seed: of the draw.
+      seed: of that choice.
       allow_missing_images: drop and count questions without image instead of stopping.
 
     Raises:
-      DataError: a file, row or image that is not as expected; a question id used twice.
+      DataError: a malformed file, row or image; a duplicate question id.
     """
     folder = check_folder(folder)
     where = image_path(folder)
@@ -276,7 +276,7 @@ def read_folder(
 
 
 def _note_members(ledger: Ledger, split: str, features: dict[str, str], digest: str) -> None:
-    """Tells the ledger what two splits must not, or here can't help to, have in common."""
+    """Records images and cases in the ledger, which reports what splits share (here by design)."""
     question = f"{digest} {' '.join(features['question'].lower().split())}"
     ledger.member(split, "image", digest, features["image_id"])
     ledger.member(split, "question about the same image", question, features["question_id"])
@@ -287,13 +287,13 @@ def _note_members(ledger: Ledger, split: str, features: dict[str, str], digest: 
 
 
 def describe(report: dict[str, Any]) -> Sequence[str]:
-    """What the report says beside the ledger's lines."""
+    """What the report says in addition to the ledger's lines."""
     lines = []
     if n := report["shared"].get("image", {}).get("train+test", {}).get("count"):
         total = report["splits"]["test"]["images"]
         lines.append(
             f"{n} of {total} test images are in train: VQA-RAD splits questions, not images, so "
-            "its test scores don't tell how a model does on new images"
+            "its test scores don't show how a model does on new images"
         )
     if unused := report["images_not_used"]:
         lines.append(f"images that no question uses: {len(unused)} ({', '.join(unused[:10])})")

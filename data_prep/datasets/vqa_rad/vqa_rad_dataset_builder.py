@@ -1,6 +1,6 @@
 """VQA-RAD as a TFDS data set: configs `public` and `trainset`, from the released files.
 
-Test images are in train too, by the makers' design; the build reports how many.
+Test images are in train too, by design of its authors; the build reports how many.
 """
 
 import functools
@@ -61,7 +61,7 @@ class Builder(VqaBuilder):
         return {split: self._generate_examples(folder, split) for split in folder.rows}
 
     def _generate_examples(self, folder: layout.Folder, split: str) -> Any:
-        @functools.lru_cache(maxsize=64)  # a few questions on end are about the same image
+        @functools.lru_cache(maxsize=64)  # consecutive questions are often about the same image
         def content(image: str) -> bytes:
             return images.convert(folder.store.read(image), image)
 

@@ -296,7 +296,7 @@ def test_command_stopped_by_ctrl_c_goes_on(tmp_path, repo_root):
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "the same command goes on" in err, err
+    assert child.returncode == 130 and "the same command resumes" in err, err
     assert journal.exists() and not (tmp_path / "kept.jsonl").exists()
     run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
