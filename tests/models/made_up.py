@@ -90,6 +90,26 @@ class Mixer:
     Model = Tower
 
 
+class Pair(nn.Module):
+    """A connector: two neighbouring patches become one image token."""
+
+    width: int
+    dtype: str = "float32"
+    lora: tuple = ()
+
+    LEAVES = (Leaf("both/kernel", "DE", "D"), Leaf("both/bias", "E", role="bias"))
+    leaves = LEAVES
+
+    @staticmethod
+    def tokens(kw, patches):
+        return patches // 2
+
+    @nn.compact
+    def __call__(self, x, *, train=False, capture_attention=False):
+        x = x.reshape(len(x), x.shape[1] // 2, -1)
+        return lora.Dense(self.width, name="both", dtype=self.dtype, lora=self.lora)(x), {}
+
+
 class _Line(nn.Module):
     """Attention with three projections in one kernel, then a kernel of its own width."""
 

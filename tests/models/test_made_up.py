@@ -10,7 +10,7 @@ import pytest
 
 from paligemma_med import experiment, quantise
 from paligemma_med.config import values as config_values
-from paligemma_med.models import flops, lora_targets, parts, vlm
+from paligemma_med.models import connector, flops, lora_targets, parts, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import sharding
@@ -207,6 +207,25 @@ def test_randomised_from_the_output_down():
         assert now > changed
         changed = now
     assert {n for n, _ in changed} == {*flat}
+
+
+def test_a_connector_stands_between_the_two(monkeypatch):
+    monkeypatch.setitem(connector.KINDS, "pair", made_up.Pair)
+    c = tiny.config("/no/such/folder", model=dict(MODEL, connector=dict(kind="pair")), lora=ADAPTERS)
+    model = experiment.make_model(c)
+    params = draw(c, model)
+    assert {*model.leaves} == {n for n in params if not lora.is_factor(n)} <= {*parts.leaves_of(c.model)}
+    assert params["connector/both/lora_a"].shape == (24, 2)
+    stages = sanity.stages(unflatten_tree(params), model.leaves)
+    assert stages[3:6] == ["llm/words", "connector/both", "img/mixes/2"]
+    both, tokens = 24 * 16, PATCHES // 2 + 9
+    decoder = 2 * (16 * 4 * 3 * 6 + 4 * 6 * 16 + 16 * 16)
+    plain = model.clone(lora=())
+    forward = flops.count_pass(plain, res=tiny.RES, text_len=9, logits=4).per_example_model
+    tower = (3 * 2 * 12 * 20 + 768 * 12) * PATCHES
+    assert forward == 2 * (tower + both * (PATCHES // 2) + decoder * tokens + 1024 * 16 * 4)
+    trained = flops.count(plain, ["connector/both/bias"], res=tiny.RES, text_len=9, supervised_len=4)
+    assert trained.per_example_model == forward + 2 * (decoder * tokens + 1024 * 16 * 4)
 
 
 def test_gradients_by_the_attention():
