@@ -220,7 +220,7 @@ def _no_list(content):
         (_no_case, ["case 'MPX1000' is not in Case_topic.json", "entry 0"]),
         (_no_description, ["Description is 'text'", "entry 3"]),
         (_no_test, ["no case in test"]),
-        (_no_list, ["dev isn.t a list"]),
+        (_no_list, ["dev isn't a list"]),
     ],
 )
 def test_what_is_refused(tmp_path, content, change, words):
