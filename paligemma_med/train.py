@@ -118,7 +118,8 @@ class Run:
 
     def _first_state(self):
         """From weights or random, and from a checkpoint where there is one."""
-        with notes.stage("reading weights"):
+        init = self.config.get("model_init")
+        with notes.stage(f"reading the weights of {init}" if init else "drawing random weights"):
             state = states.initial(self.setup)
         with notes.stage("reading the newest checkpoint"):
             state = states.restore(state, self.checkpoints, self.workdir)
