@@ -17,30 +17,30 @@ from paligemma_med.parallel import ending
 
 
 def command(main):
-    """`main` of a program, which tells mistakes that its user can mend in one sentence.
+    """`main` of a program, so wrapped that mistakes which its user can mend are told in one sentence.
 
-    With --verbosity=1 they keep their traceback, and the libraries below tell what they do.
+    With --verbosity=1 they keep their traceback, and libraries log what they do.
     """
 
     @functools.wraps(main)
     def run(argv):
-        talkative = flags.FLAGS["verbosity"].present
-        if not talkative:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO.
+        is_verbose = flags.FLAGS["verbosity"].present
+        if not is_verbose:
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every move of its own at INFO.
         try:
             main(argv)
         except app.UsageError:
             raise
         except KeyboardInterrupt as e:
             code = getattr(e, "exit_code", None)
-            if code is not None and not ending.is_alone():  # agreed upon by all
+            if code is not None and not ending.is_alone():  # all processes have agreed to stop
                 sys.exit(code)
             ending.leave_at_once(code or 130)
         except Exception as e:
             known = isinstance(e, ValueError | OSError | FloatingPointError)
             if ending.tell_if_peer_lost(e):
                 ending.leave(1)
-            if (talkative and flags.FLAGS.verbosity > 0) or not known:
+            if (is_verbose and flags.FLAGS.verbosity > 0) or not known:
                 if ending.is_alone():
                     raise
                 traceback.print_exc()
@@ -50,9 +50,9 @@ def command(main):
     return run
 
 
-def parse_flags(argv):
-    """`flags_parser` of the programs' app.run: a wrong --config=… or --config.key=… is told in a
-    line, which absl and ml_collections tell by their tracebacks."""
+def parse_flags(argv) -> list[str]:
+    """The programs' `app.run(…, flags_parser=parse_flags)`: one line on a wrong --config=… or --config.key=…, for
+    which absl and ml_collections show a traceback."""
     try:
         with stand_ins.importable(_config_file(argv)):
             return flags.FLAGS(argv)
@@ -64,10 +64,10 @@ def parse_flags(argv):
         sys.exit(f"error: {e}")
     except (AttributeError, KeyError) as e:
         paths = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
-        found = [p for p in paths if set(p.split(".")[1:]) & set(re.findall(r"\w+", str(e)))]
+        named = [p for p in paths if set(p.split(".")[1:]) & set(re.findall(r"\w+", str(e)))]
         near = re.search(r'Did you mean "(\w+)"', str(e))
         sys.exit(
-            f"error: {found[0] if found else '--config.…'}: the config has no such key"
+            f"error: {named[0] if named else '--config.…'}: the config has no such key"
             + (f" (did you mean {near[1]!r}?)" if near else "")
             + ". Flags change only what its file sets; mend the name, or add the key to the file."
         )
@@ -82,7 +82,7 @@ def _config_file(argv):
     return None
 
 
-def define_source_flags():
+def define_source_flags() -> None:
     """--config, --workdir, --checkpoint, --adapter of the programs that answer questions; `from_flags`
     reads them.
 
@@ -115,6 +115,7 @@ def from_flags():
         raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
     config = values.config or config_files.from_json(workdir.read_config(folder))
     if values.adapter:
+        config = config.copy_and_resolve_references()
         with config.unlocked():
             config.adapter_init, config.lora = values.adapter, None
     return config, values.checkpoint or values.workdir

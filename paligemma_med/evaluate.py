@@ -3,10 +3,9 @@
     python -m paligemma_med.evaluate --workdir=out/s1          (a run: its own config and weights)
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
 
-Each evaluator writes metrics.json and predictions.jsonl under <workdir or out>/eval/<name>/. Killed
-and started again, the same command goes on after the last batch; what is finished for the same
-weights and settings isn't asked again. In several processes (docs/clusters.md) the first one
-prints and writes.
+Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
+the same command goes on after the last batch; evals that are finished for the same weights and settings
+aren't run again. Of several processes (docs/clusters.md) the first one prints and writes.
 """
 
 import os
@@ -20,7 +19,7 @@ from paligemma_med.parallel import distributed, sharding
 from paligemma_med.setup import Setup
 
 
-def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
+def evaluate(config, checkpoint, out, only=None, controls=None, resume=True) -> dict[str, dict]:
     """Runs config.evals on `checkpoint` and prints a table for each.
 
     Args:
@@ -28,9 +27,9 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True):
       checkpoint: anything `checkpoints.load_params` takes.
       out: folder for eval/<name>/.
       only: names of the evals to run, or None for all. What the others need may be missing.
-      controls: of all evals; None leaves them what the config says; "all" is all that there are,
-        except where a config names its own.
-      resume: whether to take what an earlier start has left.
+      controls: for all evals; None: those that the config names; "all": all that there are, except for
+        sections that name their own.
+      resume: whether to use what an earlier start has left.
 
     Returns:
       {name: {metric: value}}.
@@ -70,8 +69,8 @@ def _selected(config, only):
 
 
 def _set_controls(config, controls):
-    """Puts them into the sections of config.evals; majorities need a training split, and dialogues
-    have no other images."""
+    """Puts them into the sections of config.evals. Without train_data there are no majorities, and dialogues can't
+    be asked with other images."""
     if controls is None:
         return
     for section in (config.get("evals") or {}).values():

@@ -1,7 +1,7 @@
 """From a config to the things it names: model, tokenizer, mesh, evaluators.
 
-Every program (train, evaluate, predict, explain) starts here, so that all agree on what a config means.
-Weights are `weights`' business.
+Every program starts here (through `setup`), so that all agree on what a config means. Weights are read in
+`weights`.
 """
 
 import functools
@@ -28,7 +28,7 @@ from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
 
 
-def make_model(config):
+def make_model(config) -> vlm.Model:
     """The `vlm.Model` of config.model and config.lora, with activations in config.dtype."""
     model = vlm.Model(
         dtype=config.get("dtype", "float32"),
@@ -46,7 +46,7 @@ def make_model(config):
 
 
 def _check_attention(config):
-    """cuDNN's kernels are a GPU's; elsewhere they fail while tracing."""
+    """cuDNN needs a GPU; elsewhere its kernels would fail in the middle of tracing."""
     towers = {f"config.model.{k}": config.model[k] for k in parts.FAMILIES if k in config.model}
     sections = {"config": config, **towers}
     for where, section in sections.items():
@@ -57,13 +57,13 @@ def _check_attention(config):
             )
 
 
-def adapted(config, model):
+def adapted(config, model) -> dict:
     """{Target: Spec} of the projections that config.lora adapts."""
     names = abstract_params(config, model.clone(lora=())) if model.lora else ()
     return lora_targets.resolve(model.lora, names, model.leaves)
 
 
-def make_tokenizer(config, model):
+def make_tokenizer(config, model) -> tokenizer.Tokenizer:
     """The tokenizer of config.tokenizer, after checking that the model has a row for each token."""
     out = tokenizer.get_tokenizer(config.tokenizer)
     if out.vocab_size > model.vocab_size:
@@ -74,7 +74,7 @@ def make_tokenizer(config, model):
     return out
 
 
-def make_mesh(config):
+def make_mesh(config) -> jax.sharding.Mesh:
     """The device mesh of config.mesh; by default all devices along "data"."""
     mesh = config.get("mesh") or [("data", -1)]
     if isinstance(mesh, str) or any(isinstance(x, str) or len(x) != 2 for x in mesh):
@@ -82,7 +82,7 @@ def make_mesh(config):
     return sharding.make_mesh(mesh)
 
 
-def abstract_params(config, model):
+def abstract_params(config, model) -> dict[str, jax.ShapeDtypeStruct]:
     """{name: jax.ShapeDtypeStruct} of all parameters, float32."""
     return dict(_abstract_params(model, config.res))
 
@@ -92,11 +92,17 @@ def _abstract_params(model, res):
     return flatten_tree(vlm.abstract_params(model, image_size=res))
 
 
-def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None):
-    """{name: (evaluator, its section of the config)} for config.evals, but for big_vision's own.
+def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> dict:
+    """{name: (evaluator, its section of the config)} for config.evals; big_vision's own are left out.
 
-    Evaluators are `paligemma_med.evaluators.<type>.Evaluator`; what they write goes to
-    <folder>/eval/<name>, and names `checkpoint` as the weights' origin, by default the folder.
+    Evaluators are `paligemma_med.evaluators.<type>.Evaluator`.
+
+    Args:
+      folder: they write to <folder>/eval/<name>; None: nothing is written.
+      checkpoint: where the weights come from, for metrics.json; by default the folder.
+
+    Raises:
+      ValueError: a section that can't be meant, or data that aren't there.
     """
     out = {}
     for name, section in (config.get("evals") or {}).items():
@@ -140,27 +146,31 @@ def evaluator_module(kind, where):
 
 
 _EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer", *config_values.WHEN)
+_FROM_HERE = {"inputs", "total", "outdir", "about"}  # arguments of an evaluator that no section has
 
 
-_GIVEN = {"inputs", "total", "outdir", "about"}  # by make_evaluators
-
-
-def check_eval_keys(section, evaluator, where):
+def check_eval_keys(section, evaluator, where) -> None:
     """ValueError if a section of config.evals has keys that this evaluator doesn't take."""
-    known = {*_EVAL_KEYS, *_arguments(evaluator)} - _GIVEN
+    known = {*_EVAL_KEYS, *_arguments(evaluator)} - _FROM_HERE
     config_values.check_keys(section, known, where)
 
 
 def _arguments(evaluator):
     """Names of the keyword arguments that an evaluator takes."""
-    found = inspect.signature(evaluator).parameters.values()
-    return [p.name for p in found if p.kind == p.KEYWORD_ONLY]
+    parameters = inspect.signature(evaluator).parameters.values()
+    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
 
 
-def about(section, checkpoint, params, data=None):
-    """What is evaluated, for metrics.json: split, data (what was opened; by this project's reader
-    unless it is given), section (of the config), fingerprint (of the weights), versions,
-    checkpoint, command. Collective."""
+def about(section, checkpoint, params, data=None) -> dict:
+    """What is evaluated, for metrics.json: split, data, section (of the config), fingerprint (of the weights),
+    versions, checkpoint, command. Collective.
+
+    Args:
+      section: of config.evals, a dict.
+      checkpoint: where the weights come from, or None.
+      params: nested tree of the weights.
+      data: what was opened, if not by this project's reader.
+    """
     flat = flatten_tree(params)
     names = sorted(flat)
     prints = fingerprint.of_leaves([flat[n] for n in names])

@@ -1,4 +1,4 @@
-"""One image, one question, answers:
+"""Answers questions about an image:
 
     python -m paligemma_med.predict --workdir=out/s1 --image=film.jpg --question="Any nodule?"
 
@@ -13,11 +13,11 @@ from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import get_preprocess_fn
 
 
-def predict(config, checkpoint, image, questions, **decoding):
+def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
     """Answers questions about one image.
 
     Args:
-      config: ConfigDict of the experiment whose prompt and model are meant.
+      config: ConfigDict of the experiment whose prompt and model are meant; stays as it is.
       checkpoint: anything `checkpoints.load_params` takes.
       image: encoded bytes (JPEG, PNG, …) or uint8[H, W, 3].
       questions: list of str.

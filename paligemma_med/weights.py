@@ -79,7 +79,7 @@ def _two_adapters(config):
 
 
 def _random_params(setup, names):
-    """Those of a fresh model's parameters; what isn't asked for is not computed."""
+    """These parameters of a newly initialised model; the others aren't computed."""
 
     def init():
         seed = jax.random.key(setup.config.get("seed", 0))
@@ -89,9 +89,9 @@ def _random_params(setup, names):
     return jax.jit(init, out_shardings={n: setup.shardings[n] for n in names})()
 
 
-def load_host_adapter(config, model):
-    """{name: numpy array} of the factors of config.adapter_init, which must be those of config.lora
-    to the rank and the scale (dropout is training's business)."""
+def load_host_adapter(config, model) -> dict[str, np.ndarray]:
+    """{name: numpy array} of the factors of config.adapter_init. They must have the ranks and scales of config.lora;
+    dropout may differ, since it only matters in training."""
     adapter = checkpoints.load_adapter(config.adapter_init)
     want, found = adapted(config, model), adapter.specs
     for target in sorted({*want, *found}):
@@ -107,7 +107,7 @@ def load_host_adapter(config, model):
 
 
 def _check_scales(config, model, spec):
-    """A workdir's adapters mean what they did in its run only under the same rules."""
+    """CheckpointError if config.lora would scale the adapters of a run differently than that run did."""
     rules = _rules_of_run(spec)
     if rules is None:
         return
@@ -128,19 +128,19 @@ def _same_scale(a, b):
 
 
 def _rules_of_run(spec):
-    """config.lora of the workdir `spec`, ours or big_vision's; None if it is none or has none."""
+    """config.lora of the run `spec`, ours or big_vision's; None if `spec` is no run or it has no adapters."""
     return _config_of_run(spec).get("lora") or None
 
 
 def _config_of_run(spec):
-    """config.json of the workdir `spec` as a dict; empty if it is no workdir."""
+    """config.json of the run `spec` as a dict; empty if `spec` is no run."""
     if not isinstance(spec, str):
         return {}
     found = workdir.split_spec(spec)
     return workdir.read_config(found[0]) if found else bv.read_config(spec)
 
 
-def load(config, checkpoint):
+def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[str, Any]]:
     """What answering questions takes: the model of `config` with the weights of `checkpoint`.
 
     Adapters are those of the checkpoint, or else of config.adapter_init. If there are none, the
@@ -211,8 +211,8 @@ def load_host_params(spec, abstract, resample_posemb=False, leaves=None):
 
 
 def _check_resolution(spec, loaded, abstract, leaves):
-    """The image tower has learned its positions on a grid of one size. Resampled to another, they
-    work less well until they are trained on: a mistake, unless it's asked for."""
+    """CheckpointError for position embeddings of another grid than the config's: resampled they work less well until
+    they are trained further, so the config must ask for it."""
     positions = next((leaf for leaf in leaves.values() if leaf.role == "positions"), None)
     if positions is None:
         return

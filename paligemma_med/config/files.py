@@ -23,6 +23,7 @@ def to_json(config) -> str:
 
 
 def absolute(spec) -> str:
+    """A spec of weights ("w.npz:img", a run's workdir) with an absolute path, and of a run with its step."""
     path, part = npz.split_spec(spec)
     path = os.path.abspath(os.path.expanduser(path))
     return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")

@@ -1,13 +1,13 @@
-"""What a training run would take, before it is run: the train step compiled on abstract arrays.
+"""What a training run would need, found without running it: the train step is compiled on abstract arrays.
 
-No weights and no data are touched. Everything is told per device of the config's mesh, which is
-made of the devices of this machine; to see how a config divides over more of them, let the CPU
-stand in for them: JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
+No weights and no data are read. All figures are per device of the config's mesh, which is made of the
+devices of this machine; to see how a config divides over more of them, let a CPU stand in for them:
+JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
-A compiler knows its own chip: "temporary" holds for the kind of device it was compiled for. A CPU
-multiplies in float32, and XLA makes room there for casts of whole bfloat16 weights, which a GPU or
-TPU does not need. So on a CPU a bfloat16 config is compiled a second time, in float32 throughout:
-what that takes beside its weights bounds what bfloat16 takes elsewhere.
+"temporary" holds only for the kind of device that the step was compiled for. A CPU multiplies in float32,
+and there XLA makes room for casts of whole bfloat16 weights, which a GPU or TPU does not need. So on a CPU a
+bfloat16 config is compiled a second time in float32 throughout: the temporary memory of that is an upper
+bound on what bfloat16 needs elsewhere.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from paligemma_med.training import describe
 from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 
-# A loop that keeps the device busy has one step running and one waiting, each with its batch, and
-# holds one more that has just been fetched.
+# To keep the device busy, one step runs and another waits, each with its batch, and one more batch has just been
+# fetched.
 _BATCHES_IN_USE = 3
 
 
@@ -129,22 +129,22 @@ def bytes_on_device(tree) -> int:
 
 def memory(step: Step) -> dict[str, int]:
     """{what: bytes on one device} of a run with a compiled step; together they are its peak."""
-    found = step.compiled.memory_analysis()
+    analysis = step.compiled.memory_analysis()
     batches = 1 + step.setup.config.input.get("prefetch", 2) + _BATCHES_IN_USE
     return {
         "frozen weights": bytes_on_device(step.state.frozen),
         "trained weights": bytes_on_device(step.state.trained),
         "optimizer state": bytes_on_device(step.state.opt_state),
         f"batches ({batches})": batches * bytes_on_device(step.batch),
-        "temporary": found.temp_size_in_bytes,
-        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
+        "temporary": analysis.temp_size_in_bytes,
+        "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
     }
 
 
 def float32_twin(setup: TrainingSetup) -> TrainingSetup | None:
-    """The same in float32 throughout, whose "temporary" bounds what a GPU or TPU needs, if this
-    is a CPU that needs more because of bfloat16; else None. Quantised weights stay quantised."""
+    """The same setup in float32 throughout, if this is a CPU and the config has bfloat16 (see this file's docstring);
+    else None. Quantised weights stay quantised."""
     config = setup.config
     types = {k: str(config.get(k, "float32")) for k in ("dtype", "frozen_dtype")}
     if types["frozen_dtype"] in quantise.KINDS:
@@ -157,17 +157,16 @@ def float32_twin(setup: TrainingSetup) -> TrainingSetup | None:
     return TrainingSetup.without_data(config)
 
 
-def dry_run(config, hbm_gib=None):
-    """Prints what training `config` would take; touches no files of weights or data.
+def dry_run(config, hbm_gib=None) -> dict[str, float]:
+    """Prints what training `config` would need; reads no weights and no data.
 
     Args:
-      hbm_gib: memory of a device, in GiB. If this is a CPU, it is taken for that of a GPU or TPU.
+      hbm_gib: memory of a device, in GiB. On a CPU it is taken to be that of a GPU or TPU.
 
     Returns:
-      dict of the printed figures: {what: GiB on one device}, "peak" among them, and
-      "peak_elsewhere" if that differs on a GPU or TPU; "activations", which are a part of
-      "temporary"; "tflops", of a step on all devices together, and "tflops_executed", of what is
-      recomputed, too.
+      The printed figures: {what: GiB on one device}, "peak" among them, and "peak_elsewhere" if that
+      differs on a GPU or TPU; "activations", which are a part of "temporary"; "tflops" of a step on all
+      devices together, and "tflops_executed", which counts what is recomputed as well.
 
     Raises:
       ValueError: a config that can't train, or one that doesn't fit in hbm_gib.
@@ -179,7 +178,7 @@ def dry_run(config, hbm_gib=None):
     parts = memory(step)
     out = {name: size / 2**30 for name, size in parts.items()}
     out["peak"] = sum(out.values())
-    # XLA may find that it can make some of them anew.
+    # XLA may decide to recompute some of them.
     out["activations"] = min(step.activations, parts["temporary"]) / 2**30
 
     devices = setup.mesh.devices.flat
@@ -207,12 +206,12 @@ def dry_run(config, hbm_gib=None):
 
 
 def _print_flops(setup):
-    config, found = setup.config, setup.flops_per_example
+    config, count = setup.config, setup.flops_per_example
     tera = config.input.batch_size / 1e12
-    model, executed = (x * tera for x in (found.per_example_model, found.per_example_executed))
+    model, executed = (x * tera for x in (count.per_example_model, count.per_example_executed))
     print(
-        f"TFLOPs of a step: {model:.4g} with weights, {found.per_example_attention * tera:.4g} in "
-        f"attention, {found.per_example_recompute * tera:.4g} computed again: {executed:.4g}. "
+        f"TFLOPs of a step: {model:.4g} with weights, {count.per_example_attention * tera:.4g} in "
+        f"attention, {count.per_example_recompute * tera:.4g} computed again: {executed:.4g}. "
         f"MFU counts the first: {flops.ACCOUNTING}."
     )
     devices = setup.mesh.devices.flat
@@ -235,7 +234,7 @@ _ADVICE = {
 }
 
 
-def check_fit(parts, hbm_gib):
+def check_fit(parts, hbm_gib) -> None:
     """Prints that a run fits; ValueError, with what to change, if it doesn't.
 
     Args:

@@ -1,11 +1,11 @@
-"""The most examples that a device can work on at a time, found by compiling and not by crashing.
+"""The most examples that fit on a device at a time, found by compiling instead of by crashing.
 
     python -m paligemma_med.train --config=configs/stage2_rocov2.py --find_batch_size --hbm_gib=24
 
-What a batch size would take is foretold as in `dry_run`, so that no device of that size is needed,
-no weights and no data. Memory grows nearly along a line with the examples, so that five to seven
-compilations are enough. A config that accumulates gradients keeps its whole batch, as nearly as it
-divides, and is cut otherwise; in one that doesn't the batch itself grows or shrinks.
+The memory of each batch size is predicted as in `dry_run`, so that no device of that size, no weights
+and no data are needed. Memory grows almost linearly with the examples, so five to seven compilations are
+enough. A config that accumulates gradients keeps the size of its whole batch, as nearly as that divides,
+and only its microbatches change; in others the batch itself grows or shrinks.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from paligemma_med.parallel import notes, sharding
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 
-_MOST = 4096  # examples at a time on a device; beyond that a chip gains nothing
+_MOST = 4096  # examples at a time on a device; more don't make a chip faster
 
 
-def find_batch_size(config, hbm_gib):
+def find_batch_size(config, hbm_gib) -> dict:
     """Prints how many examples at a time fit, and the flags that set it.
 
     Args:
       config: any training config.
-      hbm_gib: memory of a device, in GiB. If this is a CPU, it is taken for that of a GPU or TPU,
-        and what bfloat16 takes there is bounded from above (`dry_run`).
+      hbm_gib: memory of a device, in GiB. On a CPU it is taken to be that of a GPU or TPU, and an upper
+        bound on what bfloat16 takes there is used (`dry_run`).
 
     Returns:
       dict: rows, the most examples at a time on a device; peaks, {examples at a time: GiB} of all
@@ -82,11 +82,11 @@ def find_batch_size(config, hbm_gib):
     return out
 
 
-def search(peak, limit, most):
+def search(peak, limit, most) -> int:
     """The largest n from 1 to `most` with peak(n) ≤ limit, or 0.
 
     Args:
-      peak: grows with n. It is called few times if it grows nearly along a line, and about
+      peak: a function of n that grows. It is called a few times if it is almost linear, and about
         2 · log2(n) times at worst.
     """
     known = {}
@@ -98,8 +98,8 @@ def search(peak, limit, most):
         low, high = (n, high) if known[n] <= limit else (low, n)
         if not low:
             break
-        # Along the line through both ends, or through the last two while there is no upper one;
-        # halved where that has brought little, since on a curve such guesses may creep.
+        # By the line through both ends, or through the last two points while there is no upper end;
+        # by halving where that gained little, since on a curve such guesses may only creep.
         a, b = (low, high) if high in known else (sorted(known) * 2)[-2:]
         rise = known[b] - known[a]
         if high in known and halve or rise <= 0:

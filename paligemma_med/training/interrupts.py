@@ -1,9 +1,9 @@
 """How a run is stopped from outside: Ctrl-C (SIGINT), or SIGTERM from a scheduler.
 
 With one process a signal raises KeyboardInterrupt, but never in the middle of a step, when the old
-parameters are given away and the new ones not there yet. With several, all must stop after the same
-step: JAX's preemption service passes SIGTERM on and agrees on that step, and Ctrl-C is turned into
-SIGTERM. A second Ctrl-C ends a process at once.
+parameters have been donated and the new ones aren't there yet. With several processes all must stop after
+the same step: JAX's preemption service passes SIGTERM on and has them agree on that step, and Ctrl-C is
+turned into SIGTERM. A second Ctrl-C ends a process at once.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM within a `with`, as this file's beginning says.
+    """Handles SIGINT and SIGTERM inside a `with`.
 
-    Signals that the shell has told to ignore (those of background jobs) stay ignored; in threads
-    other than the main one nothing is handled.
+    Signals that the shell has set to be ignored (for background jobs) stay ignored. Outside the main
+    thread nothing is handled.
     """
 
     def __init__(self):
@@ -70,12 +70,12 @@ class Signals:
         if self._caught and not self._several:
             self._raise()
 
-    def together(self, error):
-        """Whether all processes stop by this KeyboardInterrupt, so that they can still save."""
+    def together(self, error) -> bool:
+        """Whether all processes stop because of this KeyboardInterrupt, so that they can still save together."""
         return not self._several or isinstance(error, Terminated)
 
-    def stop_if_agreed(self, step):
-        """With several processes: raises Terminated if all are to stop after `step`. To be called
-        after every step, by all of them."""
+    def stop_if_agreed(self, step) -> None:
+        """With several processes, raises Terminated if all are to stop after `step`. All of them must call
+        this after every step."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             raise Terminated

@@ -1,7 +1,7 @@
-"""The rows of metrics.jsonl once more, under the same names, for TensorBoard and Weights & Biases.
+"""The rows of metrics.jsonl again, under the same names, for TensorBoard and Weights & Biases.
 
 Only what the config asks for is imported, and nothing leaves the machine unless config.wandb is
-set. These are views: metrics.jsonl is the record, and training goes on when one of them fails.
+set. metrics.jsonl remains the record: training goes on when one of these fails.
 """
 
 import contextlib
@@ -18,20 +18,17 @@ from paligemma_med.config import files as config_files
 from paligemma_med.parallel import distributed
 
 
-def open_writers(config, workdir, first_step):
-    """What config.tensorboard and config.wandb ask for; of process 0, and nothing in the others.
+def open_writers(config, workdir, first_step) -> "Writers":
+    """What config.tensorboard and config.wandb ask for, in process 0; in the others it writes nothing.
 
     Args:
       config: tensorboard=True writes event files to <workdir>/tensorboard. wandb=True or a dict of
         arguments of `wandb.init` (project, name, …) logs to W&B; WANDB_MODE and its like count.
-      first_step: steps done so far. TensorBoard forgets those after; W&B's run is gone on with.
-
-    Returns:
-      Writers.
+      first_step: steps taken so far. TensorBoard drops the rows of later ones; a W&B run is continued.
 
     Raises:
-      ValueError: a package isn't installed, or W&B can't start (a run that is resumed warns, and
-        goes on without).
+      ValueError: a package isn't installed, or W&B can't start (a resumed run only warns, and goes on
+        without it).
     """
     writers = []
     if distributed.is_main():
@@ -54,7 +51,7 @@ class Writers:
         self._writers = list(writers)
 
     def write(self, step, metrics):
-        """Adds to the row of `step`; what isn't a number in `metrics` is left out."""
+        """Adds to the row of `step`; values that aren't numbers are left out."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         for writer in list(self._writers):
             try:
@@ -66,7 +63,7 @@ class Writers:
                     writer.close()
 
     def close(self):
-        """Writes what is left and ends; in bounded time."""
+        """Writes what is left and ends, in bounded time."""
         while self._writers:
             writer = self._writers.pop()
             try:
@@ -85,12 +82,12 @@ def _warn(writer, error):
 
 
 class _CannotStart(ValueError):
-    """W&B isn't to be had; the message says why."""
+    """W&B doesn't start; the message says why."""
 
 
 class _TensorBoard:
-    """Event files. Written in this thread, row by row: tensorboardX's own SummaryWriter loses its
-    queue when killed, and blocks for good when the disk is full."""
+    """Event files, written row by row in the calling thread: tensorboardX's own SummaryWriter loses its
+    queue when it is killed, and hangs when the disk is full."""
 
     name = "TensorBoard"
 
@@ -105,7 +102,7 @@ class _TensorBoard:
         folder = os.path.join(workdir, "tensorboard")
         os.makedirs(folder, exist_ok=True)
         self._file = event_file_writer.EventsWriter(os.path.join(folder, "events"), f".{time.time_ns()}")
-        # Says to TensorBoard that later steps of earlier files are void.
+        # Tells TensorBoard to drop the later steps of earlier files.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(first_step + 1, session_log=start)
 
@@ -123,12 +120,12 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def _without_torch():
-    """tensorboardX imports PyTorch where it finds it, for tensors that it never gets here. That
-    takes seconds, and PyTorch's CUDA libraries may not be those that JAX needs."""
+    """tensorboardX imports PyTorch if it is installed, for tensors that it never gets here. That
+    takes seconds, and PyTorch may load other CUDA libraries than those that JAX needs."""
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # Python's way to say that there is none
+    sys.modules["torch"] = None  # makes `import torch` fail
     try:
         yield
     finally:
@@ -138,15 +135,15 @@ def _without_torch():
 class _Wandb:
     """A run of W&B, whose id is kept in <workdir>/wandb_id.txt.
 
-    Rows carry "step" as a metric, which is every other's axis. W&B's own counter can only grow, so
-    steps that are taken again after a resume would be lost with it.
+    Rows carry "step" as a metric, and all others are plotted over it. W&B's own counter can only grow, so
+    it would lose the steps that are taken again after a resume.
     """
 
     name = "W&B"
 
     def __init__(self, config, workdir):
         try:
-            from wandb import Settings, init  # not `import wandb`: a folder of that name would do
+            from wandb import Settings, init  # `import wandb` would also succeed on a folder of that name
         except ImportError as e:
             raise ValueError(_missing("wandb", e)) from None
         if config.wandb is not True and not hasattr(config.wandb, "to_dict"):
@@ -157,7 +154,7 @@ class _Wandb:
         kw = {} if config.wandb is True else config.wandb.to_dict()
         kw = {"id": _kept_id(workdir), "resume": "allow", "dir": workdir, **kw}
         if "settings" not in kw and hasattr(Settings(), "finish_timeout"):
-            kw["settings"] = Settings(finish_timeout=60)  # lest an unreachable server hang it
+            kw["settings"] = Settings(finish_timeout=60)  # or an unreachable server would hang it
         try:
             self._run = init(config=json.loads(config_files.to_json(config)), **kw)
         except Exception as e:

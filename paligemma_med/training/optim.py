@@ -4,8 +4,8 @@ Semantics are big_vision's (big_vision/optax.py): lists of (regex, value) over p
 which the first full match counts; `schedule` None freezes; weight decay is decoupled and is scaled
 by the schedule but not by the learning rate.
 
-Parameters are flat dictionaries here, name → array ("img/head/kernel"), since everything that is
-said about them is said by name.
+Parameters are flat dictionaries here, name → array ("img/head/kernel"), since a config speaks of them
+by name.
 """
 
 import re
@@ -24,14 +24,14 @@ def match_names(names, rules, what):
     Args:
       names: parameter names.
       rules: [(regex, value), …].
-      what: how to call the rules in an error, e.g. "config.schedule".
+      what: what errors call the rules, e.g. "config.schedule".
 
     Returns:
       {name: (index of the rule, value)}; names that no rule matches are absent.
 
     Raises:
-      ValueError: a regex that doesn't compile, or that matches no name at all (a typo, most likely;
-        the catch-all ".*" may be idle).
+      ValueError: a regex that doesn't compile, or that matches no name at all (most likely a typo; only
+        the catch-all ".*" may have nothing left to match).
     """
     patterns = []
     for rule in rules:
@@ -57,7 +57,7 @@ def match_names(names, rules, what):
 
 
 def schedule_rules(config):
-    """config.schedule as [(regex, dict or None), …]; a single dict is meant for everything."""
+    """config.schedule as [(regex, dict or None), …]; a single dict is for all parameters."""
     schedule = config.get("schedule", dict(decay_type="constant"))
     rules = schedule if isinstance(schedule, list | tuple) else [(".*", schedule)]
     for rule in rules:
@@ -76,7 +76,7 @@ def trained_names(config, names):
     """The names that config.schedule doesn't freeze, in the order given.
 
     Raises:
-      ValueError: a name that no rule covers: what to do with it must be said; nothing is trained.
+      ValueError: a name that no rule covers, since whether it is trained must be said; or no name is trained.
     """
     matched = match_names(names, schedule_rules(config), "config.schedule")
     if missing := [n for n in names if n not in matched]:
@@ -92,7 +92,7 @@ def trained_names(config, names):
 
 
 def _check_order(names, matched, rules):
-    """A rule that trains, but only what rules before it have decided about, isn't what was meant."""
+    """ValueError for a rule that is to train leaves, all of which an earlier rule matches."""
     first = {i for i, _ in matched.values()}
     for i, (regex, value) in enumerate(rules):
         if value is not None and i not in first and regex != ".*":
@@ -105,7 +105,7 @@ def _check_order(names, matched, rules):
 
 
 def make_schedule(schedule, *, total_steps, num_examples, batch_size):
-    """A factor on the learning rate as a function of the step.
+    """The factor on the learning rate as a function of the step.
 
     Args:
       schedule: dict(decay_type="constant" | "cosine" | "linear", warmup_{steps,epochs,…},

@@ -14,7 +14,7 @@ from paligemma_med.parallel import distributed
 
 
 class Profile:
-    """A trace of some steps of training; of process 0, and nothing in the others."""
+    """A trace of some steps of training, in process 0; in the others it does nothing."""
 
     def __init__(self, steps, workdir, total_steps):
         """
@@ -34,10 +34,10 @@ class Profile:
                 self._range = range(first, last)
 
     def step(self, step, last=None):
-        """To be called before each step, `step` counting from 0.
+        """Call this before each step; `step` counts from 0.
 
         Args:
-          last: what the step before gave; waited for where the trace begins or ends.
+          last: what the previous step returned; waited for where the trace begins or ends.
         """
         if not self._range:
             return
@@ -69,14 +69,14 @@ class Profile:
         self._range, self._tracing = range(0), False
         try:
             jax.profiler.stop_trace()
-        except Exception as e:  # Training is worth more than its trace.
+        except Exception as e:  # Losing a trace must not stop the training.
             logging.warning("The trace could not be written to %s: %s", self._folder, e)
         else:
             logging.info("Wrote a trace to %s.", self._folder)
 
 
-def parse(steps):
-    """ "10:15" → (10, 15); ValueError."""
+def parse(steps) -> tuple[int, int]:
+    """ "10:15" → (10, 15). ValueError for anything else."""
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a person watches during training: loss, speed, MFU, time spent waiting for input, time left.
 
-On a terminal that is a bar, drawn on stderr; in a log, one plain line for each logged step, on
-stdout. Process 0 alone shows anything. Evals and checkpoints don't count into the speed.
+On a terminal this is a bar on stderr; in a log, one plain line on stdout for each logged step. Only
+process 0 shows anything. Evals and checkpoints don't count towards the speed.
 """
 
 import collections
@@ -17,21 +17,21 @@ import tqdm
 from paligemma_med.models import flops as flops_lib
 from paligemma_med.parallel import distributed
 
-# The metrics that differ between runs that are otherwise equal.
+# Metrics that differ between two otherwise equal runs.
 TIMING = frozenset({"examples_per_second", "input_wait", "eta_seconds", "mfu"})
 
-# The bar's speed is that of the last so many seconds.
+# The bar shows the speed over so many seconds.
 _RECENT = 30.0
 
 
 class Progress:
-    """Of training alone, in steps; made once the step's FLOPs are known, closed at the end."""
+    """The progress of training in steps, without evals and checkpoints. Close it at the end."""
 
     def __init__(self, first_step, total_steps, batch_size, *, flops=None, peak=None):
         """
         Args:
           flops: `flops.Flops` of one example.
-          peak: FLOP/s that one device could do; None: unknown, then there is no MFU.
+          peak: FLOP/s of one device at best; None if that isn't known, and then there is no MFU.
         """
         self._total, self._batch = total_steps, batch_size
         self._paused = 0.0
@@ -40,7 +40,7 @@ class Progress:
         self._utilisation = None  # MFU at one example per second
         if flops and peak:
             self._utilisation = flops.per_example_model / (peak * jax.device_count())
-        # Steps that were sent off and aren't known to be done, then those done lately.
+        # Steps that were dispatched and may not be done yet; those done within the last seconds.
         self._sent, self._recent = collections.deque(), collections.deque()
         self._last = None
         self._shown, self._bar = distributed.is_main(), None
@@ -57,14 +57,14 @@ class Progress:
             )
 
     def step(self, step, loss, wait=False):
-        """Moves the bar; to be called after each step. Costs nothing where there is no bar.
+        """Moves the bar; call this after each step. Costs nothing if there is no bar.
 
-        Steps are only sent to the devices, far ahead of what they have done. The bar shows those
-        whose loss is there.
+        Steps are dispatched to the devices well before they are computed. The bar shows those whose loss
+        has arrived.
 
         Args:
           loss: jax.Array of the step.
-          wait: whether to wait for it (since the caller will anyway), the bar moving meanwhile.
+          wait: whether to wait for it, moving the bar meanwhile (where the caller will wait anyway).
         """
         self._last = loss
         if self._bar is not None:
@@ -82,11 +82,11 @@ class Progress:
             self._draw(step, loss)
 
     def measure(self, step, batches):
-        """{examples_per_second, input_wait, eta_seconds, mfu} since the last call; no mfu where it
-        isn't known. The first step's are mostly compilation.
+        """{examples_per_second, input_wait, eta_seconds, mfu} since the last call; mfu only if it is known.
+        Those of the first step are mostly compilation.
 
         Args:
-          batches: what has `wait_seconds`, time spent waiting for input so far.
+          batches: has `wait_seconds`, the time spent waiting for input so far.
         """
         now = self._now()
         seconds = max(now - self._time, 1e-9)
@@ -103,7 +103,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens in this context isn't counted; steps sent off before it still are."""
+        """Time spent in this context isn't counted; that of the steps dispatched before it is."""
         self._move(wait=True)
         jax.block_until_ready(self._last)
         start = time.monotonic()
@@ -113,10 +113,10 @@ class Progress:
             self._paused += time.monotonic() - start
 
     def print(self, metrics):
-        """Shows a row of metrics: as a line, unless a bar and nothing else is being watched."""
+        """Shows a row of metrics as a line, unless stdout is a terminal with a bar."""
         first, self._first = self._first, False
         self._logged = {} if first else metrics
-        # The first step is mostly compilation: its speed would mislead.
+        # Mostly compilation, so its speed would mislead.
         speed = "compiled and run once" if first else _speed(metrics)
         if self._bar is None or not sys.stdout.isatty():
             self.say(
@@ -132,7 +132,7 @@ class Progress:
             print(text, flush=True)
 
     def close(self):
-        """Leaves the bar as it stands. Lines can still be said."""
+        """Leaves the bar as it stands. Lines can still be printed."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -160,7 +160,7 @@ class Progress:
 
 
 def _has_width(terminal):
-    """Whether a bar can be drawn there; some containers' terminals are zero columns wide."""
+    """Whether a bar can be drawn there: in some containers the terminal has zero columns."""
     try:
         return os.get_terminal_size(terminal.fileno()).columns > 0
     except OSError:  # not known

@@ -1,8 +1,8 @@
-"""The files of a run beside its checkpoints: config.json, base.npz, base.json, and those that grow
-by a line a step (metrics.jsonl, nonfinite.jsonl, skipped.jsonl).
+"""The files of a run besides its checkpoints: config.json, base.npz, base.json, and those that grow
+line by line (metrics.jsonl, nonfinite.jsonl, skipped.jsonl).
 
-All are written whole or not at all, or appended line by line and flushed to the disk. With several
-processes the first one writes; all see one folder.
+The former are written whole or not at all; lines are appended and flushed to disk. With several
+processes the first one writes, and all see the same folder.
 """
 
 import json
@@ -100,8 +100,8 @@ def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, j
 
 
 def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Array], first_step: int) -> None:
-    """Writes config.json and the frozen leaves that model_init doesn't give; cuts off what lines
-    there are of later steps. Collective.
+    """Writes config.json and the frozen leaves that model_init doesn't give; removes the lines of later steps.
+    Collective.
 
     Args:
       kept: those leaves. first_step: steps taken so far.
@@ -118,14 +118,14 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
     distributed.barrier("config.json is read")
     write(path, text)
     path = os.path.join(folder, "base.npz")
-    if not first_step:  # An older one may stand there, of a run that never made a checkpoint.
+    if not first_step:  # A run that never made a checkpoint may have left one.
         kept = distributed.to_host(kept)
         if distributed.is_main():
             if kept:
                 npz.save_npz(path, unflatten_tree(kept))
             elif os.path.exists(path):
                 os.remove(path)
-    # Steps after the checkpoint are taken again, and would stand twice.
+    # Steps after the checkpoint are taken again, and would be listed twice.
     for name in _GROWING:
         path = os.path.join(folder, name)
         if distributed.is_main() and os.path.exists(path):
@@ -135,7 +135,7 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
 
 
 def _changes(was, now, where="config"):
-    """["config.lr was 0.001 and is now 0.01", …] of two configs as JSON has them."""
+    """["config.lr was 0.001 and is now 0.01", …]: the differences of two configs read from JSON."""
     if was == now:
         return []
     if not (isinstance(was, dict) and isinstance(now, dict)):
@@ -147,8 +147,8 @@ def _changes(was, now, where="config"):
     return out
 
 
-def write(path, text):
-    """Replaces a file as a whole; the main process does."""
+def write(path, text) -> None:
+    """Replaces a file as a whole, in the main process."""
     if not distributed.is_main():
         return
     try:
@@ -157,8 +157,8 @@ def write(path, text):
         raise OSError(f"{path} can't be written: {e.strerror}.") from e
 
 
-def append(folder, name, step, values):
-    """Adds a line to one of the growing files, and sees to it that it is on the disk."""
+def append(folder, name, step, values) -> None:
+    """Adds a line to one of the growing files, and flushes it to disk."""
     path = os.path.join(folder, name)
     try:
         with open(path, "a", encoding="utf-8") as f:
@@ -169,7 +169,7 @@ def append(folder, name, step, values):
         raise OSError(f"{path} can't be written: {e.strerror}.") from e
 
 
-def evals_at(folder, step, names):
+def evals_at(folder, step, names) -> set[str]:
     """Those of `names`, of evaluators, that have metrics of `step`."""
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(path):
@@ -179,9 +179,8 @@ def evals_at(folder, step, names):
     return {name for name, _ in (eval_names.split_metric(k, names) for k in metrics) if name}
 
 
-def add_metrics(folder, step, metrics):
-    """One object a step: to that of `step`, if there is one already, `metrics` are added. What
-    isn't finite becomes null."""
+def add_metrics(folder, step, metrics) -> None:
+    """Adds metrics to the object of `step`, of which there is one a line. Values that aren't finite become null."""
     if not distributed.is_main():
         return
     metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

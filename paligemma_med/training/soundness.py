@@ -1,8 +1,7 @@
-"""What must hold of every training step, looked at whenever metrics are read from the devices.
+"""Checks of every training step, made whenever metrics are read from the devices.
 
-Loss and gradient must be finite (the step itself leaves the parameters as they were if not), so
-must the parameters, and every supervised token must be among the positions that logits are computed
-at.
+Loss and gradient must be finite (if not, the step has left the parameters as they were), and so must
+the parameters. Every supervised token must be at a position that logits are computed at.
 """
 
 import math
@@ -16,33 +15,36 @@ _NORMS = ("training_loss", "l2_grads", "l2_params")
 
 
 class Soundness:
-    """Collects a few scalars a step, on the device, and checks them on the host when asked.
+    """Keeps a few scalars of each step on the device until `check` looks at them.
 
     Attributes:
-      skipped: steps so far whose loss or gradient wasn't finite.
+      skipped: number of steps so far whose loss or gradient wasn't finite.
     """
 
     def __init__(self, config, workdir, batches, *, skipped=0):
-        """skipped: as a checkpoint has it."""
+        """
+        Args:
+          batches: TrainingInput, which knows what each step was trained on.
+          skipped: steps skipped before a resume.
+        """
         self.skipped = skipped
         self._may_skip = config.get("skip_nonfinite") or 0
         self._supervised_len = config.get("supervised_len")
         self._workdir, self._batches = workdir, batches
         self._steps = {}
 
-    def add(self, step, metrics):
-        """Takes note of the metrics of `step`, without waiting for them."""
+    def add(self, step, metrics) -> None:
+        """Keeps the metrics of `step`, without waiting for them."""
         names = ("finite", "lost", *_NORMS)
         self._steps[step] = {n: metrics[n] for n in names}
 
-    def check(self):
-        """Looks at all steps since the last call.
+    def check(self) -> None:
+        """Checks all steps since the last call.
 
         Raises:
           ValueError: supervised tokens that config.supervised_len leaves out.
-          FloatingPointError: parameters that aren't finite; a loss or a gradient that isn't, beyond
-            the number of steps that config.skip_nonfinite allows. Each of these is written to
-            nonfinite.jsonl before.
+          FloatingPointError: parameters that aren't finite; or a loss or a gradient that isn't, in more
+            steps than config.skip_nonfinite allows. Each such step is first written to nonfinite.jsonl.
         """
         steps, self._steps = jax.device_get(self._steps), {}
         for step, found in steps.items():

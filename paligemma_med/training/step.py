@@ -1,6 +1,6 @@
 """One optimizer step: what is differentiated, how a batch is split up, and how it is jitted.
 
-`train` runs it and `dry_run` compiles it, so that what is predicted is what runs.
+`train` runs the same step that `dry_run` compiles.
 """
 
 import jax
@@ -73,7 +73,7 @@ def make_train_step(config, model, tx, learning_rate):
         if accum == 1:
             (loss, lost), grads = grad_fn(trained, frozen, batch, rng)
         else:
-            # Rows are dealt out so that each device keeps its own in every microbatch.
+            # Every accum-th row, so that no row has to move to another device.
             micro = jax.tree.map(lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch)
 
             def body(total, x):
@@ -94,8 +94,8 @@ def make_train_step(config, model, tx, learning_rate):
         def leave(trained, opt_state):
             return trained, opt_state, jnp.float32(0)
 
-        # One bad step would spoil moments and parameters for good. A choice between two branches,
-        # since one made leaf by leaf holds old and new state at once.
+        # One bad step would spoil moments and parameters for good. `cond` and not a `where` for each leaf, which
+        # would hold the old and the new state at once.
         trained, opt_state, l2_updates = jax.lax.cond(finite, update, leave, trained, opt_state)
         metrics = {
             "training_loss": loss,
@@ -112,7 +112,7 @@ def make_train_step(config, model, tx, learning_rate):
 
 
 def opt_shardings(tx, trained, mesh):
-    """Where the optimizer's state lies: moments with their parameter, the rest on every device.
+    """The sharding of the optimizer's state: that of their parameter for moments; the rest is replicated.
 
     Args:
       trained: {name: array, or jax.ShapeDtypeStruct with a sharding}.
@@ -140,8 +140,8 @@ def jitted(setup, trained):
 
 
 def jit_step(step, tx, trained, mesh):
-    """`step` of `make_train_step`, jitted. What it gives back lies as what it got, or the second
-    call would compile anew."""
+    """`step` of `make_train_step`, jitted. Its results are sharded as its arguments are, or the second call would be
+    compiled again."""
     out = (
         {n: x.sharding for n, x in trained.items()},
         opt_shardings(tx, trained, mesh),
