@@ -1,7 +1,8 @@
 """What a training run would need, found without running it: the train step is compiled on abstract arrays.
 
-No weights and no data are read. All figures are per device of the config's mesh, which is made of the
-devices of this machine; to see how a config divides over more of them, let a CPU stand in for them:
+No data are read, and no weights (but for config.adapter_init without config.lora, whose ranks are needed). All
+figures are per device of the config's mesh, which is made of the devices of this machine; to see how a config
+divides over more of them, let a CPU stand in for them:
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
 "temporary" holds only for the kind of device that the step was compiled for. A CPU multiplies in float32,

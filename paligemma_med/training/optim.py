@@ -158,7 +158,7 @@ def _make_tx(name, kw):
 
 
 # What weight decay acts on unless config.wd_mults says: big_vision's kernels, and what adapts one.
-_DECAYED = r".*/(kernel|lora_[ab])"
+DECAYED = r".*/(kernel|lora_[ab])"
 
 
 def _multipliers(config, key, names):
@@ -175,7 +175,7 @@ def _decays(config, names, all_names):
     """{name: weight decay} of the trained parameters that have any."""
     wd = config.get("wd") or 0.0
     if config.get("wd_mults") is None:
-        mults = {n: 1.0 for n in names if re.fullmatch(_DECAYED, n)}
+        mults = {n: 1.0 for n in names if re.fullmatch(DECAYED, n)}
     else:
         mults = _multipliers(config, "wd_mults", all_names)
     if not wd:

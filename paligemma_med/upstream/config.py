@@ -154,6 +154,8 @@ def translate(config, *, note=print) -> ConfigDict:
         out["prefetch_to_device"] = config.input.prefetch
     if "schedule" in config:
         out["schedule"] = _schedule(config)
+    if config.get("wd") and config.get("lora") and config.get("wd_mults") is None:
+        out["wd_mults"] = [(optim.DECAYED, 1.0)]  # its own default leaves out adapters
     if config.get("sharding_strategy"):
         out["sharding_strategy"] = [
             (f"(?:.*/)?(?:{regex})", _strategy(text)) for regex, text in config.sharding_strategy

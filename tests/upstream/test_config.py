@@ -11,6 +11,7 @@ from paligemma_med import input_pipeline
 from paligemma_med.config import values as config_values
 from paligemma_med.models import paligemma
 from paligemma_med.models.layers import lora
+from paligemma_med.training import optim
 from paligemma_med.upstream import config as upstream_config
 from paligemma_med.upstream import model as upstream_model
 from paligemma_med.upstream.config import INPUT_KEYS, KEYS, translate
@@ -96,6 +97,14 @@ def test_idle_values_are_silent():
         note=notes.append,
     )
     assert notes == []
+
+
+def test_weight_decay_of_adapters_is_said():
+    """Kernels alone decay by big_vision's default, and by ours what adapts one as well."""
+    lora = [(".*", dict(rank=2))]
+    assert translate(tiny.config(wd=0.1, lora=lora)).wd_mults == [(optim.DECAYED, 1.0)]
+    assert translate(tiny.config(wd=0.1, lora=lora, wd_mults=[(".*", 2.0)])).wd_mults == [(".*", 2.0)]
+    assert "wd_mults" not in translate(tiny.config(wd=0.1)) and "wd_mults" not in translate(tiny.config(lora=lora))
 
 
 def test_unknown_keys_are_refused():
