@@ -1,6 +1,7 @@
 """Lines that a program prints while it works, in process 0 only, and notes on the stages of a long start."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +18,18 @@ def say(text, file=None) -> None:
         print(text, file=file, flush=True)
 
 
+def _on_stderr(text):
+    say(text, file=sys.stderr)
+
+
 @contextlib.contextmanager
-def stage(doing, say=say) -> Iterator[None]:
+def stage(doing, say=_on_stderr) -> Iterator[None]:
     """A stage of a program's start. If it takes more than a few seconds, one line says what is being done and
     another, at the end, how long it took.
 
     Args:
       doing: "reading weights".
-      say: prints a line; called from another thread.
+      say: prints a line; called from another thread. By default on stderr, since stdout has the results.
     """
     started, lines = time.monotonic(), []
 

@@ -10,7 +10,15 @@ from paligemma_med.parallel import notes
 def test_a_short_stage_says_nothing(capsys):
     with notes.stage("reading weights"):
         pass
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_stdout_is_for_results(monkeypatch, capsys):
+    monkeypatch.setattr(notes, "_PATIENCE", 0.0)
+    with notes.stage("reading weights"):
+        time.sleep(0.5)
+    out, err = capsys.readouterr()
+    assert out == "" and "Reading weights …" in err
 
 
 def test_a_long_stage_says_what_it_does_while_it_does_it(monkeypatch):
