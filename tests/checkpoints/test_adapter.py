@@ -15,6 +15,7 @@ from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints import adapters
 from tests.models import hf
+from tests.rounding import assert_close
 
 CASES = ("mqa", "mha", "gemma2")
 
@@ -128,7 +129,7 @@ def test_every_target_is_merged_into_its_own_kernel():
         want[target.param][at] += delta
     assert merged.keys() == want.keys()
     for n, x in merged.items():
-        np.testing.assert_allclose(x, want[n], rtol=0, atol=1e-6, err_msg=n)
+        assert_close(x, want[n], err_msg=n)
 
 
 def test_merging_rounds_once_at_the_end():

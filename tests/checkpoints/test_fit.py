@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from paligemma_med.checkpoints import CheckpointError, Lazy, fit, lazy, npz
 from paligemma_med.models.leaves import flatten_tree
 from tests.checkpoints.trees import assert_same, tree
+from tests.rounding import assert_close
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -24,7 +25,7 @@ def test_resample_posemb_is_big_visions(old, new):
     zoom = (side_new / side_old, side_new / side_old, 1)
     want = scipy.ndimage.zoom(emb.reshape(side_old, side_old, 5), zoom, order=1)
     got = fit.resample_posemb(emb, new)
-    np.testing.assert_allclose(got, want.reshape(1, new, 5), atol=1e-6)
+    assert_close(got, want.reshape(1, new, 5))
 
 
 @settings(max_examples=60, deadline=None)

@@ -24,6 +24,7 @@ from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree
 from tests.checkpoints import adapters
 from tests.models import hf as models
+from tests.rounding import assert_close
 
 MODULES = families.modules_of(paligemma)
 TOLERANCE = 1e-5
@@ -125,7 +126,7 @@ def test_an_adapter_of_theirs_gives_its_logits_here(name, config, tmp_path):
     assert abs(want - base_logits(name)).max() > 0.1
     theirs.save_pretrained(tmp_path)
     made = peft.load_adapter(tmp_path)
-    np.testing.assert_allclose(our_logits(name, made), want, rtol=0, atol=TOLERANCE)
+    assert_close(our_logits(name, made), want, units=64)
 
 
 def test_others_may_read_what_is_written(tmp_path):
@@ -160,7 +161,7 @@ def test_an_adapter_of_ours_gives_its_logits_there(name, rules, style, tmp_path)
     theirs = load_theirs(name, folder)
     want = our_logits(name, made)
     assert abs(want - base_logits(name)).max() > 0.1
-    np.testing.assert_allclose(their_logits(name, theirs), want, rtol=0, atol=TOLERANCE)
+    assert_close(their_logits(name, theirs), want, units=64)
     # No module of the other tower that bears a like name (vision and text both have a q_proj).
     assert adapted_modules(theirs) == {
         MODULES[t].replace("{i}", str(i)) for t, (a, _) in made.factors.items() for i in range(len(a))
@@ -177,7 +178,7 @@ def test_merged_weights_equal_theirs(name, tmp_path):
     merged = flatten_tree(adapter.merge(params, specs))
     want = models.to_tree(theirs.merge_and_unload().state_dict(), case)
     for n, x in flatten_tree(want).items():
-        np.testing.assert_allclose(merged[n], x, rtol=0, atol=1e-6, err_msg=n)
+        assert_close(merged[n], x, err_msg=n)
 
 
 def test_alpha_in_the_config_counts(tmp_path):
@@ -271,7 +272,7 @@ def test_rslora_of_some_keeps_every_scale(tmp_path):
     for target, spec in made.specs.items():
         assert got.specs[target].scale == pytest.approx(spec.scale, rel=1e-12)
     theirs = load_theirs("mqa", tmp_path / "adapter")
-    np.testing.assert_allclose(their_logits("mqa", theirs), our_logits("mqa", made), rtol=0, atol=TOLERANCE)
+    assert_close(their_logits("mqa", theirs), our_logits("mqa", made), units=64)
 
 
 def test_different_dropouts_are_told_of(tmp_path, caplog):

@@ -33,7 +33,7 @@ def test_options_are_scored_as_by_full_forward_passes(name):
             new = np.where(mask, options, 0)[:, option, :step]
             logp = full_forward(model, params, batch, new)[[0, 1], options[:, option, step]]
             want += np.where(mask[:, option, step], logp, 0)
-        np.testing.assert_allclose(sums[:, option], want, atol=2e-5)
+        assert_close(sums[:, option], want, units=32)
     empty = decode.score_options(model, params, batch | {"_mask": np.array([True, False])}, options, mask)[0]
     np.testing.assert_array_equal(empty, np.array(sums) * [[1], [0]])
 

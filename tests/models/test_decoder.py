@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paligemma_med.models import decoder
+from tests.rounding import assert_close
 
 
 def shapes_of(model):
@@ -117,7 +118,7 @@ def test_embeddings_are_scaled_and_tied_to_the_output():
     np.testing.assert_allclose(got, table[tokens] * np.sqrt(20), rtol=1e-6)
     h = np.random.default_rng(4).normal(size=(2, 20)).astype(np.float32)
     logits = model.apply(params, h, method="compute_logits")
-    np.testing.assert_allclose(logits, 3 * np.tanh(h @ table.T / 3), atol=1e-5)
+    assert_close(logits, 3 * np.tanh(h @ table.T / 3))
 
 
 def test_logits_are_float32_under_bfloat16():
@@ -129,5 +130,5 @@ def test_logits_are_float32_under_bfloat16():
     logits = model.apply(params, h, method="compute_logits")
     want = 30 * np.tanh(np.float64(np.float32(h)) @ np.float64(np.float32(table)).T / 30)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, want, atol=1e-5)
+    assert_close(logits, want)
     assert model.apply(params, np.array([[1]]), method="embed_tokens").dtype == jnp.bfloat16

@@ -78,7 +78,7 @@ def test_discard_treats_every_row_alike_and_spares_what_it_must():
         assert dropped.sum() >= (before[i] > 0).sum() // 2 - 1  # its own may be one of them
     # Where all keys weigh the same none is smaller than another.
     even = np.full((1, 4, 4), 0.25, np.float32)
-    np.testing.assert_allclose(fused(even, discard=0.75), (0.25 + np.eye(4)) / 2)
+    assert_close(fused(even, discard=0.75), (0.25 + np.eye(4)) / 2)
     # Next to 1, a row keeps its largest key and itself.
     strict = np.asarray(fused(attn, discard=0.99))
     assert ((strict > 0).sum(-1) <= 2).all()
@@ -97,7 +97,7 @@ def test_padding_changes_nothing():
 def test_heads_that_never_agree_leave_the_residual():
     attn = np.stack([np.eye(2)[::-1], np.eye(2)])[None].astype(np.float32)
     np.testing.assert_array_equal(run(attn, fuse="min"), np.eye(2))
-    np.testing.assert_allclose(run(attn, fuse="max"), [[0.75, 0.25], [0.25, 0.75]])
+    assert_close(run(attn, fuse="max"), [[0.75, 0.25], [0.25, 0.75]])
 
 
 def test_on_to_the_patches():

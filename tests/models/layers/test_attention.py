@@ -139,7 +139,7 @@ def test_a_split_mask_says_the_same(monkeypatch):
         return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
 
     got, want = run(q, k, v, (lengths, rows), "cudnn"), run(q, k, v, PREFIX_LM, "xla")
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), got, want)
+    jax.tree.map(assert_close, got, want)
     longer = run(q, k, v, (lengths + 1, rows), "cudnn")
     assert np.abs(longer[1] - want[1])[:, :5].max() > 1e-2
 
