@@ -249,9 +249,11 @@ def test_hostile_texts_are_inert(tmp_path):
         title = tab.js(f"document.querySelectorAll('h3')[{number}].textContent")
         assert title == HOSTILE.replace("\0", "")
         assert tab.problems == [] and tab.outside == []
-        # Even a script that got in wouldn't run.
-        tab.js("document.body.append(Object.assign(document.createElement('script'),{textContent: 'window.hit = 1'}))")
-        assert tab.js("window.hit === undefined") and "Content Security" in str(tab.problems)
+        # Even a script that got in wouldn't run; and none can be made of a text.
+        tab.js("(s => {s.append('window.hit = 1'); document.body.append(s)})(document.createElement('script'))")
+        assert tab.js("window.hit === undefined") and "will not be executed" in str(tab.problems)
+        with pytest.raises(RuntimeError, match="TrustedScript"):
+            tab.js("Object.assign(document.createElement('script'), {textContent: 'window.hit = 1'})")
 
 
 # --- Verdicts ---
