@@ -1,14 +1,13 @@
-"""Converts weights of any form read here into big_vision's, Hugging Face's, PEFT's or Orbax's.
+"""Converts weights of any form that we read into big_vision's, Hugging Face's, PEFT's or Orbax's.
 
     python -m tools.convert_checkpoint pt_224.npz out/paligemma --to=hf --dtype=bfloat16
     python -m tools.convert_checkpoint out/stage2 out/adapter --to=peft
     python -m tools.convert_checkpoint out/stage2 out/merged --to=hf --merge
     python -m tools.convert_checkpoint out/stage2 out/bv --to=big_vision
 
-The source is an npz file, a Hugging Face or Orbax folder, a workdir, or a training checkpoint of
-big_vision's. --to=big_vision writes such a one, of a workdir: with it as its own workdir, its
-trainer goes on where the run was. Weights go from file to file one parameter at a time, and what is
-written appears whole or not at all.
+The source is an npz file, a Hugging Face or Orbax folder, a workdir, or one of big_vision's training
+checkpoints. --to=big_vision turns a workdir into such a checkpoint, from which big_vision's trainer resumes
+the run. Weights are copied one parameter at a time, and the result appears whole or not at all.
 """
 
 import os
@@ -45,14 +44,14 @@ def convert(
     Args:
       src: anything `checkpoints.open_params` takes.
       dst: file or folder to write.
-      to: one of FORMS; one of adapters writes these alone, "big_vision" a run's whole state.
+      to: one of FORMS; forms of adapters write only those, "big_vision" a run's whole state.
       dtype: what floats are cast to; None keeps each as it is.
-      merge: put adapters into the weights that they adapt.
-      adapter_dir: an adapter that is put beside the weights of `src` first.
-      part: "img" or "llm", to write that part alone.
-      overwrite: replace what is at `dst`, if it is of the same form.
-      base_model: of a PEFT adapter, the name of the Hugging Face model that it belongs to.
-      key_style: of a PEFT adapter, as in `peft.save_adapter`.
+      merge: merge adapters into the weights that they adapt.
+      adapter_dir: an adapter that is added to the weights of `src` first.
+      part: "img" or "llm", to write only that part.
+      overwrite: replace what is at `dst`, if it has the same form.
+      base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
+      key_style: for a PEFT adapter, as in `peft.save_adapter`.
 
     Raises:
       FileNotFoundError, FileExistsError, CheckpointError: one sentence about what is wrong.
@@ -107,14 +106,14 @@ def _to_big_vision(src, dst, dtype, overwrite):
 
 
 def _bar(flat, to):
-    # In a log each state of the bar is a line of its own.
+    # In a log each state of the bar is a separate line.
     every = 0.1 if sys.stderr.isatty() else 10
     total = sum(leaf.nbytes for leaf in flat.values())
     return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"--to={to}", mininterval=every)
 
 
 def _model_of(src):
-    """((img, llm), config.lora) as far as the source records them: None is unknown."""
+    """((img, llm), config.lora) if the source records them; None means unknown."""
     kind = checkpoints.kind_of(src)
     if kind == "hf":
         return hf.model_config(os.path.expanduser(src)), None
@@ -145,10 +144,10 @@ def _specs_of(src, params, rules):
 
 
 @command
-def main(argv):
+def main(argv) -> None:
     if len(argv) != 3:
         raise app.UsageError(f"Give SRC and DST; found {argv[1:]}.")
-    jax.config.update("jax_platforms", "cpu")  # nothing here is for an accelerator
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
     v = flags.FLAGS
     convert(
         argv[1],
@@ -167,12 +166,12 @@ def main(argv):
 
 if __name__ == "__main__":
     types = ("bfloat16", "float16", "float32")
-    flags.DEFINE_enum("to", None, FORMS, "Form to write; peft: the adapters alone.", required=True)
+    flags.DEFINE_enum("to", None, FORMS, "Form to write; peft: only the adapters.", required=True)
     flags.DEFINE_enum("dtype", None, types, "Type of the weights written; default: as they are.")
-    flags.DEFINE_bool("merge", False, "Put adapters into the weights they adapt.")
+    flags.DEFINE_bool("merge", False, "Merge adapters into the weights they adapt.")
     flags.DEFINE_string("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
-    flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it is of the same form.")
-    flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model beneath.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
+    flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
     flags.DEFINE_enum("key_style", "4.52", peft.KEY_STYLES, "--to=peft: transformers that names are from.")
     app.run(main)

@@ -5,14 +5,14 @@
         --d=step --d_scale=3072 --loss=training_loss
 
 X is the number of trained parameters, D the tokens trained on (equation 1 of "Adapting Lightweight
-Vision Language Models for Radiological Visual Question Answering"). What the data cannot tell is
-said instead of printed as a number: an exponent whose variable never varies, or whose interval is
-open because its profile is flat.
+Vision Language Models for Radiological Visual Question Answering"). Where the data can't determine a
+parameter, a sentence says so instead of a number: an exponent whose variable never varies, or whose
+interval is open because its profile is flat.
 """
 # The docstring above is what --help prints.
 #
-# The interval of a parameter comes from its profile: it is held at a value, the others are fitted
-# again, and the values at which the sum of squares stays under S · (1 + t²/(n - p)) are inside.
+# The interval of a parameter comes from its profile: the parameter is fixed at a value, the others are
+# fitted again, and the values at which the sum of squares stays under S · (1 + t²/(n - p)) are inside.
 # Unlike an interval from the curvature at the optimum it shows a ridge: with X and D growing
 # together, α can be traded for β, and both profiles are flat.
 
@@ -36,7 +36,7 @@ _STARTS = (0.03, 0.1, 0.3, 0.6, 1.0, 2.0)  # exponents
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One parameter. `low` and `high` are None where the data set no limit on that side."""
+    """One parameter. `low` or `high` is None if the data don't limit that side."""
 
     value: float | None
     low: float | None
@@ -46,20 +46,19 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """`estimates` by NAMES; rmse: of the losses; n: rows used."""
+    """estimates: keys are NAMES; rmse: of the losses; n: rows used."""
 
     estimates: dict
     rmse: float
     n: int
 
 
-def fit(x, d, loss, level=0.95):
+def fit(x, d, loss, level=0.95) -> Fit:
     """Least squares of `loss` on A · x^-α · d^-β + E.
 
-    A, E > 0 are fitted as logarithms, 0 <= α, β <= MAX_EXPONENT, from several starts. Errors are
-    taken for independent and equally large; successive losses of one run are not quite, and then
-    intervals are too narrow. Where x (or d) is the same in all rows its exponent is left out, and A
-    stands for A · x^-α.
+    A, E > 0 are fitted as logarithms, 0 <= α, β <= MAX_EXPONENT, from several starts. Errors are assumed
+    to be independent and equally large; successive losses of one run aren't quite, and then intervals are
+    too narrow. If x (or d) is the same in all rows its exponent is left out, and A stands for A · x^-α.
 
     Args:
       x, d, loss: positive numbers, float[n].
@@ -88,7 +87,7 @@ def fit(x, d, loss, level=0.95):
         )
     problem = _Problem(np.stack([logs[k] for k in free[1:-1]]), loss)
     best, error = problem.optimum()
-    # Losses without any noise would give intervals of no width, below what can be computed.
+    # Losses without any noise would give intervals narrower than can be computed.
     noise = max(error, len(loss) * (1e-9 * loss.mean()) ** 2)
     t = scipy.stats.t.ppf((1 + level) / 2, len(loss) - len(free))
     limit = error + noise * t**2 / (len(loss) - len(free))
@@ -123,7 +122,7 @@ class _Problem:
         self.centre = logs.mean(axis=1)
         scale = math.log(loss.max())
         count = len(logs)
-        # E may be nothing, but not above every loss.
+        # E may vanish, but can't exceed every loss.
         self.low = np.array([-np.inf, *[0.0] * count, math.log(1e-6 * loss.min())])
         self.high = np.array([np.inf, *[MAX_EXPONENT] * count, max(scale, 0) + 1.0])
 
@@ -137,7 +136,7 @@ class _Problem:
         return np.stack([power, *(-power * log for log in self.logs), offset], axis=1)
 
     def solve(self, start, held=None):
-        """The best θ from `start`; `held`: index of a parameter that stays.
+        """The best θ from `start`; `held`: index of a fixed parameter.
 
         Works on (log A at the centre of the logs, …), where the columns are hardly correlated.
         """
@@ -186,8 +185,8 @@ class _Problem:
         return min((self.solve(theta) for _, theta in starts[:6]), key=lambda pair: pair[1])
 
     def limit_of(self, best, index, limit, direction):
-        """How far the parameter can go before the sum of squares exceeds `limit`; None: as far as
-        its bound, or for A and E (logarithms) by a factor of e^30."""
+        """How far the parameter can go before the sum of squares exceeds `limit`; None: up to its bound, or
+        for A and E (logarithms) by a factor of e^30."""
         bound = (self.low, self.high)[direction > 0][index]
         furthest = 30.0 if not np.isfinite(bound) else abs(bound - best[index])
         inside, theta = 0.0, best
@@ -212,11 +211,11 @@ class _Problem:
         return best[index] + direction * (inside + outside) / 2
 
     def _profile(self, best, near, index, value):
-        """The least sum of squares with one parameter held, from two starts."""
+        """The least sum of squares with one parameter fixed, from two starts."""
         found = []
         for start in (near, best):
             start = np.array(start)
-            if index != 0:  # keep the curve's height at the centre, where it is well known
+            if index != 0:  # keep the curve's height at the centre, where it is well determined
                 start[0] += (value - start[index]) * (self.centre[index - 1] if index <= len(self.centre) else 0.0)
             start[index] = value
             theta, error = self.solve(start, held=index)
@@ -245,7 +244,7 @@ def _estimate(name, problem, index, best, limit):
 # --- Files ---
 
 
-def read_rows(path):
+def read_rows(path) -> list[dict]:
     """Rows of a .csv or .jsonl file as dicts.
 
     Raises:
@@ -271,10 +270,10 @@ def read_rows(path):
     return rows
 
 
-def columns(rows, where, x, d, loss, d_scale=1.0):
+def columns(rows, where, x, d, loss, d_scale=1.0) -> tuple:
     """(x, d, loss) float arrays from the rows that have them all; `x` is a name or a number.
 
-    metrics.jsonl has a loss in some rows only; the others are left out.
+    metrics.jsonl only has a loss in some rows; the others are left out.
 
     Raises:
       ValueError: no row has them, or a value isn't a number.
@@ -299,8 +298,8 @@ def columns(rows, where, x, d, loss, d_scale=1.0):
     return x, d * d_scale, loss
 
 
-def to_markdown(result):
-    """The fit as a table with a line below it."""
+def to_markdown(result) -> str:
+    """The fit as a table, with a line of text below it."""
     lines = ["| parameter | value | 95 % interval | |", "| --- | ---: | ---: | --- |"]
     for name, e in result.estimates.items():
         value = "–" if e.value is None else f"{e.value:.4g}"
@@ -312,7 +311,7 @@ def to_markdown(result):
 
 
 @command
-def main(argv):
+def main(argv) -> None:
     if len(argv) < 2:
         raise app.UsageError("name at least one LOG.csv or LOG.jsonl.")
     f = flags.FLAGS
@@ -328,7 +327,7 @@ def main(argv):
 
 
 def _number(text):
-    """A number, or the name of a column as it stands."""
+    """A number, or else the text itself, the name of a column."""
     try:
         return float(text)
     except ValueError:

@@ -21,7 +21,7 @@ from paligemma_med.evaluation import results
 from paligemma_med.judge import criteria, figures, judge, replies
 
 
-def settings_from(text, structured, protocol):
+def settings_from(text, structured, protocol) -> dict:
     """--settings and --structured as a dict; ValueError says what is wrong with them."""
     try:
         settings = json.loads(text)
@@ -34,7 +34,7 @@ def settings_from(text, structured, protocol):
     return settings
 
 
-def dry_run(folder, protocol, *, model, num_questions, cache, **kw):
+def dry_run(folder, protocol, *, model, num_questions, cache, **kw) -> None:
     """Prints how much there is to ask, and the first of it."""
     folder = pathlib.Path(folder)
     rows = judge.choose(results.read_rows(folder / results.PREDICTIONS), num_questions)
@@ -51,7 +51,7 @@ def dry_run(folder, protocol, *, model, num_questions, cache, **kw):
 
 
 @command
-def main(argv):
+def main(argv) -> None:
     if len(argv) != 2:
         raise app.UsageError(f"Give the folder of one evaluation; found {argv[1:]}.")
     v = flags.FLAGS

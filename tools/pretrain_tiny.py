@@ -2,9 +2,9 @@
 
     python -m tools.pretrain_tiny --output=tools/tiny_base.npz
 
-Everything comes from a fixed seed. The same machine and the same versions give the same file;
-other ones round differently and give a model that is as good. Started again with the same
---workdir, training goes on from its newest checkpoint.
+Everything comes from a fixed seed. The same machine and versions give the same file; others round
+differently and give an equally good model. Started again with the same --workdir, training resumes from
+its newest checkpoint.
 """
 
 import os
@@ -18,16 +18,15 @@ from data_prep.files import DataError
 from paligemma_med import checkpoints, evaluate, train
 
 
-def pretrain(configs, workdir, output):
-    """Trains `configs`, each from what the one before made, and writes weights to `output`.
+def pretrain(configs, workdir, output) -> dict:
+    """Trains `configs`, each starting from the result of the previous one, and writes weights to `output`.
 
     Args:
-      configs: ConfigDicts as `configs/tiny_base.py` gives them; their runs are in
-        `workdir`/lesson1, ….
-      output: the .npz file; in bfloat16.
+      configs: ConfigDicts from `configs/tiny_base.py`; their runs are in `workdir`/lesson1, ….
+      output: the .npz file, in bfloat16.
 
     Returns:
-      {name of an eval: its metrics}, of the weights as written, on the evals of the last config.
+      {name of an eval: its metrics} for the weights as written, on the evals of the last config.
     """
     before = None
     for lesson, config in enumerate(configs, 1):
@@ -43,7 +42,7 @@ def pretrain(configs, workdir, output):
     return evaluate.evaluate(configs[-1], output, workdir)
 
 
-def main(argv):
+def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS

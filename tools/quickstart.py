@@ -34,7 +34,7 @@ STEPS = 5
 NUM_IMAGES = (2700, 120, 150)
 
 
-def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
+def run(stage1, stage2, out, *, num_images=NUM_IMAGES) -> dict[str, dict]:
     """Runs the quickstart, or what is left of it.
 
     Args:
@@ -120,7 +120,7 @@ def run(stage1, stage2, out, *, num_images=NUM_IMAGES):
     return results
 
 
-def place(stage1, stage2, out):
+def place(stage1, stage2, out) -> None:
     """Says in both configs where under `out` their data are, and that stage 2 follows stage 1."""
     for config in (stage1, stage2):
         with config.unlocked():  # configs that come from a flag are locked
@@ -131,7 +131,7 @@ def place(stage1, stage2, out):
         stage2.model_init = os.path.abspath(out / "stage1")
 
 
-def config_argument(stage, out):
+def config_argument(stage, out) -> str:
     """What --config of `train` must be to get the config of a stage, if none was given by flag."""
     init = f",init={out / 'stage1'}" if stage == 2 else ""
     return f"{CONFIG}:stage={stage}{init},data_dir={out / 'data'}"
@@ -143,7 +143,7 @@ def _train(config, workdir, name):
     return found or evaluate.evaluate(config, str(workdir), str(workdir))[name]
 
 
-def format_table(results):
+def format_table(results) -> str:
     """{row: metrics of the vqa evaluator} → Markdown, a row each, a column for each of GROUPS."""
     counts = next(iter(results.values()))
     heads = [f"{group} (n = {_count(counts, key):,})" for group, key in GROUPS.items()]
@@ -204,7 +204,7 @@ def _example(data, out):
     return path, [r for r in rows if r["image_id"] == chosen["image_id"]]
 
 
-def main(argv):
+def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS

@@ -1,11 +1,11 @@
-"""Runs a command again and again, and kills it at random moments, until it ends by itself.
+"""Runs a command again and again, killing it at random moments, until it ends by itself.
 
     python -m tools.random_kills --every=60,180 --for=2700 -- \
         python -m paligemma_med.train --config=configs/slake_mini.py --workdir=out/disturbed
 
-It stands in for a scheduler that takes machines away: what is trained under it must come out as if
-nothing had happened. Signals are drawn from SIGKILL, SIGTERM and SIGINT; when the process has gone,
-it is started anew. After --for seconds nothing is killed any more.
+It imitates a scheduler that takes machines away: the result of training under it must be the same as
+without. Signals are drawn from SIGKILL, SIGTERM and SIGINT; when the process is gone, it is started
+again. After --for seconds it isn't killed any more.
 """
 
 import random
@@ -13,20 +13,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from absl import app, flags
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print, **popen):
+def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print, **popen) -> tuple:
     """Runs `command` to its end under random kills.
 
     Args:
       command: list of strings; may be started any number of times.
       moment: function(random.Random, number of the start, subprocess.Popen) that returns when it is
         time to kill, or when the process has ended.
-      limit: function(number of kills) → whether to kill no more.
+      limit: function(number of kills) → whether to stop killing.
       grace: seconds that a process may take to end after SIGTERM or SIGINT.
       popen: further arguments of subprocess.Popen.
 
@@ -34,12 +35,12 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
       (exit status of the last start, [(signal name, seconds it had run), …]).
 
     Raises:
-      RuntimeError: a process that didn't end within `grace` of a signal, or that ended by itself
-        with an error.
+      RuntimeError: a process didn't end within `grace` seconds of a signal, or ended by itself with an
+        error.
     """
     rng, kills, deck = random.Random(seed), [], []
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell ignores it for background jobs, and what they start would inherit that.
+        # Shells make background jobs ignore SIGINT, and their children would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         started = time.monotonic()
@@ -53,7 +54,7 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
                 if process.returncode:
                     raise RuntimeError(f"the command ended with status {process.returncode}.")
                 return process.returncode, kills
-            # Each signal as often as the others, in random order.
+            # All signals equally often, in random order.
             deck = deck or rng.sample(signals, len(signals))
             kind = deck.pop()
             process.send_signal(kind)
@@ -61,7 +62,7 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
                 process.wait(grace)
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"the command didn't end within {grace} s of {kind.name}.") from None
-            if process.returncode == 0:  # it was faster
+            if process.returncode == 0:  # it finished before the kill
                 return 0, kills
             kills.append((kind.name, time.monotonic() - started))
             log(f"kill {len(kills)}: {kind.name} after {kills[-1][1]:.0f} s", flush=True)
@@ -70,8 +71,8 @@ def run(command, *, moment, limit, seed=0, grace=120, signals=SIGNALS, log=print
             process.wait()
 
 
-def after_seconds(low, high):
-    """A `moment` of `run`: so many seconds after the start."""
+def after_seconds(low, high) -> Callable:
+    """A `moment` for `run`: a random number of seconds after the start."""
 
     def moment(rng, start, process):
         del start
@@ -83,7 +84,7 @@ def after_seconds(low, high):
     return moment
 
 
-def main(argv):
+def main(argv) -> None:
     if len(argv) < 2:
         raise app.UsageError("Give the command to run after --.")
     try:
@@ -104,6 +105,6 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_list("every", ["60", "180"], "Seconds from a start to its kill: least,most.")
-    flags.DEFINE_float("for", 2700, "Seconds after which nothing is killed any more.")
+    flags.DEFINE_float("for", 2700, "Seconds after which it isn't killed any more.")
     flags.DEFINE_integer("seed", 0, "Of the moments and the signals.")
     app.run(main)

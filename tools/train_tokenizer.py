@@ -3,10 +3,10 @@
 The small from-scratch models of the quickstart, the tests and `configs/slake_mini.py` need a
 tokenizer that ships with the package, costs nothing to load and spends few tokens on a radiology
 question. Gemma's has 256,000 pieces: its embedding table alone would be a hundred times such a
-model. This one has 1,024 pieces with byte fallback, so that no text at all is out of vocabulary.
+model. This one has 1,024 pieces with byte fallback, so that no text is out of vocabulary.
 
 The corpus is made here, from word lists and question frames written for this purpose: no data set
-is read, so nothing of a benchmark can leak into the vocabulary, and anyone can train it again:
+is read, so no benchmark can leak into the vocabulary, and anyone can train it again:
 
     python -m tools.train_tokenizer --output=paligemma_med/pp/tiny_tokenizer.model
 
@@ -17,6 +17,7 @@ choice between equally frequent pieces.
 
 import io
 import random
+from collections.abc import Iterator
 
 import sentencepiece
 from absl import app, flags, logging
@@ -30,7 +31,7 @@ _CORPUS = flags.DEFINE_string("corpus", None, "If given, the composed corpus is 
 
 VOCAB_SIZE = 1024
 
-# Word lists. A list is what one {slot} of a frame below may become.
+# Word lists: the possible values of each {slot} in the frames below.
 WORDS = {
     "modality": (
         "CT|CT|MRI|MRI|X-ray|X-ray|X-Ray|ultrasound|PET|angiography|mammography|T1|T2"
@@ -318,7 +319,7 @@ def _fill(frame: str, rng: random.Random) -> str:
 
 
 def _casing(text: str, rng: random.Random) -> str:
-    """Data sets differ in case: most keep it, some lower all, answers may be Title Case."""
+    """Varies the case as data sets do: most keep it, some lower everything, answers may be Title Case."""
     kind = rng.random()
     if kind < 0.4:
         return text[:1].upper() + text[1:]
@@ -327,14 +328,14 @@ def _casing(text: str, rng: random.Random) -> str:
     return text
 
 
-def compose(num_sentences: int, seed: int):
+def compose(num_sentences: int, seed: int) -> Iterator[str]:
     """Yields `num_sentences` lines: prompts, bare questions and answers, in a seeded order."""
     rng = random.Random(seed)
     questions, question_weights = [q for _, q in QUESTIONS], [w for w, _ in QUESTIONS]
     answers, answer_weights = [a for _, a in ANSWERS], [w for w, _ in ANSWERS]
     for _ in range(num_sentences):
         kind = rng.random()
-        # Answers are short and vary in case, so they need most of the lines to earn pieces too.
+        # Answers are short and vary in case, so they need most of the lines to get their own pieces.
         if kind < 0.3:
             text = _fill(rng.choices(questions, question_weights)[0], rng)
             # Most often a question follows the prompt's first words, hence a space; the first
@@ -355,8 +356,8 @@ def train(num_sentences: int, seed: int) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=compose(num_sentences, seed),
         model_writer=out,
-        # Unigram, tried on the same lines, cuts even "answer" in two: 15.2 tokens for a prompt
-        # of SLAKE where this needs 12.7.
+        # Unigram, tried on the same lines, even splits "answer": 15.2 tokens for a prompt of SLAKE where
+        # this needs 12.7.
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         pad_id=0,
@@ -378,7 +379,7 @@ def train(num_sentences: int, seed: int) -> bytes:
     return out.getvalue()
 
 
-def main(argv):
+def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if _CORPUS.value:

@@ -1,4 +1,4 @@
-"""Compares a part of paligemma_med with what a user would take instead, on the same work.
+"""Compares a part of paligemma_med with what a user would use instead, on the same work.
 
     python -m tools.bench train_step --size=bench-s --peer=hf
     python -m tools.bench decode --size=bench-s --peer=hf
@@ -9,13 +9,13 @@
     python -m tools.bench gpu --out=bench_gpu
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
-slows both; what is printed are medians as JSON, a line of a Markdown table, and on the last line
-`ratio R`, the peer's time over ours. --peer=none measures ours alone, without a ratio.
+slows both. It prints medians as JSON, a line of a Markdown table, and on the last line `ratio R`, the
+peer's time over ours. --peer=none measures only ours, without a ratio.
 
-`gpu` runs all rows that want a GPU, each as one of the commands above (tools/bench/gpu.py).
-`saliency_memory` tells what capture adds to a compiled program's memory; `synthesis` compares a
-batch with one caption at a time. Of TFDS, Grain and ml_collections only `input` needs any (and
---peer=big_vision needs ml_collections).
+`gpu` runs all rows that need a GPU, each as one of the commands above (tools/bench/gpu.py).
+`saliency_memory` measures what capture adds to a compiled program's memory; `synthesis` compares a
+batch with one caption at a time. TFDS, Grain and ml_collections are only needed by `input` (and
+ml_collections by --peer=big_vision).
 """
 
 import importlib
@@ -31,8 +31,8 @@ from paligemma_med.models import presets
 _MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
 _OURS = dict(scan=None, attn_impl=None)
 _VARIANTS = {part: presets.DEFAULT[part]["variant"] for part in ("img", "llm")}
-# The module of each part, and what it is given of the flags, with its own defaults of those that
-# parts share. Modules are imported when they are asked for: some need what a GPU box lacks.
+# The module of each part, and the flags that it takes, with its own defaults of shared flags. Modules are
+# imported when needed: some need packages that a GPU box lacks.
 PARTS = {
     "train_step": (
         "train_speed",
@@ -113,13 +113,13 @@ _TYPES = {
         top="Longest operations to list.",
     ),
     "DEFINE_string": dict(
-        size="Of the model, as tools/bench/sizes.py names them.",
+        size="Size of the model, a name in tools/bench/sizes.py.",
         what="Is trained: lora, stage1 or full.",
         dtype="Of the weights.",
         remat_policy="Ours, in both towers.",
         attn_impl="Ours, in both towers: xla or cudnn.",
-        frozen_dtype="Ours, of frozen weights: int8 or nf4, in place of --dtype.",
-        weights="Folder that drawn weights are kept in, for other runs to find.",
+        frozen_dtype="Type of our frozen weights, int8 or nf4, instead of --dtype.",
+        weights="Folder in which the random weights are kept for other runs.",
         data="Data set, built with data_prep.build.",
         split="Of it.",
         data_dir="Where it is built.",
@@ -131,15 +131,15 @@ _TYPES = {
         out="Folder for the figures of each row.",
     ),
     "DEFINE_bool": dict(
-        scan="Ours loops over layers, or unrolls them.",
+        scan="Whether ours loops over layers or unrolls them.",
         retry="Rows that failed before, too.",
     ),
-    "DEFINE_float": dict(minutes="No row is begun that wouldn't end within them."),
+    "DEFINE_float": dict(minutes="No row is started that wouldn't end within this time."),
     "DEFINE_list": dict(only="Names of rows; by default all."),
 }
 
 
-def define_flags():
+def define_flags() -> None:
     """One flag for each argument of a part; its help names the parts that take it."""
     for kind, flags_of_kind in _TYPES.items():
         for name, text in flags_of_kind.items():
@@ -149,7 +149,7 @@ def define_flags():
     flags.DEFINE_string("json", None, "File to write the figures to, too.")
 
 
-def main(argv):
+def main(argv) -> None:
     if len(argv) != 2 or argv[1] not in PARTS:
         raise app.UsageError(f"Give one of {sorted(PARTS)}; found {argv[1:]}.")
     module, takes = PARTS[argv[1]]

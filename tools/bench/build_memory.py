@@ -2,9 +2,9 @@
 
     python -m tools.bench.build_memory --rows=10000,100000
 
-Draws files in PMC-VQA's layout (two images for three questions, some 25 KB each), builds them by
-the command that users run, and prints its peak resident memory: what a larger set needs more of is
-a kilobyte or so a row for names and digests, and nothing of its images' size.
+Draws files in PMC-VQA's layout (two images for three questions, some 25 KB each), builds them with the
+command that users run, and prints its peak resident memory: it should grow by about a kilobyte per row
+for names and digests, and not with the images' size.
 """
 
 import json
@@ -40,7 +40,7 @@ def measure(rows: int, folder: pathlib.Path, pixels: int) -> dict:
     }
 
 
-def main(argv):
+def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only; found {argv[1:]}.")
     for rows in flags.FLAGS.rows:

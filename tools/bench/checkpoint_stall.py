@@ -1,14 +1,14 @@
-"""How much training a checkpoint costs, with the true trained state of a config.
+"""How much training time a checkpoint costs, with a config's real trained state.
 
     python -m tools.bench.checkpoint_stall --config=configs/stage2_medpix2.py --folder=/scratch
 
 The trained leaves and their moments have the config's shapes and random numbers; the frozen weights
-are left out, as in a checkpoint. A matrix product of about the same length each time stands in for
-the training step. Runs with and without checkpoints take turns, so that a busy machine slows both.
+are left out, as in a checkpoint. A matrix product of nearly constant duration stands in for the
+training step. Runs with and without checkpoints take turns, so that a busy machine slows both.
 
-Two figures are printed: how long `save` blocks the loop, and what share of the steps is lost
-altogether, the writing in the background included. A CPU is the worst case for the second: there
-compression and writing take the very cores that compute.
+Two figures are printed: how long `save` blocks the loop, and what share of the steps is lost in total,
+including the writing in the background. A CPU is the worst case for the second: there compression and
+writing use the cores that compute.
 """
 
 import json
@@ -26,8 +26,8 @@ from paligemma_med.checkpoints import workdir
 from paligemma_med.setup import TrainingSetup
 
 
-def make_state(config):
-    """(trained, optimizer state) of `config`, of random numbers."""
+def make_state(config) -> tuple:
+    """(trained, optimizer state) of `config`, with random numbers."""
     setup = TrainingSetup.without_data(config)
     keys = jax.random.split(jax.random.key(0), len(setup.trained_names))
     trained = {n: jax.random.normal(k, setup.abstract[n].shape) for n, k in zip(setup.trained_names, keys)}
@@ -37,11 +37,11 @@ def make_state(config):
     return trained, noise
 
 
-def run(config, folder, *, seconds, every, turns):
-    """Measures; see this file's beginning.
+def run(config, folder, *, seconds, every, turns) -> dict:
+    """Measures; see the top of this file.
 
     Args:
-      seconds: length of a turn. every: seconds between two checkpoints in it.
+      seconds: length of a turn. every: seconds between two checkpoints in a turn.
 
     Returns:
       dict of figures.
@@ -53,7 +53,7 @@ def run(config, folder, *, seconds, every, turns):
     blocked, rates = [], {True: [], False: []}
     with tempfile.TemporaryDirectory(dir=folder) as where:
         with workdir.Checkpoints(where, keep=2) as checkpoints:
-            checkpoints.save(0, trained, state)  # what is compiled or imported on first use
+            checkpoints.save(0, trained, state)  # compiles and imports what the first use needs
             checkpoints.wait()
             number = 0
             for turn in range(2 * turns):
@@ -85,7 +85,7 @@ def run(config, folder, *, seconds, every, turns):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     v = flags.FLAGS
     found = run(v.config, v.folder, seconds=v.seconds, every=v.every, turns=v.turns)

@@ -1,9 +1,9 @@
-"""Peak memory and time of converting the true 3B checkpoint, with random weights in bfloat16.
+"""Peak memory and time of converting a checkpoint of the full 3B model, with random bfloat16 weights.
 
     python -m tools.bench.convert_memory --folder=/scratch
 
-Writes an npz of PaliGemma's shapes leaf by leaf (5.8 GB), converts it by the command that users run
-to Hugging Face and back, to Orbax, and with an adapter merged in, and prints a Markdown table.
+Writes an npz of PaliGemma's shapes leaf by leaf (5.8 GB), converts it with the command that users run
+(to Hugging Face and back, to Orbax, and with an adapter merged in), and prints a Markdown table.
 Needs three times the checkpoint on disk; everything is deleted afterwards.
 """
 
@@ -29,8 +29,8 @@ from paligemma_med.pp import markdown
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
 
 
-def random_leaf(shape):
-    """Random bits as bfloat16 (NaN among them, whose bits must travel as well), drawn when read."""
+def random_leaf(shape) -> lazy.Lazy:
+    """Random bits as bfloat16, drawn when read; they include NaN, whose bits must be preserved too."""
 
     def read():
         out = np.empty(shape, np.uint16)
@@ -43,7 +43,7 @@ def random_leaf(shape):
     return lazy.Lazy(shape, lazy.BFLOAT16, read)
 
 
-def write_adapter(folder, tree):
+def write_adapter(folder, tree) -> None:
     """A random adapter on the attention of both towers, as a PEFT folder."""
     flat, rng = flatten_tree(tree), np.random.default_rng(0)
     specs, factors = lora_targets.resolve(LORA, flat), {}
@@ -55,7 +55,7 @@ def write_adapter(folder, tree):
     checkpoints.save_adapter(folder, checkpoints.Adapter(specs, factors))
 
 
-def measure(*args):
+def measure(*args) -> tuple:
     """Runs the converter; returns (seconds, peak resident memory in GB)."""
     command = [sys.executable, "-m", "tools.convert_checkpoint", *map(str, args)]
     start = time.monotonic()
@@ -66,7 +66,7 @@ def measure(*args):
     return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9  # Linux gives kilobytes
 
 
-def main(argv):
+def main(argv) -> None:
     del argv
     work = pathlib.Path(tempfile.mkdtemp(dir=flags.FLAGS.folder))
     try:

@@ -2,9 +2,9 @@
 
     python -m tools.bench.curate_memory --rows=20000,100000,200000
 
-Writes rows of 28 words that resemble each other in nothing (the most that can be remembered), runs
-`python -m data_prep.curate` with the paper's config on them, near duplicates looked for within
-cases and over all rows, and prints a Markdown table.
+Writes rows of 28 words without any resemblance (the most that has to be remembered), runs `python -m
+data_prep.curate` with the paper's config on them, with near duplicates within cases and over all rows,
+and prints a Markdown table.
 """
 
 import json
@@ -23,7 +23,7 @@ from paligemma_med.pp import markdown
 CONFIG = "data_prep/curate/configs/paper.py"
 
 
-def write_rows(path, n):
+def write_rows(path, n) -> None:
     """`n` rows, five an image and fifteen a case, in twenty categories."""
     rng = random.Random(0)
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{i // 676}x" for i in range(8000)]
@@ -40,19 +40,19 @@ def write_rows(path, n):
             f.write(json.dumps(row) + "\n")
 
 
-def measure(path, output, within):
+def measure(path, output, within) -> tuple:
     """(seconds, peak memory in MB) of one run of the command."""
     command = [sys.executable, "-m", "data_prep.curate", f"--config={CONFIG}:within={within}"]
     command += [f"--input={path}", f"--output={output}"]
     start = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)  # the peak of this child alone
+    _, status, usage = os.wait4(child.pid, 0)  # the peak of only this child
     if status:
         sys.exit(f"error: {' '.join(command)} ended with status {status}")
     return time.monotonic() - start, usage.ru_maxrss / 1024
 
 
-def main(argv):
+def main(argv) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}")
     head = ("rows", "near duplicates within", "seconds", "rows a second", "peak memory")

@@ -1,8 +1,7 @@
 """transformers' `generate` as a side of a benchmark; see `workers`.
 
-One call for all questions, padded on the left to the longest prompt, `num_return_sequences` answers
-to each: what its documentation shows. The cache and the attention (scaled dot products) are its
-defaults.
+One call for all questions, padded on the left to the longest prompt, with `num_return_sequences` answers
+to each, as in its documentation. Cache and attention (scaled dot products) are its defaults.
 """
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from tools.bench import peers_hf, sizes, workers
 
 
-def build(settings):
+def build(settings) -> peers_hf.TorchSide:
     """See `workers`. settings: size, dtype, weights (a folder), rows (questions), samples, tokens,
     cores."""
     size = sizes.SIZES[settings["size"]]
@@ -45,8 +44,8 @@ def build(settings):
     return side
 
 
-def arrange(model, batch):
-    """The batch of `sizes.draw_prompts` as the model takes it: padding, image, prompt."""
+def arrange(model, batch) -> dict:
+    """The batch of `sizes.draw_prompts` in the model's form: padding, image, prompt."""
     image_token, patches = model.config.image_token_id, model.config.text_config.num_image_tokens
     lengths = batch["mask_input"].sum(axis=1)
     width = patches + lengths.max()

@@ -10,14 +10,14 @@ from tools.bench import peers_ours, sizes, workers
 NO_TOKEN = -1  # never drawn, so that no answer ends early
 
 
-def build(settings):
+def build(settings) -> peers_ours.JaxSide:
     """See `workers`. settings: size, dtype, weights (a folder), rows (questions), samples, tokens,
     scan, attn_impl."""
     size, tokens = sizes.SIZES[settings["size"]], settings["tokens"]
     model, params = peers_ours.put_weights(settings)
     batch = sizes.draw_prompts(size, settings["rows"])
     lengths = batch["mask_input"].sum(axis=1)
-    # The text is looked at on the host at each call; the image is not.
+    # Each call reads the text on the host, but not the image.
     batch["image"] = jax.device_put(batch["image"])
     calls = 0
 

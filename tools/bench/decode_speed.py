@@ -1,21 +1,20 @@
-"""Sampled answers to questions: `decode.generate` beside transformers' `generate` on the same work.
+"""Sampled answers to questions: `decode.generate` against transformers' `generate` on the same work.
 
     python -m tools.bench decode --size=bench-s --peer=hf
     python -m tools.bench decode --size=3b-448 --peer=hf --batch_size=8
 
-Both sides have the same random weights, images, prompts and number type, run in processes of their
-own on the same cores (`workers`), and draw `samples` answers of exactly `tokens` tokens to each
-question at temperature 1: no token is an EOS, so that neither side can stop early. The peer is
-called as people do, `num_return_sequences=samples`; it pads to the longest prompt, on the left.
-Before any time is taken, the greedy answers of both are compared: in float32 they must be the same
-(in bfloat16 the share that is gets told). Compilation (ours) and a first call (theirs) are left
-out; turns alternate. On a machine that others use, too, `cpu_ratio` (of the processor's time, all
-threads) is the steadier figure.
+Both sides have the same random weights, images, prompts and number type, run in separate processes on
+the same cores (`workers`), and draw `samples` answers of exactly `tokens` tokens to each question at
+temperature 1: no token is an EOS, so that neither side can stop early. The peer is called in the usual
+way, with `num_return_sequences=samples`; it pads on the left to the longest prompt. Before timing, the
+greedy answers of both are compared: in float32 they must be equal (in bfloat16 the equal share is
+reported). Compilation (ours) and a first call (theirs) are left out; turns alternate. On a shared
+machine `cpu_ratio` (processor time of all threads) is the steadier figure.
 
-What the ratio depends on: the peer reads a prompt once a sample, we once. With N prefill positions
-and M new tokens the most that could be had of it is samples·(N + M) / (N + samples·M), less what a
-step of few rows costs more than a position of a prefill. `of_peak` counts for both sides what we
-must compute (`flops.count_answers`).
+What the ratio depends on: the peer reads a prompt once per sample, we once. With N prefill positions
+and M new tokens the largest possible gain is samples·(N + M) / (N + samples·M), reduced because a decoding
+step with few rows costs more than a position of a prefill. `of_peak` counts for both sides what ours must
+compute (`flops.count_answers`).
 """
 
 import os
@@ -25,20 +24,20 @@ import numpy as np
 from tools.bench import sizes, turns
 
 
-def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_impl, cores, weights=None):
+def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_impl, cores, weights=None) -> dict:
     """Measures both.
 
     Args:
-      size: a name in `sizes.SIZES`, of which dtype, batch_size (questions) and cores are by
-        default, and our `scan`.
+      size: a name in `sizes.SIZES`, which gives the defaults of dtype, batch_size (questions), cores
+        and our `scan`.
       peer: "hf" or "none".
-      rounds: turns of each, one call in each.
-      attn_impl: ours, of both towers.
+      rounds: turns of each side, with one call in each.
+      attn_impl: ours, in both towers.
       weights: folder to keep weights in.
 
     Returns:
-      dict: medians, `ratio` (the peer's seconds over ours), `cpu_ratio`, memory, achieved FLOP/s,
-      what the figures hold for, and "row", a line of a Markdown table.
+      dict: medians, `ratio` (the peer's seconds over ours), `cpu_ratio`, memory, achieved FLOP/s, the
+      conditions of the measurement, and "row", a line of a Markdown table.
 
     Raises:
       ValueError: an unknown name, sides on different devices, or other greedy answers.
@@ -81,9 +80,9 @@ def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_im
     return {**out, "row": turns.row(work, out, peer)}
 
 
-def check_answers(greedy, dtype):
-    """{name: share of its greedy tokens that are ours}, or ValueError where some in float32 aren't.
-    In bfloat16 sides round differently, and one other token makes others of all behind it."""
+def check_answers(greedy, dtype) -> dict[str, float]:
+    """{name: share of its greedy tokens that equal ours}; ValueError if some in float32 don't. In bfloat16
+    the sides round differently, and one different token changes all later ones."""
     ours = np.asarray(greedy["ours"])
     same = {}
     for name, found in greedy.items():

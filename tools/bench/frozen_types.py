@@ -1,16 +1,17 @@
-"""What frozen weights in fewer bits cost: logits and answers beside float32's, and time of a step.
+"""What frozen weights in fewer bits cost: logits and answers compared with float32's, and a step's time.
 
     python -m tools.bench.frozen_types --workdir=out/slake_mini --out=out/frozen_types
     python -m tools.bench.frozen_types --rounds=5
 
-The first asks the evals of a run's config with its weights in each type; activations are float32,
-so that nothing else differs. Logits are those of the first answer token of --batches batches. The
-second times LoRA steps of the size bench-s (float32 activations, random weights), taking turns in
-one process; read the processor's time where other work runs on the machine, on one core (taskset).
+The first runs the evals of a run's config with its weights in each type; activations are float32, so
+that nothing else differs. Logits are those of the first answer token of --batches batches. The second
+times LoRA steps of the size bench-s (float32 activations, random weights), taking turns in one process;
+with other work on the machine, use one core (taskset) and read the processor time.
 """
 
 import os
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ from tools.bench import sizes
 TYPES = ("float32", "bfloat16", *quantise.KINDS)
 
 
-def ask(folder, dtype, out, batches):
-    """(logits float32[questions, V] of first answer tokens, {eval: metrics}) of a run's weights in
+def ask(folder, dtype, out, batches) -> tuple:
+    """(logits float32[questions, V] of first answer tokens, {eval: metrics}) with a run's weights in
     `dtype`; predictions go to out/<dtype>."""
     config = config_files.from_json(workdir.read_config(folder))
     with config.unlocked():
@@ -57,16 +58,16 @@ def ask(folder, dtype, out, batches):
     return np.concatenate(found), {name: e.run(params) for name, (e, _) in evals.items()}
 
 
-def compare(logits, exact):
-    """{what: number} of logits beside the exact ones."""
+def compare(logits, exact) -> dict:
+    """{what: number} for logits compared with the exact ones."""
     p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (exact, logits))
     error, kl = np.abs(logits - exact), np.sum(np.exp(p) * (p - q), -1)
     same = np.mean(logits.argmax(-1) == exact.argmax(-1))
     return dict(max=error.max(), mean=error.mean(), kl=kl.mean(), worst_kl=kl.max(), same_top=same)
 
 
-def make_step(dtype, size, rows):
-    """() → loss: takes a LoRA step with frozen weights in `dtype`, and waits for it."""
+def make_step(dtype, size, rows) -> Callable:
+    """A function () → loss that takes a LoRA step with frozen weights in `dtype` and waits for it."""
     tower = dict(remat_policy=size.remat_policy, scan=size.scan)
     config = ConfigDict(
         dict(
@@ -99,7 +100,7 @@ def make_step(dtype, size, rows):
     return run
 
 
-def main(argv):
+def main(argv) -> None:
     del argv
     v = flags.FLAGS
     if v.workdir:

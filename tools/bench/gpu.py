@@ -1,17 +1,16 @@
-"""All rows of the benchmarks that want a GPU, one after another, each as a command of its own.
+"""All rows of the benchmarks that need a GPU, one after another, each as a separate command.
 
     python -m tools.bench gpu --out=bench_gpu
 
-For a box that is lent by the minute: it needs JAX, Flax, optax, safetensors, PyTorch, transformers
-and peft, and neither TFDS, Grain, ml_collections nor a network. No row is begun that wouldn't end
-within --minutes; the same command again goes on with the rows that are left. Each leaves
-OUT/NAME.json (its figures and command, or why there are none) and OUT/NAME.log; a row that failed
-is tried again only with --retry. Weights and JAX's compiled programs stay in OUT/cache, so that
-rows share them.
+For a machine rented by the minute: it needs JAX, Flax, optax, safetensors, PyTorch, transformers and
+peft, but neither TFDS, Grain, ml_collections nor a network. No row is started that wouldn't end within
+--minutes; the same command again continues with the remaining rows. Each row leaves OUT/NAME.json (its
+figures and command, or why there are none) and OUT/NAME.log; a failed row is only tried again with
+--retry. Weights and JAX's compiled programs stay in OUT/cache, so that rows share them.
 
-Rows come in the order of what is asked first: the training step and sampled answers beside
-transformers, then batches and settings one by one to find the best of each side, and these beside
-each other. --size=tiny tries all of it out on a CPU.
+The most important rows come first: the training step and sampled answers against transformers, then
+batches and settings one by one to find the best of each side, and these against each other. --size=tiny
+tries everything out on a CPU.
 """
 
 import json
@@ -33,10 +32,10 @@ class Row(NamedTuple):
     """A command: `python -m tools.bench part --key=value …`.
 
     Attributes:
-      part: of tools.bench.
-      flags: {name: value}, or a function that makes them of what was found, {name of row: figures},
-        and gives None where what it needs isn't there.
-      minutes: that it may take; what is lent must have as many left.
+      part: a part of tools.bench.
+      flags: {name: value}, or a function that makes them from earlier figures, {name of row: figures},
+        and returns None if those it needs are missing.
+      minutes: how long it may take; it is only started with as much time left.
     """
 
     part: str
@@ -46,11 +45,11 @@ class Row(NamedTuple):
 
 _STEP = dict(what="lora", rounds=5, steps=4)
 _ALONE = dict(_STEP, peer="none", rounds=3)
-_MINUTES = 4.0  # for a start of both sides; a row's own figures take seconds
+_MINUTES = 4.0  # for starting both sides; the measurement itself takes seconds
 
 
 def _best(found, prefix, side):
-    """The figures with most examples of a side a second, of "train" and rows named so."""
+    """The figures with the most examples per second of a side, among "train" and rows with the prefix."""
     rows = [x for n, x in found.items() if n == "train" or n.startswith(prefix)]
     rows = [x for x in rows if side in x.get("per_second", {})]
     return max(rows, key=lambda x: x["per_second"][side], default=None)
@@ -76,13 +75,13 @@ def _ours(batch_size, remat_policy="nothing_saveable", attn_impl="xla"):
 
 
 def _frozen(batch_size, dtype):
-    """Quantised; at the size's batch by default, as "train" is."""
+    """Quantised; by default with the size's batch, like "train"."""
     batch = dict(batch_size=batch_size) if batch_size else {}
     return Row("train_step", dict(_ALONE, **batch, frozen_dtype=dtype), 5.0)
 
 
 def _theirs(batch_size):
-    # Ours is there for its count of FLOPs; a batch of one takes little memory and is compiled.
+    # Ours is only needed for its count of FLOPs, so its batch is one, which takes little memory.
     flags = dict(_STEP, peer="hf", batch_size=1, peer_batch_size=batch_size, rounds=3)
     return Row("train_step", flags, 3.0)
 
@@ -106,21 +105,21 @@ ROWS = {
     "frozen-nf4": _frozen(None, "nf4"),
     "train-stage1": Row("train_step", dict(_STEP, what="stage1", peer="hf"), _MINUTES),
     "saliency": Row("saliency", dict(peer="hf"), _MINUTES),
-    # In float32 greedy answers must be equal: what `decode` measures is the same work.
+    # In float32 greedy answers must be equal, which shows that `decode` measures the same work.
     "decode-same": Row("decode", dict(peer="hf", rounds=1, dtype="float32"), 7.0),
     "load": Row("load", dict(peer="hf", rounds=1), 6.0),
 }
 
 
-def run(*, out, minutes, size, only, retry):
-    """Runs what is left of ROWS.
+def run(*, out, minutes, size, only, retry) -> dict:
+    """Runs the remaining rows of ROWS.
 
     Args:
       out: folder of figures.
-      minutes: that this call may take.
+      minutes: how long this call may take.
       size: a name in `sizes.SIZES`.
       only: names of rows; None is all.
-      retry: rows that failed, too.
+      retry: also run failed rows again.
 
     Returns:
       dict(left: rows still to run, failed: {row: why}, row: a Markdown table of all figures).
@@ -145,7 +144,7 @@ def run(*, out, minutes, size, only, retry):
         if flags is None:
             continue
         left = end - time.monotonic()
-        # The first row is tried in any case, or a call would change nothing.
+        # The first row is always started, or a call could do nothing.
         if began and left < 60 * row.minutes:
             print(f"{name}: for another call", file=sys.stderr)
             break
@@ -166,8 +165,8 @@ def run(*, out, minutes, size, only, retry):
     )
 
 
-def read(out, size):
-    """{row: figures} of what is in a folder."""
+def read(out, size) -> dict:
+    """{row: figures} of a folder."""
     found = {}
     for name in ROWS:
         path = os.path.join(out, f"{name}.json")
@@ -181,7 +180,7 @@ def read(out, size):
     return found
 
 
-def table(found):
+def table(found) -> str:
     """A Markdown table of the rows that have figures; a part's `row` is its line."""
     head = ["row", "work", "seconds: ours, theirs", "ratio", "memory, GB", "TFLOP/s", "of peak", "device"]
     lines = [markdown.head(head, left=len(head))]
@@ -194,7 +193,7 @@ def table(found):
 
 
 def _run_one(out, name, part, flags, seconds):
-    """Figures of one command; what it says goes to a log. None: it took longer."""
+    """Figures of one command, whose output goes to a log; None if it took too long."""
     made = os.path.join(out, "cache", "figures.json")
     given = [f"--{k}={v}" for k, v in flags.items()]
     kept = [f"--weights={out}/cache/weights", f"--json={made}"]
@@ -205,7 +204,7 @@ def _run_one(out, name, part, flags, seconds):
         os.remove(made)
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as f:
-        # A group of its own: its sides end with it.
+        # A new process group, so that its sides can be ended with it.
         process = subprocess.Popen(
             [*command, *kept],
             stdout=f,
@@ -226,7 +225,7 @@ def _run_one(out, name, part, flags, seconds):
     if process.returncode:
         with open(log, encoding="utf-8") as f:
             said = [x for x in f.read().splitlines() if x.strip()]
-        # A side that broke says why, then the driver that it did.
+        # A failed side says why; the driver's own message follows.
         why = [x for x in said[:-1] if re.match(r"[\w.]*Error\b", x)][-1:] + said[-1:]
         return {**about, "error": " ".join(why) or f"status {process.returncode}"}
     with open(made, encoding="utf-8") as f:

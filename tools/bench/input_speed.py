@@ -1,10 +1,10 @@
-"""The input pipeline beside torch's DataLoader with the Hugging Face processor, on the same files.
+"""The input pipeline against torch's DataLoader with the Hugging Face processor, on the same files.
 
-Both read SLAKE's questions and images, decode, resize to the model's resolution, tokenize prompt
-and answer, and make batches that a training step could take; both are bound to the same cores and
-do nothing else. Ours goes through TFDS, Grain and pp to arrays on the device; the peer through
-PIL, `PaliGemmaProcessor` in the collate function, and a DataLoader, as in the fine-tuning scripts
-that people copy. The peer resizes bicubically, as its processor does.
+Both read SLAKE's questions and images, decode, resize to the model's resolution, tokenize prompt and
+answer, and make batches for a training step; both are bound to the same cores and do nothing else.
+Ours goes through TFDS, Grain and pp to arrays on the device; the peer through PIL, `PaliGemmaProcessor`
+in the collate function, and a DataLoader, as in the fine-tuning scripts that people copy. The
+peer resizes bicubically, as its processor does.
 """
 
 import os
@@ -20,7 +20,7 @@ from paligemma_med import input_pipeline
 from paligemma_med.pp import markdown
 from tools.bench import sizes, turns
 
-# More batches than either side holds ready.
+# More batches than either side prefetches.
 _AHEAD = 8
 
 
@@ -38,16 +38,16 @@ def run(
     peer,
     cores,
     text_len=64,
-):
+) -> dict:
     """Measures both.
 
     Args:
-      size: a name in `sizes.SIZES`, of which res is by default; nothing else of it matters here.
+      size: a name in `sizes.SIZES`, which gives the default of res and is otherwise unused.
       peer: "hf" or "none".
 
     Returns:
-      dict: examples per second per core of each (median over rounds), `ratio`, what the figures
-      hold for, and "row", a line of a Markdown table.
+      dict: examples per second per core of each (median over rounds), `ratio`, the conditions of the
+      measurement, and "row", a line of a Markdown table.
 
     Raises:
       ValueError: an unknown name, no tokenizer ($PALIGEMMA_TOKENIZER), or no manual_dir for the
@@ -59,7 +59,7 @@ def run(
     load_before = os.getloadavg()[0]
     if not os.environ.get("PALIGEMMA_TOKENIZER"):
         raise ValueError("$PALIGEMMA_TOKENIZER must name the Gemma tokenizer's file.")
-    jax.config.update("jax_platforms", "cpu")  # what is measured is the host's work
+    jax.config.update("jax_platforms", "cpu")  # only the host's work is measured
     turns.bind(cores)
     sides = {"ours": _ours(data, split, data_dir, res, batch_size, cores, text_len)}
     if peer == "hf":
@@ -70,7 +70,7 @@ def run(
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, take in sides.items():
-            # Imports and caches at first; then what was made ahead while the other had its turn.
+            # Leaves out imports and caches, and batches prefetched while the other had its turn.
             take(_AHEAD)
             start = time.perf_counter()
             take(batches)

@@ -1,13 +1,13 @@
 """From the start of a process to its first training step: ours, with JAX's compilation cache cold
-and warm, beside transformers + peft.
+and warm, against transformers + peft.
 
     python -m tools.bench load --size=bench-s --peer=hf
 
-Each turn starts a process that imports what it needs, reads the same weights from a Hugging Face
-folder and the adapter from a PEFT folder, and takes one step; the clock stops when its loss is
-there. Turns alternate. The warm cache is one that a run before has filled, and the cold one an
-empty folder. The files lie in the system's memory by then, for all sides. `paligemma_med.train`
-imports TFDS and Grain and opens its data, too, which is no part of this (nor is a DataLoader).
+Each turn starts a process that imports what it needs, reads the same weights from a Hugging Face folder
+and the adapter from a PEFT folder, and takes one step; the clock stops when its loss is known. Turns
+alternate. The warm cache was filled by an earlier run, the cold one is an empty folder. For all sides the
+files are in the system's page cache by then. `paligemma_med.train` also imports TFDS and Grain and opens
+its data, which isn't included here (nor is a DataLoader).
 
 `ratio` is the peer's seconds over ours with a warm cache.
 """
@@ -33,15 +33,15 @@ def run(
     attn_impl,
     cores,
     weights=None,
-):
+) -> dict:
     """Measures both.
 
     Args:
-      As `train_speed.run` has them. peer: "hf" or "none".
+      As in `train_speed.run`. peer: "hf" or "none".
 
     Returns:
-      dict: medians of seconds until the first step for "cold", "warm" and the peer, until imports
-      were done and until the weights lay in place, `ratio`, and "row", a line of a Markdown table.
+      dict: median seconds until the first step for "cold", "warm" and the peer, until imports were done
+      and until the weights were in place, `ratio`, and "row", a line of a Markdown table.
 
     Raises:
       ValueError: an unknown name, or a side that ends early.
@@ -64,7 +64,7 @@ def run(
             if cache:
                 env = dict(
                     JAX_COMPILATION_CACHE_DIR=os.path.join(caches, cache),
-                    # What train writes with the same settings: programs of a second and more.
+                    # Like `train`, caches programs that take a second or more to compile.
                     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1",
                 )
             began = time.time()

@@ -1,15 +1,14 @@
 """big_vision's PaliGemma and the shape of its update step as a side of a benchmark.
 
-$BIG_VISION_DIR names a checkout of google-research/big_vision (@0127fb6 is what was tried). From it
-come the model, as its configs have it (layers in a scan, each remade in the backward pass), and the
-optimizer with its frozen schedule. The update step is that of trainers/proj/paligemma/train.py:
-logits at all text positions against one-hot targets, a gradient by all parameters, masks for frozen
-ones, and the norms that it logs. It has no LoRA: for "lora" the modules of both towers' attention
-get ours, as products of activations, so that the work is the same as on the other sides.
+$BIG_VISION_DIR names a checkout of google-research/big_vision (tried with @0127fb6). It supplies the
+model as in its configs (layers in a scan, each recomputed in the backward pass) and the optimizer with
+its frozen schedule. The update step is that of trainers/proj/paligemma/train.py: logits at all text
+positions against one-hot targets, gradients of all parameters, masks for frozen ones, and the norms that
+it logs. It has no LoRA: for "lora" the attention modules of both towers get ours, as products of
+activations, so that the work is the same as on the other sides.
 
-TensorFlow, which big_vision imports for files, is replaced by an empty module. What today's JAX
-lacks, `jax.sharding.PositionalSharding`, is used in a barrier between hosts alone, which no step
-calls.
+TensorFlow, which big_vision imports for files, is replaced by an empty module. What today's JAX lacks,
+`jax.sharding.PositionalSharding`, is only used in a barrier between hosts, which no step calls.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ import os
 import re
 import sys
 import types
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,7 @@ _PROJECTIONS = {
 _MODEL = "big_vision.models.proj.paligemma.paligemma"
 
 
-def load_big_vision():
+def load_big_vision() -> tuple:
     """(its PaliGemma module, its Gemma module, its optax module).
 
     Raises:
@@ -56,13 +56,13 @@ def load_big_vision():
     sys.modules.update(empty)
     names = (_MODEL, "big_vision.models.ppp.gemma", "big_vision.optax")
     found = tuple(importlib.import_module(n) for n in names)
-    for name in empty:  # or others would take TensorFlow for installed
+    for name in empty:  # or others would think that TensorFlow is installed
         del sys.modules[name]
     return found
 
 
-def make_model(paligemma, its_gemma, size):
-    """Its model of a size. Its Gemma knows variants by name alone: here all names mean this one."""
+def make_model(paligemma, its_gemma, size) -> Any:
+    """Its model of a size. Its Gemma only takes names of variants, so here every name means this one."""
     llm = {**decoder.VARIANTS.get(size.llm.get("variant"), {}), **size.llm}
     llm = dict(llm, variant="bench", norm_eps=1e-6, scan=True, remat_policy="nothing_saveable")
     its_gemma.get_config = lambda variant: ml_collections.ConfigDict(llm)
@@ -75,7 +75,7 @@ def make_model(paligemma, its_gemma, size):
 
 
 def _low_rank(module, x, inputs, outputs, prefix=""):
-    """s·(x·A)·B with factors that are parameters of `module`; as `lora` has it."""
+    """s·(x·A)·B with the factors as parameters of `module`, as in `lora`."""
     spec = lora.Spec(**sizes.LORA[0][1])
     shapes = (*x.shape[x.ndim - inputs :], spec.rank), (spec.rank, *outputs)
     a, b = (
@@ -86,7 +86,7 @@ def _low_rank(module, x, inputs, outputs, prefix=""):
 
 
 def _adapt(next_call, args, kw, context):
-    """An interceptor that adds LoRA to what the attention's projections give."""
+    """An interceptor that adds LoRA to the outputs of the attention's projections."""
     y = next_call(*args, **kw)
     module, x = context.module, args[-1] if args else None
     if context.method_name != "__call__":
@@ -108,7 +108,7 @@ def _its_name(name):
     return name
 
 
-def build(settings):
+def build(settings) -> peers_ours.JaxSide:
     """See `workers`. settings: size, dtype, what, weights (a folder), rows."""
     if settings["dtype"] != "float32":
         raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}.")

@@ -1,8 +1,8 @@
 """transformers and peft as a side of a benchmark: the training step that most people would write.
 
-`PaliGemmaForConditionalGeneration` with scaled-dot-product attention, peft's LoRA on top, the loss
-that the model gives for `labels`, and `torch.optim.AdamW`: each at its defaults. The model's table
-loses the 64 rows that Hugging Face adds to it, so that the softmax is over the same vocabulary.
+`PaliGemmaForConditionalGeneration` with scaled-dot-product attention, peft's LoRA on top, the model's
+loss for `labels`, and `torch.optim.AdamW`, each with its defaults. The 64 rows that Hugging Face adds to
+the embedding table are removed, so that the softmax is over the same vocabulary.
 """
 
 import peft
@@ -16,39 +16,39 @@ def _device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device():
+def device() -> dict:
     """The device that PyTorch computes on, named as JAX names it."""
     if _device() == "cuda":
-        torch.zeros(1, device="cuda")  # the context is part of no side
+        torch.zeros(1, device="cuda")  # creates the context, which counts for no side
         return dict(platform="gpu", device=torch.cuda.get_device_name())
     return dict(platform="cpu", device="cpu")
 
 
 class TorchSide:
-    """What sides in PyTorch share; see `workers`. next_step: () → a number, on the device."""
+    """The base of PyTorch sides; see `workers`. next_step: () → a number, on the device."""
 
     def __init__(self, next_step, dtype, about):
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
         self.step, self.about = next_step, {**versions, **about}
         self._dtype, self._matrices = getattr(torch, dtype), {}
 
-    def value(self, x):
+    def value(self, x) -> float:
         if _device() == "cuda":
             torch.cuda.synchronize()
         return x.item()
 
-    def multiply(self, n):
+    def multiply(self, n) -> None:
         if n not in self._matrices:
             pair = (torch.randn(n, n, device=_device(), dtype=self._dtype) for _ in range(2))
             self._matrices = {n: tuple(pair)}
         a, b = self._matrices[n]
         (a @ b)[0, 0].item()
 
-    def peak(self):
+    def peak(self) -> int | None:
         return torch.cuda.max_memory_allocated() if _device() == "cuda" else None
 
 
-def load(settings, attn_implementation="sdpa"):
+def load(settings, attn_implementation="sdpa") -> torch.nn.Module:
     """The model of the benchmark's folder, on the device, without adapters."""
     size = sizes.SIZES[settings["size"]]
     if settings.get("cores"):
@@ -60,14 +60,14 @@ def load(settings, attn_implementation="sdpa"):
         device_map=_device(),
     )
     vocab = size.llm["vocab_size"]
-    # The image's token is one of the rows that go; one beyond `vocab_size` is no row to look up.
+    # The image token is among the removed rows; an id beyond `vocab_size` is never looked up.
     model.resize_token_embeddings(vocab)
     model.model.vocab_size = vocab
     return model
 
 
-def arrange(model, batch):
-    """The batch of `sizes.draw_batch` as the model takes it: image, then text without padding."""
+def arrange(model, batch) -> dict:
+    """The batch of `sizes.draw_batch` in the model's form: image, then text without padding."""
     image_token, patches = model.config.image_token_id, model.config.text_config.num_image_tokens
     text, answer = (torch.tensor(batch[k], dtype=torch.long) for k in ("text", "mask_loss"))
     ids = torch.nn.functional.pad(text, (patches, 0), value=image_token)
@@ -82,7 +82,7 @@ def arrange(model, batch):
     return {k: x.to(model.device) for k, x in inputs.items()}
 
 
-def build(settings):
+def build(settings) -> TorchSide:
     """See `workers`. settings: size, dtype, what, weights (a folder), rows, cores."""
     what, model = settings["what"], load(settings)
     inputs = arrange(model, sizes.draw_batch(sizes.SIZES[settings["size"]], settings["rows"]))

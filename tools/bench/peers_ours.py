@@ -1,8 +1,8 @@
-"""Our training step as a side of a benchmark: `train_step`, jitted as `train` does it.
+"""Our training step as a side of a benchmark: `train_step`, jitted as in `train`.
 
-It reads the weights by `checkpoints` and holds frozen ones in the benchmark's type, trained ones in
-float32. Neither TFDS, Grain nor ml_collections is imported: the batch lies on the device, and the
-config is a plain dict.
+It reads the weights with `checkpoints` and holds frozen ones in the benchmark's type, trained ones in
+float32. Neither TFDS, Grain nor ml_collections is imported: the batch is on the device, and the config
+is a plain dict.
 """
 
 import math
@@ -20,32 +20,32 @@ from paligemma_med.training import step as train_step
 from tools.bench import sizes, workers
 
 
-def device():
+def device() -> dict:
     """The device that JAX computes on."""
     found = jax.devices()[0]
     return dict(platform=found.platform, device=found.device_kind)
 
 
 class JaxSide:
-    """What sides in JAX share; see `workers`. next_step: () → what `value` waits for."""
+    """The base of JAX sides; see `workers`. next_step: () → what `value` waits for."""
 
     def __init__(self, next_step, dtype, about):
         self.step = next_step
         self.about = {"jax": jax.__version__, **about}
         self._dtype, self._matrices = jnp.dtype(dtype), {}
         if dtype == "float32" and jax.default_backend() == "gpu":
-            # As PyTorch computes by default; JAX would take tf32. No step has been compiled yet.
+            # PyTorch's default; JAX would use tf32. No step has been compiled yet.
             jax.config.update("jax_default_matmul_precision", "float32")
 
     value = staticmethod(float)
 
-    def multiply(self, n):
+    def multiply(self, n) -> None:
         if n not in self._matrices:
             a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.float32)
             self._matrices = {n: (a.astype(self._dtype), b.astype(self._dtype))}
         _product(*self._matrices[n]).block_until_ready()
 
-    def peak(self):
+    def peak(self) -> int | None:
         stats = jax.devices()[0].memory_stats()
         return stats and stats["peak_bytes_in_use"]
 
@@ -56,15 +56,15 @@ def _product(a, b):
 
 
 class _Config(dict):
-    """What `train_step` and `optim` ask of a config."""
+    """The part of a config's interface that `train_step` and `optim` use."""
 
     __getattr__ = dict.__getitem__
 
 
-def read_weights(settings, **towers):
-    """(model, {name: numpy array, or lazy.Lazy}) of the folder that `sizes.write_weights` made.
+def read_weights(settings, **towers) -> tuple:
+    """(model, {name: numpy array, or lazy.Lazy}) from the folder that `sizes.write_weights` made.
 
-    towers: more arguments for both towers.
+    towers: further arguments for both towers.
     """
     size, folder = sizes.SIZES[settings["size"]], settings["weights"]
     params = checkpoints.open_hf(f"{folder}/base")
@@ -77,7 +77,7 @@ def read_weights(settings, **towers):
     return model, flatten_tree(params)
 
 
-def put_weights(settings):
+def put_weights(settings) -> tuple:
     """(model, parameters on the device, all in the benchmark's type), without adapters."""
     towers = {k: settings[k] for k in ("scan", "attn_impl")}
     model, host = read_weights({**settings, "what": None}, **towers)
@@ -87,7 +87,7 @@ def put_weights(settings):
     return model, unflatten_tree(params)
 
 
-def build(settings):
+def build(settings) -> JaxSide:
     """See `workers`. settings: size, dtype, what, weights (a folder), rows, remat_policy, scan,
     attn_impl, frozen_dtype (int8 or nf4; None is dtype)."""
     size = sizes.SIZES[settings["size"]]

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: its operations, by what they are for.
+"""Where the time of a training step goes: its operations, grouped by purpose.
 
-The step is that of the benchmark `train_step`, in this process; JAX's profiler times each operation
-of the compiled program, whose metadata says which line of the model it came from. On a CPU all runs
-on one core, since operations that share cores can't be told apart by time. An operation that XLA
-fused from several counts where its product does, or else where its name says.
+The step is that of the benchmark `train_step`, in this process; JAX's profiler times each operation of
+the compiled program, whose metadata says which line of the model it came from. On a CPU everything runs
+on one core, since operations that share cores can't be timed separately. A fused operation counts in the
+group of its matrix product, or else in the group that its name gives.
 
     python -m tools.bench profile --size=bench-s
 """
@@ -22,7 +22,7 @@ from tools.bench import sizes, turns
 _STEPS = 3
 
 
-def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, weights=None):
+def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, weights=None) -> dict:
     """Profiles the step.
 
     Args:
@@ -30,8 +30,8 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
       top: how many single operations to list.
 
     Returns:
-      dict: `milliseconds` a step by group, `operations` (the longest), the sum, what the step took
-      without the profiler, and "row", a Markdown table.
+      dict: `milliseconds` per step by group, `operations` (the longest), the sum, the step's time without
+      the profiler, and "row", a Markdown table.
 
     Raises:
       ValueError: an unknown name, or a profile without operations.
@@ -89,7 +89,7 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
 
 
 def _events(path):
-    """{name: nanoseconds in all} of a trace."""
+    """{name: total nanoseconds} of a trace."""
     import jax
 
     found = collections.Counter()
@@ -100,10 +100,10 @@ def _events(path):
     return found
 
 
-def operations(hlo):
+def operations(hlo) -> dict:
     """{instruction: (whether it holds a matrix product, its op_name)} of a compiled module's text.
 
-    Loops and calls are left out: the profiler has what they run, too.
+    Loops and calls are left out, since the profiler also lists what they run.
     """
     found, products, inner, name = {}, set(), {}, ""
     for line in hlo.splitlines():
@@ -125,8 +125,8 @@ def operations(hlo):
 
 @functools.cache
 def _groups():
-    """((regex, what it is for), …) of matrix products, and of other operations: the first that is
-    found in an operation's name counts. Modules go by the names that their families give them."""
+    """((regex, purpose), …) for matrix products, and for other operations; the first that matches an
+    operation's name counts. Modules have the names that their families give them."""
     from paligemma_med.models import decoder, leaves, vit
 
     mlps, attentions, projections = [], [], []
@@ -155,8 +155,8 @@ def _groups():
     return products, others
 
 
-def group(product, op):
-    """What an operation is for."""
+def group(product, op) -> str:
+    """The purpose of an operation."""
     for regex, what in _groups()[0 if product else 1]:
         if re.search(regex, op):
             return what

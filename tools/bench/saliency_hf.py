@@ -5,7 +5,7 @@ import torch
 from tools.bench import peers_hf, sizes, workers
 
 
-def rollout(attentions):
+def rollout(attentions) -> torch.Tensor:
     """R of (float[1, N, S, S], …), the mean over heads, each layer (A + I) / 2: float32[S, S]."""
     rolled = None
     for probs in attentions:
@@ -16,7 +16,7 @@ def rollout(attentions):
     return rolled
 
 
-def build(settings):
+def build(settings) -> peers_hf.TorchSide:
     """See `workers`. settings: size, dtype, weights (a folder), cores."""
     size = sizes.SIZES[settings["size"]]
     model = peers_hf.load(settings, attn_implementation="eager").eval()
@@ -25,7 +25,7 @@ def build(settings):
     inputs = {k: x[:, :-1] if k != "pixel_values" else x for k, x in inputs.items()}
     ids, labels = inputs["input_ids"][0], inputs.pop("labels")[0]
     at = torch.nonzero(labels != -100)[:, 0] - 1
-    # The composite gives the language model's attentions alone; the tower's come from its layers.
+    # The composite only returns the language model's attentions; the tower's come from its layers.
     of_image = []
     for module in model.modules():
         if type(module).__name__ == "SiglipAttention":

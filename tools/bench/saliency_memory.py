@@ -2,11 +2,11 @@
 
     python -m tools.bench saliency_memory --res=448
 
-Compiles three passes over one sequence and reads XLA's `memory_analysis`; nothing is allocated, so
-a laptop can ask about the 3B model. What a pass adds is its temporary and output bytes less those
-of the same pass without capture. On a CPU, bfloat16 products are made of float32 copies, which both
-sides hold; they can hide what capture adds, so float32 is compiled as well. Relevancy's figure is
-all that its passes hold, forward and backward, in float32.
+Compiles three passes over one sequence and reads XLA's `memory_analysis`; nothing is allocated, so a
+laptop can ask about the 3B model. What a pass adds is its temporary and output bytes minus those of the
+same pass without capture. On a CPU, bfloat16 products use float32 copies on both sides; these can hide
+what capture adds, so float32 is compiled as well. Relevancy's figure is everything that its passes hold,
+forward and backward, in float32.
 """
 
 import functools
@@ -19,16 +19,16 @@ from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import capture, passes, relevancy, trace
 
 
-def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True):
+def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True) -> dict:
     """Figures in MiB.
 
     Args:
       res: pixels.
       text_len: T, prompt and answer.
-      tokens: R, of the answer.
+      tokens: R, tokens of the answer.
       img, llm: variants of the tower and of the language model.
-      dtypes: of weights and activations.
-      gradients: compile relevancy, too.
+      dtypes: types of weights and activations.
+      gradients: also compile relevancy.
     """
     out = {dtype: added(res, text_len, tokens, img, llm, dtype) for dtype in dtypes}
     model, params, batch, _ = _abstract(res, text_len, tokens, img, llm, "float32")
@@ -39,9 +39,9 @@ def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradien
     return out
 
 
-def added(*shapes, **kw):
-    """dict(without, streamed, added, added_by_page) in MiB, the last being a report's pass with its
-    four rollouts; shapes as `_abstract` takes them, kw as `stream`."""
+def added(*shapes, **kw) -> dict:
+    """dict(without, streamed, added, added_by_page) in MiB, the last for a report's pass with its four
+    rollouts; shapes as for `_abstract`, kw as for `stream`."""
     model, params, batch, queries = _abstract(*shapes)
     without = _mib(_plain.lower(model, params, batch, queries))
     streamed = _mib(capture.stream.lower(model, params, batch, queries, **kw))

@@ -8,14 +8,14 @@ from paligemma_med.saliency import capture
 from tools.bench import peers_ours, sizes, workers
 
 
-def build(settings):
+def build(settings) -> peers_ours.JaxSide:
     """See `workers`. settings: size, dtype, weights (a folder), scan, attn_impl."""
     size = sizes.SIZES[settings["size"]]
     model, params = peers_ours.put_weights(settings)
     batch = sizes.draw_batch(size, 1)
     # The last token is predicted, not read.
     batch = {k: x if k == "image" else x[:, : size.text_len] for k, x in batch.items()}
-    # The positions that predict the answer, but for the last token's own.
+    # The positions that predict the answer; the last token's own isn't one.
     answer = np.flatnonzero(batch["mask_ar"][0])
     queries = vlm.layout_of(model, batch).query(answer[None])[0]
 

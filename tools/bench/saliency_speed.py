@@ -1,16 +1,16 @@
-"""Rollout of an answer's attention: `saliency.capture` beside transformers' attentions.
+"""Rollout of an answer's attention: `saliency.capture` against transformers' attentions.
 
     python -m tools.bench saliency --size=bench-s --peer=hf
 
-The work is one teacher-forced pass over one image, question and answer that gives attention rollout
-(the mean over heads) of both towers and the answer's log-probabilities. Ours streams it, layer by
-layer (`capture.streamed`). The peer does what tools for transformers do: eager attention,
+The work is one teacher-forced pass over one image, question and answer that gives attention rollout (the
+mean over heads) of both towers and the answer's log-probabilities. Ours streams it layer by layer
+(`capture.streamed`). The peer does what tools for transformers do: eager attention,
 `output_attentions=True`, then the product of the layers' matrices. Both have the same weights and
-sequence and run in processes of their own (`workers`), taking turns; before any time is taken, the
-answer's rows of the rollout and its log-probabilities are compared: in float32 they must be equal.
+sequence and run in separate processes (`workers`), taking turns; before timing, the answer's rows of the
+rollout and its log-probabilities are compared: in float32 they must be equal.
 
-Figures are as those of a training step; `of_peak` counts the pass without capture and rollout
-(`flops.count_pass`). `tools.bench saliency_memory` tells what capture adds to a compiled program's
+Figures are those of a training step; `of_peak` counts the pass without capture and rollout
+(`flops.count_pass`). `tools.bench saliency_memory` measures what capture adds to a compiled program's
 memory.
 """
 
@@ -23,18 +23,18 @@ from tools.bench import sizes, turns
 _SAME = 1e-4  # relative, of float32
 
 
-def run(*, size, peer, dtype, rounds, steps, cores, weights=None):
+def run(*, size, peer, dtype, rounds, steps, cores, weights=None) -> dict:
     """Measures both.
 
     Args:
-      size: a name in `sizes.SIZES`, of which dtype and cores are by default.
+      size: a name in `sizes.SIZES`, which gives the defaults of dtype and cores.
       peer: "hf" or "none".
-      rounds, steps: turns of each, and passes in a turn.
+      rounds, steps: turns of each side, and passes in a turn.
       weights: folder to keep weights in.
 
     Returns:
       dict: medians, `ratio` (the peer's seconds over ours), `cpu_ratio`, memory, achieved FLOP/s,
-      `largest_difference` of rollout and of log-probabilities, what the figures hold for, and
+      `largest_difference` of rollout and of log-probabilities, the conditions of the measurement, and
       "row", a line of a Markdown table.
 
     Raises:
@@ -70,9 +70,9 @@ def run(*, size, peer, dtype, rounds, steps, cores, weights=None):
     return {**out, "row": turns.row(f"rollout, {size}, {settings['dtype']}", out, peer)}
 
 
-def check_results(found, dtype):
-    """{what: {name: largest difference from ours, by ours' largest}}, or ValueError where one in
-    float32 is more than rounding. found: {name: {what: nested list}}."""
+def check_results(found, dtype) -> dict:
+    """{what: {name: largest difference from ours, relative to our largest value}}; ValueError if one in
+    float32 exceeds rounding. found: {name: {what: nested list}}."""
     out = {}
     for what, ours in found["ours"].items():
         ours = np.asarray(ours)

@@ -1,7 +1,7 @@
-"""What the benchmarks compute: sizes, batches, what is trained, and the numbers drawn.
+"""What the benchmarks compute: sizes, batches, what is trained, and the random numbers.
 
 All sides take everything from here, so that they do the same work: the same weights (a Hugging Face
-folder and a PEFT folder, drawn once a run), the same batch, the same trained parameters, AdamW with
+folder and a PEFT folder, drawn once per run), the same batch, the same trained parameters, AdamW with
 the same settings. Nothing at the top of this file needs JAX or PyTorch.
 
     python -m tools.bench.sizes FOLDER '{"size": "bench-s", "dtype": "float32"}'
@@ -25,13 +25,13 @@ class Size:
     """A model and its batch.
 
     Attributes:
-      img, llm: the towers, as `vlm.Model` takes them.
+      img, llm: the towers, as arguments of `vlm.Model`.
       res: pixels.
       text_len: text tokens that the model reads.
-      answer_len: how many of those that it predicts are supervised, in every row.
-      batch_size, dtype: unless flags say otherwise. dtype: of frozen weights and of activations.
-      cores: that all sides are bound to; None leaves them free.
-      remat_policy, scan: ours; other sides have what they have.
+      answer_len: how many of the predicted tokens are supervised, in every row.
+      batch_size, dtype: defaults of the flags. dtype: of frozen weights and of activations.
+      cores: how many cores all sides are bound to; None leaves them free.
+      remat_policy, scan: only for our side.
     """
 
     img: dict
@@ -57,8 +57,8 @@ _3B = dict(
 )
 
 SIZES = {
-    # 6 layers of 384 in the image tower, 8 of 512 in the language model: a step is about a second
-    # on two cores. The head's width is that of Gemma, width / heads.
+    # 6 layers of 384 in the image tower, 8 of 512 in the language model: a step takes about a second on
+    # two cores. A head's width is width / heads, as in Gemma.
     "bench-s": Size(
         img=dict(variant="S/14", depth=6),
         llm=dict(
@@ -79,7 +79,7 @@ SIZES = {
         remat_policy="dots_with_no_batch_dims_saveable",
         scan=True,
     ),
-    # 22 M in the image tower, 213 M in the language model: between the two in size.
+    # 22 M in the image tower, 213 M in the language model: a size between the other two.
     "m-224": Size(
         img=dict(variant="S/14"),
         llm=dict(
@@ -119,24 +119,24 @@ SIZES = {
 
 WHATS = ("lora", "stage1", "full")
 DTYPES = ("float32", "bfloat16")
-# The attention of both towers, as in the paper, with the rank and alpha of the adapters its authors
-# published. No dropout, so that the losses of all sides can be compared.
+# The attention of both towers, as in the paper, with the rank and alpha of the adapters that its authors
+# published. No dropout, so that the sides' losses can be compared.
 LORA = [("img/Transformer/.*MultiHead.*/kernel|llm/layers/attn/.*", dict(rank=8, alpha=32.0))]
 TRAINED = {"lora": ".*/lora_[ab]", "stage1": "img/head/.*", "full": ".*"}
 PROMPT_LENGTHS = (12, 28)  # tokens, from and to: those of VQA questions
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01  # decay: PyTorch's default, which is times the former
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01  # decay: PyTorch's default, multiplied by the learning rate
 
 
-def check(size, what, dtype):
-    """ValueError unless these are names of what there is."""
+def check(size, what, dtype) -> None:
+    """Raises ValueError for unknown names."""
     for value, known in ((size, SIZES), (what, WHATS), (dtype, (*DTYPES, None))):
         if value not in known:
             raise ValueError(f"found {value!r}; expected one of {[k for k in known if k]}.")
 
 
-def optimizer():
-    """AdamW for `optim.make`, and for big_vision, whose keys are the same: decay isn't scaled by
-    the learning rate there, and is for kernels alone unless told."""
+def optimizer() -> dict:
+    """AdamW for `optim.make` and for big_vision, whose keys are the same: there decay isn't scaled by the
+    learning rate, and by default only applies to kernels."""
     return dict(
         optax_name="scale_by_adam",
         lr=LEARNING_RATE,
@@ -145,9 +145,9 @@ def optimizer():
     )
 
 
-def draw_batch(size, rows):
-    """Numpy arrays as the train pp makes them, without padding: image float32[rows, res, res, 3],
-    text, mask_ar, mask_loss int32[rows, text_len + 1]."""
+def draw_batch(size, rows) -> dict:
+    """Numpy arrays like those of a train pp, without padding: image float32[rows, res, res, 3], text,
+    mask_ar, mask_loss int32[rows, text_len + 1]."""
     rng = np.random.default_rng(1)
     length = size.text_len + 1
     answer = np.arange(length) >= length - size.answer_len
@@ -160,10 +160,10 @@ def draw_batch(size, rows):
     )
 
 
-def draw_prompts(size, rows):
-    """Numpy arrays as the eval pp makes them: image float32[rows, res, res, 3], text, mask_ar,
-    mask_input int32[rows, text_len]. Prompts have 12 to 28 tokens, as questions do, or less where
-    the text is shorter; the first is the longest."""
+def draw_prompts(size, rows) -> dict:
+    """Numpy arrays like those of an eval pp: image float32[rows, res, res, 3], text, mask_ar, mask_input
+    int32[rows, text_len]. Prompts have 12 to 28 tokens, like questions, or fewer if text_len is shorter;
+    the first is the longest."""
     rng = np.random.default_rng(1)
     low, high = min(PROMPT_LENGTHS[0], size.text_len // 2), min(PROMPT_LENGTHS[1], size.text_len)
     lengths = rng.integers(low, high, rows, endpoint=True)
@@ -177,10 +177,9 @@ def draw_prompts(size, rows):
     )
 
 
-def write_weights(folder, size, dtype):
-    """Draws the weights of `size`: <folder>/base as Hugging Face has them, and an adapter
-    <folder>/adapter as PEFT has it. Each leaf is drawn when it is written, so that a large model
-    needs little memory."""
+def write_weights(folder, size, dtype) -> None:
+    """Draws the weights of `size`: <folder>/base in Hugging Face's form, and an adapter <folder>/adapter in
+    PEFT's. Each leaf is drawn when it is written, so that a large model needs little memory."""
     from paligemma_med import checkpoints
     from paligemma_med.checkpoints import lazy
     from paligemma_med.models import lora_targets, vlm
@@ -195,7 +194,7 @@ def write_weights(folder, size, dtype):
         def draw():
             rng = np.random.default_rng([0, *name.encode()])
             out = rng.standard_normal(x.shape, np.float32)
-            # Matrices as they are initialised, vectors (biases, norms) small.
+            # Matrices as usually initialised, vectors (biases, norms) small.
             fan_in = _fan_in(table[name], x.shape)
             out *= 0.02 if fan_in is None else fan_in**-0.5
             return out.astype(lazy.dtype_of(dtype))
@@ -217,7 +216,7 @@ def write_weights(folder, size, dtype):
 
 
 def _fan_in(leaf, shape):
-    """Inputs of a matrix product, or the width of position embeddings; None for a vector."""
+    """The fan-in of a matrix product, or the width of position embeddings; None for a vector."""
     if leaf.inputs:
         return math.prod(shape[i] for i in leaf.input_axes)
     return shape[-1] if leaf.role == "positions" else None

@@ -1,12 +1,12 @@
-"""What --dry_run foretells of a training step's memory, beside what the step really takes.
+"""What --dry_run predicts for a training step's memory, compared with what the step really takes.
 
     python -m tools.bench.step_memory
     python -m tools.bench.step_memory --config=configs/stage1_slake.py
 
-Compiles the step as the dry run does, makes random weights and batches, takes a few steps, and
-compares. On a GPU or TPU the device tells its peak. On a CPU it is the growth of the process's
-resident memory from just before the weights are made; each case has a process of its own. Without
---config: models of 0.6 to 1.5 GB, trained whole, by LoRA and by the head alone.
+Compiles the step like the dry run, makes random weights and batches, takes a few steps, and compares. On
+a GPU or TPU the device reports its peak. On a CPU it is the growth of the process's resident memory since
+just before the weights were made; each case has a separate process. Without --config: models of 0.6 to
+1.5 GB, trained fully, by LoRA and only in the head.
 """
 
 import json
@@ -39,8 +39,8 @@ CASES = {
 }
 
 
-def make_config(depth, remat_policy="nothing_saveable", **kw):
-    """A model of 24 M parameters and 8.5 M more a layer of the language model."""
+def make_config(depth, remat_policy="nothing_saveable", **kw) -> ml_collections.ConfigDict:
+    """A model of 24 M parameters plus 8.5 M per layer of the language model."""
     c = ml_collections.ConfigDict()
     c.res, c.text_len, c.tokenizer, c.supervised_len = 112, 48, "tiny", 16
     c.model = dict(
@@ -63,14 +63,14 @@ def make_config(depth, remat_policy="nothing_saveable", **kw):
     return c
 
 
-def draw_leaf(x):
-    """Random numbers of the shape, type and sharding of `x`; one leaf at a time, so that making
-    them takes less than a step does."""
+def draw_leaf(x) -> jax.Array:
+    """Random numbers with the shape, type and sharding of `x`; one leaf at a time, so that making them
+    needs less memory than a step."""
     draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, x.shape, x.dtype), out_shardings=x.sharding)
     return draw(jax.random.key(x.size))
 
 
-def draw_batch(rng, abstract):
+def draw_batch(rng, abstract) -> dict:
     """A batch on the devices: answers of a few tokens, images of noise."""
     rows, length = abstract["text"].shape
     place = np.arange(length)[None]
@@ -83,12 +83,12 @@ def draw_batch(rng, abstract):
     return {k: jax.device_put(v, abstract[k].sharding) for k, v in host.items()}
 
 
-def measure(config, steps):
-    """{what: bytes on one device} foretold and found."""
+def measure(config, steps) -> dict:
+    """{what: bytes on one device}, predicted and measured."""
     step = dry_run.compile_step(TrainingSetup.without_data(config))
     foretold = dry_run.memory(step)
     batches = next(k for k in foretold if k.startswith("batches"))
-    # No input pipeline here, that would hold batches ready: one in use, one on its way.
+    # There is no input pipeline to prefetch batches: one is in use, one on its way.
     foretold[batches] = 2 * dry_run.bytes_on_device(step.batch)
     on_cpu = jax.default_backend() == "cpu"
     forget_peak()
@@ -110,7 +110,7 @@ def measure(config, steps):
     return {**foretold, "foretold": sum(foretold.values()), "found": found}
 
 
-def main(argv):
+def main(argv) -> None:
     del argv
     values = flags.FLAGS
     if values.case or values.config:

@@ -1,10 +1,10 @@
-"""Questions of captions: a batch at a time beside one caption at a time, by the same model.
+"""Questions about captions: a batch at a time against one caption at a time, by the same model.
 
 Both sides are `tools.synthesize_qa.local.answer`, with the same captions, prompts, weights, threads
-and greedy decoding; only --batch_size differs. So both have what all prompts share computed once,
-and stop a reply at its end: a batch goes on until its longest reply has ended, which counts against
-it. Every reply is taken as usable, so that each caption is asked about once. Turns alternate. On a
-machine that others use, too, `cpu_ratio` (of the processor's time) is the steadier figure.
+and greedy decoding; only --batch_size differs. So both compute the prompts' common part once and stop a
+reply at its end: a batch runs until its longest reply ends, which counts against it. Every reply counts
+as usable, so that each caption is asked about once. Turns alternate. On a shared machine `cpu_ratio`
+(processor time) is the steadier figure.
 """
 
 import os
@@ -15,7 +15,7 @@ from tools.synthesize_qa import loading, local, parse, sources, templates, units
 
 
 class _Journal:
-    """A journal in memory: disks are not what is measured."""
+    """A journal in memory, since the disk isn't measured."""
 
     def __init__(self):
         self.records = {}
@@ -31,12 +31,12 @@ class _Journal:
             self.records.setdefault(record["key"], []).append(record)
 
 
-def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
+def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores) -> dict:
     """Measures both.
 
     Returns:
       dict: seconds of each turn, captions and new tokens per second of each side (medians over
-      rounds), `ratio` (of captions per second), `cpu_ratio`, and what the figures hold for.
+      rounds), `ratio` (of captions per second), `cpu_ratio`, and the conditions of the measurement.
 
     Raises:
       ValueError: no model or input; fewer captions than a batch.
@@ -65,7 +65,7 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores):
         return seconds, sum(r["usage"][1] for x in journal.records.values() for r in x)
 
     sides = {"batched": batch_size, "one_at_a_time": 1}
-    local.answer(planned[:1], _Journal(), loaded, usable)  # what is computed once, and a first call
+    local.answer(planned[:1], _Journal(), loaded, usable)  # computes the common part, and warms up
     turns = {name: [] for name in sides}
     for _ in range(rounds):
         for name, size in sides.items():

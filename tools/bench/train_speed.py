@@ -1,22 +1,22 @@
-"""A training step beside that of transformers + peft, or of big_vision, on the same work.
+"""A training step against that of transformers + peft, or of big_vision, on the same work.
 
     python -m tools.bench train_step --size=bench-s --peer=hf
     BIG_VISION_DIR=~/big_vision python -m tools.bench train_step --peer=big_vision
     python -m tools.bench train_step --size=3b-448 --peer=hf --batch_size=8
 
-Both sides have the same weights, batch, trained parameters and optimizer; before any time is taken
-they make a few steps each, whose losses must be equal (in float32: in bfloat16 they are told). They
-run in processes of their own on the same cores (`workers`) and take turns, so that a busy machine
-slows both. A turn ends when the last loss is there. Figures are medians over turns; compilation and
-first steps are left out. `cpu_ratio` is of the processor's time.
+Both sides have the same weights, batch, trained parameters and optimizer; before timing they take a few
+steps each, whose losses must be equal (in float32; in bfloat16 they are only reported). They run in
+separate processes on the same cores (`workers`) and take turns, so that a busy machine slows both. A turn
+ends when the last loss is known. Figures are medians over turns; compilation and first steps are left
+out. `cpu_ratio` compares processor time.
 
-The peer's batch may be another (--peer_batch_size), as where memory allows it less: `ratio` is of
-seconds an example. `of_peak` is what the chip does of the model's FLOPs (`paligemma_med.models.flops`, 4N
-for adapters; logits at supervised positions) by the fastest product of two large matrices, in the
-same type, that any side made in the same run.
+The peer's batch size may differ (--peer_batch_size), for example if its memory allows less: `ratio`
+compares seconds per example. `of_peak` is the achieved rate of the model's FLOPs
+(`paligemma_med.models.flops`, 4N for adapters; logits at supervised positions) divided by that of the
+fastest product of two large matrices, in the same type, that any side made in the same run.
 
-On a machine that others use, too, PyTorch's threads wait for each other, and do so busily, and the
-ratio grows. With --cores=1 there is no such waiting, and `cpu_ratio` hardly depends on others.
+On a shared machine PyTorch's threads busy-wait for each other, and the ratio grows. With --cores=1 there
+is no such waiting, and `cpu_ratio` hardly depends on other load.
 """
 
 import os
@@ -43,27 +43,27 @@ def run(
     frozen_dtype,
     cores,
     weights=None,
-):
+) -> dict:
     """Measures both.
 
     Args:
-      size: a name in `sizes.SIZES`, of which dtype, batch_size and cores are by default, and of
-        ours remat_policy and scan.
+      size: a name in `sizes.SIZES`, which gives the defaults of dtype, batch_size and cores, and of our
+        remat_policy and scan.
       peer: "hf", "big_vision" or "none".
-      what: is trained: "lora", "stage1" or "full".
-      peer_batch_size: by default as ours.
-      rounds, steps: turns of each, and steps in a turn.
-      attn_impl: ours, of both towers.
-      frozen_dtype: ours, "int8" or "nf4": how frozen weights are stored, in place of dtype. Losses
-        are then not compared.
+      what: what is trained: "lora", "stage1" or "full".
+      peer_batch_size: by default ours.
+      rounds, steps: turns of each side, and steps in a turn.
+      attn_impl: ours, in both towers.
+      frozen_dtype: ours, "int8" or "nf4": how frozen weights are stored, instead of dtype. Losses are
+        then not compared.
       weights: folder to keep weights in.
 
     Returns:
-      dict: medians, `ratio` (the peer's seconds an example over ours), `cpu_ratio`, memory,
-      achieved FLOP/s, what the figures hold for, and "row", a line of a Markdown table.
+      dict: medians, `ratio` (the peer's seconds per example over ours), `cpu_ratio`, memory, achieved
+      FLOP/s, the conditions of the measurement, and "row", a line of a Markdown table.
 
     Raises:
-      ValueError: an unknown name, a peer that isn't there, sides on different devices, or losses
+      ValueError: an unknown name, a peer that isn't installed, sides on different devices, or losses
         that differ.
     """
     sizes.check(size, what, dtype)
@@ -112,19 +112,19 @@ def run(
 
 
 def _first_steps(sides, rows, settings):
-    """{name: losses}, or ValueError where the sides don't do the same."""
+    """{name: losses}; ValueError if the sides don't do the same work."""
     trained = {n: s.about["trained"] for n, s in sides.items()}
     if len(set(trained.values())) > 1:
         raise ValueError(f"the sides train different numbers of parameters: {trained}.")
     first = {n: s.ask(do="steps", n=_WARM_UP)["values"] for n, s in sides.items()}
-    # Other batches are other work, and quantised weights other weights.
+    # With different batches the work differs, and with quantised weights the weights do.
     if len(set(rows.values())) == 1 and not settings["frozen_dtype"]:
         check_losses(first, settings["dtype"], "ours")
     return first
 
 
-def check_losses(losses, dtype, one):
-    """ValueError unless all sides have the losses of side `one`: the same work has the same ones.
-    In bfloat16 sides round differently, and nothing is checked."""
+def check_losses(losses, dtype, one) -> None:
+    """Raises ValueError unless all sides have the losses of side `one`, as the same work must. In bfloat16
+    sides round differently, and nothing is checked."""
     if dtype == "float32":
         turns.same(losses, one, _SAME, "loss of {} at step")

@@ -1,8 +1,8 @@
-"""What the parts that compare sides share: the same weights and cores, turns, and figures of them.
+"""What the comparisons share: the same weights and cores for all sides, turns, and their figures.
 
-Each side is a process of its own (`workers`). A turn is some steps of one side; the sides take
-turns, so that a busy machine slows all of them, and a figure is a median over turns. Nothing here
-imports JAX or PyTorch: the driver holds no device.
+Each side is a separate process (`workers`). A turn is some steps of one side; the sides take turns, so
+that a busy machine slows all of them, and a figure is a median over turns. Nothing here imports JAX or
+PyTorch, so that the driver holds no device.
 """
 
 import contextlib
@@ -13,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 from paligemma_med import files
 from paligemma_med.pp import markdown
 from tools.bench import sizes, workers
 
-_MATRIX = {"cpu": 2048}  # rows of the matrices; 8192 on other platforms
+_MATRIX = {"cpu": 2048}  # size of the matrices; 8192 on other platforms
 _PRODUCTS = 20
 
 
-def check(peer, peers, **counts):
-    """ValueError unless `peer` is one of `peers` and the counts are 1 or more."""
+def check(peer, peers, **counts) -> None:
+    """Raises ValueError unless `peer` is one of `peers` and the counts are 1 or more."""
     if peer not in peers:
         *most, last = map(repr, peers)
         raise ValueError(f"--peer is {peer!r}; expected {', '.join(most)} or {last}.")
@@ -32,17 +33,17 @@ def check(peer, peers, **counts):
             raise ValueError(f"--{name} is {value}; expected 1 or more.")
 
 
-def bind(cores):
-    """Binds this process, and those it starts, to so many cores; None leaves them free."""
+def bind(cores) -> None:
+    """Binds this process, and those it starts, to this many cores; None leaves them free."""
     if cores:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
         os.environ["OMP_NUM_THREADS"] = str(cores)
 
 
 @contextlib.contextmanager
-def weights(size, dtype, folder=None):
-    """The folder of `sizes.write_weights`: one that ends with the block, or in `folder`, where it
-    stays and is found again."""
+def weights(size, dtype, folder=None) -> Iterator[str]:
+    """The folder of `sizes.write_weights`: a temporary one for the block, or one in `folder`, which is kept
+    and reused."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="bench-") as made:
             draw(made, size, dtype)
@@ -55,8 +56,8 @@ def weights(size, dtype, folder=None):
     yield path
 
 
-def draw(folder, size, dtype):
-    """`sizes.write_weights` in a process of its own, so that this one never holds a device."""
+def draw(folder, size, dtype) -> None:
+    """`sizes.write_weights` in a separate process, so that this one never holds a device."""
     settings = json.dumps(dict(size=size, dtype=dtype))
     command = [sys.executable, "-m", "tools.bench.sizes", folder, settings]
     if subprocess.run(command, check=False).returncode:
@@ -64,12 +65,12 @@ def draw(folder, size, dtype):
 
 
 @contextlib.contextmanager
-def sides(rows, settings):
+def sides(rows, settings) -> Iterator[dict]:
     """{name: `workers.Worker`} of the sides, ready for their turns.
 
     Args:
       rows: {name: examples in a step}.
-      settings: of all sides.
+      settings: for all sides.
 
     Raises:
       ValueError: sides on devices of different kinds.
@@ -84,18 +85,18 @@ def sides(rows, settings):
         yield made
 
 
-def take(sides, units, rounds, steps):
+def take(sides, units, rounds, steps) -> dict:
     """Figures of `rounds` turns of each side.
 
     Args:
-      sides: as from `sides`, warmed up. Ours says the FLOPs of its step, `flops_a_step`.
-      units: {name: what a step of it makes: examples, or answers}.
+      sides: from `sides`, warmed up. Ours reports the FLOPs of its step, `flops_a_step`.
+      units: {name: how many examples or answers a step makes}.
       rounds, steps: turns, and steps in each.
 
     Returns:
-      dict for JSON. `of_peak` is what a side does of our FLOPs by the fastest product of two large
-      matrices, in the same type, that any side made in the same run. With a peer: `ratio`, its
-      seconds a unit over ours, and `cpu_ratio`, the same of the processor's time.
+      dict for JSON. `of_peak` is a side's rate of our FLOPs divided by that of the fastest product of
+      two large matrices, in the same type, that any side made in the same run. With a peer: `ratio`, its
+      seconds per unit over ours, and `cpu_ratio`, the same for processor time.
     """
     for side in sides.values():
         side.ask(do="forget")
@@ -106,7 +107,7 @@ def take(sides, units, rounds, steps):
             seconds[name].append(turn["seconds"])
             cpu[name].append(turn["cpu_seconds"])
     memory = {n: s.ask(do="memory")["bytes"] for n, s in sides.items()}
-    # After the memory, since matrices take some, too.
+    # After the memory is read, since matrices take some too.
     about = sides["ours"].about
     n = _MATRIX.get(about["platform"], 8192)
     products = {name: side.ask(do="multiply", n=n, times=_PRODUCTS)["flops_per_second"] for name, side in sides.items()}
@@ -132,8 +133,8 @@ def take(sides, units, rounds, steps):
     return out
 
 
-def surroundings(abouts, load_before):
-    """What figures hold for: device, machine, versions, date, and the load before and after."""
+def surroundings(abouts, load_before) -> dict:
+    """The conditions of a measurement: device, machine, versions, date, and the load before and after."""
     known = ("jax", "torch", "transformers", "peft")
     return {
         "device": abouts[0]["device"],
@@ -144,7 +145,7 @@ def surroundings(abouts, load_before):
     }
 
 
-def row(work, out, peer):
+def row(work, out, peer) -> str:
     """| work | seconds a step: ours, theirs | ratio | memory, GB | TFLOP/s | of peak | device |"""
     if peer != "none":
         work += f", {peer}"
@@ -164,18 +165,18 @@ def row(work, out, peer):
     return markdown.row(cells)
 
 
-def where(out):
+def where(out) -> str:
     """A cell: the accelerator's name, or the processor's."""
     return out["machine"] if out["device"] == "cpu" else out["device"]
 
 
-def same(found, one, tolerance, what):
-    """ValueError unless all sides found the numbers that side `one` did.
+def same(found, one, tolerance, what) -> None:
+    """Raises ValueError unless all sides have the same numbers as side `one`.
 
     Args:
-      found: {name: list of numbers}, of one length.
+      found: {name: list of numbers}, all of one length.
       tolerance: relative.
-      what: the numbers are called, such as "loss of {} at step".
+      what: what the numbers are called, such as "loss of {} at step".
     """
     for name, numbers in found.items():
         for i, (a, b) in enumerate(zip(numbers, found[one], strict=True)):
@@ -183,8 +184,8 @@ def same(found, one, tolerance, what):
                 raise ValueError(f"the {what.format(name)} {i + 1} is {a}, that of {one} {b}.")
 
 
-def model_settings(size, dtype, cores, remat_policy=None, scan=None, attn_impl=None):
-    """Settings of all sides, by `size` where they are None."""
+def model_settings(size, dtype, cores, remat_policy=None, scan=None, attn_impl=None) -> dict:
+    """Settings of all sides; None means the default of `size`."""
     made = sizes.SIZES[size]
     return dict(
         size=size,

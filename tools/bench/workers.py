@@ -1,22 +1,21 @@
-"""Sides of a benchmark as processes that take turns, and what they say in JSON, a line at a time.
+"""Sides of a benchmark as processes that take turns and speak JSON, one line at a time.
 
-Each side has a process of its own, bound to the same cores, and sleeps while another has its turn.
-So the memory of one can be told from that of the other, and pools of threads don't share a process
-(measured on two cores, `bench-s`: 0.93 and 1.43 s a step, in one process 1.00 and 1.48).
+Each side has a separate process, bound to the same cores, and sleeps during the others' turns. So their
+memory can be measured separately, and thread pools don't share a process (measured on two cores,
+`bench-s`: 0.93 and 1.43 s per step, in one process 1.00 and 1.48).
 
 A side is a module with `device()` and `build(settings)`, run as `python -m MODULE JSON`. `build`
-gives an object with
+returns an object with
 
-    step()       does the work once and gives what comes of it (a training step: its loss), on the
-                 device
-    value(x)     waits for what `step` gave, and gives a number of it
-    result()     what sides are compared by beside those numbers, for JSON; not all have it
+    step()       does the work once and returns its result (a training step: its loss), on the device
+    value(x)     waits for a result of `step`, and returns a number for it
+    result()     optional: what else sides are compared by, for JSON
     multiply(n)  multiplies two n × n matrices of the type once, and waits
-    about        dict of what is to be told
-    peak()       bytes the device says it held at most; None on a CPU
+    about        dict of facts to report
+    peak()       the device's peak memory in bytes; None on a CPU
 
-On a CPU memory is the growth of the process's resident memory over what it was before `build`, at
-its peak after the first steps.
+On a CPU, memory is the growth of the process's resident memory since before `build`, at its peak after
+the first steps.
 """
 
 import ctypes
@@ -29,24 +28,24 @@ import subprocess
 import sys
 import time
 
-# The module of each side, by the work.
+# Work -> side -> module.
 SIDES = {
     "train_step": {n: f"tools.bench.peers_{n}" for n in ("ours", "hf", "big_vision")},
     "decode": {n: f"tools.bench.decode_{n}" for n in ("ours", "hf")},
     "saliency": {n: f"tools.bench.saliency_{n}" for n in ("ours", "hf")},
 }
-# What a bare GPU box lacks: no side may import it (but for big_vision, which does itself).
+# Packages that a bare GPU box lacks: no side may import them (except big_vision, which does so itself).
 UNWANTED = ("tensorflow_datasets", "grain", "ml_collections")
 
 
-def resident(name):
+def resident(name) -> int:
     """VmRSS or VmHWM (its peak) of this process, in bytes."""
     with open("/proc/self/status", encoding="ascii") as f:
         return int(re.search(rf"{name}:\s+(\d+) kB", f.read())[1]) * 1024
 
 
-def forget_peak():
-    """Gives back what is free, so that growth is growth, and starts the peak anew."""
+def forget_peak() -> None:
+    """Returns free memory to the system, so that growth can be measured, and resets the peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
@@ -54,15 +53,15 @@ def forget_peak():
 
 
 class Worker:
-    """A side in a process of its own, ready for its turn once it has been made.
+    """A side in a separate process, ready for its turn after construction.
 
     Args:
-      name: of the side, in SIDES.
-      settings: for its `build`; of them, `work` is one of SIDES.
-      env: more of the environment.
+      name: the side's name in SIDES.
+      settings: for its `build`; its `work` is one of SIDES.
+      env: additional environment variables.
 
     Attributes:
-      about: what it said of itself.
+      about: the side's own `about`.
 
     Raises:
       ValueError: the side refused, or ended.
@@ -84,13 +83,13 @@ class Worker:
             self.close()
             raise
 
-    def ask(self, **request):
-        """Its answer to one request of `serve`."""
+    def ask(self, **request) -> dict:
+        """The side's answer to one request of `serve`."""
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # its last line, or that there is none, says more
+            pass  # its last line, or the lack of one, says more
         return self._read()
 
     def _read(self):
@@ -102,7 +101,7 @@ class Worker:
             raise ValueError(found["error"])
         return found
 
-    def close(self):
+    def close(self) -> None:
         """Ends the process."""
         self._process.stdin.close()
         self._process.stdout.close()
@@ -119,20 +118,20 @@ class Worker:
         self.close()
 
 
-# Two sides share a GPU: JAX must not take all of its memory at once. Nothing is fetched.
+# Two sides share a GPU: JAX must not reserve all of its memory. Nothing may be downloaded.
 _ENV = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
-def serve(device, build):
-    """The side's part: builds it, says what it is, answers until there are no more requests.
+def serve(device, build) -> None:
+    """The side's own program: builds it, reports `about`, and answers requests until there are no more.
 
-    Requests: {"do": "steps", "n": N} gives the seconds a step (`seconds`), those of the processor
+    Requests: {"do": "steps", "n": N} returns the seconds per step (`seconds`), processor seconds
     (`cpu_seconds`) and the value of each step (`values`); {"do": "result"} the side's `result`;
-    {"do": "multiply", "n": N, "times": K} the FLOP/s of the best of K products; {"do": "forget"}
-    starts the memory's peak anew; {"do": "memory"} gives its `bytes`.
+    {"do": "multiply", "n": N, "times": K} the FLOP/s of the best of K products; {"do": "forget"} resets
+    the peak of memory; {"do": "memory"} returns its `bytes`.
     """
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
     def say(**found):
         channel.write(json.dumps(found) + "\n")
@@ -183,8 +182,8 @@ def _answer(side, request, before):
     return dict(bytes=resident("VmHWM") - before if peak is None else peak)
 
 
-def machine():
-    """One line on this machine: its processor, and how many cores this process may use."""
+def machine() -> str:
+    """One line about this machine: its processor, and how many cores this process may use."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
         name = re.search(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)
     cores = len(os.sched_getaffinity(0))
@@ -192,6 +191,6 @@ def machine():
     return f"{cores} core{'s' * (cores > 1)} of {of}"
 
 
-def median(values):
-    """Rounded, so that JSON stays readable."""
+def median(values) -> float:
+    """The median, rounded so that JSON stays readable."""
     return round(statistics.median(values), 4)

@@ -2,13 +2,13 @@
 
     python -m tools.eval_saliency --workdir=out/slake_mini --split=validate --out=out/saliency
 
-Takes the questions whose answer names an organ or a finding that has a box in the image, has the
-model answer them, and compares each method's map of that answer with the boxes, beside maps that
-know nothing of the model. Deletion and insertion curves ask the model itself whether the patches
-that a map ranks first matter. docs/saliency.md says what the figures mean.
+Takes the questions whose answer names an organ or a finding that has a box in the image, has the model
+answer them, and compares each method's map of that answer with the boxes, and with maps that don't
+depend on the model. Deletion and insertion curves ask the model itself whether the patches that a map
+ranks first matter. docs/saliency.md explains the figures.
 
-Writes predictions.jsonl (a line a question), metrics.json and saliency.md to --out. Stopped at any
-point, the same command goes on where it was.
+Writes predictions.jsonl (one line per question), metrics.json and saliency.md to --out. If interrupted,
+the same command resumes.
 """
 # The docstring above is what --help prints.
 
@@ -27,12 +27,12 @@ from tools.eval_saliency.questions import boxed_questions
 from tools.eval_saliency.summary import summarise
 from tools.eval_saliency.tables import markdown
 
-# Raised when rows hold something else: an evaluation with older ones starts anew.
+# Raise it when the content of rows changes: an evaluation with older rows then starts again.
 ROWS_VERSION = 2
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     v = flags.FLAGS
     if not v.out:
@@ -71,9 +71,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("train_split", "train", "Split whose boxes make the priors.")
     flags.DEFINE_string("data_dir", None, "Where data sets are built; default: $TFDS_DATA_DIR.")
     flags.DEFINE_string("out", None, "Folder to write to.")
-    flags.DEFINE_integer("limit", None, "So many questions, the first; default: all.")
+    flags.DEFINE_integer("limit", None, "Only the first so many questions; default: all.")
     flags.DEFINE_integer("steps", 16, "Steps of the deletion and insertion curves.", lower_bound=1)
     flags.DEFINE_enum("fill", "blur", occlusion.FILLS, "What replaces patches.")
     flags.DEFINE_integer("batch_size", 32, "Images a pass.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of random maps and of the intervals' draws.")
+    flags.DEFINE_integer("seed", 0, "For random maps and the intervals' draws.")
     app.run(main, flags_parser=cli.parse_flags)

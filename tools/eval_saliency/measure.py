@@ -1,4 +1,4 @@
-"""One question: the model's maps of its answer, and their figures beside those of the priors."""
+"""One question: the model's maps of its answer, and their figures next to those of the priors."""
 
 import sys
 
@@ -21,14 +21,14 @@ METHODS = ("raw_last", "raw_mean", *(k for k in KINDS if k != "raw"))
 BOX_FIGURES = ("pointing", "touching", "energy", "iou")
 CURVES = ("deletion", "insertion")
 SANITY = ("randomised", "other_question")
-RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # a question
-_PAD = 32  # text tokens: so few lengths, so few programs are compiled
+RANDOM_MAPS, RANDOM_ORDERS = 32, 3  # per question
+_PAD = 32  # text tokens: few different lengths, so that few programs are compiled
 
 
-def maps_of(model, params, seq, score, *, fill="blur"):
+def maps_of(model, params, seq, score, *, fill="blur") -> dict:
     """{method: float32[R, h, w]} of METHODS, for each token of the answer.
 
-    Of a method with variants the first counts; cells of occlusion are patches.
+    Of a method's variants the first is used; cells of occlusion are single patches.
     """
     first = dict([next(iter(ROLLOUTS.items()))])
     passes = Passes(capture.capturable(model), params, seq, score, variants=first, fill=fill)
@@ -40,16 +40,16 @@ def maps_of(model, params, seq, score, *, fill="blur"):
     return {name: raw.response_to_image(found[name], seq.grid) for name in METHODS}
 
 
-def of_answer(maps, tokens, eos_token):
-    """float[h, w] of float[R, h, w]: the mean over the answer's tokens; EOS, which names nothing,
-    doesn't count unless it is all."""
+def of_answer(maps, tokens, eos_token) -> np.ndarray:
+    """float[R, h, w] → float[h, w]: the mean over the answer's tokens. EOS, which names nothing, only counts
+    if there is nothing else."""
     kept = len(tokens) - (len(tokens) > 1 and int(tokens[-1]) == eos_token)
     return np.asarray(maps[:kept], np.float64).mean(0)
 
 
-def box_figures(values, boxes, size):
+def box_figures(values, boxes, size) -> dict:
     """{figure: number} of BOX_FIGURES: see `localisation`. "touching" is the pointing game with a
-    tolerance of half a cell: the maximal cell and a box have something in common."""
+    tolerance of half a cell: the maximal cell and a box overlap."""
     covered = localisation.coverage(boxes, size, values.shape)
     return dict(
         pointing=localisation.pointing(values, boxes, size),
@@ -59,7 +59,7 @@ def box_figures(values, boxes, size):
     )
 
 
-def curves(score, image, maps, *, count, fill, batch_size=32):
+def curves(score, image, maps, *, count, fill, batch_size=32) -> tuple:
     """Areas under the deletion and insertion curves of several maps.
 
     Deletion replaces patches of the image, the map's highest first, in `count` equal steps;
@@ -68,7 +68,7 @@ def curves(score, image, maps, *, count, fill, batch_size=32):
     a large one in insertion. Petsiuk et al., arXiv 1806.07421.
 
     Args:
-      score: as `occlusion.occlusion` takes it.
+      score: as for `occlusion.occlusion`.
       image: float[H, W, 3].
       maps: {name: float[h, w]}.
 
@@ -78,13 +78,13 @@ def curves(score, image, maps, *, count, fill, batch_size=32):
     grid = next(iter(maps.values())).shape
     rows, columns = occlusion.bands(image.shape[:2], grid)
     patch = image.shape[0] // grid[0]
-    # Inpainting would differ at every step; one filling for all keeps the two ends the same.
+    # Inpainting would differ at every step; one filling for all keeps the two ends equal.
     filling = occlusion.fill_image(image, np.ones(image.shape[:2], bool), fill, patch)
 
     def pixels(cells):
         return (rows.T.astype(int) @ cells.astype(int) @ columns.astype(int)) > 0
 
-    # The two ends are the same for all: each is asked once.
+    # The two ends are the same for all maps and are computed once.
     def images():
         yield image
         yield occlusion.replace(image, pixels(np.ones(grid, bool)), filling=filling)
@@ -106,7 +106,7 @@ def curves(score, image, maps, *, count, fill, batch_size=32):
 
 
 class Subject:
-    """A model as this program asks it: predict_pp, greedy answers, sequences."""
+    """A model as this program uses it: predict_pp, greedy answers, sequences."""
 
     def __init__(self, config, checkpoint):
         text = config.get("predict_pp")
@@ -118,7 +118,7 @@ class Subject:
         self._pp = get_preprocess_fn(text)
         self._noise = None
 
-    def ask(self, image, question, *, max_new_tokens=48):
+    def ask(self, image, question, *, max_new_tokens=48) -> tuple:
         """(`sequence.Sequence` of the most probable answer, the answer as text)."""
         row = self._pp({"image": image, "question": question})
         tokens, _ = decode.generate(
@@ -135,12 +135,12 @@ class Subject:
         seq = sequence.make(self.model, answer_ids=tokens, image=row["image"], pad_to=padded, **prompt)
         return seq, self.tok.to_str(tokens.tolist())
 
-    def maps(self, seq, score, fill, *, noise=False):
+    def maps(self, seq, score, fill, *, noise=False) -> dict:
         """{method: float64[h, w]} of the answer as a whole.
 
         Args:
-          score: `occlusion.scorer` of seq, where it's at hand.
-          noise: with all weights randomised, the answer being the same.
+          score: `occlusion.scorer` of seq, if available.
+          noise: randomise all weights, for the same answer.
         """
         params = self.params
         if noise:
@@ -153,14 +153,14 @@ class Subject:
         return {k: of_answer(x, seq.tokens, self.tok.eos_token) for k, x in found.items()}
 
 
-def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
-    """The row of a question: what was asked and answered, maps {method: [h][w]}, figures {method:
-    {figure: number}}, sanity {method: {check: rank correlation}} (see `sanity_of`).
+def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed) -> dict:
+    """The row of a question: question and answer, maps {method: [h][w]}, figures {method: {figure:
+    number}}, sanity {method: {check: rank correlation}} (see `sanity_of`).
 
     Args:
       image: encoded bytes, as stored.
       asked: an item of `boxed_questions`.
-      priors: of `box_priors`.
+      priors: from `box_priors`.
     """
     seq, said = subject.ask(image, asked["question"])
     pixels, size = seq.batch["image"][0], images.size(image)
@@ -197,11 +197,11 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed):
     }
 
 
-def sanity_of(subject, image, other_question, seq, maps, fill):
-    """{method: {check: rank correlation of its map with the map it shouldn't equal}}.
+def sanity_of(subject, image, other_question, seq, maps, fill) -> dict:
+    """{method: {check: rank correlation of its map with a map it shouldn't equal}}.
 
-    randomised: of the same answer, all weights being noise (`sanity.randomised`). other_question:
-    of the model's answer to another question on the image; None where there is none.
+    randomised: the map of the same answer with noise as weights (`sanity.randomised`). other_question:
+    the map of the model's answer to another question on the image, or None without one.
     """
     changed = dict(randomised=subject.maps(seq, None, fill, noise=True), other_question=None)
     if other_question is not None:
@@ -217,8 +217,8 @@ def _mean(dicts):
     return {k: float(np.mean([d[k] for d in dicts])) for k in dicts[0]}
 
 
-def measure_all(subject, source, train, asked, part, **settings):
-    """Rows of `measure` for all of `asked`, as far as `part` hasn't them already.
+def measure_all(subject, source, train, asked, part, **settings) -> list[dict]:
+    """Rows of `measure` for those of `asked` that `part` doesn't have yet.
 
     Args:
       source, train: `input_pipeline.Source` of the split and of training.

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the model, and what they do know: training's boxes, the patient's area."""
+"""Maps that don't depend on the model but on training's boxes or the patient's area."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from paligemma_med.pp import images
 from paligemma_med.saliency import checks, localisation, occlusion
 from tools.eval_saliency.questions import boxed_questions, boxes_of
 
-# Of nothing, of where things mostly are, of where the patient is, of where training boxes are, of
-# where training boxes of the same label are (which takes the answer from the truth).
+# They know nothing, where things mostly are, where the patient is, where training boxes are, and where
+# training boxes of the same label are (which uses the true answer).
 PRIORS = ("random", "centre", "body", "train_boxes", "label_boxes")
 
 
-def box_priors(source, grid):
+def box_priors(source, grid) -> tuple:
     """Where boxes are in training.
 
     Returns:
@@ -40,8 +40,8 @@ def box_priors(source, grid):
     return np.mean(questions, axis=0), {k: np.mean(v, axis=0) for k, v in by_label.items()}
 
 
-def body_prior(image, grid):
-    """The share of each patch that the patient takes (`checks.body`), float64[h, w]: a map that
-    finds the foreground and knows neither question nor answer."""
+def body_prior(image, grid) -> np.ndarray:
+    """The share of each patch that the patient covers (`checks.body`), float64[h, w]: a map that finds the
+    foreground and knows neither question nor answer."""
     rows, columns = (x.astype(np.float64) for x in occlusion.bands(image.shape[:2], grid))
     return rows @ checks.body(image) @ columns.T / np.outer(rows.sum(1), columns.sum(1))

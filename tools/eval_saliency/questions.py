@@ -5,8 +5,8 @@ import re
 from paligemma_med.metrics import answers
 
 _PAIRS = ("kidney", "lung", "mandible", "temporal lobe", "eye", "ear", "parotid", "femoral head")
-# How SLAKE's answers name what its boxes call otherwise. Words of wider or another meaning
-# ("intestine", "brain", "left lobe") are left out.
+# SLAKE's answers -> the names that its boxes use. Words with a wider or different meaning ("intestine",
+# "brain", "left lobe") are left out.
 NAMES = {
     "large bowel": {"colon"},
     "pleural effusion": {"effusion"},
@@ -23,19 +23,19 @@ NAMES = {
 }
 
 
-def named(answer, labels):
+def named(answer, labels) -> list:
     """The labels that an answer names, as a sorted list.
 
-    The answer is cut at commas and "and"; each part must be a label of the image, or a word of
-    NAMES for one or both of a pair, case apart.
+    The answer is cut at commas and "and"; ignoring case, each part must be a label of the image, or a
+    word of NAMES for one or both of a pair.
 
     Args:
       answer: str.
-      labels: str each, of the image's boxes.
+      labels: labels of the image's boxes.
 
     Returns:
-      Labels in lower case; [] unless every part has a box: of an answer that is boxed in part, a
-      map may point at the other part and be right.
+      Labels in lower case; [] unless every part has a box: if only a part has one, a map may rightly
+      point at another part.
     """
     there = {label.lower() for label in labels}
     parts = [answers.normalise(p) for p in re.split(r",|\band\b", answers.normalise(answer))]
@@ -43,10 +43,10 @@ def named(answer, labels):
     return sorted(set().union(*found)) if found and all(found) else []
 
 
-def boxed_questions(source):
+def boxed_questions(source) -> list[dict]:
     """The questions of a split whose answer names something with a box.
 
-    Left out are those that begin with "where": their answer is a place, even if it names an organ.
+    Questions that begin with "where" are left out: their answer is a place, even if it names an organ.
 
     Args:
       source: `input_pipeline.Source` with question_id, image_id, question, answer, boxes.
@@ -54,7 +54,7 @@ def boxed_questions(source):
     Returns:
       A list of dicts: index (of the record), question_id, image_id, question, answer, labels, boxes
       [[x, y, width, height], …] in pixels of the stored image, other_question: the next one about
-      the same image that has another answer; None where there is none.
+      the same image with another answer, or None.
 
     Raises:
       ValueError: data without boxes, or without such questions.
@@ -86,6 +86,6 @@ def _differ(a, b):
     return not any(same)
 
 
-def boxes_of(boxes, labels):
+def boxes_of(boxes, labels) -> list:
     pairs = zip(boxes["label"], boxes["bbox"], strict=True)
     return [[float(x) for x in box] for label, box in pairs if label.lower() in labels]

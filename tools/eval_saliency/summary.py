@@ -1,4 +1,4 @@
-"""All questions: means with intervals, paired differences to the priors, and what sanity checks say."""
+"""All questions: means with intervals, paired differences from the priors, and sanity checks."""
 
 import numpy as np
 
@@ -7,19 +7,19 @@ from paligemma_med.saliency import sanity
 from tools.eval_saliency.measure import BOX_FIGURES, CURVES, METHODS, SANITY
 from tools.eval_saliency.priors import PRIORS
 
-BASES = ("centre", "body", "random")  # what differences are to
+BASES = ("centre", "body", "random")  # the priors that differences are taken from
 
 
-def summarise(rows, seed=0):
+def summarise(rows, seed=0) -> dict:
     """Means with intervals, and paired differences, of the rows of `measure`.
 
-    Questions are drawn by image (`stats.bootstrap`). p_holm is over the methods of the model, for
-    each figure by itself (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70).
+    Questions are drawn by image (`stats.bootstrap`). p_holm adjusts over the model's methods, for each
+    figure separately (S. Holm, Scandinavian Journal of Statistics 6 (1979), 65-70).
 
     Returns:
       {"correct" and "all": dict(questions, images, area, table={method: {figure: dict(mean, low,
-      high, and to each of BASES a dict(difference, low, high, p, p_holm))}}, no table
-      where there are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
+      high, and for each of BASES a dict(difference, low, high, p, p_holm))}}, without table if there
+      are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
     """
     out = {}
     for subset in ("correct", "all"):
@@ -55,8 +55,8 @@ def _table(rows, images, seed):
 
 
 def _sanity(rows, name, seed):
-    """The checks of `sanity_of`, and other_image: how alike the method's maps of different images
-    are, which is what all its maps share."""
+    """The checks of `sanity_of`, and other_image: how alike the method's maps of different images are,
+    which shows what all its maps share."""
     out = {}
     for check in SANITY:
         found = [(row["sanity"][name][check], row["image_key"]) for row in rows]
@@ -76,8 +76,8 @@ def _sanity(rows, name, seed):
     return out
 
 
-def holm(ps):
-    """p-values adjusted for being several, by Holm's step-down."""
+def holm(ps) -> list[float]:
+    """p-values adjusted for multiple tests by Holm's step-down procedure."""
     out, worst = [0.0] * len(ps), 0.0
     for rank, i in enumerate(np.argsort(ps)):
         worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))

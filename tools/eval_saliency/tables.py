@@ -18,7 +18,7 @@ _TITLES = {
 }
 
 
-def markdown(summary):
+def markdown(summary) -> str:
     """The tables of `summarise` as Markdown, in %; rank correlations as they are."""
     lines = []
     for subset in ("correct", "all"):
@@ -47,7 +47,7 @@ def markdown(summary):
 
 
 def _grid(corner, columns, table, text):
-    """Lines of the table {row: {column: cell}}, cells being turned into text; – where none is."""
+    """Lines of the table {row: {column: cell}}; `text` turns a cell into text, and – marks a missing one."""
     rows = [[corner, *(_TITLES[c] for c in columns)]]
     rows += [[name, *(text(cells[c]) if c in cells else "–" for c in columns)] for name, cells in table.items()]
     return [tables.table(rows), ""]

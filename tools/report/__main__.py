@@ -1,11 +1,11 @@
-"""Reports on evaluations, as Markdown and as one HTML page that needs nothing else.
+"""Reports on evaluations, as Markdown and as one self-contained HTML page.
 
     python -m tools.report out/a out/b --out=out/report
     python -m tools.report out/a --foreign=inference_results.xlsx
 
-Reads eval/<name>/predictions.jsonl of each workdir, makes every figure anew, and says where
+Reads eval/<name>/predictions.jsonl of each workdir, computes every figure again, and says where
 metrics.json differs. Writes report.md (with figures/) and report.html: the paper's tables with our
-figures beside them, accuracies with controls and intervals, paired tests, plots, worst questions.
+figures, accuracies with controls and intervals, paired tests, plots, worst questions.
 """
 # The docstring above is what --help prints.
 
@@ -21,25 +21,25 @@ from paligemma_med.cli import command
 from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
 
 
-def check_installed():
-    """ValueError if something of the extra `report` is missing: better now than in an hour."""
+def check_installed() -> None:
+    """Raises ValueError if a package of the extra `report` is missing, rather than an hour later."""
     for name in ("jinja2", "matplotlib", "openpyxl"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"tools.report needs {name}; pip install 'paligemma_med[report]'")
 
 
-def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
+def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) -> list:
     """The report as a list of `blocks.Section`.
 
     Args:
       workdirs: see `evaluations.load_all`.
       compare: two of the workdirs; () compares each with the first.
       foreign: other people's files of predictions.
-      data_dir: where data sets are built, for images; None: as the config says.
-      num_questions: how many questions to show of each kind.
+      data_dir: where data sets are built, for images; None: the config's.
+      num_questions: how many questions of each kind to show.
 
     Raises:
-      ValueError: what can't be read.
+      ValueError: something can't be read.
     """
     found = evaluations.load_all(workdirs)
 
@@ -64,8 +64,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8):
 
 
 def _pairs(found, workdirs, compare):
-    """[(a, b)]: evaluations of the same name in two runs; two single ones whatever their names,
-    if they were asked for."""
+    """[(a, b)]: evaluations of the same name in two runs; if asked for, also two single ones of any names."""
     if compare:
         wanted = [[e for e in found if _belongs(e, path)] for path in compare]
         for path, evaluated in zip(compare, wanted):
@@ -93,7 +92,7 @@ def _belongs(e, path):
     return e.folder.resolve() == folder or folder / "eval" in e.folder.resolve().parents
 
 
-def write(title, made, out):
+def write(title, made, out) -> None:
     """Writes report.md, figures/ and report.html into the folder `out`."""
     out = pathlib.Path(out)
     markdown, figures = blocks.to_markdown(title, made)
@@ -109,7 +108,7 @@ def _write(path, text):
 
 
 @command
-def main(argv):
+def main(argv) -> None:
     f = flags.FLAGS
     if len(argv) < 2 and not f.foreign and not f.compare:
         raise app.UsageError("name at least one WORKDIR, or --foreign.")

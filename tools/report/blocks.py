@@ -1,8 +1,8 @@
 """What a report is made of, and its two forms: Markdown and one HTML page.
 
 A report is a list of `Section`s of blocks. Both forms are made from the same blocks, so they can't
-say different things. All texts are data (questions and answers come from models and strangers):
-they are escaped in both, and nothing in them is taken for markup.
+say different things. All texts are data (questions and answers come from models and outsiders): they are
+escaped in both, and nothing in them is treated as markup.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Text:
 
 @dataclasses.dataclass
 class Warning:
-    """A paragraph that nobody should miss."""
+    """A paragraph that readers mustn't miss."""
 
     text: str
     kind = "warning"
@@ -55,7 +55,7 @@ class Figure:
 
 @dataclasses.dataclass
 class Question:
-    """A question with what was answered.
+    """A question with its answers.
 
     answers: [(text, right or not or None, remark)]; image: bytes of a JPEG, or None.
     """
@@ -68,33 +68,33 @@ class Question:
     kind = "question"
 
     @property
-    def data_uri(self):
+    def data_uri(self) -> str:
         return page.data_url(self.image, "image/jpeg")
 
 
 @dataclasses.dataclass
 class Section:
-    """A heading and what stands below it; level 2 or 3."""
+    """A heading and the blocks below it; level 2 or 3."""
 
     title: str
     blocks: list
     level: int = 2
 
     @property
-    def anchor(self):
+    def anchor(self) -> str:
         return re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
 
-def to_html(title, sections):
-    """The report as one page that needs nothing from anywhere."""
+def to_html(title, sections) -> str:
+    """The report as one self-contained page."""
     folder = pathlib.Path(__file__).parent
     return page.render(folder, "page.html.jinja", inline_styles=True, title=title, sections=sections)
 
 
-def to_markdown(title, sections, figures="figures"):
-    """→ (the report in Markdown, {file name: SVG} to be put into the folder `figures`).
+def to_markdown(title, sections, figures="figures") -> tuple:
+    """(the report in Markdown, {file name: SVG} for the folder `figures`).
 
-    Images of questions are in the HTML page alone.
+    Images of questions are only in the HTML page.
     """
     lines, files = [f"# {escape(title)}", ""], {}
     for section in sections:
@@ -134,10 +134,10 @@ def _question(block):
     return [*lines, ""]
 
 
-def escape(text):
+def escape(text) -> str:
     """A text that Markdown shows as it is, on one line, also in a table's cell."""
     text = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", str(text))
-    # Blocks begin with these; a dot or minus within a line is harmless and stays readable.
+    # Markdown blocks begin with these; a dot or minus within a line is harmless and stays readable.
     text = re.sub(r"^(\s*)([-+=])", r"\1\\\2", text)
     text = re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text)
     return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ⏎ ", text.strip()) or " "

@@ -1,8 +1,8 @@
 """Signs that figures don't measure what they seem to, in our predictions and in others' files.
 
-Two are known from the released predictions of the paper's authors (reference/medm.md, 4 and 6): the
-prompt stands in each answer and is scored with it, and the answers were generated without the
-image. Neither shows in an average of ROUGE; both show here.
+Two are known from the released predictions of the paper's authors (reference/medm.md, 4 and 6): each
+answer contains the prompt, which is scored with it, and the answers were generated without the image.
+Neither shows in an average of ROUGE; both show here.
 """
 
 import collections
@@ -16,7 +16,7 @@ import numpy as np
 from paligemma_med.metrics import answers, protocols, scoring, text_metrics
 from tools.report import blocks
 
-# Columns of others' files, in any case: the authors' Excel sheet, their JSON, and usual names.
+# Columns of others' files, ignoring case: the authors' Excel sheet, their JSON, and common names.
 NAMES = {
     "question": ("question", "prompt"),
     "prediction": ("predicted_answer", "generated answer", "generated_answer", "prediction", "generation", "output"),
@@ -26,7 +26,7 @@ NAMES = {
 _MAX_ROWS = 1_000_000
 
 
-def read(path):
+def read(path) -> list[dict]:
     """Rows of a foreign file of predictions.
 
     Excel (.xlsx, first sheet), .csv, .jsonl, or .json as a list of objects or as pandas writes it
@@ -34,11 +34,11 @@ def read(path):
     ID", "Question", "Generated Answer", "Label", or question, predicted_answer, answer.
 
     Returns:
-      [dict(question, prediction, answer, image)]; image is None where it can't be told apart, as in
-      the authors' sheet, which has the address of a Python object in its place.
+      [dict(question, prediction, answer, image)]; image is None if it can't be identified, as in the
+      authors' sheet, which has the address of a Python object instead.
 
     Raises:
-      ValueError: another kind of file, nothing in it, a column that is missing.
+      ValueError: another kind of file, an empty file, a missing column.
     """
     path = pathlib.Path(path)
     table = _table(path)
@@ -94,15 +94,15 @@ def _excel(path):
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as e:  # a zip error, a KeyError, … by what is wrong with it
+    except Exception as e:  # a zip error, a KeyError, … depending on what is wrong
         raise ValueError(f"{path} can't be read as an Excel file: {e}.") from None
     lines = book.worksheets[0].iter_rows(values_only=True, max_row=_MAX_ROWS)
     head = next(lines, None) or ()
     return [{str(k): v for k, v in zip(head, line) if k is not None} for line in lines]
 
 
-def ours(evaluation):
-    """Rows of the same form from an evaluation, its first answers; with the image's key."""
+def ours(evaluation) -> list:
+    """Rows of the same form from an evaluation's first answers, with the image's key."""
     return [
         dict(
             question=row["question"],
@@ -114,22 +114,22 @@ def ours(evaluation):
     ]
 
 
-def examine(rows):
-    """What can be counted.
+def examine(rows) -> dict:
+    """Counts signs of contamination.
 
     Returns dict(
       n,
-      with_prompt: predictions that hold their question (of three words or more), as text;
-      starts_with_prompt: those that begin with it, a few words such as "answer en" before it;
-      repeated: questions asked of two images or more, and repeated_rows: how often in all,
-      always_same: of the repeated ones, those that always got one and the same answer,
-      truth_same: those whose true answer is always the same; a model that looks should not be far
-        from it, one that is blind to images answers all of them always the same,
+      with_prompt: predictions that contain their question (of three words or more), as text;
+      starts_with_prompt: those that begin with it, after at most a few words such as "answer en";
+      repeated: questions asked about two or more images, and repeated_rows: how often in total,
+      always_same: repeated questions that always got the same answer,
+      truth_same: repeated questions whose true answer is always the same; a model that looks should be
+        close to this number, while one that is blind to images always gives the same answer to each,
       right, constant_right: right answers among repeated_rows, and those of the best single answer
-        to each question, chosen with the truth at hand,
-      images_known: whether images could be told apart).
+        to each question, chosen knowing the truth,
+      images_known: whether images could be identified).
     """
-    # By the very string: another spelling is another prompt, and may have another answer.
+    # By the exact string: another spelling is another prompt, and may have another answer.
     by_question = collections.defaultdict(list)
     for row in rows:
         by_question[row["question"]].append(row)
@@ -158,23 +158,23 @@ def _holds(row):
     return len(question.split()) >= 3 and question in answers.normalise(row["prediction"])
 
 
-def prompt_of(row):
-    """The part of a prediction that is its prompt: up to the end of the question, if no more than
-    three words stand before that; "" if it doesn't begin so."""
+def prompt_of(row) -> str:
+    """The part of a prediction that is its prompt: up to the end of the question, if at most three words
+    precede the question; otherwise ""."""
     question = row["question"].strip()
     at = row["prediction"].find(question) if len(question.split()) >= 2 else -1
     before = row["prediction"][: max(at, 0)]
     return before + question if at >= 0 and len(before.split()) <= 3 else ""
 
 
-def stripped(row):
+def stripped(row) -> str:
     """The prediction without its prompt."""
     return row["prediction"][len(prompt_of(row)) :].strip()
 
 
-def scores(rows):
-    """{what is scored: {metric: mean}}: predictions as they stand, without the prompt, and what a
-    model that sees no image could say: the prompt, the question."""
+def scores(rows) -> dict:
+    """{what is scored: {metric: mean}}: predictions as they are, without the prompt, and what a model
+    without images could answer: the prompt, the question."""
     truths = [row["answer"] for row in rows]
     variants = {
         "predictions as given": [row["prediction"] for row in rows],
@@ -197,8 +197,8 @@ def scores(rows):
     return out
 
 
-def section(title, rows, level=2, extra=()):
-    """What `examine` and `scores` found, as a `Section`; extra: more blocks for its end."""
+def section(title, rows, level=2, extra=()) -> blocks.Section:
+    """The results of `examine` and `scores` as a `Section`; extra: more blocks for its end."""
     found = examine(rows)
     n, repeated = found["n"], found["repeated"]
     parts = []
@@ -209,7 +209,7 @@ def section(title, rows, level=2, extra=()):
                 "prompt. Scored as they stand, these figures reward the prompt's words."
             )
         )
-    # One question asked of two images may well have one answer; ten such questions hardly.
+    # One question about two images may well have one answer; ten such questions hardly.
     blind = repeated and found["always_same"] == repeated and found["truth_same"] < repeated
     if blind and repeated >= 5:
         parts.append(

@@ -48,11 +48,11 @@ class Evaluation:
     problems: list
 
     @property
-    def label(self):
+    def label(self) -> str:
         return f"{self.run}, {self.name}"
 
     @property
-    def data(self):
+    def data(self) -> dict:
         """dict(name=…, split=…) of the data set, as far as it is known."""
         return self.about.get("data") or self.section.get("data") or self._data_by_name()
 
@@ -67,25 +67,25 @@ class Evaluation:
         return {}
 
     @property
-    def samples(self):
+    def samples(self) -> int:
         return len(self.rows[0]["predictions"])
 
     @functools.cached_property
-    def rule(self):
+    def rule(self) -> str:
         """How its right answers are told, see `figures.RULES`."""
         return figures.rule_of(self.rows) if self.about.get("protocol") == "multiple_choice" else "acc"
 
     @property
-    def controls(self):
+    def controls(self) -> tuple[str, ...]:
         return scoring.controls_of(self.rows)
 
     @property
-    def clusters(self):
+    def clusters(self) -> list[str]:
         """One key a question: equal where questions share an image."""
         return [scoring.cluster(row) for row in self.rows]
 
     @property
-    def protocol(self):
+    def protocol(self) -> str:
         """How the answers came about, in words."""
         kw = self.section.get("pred_kw") or {}
         temperature = kw.get("temperature", 0)
@@ -97,7 +97,7 @@ class Evaluation:
         return f"{count} a question, {how}" + (f", protocol {name}" if name else "")
 
 
-def load_all(paths):
+def load_all(paths) -> list[Evaluation]:
     """The evaluations below these workdirs, as a list.
 
     Args:
@@ -136,7 +136,7 @@ def _split(folder):
     return None, folder.name
 
 
-def load(folder, name, run, config):
+def load(folder, name, run, config) -> Evaluation:
     """The evaluation `name` in `folder`, checked.
 
     Raises:
@@ -190,7 +190,7 @@ def load(folder, name, run, config):
     )
 
 
-def differences(stored, metrics):
+def differences(stored, metrics) -> list[str]:
     """What metrics.json says that its predictions don't, as sentences; at most a few of a kind."""
     wrong, ends, unknown = [], [], []
     for name, value in stored.items():

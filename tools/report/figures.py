@@ -1,6 +1,6 @@
 """Which figures of an evaluation a report shows, and which answers count as right.
 
-What figures are called, and how one is written, is in `paligemma_med.metrics.tables`.
+Titles of figures, and how one is written, are in `paligemma_med.metrics.tables`.
 """
 
 from paligemma_med.metrics import answers, protocols, scoring, tables
@@ -8,28 +8,28 @@ from paligemma_med.metrics import answers, protocols, scoring, tables
 _ENDINGS = ("_low", "_high", "_mean", "_sd")
 
 
-# How right answers are told: by exact match; in multiple choice by the letter that is named if the
-# truth is one, else by the nearest choice.
+# How right answers are recognised: by exact match; in multiple choice by the named letter if the truth is
+# a letter, else by the nearest choice.
 RULES = {"acc": "exact match", "acc_letter": "by letter", "acc_text": "by nearest choice"}
 
 
-def rule_of(rows):
-    """The one of RULES that these rows of predictions.jsonl ask for."""
+def rule_of(rows) -> str:
+    """The one of RULES that applies to these rows of predictions.jsonl."""
     if not rows or not all(row.get("choices") and row.get("answer_letter") for row in rows):
         return "acc"
     letters = all(row["answer"] == row["answer_letter"] for row in rows)
     return "acc_letter" if letters else "acc_text"
 
 
-def forms(row, rule="acc", who="model"):
-    """The answers to a question, in the form in which two count as the same."""
+def forms(row, rule="acc", who="model") -> list:
+    """The answers to a question, in the form in which they are compared."""
     said = scoring.texts(row, who)
     if rule == "acc_letter":
         return [protocols.letter(text, row["choices"]) for text in said]
     return [answers.normalise(text) for text in said]
 
 
-def hits(row, rule="acc", who="model"):
+def hits(row, rule="acc", who="model") -> list:
     """Which of the answers to a question are right: list of bools."""
     if rule == "acc":
         return [said == answers.normalise(row["answer"]) for said in forms(row, rule, who)]
@@ -40,16 +40,16 @@ def hits(row, rule="acc", who="model"):
     return [protocols.closest_option(x, choices) == right for x in scoring.texts(row, who)]
 
 
-def who_of(evaluation):
-    """The columns of its tables: the model, and the controls that were run."""
+def who_of(evaluation) -> tuple:
+    """The columns of an evaluation's tables: the model, and the controls that were run."""
     return ("model", *evaluation.controls)
 
 
-def title_of(who):
+def title_of(who) -> str:
     return tables.COLUMNS.get(who, who)
 
 
-def groups_of(metrics):
+def groups_of(metrics) -> list[tuple]:
     """[(group, its key or "", its value, n)], all questions first."""
     out = [("overall", "", "overall", metrics["n"])]
     for name, n in metrics.items():
@@ -60,8 +60,8 @@ def groups_of(metrics):
     return out
 
 
-def names(metrics, who="model"):
-    """The figures of all questions, without the endings that mean intervals and runs."""
+def names(metrics, who="model") -> list:
+    """The figures over all questions, without the endings for intervals and runs."""
     prefix = f"{who}/overall/"
     found = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
 
@@ -70,5 +70,5 @@ def names(metrics, who="model"):
             name.endswith(end) and name.removesuffix(end).removesuffix("_cluster") in found for end in _ENDINGS
         )
 
-    # "acc_mean_low" ends on "_low" behind "acc_mean", which is no base itself.
+    # "acc_mean_low" is "acc_mean" plus "_low", and "acc_mean" isn't a base itself.
     return [name for name in found if is_base(name)]

@@ -1,8 +1,8 @@
-"""The paper's Tables 1, 2, 4 and 5: the published figures, ours beside them, "not run" for none.
+"""The paper's Tables 1, 2, 4 and 5: the published figures next to ours, or "not run".
 
 Published figures are those of "Adapting Lightweight Vision Language Models for Radiological Visual
-Question Answering" (Shourya, Dumontier, Sun). Protocols differ, so each table says whose is what:
-a figure here is comparable with one there only as far as these lines agree.
+Question Answering" (Shourya, Dumontier, Sun). Protocols differ, so each table states both: a figure here
+is comparable with one there only as far as these agree.
 """
 
 import math
@@ -13,7 +13,7 @@ from paligemma_med.metrics import scoring, tables, text_metrics
 from tools.report import blocks, figures
 
 NOT_RUN = "not run"
-# Controls that stand beside ours: what the question alone gives, and the same model not looking.
+# Controls shown with ours: what the question alone gives, and the same model without the image.
 CONTROLS = ("majority", "shuffled_images")
 TEXT_CONTROLS = ("majority", "echo", "shuffled_images")
 
@@ -31,7 +31,7 @@ TABLE1 = (
     ("ROCO v2.0 (Open)", "ROCO v2.0", None, "32.25 ± 3.60", "34.00 ± 3.95", "56.56 ± 3.57"),
     ("ROCO + MedPix (Annealing)", "ROCO + MedPix", None, "39.53 ± 3.22", "41.48 ± 3.90", "56.63 ± 3.22"),
 )
-# Region → (published, LLaVA-Med, our locations: SLAKE's and MedPix' as they are written).
+# Region → (published, LLaVA-Med, our locations as SLAKE and MedPix write them).
 TABLE2 = (
     ("Chest", "15/50", "19/50", ("lung", "chest_heart", "chest_mediastinal", "chest, pulmonary", "thorax")),
     ("Gastrointestinal", "28/50", "32/50", ("abdomen", "gastrointestinal")),
@@ -74,7 +74,7 @@ _PUBLISHED45 = (
 )
 
 
-def section(evaluations, judged=None, locations=None):
+def section(evaluations, judged=None, locations=None) -> blocks.Section:
     """The four tables as a `Section`.
 
     Args:
@@ -97,11 +97,11 @@ def section(evaluations, judged=None, locations=None):
     )
 
 
-def find(evaluations, dataset):
-    """The evaluations of a run that stand for a data set of the paper, one a data set of ours.
+def find(evaluations, dataset) -> list:
+    """The evaluations of a run that stand for a data set of the paper, one for each of our data sets.
 
-    Of several that of the test split wins, then that with most answers a question, then that with
-    most questions; "ROCO + MedPix" needs both. Dialogues are another task.
+    Of several, the test split wins, then the most answers per question, then the most questions;
+    "ROCO + MedPix" needs both. Dialogues are another task.
     """
     best = {}
     for e in evaluations:
@@ -122,9 +122,9 @@ def _rows(evaluations, answer_type=None):
     return [row for e in evaluations for row in e.rows if answer_type is None or row["answer_type"] == answer_type]
 
 
-def accuracy(rows, who="model"):
-    """What is right as `tables.as_text` has it, of these rows alone; multiple choice by letter or
-    nearest choice."""
+def accuracy(rows, who="model") -> str:
+    """The accuracy of these rows, written as in `tables.as_text`; multiple choice by letter or nearest
+    choice."""
     if not rows or (who != "model" and who not in scoring.controls_of(rows)):
         return NOT_RUN
     rule = figures.rule_of(rows)
@@ -171,7 +171,7 @@ _OURS = (
 
 
 def _verdicts(found, judged):
-    """ "; judge 41.0 (…)", where every evaluation has one."""
+    """ "; judge 41.0 (…)" if every evaluation has a judge's verdict."""
     parts = [judged(e) for e in found]
     if len(parts) != 1 or parts[0] is None:
         return ""
@@ -266,8 +266,8 @@ def _text_column(found, who, judged):
     return [*out, accuracy(rows, who) + (_verdicts(found, judged) if who == "model" else "")]
 
 
-def has_stage1(config):
-    """Whether a run began from stage 1, or is one: its weights' path or its data says slake."""
+def has_stage1(config) -> bool:
+    """Whether a run started from stage 1, or is stage 1: its weights' path or its data says slake."""
     data = (config.get("input") or {}).get("data") or {}
     trained = [str(data.get("name", ""))] if isinstance(data, dict) else []
     return "stage1" in str(config.get("model_init") or "") or any(name.startswith("slake") for name in trained)

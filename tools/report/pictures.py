@@ -1,6 +1,6 @@
-"""What the built data set knows of a question beyond predictions.jsonl: its image, its location.
+"""What the built data set adds to predictions.jsonl: a question's image and its location.
 
-A report is made without it where the set can't be opened, and says so.
+If the set can't be opened, the report is made without it and says so.
 """
 
 import io
@@ -16,7 +16,7 @@ SIDE = 320  # pixels, at most
 class Lookup:
     """Questions of a split by id.
 
-    note: why nothing can be looked up; "" if it can.
+    note: why nothing can be looked up, or "".
     """
 
     def __init__(self, data, data_dir=None):
@@ -39,13 +39,13 @@ class Lookup:
     def _columns(self, *keys):
         return self._source.columns(keys)
 
-    def column(self, key):
+    def column(self, key) -> dict:
         """{question id: value}, {} if the set has no such key."""
         if self._source is None or key not in self._source.features:
             return {}
         return {q: str(r[key]) for q, r in zip(self._ids, self._columns(key))}
 
-    def image(self, question_id):
+    def image(self, question_id) -> bytes | None:
         """The image of a question as JPEG, at most SIDE pixels wide and high; None without one."""
         index = self._index.get(str(question_id))
         if index is None:

@@ -1,8 +1,7 @@
 """Plots as SVG, drawn without a display.
 
-Colours are those of Okabe and Ito (readable with any colour vision), and each series has a marker
-of its own besides. Text and axes are drawn in `currentColor`, so that they follow the page, light
-or dark.
+Colours are those of Okabe and Ito (readable with any colour vision), and each series also has its own
+marker. Text and axes are drawn in `currentColor`, so that they follow the page, light or dark.
 """
 
 import io
@@ -26,12 +25,12 @@ STYLES = {
 _OTHER = ("#777777", "*")
 
 
-def accuracies(name, metrics, who, rule="acc"):
+def accuracies(name, metrics, who, rule="acc") -> str:
     """Accuracies with their 95 % intervals, a line for each group.
 
     Args:
-      name: tells this plot from others on the page.
-      metrics: of `scoring.summarise`.
+      name: identifies this plot on the page.
+      metrics: from `scoring.summarise`.
       who: "model" and controls.
       rule: the figure to draw, one of `figures.RULES`.
 
@@ -45,7 +44,7 @@ def accuracies(name, metrics, who, rule="acc"):
         found = [tables.value_of(metrics, column, group, rule) for group, *_ in groups]
         y = [row + 0.8 * ((i + 0.5) / len(who) - 0.5) for row in range(len(groups))]
         acc = [100 * value for value, *_ in found]
-        # An interval may end on the other side of the figure by rounding.
+        # By rounding, an interval may end on the wrong side of the figure.
         error = [
             [max(0, a - 100 * low) for a, (_, _, low, _) in zip(acc, found)],
             [max(0, 100 * high - a) for a, (_, _, _, high) in zip(acc, found)],
@@ -71,12 +70,12 @@ def accuracies(name, metrics, who, rule="acc"):
     return _svg(figure, name)
 
 
-def reliability(name, panels):
+def reliability(name, panels) -> str:
     """Confidence against accuracy, one panel each.
 
     Args:
       name: as above.
-      panels: [(title, [(confidence, accuracy, low, high, n), …])], one tuple a bin.
+      panels: [(title, [(confidence, accuracy, low, high, n), …])], one tuple per bin.
 
     Returns:
       str, an SVG.
@@ -140,8 +139,8 @@ def _svg(figure, name):
     import matplotlib
 
     out = io.StringIO()
-    # What is referred to in the file gets a name by the salt: it must not be that of another plot
-    # on the page, nor change from run to run. Nothing refers to the other names.
+    # The salt makes the ids that the file refers to: they must differ from other plots' on the page, and
+    # not change from run to run. Nothing refers to other ids.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -149,7 +148,7 @@ def _svg(figure, name):
     return svg.replace(_INK, "currentColor")
 
 
-def standalone(svg):
-    """The same as a file of its own, readable on any page."""
+def standalone(svg) -> str:
+    """The same SVG as a separate file, readable on any page."""
     head = '<?xml version="1.0" encoding="utf-8"?>\n'
     return head + svg.replace("<svg ", '<svg style="color:#222;background:#fff" ', 1)

@@ -13,8 +13,8 @@ from tools.report import blocks, contamination, figures, plots
 _BINS = 10
 
 
-def overview(evaluations):
-    """Which runs, on which questions, by which weights and command; and what is wrong with them."""
+def overview(evaluations) -> blocks.Section:
+    """Which runs, on which questions, with which weights and command; and what is wrong with them."""
     parts = []
     for e in evaluations:
         parts += [blocks.Warning(f"{e.label}: {problem}.") for problem in e.problems]
@@ -53,7 +53,7 @@ def _has_image(row):
     return bool(row.get("image_key") or row.get("image_id"))
 
 
-def about_measures():
+def about_measures() -> blocks.Section:
     """How to read the figures."""
     texts = [
         "Exact match: equal to the truth after lower-casing, spacing of commas and final "
@@ -77,7 +77,7 @@ def about_measures():
 # --- One evaluation ---
 
 
-def of_evaluation(e, lookup, num_questions=8):
+def of_evaluation(e, lookup, num_questions=8) -> list[blocks.Section]:
     """The sections on one evaluation.
 
     Args:
@@ -117,15 +117,15 @@ def of_evaluation(e, lookup, num_questions=8):
     return out
 
 
-def cut_short(e):
-    """What is to be said about prompts and answers that did not fit."""
+def cut_short(e) -> list[str]:
+    """Sentences about prompts and answers that didn't fit."""
     truncated, unfinished = (e.metrics.get(key, 0) for key in ("truncated", "unfinished"))
     said, out = len(e.rows) * e.samples, []
     if truncated:
         text = f"{truncated:,} of {len(e.rows):,} prompts lost tokens: they didn't fit."
         out.append(blocks.Warning(text))
     if unfinished:
-        # At temperature 1 a few always run on.
+        # At temperature 1 a few answers never end.
         kind = blocks.Warning if unfinished > said / 100 else blocks.Text
         out.append(kind(f"{unfinished:,} of {said:,} answers were cut off at max_new_tokens."))
     return out
@@ -138,8 +138,8 @@ _WORST = (
 _LEAST = "The questions with the most different answers among {samples}."
 
 
-def accuracy_table(e):
-    """Exact match by group, the model beside its controls."""
+def accuracy_table(e) -> blocks.Table:
+    """Exact match by group, of the model and its controls."""
     who = figures.who_of(e)
     rows, above = [], None
     for group, key, value, n in figures.groups_of(e.metrics):
@@ -153,8 +153,8 @@ def accuracy_table(e):
     return blocks.Table(head, rows, e.protocol, notes, left=2)
 
 
-def further_table(e):
-    """Whatever else `scoring` gives over all questions; closed ones where it's made for those."""
+def further_table(e) -> blocks.Table:
+    """The other figures of `scoring` over all questions, or over closed ones for figures made for those."""
     who, found = figures.who_of(e), []
     for name in figures.names(e.metrics):
         title, group = tables.FIGURES.get(name, name), tables.group_of(name, e.metrics)
@@ -170,7 +170,7 @@ def further_table(e):
     return blocks.Table(head, found, title, notes)
 
 
-def controls_table(e):
+def controls_table(e) -> blocks.Table | None:
     """Whether the model is above each control on the same questions."""
     model = _first(e)
     rows = []
@@ -191,8 +191,8 @@ _PAIRED_NOTE = (
 )
 
 
-def paired(a, b, clusters):
-    """Cells of b's gain over a: list of texts as `_PAIRED` names them."""
+def paired(a, b, clusters) -> list[str]:
+    """Cells about b's gain over a: a list of texts for the columns of `_PAIRED`."""
     gain, low, high, p = stats.paired_bootstrap(a, b, clusters)
     only_a, only_b, exact = stats.mcnemar(a, b)
     both = (np.mean(a), np.mean(b))
@@ -214,13 +214,13 @@ def _p(p):
     return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def judge_entry(e, protocol="binary"):
+def judge_entry(e, protocol="binary") -> dict | None:
     """The part of judge.json with the paper's criterion, or None."""
     return next((x for x in e.verdicts if x["protocol"] == protocol), None)
 
 
-def judge_table(e):
-    """What language models said of the answers, as far as they were asked."""
+def judge_table(e) -> blocks.Table | None:
+    """What language models judged about the answers, if they were asked."""
     rows, notes = [], []
     for entry in e.verdicts:
         m, scores = entry["metrics"], PROTOCOLS[entry["protocol"]].scores
@@ -256,9 +256,9 @@ def judge_table(e):
 # --- Confidence ---
 
 
-def reliability(e):
-    """Confidence against accuracy: of the first answer by its probability, and of the most frequent
-    one by the share of samples that agree."""
+def reliability(e) -> blocks.Section:
+    """Confidence against accuracy: for the first answer its probability, for the most frequent one the share
+    of samples that agree."""
     panels, notes = [], []
     if all(row.get("logprobs") for row in e.rows):
         confidence = [math.exp(min(0.0, row["logprobs"][0])) for row in e.rows]
@@ -304,9 +304,9 @@ def reliability(e):
     return blocks.Section(title, [blocks.Figure(plots.reliability(title, panels), caption, alt), table], 3)
 
 
-def bins(confidence, right):
-    """[(mean confidence, accuracy, low, high, n)] of those tenths of [0, 1] that have any; a tenth
-    holds its upper end."""
+def bins(confidence, right) -> list[tuple]:
+    """[(mean confidence, accuracy, low, high, n)] for the tenths of [0, 1] that aren't empty; a tenth
+    includes its upper end."""
     members = collections.defaultdict(list)
     for c, r in zip(confidence, right):
         members[_bin(c)].append((c, r))
@@ -341,8 +341,8 @@ def _first(e, who="model"):
     return [figures.hits(row, e.rule, who)[0] for row in e.rows]
 
 
-def worst(e, count):
-    """The rows whose first answer is wrong: those wrong most often first, of these the surest."""
+def worst(e, count) -> list[dict]:
+    """The rows whose first answer is wrong, ordered by how often they are wrong, then by confidence."""
 
     def order(row):
         surest = (row.get("logprobs") or [-math.inf])[0]
@@ -352,7 +352,7 @@ def worst(e, count):
     return sorted(rows, key=order)[:count]
 
 
-def least_robust(e, count):
+def least_robust(e, count) -> list[dict]:
     """The rows with the most different answers, two or more."""
 
     def order(row):
@@ -362,7 +362,7 @@ def least_robust(e, count):
     return sorted((row for row in e.rows if order(row)[0] < -1), key=order)[:count]
 
 
-def question_block(e, row, lookup):
+def question_block(e, row, lookup) -> blocks.Question:
     """A question with its image, prompt, truth and answers."""
     texts = row["predictions"]
     logprobs = row.get("logprobs") or []
@@ -378,7 +378,7 @@ def question_block(e, row, lookup):
 
 
 def _unmoved(e):
-    """Answers that stay when the image is replaced, where that was run."""
+    """Answers that don't change when the image is replaced, if that was run."""
     rows = []
     for who in scoring.IMAGE_CONTROLS:
         if who not in e.controls:
@@ -399,7 +399,7 @@ def _unmoved(e):
 # --- Two evaluations ---
 
 
-def compare(a, b):
+def compare(a, b) -> blocks.Section:
     """b against a on the questions that both answered, as a `Section`."""
     in_a = {_key(row): row for row in a.rows}
     pairs = [(in_a[_key(row)], row) for row in b.rows if _key(row) in in_a]
@@ -456,5 +456,5 @@ def compare(a, b):
 
 
 def _key(row):
-    """What makes a question the same one; in dialogues it can be asked at several places."""
+    """The key of a question; in dialogues it can be asked at several places."""
     return tuple(str(row.get(key)) for key in ("question_id", "dialogue_id", "turn"))

@@ -1,1 +1,1 @@
-"""Has people look at a sample of question-answer pairs; see docs/synthesis.md."""
+"""Manual review of a sample of question-answer pairs; see docs/synthesis.md."""

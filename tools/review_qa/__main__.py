@@ -1,11 +1,11 @@
-"""Has people review a sample of question-answer pairs: a page to judge on, and its verdicts back.
+"""Manual review of a sample of question-answer pairs: makes a page to judge on, and applies its verdicts.
 
     python -m tools.review_qa qa.jsonl --out=review.html --images=release:medpix2:MedPix-2.0
     python -m tools.review_qa qa.jsonl --verdicts=review_qa.csv --output=reviewed.jsonl
 
 The first writes one HTML page that needs no server: image, caption, pairs with scores and tags, and
-buttons for keep, discard, unsure; it remembers verdicts and saves them as a CSV. The second leaves
-out what was discarded and prints how much was kept of each template, with an interval.
+buttons for keep, discard, unsure; it remembers verdicts and saves them as a CSV. The second leaves out
+discarded pairs and prints the share kept of each template, with an interval.
 """
 # The docstring above is what --help prints.
 
@@ -17,8 +17,8 @@ from paligemma_med import cli
 from tools.review_qa import page, pictures, rows, verdicts
 
 
-def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None):
-    """Writes the page of a sample; arguments as the flags say. Returns (pairs, of, images missing).
+def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None) -> tuple:
+    """Writes the page of a sample; arguments like the flags. Returns (pairs, of how many, images missing).
 
     Raises:
       ValueError: pairs or images can't be read.
@@ -32,7 +32,7 @@ def write_page(path, out, *, count=100, seed=0, images=(), data_dir=None):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     f = flags.FLAGS
     if len(argv) != 2:
         raise app.UsageError(f"Give one file of pairs; found {argv[1:]}.")
@@ -51,7 +51,7 @@ def main(argv):
     report = verdicts.apply(argv[1], found, f.verdicts, f.output, drop_unsure=f.drop_unsure)
     for line in verdicts.describe(report):
         print(line)
-    print(f"Written: {f.output}, and beside it .drops.jsonl and .report.json")
+    print(f"Written: {f.output}, and next to it .drops.jsonl and .report.json")
 
 
 if __name__ == "__main__":
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_string("verdicts", None, "CSV that the page saved.")
     flags.DEFINE_string("output", None, "With --verdicts: JSONL of the pairs that stay.")
-    flags.DEFINE_bool("drop_unsure", False, "With --verdicts: leave out the unsure ones, too.")
+    flags.DEFINE_bool("drop_unsure", False, "With --verdicts: also leave out the unsure ones.")
     app.run(main, flags_parser=cli.parse_flags)

@@ -1,6 +1,6 @@
-"""The page on which pairs are judged: one HTML file that needs no server and reaches nothing.
+"""The page on which pairs are judged: one HTML file that needs no server and loads nothing.
 
-Every text on it comes from a model or a stranger; `paligemma_med.page` keeps them inert.
+Every text on it comes from a model or an outsider; `paligemma_med.page` keeps them inert.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ HERE = pathlib.Path(__file__).parent
 VERDICTS = ("keep", "discard", "unsure")
 
 
-def make(chosen, total, *, name, seed, find=()):
-    """The page as text.
+def make(chosen, total, *, name, seed, find=()) -> tuple:
+    """The page as HTML text.
 
     Args:
-      chosen: rows in the order in which they are shown; those of one image stand together.
+      chosen: rows in the order in which they are shown; rows of one image are adjacent.
       total: how many rows the file has.
-      name: of the file; also of the CSV that the page saves.
-      seed: of the drawing, to be told.
-      find: functions of `pictures.open_pictures`, asked in turn.
+      name: the file's name, and that of the CSV that the page saves.
+      seed: of the sample, shown on the page.
+      find: functions from `pictures.open_pictures`, tried in order.
 
     Returns:
       (html, number of images that weren't found).

@@ -1,8 +1,9 @@
-"""Finds the images of pairs by their ids: in a folder or zip, a release, or a built data set."""
+"""Finds the images of pairs by id: in a folder or zip, a release, or a built data set."""
 
 import importlib
 import io
 import pathlib
+from collections.abc import Callable
 
 import PIL.Image
 
@@ -21,15 +22,15 @@ EXPECTED = (
 )
 
 
-def open_pictures(spec, data_dir=None):
-    """Opens one --images: a function from an image id to the file's bytes, None if it isn't there.
+def open_pictures(spec, data_dir=None) -> Callable:
+    """Opens one --images: a function from an image id to the file's bytes, or None if there is no file.
 
     Args:
-      spec: see EXPECTED; without a split all of them are looked in.
-      data_dir: where TFDS data sets are; None: where TFDS looks.
+      spec: see EXPECTED; without a split all are searched.
+      data_dir: where TFDS data sets are; None: TFDS' default.
 
     Raises:
-      ValueError: nothing of the kind is there.
+      ValueError: nothing of the kind exists.
     """
     if spec.startswith("tfds:"):
         return _tfds(spec, data_dir)
@@ -47,7 +48,7 @@ def _first(store, names):
         try:
             if store.has(name):
                 return store.read(name)
-        except DataError:  # an id that would leave the folder, or a file that is no image
+        except DataError:  # an id that leaves the folder, or a file that isn't an image
             continue
     return None
 
@@ -100,7 +101,7 @@ def _tfds(spec, data_dir):
     return find
 
 
-def shrunk(content):
+def shrunk(content) -> bytes:
     """JPEG of an image, at most SIDE pixels wide and high; ValueError if it can't be read."""
     image = PIL.Image.fromarray(images.to_rgb(content))
     image.thumbnail((SIDE, SIDE))

@@ -1,8 +1,8 @@
-"""Reads a file of question-answer pairs, line by line, and draws the sample that people look at.
+"""Reads a file of question-answer pairs, line by line, and draws the sample to review.
 
-Any JSON Lines will do whose rows have question_id, image_id, question and answer: what
-`tools.synthesize_qa` or `data_prep.curate` wrote. What else a row has (caption, choices, quality,
-mode) is shown where it's there.
+It takes any JSON Lines whose rows have question_id, image_id, question and answer, such as the output of
+`tools.synthesize_qa` or `data_prep.curate`. Other fields of a row (caption, choices, quality, mode) are
+shown if present.
 """
 
 import hashlib
@@ -10,20 +10,21 @@ import heapq
 import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 
 from paligemma_med import files
 from paligemma_med.pp import rows as row_keys
 
-# People find the type of an answer by themselves.
+# The answer's type isn't needed: reviewers see it themselves.
 KEYS = tuple(key for key in row_keys.KEYS if key != "answer_type")
 EXPECTED = "expected a JSON object a line, with question_id, image_id, question and answer"
 
 
-def read(path):
+def read(path) -> Iterator[tuple[int, bytes, dict]]:
     """Yields (line number from 1, the line as bytes, row) of a file of pairs.
 
     Raises:
-      ValueError: the file can't be read, holds none, a line of another form, an id twice.
+      ValueError: the file can't be read or is empty, a line has another form, an id occurs twice.
     """
     seen, found = set(), False
     try:
@@ -58,21 +59,21 @@ def _parse(line, where):
 
 
 def _number(*texts):
-    """128 bits of texts, in place of the texts themselves: uniform, and the same everywhere."""
+    """128 bits that stand for texts: uniform, and the same everywhere."""
     joined = "\0".join(map(str, texts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=16).digest())
 
 
-def sample(path, count, seed=0):
-    """Draws `count` pairs, each as likely as any other, in an order that is drawn as well.
+def sample(path, count, seed=0) -> tuple:
+    """Draws `count` pairs, all equally likely, in random order.
 
-    Who stops half-way has seen a sample, too. Which pairs are drawn depends on their ids and the
-    seed alone: another filter draws most of the same again.
+    So someone who stops half-way has seen a sample too. Which pairs are drawn only depends on their ids
+    and the seed: after another filter, most of the sample is the same.
 
     Args:
-      path: of the pairs.
-      count: how many; 0: all of them.
-      seed: of the drawing.
+      path: the file of pairs.
+      count: how many; 0: all.
+      seed: of the sample.
 
     Returns:
       (rows, how many there are in the file). Errors as `read`.
@@ -83,30 +84,30 @@ def sample(path, count, seed=0):
     return [row for _, _, row in chosen], next(numbers)
 
 
-def digest(row):
-    """Short digest of what is judged: a verdict is on this text, not on whatever has its id.
+def digest(row) -> str:
+    """Short digest of what is judged: a verdict is about this text, not about whatever has its id.
 
-    With a letter in front: a spreadsheet would take 12 digits, or 12e3, for a number.
+    It begins with a letter, since a spreadsheet would read 12 digits, or 12e3, as a number.
     """
     said = [row["question"], row["answer"], *(row.get(k) or "" for k in row_keys.CHOICES)]
     return "p" + hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
-def template(row):
-    """What a pair was asked with, for tables; "(none)" if its row doesn't say."""
+def template(row) -> str:
+    """The template that made a pair, for tables; "(none)" if its row doesn't say."""
     found = row.get("mode")
     return found if isinstance(found, str) and found else "(none)"
 
 
-def check_output(path, *inputs):
-    """ValueError: a file to be written is one of those that are read."""
+def check_output(path, *inputs) -> None:
+    """Raises ValueError if a file to be written is one of the inputs."""
     if pathlib.Path(path).resolve() in (pathlib.Path(p).resolve() for p in inputs):
-        raise ValueError(f"{path} would be overwritten, which is read; give another name.")
+        raise ValueError(f"{path} is an input and would be overwritten; give another name.")
 
 
-def write_whole(path, lines):
+def write_whole(path, lines) -> None:
     """Writes an iterable of bytes to a file, whole or not at all; ValueError if it can't be."""
-    if not pathlib.Path(path).parent.is_dir():  # a slip in its name rather than a folder to be made
+    if not pathlib.Path(path).parent.is_dir():  # more likely a typo than a folder to create
         raise ValueError(f"{path} can't be written: there is no such folder.")
     try:
         with files.whole_file(path) as f:

@@ -1,8 +1,8 @@
-"""Takes the verdicts of a review back: discarded pairs go, keep rates are told by template.
+"""Applies the verdicts of a review: drops discarded pairs and reports keep rates by template.
 
-The CSV is the page's, or anybody's with the columns question_id and verdict (note and pair are
-optional; pair is the digest of the text that was judged). A verdict that can't be placed ends the
-run before anything is written: a review that loses verdicts silently would be worse than none.
+The CSV is the page's, or any with the columns question_id and verdict (note and pair are optional; pair
+is the digest of the judged text). A verdict that matches no pair ends the run before anything is written:
+a review that loses verdicts silently would be worse than none.
 """
 
 import collections
@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import pathlib
+from collections.abc import Iterator
 
 from paligemma_med.metrics import stats
 from tools.review_qa import rows
@@ -18,10 +19,10 @@ VERDICTS = ("keep", "discard", "unsure")
 EXPECTED = "expected a CSV with the columns question_id and verdict"
 
 
-def read(path):
+def read(path) -> dict[str, tuple]:
     """{question id: (verdict, note, digest of the pair or "", line)} of a CSV.
 
-    Lines without a verdict are notes on what isn't decided: they have the verdict "".
+    Lines without a verdict are notes on undecided pairs: their verdict is "".
 
     Raises:
       ValueError: names the file and the line.
@@ -66,29 +67,28 @@ def read(path):
 
 
 def _cell(text):
-    """Without the apostrophe that page.js sets before what a spreadsheet would run."""
+    """The text without the apostrophe that page.js puts before what a spreadsheet would execute."""
     return text[1:] if text[:1] == "'" and text[1:2] in set("=+-@'\t\r") else text
 
 
-def apply(path, verdicts, csv_path, output, *, drop_unsure=False):
-    """Writes the file of pairs anew, without those that were discarded.
+def apply(path, verdicts, csv_path, output, *, drop_unsure=False) -> dict:
+    """Writes the file of pairs again, without the discarded ones.
 
     Args:
-      path: of the pairs.
-      verdicts: from `read`; csv_path: where from, for messages.
-      output: F2, the rows that stay: those that were reviewed with "review": {verdict, note}, the
-        others byte for byte as they were. Beside it F2.drops.jsonl (reason, note, row) and
-        F2.report.json.
-      drop_unsure: whether pairs of which the reviewer was unsure go as well.
+      path: the file of pairs.
+      verdicts: from `read`; csv_path: their file, for messages.
+      output: F2, the rows that stay: reviewed ones with "review": {verdict, note}, the others byte for
+        byte as they were. Next to it F2.drops.jsonl (reason, note, row) and F2.report.json.
+      drop_unsure: also drop pairs of which the reviewer was unsure.
 
     Returns:
       The report: {"pairs", "written", "templates": {name: {"reviewed", "keep", "discard", "unsure",
-      "keep_rate", "low", "high"}}, ...}; "all" is a template's row over all of them. keep_rate is
+      "keep_rate", "low", "high"}}, ...}; the template "all" is over all of them. keep_rate is
       keep / (keep + discard), with Wilson's 95 % interval widened for pairs that share an image
-      (`stats.wilson_clustered`); null where nothing was kept or discarded.
+      (`stats.wilson_clustered`); null if nothing was kept or discarded.
 
     Raises:
-      ValueError: an id that isn't in the file, or a pair that was changed after its review.
+      ValueError: an id isn't in the file, or a pair was changed after its review.
     """
     rows.check_output(output, path, csv_path)
     seen, judged = 0, {}
@@ -148,7 +148,7 @@ def _dropped(path, verdicts, gone):
 
 
 def _dump(value):
-    # JSON can hold halves of characters, which UTF-8 can't: those stay escaped.
+    # JSON can hold half a surrogate pair, which UTF-8 can't: it stays escaped.
     text = json.dumps(value, ensure_ascii=False)
     try:
         return text.encode() + b"\n"
@@ -178,8 +178,8 @@ def _rate(found):
     return out | dict(keep_rate=counts["keep"] / len(decided), low=low, high=high)
 
 
-def describe(report):
-    """The report as lines for a person."""
+def describe(report) -> Iterator[str]:
+    """The report as lines of text."""
     yield f"{'template':24}{'reviewed':>9}{'keep':>6}{'discard':>9}{'unsure':>8}  keep rate (95 %)"
     for name, r in report["templates"].items():
         rate = "-"

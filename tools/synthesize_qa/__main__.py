@@ -1,4 +1,4 @@
-r"""Makes open, closed and multiple-choice questions of image captions with a language model.
+r"""Makes open, closed and multiple-choice questions from image captions with a language model.
 
     python -m tools.synthesize_qa --input=medpix2 --output=qa.jsonl \
         --model=meta-llama/Llama-3.1-8B-Instruct --templates=caption,case,choice --download
@@ -7,8 +7,8 @@ r"""Makes open, closed and multiple-choice questions of image captions with a la
     python -m tools.synthesize_qa --input=captions.csv --output=qa.jsonl --from_journal \
         --config=my_filter.py
 
-Stopped at any point, the same command goes on; no reply is lost or asked for twice. The output goes
-to `data_prep.build … --config=qa --qa=qa.jsonl`; docs/synthesis.md has the whole way.
+If interrupted, the same command resumes; no reply is lost or requested twice. The output is for
+`data_prep.build … --config=qa --qa=qa.jsonl`; docs/synthesis.md describes all steps.
 """
 # The docstring above is what --help prints.
 
@@ -26,7 +26,7 @@ DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "default.py"
 
 
-def shard_from(text):
+def shard_from(text) -> tuple | None:
     """--shard as (i, n), or None; ValueError says what is wrong with it."""
     if text is None:
         return None
@@ -36,7 +36,7 @@ def shard_from(text):
     return int(found[1]), int(found[2])
 
 
-def settings_from(text):
+def settings_from(text) -> dict:
     """--settings as a dict; ValueError says what is wrong with it."""
     try:
         settings = json.loads(text)
@@ -48,7 +48,7 @@ def settings_from(text):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; --help shows an example.")
     v = flags.FLAGS
@@ -73,7 +73,7 @@ def main(argv):
         return
     if v.from_journal + v.merge + (v.shard is not None) > 1:
         raise ValueError("--from_journal, --merge and --shard exclude each other; expected one.")
-    top_p = v.top_p if v.temperature else None  # without meaning when nothing is drawn
+    top_p = v.top_p if v.temperature else None  # has no meaning without sampling
     report = run.run(
         v.input,
         v.output,
@@ -116,12 +116,12 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "input", [], "Captions: " + sources.EXPECTED.removeprefix("expected ") + ". May be given several times."
     )
-    flags.DEFINE_string("output", None, "JSON Lines to write; the journal lies beside it.")
+    flags.DEFINE_string("output", None, "JSON Lines to write; the journal is next to it.")
     flags.DEFINE_list("templates", ["caption"], f"Some of {', '.join(templates.names())}.")
     flags.DEFINE_bool("list_templates", False, "Show the templates, and do nothing else.")
     flags.DEFINE_integer("pairs", 5, "Questions to ask for in one reply.", lower_bound=1)
     flags.DEFINE_string("examples", None, "JSON Lines of captions with good pairs, shown first.")
-    flags.DEFINE_integer("max_rows", None, "Take so many captions, the first; default: all.", lower_bound=1)
+    flags.DEFINE_integer("max_rows", None, "Only the first so many captions; default: all.", lower_bound=1)
     flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_string("id_column", None, "Column of a table that names the image.")
     flags.DEFINE_string("caption_column", None, "Column of a table that holds the caption.")
@@ -132,9 +132,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_new_tokens", 1024, "Tokens of a reply, at most.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.", lower_bound=0.0)
     flags.DEFINE_float(
-        "top_p", 1.0, "Draw among the likeliest tokens that have so much.", lower_bound=0.0, upper_bound=1.0
+        "top_p", 1.0, "Sample among the likeliest tokens with this total.", lower_bound=0.0, upper_bound=1.0
     )
-    flags.DEFINE_integer("seed", 0, "Of what is drawn: tokens, the order of options.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampled tokens and of the order of options.")
     flags.DEFINE_string("shard", None, "i/n: every n-th unit from the i-th (0 to n-1) on, for job arrays.")
     flags.DEFINE_bool("merge", False, "Write the output from the journals of all shards.")
     flags.DEFINE_bool("from_journal", False, "Write the output anew, without a model.")

@@ -1,11 +1,11 @@
-"""The journal of a synthesis: every reply of the language model, as it came, for good.
+"""The journal of a synthesis: every reply of the language model, unchanged and permanent.
 
-Replies are the expensive thing, so that they are written first and everything else (pairs, scores,
-what is dropped, files) is derived from them as often as one likes. It is the judge's `Cache`: an
-append-only file of JSON lines, one process's at a time, on the disk before the next step is taken,
-a last line or batch that a crash cut off dropped. Both backends write it.
+Replies are expensive, so they are written first, and everything else (pairs, scores, drops, files) can be
+derived from them any number of times. It is the judge's `Cache`: an append-only file of JSON lines, used
+by one process at a time, on the disk before the next step; a last line or batch that a crash cut off is
+dropped. Both backends write it.
 
-`units` says what a line holds.
+`units` describes a line.
 """
 
 import glob
@@ -16,15 +16,14 @@ from paligemma_med.judge.replies import Cache
 WHAT = "a reply in a journal of tools.synthesize_qa"
 
 
-def path_of(output, shard=None):
-    """The journal of an output file: of qa.jsonl qa.journal, that of shard (i, n)
-    qa.journal.i-of-n."""
+def path_of(output, shard=None) -> str:
+    """The journal of an output file: qa.journal for qa.jsonl, and qa.journal.i-of-n for shard (i, n)."""
     own = str(output).removesuffix(".jsonl") + ".journal"
     return own + (f".{shard[0]}-of-{shard[1]}" if shard else "")
 
 
-def paths_of(output):
-    """All journals of an output file that there are: its own, then those of shards by n and i."""
+def paths_of(output) -> list:
+    """All existing journals of an output file: its own, then those of shards by n and i."""
     own, found = path_of(output), []
     for path in glob.glob(glob.escape(own) + "*"):
         if shard := re.fullmatch(r"(?:\.(\d+)-of-(\d+))?", path.removeprefix(own)):
@@ -32,7 +31,7 @@ def paths_of(output):
     return [path for _, path in sorted(found)]
 
 
-def open_journal(path):
+def open_journal(path) -> Cache:
     """Opens or begins a journal to write to: `count`, `score`, `replies` of a key, `add`,
     `add_many`, `close`; a context manager.
 
@@ -43,13 +42,13 @@ def open_journal(path):
 
 
 class Journals:
-    """Several journals to read as one, such as those of shards. Methods as of `Cache`.
+    """Several journals to read as one, such as those of shards. Methods as in `Cache`.
 
-    A key that stands in several of them has the records of the first, then those of the next.
+    A key that occurs in several has the records of the first, then those of the next.
     """
 
     def __init__(self, paths):
-        """Opens them; ValueError: none given or there, or one that is being written to."""
+        """Opens them. ValueError: there is none, or one is being written to."""
         self.paths, self._parts = list(paths), []
         if not self.paths:
             raise ValueError("there is no journal; expected those of a run or of its shards.")
@@ -60,16 +59,16 @@ class Journals:
             self.close()
             raise
 
-    def count(self, key):
+    def count(self, key) -> int:
         return sum(part.count(key) for part in self._parts)
 
-    def score(self, key):
+    def score(self, key) -> float | None:
         return next((s for part in self._parts if (s := part.score(key)) is not None), None)
 
-    def replies(self, key):
+    def replies(self, key) -> list:
         return [record for part in self._parts for record in part.replies(key)]
 
-    def close(self):
+    def close(self) -> None:
         for part in self._parts:
             part.close()
 

@@ -4,8 +4,8 @@
     python -m tools.synthesize_qa.leaks roco_test.json --answer_is_caption
     python -m tools.synthesize_qa.leaks qa_pairs_generated_all.json --captions=release:medpix2:DIR
 
-Reads what `data_prep.qa_files` reads, ours and MedM's, so that the two stand side by side. Captions
-come from the file's own column, from a source of tools.synthesize_qa, or are the answers.
+Reads what `data_prep.qa_files` reads, ours and MedM's, so that the two can be compared. Captions come
+from the file's own column or from a source of tools.synthesize_qa, or are the answers.
 """
 
 import json
@@ -29,12 +29,12 @@ def measure(
 
     Args:
       path: see `qa_files.read_qa`.
-      captions: by image id; pairs of images without one have no caption leak.
-      answer_is_caption: as in MedM's ROCO files.
+      captions: by image id; without a caption, a pair has no caption leak.
+      answer_is_caption: the answers are the captions, as in MedM's ROCO files.
 
     Returns:
       {"pairs", "with_caption", "leak": {"mean", "at_least_half"}, "caption_leak": the same}; see
-      `quality.leak` and `quality.caption_leak`. None in place of figures of no pair.
+      `quality.leak` and `quality.caption_leak`. Figures over no pair are None.
 
     Raises:
       DataError: a file that can't be read.
@@ -64,7 +64,7 @@ def measure(
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     v = flags.FLAGS
     if len(argv) < 2:
         raise app.UsageError("Give at least one file of pairs.")

@@ -1,4 +1,4 @@
-"""A causal language model of `transformers` on this machine: which it is, its weights, its prompts."""
+"""A local causal language model of `transformers`: finding it, its weights, its prompts."""
 
 import contextlib
 import dataclasses
@@ -15,13 +15,13 @@ from tools.synthesize_qa import units as units_lib
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZE = ("none", "8bit", "4bit")
 WEIGHTS = ("*.safetensors",)  # pickled ones are not read: they could run code
-# Templates that print today's date would make another prompt tomorrow.
+# A template that prints today's date would make a different prompt tomorrow.
 _TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that is loaded. name, weights: for provenance. limit: tokens of prompt and reply."""
+    """A loaded model. name, weights: for provenance. limit: tokens of prompt and reply together."""
 
     model: Any
     tokenizer: Any
@@ -38,13 +38,12 @@ def find(name, download=False) -> tuple[pathlib.Path, str | None]:
     """Where a model is: (folder, name of its GGUF file or None).
 
     Args:
-      name: a folder as `save_pretrained` writes it, a .gguf file, or a name on Hugging Face's hub
-        (a GGUF file in a repository: OWNER/NAME/FILE.gguf), of which only what was downloaded
-        before is used.
-      download: fetch what isn't there.
+      name: a folder written by `save_pretrained`, a .gguf file, or a name on Hugging Face's hub (a GGUF
+        file in a repository: OWNER/NAME/FILE.gguf), of which only earlier downloads are used.
+      download: fetch missing files.
 
     Raises:
-      ValueError: it isn't there.
+      ValueError: the model wasn't found.
     """
     path, file = pathlib.Path(name).expanduser(), None
     if path.is_dir():
@@ -73,7 +72,7 @@ def fingerprint(folder, file=None) -> str:
     Digests of files are kept in ~/.cache by path, size and time of change: an 8B model is 16 GB.
 
     Raises:
-      ValueError: no weights there.
+      ValueError: there are no weights.
     """
     paths = [folder / file] if file else sorted(p for w in WEIGHTS for p in folder.glob(w))
     if not paths:
@@ -99,7 +98,7 @@ def _file_digest(path):
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     known = known if isinstance(known, dict) else {}
-    with contextlib.suppress(OSError):  # a cache, no more
+    with contextlib.suppress(OSError):  # it is only a cache
         files.write_text(cache, json.dumps({**known, key: found}))
     return found
 
@@ -117,20 +116,19 @@ def load(
     """Loads tokenizer and weights.
 
     Args:
-      name, download: as of `find`.
+      name, download: as for `find`.
       dtype: of weights and activations, one of DTYPES.
       quantize: one of QUANTIZE; the weights' matrices in 8 or 4 bits, by bitsandbytes.
-      device_map: as transformers has it ("auto", "cuda:0", "cpu", …); None: "auto" where there is a
-        GPU.
-      threads: of PyTorch on the CPU; None: its own choice. Another number may sum in another order.
+      device_map: as in transformers ("auto", "cuda:0", "cpu", …); None: "auto" if there is a GPU.
+      threads: PyTorch's, on the CPU; None: its own choice. Another number may sum in another order.
       decoding: max_new_tokens, temperature, top_p.
 
     Returns:
       `Model`.
 
     Raises:
-      ValueError: the model isn't there, is of no causal kind, has no chat template; a package that
-        it needs isn't installed.
+      ValueError: the model wasn't found, isn't causal or has no chat template; a package that it needs
+        isn't installed.
     """
     folder, file = find(name, download)
     torch, transformers = _import_packages()
@@ -206,7 +204,7 @@ def _quantization(quantize, dtype):
 
 
 def _generation_config(model, tokenizer, *, max_new_tokens, temperature, top_p=None):
-    """A fresh one: what a model's own says of sampling must not mix with the user's."""
+    """A new config, so that the model's own settings of sampling don't mix with the user's."""
     import transformers
 
     eos, pad = _eos(model, tokenizer), tokenizer.pad_token_id
@@ -221,7 +219,7 @@ def _generation_config(model, tokenizer, *, max_new_tokens, temperature, top_p=N
 
 
 def _short(name):
-    """A path's last part: the folders above it are nobody's business."""
+    """A path's last part, since provenance shouldn't reveal the user's folders."""
     return pathlib.Path(name).expanduser().resolve().name
 
 
@@ -250,7 +248,7 @@ def _knows_system(tokenizer):
     messages = [{"role": "system", "content": "sys0tem"}, {"role": "user", "content": "us0er"}]
     try:
         return "sys0tem" in tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # templates raise what they like
+    except Exception:  # templates raise anything
         return False
 
 
@@ -271,7 +269,7 @@ def prompt(model, messages) -> list[int]:
 
 
 def _disarm(text, tokenizer):
-    """Text in which no control token is left: data that holds one must not end its turn."""
+    """The text without control tokens: data that contains one must not end its turn."""
     for token in _control_tokens(tokenizer):
         if token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")

@@ -1,8 +1,8 @@
 """The `transformers` backend: a causal language model in PyTorch answers units in batches.
 
-Batches are planned from the list of all units, whatever is answered already, so that a run that was
-killed and resumed makes the same batches, and with them the same replies. What all prompts of a
-template have in common, its rules and examples, goes through the model once.
+Batches are planned from the list of all units, answered or not, so that a killed and resumed run makes
+the same batches and so the same replies. What all prompts of a template have in common, its rules and
+examples, goes through the model only once.
 """
 
 import copy
@@ -29,26 +29,26 @@ def answer(
 ) -> None:
     """Has `model` answer all units that aren't settled; see `units` for the journal's records.
 
-    A batch's replies, second ones to what couldn't be used included, are on the disk together.
+    A batch's replies, second attempts included, are written to disk together.
 
     Args:
-      units: all of the run, answered or not: batches are made of them.
+      units: all units of the run, answered or not: batches are planned from them.
       journal: see `journal`; replies are added to it.
       model: from `loading.load`.
       read: `parse.read_reply`.
       seed: of sampling; each batch draws by (seed, its keys).
-      batch_size: units in a batch, at most.
-      batch_tokens: tokens in a batch, at most, prompts as long as the longest and replies as long
-        as they may become; a unit that alone has more is asked alone.
+      batch_size: maximum of units in a batch.
+      batch_tokens: maximum of tokens in a batch, with every prompt padded to the longest and every reply
+        at its maximum; a unit with more tokens is asked alone.
       progress: called with the number of replies and of new tokens after each batch.
       log: called with a line when a batch didn't fit into memory.
 
     Raises:
       ValueError: one unit alone doesn't fit into memory.
     """
-    # By these sums, and with them replies, may differ though all settings are the same.
+    # These can change sums, and so replies, although all settings are equal.
     ran = {"batch_size": batch_size, "batch_tokens": batch_tokens, **_machine(model)}
-    # Templates after each other: what their prompts have in common is computed once.
+    # One template after the other, so that the common part of their prompts is computed once.
     groups = {}
     for unit in units:
         groups.setdefault(unit.template.digest, []).append(unit)
@@ -63,7 +63,7 @@ def answer(
             for batch in plan(window, prompts, model.settings["max_new_tokens"], batch_size, batch_tokens):
                 if any(u.key in is_open for u in batch):
                     records = _answer_batch(batch, prompts, model, read, seed, log)
-                    # Of a batch that had been made of other units, some may be there.
+                    # Some may be answered already, if an earlier batch was made of other units.
                     new = [r for r in records if r["key"] in is_open]
                     new = [r | {"ran": ran} for r in new if r["attempt"] >= journal.count(r["key"])]
                     journal.add_many(new)
@@ -92,7 +92,7 @@ def plan(window, prompts, new_tokens, batch_size, batch_tokens) -> list[list]:
 
 
 def _answer_batch(batch, prompts, model, read, seed, log):
-    """Records of the units' replies, first those of attempt 0, then of the second attempts."""
+    """Records of the units' replies: those of attempt 0, then those of second attempts."""
     out, room = [], model.limit - model.settings["max_new_tokens"]
     asked = [(u, prompts[u.key]) for u in batch]
     for attempt in range(units_lib.MAX_REPLIES):
@@ -163,7 +163,7 @@ def _generate(asked, model, seed, attempt, log):
                 f"{asked[0][0].row.row_id}: a prompt of {len(asked[0][1])} tokens doesn't fit into "
                 "memory alone; expected more memory, or --quantize, or fewer --max_new_tokens."
             ) from None
-    # Out of the except block, whose traceback holds what filled the memory.
+    # Outside the except block, whose traceback keeps alive what filled the memory.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(asked) // 2
@@ -213,7 +213,7 @@ def _generate_all(asked, model, seed, attempt):
 
 
 def _prefix(model, unit):
-    """(ids, cache) of what all prompts of a template have in common; the last one's is kept."""
+    """(ids, cache) of the part that all prompts of a template share; the last template's is kept."""
     messages = unit.messages()
     key = units_lib.digest(messages[:-1])
     if key not in model.prefixes:
@@ -237,7 +237,7 @@ def _make_prefix(model, messages):
 
 
 def _plain_attention(config):
-    """Whether each layer attends to all before it: only then a cache can be cut and shared."""
+    """Whether every layer attends to all earlier positions: only then can a cache be cut and shared."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     return not getattr(config, "sliding_window", None) and set(kinds) == {"full_attention"}
 

@@ -1,8 +1,8 @@
-"""Reads what a language model wrote as question-answer pairs, in whatever form it wrote them.
+"""Reads question-answer pairs from a language model's reply, in whatever form it wrote them.
 
-JSON is asked for. Small models rarely keep to it, so marked, numbered and two-line forms are read,
-too. What looks like a pair and isn't one is told, never silently skipped; a pair that the end of
-the reply cut off is not used. Any text is read in linear time, and none raises.
+The prompt asks for JSON. Small models rarely stick to it, so marked, numbered and two-line forms are read
+too. Text that looks like a pair but isn't one is reported, never silently skipped; a pair that the end of
+the reply cut off isn't used. Any text is read in linear time without raising.
 """
 
 import collections
@@ -21,14 +21,14 @@ from paligemma_med.pp.rows import LETTERS
 KINDS = ("pairs", "choices")
 AGAIN = "pair that stands there before"
 CUT = "pair that the reply's end cuts off"
-_DEEPEST = 8  # JSON within JSON that is looked at; bounds how often a text is read
+_DEEPEST = 8  # levels of JSON within JSON; limits how often a text is read
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A question and its answer; of a multiple-choice one also its options in the reply's order.
+    """A question and its answer; for multiple choice also the options in the reply's order.
 
-    `letter` is the right option's ("A" is choices[0]) and `answer` its text; "" without options.
+    `letter` is the right option's ("A" is choices[0]), "" without options; `answer` is its text.
     """
 
     question: str
@@ -39,12 +39,12 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a reply holds.
+    """The content of a reply.
 
-    pairs: in the order of the text. rejected: (reason, text) of parts that look like a pair and
-    aren't one. form: how the pairs were written: "json", "json fenced", "json in chatter", "json
-    cut off", "json broken", a rule of `qa_files.parse_pairs`, "options" (lines A. to D.), or ""
-    without any. problem: "" if there is a pair, else a clause that can be told to the model.
+    pairs: in the order of the text. rejected: (reason, text) of parts that only look like a pair.
+    form: how the pairs were written: "json", "json fenced", "json in chatter", "json cut off", "json
+    broken", a rule of `qa_files.parse_pairs`, "options" (lines A. to D.), or "" without any.
+    problem: "" if there is a pair, else a clause for the next request to the model.
     """
 
     pairs: tuple[Pair, ...]
@@ -54,13 +54,13 @@ class Reply:
 
 
 def read_reply(text: str, kind: str = "pairs", cut: bool = False) -> Reply:
-    """Finds the pairs in a reply; raises nothing, whatever the text.
+    """Finds the pairs in a reply; never raises.
 
     Args:
       text: the model's reply, whole.
       kind: "pairs", or "choices" for multiple choice, whose pairs have four different options, one
         of them the answer.
-      cut: the reply ended because there was no more room (finish "length").
+      cut: the reply reached its maximum length (finish "length").
     """
     text = _said(_sound(text))
     pairs, rejected, form = _read_json(text, kind)
@@ -85,12 +85,12 @@ def _problem(text: str, rejected: list[tuple[str, str]]) -> str:
 
 
 def _sound(text: str) -> str:
-    """Without halves of surrogate pairs, which no file can hold."""
+    """The text without half surrogate pairs, which a file can't hold."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _said(text: str) -> str:
-    """Without what a model thought aloud before it answered."""
+    """The text without the model's reasoning before its answer."""
     _, thought, said = text.rpartition("</think>")
     return said if thought else text.partition("<think>")[0]
 
@@ -100,7 +100,7 @@ def _said(text: str) -> str:
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _QUESTION_MARK = re.compile(r"\A(?:(?:Q|Question)\s?\d*+\s*+[:.)]|\d++[.)])\s++", re.IGNORECASE)
 _ANSWER_MARK = re.compile(r"\A(?:A|Answer)\s?\d*+\s*+:\s++", re.IGNORECASE)
-# In drawn order "all of the above" and "both A and B" mean something else, or nothing.
+# With shuffled options "all of the above" and "both A and B" mean something else, or nothing.
 _REFERS = re.compile(
     r"\b(?:all|none|both|neither|any|either) of (?:the|these|those|them)\b|"
     r"\b[A-D] (?:and|or|&) [A-D]\b|\bnone above\b",
@@ -114,7 +114,7 @@ def _tidy(text: str) -> str:
 
 
 def _pair(question: str, answer: str) -> Pair | str:
-    """The pair, or why it is none."""
+    """The pair, or why it isn't one."""
     question = _QUESTION_MARK.sub("", " ".join(_tidy(question).split()), count=1)
     answer = _ANSWER_MARK.sub("", _tidy(answer), count=1)
     for name, value in (("question", question), ("answer", answer)):
@@ -128,7 +128,7 @@ def _same(text: str) -> str:
 
 
 def _choice_pair(question: str, options: list[str], answers: list[str]) -> Pair | str:
-    """A multiple-choice pair, or why it is none; `answers`: a letter or text each, all the same."""
+    """A multiple-choice pair, or why it isn't one; `answers`: letters or texts, which must agree."""
     options = [" ".join(_tidy(o).split()) for o in options]
     labels = [_LABEL.match(o) for o in options]
     if all(labels) and sorted(m[1].upper() for m in labels) == list(LETTERS):
@@ -146,13 +146,13 @@ def _choice_pair(question: str, options: list[str], answers: list[str]) -> Pair 
     pair = _pair(question, options[LETTERS.index(letter)])
     if isinstance(pair, str):
         return pair
-    # An answer is tidied more than an option; the two must stay the same text.
+    # Answers are cleaned more than options, but the two must stay the same text.
     answer = options[LETTERS.index(letter)]
     return dataclasses.replace(pair, answer=answer, choices=tuple(options), letter=letter)
 
 
 def _letter(answer: str, options: list[str]) -> str:
-    """Which option an answer names, by letter, by text or by both; "" if none or two of them."""
+    """Which option an answer names, by letter, text or both; "" if none or several."""
     answer = " ".join(_tidy(answer).split())
     by_text = [x for x, o in zip(LETTERS, options) if _same(o) == _same(answer)]
     if by_text:
@@ -168,7 +168,7 @@ def _letter(answer: str, options: list[str]) -> str:
 
 
 def _text(value: Any) -> Any:
-    """true and false are answers, too; lists and objects are none."""
+    """The text of a JSON value: true and false are answers too; lists and objects aren't."""
     if isinstance(value, bool):
         return "Yes" if value else "No"
     return _sound(value) if isinstance(value, str) else value
@@ -233,13 +233,13 @@ def _read_json(text: str, kind: str) -> tuple[list[Pair], list[tuple[str, str]],
 
 
 _OPEN = re.compile(r"[{\[]")
-# Within JSON: a string (one that a line's end leaves open ends there), or a bracket.
+# Within JSON: a string (an unclosed one ends with its line), or a bracket.
 _INSIDE = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|[{}\[\]]', re.DOTALL)
 _Node = list[Any]  # [start, end or None while open, number of the node around it or None]
 
 
 def _scan(text: str) -> tuple[list[_Node], bool]:
-    """The {…} and […] of a text down to _DEEPEST, in the order they open; whether all close."""
+    """(the {…} and […] of a text down to _DEEPEST, in order of opening; whether all of them close)."""
     nodes: list[_Node] = []
     stack: list[tuple[str, int | None]] = []
     at = 0
@@ -278,7 +278,7 @@ def _values(text: str, nodes: list[_Node]) -> Iterator[tuple[Any, bool]]:
 
 
 def _loads(chunk: str) -> Any:
-    """JSON, with or without commas too many; None if it isn't."""
+    """The JSON value, with surplus commas or not; None if it isn't JSON."""
     for attempt in (chunk, re.sub(r",\s*+(?=[}\]])", "", chunk)):
         try:
             return json.loads(attempt, strict=False)
@@ -291,13 +291,13 @@ _FIELD = re.compile(r'"(\w[\w ]{0,30}+)"\s*+:\s*+"((?:[^"\\]|\\.)*+)"(?=\s*+(?:[
 
 
 def _fields(chunk: str) -> dict[str, str] | None:
-    """Of an object that is no JSON (a comma lacks) its texts, if they can be told apart."""
+    """The texts of an object that isn't valid JSON (such as a missing comma), if they can be separated."""
     found = {k: v.replace('\\"', '"').replace("\\n", "\n") for k, v in _FIELD.findall(chunk)}
     return found or None
 
 
 def _items(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Objects with a question in them, wherever they are; keys in lower case, letters alone."""
+    """Objects with a question in them, at any depth; keys in lower case, only letters."""
     if depth > _DEEPEST:
         return
     if isinstance(value, list):
@@ -330,7 +330,7 @@ _LACKS = {
 
 
 def _validated(item: dict[str, Any], kind: str) -> Pair | str:
-    """The pair that an object is, or why it is none."""
+    """The pair that an object describes, or why it isn't one."""
     question = _first(item, _QUESTION_KEYS)
     try:
         if kind == "pairs":
@@ -362,7 +362,7 @@ def _read_lines(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tuple[
     """Pairs in a text without JSON, and the form of the first."""
     found, refused = qa_files.parse_pairs(text)
     if cut and not text.endswith("\n"):
-        # What the last line changes may lack its end.
+        # What the last line belongs to may be incomplete.
         short, _ = qa_files.parse_pairs(text.rpartition("\n")[0])
         same = itertools.takewhile(lambda x: x[0] == x[1], zip(short, found, strict=False))
         whole = [x for x, _ in same] if found else short
@@ -392,7 +392,7 @@ _RIGHT = re.compile(
 
 
 def _read_options(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tuple[list[Pair], str]:
-    """Multiple choice as lines: a question, options A to D below or behind it, "Answer: C"."""
+    """Multiple choice as lines: a question, options A to D below or after it, "Answer: C"."""
     lines = text.splitlines()
     if cut and not text.endswith("\n"):
         lines = lines[:-1]
@@ -432,7 +432,7 @@ def _read_options(text: str, cut: bool, rejected: list[tuple[str, str]]) -> tupl
 
 
 def _split(line: str) -> list[str]:
-    """A line with all options in it as lines: what is before, each option, what comes behind."""
+    """A line that contains all options, split into lines: the text before, each option, the text after."""
     styles = ([*style.finditer(line)] for style in _INLINES)
     found = next((x for x in styles if [m[1] for m in x] == list(LETTERS)), None)
     if not found:

@@ -1,7 +1,7 @@
 """Scores and tags of a generated pair, and whether it stays: the rules of `data_prep.curate`.
 
-Each pair gets the tags of all rules that it fails; a config says which of them drop it. So what a
-language model does wrong can be counted also where nothing is dropped for it.
+Each pair gets the tags of all rules that it fails; a config says which of them drop it. So a language
+model's mistakes can be counted even if nothing is dropped for them.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ _LONG_WORD = re.compile(r"[^\W\d_]{4,}")
 
 
 def leak(question: str, answer: str) -> float:
-    """Share of the answer's different content words that the question has; 0 without any."""
+    """Share of the answer's distinct content words that occur in the question; 0 if it has none."""
     asked, said = content_words(question), content_words(answer)
     return len(asked & said) / max(len(said), 1)
 
 
 def caption_leak(question: str, caption: str) -> float:
-    """Share of the caption's different words of four letters or more that the question has.
+    """Share of the caption's distinct words of four or more letters that occur in the question.
 
     Of MedM's released questions (ROCO) it is 35 % on average, and at least half in 27 % of them.
     """
@@ -35,8 +35,8 @@ def caption_leak(question: str, caption: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """scores: {"leak", "caption_leak"}; failed: [(rule, why), …] of all rules; reasons: those of
-    them that drop the pair, the first of which is recorded as the reason."""
+    """scores: {"leak", "caption_leak"}; failed: [(rule, why), …] of all failed rules; reasons: those that
+    drop the pair, of which the first is recorded as the reason."""
 
     scores: dict[str, float]
     failed: list[tuple[str, str]]
@@ -44,16 +44,16 @@ class Verdict:
 
     @property
     def quality(self) -> dict[str, Any]:
-        """What stands in a row: {"leak", "caption_leak", "tags"}."""
+        """What a row records: {"leak", "caption_leak", "tags"}."""
         return {**self.scores, "tags": [name for name, _ in self.failed]}
 
 
 class Quality:
-    """The rules of a config, and the memory of kept pairs that near duplicates are looked for in.
+    """The rules of a config, and the memory of kept pairs for finding near duplicates.
 
     Args:
       config: {"rules": [{"rule": one of `data_prep.curate.rules` or "near_duplicate" (last),
-        "name": tag, "drop": bool, setting: value, …}, …]}; `drop` is True where it isn't given.
+        "name": tag, "drop": bool, setting: value, …}, …]}; `drop` is True by default.
 
     Raises:
       DataError: an unknown rule, setting or value.
@@ -84,8 +84,8 @@ class Quality:
         """Judges a pair and, if it stays, remembers it; pairs come in source order.
 
         Args:
-          row: question, answer, caption, image_id, case_id, and whatever the rules look at.
-          name: of the pair, for those that repeat it.
+          row: question, answer, caption, image_id, case_id, and other fields that the rules use.
+          name: the pair's name, shown for its near duplicates.
         """
         scores = {
             "leak": round(leak(row["question"], row["answer"]), 4),

@@ -1,8 +1,8 @@
 """The loop: rows → units → journal ← backend; then the journal → files.
 
-Beside F.jsonl lie F.journal (every reply; of shard i of n F.journal.i-of-n), F.run.json (what all
-units have in common, by which the files can be written anew without the model), and what `write`
-makes of them.
+Next to F.jsonl are F.journal (every reply; F.journal.i-of-n for shard i of n), F.run.json (what all units
+have in common, so that the files can be written again without the model), and the files that `write`
+derives from them.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tools.synthesize_qa import parse, sources, templates, write
 from tools.synthesize_qa import units as units_lib
 
 BACKENDS = ("transformers", "server")
-_TOLD = 5  # units without a reply that are told of
+_TOLD = 5  # how many units without a reply are listed
 
 
 def run(
@@ -45,22 +45,22 @@ def run(
     decoding=None,
     local=None,
     server=None,
-):
-    """Makes question-answer pairs of captions, or goes on where an earlier run was stopped.
+) -> dict | None:
+    """Makes question-answer pairs from captions, or resumes an interrupted run.
 
     Args:
       inputs: specs of `sources`.
-      output: JSON Lines to write; everything else lies beside it.
-      config: of the filter, a dict.
+      output: JSON Lines to write; all other files are next to it.
+      config: the filter's, a dict.
       chosen: names of templates.
-      pairs: to ask for in one reply.
-      examples: file of `templates.read_examples`, or None.
+      pairs: how many to ask for in one reply.
+      examples: file for `templates.read_examples`, or None.
       seed: of sampling, and of the order of options.
       backend: one of BACKENDS.
       model: name or path.
-      shard: (i, n): answer each n-th unit from the i-th on, into a journal of its own; no files.
-      replay: write the files from the journals there are; no model.
-      merge: the same, from the journals of shards, all of which must be there.
+      shard: (i, n): answer each n-th unit from the i-th on, into a separate journal; no files.
+      replay: write the files from the existing journals, without a model.
+      merge: the same, from the journals of all shards, none of which may be missing.
       rows: further arguments of `sources.open_rows`.
       decoding: {"max_new_tokens", "temperature", "top_p"}.
       local: arguments of `loading.load` (dtype, …) and of `local.answer` (batch_size, …).
@@ -70,8 +70,8 @@ def run(
       The report of `write.write`; None for a shard.
 
     Raises:
-      DataError, ValueError: a mistake in one of them, in a sentence.
-      ServerError: as `server.answer`.
+      DataError, ValueError: a mistake in an argument, in one sentence.
+      ServerError: as in `server.answer`.
     """
     output = pathlib.Path(output).expanduser()
     asked, shown, books, found = _read(inputs, chosen, examples, pairs, rows)
@@ -110,7 +110,7 @@ def run(
     return None
 
 
-def dry_run(inputs, *, chosen=("caption",), pairs=5, examples=None, rows=None):
+def dry_run(inputs, *, chosen=("caption",), pairs=5, examples=None, rows=None) -> None:
     """Prints what would be asked: counts, and the first prompt of each template."""
     asked, shown, books, found = _read(inputs, chosen, examples, pairs, rows)
     units = units_lib.plan(found, asked, {"pairs": pairs}, books, shown)
@@ -128,7 +128,7 @@ def dry_run(inputs, *, chosen=("caption",), pairs=5, examples=None, rows=None):
     )
 
 
-def tell_books(books):
+def tell_books(books) -> None:
     for line in describe_books(books.to_report()):
         line = re.sub(r" \(\(none\)[^)]*\)", "", line)
         print(re.sub(r"^units: ([\d,]+) rows read", r"units: \1 of rows and templates", line))
@@ -150,7 +150,7 @@ def _examples_digest(examples):
 
 
 def _open_backend(backend, model, decoding, local, server, seed):
-    """(function (units, journal, progress) that answers, what `about` knows by it)."""
+    """(function (units, journal, progress) that answers, what it adds to `about`)."""
     if backend == "server":
         from tools.synthesize_qa import server as backend_lib
 
@@ -199,14 +199,14 @@ def _open_backend(backend, model, decoding, local, server, seed):
 
 
 def _answer(answer, units, journal, seed):
-    """Has the units answered, and tells on stderr how far it is."""
+    """Has the units answered, and shows the progress on stderr."""
     left = sum(not units_lib.settled(journal.replies(u.key)) for u in units)
     if left < len(units):
         print(f"{len(units) - left:,} of {len(units):,} units are settled already; going on")
     if not left:
         return
     start, tokens = time.monotonic(), 0
-    # In a log each state of the bar is a line of its own.
+    # In a log each state of the bar is a separate line.
     every = 0.5 if sys.stderr.isatty() else 30
     with tqdm.tqdm(total=left, desc="synthesis", unit=" replies", mininterval=every) as bar:
 
@@ -258,7 +258,7 @@ def _check_same(about, now, output):
 
 
 def _write_run(output, about, asked, inputs):
-    """Notes what the run is; another run's output is left alone, unless it never got a reply."""
+    """Records the run's settings; another run's output is left alone, unless it never got a reply."""
     path = _run_path(output)
     begun = output.exists() or any(os.path.getsize(p) for p in journal_lib.paths_of(output))
     if path.exists():
@@ -273,7 +273,7 @@ def _write_run(output, about, asked, inputs):
         "inputs": list(inputs),
     }
     try:
-        files.write_text(path, json.dumps(content, indent=1) + "\n")  # shards begin at the same time
+        files.write_text(path, json.dumps(content, indent=1) + "\n")  # shards may start together
     except OSError as e:
         raise ValueError(f"{path} can't be written: {e.strerror}.") from None
 
@@ -294,7 +294,7 @@ def _write_from_journals(output, config, about, books, found, asked, shown, merg
 
 
 def _check_shards(output, paths):
-    """ValueError: a shard's journal is missing."""
+    """Raises ValueError if a shard's journal is missing."""
     there = [tuple(map(int, m.groups())) for p in paths if (m := re.search(r"\.(\d+)-of-(\d+)$", p))]
     if not there:
         raise ValueError(f"there is no {journal_lib.path_of(output)}.i-of-n; expected journals of shards.")

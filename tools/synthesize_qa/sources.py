@@ -1,7 +1,7 @@
 """Where captions come from: built TFDS sets, releases' folders, tables; in a fixed order.
 
-Each row says which one it is and carries a digest, so that a reply can be traced to what was shown,
-and isn't taken for the reply to something else. What is left out is counted with its reason.
+Each row has an identity and a digest, so that a reply can be traced to what was shown and isn't mistaken
+for the reply to something else. What is left out is counted with its reason.
 """
 
 import csv
@@ -24,7 +24,7 @@ from paligemma_med.pp.files import default_data_dir
 NAMES = ("medpix2", "rocov2", "roco_v1")  # alone, the caption config's train split
 FIELDS = tuple(dict.fromkeys((*cases.FEATURES, *roco_layout.FEATURES)))
 CAPTION = "caption"
-_NOT_FIELDS = ("case_id", "concepts")  # of FIELDS: nothing a language model could use
+_NOT_FIELDS = ("case_id", "concepts")  # FIELDS that a language model can't use
 _COLUMNS = {
     "image_id": ("image_id", "id", "image", "name"),
     CAPTION: (CAPTION,),
@@ -40,11 +40,11 @@ EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image with what is written about it.
+    """One image with the texts about it.
 
     fields: texts by name (caption, modality, plane, location, title, findings, diagnosis, topic,
     topic_discussion, …), only those with text. digest: of ids and fields, 64 hexadecimal digits.
-    case_id: "" where the source has none. source: what it came from, without folders.
+    case_id: "" if the source has none. source: where it came from, without folders.
     """
 
     row_id: str
@@ -56,26 +56,26 @@ class Row:
     source: str
 
 
-def new_books():
-    """What `open_rows` and `units.plan` count in: rows read, and units made of them."""
+def new_books() -> Ledger:
+    """The ledgers of `open_rows` and `units.plan`: rows read, and units made from them."""
     return Ledger(("rows", "units"), ("template",))
 
 
-def open_rows(specs, books, *, data_dir=None, max_rows=None, id_column=None, caption_column=None):
+def open_rows(specs, books, *, data_dir=None, max_rows=None, id_column=None, caption_column=None) -> list[Row]:
     """The usable rows of all sources, in order, each image once.
 
     Args:
-      specs: see EXPECTED; an image that a later one has again is left out there.
-      books: from `new_books`; told of each row.
+      specs: see EXPECTED; an image that occurs again in a later source is left out there.
+      books: from `new_books`; counts each row.
       data_dir: where TFDS data sets are; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      max_rows: stop after so many.
-      id_column, caption_column: names in tables that have others than `image_id` and `caption`.
+      max_rows: stop after this many.
+      id_column, caption_column: a table's names for `image_id` and `caption`, if they differ.
 
     Returns:
       list of `Row`.
 
     Raises:
-      DataError: a source that isn't there or has another form; no usable row at all.
+      DataError: a source doesn't exist or has another form; there is no usable row.
     """
     rows, seen = [], set()
     for spec in specs:
@@ -112,7 +112,7 @@ def open_rows(specs, books, *, data_dir=None, max_rows=None, id_column=None, cap
 
 
 def _clean(text):
-    """Without what can't be written as UTF-8, and spaces around."""
+    """The text without surrounding spaces and without what can't be written as UTF-8."""
     return text.encode("utf-8", "replace").decode().strip()
 
 
@@ -244,9 +244,9 @@ def _jsonl(path):
 
 def _separated(path):
     text, tabs = _lines(path, "a table with a header"), path.suffix.lower() == ".tsv"
-    # Tables with tabs are written without quotes by most: a stray one must not swallow lines.
+    # Most tables with tabs are written without quoting: a stray quote must not swallow lines.
     kind = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
-    reader = csv.reader(io.StringIO(text, newline=""), **kind)  # splitlines() knows too many ends
+    reader = csv.reader(io.StringIO(text, newline=""), **kind)  # splitlines() would also split at other characters
     header = None
     while True:
         line = reader.line_num + 1

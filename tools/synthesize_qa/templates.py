@@ -1,9 +1,9 @@
-"""What the language model is asked: versioned texts in templates/, one file a template.
+"""What the language model is asked: versioned texts in templates/, one file per template.
 
-The rules in them answer the faults that reference prompts led to: a question that holds its own
-answer can be answered without the image, and so can one about history or sizes. Texts of data sets
-may hold anything, "ignore the rules above" included: they are fenced by a code that no text can
-contain, and declared to be data. A changed text is a new file, NAME_v2.txt.
+Their rules address the faults that reference prompts led to: a question that contains its answer can be
+answered without the image, and so can one about history or sizes. Texts of data sets may contain anything,
+even "ignore the rules above": they are fenced by a code that no text can contain, and declared to be
+data. A changed text is a new file, NAME_v2.txt.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from paligemma_med.pp.rows import LETTERS
 FOLDER = pathlib.Path(__file__).parent / "templates"
 
 _IMAGE = ("caption", "modality", "modality_detail", "plane", "location")
-# File → what the text itself doesn't say.
+# File → what the text itself doesn't state.
 _ABOUT = {
     "caption_v1": dict(
         kind="pairs",
@@ -56,8 +56,8 @@ _ABOUT = {
 class Template:
     """A way to ask. kind: "pairs" (question, answer) or "choices" (with four options).
 
-    needs: fields without which a row can't be asked. shows: fields that are shown where present.
-    per: "image", or "case" (only the first image of a case is asked). digest: of all of it.
+    needs: fields that a row must have. shows: fields that are shown if present. per: "image", or "case"
+    (only the first image of a case is used). digest: of all of it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Template:
     digest: str
 
 
-def load(name):
+def load(name) -> Template:
     """Reads a template by its name ("caption", the newest version) or file ("caption_v1").
 
     Raises:
@@ -90,13 +90,13 @@ def load(name):
     return Template(short, int(version), system=system.strip(), user=user.strip(), digest=digest, **about)
 
 
-def names():
+def names() -> list:
     """The names of all templates."""
     return list(dict.fromkeys(f.rpartition("_v")[0] for f in _ABOUT))
 
 
-def describe():
-    """All templates, newest versions, as lines for a person."""
+def describe() -> list[str]:
+    """All templates, newest versions, as lines of text."""
     lines = []
     for t in map(load, names()):
         lines += [
@@ -106,24 +106,24 @@ def describe():
     return lines
 
 
-def messages(template, row, pairs, attempt=0, problem="", examples=()):
+def messages(template, row, pairs, attempt=0, problem="", examples=()) -> list:
     """The chat messages that ask for one reply.
 
-    The fence's code is a digest of what is shown and of the attempt: the same whenever the same is
-    asked, another one the second time, and no text can hold the digest of itself.
+    The fence's code is a digest of what is shown and of the attempt: the same for the same request, another
+    one for the second attempt, and no text can contain its own digest.
 
     Args:
       template: a `Template`.
       row: with `fields` and `digest` (a `sources.Row`).
       pairs: how many to ask for.
-      attempt: replies that couldn't be used before this one.
+      attempt: number of unusable replies before this one.
       problem: what was wrong with the last of them.
-      examples: from `read_examples`, those of the template's kind are shown, as turns before.
+      examples: from `read_examples`; those of the template's kind are shown as earlier turns.
 
     Returns:
       [{"role": "system", "content"}, …, {"role": "user", "content"}].
     """
-    # All but the last message is the same for all rows: a backend computes it once.
+    # All messages but the last are the same for all rows: a backend computes them once.
     out = [{"role": "system", "content": template.system}]
     for x in examples:
         if x["kind"] != template.kind:
@@ -141,12 +141,12 @@ def _user(template, fields, marker, pairs, problem=""):
     data = "\n\n".join(f"BEGIN {k} {marker}\n{text}\nEND {k} {marker}" for k, text in shown)
     if problem:
         problem = f"\n\nAn earlier reply could not be used: {problem.rstrip('.')}. Keep to the form."
-    # One pass: what stands in a text isn't replaced again.
+    # In one pass, so that nothing is replaced within an inserted text.
     fill = {"data": data, "pairs": pairs, "problem": problem, "marker": marker}
     return string.Template(template.user).substitute(fill)
 
 
-def read_examples(path):
+def read_examples(path) -> tuple:
     """Examples to show before each question, from JSON lines of
     {"caption": …, other fields…, "pairs": [{"question", "answer"}, …]}; pairs for templates of
     multiple choice also have "choices": {"A": …, "B": …, "C": …, "D": …}, and a letter as answer.

@@ -1,17 +1,17 @@
-"""One unit of work: a row of a source and a template. What its reply depends on is in its key.
+"""One unit of work: a row of a source and a template. Its key covers all that its reply depends on.
 
-Replies are the expensive part. A backend puts each into the journal under its unit's key; all that
-follows is made of the journal. What the parts of this package tell each other:
+Replies are the expensive part. A backend puts each into the journal under its unit's key; everything else
+is derived from the journal. The forms that the parts of this package share:
 
-  A record of the journal (a line of F.journal) is {"key", "score" (usable pairs, None where there
-  are none), "reply" (whole), "finish" ("stop", "length", "too_long", or what a server says),
+  A record of the journal (a line of F.journal) is {"key", "score" (number of usable pairs, None without
+  any), "reply" (whole), "finish" ("stop", "length", "too_long", or what a server says),
   "usage" ([prompt, completion] tokens or None), "model" (as a server calls it, else None), "time",
   "problem" (why it can't be used, "" if it can), "seconds" (its share of the time it took),
   "versions" ({package: version}), "system_fingerprint" (of a server, or None), "ran" (of a local
   model: batch_size, batch_tokens, device, threads)}.
 
   A backend is `answer(units, journal, …, read, progress=…)`: it asks for each unit that isn't
-  `settled` and adds what comes; `read` is `parse.read_reply`, and `progress(replies, new tokens)`
+  `settled` and adds the replies; `read` is `parse.read_reply`, and `progress(replies, new tokens)`
   is called after each step.
 
   `about` is what a whole run has in common: {"model", "weights" (fingerprint, "" for a server),
@@ -26,8 +26,8 @@ from tools.synthesize_qa import templates
 from tools.synthesize_qa.sources import Row
 from tools.synthesize_qa.templates import Template
 
-MAX_REPLIES = 2  # the second with the reason why the first couldn't be used
-TOO_LONG = "too_long"  # finish of a unit whose prompt has no room in the model; asked never again
+MAX_REPLIES = 2  # the second request says why the first reply couldn't be used
+TOO_LONG = "too_long"  # finish of a unit whose prompt is too long for the model; never asked again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Unit:
 
 
 def settled(records) -> bool:
-    """Whether a unit with these records isn't asked (again)."""
+    """Whether a unit with these records needs no (further) request."""
     return (
         len(records) >= MAX_REPLIES
         or any(r["score"] is not None for r in records)
@@ -61,18 +61,18 @@ def digest(value) -> str:
 
 
 def key_of(row: Row, template: Template, about: dict) -> str:
-    """What a reply depends on: the row, the template, the model and how it decodes."""
+    """A digest of what a reply depends on: the row, the template, the model and its decoding."""
     return digest([row.digest, template.digest, about])
 
 
-def plan(rows, chosen, about, books, examples=()):
+def plan(rows, chosen, about, books, examples=()) -> list[Unit]:
     """The units of rows and templates, row by row.
 
     Args:
       rows: from `sources.open_rows`.
       chosen: templates.
       about: what all units have in common; see above.
-      books: from `sources.new_books`; told of each unit, and why there is none of a row.
+      books: from `sources.new_books`; counts each unit, and why a row has none.
       examples: from `templates.read_examples`.
 
     Returns:

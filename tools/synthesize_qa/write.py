@@ -1,7 +1,7 @@
-"""Makes the output of a journal of replies: kept pairs, drops, failed units and a report.
+"""Makes the output from a journal of replies: kept pairs, drops, failed units and a report.
 
-Nothing is asked here. The same units and replies give the same bytes, however often the run that
-asked was killed; the rules can be changed and the files written anew without a model.
+No model is needed. The same units and replies give the same bytes, however often the run was killed; the
+rules can be changed and the files written again.
 """
 
 import collections
@@ -21,13 +21,13 @@ from tools.synthesize_qa import parse
 from tools.synthesize_qa import units as units_lib
 from tools.synthesize_qa.quality import Quality, Verdict
 
-FIRST = 5  # examples told of each reason
+FIRST = 5  # examples listed for each reason
 _SHOWN = 300  # characters of what was rejected
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Files made of the journal; all lie beside the output. `journal.path_of` has the journal's."""
+    """Files made from the journal, all in the output's folder. For the journal see `journal.path_of`."""
 
     output: pathlib.Path
     drops: pathlib.Path
@@ -56,18 +56,18 @@ def write(
 
     Args:
       units: in source order.
-      journal: with `replies(key)`, a unit's records as they came; see `units` for their keys.
+      journal: has `replies(key)`, a unit's records in order; see `units` for their keys.
       output: JSON Lines of kept pairs.
-      config: of the filter; see `quality` and configs/default.py.
+      config: the filter's; see `quality` and configs/default.py.
       about: what all units have in common; see `units`.
-      books: what became of the sources' rows; stands in the report.
+      books: the sources' ledgers, for the report.
 
     Returns:
-      The report. Its "speed" was measured; all else is a function of units and replies.
+      The report. Its "speed" was measured; everything else follows from units and replies.
 
     Raises:
-      DataError: a config that can't be.
-      ValueError: an output that is there and isn't ours, or can't be written; a unit twice.
+      DataError: an impossible config.
+      ValueError: an existing output that isn't ours, or one that can't be written; a duplicate unit.
     """
     quality, paths, counts = Quality(config), paths_of(output), _Counts()
     if paths.output.exists() and not paths.report.exists():
@@ -76,7 +76,7 @@ def write(
         )
     seen: set[bytes] = set()
     try:
-        with (  # the output takes its place last
+        with (  # the output appears last
             files.whole_file(paths.output) as kept,
             files.whole_file(paths.drops) as drops,
             files.whole_file(paths.failed) as failed,
@@ -100,7 +100,7 @@ def write(
 def _write_unit(unit, journal, about, quality, counts, kept, drops, failed):
     """One unit's lines in the files, and what it adds to the counts."""
     records = journal.replies(unit.key)
-    # A reply is read anew: the parser may have learnt more since it came.
+    # A reply is parsed again: the parser may have improved since it came.
     replies = [parse.read_reply(r["reply"], unit.template.kind, cut=r["finish"] == "length") for r in records]
     used = next((i for i, reply in enumerate(replies) if reply.pairs), None)
     counts.unit(unit, records, replies, used)
@@ -135,7 +135,7 @@ def _label(unit: units_lib.Unit) -> str:
 
 
 def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str, Any]):
-    """A pair with the names that `data_prep.qa_files.read_qa` and the builders know."""
+    """A pair under the names that `data_prep.qa_files.read_qa` and the builders use."""
     row = {
         "question_id": f"{unit.row.image_id}_{_label(unit)}_{number}",
         "image_id": unit.row.image_id,
@@ -159,7 +159,7 @@ def _row(unit: units_lib.Unit, pair: parse.Pair, number: int, about: Mapping[str
 
 
 def _draw(text: str) -> list[int]:
-    """An order of 0 to 3 drawn by a text, the same wherever and whenever."""
+    """A random order of 0 to 3 that only depends on a text."""
     return sorted(range(4), key=lambda i: hashlib.sha256(f"{text} {i}".encode()).digest())
 
 
@@ -227,7 +227,7 @@ class _Counts:
         self.leaks = {which: {name: [0, 0.0, 0] for name in ("leak", "caption_leak")} for which in ("all", "kept")}
 
     def unit(self, unit, records, replies, used):
-        """A unit, all its replies, and the number of that which is used."""
+        """Counts a unit, all its replies, and the index of the one that is used."""
         if used is not None:
             state = "answered"
         else:
@@ -262,7 +262,7 @@ class _Counts:
             self.pairs_per_reply[len(replies[used].pairs)] += 1
 
     def pair(self, unit, row: Mapping[str, Any], verdict: Verdict):
-        """A pair of the reply that is used."""
+        """Counts a pair of the reply that is used."""
         table = self.templates[_label(unit)]
         fates = ("all",) if verdict.reasons else ("all", "kept")
         for which in fates:
@@ -383,7 +383,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         + (f"; {tokens['replies_without']:,} replies without a count" * bool(tokens["replies_without"]))
     )
     if units["waiting"]:
-        yield f"WARNING: {units['waiting']:,} units have no reply yet; the same command goes on"
+        yield f"WARNING: {units['waiting']:,} units have no reply yet; run the same command to resume"
     if units["units"] > units["waiting"] and not pairs["kept"]:
         yield "WARNING: no pair was kept; see the drops and the failed units"
 
@@ -400,7 +400,7 @@ def _ratio(part: float, whole: float) -> str:
 
 
 def _line(value: Any, **kw) -> bytes:
-    """A line of JSON; half a surrogate pair, which UTF-8 can't hold, stands escaped."""
+    """A line of JSON; half a surrogate pair, which UTF-8 can't hold, is escaped."""
     try:
         return json.dumps(value, ensure_ascii=False, **kw).encode() + b"\n"
     except UnicodeEncodeError:

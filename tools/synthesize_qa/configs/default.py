@@ -1,11 +1,10 @@
-"""Which generated pairs are dropped: what the prompts forbid, leaks, repeats, and no pairs at all.
+"""Which generated pairs are dropped: what the prompts forbid, leaks, repeats, and malformed pairs.
 
-The rules are those of `data_prep.curate`, so that a set filtered here and one filtered there are
-filtered alike. With drop=False a rule only tags: `not_in_source` can't tell another word for
-the same thing from an invention.
+The rules are those of `data_prep.curate`, so that sets filtered here and there are filtered alike. With
+drop=False a rule only tags: `not_in_source` can't distinguish a synonym from an invention.
 
 Arguments: max_share (of an answer in its question); within (image, case: where near duplicates are
-looked for); drop (no: everything is kept, and tagged all the same).
+looked for); drop (no: everything is kept but still tagged).
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +13,7 @@ from data_prep.curate import rules
 from paligemma_med.pp import rows
 
 TEXTS = ("question", "answer", *rows.CHOICES)
-# Words that the prompts forbid beyond those of `rules.META`.
+# Words that the prompts forbid in addition to `rules.META`.
 TOLD = (
     r"\b(?:mentioned|stated|described|given|noted|reported|according to|based on|in) "
     r"(?:\w+ ){0,2}?(?:the|this|that) (?:\w+ )?(?:description|report)\b",
@@ -22,7 +21,7 @@ TOLD = (
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Config of `python -m tools.synthesize_qa`; `arg` as in "max_share=0.6,within=image"."""
+    """Config of `python -m tools.synthesize_qa`; `arg` such as "max_share=0.6,within=image"."""
     args = {"max_share": "0.8", "within": "case", "drop": "yes"}
     for item in filter(None, (arg or "").split(",")):
         name, _, value = item.partition("=")
