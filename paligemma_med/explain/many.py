@@ -48,7 +48,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
         for i, (name, question) in enumerate(asked):
             content = _content(os.path.join(folder, name))
             sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
-            (row,) = part.found.get(("model", i), [{}])
+            (row,) = part.saved.get(("model", i), [{}])
             there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
             if row.get("sha256", "") != sha or not there:
                 stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")

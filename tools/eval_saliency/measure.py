@@ -228,13 +228,13 @@ def measure_all(subject, source, train, asked, part, **settings) -> list[dict]:
     priors, rows = None, []
     every = 0.1 if sys.stderr.isatty() else 30
     for i, question in enumerate(tqdm.tqdm(asked, desc="saliency", unit=" questions", mininterval=every)):
-        found = part.found.get(("model", i))
-        if found is None:
+        saved = part.saved.get(("model", i))
+        if saved is None:
             image = source[question["index"]]["image"]
             if priors is None:
                 grid = subject.ask(image, question["question"])[0].grid
                 priors = box_priors(train, grid)
-            found = [measure(subject, image, question, priors, **settings)]
-            part.add("model", i, found)
-        rows += found
+            saved = [measure(subject, image, question, priors, **settings)]
+            part.add("model", i, saved)
+        rows += saved
     return rows
