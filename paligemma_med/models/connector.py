@@ -1,8 +1,8 @@
-"""What may stand between the image tower and the language model.
+"""Connectors between the image tower and the language model.
 
 Without a connector the tower's own `head` projects each of its tokens to the language model's width
-(big_vision's `img/head`), and image tokens are the tower's tokens. A connector takes the head's
-place, and may give another number of tokens.
+(big_vision's `img/head`), and image tokens are the tower's tokens. A connector replaces the head, and may
+change the number of tokens.
 
 Axis letters: B batch, P tokens of the tower, Q image tokens that the language model reads, D width
 of the tower, E of the language model.
@@ -10,19 +10,21 @@ of the tower, E of the language model.
 
 from typing import Protocol
 
+import jax
+
 from paligemma_med.models import leaves
 
-# Where shares of the image tokens come from, for `to_cells`.
+# How the shares of image tokens that `to_cells` carries back were computed.
 RULES = ("raw", "rollout", "relevancy")
 
 
 class Connector(Protocol):
-    """What a kind must be: a linen module, made with E as `width`, the model's `dtype` and `lora`,
-    and the keys of config.model.connector but `kind`.
+    """The interface of a kind: a linen module, constructed with E as `width`, the model's `dtype` and `lora`,
+    and the keys of config.model.connector except `kind`.
 
     Attributes:
-      leaves: the parameters that it has, without adapters.
-      LEAVES: all that one of its kind can have.
+      leaves: its parameters, without adapters.
+      LEAVES: all parameters that a connector of this kind can have.
     """
 
     leaves: tuple[leaves.Leaf, ...]
@@ -36,27 +38,27 @@ class Connector(Protocol):
         """Q for P tokens of the tower; kw as in config.model.connector.
 
         Raises:
-          ValueError: where P tokens can't be connected so.
+          ValueError: P tokens can't be connected in this way.
         """
 
     @staticmethod
-    def to_cells(kw: dict, shares, out: dict, rule: str):
+    def to_cells(kw: dict, shares, out: dict, rule: str) -> jax.Array:
         """Carries shares of the image tokens back to the tower's tokens.
 
         Args:
           shares: float[…, Q].
-          out: what the call gave, of one example.
-          rule: one of RULES: how the shares came about. Where a connector has attention of its own,
-            it is followed by the same rule: "raw" by its last attention alone, "rollout" with
-            halves for residuals, "relevancy" with weighted attention added to them.
+          out: the call's dict, for one example.
+          rule: one of RULES: how the shares were computed. A connector with attention follows it by the
+            same rule: "raw" uses only its last attention, "rollout" halves for residuals, "relevancy"
+            adds weighted attention to them.
 
         Returns:
-          float[…, P]. Under "raw" and "rollout" each row keeps its sum, but for what is left on
-          learned constants.
+          float[…, P]. Under "raw" and "rollout" each row keeps its sum, except for shares of learned
+          constants.
         """
 
 
-# Names that config.model.connector.kind may have.
+# The values of config.model.connector.kind.
 KINDS: dict[str, type] = {}
 
 
@@ -64,7 +66,7 @@ def kind_of(kw) -> type | None:
     """The class of config.model.connector; None for no connector.
 
     Raises:
-      ValueError: no such kind.
+      ValueError: an unknown kind.
     """
     if not kw:
         return None
@@ -74,12 +76,12 @@ def kind_of(kw) -> type | None:
 
 
 def tokens(kw, patches: int) -> int:
-    """Q, image tokens that the language model reads, for P of the tower."""
+    """Q, the number of image tokens that the language model reads, for P of the tower."""
     kind = kind_of(kw)
     return patches if kind is None else kind.tokens(kw, patches)
 
 
-def to_cells(kw, shares, out=None, *, rule="raw"):
+def to_cells(kw, shares, out=None, *, rule="raw") -> jax.Array:
     """Shares of image tokens float[…, Q] → of the tower's tokens float[…, P]; see `Connector`."""
     kind = kind_of(kw)
     return shares if kind is None else kind.to_cells(kw, shares, out or {}, rule)

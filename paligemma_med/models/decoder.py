@@ -3,8 +3,8 @@
 Shapes and names follow big_vision/models/ppp/gemma.py (`q_einsum/w`, `gating_einsum`, …), layers
 stacked on a leading axis. Numerics follow the published model: RMSNorm with (1 + scale), RoPE and
 softmax in float32, tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding.
-Gemma 2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left
-out, as in big_vision, since no PaliGemma sequence up to 448 px comes near it.
+Gemma 2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left out, as
+in big_vision, since PaliGemma's sequences up to 448 px are much shorter.
 
 Axis letters: B batch, T and S positions, D width, N query heads, K key/value heads, H width of a
 head, F width of the MLP, V vocabulary.
@@ -26,8 +26,8 @@ from paligemma_med.models.layers.positions import apply_rope, rope_angles
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
 
-# gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1. The last two are ours,
-# for a laptop and for tests.
+# gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1. The last two are ours, for
+# laptops and tests.
 VARIANTS = {
     "gemma_2b": dict(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256),
     "gemma_7b": dict(width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256),
@@ -71,7 +71,8 @@ def _leaves():
 
 
 LEAVES = tuple(_leaves())
-# Of the two, one holds (see `Leaf.when`): they keep the same projections, in this order, in different kernels.
+# Exactly one of the two is true (see `Leaf.when`): they keep the same projections, in this order, in
+# different kernels.
 ALTERNATIVES = (("grouped", "ungrouped"),)
 
 
@@ -84,8 +85,8 @@ def _init(fan_in_axes, fan_out_axes):
 class Attention(nn.Module):
     """Grouped-query attention with RoPE; in modes "prefill" and "extend" it keeps a cache.
 
-    Cache (collection "cache", batch first): k_prefix, v_prefix [B, S, K, H] written once by
-    prefill, and k_new, v_new [B·samples, M, K, H] to which each extend appends one position.
+    Cache (collection "cache", batch first): k_prefix, v_prefix [B, S, K, H], written once by prefill, and
+    k_new, v_new [B·samples, M, K, H], to which each extend appends one position.
     """
 
     num_heads: int
@@ -146,8 +147,8 @@ class Attention(nn.Module):
             self.put_variable("cache", f"{name}_new", jnp.zeros(new, dtype))
 
     def _prefix(self):
-        """The collection of k_prefix and v_prefix. A decoding loop that makes "prefix" mutable in
-        prefill_cache, and only "cache" in extend_cache, doesn't copy the prefix at each step."""
+        """The collection of k_prefix and v_prefix. A decoding loop that makes "prefix" mutable only in
+        prefill_cache, and "cache" in extend_cache, doesn't copy the prefix at each step."""
         return "prefix" if self.is_mutable_collection("prefix") else "cache"
 
     def _extend(self, q, k, v, prefix_mask, step):
@@ -187,8 +188,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. As a scan body: (carry, …) → (carry, probabilities or a fold's out), the
-    carry being (float[B, T, D], a fold's state or None)."""
+    """One decoder layer. As a scan body: (carry, …) → (carry, probabilities or a fold's out), where the
+    carry is (float[B, T, D], a fold's state or None)."""
 
     mlp_dim: int
     post_norms: bool
@@ -239,17 +240,17 @@ class _Model(nn.Module):
 
     @property
     def grouped(self) -> bool:
-        """Whether several query heads share keys and values; those then have a kernel of their own."""
+        """Whether several query heads share keys and values, which then have a separate kernel."""
         return self.num_heads != self.num_kv_heads
 
     @property
     def ungrouped(self) -> bool:
-        """Whether every query head has keys and values of its own, all in one kernel."""
+        """Whether every query head has its own keys and values, all in one kernel."""
         return not self.grouped
 
     @property
     def leaves(self) -> tuple[leaves.Leaf, ...]:
-        """The parameters this decoder has, as a tuple of `leaves.Leaf`, without adapters."""
+        """This decoder's parameters as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
     @property
@@ -278,11 +279,11 @@ class _Model(nn.Module):
 
         Args:
           x: float[B, T, D] from `embed_tokens` or the image tower.
-          mask: bool[B, T, T], True where a query (rows) may see a key; under attn_impl="cudnn" also
-            what `splice.split_mask` gives.
+          mask: bool[B, T, T], True where a query (rows) may see a key; under attn_impl="cudnn" also the
+            form of `splice.split_mask`.
           train: switches dropout on (needs a "dropout" rng).
-          capture_attention: return the probabilities of every layer and head (True), or what a
-            fold makes of them (`layers.capture`).
+          capture_attention: return the probabilities of every layer and head (True), or what a fold
+            computes from them (`layers.capture`).
 
         Returns:
           (float[B, T, D] after the final norm, float32[layers, B, N, T, T], or (last state, stacked
@@ -298,7 +299,7 @@ class _Model(nn.Module):
           x: float[B, S, D] embedded prompts, valid tokens first (left-aligned).
           input_mask: bool[B, S], True on valid tokens.
           attn_mask: bool[B, S, S], already False towards padding.
-          cache_size: positions in all: S for the prompt, the rest for tokens to come.
+          cache_size: total of positions: S for the prompt, the rest for new tokens.
           num_samples: continuations per prompt that will extend the cache.
 
         Returns:
@@ -310,7 +311,7 @@ class _Model(nn.Module):
         seq_len = jnp.sum(input_mask, axis=1, dtype=jnp.int32)
         self.put_variable("cache", "prefix_mask", input_mask)
         self.put_variable("cache", "seq_len", jnp.repeat(seq_len, num_samples))
-        # The same number for every row; kept per row so that all cache leaves shard by batch.
+        # The same number for every row, but stored per row so that all cache leaves shard by batch.
         self.put_variable("cache", "step", jnp.zeros(x.shape[0] * num_samples, jnp.int32))
         y, _ = self._layers(
             x,
@@ -387,7 +388,7 @@ def Model(*, variant: str | None = None, **kw) -> _Model:  # noqa: N802 (a facto
     """The language model.
 
     Args:
-      variant: a key of VARIANTS; any keyword below stands on top of it.
+      variant: a key of VARIANTS; the keywords below override it.
       **kw: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim, vocab_size,
         query_pre_attn_norm, post_norms, attn_logits_softcap, final_logits_softcap, dropout,
         cache_dtype (None: the activations' type), scan, remat_policy, dtype, attn_impl, lora (of

@@ -1,15 +1,14 @@
 """How many floating-point operations a training step needs, and how many a chip could do.
 
-Counted from the parameter tree: a weight of a matrix product costs, per token that meets it, 2
-operations forward, 2 for the gradient of its input where something below it is trained, and 2 for
-its own gradient where it is trained itself. That is the "4N" of adapters on frozen weights, and the
-"6N" of full fine-tuning. What lies below everything that is trained runs forward only: stage 1's
-image tower costs 2N.
+Counted from the parameter tree: per token, a weight of a matrix product costs 2 operations forward, 2
+for the gradient of its input if something below it is trained, and 2 for its own gradient if it is
+trained itself. That is the "4N" of adapters on frozen weights, and the "6N" of full fine-tuning. What lies
+below all trained weights only runs forward: stage 1's image tower costs 2N.
 
 Attention's two products of activations are counted separately, over the whole square of tokens,
-masked or not. Norms, softmax, embedding look-ups and the optimizer are left out, as is usual.
-MFU, "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B), is the first figure alone
-divided by the chip's peak: conservative, and independent of what is recomputed.
+masked or not. Norms, softmax, embedding look-ups and the optimizer are left out, as usual. MFU, "model
+FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B), is only the first figure divided by the chip's
+peak: conservative, and independent of what is recomputed.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ ACCOUNTING = (
     "weight is trained; without attention's scores and without what is computed again"
 )
 
-# What a remat policy computes again: nothing, attention's products alone, or (any other) all.
+# What a remat policy recomputes: nothing, only attention's products, or (any other policy) everything.
 _SAVES_ALL = ("none", "everything_saveable", "dots_saveable", "checkpoint_dots")
 _SAVES_WEIGHT_PRODUCTS = (
     "dots_with_no_batch_dims_saveable",
@@ -39,9 +38,9 @@ class Flops:
     """FLOPs of one example in a training step.
 
     Attributes:
-      per_example_model: of products with weights: what MFU is taken of.
-      per_example_attention: of attention's scores and weighted sums, forward and backward.
-      per_example_recompute: of what remat policies and chunks of the loss compute a second time.
+      per_example_model: products with weights, which MFU is computed from.
+      per_example_attention: attention's scores and weighted sums, forward and backward.
+      per_example_recompute: what remat policies and chunks of the loss compute a second time.
     """
 
     per_example_model: int
@@ -50,7 +49,7 @@ class Flops:
 
     @property
     def per_example_executed(self) -> int:
-        """All three together: what the chip does."""
+        """The sum of all three: what the chip does."""
         return self.per_example_model + self.per_example_attention + self.per_example_recompute
 
 
@@ -82,7 +81,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
             continue
         if leaf.role == "table":
             once = 2 * x.size * logits
-            to_input = bool(trained)  # all that is trained lies below the logits
+            to_input = bool(trained)  # everything trained lies below the logits
             # In chunks, logits are computed again for the backward pass.
             if loss_chunk and loss_chunk < logits:
                 recompute += once
@@ -100,19 +99,19 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
         once = score * tokens[part] ** 2
         attention += once * (1 + 2 * backward[part])
         if backward[part]:
-            # Scores are made again, whatever is kept (models/layers/attention.py).
+            # Scores are recomputed under every policy (models/layers/attention.py).
             recompute += once // 2 + once * (sizes.policies[part] not in _SAVES_ALL)
     return Flops(weights, attention, recompute)
 
 
 class _Sizes:
-    """What a model's parts and their leaves tell of its FLOPs, for square images of `res` px.
+    """What FLOPs depend on in a model's parts and leaves, for square images of `res` px.
 
     Attributes:
       params: {name: jax.ShapeDtypeStruct} of all parameters.
-      leaves: {name: Leaf} of the same; that of an adapter's factor is its kernel's.
-      stacks: {part: place of its stacked layers in the order of the computation}; of a part without
-        any, that of its first leaf.
+      leaves: {name: Leaf} of the same; an adapter's factor has its kernel's.
+      stacks: {part: place of its stacked layers in the order of the computation}, or of its first leaf if
+        it has none.
       policies: {part: remat policy}.
     """
 
@@ -129,21 +128,21 @@ class _Sizes:
             part, place = _part_of(leaf.path), self._places.setdefault(_group(leaf), len(self._places))
             if part not in self._last and (leaf.stacked or part not in self.stacks):
                 self.stacks[part] = place
-            # The last product of a block gives its output, unless there is a norm behind it.
+            # The last product of a block gives its output, unless a norm follows.
             if leaf.stacked and leaf.role in ("product", "norm"):
                 self._last[part] = leaf
 
     def place(self, name):
-        """Place in the order of the computation. What is trained at one asks for gradients of inputs
-        at all that follow."""
+        """Place in the order of the computation. A weight trained at one place needs gradients of inputs at
+        all later ones."""
         return self._places[_group(self.leaves[name])]
 
     def tokens(self, text_len):
-        """{part: tokens that its products meet}."""
+        """{part: tokens that its products process}."""
         return {"img": self._patches, "connector": self._image_tokens, "llm": self._image_tokens + text_len}
 
     def weights(self):
-        """({part: weights of its products}, those of the vocabulary table)."""
+        """({part: number of weights in its products}, number of weights in the vocabulary table)."""
         weights, table = dict.fromkeys(self.policies, 0), 0
         for name, x in self.params.items():
             leaf = self.leaves[name]
@@ -163,12 +162,12 @@ class _Sizes:
         return out
 
     def is_recomputed(self, name):
-        """Whether a stack's product is computed again before its layer's backward pass."""
+        """Whether a stack's product is recomputed before its layer's backward pass."""
         part = _part_of(name)
         if self.policies[part] in (*_SAVES_ALL, *_SAVES_WEIGHT_PRODUCTS):
             return False
-        # The next block has kept the output of this one, which nothing in its own backward pass
-        # reads, unless there is a norm behind the last product.
+        # The next block has kept the output of this one, and this block's own backward pass doesn't read
+        # it, unless a norm follows the last product.
         is_output = self.leaves[name] == self._last[part] and not name.endswith("lora_a")
         return not is_output
 
@@ -201,8 +200,8 @@ def count_pass(model, *, res, text_len, logits) -> Flops:
 
 
 def count_answers(model, *, res, prompt_len, samples, tokens) -> Flops:
-    """FLOPs of drawing answers to one question as `decode` does: the image and the prompt are read
-    once, however many answers there are, and each token but an answer's last is read once.
+    """FLOPs of sampling answers to one question with `decode`: the image and the prompt are read once for
+    all answers, and each token except an answer's last is read once.
 
     Args:
       model: `vlm.Model`.
@@ -224,7 +223,7 @@ def count_answers(model, *, res, prompt_len, samples, tokens) -> Flops:
     )
 
 
-# TFLOP/s in bfloat16, dense, of one JAX device. First match counts, so longer names come first.
+# TFLOP/s in bfloat16, dense, of one JAX device. The first match counts, so longer names come first.
 # NVIDIA: data sheets (figures "with sparsity" halved) and, for GeForce and RTX, the appendices of
 # the Ampere GA102 and Ada architecture papers (float32 accumulation). TPU: "System architecture" in
 # Google's documentation; a JAX device of v2 and v3 is one of a chip's two cores.
@@ -258,14 +257,14 @@ _PEAKS = (
 
 
 def peak(device, tflops: float | None = None) -> float | None:
-    """FLOP/s that `device` could do at most in bfloat16.
+    """The peak FLOP/s of `device` in bfloat16.
 
     Args:
       device: jax.Device.
-      tflops: config.peak_tflops, which is believed over the table.
+      tflops: config.peak_tflops, which overrides the table.
 
     Returns:
-      float, or None where it isn't known (a CPU, an unlisted chip).
+      float, or None if unknown (a CPU, an unlisted chip).
     """
     if tflops:
         return tflops * 1e12

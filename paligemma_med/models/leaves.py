@@ -1,13 +1,13 @@
-"""Trees of parameters, their flat form {"img/head/kernel": array}, and what each leaf is.
+"""Trees of parameters, their flat form {"img/head/kernel": array}, and tables that describe each leaf.
 
-A part of a model (image tower, connector, language model) describes its own parameters in a table
-of `Leaf`s. LoRA targets, quantisation, sharding, FLOPs, randomisation and the names in other
-formats all follow from these tables, so that a new part is described in one place.
+A part of a model (image tower, connector, language model) describes its own parameters in a table of
+`Leaf`s. LoRA targets, quantisation, sharding, FLOPs, randomisation and the names in other formats all
+follow from these tables, so that a new part is described in one place.
 
 Axis letters: D width of a part, E width of the language model (where an image enters it), N query
 heads, K key/value heads, H width of a head, F width of an MLP, V vocabulary, T positions, Y, X and
 C rows, columns and colours of a patch; a digit is an axis of that length. L layers, P projections
-in one kernel and R rank of an adapter are put in front or behind where a leaf has them.
+in one kernel and R rank of an adapter are added in front or at the end if a leaf has them.
 """
 
 import os
@@ -18,19 +18,19 @@ ROLES = ("product", "table", "positions", "patch", "norm", "bias")
 
 
 class Leaf(NamedTuple):
-    """A parameter, as the part that has it describes it.
+    """A parameter, as its part describes it.
 
     Attributes:
-      path: its name, below that of the part: "layers/attn/kv_einsum/w".
+      path: its name within the part: "layers/attn/kv_einsum/w".
       letters: the axes of one projection in one layer.
-      inputs: those of them that a matrix product sums over; "" for what is in none.
-      parts: names of the projections that the leaf holds, on an axis of their own if there is more
-        than one. Each has an adapter of its own, in a folder of that name.
+      inputs: the axes that a matrix product sums over; "" if it is in no product.
+      parts: names of the projections that the leaf holds, on a separate axis if there are several. Each
+        has its own adapter, in a folder of that name.
       stacked: whether there is an axis of layers in front.
       role: "product" (a kernel, which can be adapted and quantised), "table" (of the vocabulary),
         "positions", "patch" (the kernel that reads pixels), "norm" or "bias".
-      when: the attribute of the part's module that must be true for it to have the leaf; "" for a
-        leaf that it always has.
+      when: the attribute of the part's module that must be true for the leaf to exist; "" if it always
+        exists.
     """
 
     path: str
@@ -48,23 +48,23 @@ class Leaf(NamedTuple):
 
     @property
     def input_axes(self) -> tuple[int, ...]:
-        """Where the inputs are, counted from the end: the same for one layer and for all."""
+        """The inputs' axes, counted from the end, which is the same for one layer and for all."""
         return tuple(i - len(self.letters) for i, c in enumerate(self.letters) if c in self.inputs)
 
     @property
     def folder(self) -> str:
-        """The path of the module that has the leaf, "" for the part itself."""
+        """The path of the leaf's module, "" for the part itself."""
         return self.path.rpartition("/")[0]
 
 
 def of_module(table: Iterable[Leaf], module) -> tuple[Leaf, ...]:
-    """The leaves of a family's table that `module`, one of the family, has."""
+    """The leaves of a family's table that `module`, of that family, has."""
     return tuple(leaf for leaf in table if not leaf.when or getattr(module, leaf.when))
 
 
 def join(**tables: Iterable[Leaf]) -> dict[str, Leaf]:
-    """{"img/head/kernel": Leaf, …} from the tables of the parts, img=…, llm=…; in their order, which
-    is that of the computation. Each Leaf then has the whole path."""
+    """{"img/head/kernel": Leaf, …} from the parts' tables, img=…, llm=…, in the order of the computation.
+    Each Leaf then has its whole path."""
     whole = (leaf._replace(path=f"{part}/{leaf.path}") for part, table in tables.items() for leaf in table)
     return {leaf.path: leaf for leaf in whole}
 

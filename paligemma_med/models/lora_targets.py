@@ -1,6 +1,6 @@
-"""What of a model can be adapted by LoRA, and how the factors are named and shaped.
+"""What LoRA can adapt in a model, and the names and shapes of its factors.
 
-All follows from the tables of leaves: every kernel with the role "product" can have adapters, one
+Everything follows from the tables of leaves: every kernel with the role "product" can have adapters, one
 for each projection that it holds.
 """
 
@@ -18,11 +18,11 @@ class Target(NamedTuple):
 
     Attributes:
       param: path of the kernel that holds it.
-      part: its name among the projections in that kernel; "" if there is but one.
-      index: its place among them on the axis after that of layers, or None.
+      part: its name among the kernel's projections; "" if there is only one.
+      index: its index on the axis after the layers, or None.
       scope: path of the folder of its factors.
       kernel: axis letters of the projection in one layer.
-      inputs: those of them that the input has; they come first in A, the others last in B.
+      inputs: the letters of its input; they come first in A, the others last in B.
       stacked: whether there is an axis of layers in front.
     """
 
@@ -36,7 +36,7 @@ class Target(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What rules are matched with, beside `param`."""
+        """The name that rules are matched with, in addition to `param`."""
         return f"{self.param}:{self.part}" if self.part else self.param
 
     @property
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 
 def targets_of(leaf: Leaf) -> tuple[Target, ...]:
-    """The projections in a leaf that can be adapted: none if it is no product's kernel."""
+    """The projections in a leaf that can be adapted; none if it isn't a product's kernel."""
     if leaf.role != "product":
         return ()
     several = len(leaf.parts) > 1
@@ -77,7 +77,7 @@ def _twins():
                 yield from zip(*either, strict=True)
 
 
-# A projection that some models keep in another kernel than others: how it is in the one and in the other.
+# Projections that different models keep in different kernels: the target in one and in the other.
 TWINS = {a: b for pair in _twins() for a, b in (pair, reversed(pair))}
 
 
@@ -85,15 +85,15 @@ def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target,
     """Which projections of a model are adapted, and how.
 
     Args:
-      rules: config.lora, or what `lora.as_rules` made of it.
+      rules: config.lora, or the result of `lora.as_rules`.
       names: paths of the model's parameters.
-      leaves: the model's table of leaves; by default that of all families.
+      leaves: the model's table of leaves; by default all families'.
 
     Returns:
       {Target: Spec}, in the order of the table.
 
     Raises:
-      ValueError: a regex that matches nothing that can be adapted.
+      ValueError: a regex matches nothing that can be adapted.
     """
     rules, names = lora.as_rules(rules), set(names)
     table = parts.LEAVES if leaves is None else leaves
@@ -107,9 +107,9 @@ def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target,
 
 
 def leaf_by_name(leaves: dict[str, Leaf] | None = None) -> dict[str, Leaf]:
-    """{name: Leaf} for all that a tree of parameters may hold: the leaves of the table (by default
-    that of all families), their scales where they are quantised, and the factors of adapters, whose
-    Leaf is that of the kernel they adapt."""
+    """{name: Leaf} for everything that a tree of parameters may hold: the leaves of the table (by default
+    all families'), their scales if quantised, and the factors of adapters, which have their kernel's
+    Leaf."""
     table = parts.LEAVES if leaves is None else leaves
     scales = {path + SCALE: leaf for path, leaf in table.items()}
     factors = {name: leaf for leaf in table.values() for name in factor_names(targets_of(leaf))}
@@ -117,15 +117,15 @@ def leaf_by_name(leaves: dict[str, Leaf] | None = None) -> dict[str, Leaf]:
 
 
 def factor_names(targets) -> list[str]:
-    """Paths of the leaves that adapters on `targets` add, in order."""
+    """Paths of the factors that adapters on `targets` add, in order."""
     return [f"{t.scope}/{f}" for t in targets for f in lora.FACTORS]
 
 
 def factor_shapes(target: Target, spec: lora.Spec, kernel_shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of (lora_a, lora_b), with layers in front where the kernel has them.
+    """Shapes of (lora_a, lora_b), with layers in front if the kernel has them.
 
     Args:
-      kernel_shape: of the whole parameter `target.param`.
+      kernel_shape: shape of the whole parameter `target.param`.
     """
     layers = kernel_shape[:1] if target.stacked else ()
     one = kernel_shape[len(layers) + (target.index is not None) :]

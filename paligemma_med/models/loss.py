@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens, and the training loss made of them: cross-entropy on the answer's
-tokens, averaged as big_vision averages it.
+"""Log-probabilities of tokens, and the training loss: cross-entropy on the answer's tokens, averaged as in
+big_vision.
 
-Axis letters: B batch, T text positions, P supervised positions that are looked at, D width of the
-language model, V vocabulary.
+Axis letters: B batch, T text positions, P supervised positions used, D width of the language model, V
+vocabulary.
 """
 
 import jax
@@ -16,11 +16,11 @@ def supervised_positions(mask_loss, length: int | None) -> tuple[jax.Array, jax.
 
     Args:
       mask_loss: [B, T], nonzero where a token is supervised.
-      length: P, how many positions to give; None gives all T.
+      length: P, how many positions to return; None returns all T.
 
     Returns:
-      (positions int32[B, P], weights float32[B, P] that are 0 where a row has fewer, and the number
-      of supervised positions, int32[], that P is too small for).
+      (positions int32[B, P], weights float32[B, P] that are 0 where a row has fewer, and the number of
+      supervised positions, int32[], that didn't fit into P).
     """
     mask = (mask_loss > 0).astype(jnp.int32)
     length = mask.shape[1] if length is None else min(length, mask.shape[1])
@@ -62,15 +62,15 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """`cross_entropy(compute_logits(x), labels)`, with logits of few positions at a time.
 
-    They are computed once more in the backward pass, so that B · chunk · V floats are the most
-    there is of them, and of their gradient. Value and gradient are the same but for the order of
-    sums. big_vision and Hugging Face hold all B · P · V.
+    The backward pass computes them again, so that at most B · chunk · V logits, and as many gradients,
+    exist at a time. Value and gradient are the same except for the order of sums. big_vision and Hugging
+    Face hold all B · P · V.
 
     Args:
-      compute_logits: float[B, p, D] → float[B, p, V], each position for itself.
+      compute_logits: float[B, p, D] → float[B, p, V], each position independently.
       x: float[B, P, D].
       labels: int32[B, P].
-      chunk: the most positions of a row at a time, 1 or more; None, or P and more: all at once.
+      chunk: the maximum of positions in a row at a time, 1 or more; None, or P or more: all at once.
 
     Returns:
       float32[B, P].
@@ -79,7 +79,7 @@ def chunked_cross_entropy(
     if chunk is None or chunk >= length:
         return cross_entropy(compute_logits(x), labels, label_smoothing)
     parts = -(-length // chunk)
-    size = -(-length // parts)  # nearly equal ones, or the last might be all padding
+    size = -(-length // parts)  # of nearly equal size, or the last might be all padding
 
     def cut(a):
         a = jnp.pad(a, ((0, 0), (0, parts * size - length), *((0, 0),) * (a.ndim - 2)))
@@ -88,20 +88,20 @@ def chunked_cross_entropy(
     def one(part):
         return cross_entropy(compute_logits(part[0]), part[1], label_smoothing)
 
-    # What happens in a loop's body isn't merged with what happens in that of the backward pass.
+    # Without prevent_cse, since XLA doesn't merge a loop's body with that of the backward pass.
     out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (cut(x), cut(labels)))
     return out.swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
 def row_weights(mask_loss, loss_norm: str) -> jax.Array:
-    """What each supervised token counts, so that the sum over a batch is the loss.
+    """The weight of each supervised token, such that the weighted sum over a batch is the loss.
 
-    "example" is big_vision's: the mean over examples of each example's mean over tokens. "token" is
-    the mean over all supervised tokens of the batch, as in Hugging Face's trainer; long answers
-    count more. Weights come from the whole batch, so that sums over microbatches are exact.
+    "example" is big_vision's: the mean over examples of each example's mean over tokens. "token" is the
+    mean over all supervised tokens of the batch, as in Hugging Face's trainer; long answers count more.
+    Weights come from the whole batch, so that sums over micro-batches are exact.
 
     Args:
-      mask_loss: [B, T] of the whole batch.
+      mask_loss: [B, T], for the whole batch.
 
     Returns:
       float32[B].

@@ -1,7 +1,7 @@
 """PaliGemma under the name that outside code relies on, as in big_vision.
 
-`vlm.Model` with nothing given is PaliGemma 3B: SigLIP So400m/14 and Gemma 2B, image in front, a
-prefix-LM mask.
+`vlm.Model` without arguments is PaliGemma 3B: SigLIP So400m/14 and Gemma 2B, image in front, a prefix-LM
+mask.
 """
 
 import functools

@@ -1,15 +1,17 @@
-"""The parts that a model is made of: what each must offer, and the names that configs give them.
+"""The parts that a model is made of: their interfaces, and their names in configs.
 
 A part is a linen module made by its family, a module of Python. `model.img_model` names the family
 of the image tower and `model.llm_model` that of the language model, as in big_vision; `model.img`
 and `model.llm` are the part's arguments. A new family is its file in models/, an entry here, and a
-table of names in checkpoints/hf for each format that it can be read from. What may stand between the
-two is in `connector`.
+table of names in checkpoints/hf for each format that it can be read from. For what can be between the two
+see `connector`.
 """
 
 import types
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+import jax
 
 from paligemma_med.models import connector, decoder, leaves, vit
 
@@ -20,7 +22,7 @@ class Family(Protocol):
     Attributes:
       LEAVES: all parameters that a part of the family can have, in the order of the computation.
       KEYS: the arguments of `Model` that a config may give.
-      DEFAULT_VARIANT: `variant` of a config that gives none; None for a family without variants.
+      DEFAULT_VARIANT: the default of `variant`; None for a family without variants.
     """
 
     LEAVES: tuple[leaves.Leaf, ...]
@@ -32,14 +34,14 @@ class Family(Protocol):
 
 
 class Part(Protocol):
-    """What every part tells of itself, bound to parameters or not.
+    """What every part says about itself, whether bound to parameters or not.
 
     Attributes:
-      leaves: the parameters that it has, a selection of its family's, without adapters.
+      leaves: its parameters, a selection of its family's, without adapters.
       depth, num_heads: layers, and attention heads of each.
-      remat_policy: what of a layer is kept for the backward pass.
-      probs_path: where below the part a layer's attention looks for the perturbation of its
-        probabilities (`capture.perturbation`).
+      remat_policy: what is kept of a layer for the backward pass.
+      probs_path: where in the part a layer's attention looks for the perturbation of its probabilities
+        (`capture.perturbation`).
     """
 
     leaves: tuple[leaves.Leaf, ...]
@@ -64,7 +66,7 @@ class Decoder(Part, Protocol):
 
     Attributes:
       width: of the embedded sequence that it reads.
-      vocab_size: how many tokens it knows.
+      vocab_size: size of its vocabulary.
       attn_impl: "xla" or "cudnn".
     """
 
@@ -72,23 +74,23 @@ class Decoder(Part, Protocol):
     vocab_size: int
     attn_impl: str
 
-    def embed_tokens(self, tokens):
+    def embed_tokens(self, tokens) -> jax.Array:
         """int32[B, T] → float[B, T, width]."""
 
     def __call__(self, x, mask, *, train=False, capture_attention=False):
         """(float[B, T, width], bool[B, T, T]) → (float[B, T, width], probabilities or None)."""
 
-    def compute_logits(self, pre_logits):
+    def compute_logits(self, pre_logits) -> jax.Array:
         """float[B, T, width] → float32[B, T, vocab_size]."""
 
-    def prefill_cache(self, x, input_mask, attn_mask, *, cache_size, num_samples=1):
+    def prefill_cache(self, x, input_mask, attn_mask, *, cache_size, num_samples=1) -> jax.Array:
         """Reads prompts; float32[B, 1, vocab_size] after the last token of each."""
 
-    def extend_cache(self, x):
+    def extend_cache(self, x) -> jax.Array:
         """float[B·samples, 1, width] → float32[B·samples, 1, vocab_size]."""
 
 
-# Part → the names that its families have in configs, the default first.
+# Part → its families' names in configs, the default first.
 FAMILIES: dict[str, dict[str, types.ModuleType]] = {
     "img": {"vit": vit},
     "llm": {"proj.paligemma.gemma_bv": decoder},
@@ -96,7 +98,7 @@ FAMILIES: dict[str, dict[str, types.ModuleType]] = {
 
 
 def default_name(part: str) -> str:
-    """The name of the family of a config that names none."""
+    """The family's default name."""
     return next(iter(FAMILIES[part]))
 
 
@@ -104,7 +106,7 @@ def family(part: str, name: str | None = None) -> Family:
     """The family that a config calls `name`, of the part "img" or "llm".
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: an unknown name.
     """
     name = default_name(part) if name is None else name
     if name not in FAMILIES[part]:
@@ -114,12 +116,12 @@ def family(part: str, name: str | None = None) -> Family:
 
 
 def leaves_of(model: Mapping | None = None) -> dict[str, leaves.Leaf]:
-    """{"img/head/kernel": Leaf, …}: all that a model of these families may have as parameters.
+    """{"img/head/kernel": Leaf, …}: all parameters that a model of these families may have.
 
-    For code that has a config or bare parameters; a model tells its own (`vlm.Model.leaves`).
+    For code that has a config or bare parameters; a model has its own (`vlm.Model.leaves`).
 
     Args:
-      model: config.model; by default that of PaliGemma.
+      model: config.model; by default PaliGemma's.
     """
     model = model or {}
     tables = {part: family(part, model.get(f"{part}_model")).LEAVES for part in FAMILIES}
@@ -134,5 +136,6 @@ def _all_leaves():
     return leaves.join(img=img, connector=between, llm=llm)
 
 
-# Of all families and connectors, for code that has parameters and no model. A path means the same in each of them.
+# The leaves of all families and connectors, for code that has parameters but no model. A path means the
+# same in all of them.
 LEAVES = _all_leaves()

@@ -1,7 +1,6 @@
-"""Models by the names they were published under: arguments of `vlm.Model`.
+"""Models by their published names: arguments of `vlm.Model`.
 
-PaliGemma is arXiv 2407.07726, PaliGemma 2 arXiv 2412.03555. The first is the model of a config that
-names no variants.
+PaliGemma is arXiv 2407.07726, PaliGemma 2 arXiv 2412.03555. The first is the default model.
 """
 
 _TOWER = dict(variant="So400m/14")

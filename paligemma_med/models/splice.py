@@ -1,19 +1,18 @@
-"""How image tokens and text become one sequence: where each stands, and who sees whom.
+"""How image tokens and text become one sequence: where each token is, and which tokens see which.
 
-Text arrays stay text-only everywhere else. `splice` puts the image's Q tokens before text token
-`image_at` of each row, and the `Layout` that it gives translates between positions of the text and
-of the whole sequence; nobody else computes them.
+Everywhere else, text arrays contain only text. `splice` puts the image's Q tokens before text token
+`image_at` of each row and returns a `Layout`, which translates between positions of the text and of the
+whole sequence; no other code computes them.
 
-What the image's tokens see of one another is the model's `image_ar`:
+The model's `image_ar` says how image tokens see each other:
 
   "prefix"  they join the block before them: in front of a prompt, image and prompt see each other
             (PaliGemma)
-  "block"   they are a block of their own: bidirectional inside, and among causal text nothing else
-            changes (Gemma 3)
+  "block"   they are a separate block, bidirectional inside; causal text around it isn't changed (Gemma 3)
   "causal"  each opens its own block, as causal text does (LLaMA, BLOOM)
 
 Axis letters: B batch, T text positions, Q image tokens, S = Q + T positions of the whole sequence,
-P tokens asked for, D width.
+P requested tokens, D width.
 """
 
 import dataclasses
@@ -25,14 +24,14 @@ IMAGE_AR = ("prefix", "block", "causal")
 
 
 def make_attn_mask(input_mask, mask_ar) -> jax.Array:
-    """Who sees whom.
+    """Which tokens see which.
 
     Tokens fall into blocks: one with mask_ar = 1 opens a new block, one with 0 joins the block
     before it. A query sees its own block and all earlier ones, so that a run of zeros is
     bidirectional and a run of ones is causal.
 
     Args:
-      input_mask: bool[B, S], False on padding, which nobody sees and which sees nobody.
+      input_mask: bool[B, S], False on padding, which no token sees and which sees no token.
       mask_ar: int32[B, S].
 
     Returns:
@@ -45,15 +44,15 @@ def make_attn_mask(input_mask, mask_ar) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one batch of sequences stand.
+    """Where the tokens of one batch of sequences are.
 
-    A *slot* is a position of the whole sequence, 0…S − 1; a *token* is one of the text, 0…T − 1.
-    Methods work on numpy arrays as well as on traced ones.
+    A *slot* is a position in the whole sequence, 0…S − 1; a *token* is a position in the text, 0…T − 1.
+    Methods work on numpy arrays and on traced ones.
 
     Attributes:
       num_image: Q.
       num_text: T.
-      image_at: int32[B], text tokens before the image; None: it stands in front in every row.
+      image_at: int32[B], text tokens before the image; None: it is in front in every row.
       image_ar: one of IMAGE_AR.
     """
 
@@ -69,41 +68,41 @@ class Layout:
 
     @property
     def first(self) -> int:
-        """How many queries at the start of every row see the same keys, namely the row's first
-        ones: what `split_mask` needs; 0 if that isn't so."""
+        """How many queries at the start of every row see the same keys, namely the row's first ones, as
+        `split_mask` requires; 0 if there are none."""
         return 0 if self.image_ar == "causal" or self.image_at is not None else self.num_image
 
-    def slot(self, token):
+    def slot(self, token) -> jax.Array:
         """int[B, P] tokens of the text → int[B, P] slots."""
         if self.image_at is None:
             return token + self.num_image
         return token + self.num_image * (token >= self.image_at[:, None])
 
-    def query(self, token):
-        """int[B, P] tokens of the text → int[B, P] the slots that predict them: one before their own.
-        That of the first token after the image is the image's last slot, which has seen the image
-        and all text before it."""
+    def query(self, token) -> jax.Array:
+        """int[B, P] tokens of the text → int[B, P] the slots that predict them: one before their own. The
+        first token after the image is predicted by the image's last slot, which has seen the image and all
+        text before it."""
         return self.slot(token) - 1
 
-    def predicted(self, slot):
+    def predicted(self, slot) -> jax.Array:
         """The reverse of `query`: int[B, P] slots → int[B, P] tokens."""
         if self.image_at is None:
             return slot + 1 - self.num_image
         return slot + 1 - self.num_image * (slot + 1 >= self.image_at[:, None] + self.num_image)
 
-    def image_slots(self):
-        """int[B, Q] slots of the image; int[1, Q] where they are the same in all rows."""
+    def image_slots(self) -> jax.Array:
+        """int[B, Q] slots of the image; int[1, Q] if they are the same in all rows."""
         start = 0 if self.image_at is None else self.image_at[:, None]
         return start + jnp.arange(self.num_image)[None]
 
-    def of_image(self, x):
-        """float[…, S] of the only row → float[…, Q], its columns at the image."""
+    def of_image(self, x) -> jax.Array:
+        """float[…, S] for the only row → float[…, Q], the image's columns."""
         if self.image_at is None:
             return x[..., : self.num_image]
         return jax.lax.dynamic_slice_in_dim(x, self.image_at[0], self.num_image, axis=-1)
 
-    def outputs(self, y, token=None):
-        """What predicts the token after each token of the text: float[B, S, D] → float[B, P, D].
+    def outputs(self, y, token=None) -> jax.Array:
+        """The outputs that predict the token after each token of the text: float[B, S, D] → float[B, P, D].
 
         Args:
           y: the language model's outputs.
@@ -115,8 +114,8 @@ class Layout:
         token = jnp.arange(self.num_text)[None] if token is None else token
         return jnp.take_along_axis(y, self.query(token + 1)[..., None], axis=1)
 
-    def in_order(self, x):
-        """[B, S, …], the image's part and then the text's → [B, S, …] in the order of the slots."""
+    def in_order(self, x) -> jax.Array:
+        """[B, S, …] with the image's part before the text's → [B, S, …] in the order of the slots."""
         if self.image_at is None:
             return x
         at, slot = self.image_at[:, None], jnp.arange(self.length)[None]
@@ -124,8 +123,8 @@ class Layout:
         source = jnp.where((slot >= at) & (slot < at + self.num_image), slot - at, source)
         return jnp.take_along_axis(x, source.reshape(*source.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    def masks(self, input_mask, mask_ar):
-        """(bool[B, S], int32[B, S]) from those of the text, input_mask [B, T] and mask_ar [B, T]."""
+    def masks(self, input_mask, mask_ar) -> tuple[jax.Array, jax.Array]:
+        """(bool[B, S], int32[B, S]) from the text's input_mask [B, T] and mask_ar [B, T]."""
         before = ((0, 0), (self.num_image, 0))
         input_mask = jnp.pad(input_mask.astype(bool), before, constant_values=True)
         mask_ar = jnp.pad(mask_ar.astype(jnp.int32), before, constant_values=int(self.image_ar == "causal"))
@@ -139,8 +138,8 @@ def splice(zimg, ztxt, *, image_at=None, image_ar="prefix") -> tuple[jax.Array, 
 
     Args:
       zimg: float[B, Q, D].
-      ztxt: float[B, T, D]. The language model computes in the type of its input, which is its own:
-        the image takes the type of the text.
+      ztxt: float[B, T, D]. The image is cast to the text's type, since the language model computes in the
+        type of its input.
       image_at: int32[B] in 0…T, text tokens before the image; None: the image is in front.
       image_ar: one of IMAGE_AR.
 
@@ -152,12 +151,11 @@ def splice(zimg, ztxt, *, image_at=None, image_ar="prefix") -> tuple[jax.Array, 
 
 
 def split_mask(mask, first) -> tuple[jax.Array, jax.Array]:
-    """A mask as fused kernels like it, of sequences whose first queries all see the same keys.
+    """A mask in a form that is fast for fused kernels, if the first queries all see the same keys.
 
-    A kernel that is given a mask reads it for every head, and its backward pass makes a gradient of
-    it; one that is given lengths does neither, and skips what lies beyond them. Image tokens in
-    front, most of a sequence, all see the same: themselves and perhaps the prompt, whose length
-    differs by row.
+    With a mask, a kernel reads it for every head, and its backward pass computes the mask's gradient; with
+    lengths it does neither, and skips what lies beyond them. Image tokens in front, most of a sequence, all
+    see the same keys: themselves and perhaps the prompt, whose length differs by row.
 
     Args:
       mask: bool[B, T, S] whose first queries of a row all see the same keys, the first ones.

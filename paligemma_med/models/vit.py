@@ -1,8 +1,8 @@
 """The image tower: SigLIP's vision transformer, with big_vision's parameter names.
 
 Shapes and names follow big_vision/models/vit.py (see docs/ for the contract): layers are stacked on
-a leading axis under `Transformer/encoderblock`, and the linear projection into the language model
-is the tower's own `head`. There is no class token and no pooling: every patch is a token.
+a leading axis under `Transformer/encoderblock`, and the linear projection into the language model is the
+tower's own `head`. There is no class token and no pooling: every patch is a token.
 
 Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width of a head.
 """
@@ -32,8 +32,7 @@ VARIANTS = {
     "g": (1408, 40, 6144, 16),
 }
 DEFAULT_VARIANT = presets.DEFAULT["img"]["variant"]
-# Pixels are given in [-1, 1] whatever a tower makes of them; this is the middle, which stands for
-# no image where one is to be left out.
+# Pixels are in [-1, 1] for every tower; this is the middle, which stands in for a missing image.
 MID_GREY = 0.0
 
 
@@ -152,8 +151,8 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm layer. As a scan body: (carry, None) → (carry, probabilities or a fold's out),
-    the carry being (float[B, T, D], a fold's state or None)."""
+    """One pre-norm layer. As a scan body: (carry, None) → (carry, probabilities or a fold's out), where the
+    carry is (float[B, T, D], a fold's state or None)."""
 
     mlp_dim: int
     num_heads: int
@@ -167,7 +166,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, carry, _):
         x, state = carry
-        # Submodules are named as linen numbers them in big_vision: LayerNorm_0, MlpBlock_0, …
+        # Submodules have the names that linen gives them in big_vision: LayerNorm_0, MlpBlock_0, …
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = nn.LayerNorm(dtype=self.dtype)(x)
         y, probs = MultiHeadDotProductAttention(
@@ -231,7 +230,7 @@ class _Model(nn.Module):
 
     @property
     def leaves(self) -> tuple[leaves.Leaf, ...]:
-        """The parameters this tower has, as a tuple of `leaves.Leaf`, without adapters."""
+        """This tower's parameters as a tuple of `leaves.Leaf`, without adapters."""
         return leaves.of_module(LEAVES, self)
 
     @property
@@ -282,7 +281,7 @@ class _Model(nn.Module):
             lora=self.lora,
             name="Transformer",
         )(x, deterministic=not train, capture=capture_attention)
-        # The same under the name by which big_vision's image_avg_repr asks for it.
+        # The same under the name that big_vision's image_avg_repr reads.
         out = {"encoded": x, "pre_logits": x}
         if capture_attention is not False:
             out["attn"] = probs
@@ -305,7 +304,7 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
 
     Args:
       num_classes: width of the `head` that projects each token; None leaves it out.
-      variant: e.g. "So400m/14"; any keyword below stands on top of it.
+      variant: e.g. "So400m/14"; the keywords below override it.
       **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair), dropout, scan (False
         unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
         jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over
@@ -313,8 +312,8 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
 
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
-      dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention, or what
-      a fold gives: see `layers.capture`)).
+      dict(encoded=float[B, T, D], attn=float32[layers, B, N, T, T] if capture_attention, or a fold's
+      results: see `layers.capture`)).
     """
     kw = {**(decode_variant(variant) if variant else {}), **kw}
     if isinstance(kw.get("patch_size"), int):

@@ -1,7 +1,7 @@
 """The composite: image tokens and text, read by a language model as one sequence.
 
-The composite asks the tower for tokens, the connector for what the language model reads of them,
-and the decoder for embeddings; it does not reach inside any. Methods are named as in
+The composite gets tokens from the tower, what the language model reads of them from the connector, and
+embeddings from the decoder; it doesn't reach inside any of them. Methods are named as in
 big_vision/models/proj/paligemma/paligemma.py; PaliGemma is arXiv 2407.07726, PaliGemma 2 arXiv
 2412.03555.
 
@@ -25,13 +25,13 @@ class Model(nn.Module):
     """The composite.
 
     Attributes:
-      img: image tower's arguments, such as `variant` (PaliGemma's by default); see `vit.Model`.
-      llm: language model's arguments, likewise; see `decoder.Model`.
-      dtype: type of activations in both, unless one of them says otherwise.
+      img: the image tower's arguments, such as `variant` (PaliGemma's by default); see `vit.Model`.
+      llm: the language model's arguments, likewise; see `decoder.Model`.
+      dtype: type of activations in both, unless one of them has its own.
       attn_impl: "xla" or "cudnn", likewise.
-      lora: adapters, [(regex, dict(rank=…, …)), …] as `lora.as_rules` takes it.
+      lora: adapters, [(regex, dict(rank=…, …)), …] as for `lora.as_rules`.
       connector: dict(kind=…, …) of `connector.KINDS`; None: the tower's own head projects its tokens.
-      image_ar: what image tokens see of one another, one of `splice.IMAGE_AR`.
+      image_ar: how image tokens see each other, one of `splice.IMAGE_AR`.
       img_model, llm_model: names of the parts' families (`parts.FAMILIES`).
     """
 
@@ -46,7 +46,7 @@ class Model(nn.Module):
     llm_model: str = parts.default_name("llm")
 
     def __post_init__(self):
-        # A model is an argument of jitted functions and must therefore be hashable.
+        # A model is a static argument of jitted functions and so must be hashable.
         self.img, self.llm = _frozen(self.img or {}), _frozen(self.llm or {})
         self.connector = _frozen(self.connector) if self.connector else None
         if self.image_ar not in splice.IMAGE_AR:
@@ -59,10 +59,10 @@ class Model(nn.Module):
             setattr(self, f"_{name}", part)
 
     def _make_parts(self, **kw):
-        """{name: module} in the order of the computation, bound to this one where it is bound.
+        """{name: module} in the order of the computation, bound to this module if it is bound.
 
         Args:
-          kw: `parent=None` for modules of their own.
+          kw: `parent=None` for independent modules.
         """
         both = dict(dtype=self.dtype, attn_impl=self.attn_impl, lora=self.lora)
         llm = self._make("llm", both, kw)
@@ -76,15 +76,15 @@ class Model(nn.Module):
         return {**made, "llm": llm}
 
     def _make(self, part, arguments, kw):
-        """The part "img" or "llm"; what the config says stands on top of `arguments`."""
+        """The part "img" or "llm"; the config overrides `arguments`."""
         family = parts.family(part, getattr(self, f"{part}_model"))
         variant = {"variant": family.DEFAULT_VARIANT} if family.DEFAULT_VARIANT else {}
         return family.Model(**{**variant, **arguments, **getattr(self, part)}, name=part, **kw)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """{"img": tower, "connector" if there is one, "llm": language model}: modules without
-        parameters, to be asked for their sizes and leaves."""
+        """{"img": tower, "connector" if there is one, "llm": language model}: modules without parameters, for
+        their sizes and leaves."""
         return self._make_parts(parent=None)
 
     @property
@@ -95,21 +95,21 @@ class Model(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the language model knows."""
+        """Size of the language model's vocabulary."""
         return self.parts["llm"].vocab_size
 
-    def embed_image(self, image, train=False, capture_attention=False):
+    def embed_image(self, image, train=False, capture_attention=False) -> tuple[jax.Array, dict]:
         """float[B, height, width, 3] in [-1, 1] → (float[B, Q, D] unscaled, out-dict)."""
         zimg, of_img = self._img(image, train=train, capture_attention=capture_attention)
         out = {f"img/{k}": v for k, v in of_img.items()}
         if self.connector:
-            # Its own attention is small: captured whole, whatever fold the tower is given.
+            # The connector's attention is small: captured whole, whatever fold the tower has.
             captured = capture_attention is not False
             zimg, of_connector = self._connector(zimg, train=train, capture_attention=captured)
             out |= {f"connector/{k}": v for k, v in of_connector.items()}
         return zimg, {"img/zimg": zimg, **out}
 
-    def embed_text(self, tokens, train=False):
+    def embed_text(self, tokens, train=False) -> tuple[jax.Array, dict]:
         """int32[B, T] → (float[B, T, D] scaled by sqrt(D), out-dict)."""
         ztxt = self._llm.embed_tokens(tokens)
         return ztxt, {"llm/ztxt": ztxt}
@@ -125,16 +125,16 @@ class Model(nn.Module):
         image_at=None,
         train=False,
         capture_attention=False,
-    ):
-        """Image tokens and text as one embedded sequence; the image stands in front by default.
+    ) -> tuple[tuple, dict]:
+        """Image tokens and text as one embedded sequence; by default the image is in front.
 
         Args:
           image: float[B, height, width, 3] in [-1, 1].
           text: int32[B, T].
           input_mask: bool[B, T], False on padding; by default all text is valid.
           mask_ar: int32[B, T] as in `splice.make_attn_mask`; by default all text is causal.
-          zimg: float[B, Q, D] from `embed_image`, in place of `image`.
-          image_at: int32[B] in 0…T, how many text tokens stand before the image.
+          zimg: float[B, Q, D] from `embed_image`, instead of `image`.
+          image_at: int32[B] in 0…T, how many text tokens are before the image.
           train: switches dropout on.
 
         Returns:
@@ -170,28 +170,28 @@ class Model(nn.Module):
         pre_logits=False,
         capture_attention=False,
     ):
-        """Logits for text given the image and the text before.
+        """Logits for text, given the image and the preceding text.
 
         Args:
           image: float[B, height, width, 3] in [-1, 1].
           text: int32[B, T].
           mask_ar: int32[B, T], 0 on the prompt (bidirectional), 1 on the answer (causal).
           train: switches dropout on (needs a "dropout" rng).
-          image_at: int32[B], how many text tokens stand before the image; by default none.
-          logit_positions: int32[B, P] text positions to compute logits at; by default all. Only
-            the supervised ones are needed in training, and T × V floats are a step's largest array.
-          pre_logits: give float[B, T or P, D], of which `compute_logits` makes logits, in their
-            place: for a loss that wants few of them at a time.
+          image_at: int32[B], how many text tokens are before the image; by default none.
+          logit_positions: int32[B, P] text positions to compute logits at; by default all. Training only
+            needs the supervised ones, and T × V floats are a step's largest array.
+          pre_logits: return float[B, T or P, D], the input of `compute_logits`, instead of logits: for a
+            loss that computes few of them at a time.
           capture_attention: add "img/attn" float32[layers, B, heads, patches, patches] and
-            "llm/attn" float32[layers, B, heads, S, S] to the out-dict, and what a connector captures
-            as "connector/…". A fold (see `layers.capture`) adds (last state, stacked outs) instead;
-            a pair is for the image tower and the language model, each of them False, True or a fold.
+            "llm/attn" float32[layers, B, heads, S, S] to the out-dict, and what a connector captures as
+            "connector/…". A fold (see `layers.capture`) adds (last state, stacked outs) instead; a pair
+            sets the image tower's and the language model's, each False, True or a fold.
 
         Returns:
-          (float32[B, T or P, V] logits, out-dict). Logits at t predict the text's token at t + 1; where
-          the image stands between the two, they are those after the image.
+          (float32[B, T or P, V] logits, out-dict). Logits at t predict the text's token at t + 1; if the
+          image is between the two, they are those after the image.
 
-        To differentiate by the probabilities, give `apply` the collection of `perturbations`.
+        To differentiate with respect to the probabilities, pass `apply` the collection of `perturbations`.
         """
         of_img, of_llm = (
             capture_attention if isinstance(capture_attention, tuple) else (capture_attention, capture_attention)
@@ -210,10 +210,10 @@ class Model(nn.Module):
         return (of_text if pre_logits else self._llm.compute_logits(of_text)), out
 
     def compute_logits(self, pre_logits) -> jax.Array:
-        """float[B, P, D] of the call with `pre_logits` → float32[B, P, V]."""
+        """float[B, P, D] from the call with `pre_logits` → float32[B, P, V]."""
         return self._llm.compute_logits(pre_logits)
 
-    def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1):
+    def prefill_cache(self, x, input_mask, mask_ar, *, cache_size, num_samples=1) -> jax.Array:
         """Reads prompts from `embed_image_and_text`; see `decoder._Model.prefill_cache`."""
         mask = splice.make_attn_mask(input_mask, mask_ar)
         return self._llm.prefill_cache(x, input_mask, mask, cache_size=cache_size, num_samples=num_samples)
@@ -230,15 +230,15 @@ def _frozen(value):
 
 
 def perturbations(model: Model, *, img=None, llm=None) -> dict:
-    """The collection whose arrays are added to the attention's probabilities of all layers.
+    """The collection of arrays that are added to the attention's probabilities of all layers.
 
-    Zeros change nothing; the gradient by them is the gradient by the probabilities:
+    Zeros change nothing; the gradient with respect to them is that with respect to the probabilities:
 
         model.apply({"params": params, "perturbations": perturbations(model, llm=zeros)}, …)
 
     Args:
-      img: float32[layers, B, heads, patches, patches], or None for none. Without the axis of heads,
-        their gradients come weighted and fused (`capture.weigh`).
+      img: float32[layers, B, heads, patches, patches], or None. Without the axis of heads, gradients are
+        weighted and fused (`capture.weigh`).
       llm: float32[layers, B, heads, S, S], likewise, or None.
     """
     arrays = {name: x for name, x in dict(img=img, llm=llm).items() if x is not None}
@@ -254,8 +254,8 @@ def image_size(table: dict[str, leaves.Leaf], params) -> int:
     """Side in pixels of the square images that parameters were made for.
 
     Args:
-      table: of the model's leaves.
-      params: {name: array, or anything with its shape}, of the image tower at least.
+      table: the model's table of leaves.
+      params: {name: array, or anything with its shape}, at least those of the image tower.
     """
     tower = {leaf.role: leaf for leaf in table.values() if leaf.path.startswith("img/")}
     count, side = (
@@ -266,14 +266,14 @@ def image_size(table: dict[str, leaves.Leaf], params) -> int:
 
 
 def num_image_tokens(model, image) -> int:
-    """Q, how many tokens the language model reads of each image float[…, height, width, 3]."""
+    """Q, how many tokens the language model reads for each image float[…, height, width, 3]."""
     rows, columns = patch_grid(model, image)
     return connectors.tokens(model.connector, rows * columns)
 
 
 def layout_of(model, batch) -> splice.Layout:
-    """Where the tokens of a batch stand: image […, height, width, 3], text [B, T] and, if it is
-    there, image_at int32[B]."""
+    """The `splice.Layout` of a batch with image […, height, width, 3], text [B, T] and perhaps image_at
+    int32[B]."""
     num_image = num_image_tokens(model, batch["image"])
     return splice.Layout(num_image, batch["text"].shape[-1], batch.get("image_at"), model.image_ar)
 

@@ -1,7 +1,7 @@
 """How activations are laid out on a mesh: their dimensions have names, which rules map to mesh axes.
 
-Without rules the compiler infers layouts from the weights and the batch; where those conflict, it
-rarely chooses what we want. `paligemma_med.parallel.sharding.rules` reads the rules from a config.
+Without rules the compiler infers layouts from the weights and the batch; if those conflict, it rarely
+chooses what we want. `paligemma_med.parallel.sharding.rules` reads the rules from a config.
 """
 
 import math
@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-# The first three are big_vision's; without a rule they stay whole, as there. Dimensions with the
-# other names follow the weights: without a rule, the compiler decides.
+# The first three are big_vision's; without a rule they stay whole, as in big_vision. For the other names,
+# whose dimensions follow the weights, the compiler decides without a rule.
 WHOLE_BY_DEFAULT = ("act_batch", "act_len", "act_emb")
 NAMES = (*WHOLE_BY_DEFAULT, "act_heads", "act_mlp", "act_vocab")
 
@@ -39,6 +39,6 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _parts(axes, mesh):
-    """How many parts a rule cuts a dimension into."""
+    """Into how many parts a rule cuts a dimension."""
     axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[a] for a in axes)

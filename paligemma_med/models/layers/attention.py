@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from paligemma_med.models.layers.capture import weigh
 
-# Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding)
-# gives finite garbage that nobody reads, not NaN that spreads through gradients.
+# Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding) gives
+# finite values that nothing reads, not NaN that spreads through gradients.
 MASKED = -(2.0**127)
 
 IMPLEMENTATIONS = ("xla", "cudnn")
@@ -34,21 +34,21 @@ def attend(
       k: float[B, S, K, H] keys; N is a multiple of K.
       v: float[B, S, K, H] values.
       mask: bool[B, T, S], True where a query may see a key; None lets every query see every key.
-        "cudnn" also takes what `splice.split_mask` gives.
+        "cudnn" also takes the form of `splice.split_mask`.
       scale: factor on the dot products.
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
       impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture; H up
         to 128, from Hopper on 256).
       capture: also return the probabilities.
-      perturb: float32[B, N, T, S] added to the probabilities: zeros, to differentiate by it. Or
-        float32[B, T, S], of which only the gradient is used: see `capture.weigh`.
+      perturb: float32[B, N, T, S], added to the probabilities: zeros, to differentiate with respect to
+        it. Or float32[B, T, S], of which only the gradient is used: see `capture.weigh`.
 
     Returns:
       (float[B, T, N, H] in the type of v, probabilities float32[B, N, T, S] or None).
       Dot products are accumulated, and the softmax is taken, in float32.
 
     Raises:
-      ValueError: on an unknown `impl`, or one that can't do what is asked for.
+      ValueError: an unknown `impl`, or one that doesn't support the other arguments.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attn_impl is {impl!r}; expected one of {IMPLEMENTATIONS}.")
@@ -107,8 +107,8 @@ def _attend_fused(q, k, v, mask, scale):
 # Attention that writes T × S floats as rarely as possible. The division by the sum of exponentials
 # comes after the product with v, on H numbers a query instead of S. The backward pass is written by
 # hand: it computes the exponentials again from q and k, and none of its products needs a T × S matrix
-# transposed, which a CPU copies (what JAX derives has five such copies). The gradient by the logits is
-# FlashAttention's (arXiv 2205.14135, appendix B.2).
+# transposed, which a CPU copies (JAX's own has five such copies). The gradient with respect to the logits
+# is FlashAttention's (arXiv 2205.14135, appendix B.2).
 #
 # Axes: B, K, T, G, H of queries; B, K, S, H of keys and values; no K or G where it would be 1. K and G
 # aren't merged, so that each can be cut over devices.
@@ -129,7 +129,7 @@ def _attend(q, k, v, mask, scale, softcap):
 
 
 def _dot(a, b, batch, contracted=1):
-    """The last `contracted` axes of a by the first of b after `batch` common ones, in float32."""
+    """Contracts the last `contracted` axes of a with the first of b after `batch` common ones, in float32."""
     common = tuple(range(batch))
     last = tuple(range(a.ndim - contracted, a.ndim))
     first = tuple(range(batch, batch + contracted))
@@ -142,7 +142,7 @@ def _logits(q, k, scale, softcap):
 
 
 def _exponentials(logits, mask, most=None):
-    """(exp(logits − most), most), most being the largest of each row unless it is given."""
+    """(exp(logits − most), most); most is the largest of each row unless given."""
     if mask is not None:
         logits = jnp.where(mask, logits, MASKED)
     if most is None:
@@ -170,7 +170,7 @@ def _attention_bwd(scale, softcap, kept, grad):
     grad = grad.astype(jnp.float32) / total
     by_sum = jnp.sum(grad * out.astype(jnp.float32), axis=-1, keepdims=True)
     grad = grad.astype(v.dtype)
-    # The probabilities of a row that sees nothing are uniform, whatever its logits.
+    # A row that sees nothing has uniform probabilities, whatever its logits.
     factor = jnp.where(most > MASKED, jnp.float32(scale), 0.0)
     by_logits = exps * (_dot(grad, jnp.swapaxes(v, -1, -2), batch) - by_sum) * factor
     if softcap:
@@ -193,8 +193,8 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def attend_cached(q, prefix, new, *, scale, softcap=None) -> jax.Array:
     """One decoding step: each sample attends to its prompt's prefix and to its own past tokens.
 
-    The prefix keys of a prompt are held once and read by all of its samples; nothing is copied
-    per sample but the few positions that the sample produced itself.
+    The prefix keys of a prompt are held once and read by all of its samples; per sample there are only the
+    few positions that it produced itself.
 
     Args:
       q: float[B·R, 1, N, H], the samples of a prompt side by side.

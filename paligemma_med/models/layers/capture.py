@@ -1,13 +1,13 @@
-"""How attention probabilities leave a tower, and how a figure is differentiated by them.
+"""How attention probabilities leave a tower, and how to differentiate with respect to them.
 
-A tower's `capture_attention` is False; or True, for the probabilities of all layers at once; or a
-*fold*, which reads each layer's probabilities where they arise, so that only one layer's are ever
-held. A fold is a hashable object with
+A tower's `capture_attention` is False, or True for the probabilities of all layers at once, or a *fold*,
+which reads each layer's probabilities inside the layer, so that only one layer's are ever held. A fold is
+a hashable object with
 
     init(batch, heads, length) -> state               any tree of arrays, carried over the layers
     step(state, probs float32[B, N, S, S]) -> (state, out)     outs are stacked along the layers
 
-and the tower then gives (last state, stacked outs) in place of the probabilities.
+and the tower then returns (last state, stacked outs) instead of the probabilities.
 
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads,
 G query heads per key/value head (N = K·G).
@@ -26,7 +26,7 @@ def start_fold(capture, batch: int, heads: int, length: int) -> Any:
 
 
 def fold_layer(capture, state, probs) -> tuple[Any, Any]:
-    """(state, what is stacked of this layer) from its probabilities float32[B, N, S, S] or None."""
+    """(state, the layer's out to be stacked) from its probabilities float32[B, N, S, S] or None."""
     return (state, probs) if isinstance(capture, bool) else capture.step(state, probs)
 
 
@@ -39,9 +39,9 @@ def end_folds(capture, state, stacked) -> Any:
 def weigh(probs: jax.Array, slot: jax.Array) -> jax.Array:
     """The probabilities float32[B, K, G, T, S], unchanged.
 
-    Only the gradient by `slot`, float32[B, T, S], is special: for a figure y it is the mean over
-    heads of max(probs · ∂y/∂probs, 0), attention weighted by its gradient (arXiv 2103.15679, eq. 5).
-    Fused here, so that one layer's heads are all that is ever held.
+    Only the gradient with respect to `slot`, float32[B, T, S], is special: for a figure y it is the mean
+    over heads of max(probs · ∂y/∂probs, 0), attention weighted by its gradient (arXiv 2103.15679, eq. 5).
+    Heads are fused here, so that only one layer's heads are ever held.
     """
     del slot
     return probs
@@ -55,8 +55,8 @@ weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
 
 
 def perturbation(module: nn.Module) -> jax.Array | None:
-    """What `attend` takes as `perturb`: the variable "probs" of the collection "perturbations" if
-    the caller gave one (`vlm.perturbations`), else None. It is never created by `init`."""
+    """The argument `perturb` of `attend`: the variable "probs" of the collection "perturbations" if the
+    caller passed one (`vlm.perturbations`), else None. `init` never creates it."""
     if module.has_variable("perturbations", "probs"):
         return module.get_variable("perturbations", "probs")
     return None

@@ -1,13 +1,13 @@
 """LoRA: low-rank adapters in the activation path, y = x·W + s·(x·A)·B.
 
-Added to a bfloat16 W, the small product A·B would mostly be rounded away; here it is applied to the
-activations instead, and W stays as it is. The factors `lora_a` and `lora_b` stand next to the kernel
-that they adapt, with PEFT's shapes except that heads keep an axis of their own. A kernel that holds
-several projections (`kv_einsum/w`, `gating_einsum`) has factors for each of these "parts", one folder
-down: `kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
+Added to a bfloat16 W, the small product A·B would mostly be rounded away; so it is applied to the
+activations instead, and W is unchanged. The factors `lora_a` and `lora_b` are next to the kernel that they
+adapt, with PEFT's shapes except that heads keep a separate axis. A kernel that holds several projections
+(`kv_einsum/w`, `gating_einsum`) has factors for each of these "parts", one folder down:
+`kv_einsum/k/lora_a`, `mlp/gate/lora_a`.
 
 LoRA is arXiv 2106.09685; initialisation and scale are those of PEFT (peft/tuners/lora/layer.py);
-rank-stabilised scaling is arXiv 2312.03732. `models/lora_targets.py` knows what of a model can be adapted.
+rank-stabilised scaling is arXiv 2312.03732. `models/lora_targets.py` knows what can be adapted in a model.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Spec:
 
     Attributes:
       rank: R, inner width of the adapter.
-      alpha: numerator of the scale; None stands for `rank`, i.e. a scale of 1.
-      dropout: share of the adapter's inputs that is dropped in training.
+      alpha: numerator of the scale; None means `rank`, i.e. a scale of 1.
+      dropout: share of the adapter's inputs dropped in training.
       rslora: divide by sqrt(rank) instead of rank.
     """
 
@@ -63,11 +63,11 @@ def as_rules(rules) -> tuple[tuple[str, Spec | None], ...]:
     Args:
       rules: [(regex, dict(rank=…, alpha=…, dropout=…, rslora=…)), …] or None. A regex must match
         the whole path of a kernel ("llm/layers/attn/kv_einsum/w": all projections in it) or, for
-        one of several, path:part ("llm/layers/attn/kv_einsum/w:v"). The first match wins; None in
-        place of a dict keeps a projection without adapter.
+        one of several, path:part ("llm/layers/attn/kv_einsum/w:v"). The first match wins; None
+        instead of a dict leaves a projection without adapter.
 
     Raises:
-      ValueError: not of that form.
+      ValueError: another form.
     """
     out = []
     for rule in rules or ():
@@ -91,7 +91,7 @@ def as_rules(rules) -> tuple[tuple[str, Spec | None], ...]:
 
 
 def find(rules, param: str, part: str = "") -> Spec | None:
-    """The Spec that `rules` (of `as_rules`) give a projection, or None."""
+    """The Spec that `rules` (from `as_rules`) give a projection, or None."""
     names = (param, f"{param}:{part}") if part else (param,)
     for regex, spec in rules:
         if any(re.fullmatch(regex, n) for n in names):
@@ -100,12 +100,12 @@ def find(rules, param: str, part: str = "") -> Spec | None:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter's path is that of an adapter's factor."""
+    """Whether a path is that of an adapter's factor."""
     return name.rpartition("/")[2] in FACTORS
 
 
 def _uniform(key, shape, dtype):
-    """Kaiming-uniform with a = √5 over all axes but the last: within ±1 / √inputs."""
+    """Kaiming-uniform with a = √5 over all axes except the last: within ±1 / √inputs."""
     bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -135,12 +135,12 @@ class _Part(nn.Module):
 
 
 def add(module: nn.Module, y: jax.Array, x: jax.Array, param: str, part: str = "", *, inputs: int = 1) -> jax.Array:
-    """`y`, the output of a projection of `x`, plus that of its adapter if it has one.
+    """`y`, the output of a projection of `x`, plus its adapter's if it has one.
 
-    Called within a compact method of the module that owns the kernel.
+    Call it in a compact method of the module that owns the kernel.
 
     Args:
-      module: has the attributes `lora` (of `as_rules`) and `deterministic`.
+      module: has the attributes `lora` (from `as_rules`) and `deterministic`.
       y: float[…rows, …outputs].
       x: float[…rows, …inputs].
       param, part: the kernel's name in `module`, and the projection's in the kernel.
@@ -158,7 +158,7 @@ def add(module: nn.Module, y: jax.Array, x: jax.Array, param: str, part: str = "
 
 
 class Dense(nn.Module):
-    """A linear map of the last axes, with an adapter where the rules say so.
+    """A linear map of the last axes, with an adapter if the rules say so.
 
     Parameters, their initial values and the result are those of nn.DenseGeneral, which couldn't read
     a quantised kernel (`quantised.product`).
@@ -198,8 +198,8 @@ class Einsum(nn.Module):
     """A weight `w` applied by an einsum, cast to the input's type inside the layer: a cast outside the
     scan would hold a second copy of the whole stack (see `quantised`).
 
-    With `parts`, the output's third axis is over them, and each may have an adapter. (If it were the
-    first, the product would be w·x, for which XLA copies x transposed.)"""
+    With `parts`, the output's third axis is over the parts, and each may have an adapter. (On the first
+    axis the product would be w·x, for which XLA copies x transposed.)"""
 
     shape: tuple[int, ...]
     w_init: nn.initializers.Initializer

@@ -1,12 +1,12 @@
 """Frozen weights in 8 or 4 bits, as layers read them. `paligemma_med.quantise` makes them.
 
-A kernel `w` is stored as codes under its own name, with scales beside it as `w_scale`. Codes int8
-are whole numbers; codes uint8 are pairs of nf4, the 16 quantiles of the normal distribution of
-QLoRA (arXiv 2305.14314, appendix E). Scales have the kernel's axes, each as long as the kernel's or
-dividing it into blocks.
+A kernel `w` is stored as codes under its own name, with its scales as `w_scale`. Codes of int8 are whole
+numbers; codes of uint8 are pairs of nf4, QLoRA's 16 quantiles of the normal distribution (arXiv
+2305.14314, appendix E). Scales have the kernel's axes, each as long as the kernel's or dividing it into
+blocks.
 
-Each layer makes its own dense weight from the codes, so that only one layer's exists at a time. The
-backward pass makes it again instead of keeping it (`product`).
+Each layer computes its own dense weight from the codes, so that only one layer's exists at a time. The
+backward pass computes it again instead of keeping it (`product`).
 
 Axis letters: V vocabulary, D width of the language model; rows of the table are G groups of C rows
 in each of P parts.
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCALE = "_scale"  # behind the name of what it scales
+SCALE = "_scale"  # suffix to the name of what it scales
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -59,7 +59,7 @@ class Weight:
 
 
 def param(module: nn.Module, name: str, init, shape) -> Weight:
-    """The parameter `name` of `module` as a Weight; made by `init(key, shape, dtype)`, it is dense."""
+    """The parameter `name` of `module` as a Weight; `init(key, shape, dtype)` makes a dense one."""
     if module.has_variable("params", name + SCALE):
         value, scale = (module.get_variable("params", n) for n in (name, name + SCALE))
         return Weight(value, scale, tuple(shape))
@@ -67,10 +67,10 @@ def param(module: nn.Module, name: str, init, shape) -> Weight:
 
 
 def product(f: Callable, x: jax.Array, weight: Weight) -> Any:
-    """f(x, w) with the Weight in the type of x.
+    """f(x, w) with the Weight cast to the type of x.
 
-    If that needs a copy, the copy isn't kept for the backward pass, whatever the remat policy: a loop
-    over layers would keep the copies of all layers.
+    If that needs a copy, it isn't kept for the backward pass under any remat policy: a loop over layers
+    would keep the copies of all layers.
     """
     if weight.scale is None and weight.value.dtype == x.dtype:
         return f(x, weight.value)
@@ -92,7 +92,7 @@ def _unpacked(pairs, shape):
     """uint8 of two codes each → float32[shape] of their quantiles."""
     axis = next(i for i, (a, b) in enumerate(zip(pairs.shape, shape)) if a != b)
     codes = jnp.stack([pairs & 15, pairs >> 4], axis + 1).reshape(shape)
-    # Four choices between neighbours, one a bit: a look-up would be a gather, slow on some devices.
+    # Four choices between neighbours, one per bit: a look-up would be a gather, slow on some devices.
     values = list(map(jnp.float32, NF4))
     for bit in range(4):
         one = (codes >> bit) & 1 != 0
@@ -110,7 +110,7 @@ def _scaled(x, scale):
 
 # --- The vocabulary table ---
 
-_COPY = 2**26  # numbers of a dense part: as many as in one layer's largest kernel in Gemma 2B
+_COPY = 2**26  # size of a dense part: as many numbers as in a layer's largest kernel in Gemma 2B
 _GROUPS = 64
 
 
@@ -135,14 +135,14 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
 
 def _few(x):
     """Whether a row of the table in the type of x takes more memory than its logits. Otherwise the loop
-    doesn't pay, since XLA holds the logits twice for it."""
+    isn't worth it, since XLA holds the logits twice for it."""
     return 4 * math.prod(x.shape[:-1]) < x.dtype.itemsize * x.shape[-1]
 
 
 @jax.custom_vjp
 def _logits_by_parts(x, codes, scale):
-    """`logits` of a quantised table, of which one part at a time is made dense. It has its own rule for the
-    gradient, since JAX's would hold the gradient by the logits twice."""
+    """`logits` of a quantised table, with one dense part at a time. It has its own gradient, since JAX's
+    would hold the logits' gradient twice."""
     groups, parts = _parts(codes.shape)
     size = codes.shape[0] // (groups * parts)
 
@@ -186,8 +186,8 @@ _logits_by_parts.defvjp(_forward, _backward)
 
 
 def _parts(shape):
-    """(G, P): a table's rows are viewed as [G, P, C], in which a part [:, i] has at most _COPY numbers. Cut over
-    a number of devices that divides G, each device has rows of every part."""
+    """(G, P): a table's rows are viewed as [G, P, C], in which a part [:, i] has at most _COPY numbers. If the
+    table is cut over a number of devices that divides G, each device has rows of every part."""
     groups = math.gcd(shape[0], _GROUPS)
     rows = shape[0] // groups
     least = math.ceil(math.prod(shape) / _COPY)

@@ -1,4 +1,4 @@
-"""A stack of like layers over parameters that are stacked on a leading axis."""
+"""A stack of equal layers over parameters stacked on a leading axis."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ def repeat(
     """Repeats `block`, a scan body, `depth` times.
 
     The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
-    which compiles more slowly and lets XLA optimise across layers. In the backward pass of a layer
-    `remat_policy` says what is kept rather than computed again.
+    which compiles more slowly and lets XLA optimise across layers. `remat_policy` says what is kept for a
+    layer's backward pass rather than recomputed.
     """
     if remat_policy != "none":
         policy = getattr(jax.checkpoint_policies, remat_policy, None)
