@@ -18,6 +18,7 @@ from paligemma_med import decode
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.models import paligemma
 from paligemma_med.saliency import capture, occlusion, relevancy, sequence
+from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 from tests import tiny
 
@@ -112,11 +113,11 @@ def test_options(params):
 )
 def test_train_step(kw):
     """And nothing that it hands to the next step has changed its type, or that one would be compiled anew."""
-    step = dry_run.trace_step(tiny.config("/no/such/folder", **kw))
+    step = dry_run.trace_step(TrainingSetup.without_data(tiny.config("/no/such/folder", **kw)))
     assert not wide_floats(step.traced.lower().as_text())
     trained, opt_state, metrics = step.traced.out_info
     assert jax.tree.map(lambda x: x.dtype, (trained, opt_state)) == jax.tree.map(
-        lambda x: x.dtype, (step.trained, step.opt_state)
+        lambda x: x.dtype, (step.state.trained, step.state.opt_state)
     )
     assert {str(x.dtype) for x in metrics.values()} == {"float32", "int32", "bool"}
 

@@ -198,7 +198,7 @@ def test_draws_in_two_steps_have_the_distribution(vocab):
 
 
 def test_nucleus_by_hand():
-    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]], jnp.float32))
     kept = {p: np.isfinite(decode.nucleus(logits, p)) for p in (1e-9, 0.39, 0.41, 0.71, 0.95)}
     assert kept[1e-9][0].tolist() == [False, True, False, False]
     assert kept[0.39][0].tolist() == [False, True, False, False]
