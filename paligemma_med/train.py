@@ -151,7 +151,7 @@ class Run:
                 self.check()
                 self.save()
                 self.checkpoints.wait()
-            notes.say(f"Stopped at step {state.step}; the same command goes on from there.", file=sys.stderr)
+            notes.say(f"Stopped at step {state.step}; run the same command to resume.", file=sys.stderr)
             raise
         except Exception as e:
             ending.tell_if_peer_lost(e)  # now: what is closed below may wait for it

@@ -113,7 +113,7 @@ def test_resumed_run_equals_the_straight_one(finished, tmp_path, monkeypatch, ca
         Stop(patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             train.train(c, workdir)
-    assert "Stopped at step 3; the same command goes on" in capsys.readouterr().err
+    assert "Stopped at step 3; run the same command to resume" in capsys.readouterr().err
     assert [r["step"] for r in rows_of(workdir)] == [1, 2, 3]
     with open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps({"step": 4, "training_loss": -1.0}) + "\n" + '{"step": 5, "trai')
@@ -195,7 +195,7 @@ def test_what_changed_in_the_config_is_told(finished, tmp_path, caplog):
     other.evals.val.pred_kw.max_new_tokens = 5
     train.train(other, workdir)
     assert (
-        "goes on with the new one: config.evals.val.pred_kw.max_new_tokens was 4 and is now 5; "
+        "continues with the new one: config.evals.val.pred_kw.max_new_tokens was 4 and is now 5; "
         "config.lr was 0.001 and is now 0.002"
     ) in caplog.text
 
@@ -335,7 +335,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny_data, tmp_path, repo_root):
             _, err = run.communicate(timeout=60)
         finally:
             run.kill()
-        assert "the same command goes on from there" in err, err
+        assert "run the same command to resume" in err, err
         step = max(map(int, os.listdir(tmp_path / "w" / "checkpoints")))
         assert f"Stopped at step {step};" in err
         assert step > last

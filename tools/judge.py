@@ -4,9 +4,9 @@
     python -m tools.judge out/eval/slake_en_test --protocol=pefomed5 --model=qwen \
         --base_url=http://127.0.0.1:8000/v1 --structured --human=labels.csv
 
-Reads predictions.jsonl and writes judgements.jsonl and judge.json beside it. Every reply is kept in
-judge_cache.jsonl there: stopped at any point, the same command goes on where it was, and nothing is
-asked twice. The key is read from OPENAI_API_KEY alone. --dry_run asks nothing and shows a prompt.
+Reads predictions.jsonl and writes judgements.jsonl and judge.json next to it. Every reply is kept in
+judge_cache.jsonl there: if interrupted, the same command resumes, and nothing is asked twice. The key
+is only read from OPENAI_API_KEY. --dry_run asks nothing and shows a prompt.
 """
 
 import json

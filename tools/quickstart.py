@@ -4,8 +4,8 @@
 
 Builds the phantoms (drawn radiology-like images with questions), evaluates the tiny base model on
 them, adapts it in two stages (the projection head, then LoRA in both towers), evaluates after each
-with controls, asks it about one image, and prints a table. Stopped at any point, the same command
-goes on where it was; --overwrite starts anew.
+with controls, asks it about one image, and prints a table. If interrupted, the same command resumes;
+--overwrite starts again.
 """
 # The docstring above is what --help prints. Nothing here does the work: each step is the library
 # function behind the command that a user would run for it, and says which one that is.
@@ -216,7 +216,7 @@ def main(argv) -> None:
     try:
         run(values.stage1, values.stage2, out)
     except KeyboardInterrupt:
-        sys.exit("\nStopped; the same command goes on from here.")
+        sys.exit("\nStopped; run the same command to resume.")
     except (DataError, ValueError) as e:
         sys.exit(f"error: {e}")
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")

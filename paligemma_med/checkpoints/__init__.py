@@ -1,7 +1,7 @@
-"""Where weights and adapters come from and go to. `open_params` takes any form of weights and gives one tree.
+"""Reading and writing weights and adapters. `open_params` takes any form of weights and returns one tree.
 
-Each form is a file (npz, hf, orbax, workdir, bv: big_vision's own; peft: adapters); `forms` tells them apart, `fit`
-makes the weights those of a model, and `adapter` puts adapters in and takes them out.
+Each form is a file (npz, hf, orbax, workdir, bv: big_vision's own; peft: adapters); `forms` recognises them, `fit`
+fits the weights to a model, and `adapter` inserts and extracts adapters.
 """
 
 from paligemma_med.checkpoints.adapter import (

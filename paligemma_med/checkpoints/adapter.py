@@ -1,7 +1,7 @@
-"""LoRA adapters apart from a model: put into its parameters, taken out of them, merged with them.
+"""LoRA adapters as separate objects: inserted into a model's parameters, extracted, or merged with them.
 
-Arrays only; the files are `peft`'s. An adapter has two factors for each projection that it adapts (a
-`lora_targets.Target`), and the scale without which they mean nothing (`lora.Spec`).
+Arrays only; for files see `peft`. An adapter has two factors for each projection that it adapts (a
+`lora_targets.Target`), and their scale (`lora.Spec`), without which they have no meaning.
 
 Axis letters: L layers, I inputs and O outputs of a projection (heads flattened), R rank.
 """
@@ -30,7 +30,7 @@ class Adapter:
 
     Attributes:
       specs: {Target: Spec}.
-      factors: {Target: (a float[L, I, R], b float[L, R, O])}; L is 1 where a model has no layers.
+      factors: {Target: (a float[L, I, R], b float[L, R, O])}; L is 1 without an axis of layers.
     """
 
     specs: Mapping
@@ -38,7 +38,7 @@ class Adapter:
 
 
 def rules_of(adapter: Adapter) -> list[tuple[str, dict[str, Any]]]:
-    """config.lora for it: [(regex, dict(rank=…, …)), …] of plain Python values, one per target."""
+    """config.lora for an adapter: [(regex, dict(rank=…, …)), …] of plain Python values, one per target."""
     return [(re.escape(t.name), dataclasses.asdict(s)) for t, s in adapter.specs.items()]
 
 
@@ -57,7 +57,7 @@ def apply_adapter(
       (vlm.Model, nested dict of `params` with the factors, which are numpy arrays).
 
     Raises:
-      CheckpointError: as `insert_adapter`.
+      CheckpointError: as in `insert_adapter`.
     """
     flat = flatten_tree(params)
     fitted = _fit(flat, adapter)
@@ -72,12 +72,11 @@ def insert_adapter(params: Tree, adapter: Adapter) -> tuple[dict[str, Any], Spec
       params: nested dict of a model without adapters, of arrays or anything else with a shape.
 
     Returns:
-      (new nested dict, {Target: Spec}). The targets are the adapter's; q, k and v are where the model has them,
-      which an adapter alone doesn't always tell.
+      (new nested dict, {Target: Spec}). The targets are the adapter's, with q, k and v in the model's kernels,
+      which can't always be told from the adapter.
 
     Raises:
-      CheckpointError: listing every target that the parameters lack or have in another shape, or
-        there are adapters already.
+      CheckpointError: lists every target that is missing or has another shape; or there are adapters already.
     """
     flat = flatten_tree(params)
     fitted = _fit(flat, adapter)
@@ -85,15 +84,15 @@ def insert_adapter(params: Tree, adapter: Adapter) -> tuple[dict[str, Any], Spec
 
 
 def extract_adapter(rules: Any, params: Tree) -> Adapter:
-    """The adapter that is in `params`.
+    """The adapter in `params`.
 
     Args:
       rules: config.lora, or a model that has it.
       params: nested dict of arrays; factors float[(L,) *inputs, R] and float[(L,) R, *outputs].
 
     Raises:
-      CheckpointError: listing factors that the rules want and that aren't there, or the reverse,
-        or that have another rank.
+      CheckpointError: lists factors that the rules require but that are missing, or the reverse, or that
+        have another rank.
     """
     flat = flatten_tree(params)
     specs = resolve(rules, params)
@@ -107,12 +106,12 @@ def extract_adapter(rules: Any, params: Tree) -> Adapter:
 
 
 def remove_adapter(params: Tree) -> dict[str, Any]:
-    """`params` without factors of adapters: the base as it is, nothing merged."""
+    """`params` without factors of adapters: the unchanged base, nothing merged."""
     return unflatten_tree({n: x for n, x in flatten_tree(params).items() if not lora.is_factor(n)})
 
 
 def merge(params: Tree, specs: Specs) -> dict[str, Any]:
-    """The plain parameters that compute what `params` with adapters do: W + s·A·B in place of W.
+    """Plain parameters that compute the same as `params` with adapters: W + s·A·B instead of W.
 
     Computed in float32, layer by layer, and cast to W's type; in bfloat16 much of a small A·B is
     rounded away there.
@@ -122,17 +121,16 @@ def merge(params: Tree, specs: Specs) -> dict[str, Any]:
       specs: {Target: Spec}, as from `resolve` or `insert_adapter`.
 
     Returns:
-      New nested dict without factors. Where W or a factor is Lazy, what is merged is Lazy too.
+      New nested dict without factors. If W or a factor is Lazy, the merged weight is Lazy too.
 
     Raises:
-      CheckpointError: factors are missing, or there are others, or they have other shapes; W is
-        quantised.
+      CheckpointError: factors are missing, unexpected or of another shape, or W is quantised.
     """
     flat = flatten_tree(params)
     if codes := next((t.param for t in specs if t.param + SCALE in flat), None):
         raise CheckpointError(
             f"{codes} is quantised; merge into the base's own weights, as tools.convert_checkpoint "
-            "does with a run, and quantise what comes out"
+            "does with a run, and quantise the result"
         )
     _check_factors(flat, specs)
     by_param = {}
@@ -146,7 +144,7 @@ def merge(params: Tree, specs: Specs) -> dict[str, Any]:
 
 
 def resolve(rules: Any, params: Tree) -> Specs:
-    """{Target: Spec} of what `rules` (config.lora, or a model that has it) adapt in `params`."""
+    """{Target: Spec} that `rules` (config.lora, or a model that has it) adapt in `params`."""
     names = [n for n in flatten_tree(params) if not lora.is_factor(n)]
     try:
         return lora_targets.resolve(getattr(rules, "lora", rules), names)
@@ -186,7 +184,7 @@ def _product(target, spec, a, b):
 
 
 def _fit(flat, adapter):
-    """The adapter for these parameters: targets as they have them, shapes checked."""
+    """The adapter for these parameters: with their targets, shapes checked."""
     if first := next((n for n in flat if lora.is_factor(n)), None):
         raise CheckpointError(
             f"the parameters have adapters already, the first of which is {first}: merge them, or take them out"
@@ -226,7 +224,7 @@ def _insert(flat, fitted):
 
 
 def _flat_shapes(target, spec, kernel_shape):
-    """((L, I, R), (L, R, O)), or None where the kernel itself has another form."""
+    """((L, I, R), (L, R, O)), or None if the kernel itself has another form."""
     try:
         a, b = lora_targets.factor_shapes(target, spec, kernel_shape)
     except ValueError:
@@ -238,7 +236,7 @@ def _flat_shapes(target, spec, kernel_shape):
 
 
 def _check_factors(flat, specs):
-    """Raises CheckpointError unless `flat` has the factors of `specs` and no others."""
+    """Raises CheckpointError unless `flat` has exactly the factors of `specs`."""
     problems, expected = [], set()
     for target, spec in specs.items():
         if target.param not in flat:

@@ -2,12 +2,12 @@
 
     <prefix>-000000300/             a checkpoint; `…-tmp` if the next one replaces it
     <prefix>-000000300/params~img~head~kernel/      one array: zarr, by TensorStore
-    <prefix>-LAST                   the end of the newest whole one's name, "000000300"
+    <prefix>-LAST                   the suffix of the newest complete one's name, "000000300"
 
-The prefix is `<workdir>/checkpoint.bv` in its trainers (utils.py, `save_checkpoint_ts`). Beside
-`params` a checkpoint has `opt`, the optimizer's state, and `chrono`, its clock; "/" is "~" in the
-name of a file. An array has a file for each shard that was written, and TensorStore takes one that
-isn't there for zeros: here that is an error.
+The prefix is `<workdir>/checkpoint.bv` in its trainers (utils.py, `save_checkpoint_ts`). In addition to
+`params` a checkpoint has `opt`, the optimizer's state, and `chrono`, its clock; "/" is "~" in file names.
+An array has a file for each shard that was written, and TensorStore reads a missing one as zeros: here
+that is an error.
 """
 
 import json
@@ -38,15 +38,15 @@ def find(spec: os.PathLike | str) -> tuple[str, str | None] | None:
     """Which checkpoint a path means.
 
     Args:
-      spec: the folder of a checkpoint, its prefix "…/checkpoint.bv", or a workdir of big_vision's;
-        ":params/llm" or ":llm" behind it means this part alone.
+      spec: the folder of a checkpoint, its prefix "…/checkpoint.bv", or a big_vision workdir; a suffix
+        ":params/llm" or ":llm" means only this part.
 
     Returns:
-      (folder, part or None), or None if `spec` names nothing of the kind. The folder is that of the
-      newest checkpoint unless `spec` names one itself.
+      (folder, part or None), or None if `spec` names nothing of the kind. The folder is the newest
+      checkpoint's unless `spec` names one itself.
 
     Raises:
-      CheckpointError: there is a pointer, but it is damaged or what it names isn't there.
+      CheckpointError: the pointer file is damaged, or its checkpoint is missing.
     """
     spec = os.path.expanduser(os.fspath(spec))
     head, colon, part = spec.rpartition(":")
@@ -87,9 +87,9 @@ def _last(prefix):
 
 
 def pin(spec: str) -> str:
-    """ "out/bv" → "out/bv/checkpoint.bv-000000300"; a spec of another kind as it is.
+    """ "out/bv" → "out/bv/checkpoint.bv-000000300"; other specs are unchanged.
 
-    A run that started from these weights must find the same ones after the other run has gone on.
+    A run that started from these weights must find the same ones after that other run has continued.
     """
     checkpoint = find(spec)
     if checkpoint is None:
@@ -99,7 +99,7 @@ def pin(spec: str) -> str:
 
 
 def pinned_from(spec: str) -> set[str]:
-    """The specs that `pin` may have made this one of, itself among them."""
+    """The specs that `pin` could have turned into this one, including itself."""
     match = re.fullmatch(r"(.+)-\d{9,}(?:-tmp)?(:[\w/]+)?", spec)
     if not match:
         return {spec}
@@ -108,11 +108,11 @@ def pinned_from(spec: str) -> set[str]:
 
 
 def read_config(spec: os.PathLike | str) -> dict[str, Any]:
-    """What the config.json beside a checkpoint says of the model, in the words of our configs.
+    """What the config.json next to a checkpoint says about the model, under our configs' keys.
 
     Returns:
-      dict(model=dict(img=…, llm=…), lora=rules or None); {} if there is no such file, or if another
-      model than ours (model_name "paligemma_med") was trained.
+      dict(model=dict(img=…, llm=…), lora=rules or None); {} if there is no such file, or if the trained
+      model isn't ours (model_name "paligemma_med").
     """
     checkpoint = find(spec)
     if checkpoint is None:
@@ -126,16 +126,16 @@ def read_config(spec: os.PathLike | str) -> dict[str, Any]:
         if config.get("model_name") != "paligemma_med":
             return {}
         model = dict(config.get("model") or {})
-        # There a rule's settings are pairs: [["rank", 8], …].
+        # There, a rule's settings are pairs: [["rank", 8], …].
         rules = [(regex, spec and dict(spec)) for regex, spec in model.get("lora") or ()]
     except (ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is not the config of a run: {e}") from None
-    run = ("dtype", "attn_impl", "lora")  # which ours have beside config.model
+    run = ("dtype", "attn_impl", "lora")  # which our configs have outside config.model
     return dict(model={k: v for k, v in model.items() if k not in run}, lora=rules or None)
 
 
 def _check_whole(folder):
-    """A checkpoint newer than the one that the pointer names was never finished."""
+    """Raises CheckpointError for a checkpoint newer than the pointer's, which was never finished."""
     match = _NAME.fullmatch(folder.rstrip("/"))
     if not match or not os.path.isfile(match[1] + LAST):
         return
@@ -153,15 +153,15 @@ def open_bv(spec: os.PathLike | str) -> dict[str, Any]:
     """Opens the parameters of a checkpoint: a nested dict of `lazy.Lazy`, read one by one.
 
     Args:
-      spec: as `find` takes it.
+      spec: as for `find`.
 
     Returns:
-      The tree below `params`, or the part of it that was asked for; dtypes as stored.
+      The tree below `params`, or the requested part of it; dtypes as stored.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      CheckpointError: it is damaged, was never finished, or has no such part. Damage within an
-        array shows when it is read.
+      CheckpointError: it is damaged, unfinished, or has no such part. Damage within an array shows when it
+        is read.
     """
     checkpoint = find(spec)
     if checkpoint is None:
@@ -227,7 +227,7 @@ def _spec(path):
 
 
 def _unreadable(folder, key, error):
-    # TensorStore writes the whole specification into its message, behind what went wrong.
+    # TensorStore's message ends with the whole specification, after what went wrong.
     text = str(error).splitlines()[0].split(" [")[0][:300] if str(error) else "nothing"
     return CheckpointError(
         f"{folder}: {key} can't be read; the checkpoint may be damaged or not whole (TensorStore "
@@ -247,17 +247,16 @@ def save_bv(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a checkpoint of big_vision's, and makes it the one that its trainers resume from.
+    """Writes a big_vision checkpoint, and makes its trainers resume from it.
 
-    Leaves pass through memory one at a time. The folder appears whole or not at all, and the
-    pointer after it.
+    One leaf is in memory at a time. The folder appears whole or not at all, and the pointer after it.
 
     Args:
-      prefix: "<workdir>/checkpoint.bv"; missing folders are made.
+      prefix: "<workdir>/checkpoint.bv"; missing folders are created.
       step: int, in the folder's name.
-      state: {"params": …, "opt": …, "chrono": …}, trees of mappings, tuples and arrays (numpy, jax
-        or `lazy.Lazy`), as `flatten` names them.
-      dtype: floating parameters are cast to this; None keeps each as it is. The rest stays.
+      state: {"params": …, "opt": …, "chrono": …}, trees of mappings, tuples and arrays (numpy, jax or
+        `lazy.Lazy`), named by `flatten`.
+      dtype: floating parameters are cast to this; None keeps each as it is. Other leaves aren't cast.
       overwrite: replace an existing checkpoint of this step.
       progress: called with the number of bytes (of `state`, before the cast) just written.
 
@@ -289,8 +288,8 @@ def save_bv(
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """{name: leaf} of nested mappings, lists and tuples, named as big_vision names them: keys and
-    numbers with "/" between; named tuples count as tuples; None and what is empty give nothing."""
+    """{name: leaf} of nested mappings, lists and tuples with big_vision's names: keys and indices joined by
+    "/"; named tuples count as tuples; None and empty containers are left out."""
     if tree is None:
         return {}
     if isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""What is wrong with weights, in one error that a user can act on."""
+"""Problems with weights, in one error that a user can act on."""
 
 from collections.abc import Iterable
 
@@ -11,11 +11,11 @@ _MAX_LISTED = 20
 
 
 def raise_all(problems: list[str], what: str, total: int) -> None:
-    """One CheckpointError that lists `problems`, one a line; none if there are none.
+    """Raises one CheckpointError that lists `problems`, one per line, if there are any.
 
     Args:
       what: the first words of the message.
-      total: how many keys were looked at.
+      total: how many keys were checked.
     """
     if not problems:
         return

@@ -1,9 +1,9 @@
-"""A number for the contents of an array, taken where the array lies.
+"""A number for the contents of an array, computed on the array's own devices.
 
-It tells a damaged checkpoint from a sound one, since compressed files with a flipped bit can be read
-without complaint, and other weights from those that a run started from. It is a sum of integers, so
-it is the same however an array is cut over devices and processes, and costs one read of it. It
-protects against accidents, not against people.
+It detects damaged checkpoints, since compressed files with a flipped bit can be read without an error, and
+weights that differ from those that a run started from. It is a sum of integers, so it doesn't depend on how
+an array is cut over devices and processes, and costs one read of the array. It protects against accidents,
+not against attacks.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Odd numbers, one a dimension (and one for the sum of all): a permutation changes the number, too.
+# Odd numbers, one per dimension (and one for the total): a permutation changes the fingerprint too.
 _STRIDES = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
 
 
@@ -21,23 +21,23 @@ def of_leaves(tree: Any) -> list[str]:
     """Fingerprints of the leaves of `tree`, in the order of `jax.tree.leaves`.
 
     Args:
-      tree: of arrays of 8, 16, 32 or 64 bits a number, wherever they are. Every process of a run calls
+      tree: arrays with 8, 16, 32 or 64 bits per number, on any devices. All processes of a run must call
         this together.
 
     Returns:
       A list of strings of 16 hexadecimal digits.
     """
-    # Leaf by leaf: trees differ, but their leaves share a few shapes, each of which is compiled once.
+    # Leaf by leaf: trees differ, but their leaves share a few shapes, and each shape is compiled once.
     sums = [_sum(jnp.asarray(x)) for x in jax.tree.leaves(tree)]
     return [f"{a:08x}{b:08x}" for a, b in (np.asarray(s.addressable_data(0)).tolist() for s in sums)]
 
 
 @jax.jit
 def _sum(x):
-    """uint32[2]: the sum of the bits, and that of the bits weighted by their place."""
+    """uint32[2]: the sum of the bits, and the sum weighted by position."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    # 64 bits, which only JAX_ENABLE_X64 has, become two numbers on an axis of their own.
+    # 64 bits, which only occur under JAX_ENABLE_X64, become two numbers on a new axis.
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     places = [

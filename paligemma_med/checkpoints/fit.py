@@ -1,6 +1,6 @@
 """Fitting weights to a model: layers stacked or unrolled, positions of another resolution, a larger vocabulary.
 
-What a leaf is, the parts' own tables tell (`models.parts`). Nothing is read: a `lazy.Lazy` leaf gives a Lazy one.
+The parts' own tables say what a leaf is (`models.parts`). Nothing is read: a `lazy.Lazy` leaf gives a Lazy one.
 """
 
 import math
@@ -15,16 +15,16 @@ from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models import parts
 from paligemma_med.models.leaves import flatten_tree, stack_of, unflatten_tree
 
-# The folder of the image tower's layers. big_vision's tower has one for each, unless it is scanned; its language models
-# always are.
+# The folder of the image tower's layers. big_vision's tower has one folder per layer unless it is scanned, as its
+# language models always are.
 _BLOCK = stack_of(leaf for path, leaf in parts.LEAVES.items() if path.startswith("img/")).rpartition("/")[2]
 
 
 def match_params(params: Mapping, expected: Mapping) -> dict:
-    """Fits loaded weights to the tree a model expects, or says everything that doesn't fit.
+    """Fits loaded weights to the tree a model expects, or lists everything that doesn't fit.
 
-    Position embeddings of another length are resampled, and the image tower's layers are stacked or unrolled as
-    `expected` has them. Dtypes are left alone, and Lazy leaves unread.
+    Position embeddings of another length are resampled, and the image tower's layers are stacked or unrolled like
+    `expected`. Dtypes are unchanged, and Lazy leaves stay unread.
 
     Args:
       params: nested dict of arrays or `lazy.Lazy`.
@@ -34,8 +34,8 @@ def match_params(params: Mapping, expected: Mapping) -> dict:
       A new nested dict with the keys of `expected`.
 
     Raises:
-      CheckpointError: one message with each missing, unexpected or mis-shaped key, and the shapes
-        expected and found.
+      CheckpointError: one message with every missing, unexpected or mis-shaped key, and the shapes expected
+        and found.
     """
     want = {key: tuple(leaf.shape) for key, leaf in flatten_tree(expected).items()}
     unrolled = any(_unrolled(_BLOCK).fullmatch(key) for key in want)
@@ -72,8 +72,8 @@ def match_params(params: Mapping, expected: Mapping) -> dict:
 def stack_layers(params: Mapping, *, name: str = _BLOCK) -> dict:
     """Unrolled layers `{name}_0 … {name}_{n-1}` -> one `{name}` with a leading layer axis.
 
-    Works at any depth of the tree; a tree without such layers comes back as it is (as a new dict).
-    Lazy layers give a Lazy stack.
+    Works at any depth of the tree; a tree without such layers is returned unchanged (as a new dict). Lazy
+    layers give a Lazy stack.
     """
     pattern = _unrolled(name)
     flat, folders = {}, {}
@@ -112,7 +112,7 @@ def _stack(key, by_layer, depth):
 def unstack_layers(params: Mapping, *, name: str = _BLOCK) -> dict:
     """The reverse of `stack_layers`: `{name}` becomes `{name}_0 … {name}_{n-1}`.
 
-    Layers of a Lazy stack are Lazy; each of them, when asked for, reads the whole stack.
+    Layers of a Lazy stack are Lazy; reading any of them reads the whole stack.
     """
     pattern = re.compile(rf"((?:.*/)?{re.escape(name)})/(.+)")
     flat, depths = {}, {}
@@ -134,7 +134,7 @@ def unstack_layers(params: Mapping, *, name: str = _BLOCK) -> dict:
 
 
 def _is_positions(key: str) -> bool:
-    # A tree may be that of a part, whose leaves lack the part's name in front.
+    # The tree may be a single part's, whose leaves don't begin with the part's name.
     return any(leaf.role == "positions" and f"/{leaf.path}".endswith(f"/{key}") for leaf in parts.LEAVES.values())
 
 
@@ -178,8 +178,8 @@ def _zoom(old: np.ndarray, side_old: int, side_new: int) -> np.ndarray:
 def extend_vocab(embedding, rows: int, *, seed: int = 0) -> np.ndarray:
     """Embedding table [V, D] -> [rows, D]; new rows are normal with standard deviation 0.02.
 
-    For a language model on its own (256,000 rows) that PaliGemma's 257,152 tokens shall use; the
-    0.02 is big_vision's. Never done silently: `match_params` reports the mismatch instead.
+    For a pure language model (256,000 rows) to be used with PaliGemma's 257,152 tokens; the 0.02 is
+    big_vision's. Never done silently: `match_params` reports the mismatch instead.
     """
     embedding = embedding if isinstance(embedding, Lazy) else np.asarray(embedding)
     missing, width = rows - embedding.shape[0], embedding.shape[1]

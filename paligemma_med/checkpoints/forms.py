@@ -1,7 +1,7 @@
-"""The forms that weights and adapters have on a disk: which one a path holds, and reading and writing any of them.
+"""The forms of weights and adapters on disk: which one a path holds, and reading and writing any of them.
 
-A new form of weights is a file of this folder, and a line in `kind_of`, `open_params` and `save_params`; one of
-adapters is a file with `is_adapter`, `load_adapter` and `save_adapter`, and a line in `ADAPTERS`.
+A new form of weights is a file in this folder, and a line in `kind_of`, `open_params` and `save_params`; a new form
+of adapters is a file with `is_adapter`, `load_adapter` and `save_adapter`, and a line in `ADAPTERS`.
 """
 
 import os
@@ -30,7 +30,7 @@ def kind_of(spec: os.PathLike | str) -> str:
     """Which form of weights `spec` names: "npz", "hf", "orbax", "workdir" or "big_vision".
 
     Raises:
-      FileNotFoundError: nothing is there.
+      FileNotFoundError: the path doesn't exist.
       CheckpointError: it is none of them.
     """
     spec = os.path.expanduser(os.fspath(spec))
@@ -75,19 +75,19 @@ def kind_of(spec: os.PathLike | str) -> str:
 
 
 def open_params(spec: os.PathLike | str) -> dict[str, Any]:
-    """Opens weights of any form: a nested dict whose leaves are named as big_vision names them.
+    """Opens weights of any form: a nested dict with big_vision's names.
 
     Args:
       spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
-        or "workdir@step", or a training checkpoint of big_vision's, as `bv.find` takes it.
+        or "workdir@step", or a big_vision training checkpoint, as for `bv.find`.
 
     Returns:
-      {"img": …, "llm": …} (or the subtree asked for), layers stacked on a leading axis; dtypes as
-      stored. Leaves are `Lazy`, which np.asarray reads, or already arrays. Fit it to a model with
-      `match_params`, which reads none.
+      {"img": …, "llm": …} (or the requested subtree), layers stacked on a leading axis; dtypes as
+      stored. Leaves are `Lazy`, which np.asarray reads, or already arrays. Fit the tree to a model with
+      `match_params`, which reads no leaf.
 
     Raises:
-      FileNotFoundError: nothing is there.
+      FileNotFoundError: the path doesn't exist.
       CheckpointError: it is none of the accepted forms, or is damaged.
     """
     spec = os.path.expanduser(os.fspath(spec))
@@ -106,14 +106,14 @@ def open_params(spec: os.PathLike | str) -> dict[str, Any]:
 
 
 def _open_run(spec):
-    """The weights of a run: those that it started from, with its own leaves in place."""
+    """The weights of a run: those that it started from, with the run's own leaves replacing theirs."""
     from paligemma_med.checkpoints import workdir
 
     base, leaves = workdir.open_leaves(spec)
     flat = {}
     if base:
         try:
-            flat = flatten_tree(open_init(base))  # of any form, another run's included
+            flat = flatten_tree(open_init(base))  # of any form, even another run's
         except (FileNotFoundError, CheckpointError) as e:
             raise type(e)(
                 f"the weights that {workdir.split_spec(spec)[0]} started from (model_init in its config.json) can't be "
@@ -123,7 +123,7 @@ def _open_run(spec):
 
 
 def load_params(spec: os.PathLike | str) -> dict[str, Any]:
-    """`open_params`, all read into numpy arrays."""
+    """`open_params` with all leaves read into numpy arrays."""
     return lazy.read_all(open_params(spec))
 
 
@@ -137,7 +137,7 @@ def open_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
 
 
 def load_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
-    """`open_init`, all read into numpy arrays."""
+    """`open_init` with all leaves read into numpy arrays."""
     return lazy.read_all(open_init(spec))
 
 
@@ -155,16 +155,16 @@ def save_params(
     """Writes weights whole or not at all, one leaf in memory at a time.
 
     Args:
-      path: of the file or folder.
+      path: file or folder to write.
       params: nested mapping of arrays or `lazy.Lazy`, without adapters for "hf".
       form: "npz" (big_vision's), "hf" or "orbax".
-      img, llm: the model's config dicts, which "hf" needs where the shapes don't tell all.
+      img, llm: the model's config dicts, which "hf" needs if the shapes don't determine everything.
       dtype: floating leaves are cast to this; None keeps each as it is.
-      overwrite: replace a folder of that form; a file is replaced in any case.
+      overwrite: replace a folder of that form; a file is always replaced.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
-      FileExistsError: `path` is there and is not to be overwritten, or is of another form.
+      FileExistsError: `path` exists and `overwrite` is False, or it has another form.
       CheckpointError: the weights can't be written in that form.
     """
     if form == "npz":
@@ -187,14 +187,14 @@ def _adapter_form(path):
 
 
 def load_adapter(path: os.PathLike | str) -> Adapter:
-    """Reads an adapter of any of the forms in `ADAPTERS`.
+    """Reads an adapter in any of the forms in `ADAPTERS`.
 
     Raises:
       FileNotFoundError: there is none.
-      CheckpointError: it is damaged, or of a kind that the model can't represent.
+      CheckpointError: it is damaged, or the model can't represent it.
     """
     path = os.path.expanduser(os.fspath(path))
-    form = _adapter_form(path) or peft  # which says what it misses
+    form = _adapter_form(path) or peft  # whose error says what is missing
     return form.load_adapter(path)
 
 
@@ -203,10 +203,10 @@ def save_adapter(path: os.PathLike | str, adapter: Adapter, *, form: str = "peft
 
     Args:
       form: one of `ADAPTERS`.
-      **kw: as its `save_adapter` takes them; all know `dtype` and `overwrite`.
+      **kw: arguments of its `save_adapter`; all have `dtype` and `overwrite`.
 
     Raises:
-      FileExistsError: `path` is there and is not to be overwritten, or is not an adapter's.
-      CheckpointError: the adapter is empty, or can't be said in that form.
+      FileExistsError: `path` exists and `overwrite` is False, or it isn't an adapter.
+      CheckpointError: the adapter is empty, or can't be expressed in that form.
     """
     ADAPTERS[form].save_adapter(path, adapter, **kw)

@@ -1,6 +1,6 @@
-"""Which checkpoints of a run stay: the newest (config.keep_ckpt), and the best by a metric (config.keep_best).
+"""Which checkpoints of a run are kept: the newest (config.keep_ckpt), and the best by a metric (config.keep_best).
 
-What a checkpoint holds, and how it is written and read again, is in `workdir`.
+For what a checkpoint holds, and how it is written and restored, see `workdir`.
 """
 
 import difflib
@@ -12,11 +12,11 @@ from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
 
-Best = Callable[[Sequence[int]], int | None]  # of these steps the best, or None
+Best = Callable[[Sequence[int]], int | None]  # returns the best of these steps, or None
 
 
 def policy(newest: int, best: Best | None = None) -> checkpoint_managers.PreservationPolicy:
-    """Orbax's rule for keeping so many of the newest checkpoints, and of all the best."""
+    """Orbax' rule for keeping the newest checkpoints, as many as `newest`, and the best of all."""
     rule = checkpoint_managers.LatestN(newest)
     return _NewestAndBest(rule, best) if best else rule
 
@@ -32,13 +32,13 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 def best_of(workdir: os.PathLike | str, config: Mapping[str, Any]) -> Best | None:
-    """The function that picks the best of some steps by config.keep_best; None where that is not set.
+    """A function that picks the best of some steps by config.keep_best; None if that isn't set.
 
     It reads <workdir>/metrics.jsonl. Of steps with equal metrics the first is the best. Steps without the metric
-    don't count, nor do those where it wasn't finite, which stand there as null.
+    don't count, nor do those where it wasn't finite, which are null there.
 
     Raises (when called):
-      ValueError: evaluators have run, but none gives that metric.
+      ValueError: evaluators have run, but none has that metric.
     """
     wanted = config.get("keep_best")
     if not wanted:
@@ -65,7 +65,8 @@ def best_of(workdir: os.PathLike | str, config: Mapping[str, Any]) -> Best | Non
 
 
 def check(config: Mapping[str, Any], evaluators: Collection[str]) -> None:
-    """ValueError unless config.keep_best is dict(metric="<evaluator>/<its metric>", mode="max" or "min"), or not set.
+    """Raises ValueError if config.keep_best is set to anything but
+    dict(metric="<evaluator>/<its metric>", mode="max" or "min").
 
     Args:
       evaluators: names of config.evals.
@@ -88,13 +89,13 @@ def check(config: Mapping[str, Any], evaluators: Collection[str]) -> None:
 
 
 def check_metric(config: Mapping[str, Any], name: str, metrics: Collection[str]) -> None:
-    """ValueError if the `metrics` of the evaluator `name`, that of config.keep_best, lack the one it names."""
+    """Raises ValueError if config.keep_best names a metric of the evaluator `name` that isn't in its `metrics`."""
     wanted = config["keep_best"]["metric"]
     key = wanted.removeprefix(f"{name}/")
     if key not in metrics:
         near = difflib.get_close_matches(key, metrics) or list(metrics)[:8]
         raise ValueError(
             f"config.keep_best.metric is {wanted!r}, but {name} gives no {key!r}; it has "
-            f"{', '.join(map(repr, near))} and others (eval/{name}/metrics.json). Mend it, and the "
-            "same command goes on."
+            f"{', '.join(map(repr, near))} and others (eval/{name}/metrics.json). Fix it, then run "
+            "the same command to resume."
         )

@@ -1,4 +1,4 @@
-"""Arrays that stay in their file until asked for, so that weights pass through memory one by one.
+"""Arrays that stay in their file until needed, so that only one weight is in memory at a time.
 
 A tree of them can be renamed, fitted to a model and stacked without a byte being read;
 `np.asarray(leaf)` reads one, and nothing is kept.
@@ -22,7 +22,7 @@ class Lazy:
     Attributes:
       shape: tuple of int.
       dtype: numpy dtype.
-      read: function without arguments that gives the array; called anew each time.
+      read: function without arguments that returns the array; called each time it is needed.
     """
 
     def __init__(self, shape: Iterable[int], dtype: Any, read: Callable[[], np.ndarray]):
@@ -36,7 +36,7 @@ class Lazy:
 
     def __array__(self, dtype=None, copy=None):
         if copy is False:
-            raise ValueError("an array that is still in its file can't be had without a copy")
+            raise ValueError("an array that is still in its file can't be read without a copy")
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -45,7 +45,7 @@ class Lazy:
 
 
 def dtype_of(name: Any) -> np.dtype | None:
-    """A numpy dtype from its name or anything numpy takes; "bfloat16" is one, and None stays."""
+    """A numpy dtype from its name (including "bfloat16") or anything numpy takes; None stays None."""
     return None if name is None else BFLOAT16 if str(name) == "bfloat16" else np.dtype(name)
 
 
@@ -55,10 +55,10 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def derive(leaf: Any, shape: tuple[int, ...], function: Callable[[np.ndarray], np.ndarray], dtype: Any = None) -> Any:
-    """function(array), at once for an array, when asked for if `leaf` is Lazy.
+    """function(array): immediately for an array, when read if `leaf` is Lazy.
 
     Args:
-      shape, dtype: of the result; dtype by default as it is.
+      shape, dtype: of the result; by default dtype is unchanged.
     """
     if not isinstance(leaf, Lazy):
         return function(np.asarray(leaf))
@@ -68,13 +68,13 @@ def derive(leaf: Any, shape: tuple[int, ...], function: Callable[[np.ndarray], n
 def stack(leaves: Iterable[Any]) -> Any:
     """Leaves of one shape on a new leading axis: Lazy if one of them is, else an array.
 
-    Read, it is filled one leaf after the other, so that memory holds it and one of them.
+    When read, it is filled leaf by leaf, so that memory holds it and one leaf.
     """
     leaves = list(leaves)
     shape = (len(leaves), *np.shape(leaves[0]))
     dtypes = {np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else None for leaf in leaves}
     if len(dtypes) > 1 or not any(isinstance(leaf, Lazy) for leaf in leaves):
-        # Mixed types are rare, and only numpy knows what it makes of them.
+        # Mixed types are rare, and only numpy knows their common type.
         return np.stack([np.asarray(leaf) for leaf in leaves])
 
     def read():

@@ -1,12 +1,11 @@
 """big_vision's `.npz` weights files: reading and writing them.
 
 A file holds one array per leaf under a flat key such as `params/img/head/kernel`. Released files
-carry the `params/` prefix, others leave it out; both are read. numpy has no bfloat16, so such
-leaves lie in the file as 2-byte void (`V2`) and are given their type back here. Nothing in a file
-is ever unpickled.
+have the `params/` prefix, others don't; both are read. numpy has no bfloat16, so such leaves are 2-byte
+void (`V2`) in the file and get their type back here. Nothing in a file is ever unpickled.
 
-Arrays are numpy's in host memory, or `lazy.Lazy` ones that are still in their file, which stay
-there; no function here touches a device. `fit` makes them those of a model.
+Arrays are numpy's in host memory, or `lazy.Lazy` ones that stay in their file; no function here touches a
+device. `fit` fits them to a model.
 """
 
 import os
@@ -25,7 +24,7 @@ from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 _VOID2 = np.dtype("V2")
 _PREFIX = "params/"
-_PIECE = 2**24  # bytes that are cast and written at once
+_PIECE = 2**24  # bytes to cast and write at once
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -34,8 +33,8 @@ _PIECE = 2**24  # bytes that are cast and written at once
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Splits "x.npz:img" into ("x.npz", "img"), and "x.npz" into ("x.npz", None).
 
-    Only a colon right behind `.npz` splits, so drive letters and URLs keep theirs. A string
-    without `.npz` is a path as it stands.
+    Only a colon directly after `.npz` splits, so drive letters and URLs keep theirs. A string without
+    `.npz` is a whole path.
     """
     match = re.fullmatch(r"(.*\.npz)(?::(.*))?", spec, flags=re.DOTALL | re.IGNORECASE)
     if not match:
@@ -47,21 +46,20 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 
 def load_npz(path: os.PathLike | str, subtree: str | None = None) -> dict[str, Any]:
-    """Reads a big_vision weights file into a nested dict of numpy arrays; else as `open_npz`."""
+    """Reads a big_vision weights file into a nested dict of numpy arrays; otherwise like `open_npz`."""
     return lazy.read_all(open_npz(path, subtree))
 
 
 def open_npz(path: os.PathLike | str, subtree: str | None = None) -> dict[str, Any]:
-    """Opens a big_vision weights file: a nested dict of `lazy.Lazy`, read one by one when asked.
+    """Opens a big_vision weights file: a nested dict of `lazy.Lazy`, read one by one.
 
     Args:
       path: the file, or "file.npz:subtree".
       subtree: only this part ("img", "llm/layers").
 
     Returns:
-      The tree below `params/` if the file has that prefix (other top-level entries, such as
-      optimizer state, are then left alone), else all of it; floats keep the dtype they were saved
-      with, in native byte order.
+      The tree below `params/` if the file has that prefix (other top-level entries, such as optimizer
+      state, are then ignored), else all of it; floats keep their dtype, in native byte order.
 
     Raises:
       FileNotFoundError: no such file.
@@ -95,7 +93,7 @@ def _open_archive(path: str):
         raise FileNotFoundError(f"no weights file {path}{hint}")
     try:
         archive = np.load(path, allow_pickle=False)
-    except Exception as e:  # numpy's answer depends on the first bytes: many types, one meaning
+    except Exception as e:  # many types, depending on the first bytes, all with one meaning
         size = os.path.getsize(path)
         raise CheckpointError(
             f"{path} ({size:,} bytes) is not a readable .npz file; it may be cut short or "
@@ -117,7 +115,7 @@ def _select(names: dict, subtree: str, path: str) -> dict:
 
 
 def _open_array(archive, key: str, path: str) -> Lazy:
-    """From the entry's header alone."""
+    """Opens an array by reading only its entry's header."""
     try:
         shape, dtype = _read_header(archive, key)
     except Exception as e:  # zlib, zipfile, header parsing, ...
@@ -137,7 +135,7 @@ def _read_header(archive, key: str):
     with archive.zip.open(f"{key}.npy" if f"{key}.npy" in names else key) as f:
         if f.peek(len(np.lib.format.MAGIC_PREFIX))[:6] != np.lib.format.MAGIC_PREFIX:
             return None, None
-        # Version 3 differs from 2 in the names of fields, which no array of numbers has.
+        # Version 3 only differs from 2 in field names, which arrays of numbers don't have.
         first = np.lib.format.read_magic(f) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(f)
@@ -145,7 +143,7 @@ def _read_header(archive, key: str):
 
 
 def _read_array(path: str, key: str, shape, dtype) -> np.ndarray:
-    # Opened anew each time: a handle that stays open would have to be shared, and closed by whom?
+    # Opened again each time: an open handle would have to be shared and closed by someone.
     with _open_archive(path) as archive:
         try:
             array = archive[key]
@@ -179,15 +177,15 @@ def save_npz(
 ) -> None:
     """Writes a tree as a big_vision weights file, one leaf in memory at a time.
 
-    The file appears whole or not at all: it is written beside `path` under another name, flushed
-    to disk and moved into place. Equal trees give equal bytes.
+    The file appears whole or not at all: it is written next to `path` under another name, flushed to disk
+    and moved into place. Equal trees give equal bytes.
 
     Args:
-      path: where to; must end in `.npz`. Missing folders are made.
+      path: the file to write; must end in `.npz`. Missing folders are created.
       params: nested mapping of arrays (numpy, jax, `lazy.Lazy`, or anything `np.asarray` takes).
       dtype: floating leaves are cast to this ("bfloat16", "float16", "float32", ...); None keeps
         each as it is. Integers and booleans stay.
-      prefix: in front of each key; "" writes bare keys.
+      prefix: put before each key; "" writes bare keys.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
@@ -203,7 +201,7 @@ def save_npz(
         zipfile.ZipFile(f, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for key in sorted(flat):
-            # A ZipInfo of our own has a fixed date, which a fresh entry would not.
+            # A separate ZipInfo has a fixed date, which a default entry wouldn't have.
             entry = zipfile.ZipInfo(f"{prefix}{key}.npy")
             entry.external_attr = 0o644 << 16
             with archive.open(entry, "w", force_zip64=True) as out:
@@ -211,7 +209,7 @@ def save_npz(
 
 
 def _write_array(out, array: np.ndarray, dtype, progress) -> None:
-    """As np.lib.format.write_array does, always in C order, cast piece by piece."""
+    """Like np.lib.format.write_array, but always in C order and cast piece by piece."""
     if dtype is None or not lazy.is_float(array.dtype):
         dtype = array.dtype
     # numpy itself describes bfloat16 as void.

@@ -1,7 +1,7 @@
-"""Weights as a plain Orbax checkpoint, which any JAX program restores, written and read on a host.
+"""Weights as a plain Orbax checkpoint, which any JAX program can restore, written and read on the host.
 
-A run's own checkpoints are in `workdir`. Orbax takes a whole tree, and copies it while it writes. A handler for arrays
-that are still in their file lets them pass one at a time.
+A run's own checkpoints are in `workdir`. Orbax takes a whole tree, and copies it while writing. Here a handler for
+arrays that are still in their file reads them one at a time.
 """
 
 import functools
@@ -20,11 +20,11 @@ from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 MARK = "_METADATA"  # a file that every Orbax checkpoint of a tree has
-_CHUNK = 2**28  # bytes that Orbax compresses at once, of which it has several copies meanwhile
+_CHUNK = 2**28  # bytes that Orbax compresses at once, holding several copies of them
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes Lazy leaves as Orbax writes numpy arrays, each read when it is its turn."""
+    """Writes Lazy leaves like Orbax writes numpy arrays, reading each only when it is written."""
 
     def __init__(self, dtype=None, progress=None):
         super().__init__(deepcopy_host_arrays=False)
@@ -51,12 +51,12 @@ def save_orbax(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a tree that `ocp.StandardCheckpointer().restore(folder)` gives back.
+    """Writes a tree that `ocp.StandardCheckpointer().restore(folder)` restores.
 
-    Leaves pass through memory one at a time, and the folder appears whole or not at all.
+    One leaf is in memory at a time, and the folder appears whole or not at all.
 
     Args:
-      folder: where to.
+      folder: the folder to write.
       params: nested mapping of arrays (numpy, jax or `lazy.Lazy`).
       dtype: floating leaves are cast to this; None keeps each as it is.
       overwrite: replace an existing checkpoint.
@@ -64,17 +64,17 @@ def save_orbax(
 
     Raises:
       FileExistsError: `folder` exists.
-      CheckpointError: the tree is not one of arrays.
+      CheckpointError: a leaf isn't an array.
     """
     flat = {key: _as_lazy(key, leaf) for key, leaf in flatten_tree(params).items()}
     tree = unflatten_tree(flat)
     registry = ocp.type_handlers.create_type_handler_registry(
         (Lazy, _OneByOne(lazy.dtype_of(dtype), progress)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns if there is none
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with files.whole_folder(os.fspath(folder), replaces=(MARK,) if overwrite else None) as new:
-        # Orbax makes its folder itself, by way of another one beside it.
+        # Orbax creates its folder itself, by renaming a temporary one next to it.
         inner = os.path.join(os.path.abspath(new), "tree")
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -98,14 +98,14 @@ def _as_lazy(key, leaf):
 def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     """Opens an Orbax checkpoint of a dict of arrays: its tree of `lazy.Lazy`, read one by one.
 
-    Read into numpy arrays, whatever devices and sharding wrote it.
+    Leaves are read into numpy arrays, whatever devices and sharding wrote them.
 
     Returns:
       The tree below "params" if there is that key, else all of it; dtypes as stored.
 
     Raises:
       FileNotFoundError: no such folder.
-      CheckpointError: it is no Orbax checkpoint of arrays, or a leaf is damaged (when it is read).
+      CheckpointError: it isn't an Orbax checkpoint of arrays, or a leaf is damaged (when it is read).
     """
     folder = os.path.abspath(os.fspath(folder))
     if not os.path.isdir(folder):
@@ -113,7 +113,7 @@ def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
-    except Exception as e:  # Orbax and TensorStore have no errors of their own
+    except Exception as e:  # Orbax and TensorStore raise generic errors
         raise _unreadable(folder, e) from e
     flat = {}
     for key, leaf in flatten_tree(tree).items():

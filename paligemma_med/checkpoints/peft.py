@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors in a folder.
+"""LoRA adapters in PEFT's form: adapter_config.json and adapter_model.safetensors in a folder.
 
-Names of tensors and the config's fields are those of PEFT (peft/tuners/lora/config.py,
-peft/utils/save_and_load.py). What the model here can't represent is refused, and so are missing or
-unexpected keys: PEFT itself only warns of them, and then computes something else.
+Names of tensors and the config's fields are PEFT's (peft/tuners/lora/config.py,
+peft/utils/save_and_load.py). What our model can't represent is refused, and so are missing or unexpected
+keys, about which PEFT itself only warns and then computes something else.
 
 Axis letters: L layers, I inputs and O outputs of a projection (heads flattened), R rank.
 """
@@ -29,7 +29,7 @@ NAME = "PEFT"
 CONFIG = peft_config.FILE
 WEIGHTS = "adapter_model.safetensors"
 
-# Versions of transformers whose names of modules can be written, whatever the model.
+# Versions of transformers whose module names can be written, for every model.
 KEY_STYLES = sorted({style for family in families.FAMILIES.values() for style in family.STYLES})
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -50,14 +50,14 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
       folder: with adapter_config.json and adapter_model.safetensors.
 
     Returns:
-      Adapter; factors are numpy arrays in the types of the file. Where the file doesn't tell
-      whether the language model has as many key heads as query heads, fewer are assumed;
-      `insert_adapter` corrects it.
+      Adapter; factors are numpy arrays in the types of the file. If the file doesn't show whether the
+      language model has as many key heads as query heads, fewer are assumed; `insert_adapter` corrects
+      that.
 
     Raises:
-      FileNotFoundError: one of the two files isn't there.
-      CheckpointError: it isn't LoRA, or of a kind that the model can't represent; or keys are
-        missing or unexpected, all of which are listed.
+      FileNotFoundError: one of the two files is missing.
+      CheckpointError: it isn't LoRA, or the model can't represent it; or keys are missing or unexpected, all
+        of which are listed.
     """
     folder = os.path.expanduser(os.fspath(folder))
     config = peft_config.read(os.path.join(folder, CONFIG))
@@ -66,7 +66,7 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
         hint = ""
         if os.path.isfile(os.path.join(folder, "adapter_model.bin")):
             hint = (
-                "; adapter_model.bin beside it is pickled and never loaded: save the adapter anew "
+                "; adapter_model.bin next to it is pickled and never loaded: save the adapter again "
                 "with safe_serialization=True"
             )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}")
@@ -126,7 +126,7 @@ def _key(module, factor):
 
 @functools.cache
 def _targets(family):
-    """{canonical name of a module: what it adapts}; q, k and v as kernels of their own."""
+    """{canonical name of a module: what it adapts}, with q, k and v as separate kernels."""
     out = {}
     for target, module in families.modules_of(family).items():
         out.setdefault(module, target)
@@ -150,14 +150,14 @@ def _check_complete(path, config, modules, family):
         if not peft_config.is_targeted(config, m["name"])
         for f in "AB"
     ]
-    depth, prefixes = {}, {}  # of each part that has adapters
+    depth, prefixes = {}, {}  # for each part that has adapters
     module_of = families.modules_of(family)
     for (target, layer), module in modules.items():
         part = module_of[target].partition(".")[0]
         depth[part] = max(depth.get(part, 0), layer or 0)
         rest = family.canonical(module["name"]).removeprefix(part)
         prefixes[part] = module["name"].removesuffix(rest)
-    # A part without any adapter may bear its name in each style that the others allow.
+    # A part without any adapter may be named in every style that the other parts allow.
     styles = [s for s in family.STYLES.values() if prefixes.items() <= s.items()] or [
         {**s, **prefixes} for s in family.STYLES.values()
     ]
@@ -185,7 +185,7 @@ def _by_target(modules, family):
 
 
 def _one_spec(path, config, layers):
-    """The Spec that all layers of a target have; shapes are checked too."""
+    """The Spec that all layers of a target share; shapes are checked too."""
     found = {}
     for _, module in layers:
         name = module["name"]
@@ -211,7 +211,7 @@ def _one_spec(path, config, layers):
 
 
 def _in_one_kernel(adapter):
-    """The adapter with q, k and v in one kernel if the factors show as many key heads as query heads."""
+    """The adapter, with q, k and v in one kernel if the factors show as many key heads as query heads."""
     widths = {}  # {(part, letters of axes): the sizes that the factors have for these axes as one}
     for target, (a, b) in adapter.factors.items():
         part = target.param.partition("/")[0]
@@ -245,31 +245,31 @@ def save_adapter(
     """Writes an adapter as a PEFT folder, which appears whole or not at all.
 
     Args:
-      folder: to be made.
+      folder: the folder to write.
       adapter: what to write.
       base_model: name or path of the Hugging Face model it belongs to, for base_model_name_or_path.
       dtype: floats are cast to it ("float32", "bfloat16", …); None leaves them.
-      key_style: which transformers' names the modules get, one of KEY_STYLES. What
-        `PeftModel.from_pretrained` makes of them, tried with random adapters everywhere in both
-        towers, transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns of missing keys and
-        goes on without them):
+      key_style: the version of transformers whose module names are used, one of KEY_STYLES. What
+        `PeftModel.from_pretrained` can load, tried with random adapters everywhere in both towers,
+        transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns about missing keys and continues
+        without them):
 
           style   transformers < 4.52   4.52 to 5.0   5.8 and later
           "4.41"  any PEFT              PEFT >= 0.16  PEFT >= 0.20, but not the projector
           "4.52"  -                     any PEFT      PEFT >= 0.20
           "5"     -                     -             any PEFT
 
-      model_type: of the Hugging Face model, a key of `hf.families.FAMILIES`.
+      model_type: the Hugging Face model's, a key of `hf.families.FAMILIES`.
       overwrite: replace an older adapter there.
 
-    The config says how the adapter was trained: rank and alpha of most targets, of others in
-    rank_pattern and alpha_pattern. Two things PEFT can't be told per module: of different dropouts
-    the commonest is written, with a warning; where some targets have rslora, alpha is changed for
-    the fewer, so that their scale is what it was.
+    The config says how the adapter was trained: rank and alpha of most targets, and of the others in
+    rank_pattern and alpha_pattern. PEFT has no per-module setting for two things: of different dropouts the
+    most common is written, with a warning; if only some targets have rslora, the minority's alpha is changed
+    so that their scale stays the same.
 
     Raises:
-      FileExistsError: `folder` is there and is not to be overwritten, or is not an adapter's.
-      CheckpointError: the adapter is empty, or key_style unknown.
+      FileExistsError: `folder` exists and `overwrite` is False, or it isn't an adapter.
+      CheckpointError: the adapter is empty, or key_style is unknown.
     """
     folder = os.path.expanduser(os.fspath(folder))
     family = families.FAMILIES[model_type]
@@ -293,7 +293,7 @@ def save_adapter(
                 x = np.asarray(x[layer]).T
                 tensors[_key(module, factor)] = np.ascontiguousarray(x, dtype or x.dtype)
     with files.whole_folder(folder, replaces=(CONFIG,) if overwrite else None) as temporary:
-        # Not save_file, whose files nobody but their owner may read.
+        # Not save_file, whose files only their owner may read.
         with open(os.path.join(temporary, WEIGHTS), "wb") as f:
             f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:

@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json: which of its fields are read, which are refused, and what is written.
 
-Fields and their meaning are PEFT's (peft/tuners/lora/config.py). It ignores what it doesn't know; here a field that
-would change what the adapter computes, and that the model can't represent, is refused.
+Fields and their meaning are PEFT's (peft/tuners/lora/config.py). PEFT ignores unknown fields; here a field that would
+change what the adapter computes, and that the model can't represent, is refused.
 """
 
 import collections
@@ -21,9 +21,9 @@ from paligemma_med.models.layers import lora
 FILE = "adapter_config.json"
 
 _ALL_LINEAR = "all-linear"
-_ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern are meant
+_ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern match
 
-# Fields that say nothing about what the adapter computes once it is trained.
+# Fields that don't affect what a trained adapter computes.
 _IDLE = frozenset(
     """
     auto_mapping base_model_name_or_path revision inference_mode task_type peft_version
@@ -38,7 +38,7 @@ _READ = frozenset(
     exclude_modules bias init_lora_weights
     """.split()
 )
-# Ways to begin after which the base's weights are no longer what they were.
+# Initialisations that change the base's weights.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -47,7 +47,7 @@ def read(path: str) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      CheckpointError: it isn't LoRA's, or of a kind that the model here can't represent.
+      CheckpointError: it isn't LoRA's, or our model can't represent it.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -135,7 +135,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 
 
 def by_pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's rule: of the keys that match the name's end from a dot on, the first counts."""
+    """PEFT's rule: the first key that matches the name's end from a dot on."""
     for regex, value in (pattern or {}).items():
         if re.match(_ENDS_IN.format(regex), name):
             return value
@@ -150,13 +150,13 @@ def make(
 ) -> dict[str, Any]:
     """The fields of the adapter_config.json of an adapter.
 
-    PEFT has one dropout for all modules: of different ones the commonest is taken, with a warning. It has rslora for
-    all or for none: for the fewer, alpha is changed so that their scale is what it was.
+    PEFT has one dropout for all modules: of different ones the most common is written, with a warning. It has rslora
+    for all or none: the minority's alpha is changed so that their scale stays the same.
 
     Args:
       specs: how each projection is adapted.
       base_model: for base_model_name_or_path.
-      family: whose names the modules get.
+      family: gives the modules' names.
     """
     rslora = _commonest([s.rslora for s in specs.values()])
     dropout = _commonest([s.dropout for s in specs.values()])
@@ -193,7 +193,7 @@ def _commonest(values):
 
 
 def _alpha(spec, rslora):
-    """Alpha that gives the spec's scale with or without rslora; a whole number as int."""
+    """The alpha that gives the spec's scale with or without rslora; a whole number as int."""
     alpha = spec.alpha
     if spec.rslora != rslora:
         alpha = spec.scale * (math.sqrt(spec.rank) if rslora else spec.rank)
@@ -203,11 +203,11 @@ def _alpha(spec, rslora):
 def _ends(family):
     r"""{target: regex of the end of its module's name, in every style and for each layer}.
 
-    It begins behind a dot in each of them, as older PEFT wants it. A part whose modules could be taken for another's
-    without its name has that in front: "layers.0.self_attn.q_proj" ends like "encoder.layers.0.self_attn.q_proj".
+    It begins after a dot in each name, as older PEFT requires. Where modules of two parts would match otherwise, the
+    part's name is put in front: "layers.0.self_attn.q_proj" ends like "encoder.layers.0.self_attn.q_proj".
     """
     modules = {target: module.partition(".")[::2] for target, module in families.modules_of(family).items()}
-    names = {}  # {part: last words of what the styles call it}
+    names = {}  # {part: last words of its names in the styles}
     for part, rest in modules.values():
         if any(other.endswith(f".{rest}") for other_part, other in modules.values() if other_part != part):
             names[part] = sorted({style[part].rpartition(".")[2] for style in family.STYLES.values()})

@@ -1,14 +1,14 @@
 """A run's checkpoints in its workdir: what they hold, and how they are written, restored and read as weights.
 
-    <workdir>/config.json           the run's config; says which weights the frozen leaves are
+    <workdir>/config.json           the run's config; names the weights that frozen leaves come from
     <workdir>/base.npz              frozen leaves that those weights don't have (random ones)
-    <workdir>/base.json             fingerprints of the others
+    <workdir>/base.json             fingerprints of the other frozen leaves
     <workdir>/checkpoints/<step>/   trained leaves, optimizer state, place in the data
     <workdir>/damaged/<step>/       checkpoints that couldn't be read again, set aside
 
-Frozen leaves aren't written again with every checkpoint: at the 3B size they are 5 GB, and stage 1 trains 9 MB. Orbax
-writes them; which ones stay is in `keep`; config.json and the two files of the base are written by
-`training.run_files`. All processes of a run call the methods of `Checkpoints` together, and see one folder.
+Frozen leaves aren't written with every checkpoint: at the 3B size they are 5 GB, and stage 1 trains 9 MB. Orbax writes
+the checkpoints; `keep` decides which are kept; config.json and the two files of the base are written by
+`training.run_files`. All processes of a run must call the methods of `Checkpoints` together, and share one folder.
 """
 
 import json
@@ -31,37 +31,37 @@ Path = os.PathLike | str
 
 
 class Damaged(CheckpointError):
-    """A checkpoint that can't be read, or whose contents aren't those that were written."""
+    """A checkpoint that can't be read, or whose contents differ from what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; made once, closed at the end (or used in a `with`)."""
+    """The checkpoints of one run; created once and closed at the end (or used in a `with`)."""
 
     def __init__(self, workdir: Path, *, keep: int = 1, best: keep_lib.Best | None = None):
-        """workdir: created if need be. keep, best: which stay, as `keep.policy` takes them."""
+        """workdir: created if missing. keep, best: which checkpoints are kept, as for `keep.policy`."""
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep_lib.policy(keep, best),
             create=True,
-            # Of a save that was cut short. Only complete ones have their step for a name.
+            # Left by an interrupted save. Only complete checkpoints are named by their step.
             cleanup_tmp_directories=True,
         )
         self._workdir = os.path.abspath(workdir)
         self._manager = _manager(workdir, options)
 
     def latest_step(self) -> int | None:
-        """None if there is no complete checkpoint."""
+        """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, trained: Mapping[str, jax.Array], opt_state: Any, run: Any = None) -> None:
-        """Writes a checkpoint, unless there is one of that step; returns before all is on disk.
+        """Writes a checkpoint, unless that step has one; returns before everything is on disk.
 
         Args:
           trained: {path: array}.
           opt_state: tree of arrays.
-          run: what else the run needs to go on, anything that JSON can hold.
+          run: what else is needed to resume the run, JSON-able.
 
         Raises:
-          CheckpointError: this or the save before it failed.
+          CheckpointError: this or the previous save failed.
         """
         if self._manager.latest_step() == step:
             return
@@ -76,16 +76,15 @@ class Checkpoints:
         """Reads what `save` wrote at `step`.
 
         Args:
-          trained, opt_state: trees of arrays or of jax.ShapeDtypeStruct with shardings, which say
-            what is expected and where it goes.
+          trained, opt_state: trees of arrays or of jax.ShapeDtypeStruct with shardings: what is expected
+            and where it goes.
 
         Returns:
           (trained, opt_state, run).
 
         Raises:
-          CheckpointError: another set of parameters, other shapes or another optimizer than
-            expected.
-          Damaged: it can't be read, or isn't what was written.
+          CheckpointError: parameters, shapes or optimizer differ from what is expected.
+          Damaged: it can't be read, or differs from what was written.
         """
         where = f"{self._manager.directory}/{step}"
         found = self._read_or_damaged(where, self._manager.item_metadata, step)
@@ -93,7 +92,7 @@ class Checkpoints:
         items = dict(trained=ocp.args.StandardRestore(trained))
         if jax.tree.leaves(opt_state):
             items["opt_state"] = ocp.args.StandardRestore(opt_state)
-        if os.path.exists(os.path.join(where, "run")):  # none before the fingerprints came
+        if os.path.exists(os.path.join(where, "run")):  # older checkpoints have no fingerprints
             items["run"] = ocp.args.JsonRestore()
         args = ocp.args.Composite(**items)
         out = self._read_or_damaged(where, self._manager.restore, step, args=args)
@@ -104,14 +103,13 @@ class Checkpoints:
         return *state, notes.get("run")
 
     def restore_newest(self, trained: Any, opt_state: Any) -> tuple[int, Any, Any, Any] | None:
-        """`restore` of the newest checkpoint that is sound. Damaged ones are set aside with a
-        warning, and told by their path.
+        """Restores the newest sound checkpoint. Damaged ones are set aside, with a warning that says where.
 
         Returns:
-          (step, trained, opt_state, run), or None where there is no checkpoint at all.
+          (step, trained, opt_state, run), or None if there is no checkpoint at all.
 
         Raises:
-          CheckpointError: as `restore`, or all checkpoints are damaged.
+          CheckpointError: as in `restore`, or all checkpoints are damaged.
         """
         damaged = []
         while (step := self.latest_step()) is not None:
@@ -135,7 +133,7 @@ class Checkpoints:
         folder = os.path.join(self._workdir, "damaged")
         os.makedirs(folder, exist_ok=True)
         name, before = os.path.join(folder, str(step)), 0
-        while os.path.exists(name):  # another one of that step, of an earlier start
+        while os.path.exists(name):  # from that step in an earlier start
             before += 1
             name = os.path.join(folder, f"{step}.{before}")
         _wait_for_all("before a damaged checkpoint is moved")
@@ -146,11 +144,11 @@ class Checkpoints:
         return name
 
     def _check(self, where, metadata, trained, opt_state):
-        """Whether a checkpoint with this metadata is one of this model and this optimizer."""
+        """Raises CheckpointError if a checkpoint's metadata don't fit this model and optimizer."""
         try:
             found = _shapes(metadata["trained"])
             found_opt = _shapes(metadata["opt_state"]) if jax.tree.leaves(opt_state) else {}
-        except Exception as e:  # what isn't there, or isn't metadata
+        except Exception as e:  # missing, or not metadata
             raise Damaged(f"{where}: its metadata can't be read: {_first_line(e)}") from e
         expected = _shapes(trained)
         if found != expected:
@@ -181,7 +179,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self._manager.directory}: a checkpoint could not be written: {_first_line(e)} "
                 + (f"Those of steps {steps} are intact" if steps else "There is no earlier one")
-                + "; mend the cause (is the disk full?), and the same command goes on from there."
+                + "; fix the cause (is the disk full?), then run the same command to resume."
             ) from e
 
     def _complete_steps(self):
@@ -192,7 +190,7 @@ class Checkpoints:
         self._or_tell(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """As `wait`, and lets go of everything."""
+        """Like `wait`, and frees all resources."""
         self._or_tell(self._manager.close)
 
     def __enter__(self):
@@ -215,8 +213,7 @@ def _path(path):
 
 
 def _first_line(error):
-    """The first line of a message; of a long one its two ends, since TensorStore's causes stand at
-    the end."""
+    """The first line of a message; if it is long, its two ends, since TensorStore's causes come last."""
     text = (str(error) or "no message").splitlines()[0].rstrip(". ")
     if len(text) > 400:
         text = f"{text[:160]} … {text[-240:]}"
@@ -236,7 +233,7 @@ def _wait_for_all(name):
 
 
 def _check_prints(manager, step, trained):
-    """Damaged, if `trained` isn't what was written."""
+    """Raises Damaged if `trained` differs from what was written."""
     where = f"{manager.directory}/{step}"
     if os.path.exists(os.path.join(where, "run")):
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
@@ -246,7 +243,7 @@ def _check_prints(manager, step, trained):
 
 
 def _manager(workdir, options=None):
-    # Without handlers it doesn't know what is in checkpoints that another process wrote.
+    # Without handlers it doesn't know the contents of checkpoints that another process wrote.
     handlers = {k: ocp.StandardCheckpointHandler() for k in ("trained", "opt_state")}
     handlers["run"] = ocp.JsonCheckpointHandler()
     path = os.path.join(os.path.abspath(workdir), "checkpoints")
@@ -259,9 +256,9 @@ def is_workdir(folder: Path) -> bool:
 
 
 def split_spec(spec: str) -> tuple[str, int | None] | None:
-    """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it is no workdir.
+    """(folder, step or None) of "out/stage1@120" or "out/stage1"; None if it isn't a workdir.
 
-    "out/stage1@best" is the step that the run's config.keep_best has kept.
+    "out/stage1@best" is the step that the run's config.keep_best kept.
     """
     folder = os.path.expanduser(spec)
     if is_workdir(folder):
@@ -289,10 +286,10 @@ def _best_step(folder):
 
 
 def pin(spec: str) -> str:
-    """ "out/stage1" → "out/stage1@120", its newest step (or the best one, of "out/stage1@best"); a
-    spec of another kind as it is.
+    """ "out/stage1" → "out/stage1@120", its newest step (or for "out/stage1@best" the best one); other specs are
+    unchanged.
 
-    A run that started from these weights must find the same ones after the other run has gone on.
+    A run that started from these weights must find the same ones after that other run has continued.
     """
     run = split_spec(spec)
     if run is None:
@@ -322,25 +319,25 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def open_leaves(spec: str) -> tuple[str | Mapping[str, str] | None, dict[str, Any]]:
-    """What the workdir of a run holds of its weights, and where the others are.
+    """The leaves of a run's weights that are in its workdir, and where the others are.
 
     Args:
       spec: a workdir, for its newest checkpoint, or "workdir@step".
 
     Returns:
-      (base, {path: leaf}). base: the run's config.model_init, from which all other leaves come, or None; a leaf of the
-      workdir takes the place of one there. Trained leaves are numpy arrays in float32, frozen ones as stored and still
-      in their file (`lazy.Lazy`).
+      (base, {path: leaf}). base: the run's config.model_init, from which all other leaves come, or None; the workdir's
+      leaves override it. Trained leaves are numpy arrays in float32, frozen ones have their stored type and are
+      still in their file (`lazy.Lazy`).
 
     Raises:
       FileNotFoundError: no config.json.
-      CheckpointError: no complete checkpoint, not the one asked for, or a damaged one.
+      CheckpointError: no complete checkpoint, none at that step, or a damaged one.
     """
     workdir, step = split_spec(spec)
     config = read_config(workdir)
     with _manager(workdir) as manager:
         step = _complete_step(manager, workdir, step)
-        # Numpy arrays ask for numpy arrays: whole, in every process. These hold no memory.
+        # A numpy array as target restores whole numpy arrays in every process. These use no memory.
         target = {
             k: np.broadcast_to(np.zeros((), v.dtype), v.shape)
             for k, v in manager.item_metadata(step)["trained"].items()
@@ -354,7 +351,7 @@ def open_leaves(spec: str) -> tuple[str | Mapping[str, str] | None, dict[str, An
 
 
 def _complete_step(manager, workdir, step):
-    """`step`, or the newest one where it is None; CheckpointError if it isn't there."""
+    """`step`, or the newest one if it is None; CheckpointError if it doesn't exist."""
     steps = manager.all_steps()
     if not steps:
         raise CheckpointError(f"{workdir}/checkpoints holds no complete checkpoint.")
@@ -371,10 +368,10 @@ def load_opt_state(spec: str, expected: Any) -> Any:
 
     Args:
       spec: as in `open_leaves`.
-      expected: what `tx.init` gives, of arrays or jax.ShapeDtypeStruct.
+      expected: the result of `tx.init`, of arrays or jax.ShapeDtypeStruct.
 
     Returns:
-      The tree of `expected`, of numpy arrays.
+      The tree of `expected`, with numpy arrays.
 
     Raises:
       CheckpointError: the run has another optimizer, or its state is damaged.

@@ -20,7 +20,7 @@ PP_MODULES = ("ops_general", "ops_image", "ops_text", "proj.paligemma.ops")
 # Keys that its trainer reads and ours can't follow, and what to use instead.
 _REFUSED = {
     "model_load": "all weights come from config.model_init here, which may be dict(img=…, llm=…)",
-    "resume": "a run goes on in its own --workdir, and config.model_init may name another run",
+    "resume": "a run resumes in its own --workdir, and config.model_init may name another run",
     "mesh_allow_split_physical_axes": "the devices are laid out by config.mesh alone",
     "grad_clip_per_example": "config.grad_clip_norm clips the gradient of the batch",
     **{

@@ -127,7 +127,7 @@ class Part:
                 os.truncate(path, length)
             self._file = open(path, "a", encoding="utf-8")
             if n := sum(len(rows) for name, _, rows in batches if name == "model"):
-                print(f"{path}: goes on after {n} questions.", file=sys.stderr, flush=True)
+                print(f"{path}: resumes after {n} questions.", file=sys.stderr, flush=True)
         self.saved = {(name, i): rows for name, i, rows in distributed.broadcast(batches)}
 
     def add(self, name, batch, rows) -> None:

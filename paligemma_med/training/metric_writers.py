@@ -40,7 +40,7 @@ def open_writers(config, workdir, first_step) -> "Writers":
             except _CannotStart as e:
                 if not first_step:
                     raise
-                logging.warning("%s The run goes on without.", e)
+                logging.warning("%s The run continues without it.", e)
     return Writers(writers)
 
 
@@ -74,7 +74,7 @@ class Writers:
 
 def _warn(writer, error):
     logging.warning(
-        "%s fails; the run goes on without (metrics.jsonl has everything): %s: %s",
+        "%s fails; the run continues without it (metrics.jsonl has everything): %s: %s",
         writer.name,
         type(error).__name__,
         error,

@@ -112,7 +112,7 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
         with open(path, encoding="utf-8") as f:
             if changed := _changes(json.load(f), json.loads(text)):
                 logging.warning(
-                    "The config isn't the one this run began with; it goes on with the new one: %s",
+                    "The config isn't the one this run began with; it continues with the new one: %s",
                     "; ".join(changed),
                 )
     distributed.barrier("config.json is read")

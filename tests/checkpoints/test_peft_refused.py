@@ -211,7 +211,7 @@ def test_files_that_are_missing_or_damaged(saved, tmp_path):
     weights.unlink()
     refused(saved, "has no adapter_model.safetensors", FileNotFoundError)
     (saved / "adapter_model.bin").write_bytes(b"\x80\x04\x95")
-    refused(saved, "never loaded: save the adapter anew", FileNotFoundError)
+    refused(saved, "never loaded: save the adapter again", FileNotFoundError)
     (saved / peft.CONFIG).write_text("{")
     refused(saved, "is not JSON")
     (saved / peft.CONFIG).write_text("[]")

@@ -180,7 +180,7 @@ def test_short_names_of_weights(file, name, expected, monkeypatch):
         (dict(model_name="vit"), "config.model_name is 'vit'; expected 'proj.paligemma.paligemma'"),
         (dict(pp_modules=["ops_text", "proj.x.ops"]), "pp_modules names 'proj.x.ops', whose ops aren't here"),
         (dict(model_load=dict(img_load_kw={"dont_load": ["a"]})), "config.model_load is .*: .*model_init"),
-        (dict(resume="/a/b"), "config.resume is of big_vision's trainer alone: a run goes on in its own --workdir"),
+        (dict(resume="/a/b"), "config.resume is of big_vision's trainer alone: a run resumes in its own --workdir"),
         (dict(keep_ckpt_steps=100), "config.keep_ckpt_steps is .* config.keep_ckpt says"),
         (dict(grad_clip_per_example=1.0), "config.grad_clip_per_example is .* config.grad_clip_norm"),
         (dict(optax_nam="x"), r"unknown keys \['optax_nam'\] \(did you mean 'optax_name'"),

@@ -234,7 +234,7 @@ def test_the_program_is_killed(tiny_data, tmp_path, repo_root):
             process.send_signal(signal.SIGKILL)
             kills += 1
         err = process.communicate()[1]
-        going_on += "goes on after" in err
+        going_on += "resumes after" in err
         if process.returncode != -signal.SIGKILL:
             break
         assert kills < 20

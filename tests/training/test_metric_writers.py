@@ -161,7 +161,7 @@ def test_wandb_that_does_not_start(tmp_path, fake, caplog):
     writers = metric_writers.open_writers(c, str(tmp_path), 5)
     writers.write(6, {"x": 1.0})
     writers.close()
-    assert "The run goes on without." in caplog.text
+    assert "The run continues without it." in caplog.text
 
 
 def test_a_writer_that_fails_is_dropped_with_one_warning(tmp_path, fake, caplog):
@@ -173,7 +173,7 @@ def test_a_writer_that_fails_is_dropped_with_one_warning(tmp_path, fake, caplog)
     writers.close()
     writers.close()
     assert caplog.text.count("network is") == 1
-    assert "W&B fails; the run goes on without" in caplog.text
+    assert "W&B fails; the run continues without it" in caplog.text
     assert len(scalars(tmp_path / "tensorboard")) == 3  # the other one goes on
 
 

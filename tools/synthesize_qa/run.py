@@ -85,7 +85,7 @@ def run(
     others = [p for p in journal_lib.paths_of(output) if p != str(own)]
     if shard is None and others:
         raise ValueError(
-            f"{others[0]} is a shard's journal; expected --shard=i/n to go on with it, --merge to "
+            f"{others[0]} is a shard's journal; expected --shard=i/n to resume it, --merge to "
             "join all of them, or another --output."
         )
     ready, about = _open_backend(backend, model, decoding or {}, local or {}, server or {}, seed)

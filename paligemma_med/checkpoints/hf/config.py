@@ -1,4 +1,4 @@
-"""What the families share in reading a config.json: sections with defaults, and numbers that must be numbers."""
+"""What the families share in reading a config.json: sections with defaults, and checked numbers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from paligemma_med.checkpoints.hf.layout import Sizes
 
 
 class Described(NamedTuple):
-    """What a config.json says of the model: our two dicts, and the sizes of the tensors in the files."""
+    """What a config.json says about the model: our two dicts, and the sizes of the tensors in the files."""
 
     img: dict[str, Any]
     llm: dict[str, Any]
@@ -18,7 +18,7 @@ class Described(NamedTuple):
 
 
 class Section(Mapping):
-    """An object of a config.json, which knows where it stands."""
+    """An object in a config.json that knows its own path."""
 
     def __init__(self, values: Mapping[str, Any], path: str):
         self._values, self.path = values, path
@@ -54,18 +54,18 @@ def section(
     defaults: Mapping[str, Mapping[str, Any]],
     fixed: Mapping[str, Mapping[str, Any]],
 ) -> Section:
-    """The section `key`, with what it leaves out.
+    """The section `key`, with defaults filled in.
 
     Args:
       whole: the config.json.
       path: its name, for messages.
-      types: the values that its model_type may have; the first counts where it has none.
-      absent: what stands for a section that isn't there at all.
-      defaults: {model_type: values of keys that aren't there}.
-      fixed: {model_type: values that the model here has and can't change}.
+      types: the allowed values of its model_type, the default first.
+      absent: replaces a section that is missing entirely.
+      defaults: {model_type: values of missing keys}.
+      fixed: {model_type: values that our model has and can't change}.
 
     Raises:
-      CheckpointError: another model_type, another value where one is fixed.
+      CheckpointError: another model_type, or another value for a fixed key.
     """
     values = whole.get(key)
     values = absent if values is None else values
@@ -83,7 +83,7 @@ def section(
 
 
 def check_agrees(part: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """CheckpointError if a dict of our config says another size than the weights have."""
+    """Raises CheckpointError if a dict of our config gives a size that differs from the weights'."""
     for key, n in sizes.items():
         value = given.get(key, n)
         value = tuple(value) if isinstance(value, list) else value
@@ -111,7 +111,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Readable, keys in order."""
+    """Writes readable JSON, keys in order."""
     with open(path, "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2, sort_keys=True)
         f.write("\n")

@@ -1,6 +1,6 @@
 """The families of models that can be read and written, one module each.
 
-A new one is its module, with what `Family` says, and a line in FAMILIES. What it shares with others stands in the
+A new family is a module with the interface `Family`, and a line in FAMILIES. What it shares with others is in the
 modules of the towers and decoders (`siglip`, `gemma`).
 """
 
@@ -16,19 +16,19 @@ from paligemma_med.models import lora_targets
 
 
 class Family(Protocol):
-    """What the module of a family must have.
+    """The interface of a family's module.
 
-    Canonical names are those of tensors and modules without what versions of transformers differ in.
+    Canonical names of tensors and modules leave out what differs between versions of transformers.
 
     Attributes:
       MODEL_TYPE: the model_type of its config.json.
-      NAME: what people call it.
-      EMBEDDING, HEAD: canonical names of the table of the vocabulary, and of that of the logits, which is taken for a
-        copy of it unless the table has a row for it.
-      PADDING: how many rows are put behind our table when it is written, as copies of the first.
-      BUFFERS: regexes of canonical names that hold nothing learnt.
-      STYLES: {version of transformers: {first word of canonical names: what the version has in its place}}.
-      PUBLISHED: the one of STYLES that is written.
+      NAME: its usual name.
+      EMBEDDING, HEAD: canonical names of the vocabulary table and of the logits' table, which counts as a copy of the
+        former unless `table` has a row for it.
+      PADDING: how many rows are appended to our table when it is written, as copies of the first.
+      BUFFERS: regexes of canonical names that hold nothing learned.
+      STYLES: {version of transformers: {first word of canonical names: what that version has instead}}.
+      PUBLISHED: which of STYLES is written.
     """
 
     MODEL_TYPE: str
@@ -41,20 +41,21 @@ class Family(Protocol):
     PUBLISHED: str
 
     def table(self, paths: Collection[str]) -> tuple[Row, ...]:
-        """All rows of a model whose leaves have these paths; rows of leaves that it should have and hasn't, too."""
+        """All rows of a model whose leaves have these paths, including rows of leaves that it should have but lacks."""
 
     def canonical(self, name: str) -> str:
         """The canonical name of a tensor or module."""
 
     def describe(self, whole: Mapping[str, Any], path: str) -> Described:
-        """The model of a config.json, which stands at `path`. CheckpointError where ours can't be it."""
+        """The model of the config.json at `path`. CheckpointError if ours can't represent it."""
 
     def make_config(self, sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict:
-        """The config.json of a model; its torch_dtype is put in later. CheckpointError where theirs can't be it.
+        """The config.json of a model, without torch_dtype, which is added later. CheckpointError if theirs can't
+        represent it.
 
         Args:
           sizes, paths: of our leaves.
-          img, llm: our dicts, which say what shapes don't; None is unknown.
+          img, llm: our dicts, for what shapes don't determine; None means unknown.
         """
 
 
@@ -70,7 +71,7 @@ def of_config(whole: Mapping[str, Any], path: str) -> Family:
 
 
 def of_paths(paths: Collection[str]) -> Family:
-    """The family whose table fits leaves with these paths best, for what has no config."""
+    """The family whose table best fits leaves with these paths, for weights without a config."""
 
     def misfits(family):
         return len({row.path for row in family.table(paths)} ^ {*paths})
@@ -79,7 +80,7 @@ def of_paths(paths: Collection[str]) -> Family:
 
 
 def of_modules(names: Collection[str]) -> Family:
-    """The family that knows most of these names of modules, of any version of transformers."""
+    """The family that knows most of these modules' names, in any version of transformers."""
 
     def known(family):
         modules = {without_layer(name) for name in modules_of(family).values()}
@@ -89,26 +90,26 @@ def of_modules(names: Collection[str]) -> Family:
 
 
 def without_layer(name: str) -> str:
-    """A module's name with "{i}" in place of the number of its layer."""
+    """A module's name with "{i}" for the number of its layer."""
     return ".".join("{i}" if word.isdigit() else word for word in name.split("."))
 
 
 @functools.cache
 def modules_of(family: Family) -> dict[lora_targets.Target, str]:
-    """{what can be adapted: canonical name of the module that holds its weight}; "{i}" stands for the layer.
+    """{target of an adapter: canonical name of the module that holds its weight}; "{i}" stands for the layer.
 
-    Projections that our models keep in one kernel or in several have the same module in either form. Those whose module
-    holds other leaves as well have none: it has one adapter for all of them.
+    Projections that our models keep in one kernel or in several have the same module in both forms. Targets whose
+    module also holds other leaves are left out: such a module has one adapter for all of them.
     """
     return {
         target: row.name.removesuffix(".weight")
         for target in lora_targets.TARGETS
-        for row in family.table({target.param})  # of the form that this leaf, being there, calls for
+        for row in family.table({target.param})  # the table of the form that has this leaf
         if (row.path, row.index) == (target.param, target.index) and row.piece[1] == 1
     }
 
 
 def in_style(family: Family, name: str, style: str) -> str:
-    """A canonical name as the versions of transformers from `style` on have it."""
+    """A canonical name as versions of transformers from `style` on write it."""
     first, dot, rest = name.partition(".")
     return f"{family.STYLES[style].get(first, first)}{dot}{rest}"

@@ -9,8 +9,8 @@ from paligemma_med.checkpoints.hf.layout import Row, linear, norm
 from paligemma_med.models import decoder
 
 TYPES = ("gemma", "gemma2")
-# Keys that a config.json leaves out have their class's default; those of transformers 5.23,
-# models/{gemma,gemma2}/configuration_*.py. Google's own files leave out head_dim, for one.
+# Keys missing in a config.json have their class' default; these are transformers 5.23's,
+# models/{gemma,gemma2}/configuration_*.py. Google's own files leave out head_dim, for example.
 DEFAULTS = {
     "gemma": dict(
         hidden_size=3072,
@@ -34,13 +34,13 @@ DEFAULTS = {
         final_logit_softcapping=30.0,
     ),
 }
-# What our decoder computes and has no argument for.
+# What our decoder computes without having an argument for it.
 _BOTH = dict(rms_norm_eps=1e-6, attention_bias=False, rope_theta=1e4, rope_type="default", rope_scaling=None)
 FIXED = {
     "gemma": dict(hidden_act="gelu_pytorch_tanh", **_BOTH),
     "gemma2": dict(hidden_activation="gelu_pytorch_tanh", **_BOTH),
 }
-BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # of some versions; nothing learnt
+BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # in some versions; nothing learned
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -48,9 +48,9 @@ def rows(paths: Collection[str], name: str, part: str = "llm") -> Iterator[Row]:
     """The rows of a decoder.
 
     Args:
-      paths: of the leaves that our decoder has: one or two kernels for q, k and v, norms after sublayers or none.
-      name: canonical name of theirs.
-      part: of ours.
+      paths: of our decoder's leaves: one or two kernels for q, k and v, norms after sublayers or none.
+      name: their decoder's canonical name.
+      part: our part's name.
     """
     yield Row(f"{name}.{EMBEDDING}", "V D", f"{part}/embedder/input_embedding")
     at, layer = f"{name}.layers.{{i}}", f"{part}/layers"
@@ -67,7 +67,7 @@ def rows(paths: Collection[str], name: str, part: str = "llm") -> Iterator[Row]:
         yield linear(f"{at}.mlp.{c}_proj", f"{layer}/mlp/gating_einsum", c)
     yield linear(f"{at}.mlp.down_proj", f"{layer}/mlp/linear")
     yield from norm(f"{at}.input_layernorm", f"{layer}/pre_attention_norm", bias=False)
-    if has_post_norms(paths, part):  # Gemma 1's second norm bears the name of another one in Gemma 2
+    if has_post_norms(paths, part):  # Gemma 1's second norm has the name of a different one in Gemma 2
         yield from norm(f"{at}.post_attention_layernorm", f"{layer}/post_attention_norm", bias=False)
         yield from norm(f"{at}.pre_feedforward_layernorm", f"{layer}/pre_ffw_norm", bias=False)
         yield from norm(f"{at}.post_feedforward_layernorm", f"{layer}/post_ffw_norm", bias=False)
@@ -82,10 +82,10 @@ def has_post_norms(paths: Collection[str], part: str = "llm") -> bool:
 
 
 def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """Our dict, of `vocab_size` tokens, and the sizes in the file.
+    """Our dict, for `vocab_size` tokens, and the sizes in the file.
 
     Raises:
-      CheckpointError: it asks for what our decoder doesn't compute.
+      CheckpointError: it needs something that our decoder doesn't compute.
     """
     llm = dict(
         variant=None,
@@ -134,11 +134,11 @@ def make_section(
     """text_config of a decoder of these sizes.
 
     Args:
-      llm: our dict of it. Without it Gemma 2 must have the sizes of a known variant.
-      rows: of the embedding in the file.
+      llm: our dict for it. Without it Gemma 2 must have the sizes of a known variant.
+      rows: number of rows of the embedding in the file.
 
     Raises:
-      CheckpointError: theirs has no such decoder, or `llm` says other sizes.
+      CheckpointError: transformers has no such decoder, or `llm` gives other sizes.
     """
     ours = dict(
         width=size["D"],
@@ -167,7 +167,7 @@ def make_section(
 
 
 def _unseen(ours, llm):
-    """What isn't in the shapes: soft-caps and the scale of queries."""
+    """What shapes don't show: soft-caps and the scale of queries."""
     if llm is None:
         if not ours["post_norms"]:
             return {}

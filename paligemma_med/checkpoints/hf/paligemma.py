@@ -15,7 +15,7 @@ from paligemma_med.models import presets
 MODEL_TYPE = "paligemma"
 NAME = "PaliGemma"
 
-# Canonical names of the three modules, and what transformers has called them, by the version that began with it.
+# Canonical names of the three modules, and their names in transformers, by the version that introduced them.
 _TOWER, _PROJECTOR, _DECODER = "vision_tower", "multi_modal_projector", "language_model"
 STYLES = {
     "4.41": {
@@ -42,9 +42,9 @@ BUFFERS = tuple(
     for buffer in buffers
 )
 EMBEDDING, HEAD = f"{_DECODER}.{gemma.EMBEDDING}", gemma.HEAD
-PADDING = 64  # rows of the embedding after ours, as Google's files have them: the image's token is the first
+PADDING = 64  # rows of the embedding after ours, as in Google's files: the first is the image token
 
-# Where a whole section is missing, PaliGemmaConfig has defaults of its own; those of transformers 5.23,
+# If a whole section is missing, PaliGemmaConfig has its own defaults; these are transformers 5.23's,
 # models/paligemma/configuration_paligemma.py.
 SECTIONS = {
     "vision_config": dict(
@@ -79,7 +79,7 @@ def table(paths: Collection[str]) -> tuple[Row, ...]:
 
 
 def canonical(name: str) -> str:
-    """A tensor's or module's name without what the generations of transformers differ in.
+    """A tensor's or module's name without what differs between generations of transformers.
 
     "model.language_model.layers.0…" (since 4.52), "language_model.model.layers.0…" (before, and on
     Google's pages) → "language_model.layers.0…"; "…vision_tower.vision_model.encoder…" (before 5)
@@ -95,7 +95,7 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     """The model of a config.json.
 
     Raises:
-      CheckpointError: it asks for what our model doesn't compute.
+      CheckpointError: it needs something that our model doesn't compute.
     """
     vision, text = (
         config.section(
@@ -115,7 +115,7 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
 
 
 def _vocab_size(whole, rows, path):
-    """Rows of our table: theirs has some more, from the image's token on, that mean nothing."""
+    """Rows of our table: theirs has more, from the image token on, without a meaning."""
     token = whole.get("image_token_index", whole.get("image_token_id", IMAGE_TOKEN))
     if isinstance(token, bool) or not isinstance(token, int) or token < 1:
         raise CheckpointError(f"{path}: image_token_index is {token!r}, expected a token's number")
@@ -133,9 +133,9 @@ def make_config(
     """The config.json of a model.
 
     Args:
-      sizes: of its parts, by `layout.measure`.
+      sizes: of its parts, from `layout.measure`.
       paths: of its leaves.
-      img, llm: our two dicts of it, which say what shapes don't; None is unknown.
+      img, llm: our two dicts for it, for what shapes don't determine; None means unknown.
 
     Raises:
       CheckpointError: PaliGemma has no such parts, or a dict contradicts the sizes.

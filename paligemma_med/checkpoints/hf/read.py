@@ -15,18 +15,18 @@ from paligemma_med.checkpoints.lazy import Lazy
 from paligemma_med.models import vlm
 from paligemma_med.models.leaves import unflatten_tree
 
-_PIECE = 2**24  # bytes of the two tables that are compared at once
+_PIECE = 2**24  # bytes of the two tables to compare at once
 
 
 def model_config(folder: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model of a Hugging Face directory, from its config.json.
 
     Returns:
-      (img, llm): `paligemma.Model(img=img, llm=llm)` is that model, every size given.
+      (img, llm): `paligemma.Model(img=img, llm=llm)` is that model, with every size given.
 
     Raises:
       FileNotFoundError: no config.json.
-      CheckpointError: it is of no family known here, or asks for what our model doesn't compute.
+      CheckpointError: it is of an unknown family, or needs something that our model doesn't compute.
     """
     _, described = _describe(folder)
     return described.img, described.llm
@@ -42,15 +42,15 @@ def _describe(folder):
 def open_hf(folder: os.PathLike | str) -> dict[str, Any]:
     """Opens a Hugging Face directory: our tree of `lazy.Lazy`, read one by one.
 
-    The embedding's rows from the image's token on are left out, and its tied copy `lm_head` must
-    equal it to the bit, which is checked when it is read.
+    The embedding's rows from the image token on are left out, and its tied copy `lm_head` must equal it
+    exactly, which is checked when it is read.
 
     Args:
       folder: with config.json and *.safetensors, in one file or several with an index, under the
         names of any version of transformers.
 
     Returns:
-      {"img": …, "llm": …}; dtypes as stored (layers of unlike types become float32).
+      {"img": …, "llm": …}; dtypes as stored (layers of different types become float32).
 
     Raises:
       FileNotFoundError: no config.json or weights.
@@ -95,7 +95,7 @@ def _by_canonical_name(family, found):
 
 
 def _paths(described: Described, folder):
-    """Of the leaves that our model of that description has."""
+    """Paths of the leaves of our model for that description."""
     try:
         return vlm.Model(img=described.img, llm=described.llm).leaves.keys()
     except ValueError as e:
@@ -127,7 +127,7 @@ def _layers(row, size):
 
 
 def _leaf(rows, found, size):
-    """Our leaf, of the tensors of all its rows in all layers."""
+    """Our leaf, made from the tensors of all its rows in all layers."""
     pieces = []  # (where in our array, tensor, row)
     for row in rows:
         for i in _layers(row, size):

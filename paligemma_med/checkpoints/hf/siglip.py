@@ -10,7 +10,7 @@ from paligemma_med.checkpoints.hf.layout import Row, dense, norm
 from paligemma_med.models import vit
 
 TYPES = ("siglip_vision_model",)
-# Keys that a config.json leaves out have their class's default; those of transformers 5.23,
+# Keys missing in a config.json have their class' default; these are transformers 5.23's,
 # models/siglip/configuration_siglip.py.
 DEFAULTS = {
     "siglip_vision_model": dict(
@@ -23,18 +23,18 @@ DEFAULTS = {
         patch_size=16,
     ),
 }
-# What our tower computes and has no argument for.
+# What our tower computes without having an argument for it.
 FIXED = {"siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)}
-BUFFERS = (r"embeddings\.position_ids",)  # saved by some versions of transformers; nothing learnt
+BUFFERS = (r"embeddings\.position_ids",)  # saved by some versions of transformers; nothing learned
 
 
 def rows(paths: Collection[str], name: str, part: str = "img") -> Iterator[Row]:
     """The rows of a tower.
 
     Args:
-      paths: of the leaves that our tower has; every one has all of these.
-      name: canonical name of theirs.
-      part: of ours.
+      paths: of our tower's leaves; every tower has all of these.
+      name: their tower's canonical name.
+      part: our part's name.
     """
     del paths
     at, block = f"{name}.embeddings", f"{part}/Transformer/encoderblock"
@@ -52,7 +52,7 @@ def rows(paths: Collection[str], name: str, part: str = "img") -> Iterator[Row]:
 
 
 def describe(section: Section, out_width: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """Our dict and the sizes of a tower that leads into a language model of width `out_width`.
+    """Our dict and the sizes of a tower that feeds a language model of width `out_width`.
 
     Raises:
       CheckpointError: numbers that don't make a tower.
@@ -92,10 +92,10 @@ def make_section(size: Mapping[str, int], img: Mapping[str, Any] | None) -> dict
     """vision_config of a tower of these sizes.
 
     Args:
-      img: our dict of it, or None.
+      img: our dict for it, or None.
 
     Raises:
-      CheckpointError: theirs has no such tower, or `img` says other sizes.
+      CheckpointError: transformers has no such tower, or `img` gives other sizes.
     """
     side = math.isqrt(size["T"])
     if size["Y"] != size["X"] or side**2 != size["T"]:

@@ -1,7 +1,7 @@
-"""The tensors of a directory of safetensors files, and the head of such a file.
+"""The tensors of a directory of safetensors files, and the header of such a file.
 
-Each is read alone, when it is asked for. The format is that of the library safetensors (README.md there): the length of
-a JSON object, the object, the bytes.
+Each tensor is read separately, when needed. The format is that of the library safetensors (its README.md): the length
+of a JSON object, the object, the bytes.
 """
 
 import json
@@ -25,7 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """A tensor in a safetensors file; dtype is None for what is no float."""
+    """A tensor in a safetensors file; dtype is None if it isn't a float."""
 
     path: str
     name: str
@@ -33,12 +33,12 @@ class Tensor(NamedTuple):
     dtype: np.dtype | None
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Its rows from start to stop.
+        """The rows from start to stop.
 
         Raises:
           CheckpointError: they can't be read.
         """
-        # Opened anew each time: what an open file has read counts as this process's memory.
+        # Opened again each time: what an open file has read counts as this process' memory.
         try:
             with safetensors.safe_open(self.path, "np") as f:
                 if (start, stop) == (0, None):
@@ -52,7 +52,7 @@ def open_all(folder: str) -> list[Tensor]:
     """All tensors of a directory, in one file or in several with an index.
 
     Raises:
-      FileNotFoundError: no weights, or a file of them is missing.
+      FileNotFoundError: no weights, or one of their files is missing.
       CheckpointError: a file is damaged, or the index and the files have different tensors.
     """
     names, indexed = _files(folder)
@@ -81,7 +81,7 @@ def _files(folder):
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{index} has no weight_map")
     for name, file in where.items():
-        # A plain name: an index can't reach out of its folder.
+        # A plain name: an index can't refer to files outside its folder.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise CheckpointError(f"{index}: {name} is in {file!r}, expected a .safetensors file of this folder")
     return sorted(set(where.values())), set(where)

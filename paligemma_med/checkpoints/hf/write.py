@@ -19,14 +19,14 @@ from paligemma_med.models.leaves import flatten_tree
 
 
 class _Planned(NamedTuple):
-    """A tensor that will be written."""
+    """A tensor to be written."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     row: Row
-    at: tuple[int, ...]  # its place in our array
-    padding: int  # rows behind ours, copies of the first
+    at: tuple[int, ...]  # its index in our array
+    padding: int  # rows appended to ours, copies of the first
 
     @property
     def nbytes(self):
@@ -44,31 +44,30 @@ def save_hf(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a directory that transformers' `from_pretrained` loads, PaliGemmaForConditionalGeneration's for one.
+    """Writes a directory that transformers' `from_pretrained` loads, such as PaliGemmaForConditionalGeneration's.
 
-    Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3,
-    4.57.1, 5.0.0, 5.8.0 and 5.23.0 were tried. (All between the first and the last of them leave
-    out Gemma 2's soft-cap of the output, which changes logits but no greedy answer.) Leaves pass
-    through memory one at a time, and the folder appears whole or not at all. The tokenizer and the
-    image processor are not part of it: they are those of google/paligemma-*.
+    Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3, 4.57.1, 5.0.0, 5.8.0
+    and 5.23.0 were tried. (All between the first and the last of them leave out Gemma 2's soft-cap of the output,
+    which changes logits but no greedy answer.) One leaf is in memory at a time, and the folder appears whole or not at
+    all. It doesn't include the tokenizer and the image processor, which are those of google/paligemma-*.
 
-    The embedding gets 64 more rows, of which the first is the image's token. They are copies of row
-    0 (<pad>), whose logit is therefore theirs too: at a tie argmax takes the lower token, so none
-    of them is ever the greedy answer, as rows of zeros would be where all logits are below 0.
+    The embedding gets 64 more rows, of which the first is the image token. They are copies of row 0 (<pad>), so they
+    have its logit: at a tie argmax takes the lower token, so none of them is ever the greedy answer, as rows of zeros
+    would be if all logits were below 0.
 
     Args:
-      folder: where to.
+      folder: the directory to write.
       params: {"img": …, "llm": …} of arrays or `lazy.Lazy`, without adapters.
-      img, llm: the model's two config dicts, which say what shapes don't: soft-caps and the scale
-        of queries. Without `llm`, Gemma 2 must have the sizes of a known variant.
+      img, llm: the model's two config dicts, for what shapes don't determine: soft-caps and the scale of queries.
+        Without `llm`, Gemma 2 must have the sizes of a known variant.
       dtype: what tensors are cast to; None keeps each as it is.
-      max_shard_bytes: tensors go to several files of at most so much.
+      max_shard_bytes: maximum size of each file.
       overwrite: replace an existing directory of this kind.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
       FileExistsError: `folder` exists.
-      CheckpointError: the tree is that of no family known here, or `img` or `llm` contradict it.
+      CheckpointError: the tree fits no known family, or `img` or `llm` contradict it.
     """
     folder, dtype = os.fspath(folder), lazy.dtype_of(dtype)
     flat = {
@@ -97,7 +96,7 @@ def save_hf(
 
 
 def _table_of(flat):
-    """(family, its rows) of a tree; a tree that none fits is an error."""
+    """(family, its rows) of a tree; CheckpointError if no family fits."""
     factors = [key for key in flat if lora.is_factor(key)]
     if factors:
         raise CheckpointError(
@@ -148,7 +147,7 @@ def _shards(plan, most):
 
 
 def _widest(dtypes):
-    """transformers loads all tensors as one type; that in which none loses a bit."""
+    """The type in which no tensor loses a bit, since transformers loads all tensors as one type."""
     widest = max(dtypes, key=lambda d: d.itemsize)
     return np.dtype("float32") if len(dtypes) > 1 and widest.itemsize == 2 else widest
 
@@ -160,7 +159,7 @@ def _write_shards(folder, names, shards, flat, sizes, progress):
             f.write(tensors.header((t.name, t.dtype, t.shape) for t in shard))
             for tensor in shard:
                 if tensor.row.path != path:
-                    leaf = None  # first let go of the one before
+                    leaf = None  # first free the previous one
                     leaf, path = np.asarray(flat[tensor.row.path]), tensor.row.path
                 _write_tensor(f, tensor, leaf[tensor.at], sizes[tensor.row.part])
                 if progress:
