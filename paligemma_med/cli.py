@@ -8,6 +8,7 @@ import functools
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,7 +17,7 @@ from paligemma_med.config import stand_ins
 from paligemma_med.parallel import ending
 
 
-def command(main):
+def command(main) -> Callable:
     """`main` of a program, so wrapped that mistakes which its user can mend are told in one sentence.
 
     With --verbosity=1 they keep their traceback, and libraries log what they do.
@@ -98,7 +99,7 @@ def define_source_flags() -> None:
     flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
 
 
-def from_flags():
+def from_flags() -> tuple:
     """(config, checkpoint) that those flags name; UsageError if they don't suffice.
 
     A checkpoint that is a run brings its own config, as --workdir does.

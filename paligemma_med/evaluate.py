@@ -4,7 +4,7 @@
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
 
 Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
-the same command goes on after the last batch; evals that are finished for the same weights and settings
+the same command resumes after the last batch; evals that are finished for the same weights and settings
 aren't run again. Of several processes (docs/clusters.md) the first one prints and writes.
 """
 
@@ -23,13 +23,13 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True) -> 
     """Runs config.evals on `checkpoint` and prints a table for each.
 
     Args:
-      config: ConfigDict of an experiment; stays as it is.
+      config: ConfigDict of an experiment; not changed.
       checkpoint: anything `checkpoints.load_params` takes.
       out: folder for eval/<name>/.
       only: names of the evals to run, or None for all. What the others need may be missing.
-      controls: for all evals; None: those that the config names; "all": all that there are, except for
-        sections that name their own.
-      resume: whether to use what an earlier start has left.
+      controls: for all evals; None: the config's; "all": all controls, except for sections that name their
+        own.
+      resume: whether to resume an interrupted evaluation.
 
     Returns:
       {name: {metric: value}}.
@@ -56,7 +56,7 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True) -> 
 
 
 def _selected(config, only):
-    """A copy of the config with these evals alone."""
+    """A copy of the config with only these evals."""
     evals = config.get("evals") or {}
     if unknown := sorted(set(only or []) - set(evals)):
         raise ValueError(f"config.evals has no {unknown}; it has {sorted(evals)}.")
@@ -88,7 +88,7 @@ def _set_controls(config, controls):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     values = flags.FLAGS
     distributed.start_from_flags(awaits_sigterm=False)
@@ -106,5 +106,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
     flags.DEFINE_list("controls", ["all"], f"Some of {', '.join(scoring.CONTROLS)}, or all.")
-    flags.DEFINE_bool("resume", True, "Go on with what an earlier start has left.")
+    flags.DEFINE_bool("resume", True, "Resume an interrupted evaluation.")
     app.run(main, flags_parser=cli.parse_flags)

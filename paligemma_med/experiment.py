@@ -1,6 +1,6 @@
-"""From a config to the things it names: model, tokenizer, mesh, evaluators.
+"""Makes what a config names: model, tokenizer, mesh, evaluators.
 
-Every program starts here (through `setup`), so that all agree on what a config means. Weights are read in
+Every program starts here (through `setup`), so that all agree on what a config means. For weights see
 `weights`.
 """
 
@@ -13,6 +13,7 @@ import os
 import pkgutil
 import shlex
 import sys
+import types
 
 import jax
 
@@ -46,7 +47,7 @@ def make_model(config) -> vlm.Model:
 
 
 def _check_attention(config):
-    """cuDNN needs a GPU; elsewhere its kernels would fail in the middle of tracing."""
+    """Raises ValueError for cuDNN without a GPU, where its kernels would fail in the middle of tracing."""
     towers = {f"config.model.{k}": config.model[k] for k in parts.FAMILIES if k in config.model}
     sections = {"config": config, **towers}
     for where, section in sections.items():
@@ -102,7 +103,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
       checkpoint: where the weights come from, for metrics.json; by default the folder.
 
     Raises:
-      ValueError: a section that can't be meant, or data that aren't there.
+      ValueError: an impossible section, or missing data.
     """
     out = {}
     for name, section in (config.get("evals") or {}).items():
@@ -134,7 +135,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
     return out
 
 
-def evaluator_module(kind, where):
+def evaluator_module(kind, where) -> types.ModuleType:
     """The file of `paligemma_med.evaluators` that a section's type names; ValueError if it names none."""
     known = sorted(module.name for module in pkgutil.iter_modules(evaluators.__path__))
     if kind not in known:
@@ -150,7 +151,7 @@ _FROM_HERE = {"inputs", "total", "outdir", "about"}  # arguments of an evaluator
 
 
 def check_eval_keys(section, evaluator, where) -> None:
-    """ValueError if a section of config.evals has keys that this evaluator doesn't take."""
+    """Raises ValueError if a section of config.evals has keys that this evaluator doesn't take."""
     known = {*_EVAL_KEYS, *_arguments(evaluator)} - _FROM_HERE
     config_values.check_keys(section, known, where)
 

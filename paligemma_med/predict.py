@@ -17,7 +17,7 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
     """Answers questions about one image.
 
     Args:
-      config: ConfigDict of the experiment whose prompt and model are meant; stays as it is.
+      config: ConfigDict of an experiment, for its prompt and model; not changed.
       checkpoint: anything `checkpoints.load_params` takes.
       image: encoded bytes (JPEG, PNG, …) or uint8[H, W, 3].
       questions: list of str.
@@ -53,7 +53,7 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     values = flags.FLAGS
     distributed.start_from_flags(awaits_sigterm=False)

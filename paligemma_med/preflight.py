@@ -1,8 +1,7 @@
-"""Whether a run can start: what its config names is there and fits, before weights are read.
+"""Checks before weights are read whether a run can start: what its config names must exist and fit.
 
-Opens data sets and checkpoints, reads a record of each set and no weights, and traces the
-optimizer: a few seconds, however large the model. What a config's values can be at all is for
-`config.values` to say; this file needs the files.
+Opens data sets and checkpoints, reads one record of each set and no weights, and traces the optimizer: a
+few seconds for a model of any size. `config.values` checks values that need no files.
 """
 
 import jax
@@ -28,7 +27,7 @@ def check(setup: TrainingSetup) -> None:
 
 
 def check_evals(setup: Setup) -> None:
-    """Raises ValueError for config.evals whose pp strings give what can't be evaluated on."""
+    """Raises ValueError for config.evals whose pp strings give something that can't be evaluated."""
     config, model = setup.config, setup.model
     for name, section in (config.get("evals") or {}).items():
         if not config_values.is_big_visions(section):

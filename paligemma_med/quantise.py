@@ -1,4 +1,4 @@
-"""Makes frozen weights of 8 or 4 bits: config.frozen_dtype = "int8" or "nf4".
+"""Quantises frozen weights to 8 or 4 bits: config.frozen_dtype = "int8" or "nf4".
 
 - int8: one float32 scale for each output of a kernel, 1/127.5 of the largest weight on its
   inputs.
@@ -31,13 +31,13 @@ from paligemma_med.models.leaves import Leaf
 KINDS = ("int8", "nf4")
 REST = "bfloat16"  # what isn't quantised
 BLOCK = 64
-_ROWS = 2**14  # of the table, that are worked on at a time
+_ROWS = 2**14  # rows of the table to process at a time
 
 _BORDERS = (np.array(NF4[1:], np.float32) + np.array(NF4[:-1], np.float32)) / 2  # of codes
 
 
 def kind_of(name: str, shape, wanted: str, leaves: Mapping[str, Leaf] | None = None) -> str | None:
-    """What the parameter `name` is stored in where config.frozen_dtype is `wanted`, of KINDS.
+    """Which of KINDS the parameter `name` is stored as if config.frozen_dtype is `wanted`.
 
     Args:
       leaves: the model's table of leaves, {path: Leaf}; by default PaliGemma's.
@@ -60,8 +60,8 @@ def stored(name: str, x, kind: str, leaves: Mapping[str, Leaf] | None = None) ->
     """What a parameter becomes when stored in `kind`.
 
     Args:
-      x: has the dense parameter's shape, and its sharding (or None). Codes and scales are cut as it
-        is, as far as they can be.
+      x: has the dense parameter's shape, and its sharding (or None). Codes and scales are cut in the same
+        way as far as possible.
       leaves: as for `kind_of`.
 
     Returns:
@@ -110,7 +110,7 @@ def quantise(name: str, array, kind: str, leaves: Mapping[str, Leaf] | None = No
       leaves: as for `kind_of`.
 
     Returns:
-      {name: codes, name of the scales: scales}, shapes and dtypes as `stored` tells.
+      {name: codes, name of the scales: scales}, shapes and dtypes as in `stored`.
 
     Raises:
       ValueError: a weight isn't finite.
@@ -136,7 +136,7 @@ def _pieces(leaf, length):
 
 
 def _quantise(layer, kind, axes):
-    """(codes, scales) of float32[…], whose inputs lie along `axes`."""
+    """(codes, scales) of float32[…], whose inputs are on `axes`."""
     if kind == "int8":
         scale = _or_one(np.max(np.abs(layer), axes, keepdims=True) / np.float32(127.5))
         return np.clip(np.rint(layer / scale), -128, 127), scale

@@ -1,30 +1,34 @@
-"""What a config comes to, worked out once and handed to all that need it.
+"""What a config means, worked out once and shared by all code that needs it.
 
-`Setup` has the model, the tokenizer, the mesh, and the type, kind and place of every leaf; `TrainingSetup` also says
+`Setup` has the model, the tokenizer, the mesh, and the type, kind and sharding of every leaf; `TrainingSetup` also has
 which leaves are trained, on which data, for how long, and by which optimizer. No weights are read here.
 
-Each of these is worked out when it is first asked for, and kept. So a dry run opens no data, and what reads a run of
-eight devices on a laptop asks for no mesh.
+Each of these is computed on first use and cached. So a dry run opens no data, and reading a run of eight devices on a
+laptop needs no mesh.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from paligemma_med import experiment, input_pipeline, quantise
 from paligemma_med.config import durations
 from paligemma_med.config import values as config_values
 from paligemma_med.models import flops, parts, vlm
+from paligemma_med.models.leaves import Leaf
 from paligemma_med.parallel import sharding
+from paligemma_med.pp.tokenizer import Tokenizer
 from paligemma_med.training import optim
 
 
 class Setup:
-    """What answering questions takes of a config: nothing is trained.
+    """What answering questions needs from a config; nothing is trained.
 
     Attributes:
-      config: a checked copy; the caller's stays as it is.
+      config: a checked copy; the caller's isn't changed.
     """
 
     trained_names = ()
@@ -32,10 +36,10 @@ class Setup:
     def __init__(self, config, *, mesh=None):
         """
         Args:
-          mesh: instead of that of config.mesh.
+          mesh: replaces that of config.mesh.
 
         Raises:
-          ValueError: a mistake in the config; what only shows later is raised by the attribute that needs it.
+          ValueError: a mistake in the config; mistakes that only show later are raised by the attribute concerned.
         """
         self.config = self._check(config)
         if mesh is not None:
@@ -48,7 +52,7 @@ class Setup:
         return experiment.make_model(self.config)
 
     @functools.cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         return experiment.make_tokenizer(self.config, self.model)
 
     @functools.cached_property
@@ -61,14 +65,14 @@ class Setup:
         return experiment.abstract_params(self.config, self.model)
 
     @functools.cached_property
-    def leaves(self):
-        """The model's table of leaves, of `parts.leaves_of`."""
+    def leaves(self) -> dict[str, Leaf]:
+        """The model's table of leaves, from `parts.leaves_of`."""
         return parts.leaves_of(self.config.model)
 
     @functools.cached_property
     def dtypes(self) -> dict[str, jnp.dtype]:
-        """{name: type on the devices}: trained leaves float32, frozen ones config.frozen_dtype. Those that are
-        quantised (`kinds`) have the type here that the others then have."""
+        """{name: type on the devices}: trained leaves float32, frozen ones config.frozen_dtype. If that quantises
+        (`kinds`), quantised leaves have the type of the unquantised ones here."""
         frozen = self.config.get("frozen_dtype", "float32")
         frozen = jnp.dtype(quantise.REST if frozen in quantise.KINDS else frozen)
         trained = set(self.trained_names)
@@ -76,7 +80,7 @@ class Setup:
 
     @functools.cached_property
     def kinds(self) -> dict[str, str]:
-        """{name: kind, of `quantise.kind_of`} of the frozen leaves that config.frozen_dtype quantises."""
+        """{name: kind, from `quantise.kind_of`} of the frozen leaves that config.frozen_dtype quantises."""
         wanted, trained = self.config.get("frozen_dtype"), set(self.trained_names)
         if wanted not in quantise.KINDS:
             return {}
@@ -87,32 +91,32 @@ class Setup:
 
     @functools.cached_property
     def shardings(self) -> dict[str, jax.sharding.NamedSharding]:
-        """{name: place} by config.sharding_strategy; by default a copy on every device."""
+        """{name: sharding} by config.sharding_strategy; by default a copy on every device."""
         return {n: place for n, (place, _) in self.placement.items()}
 
     @functools.cached_property
     def placement(self) -> dict[str, tuple[jax.sharding.NamedSharding, str]]:
-        """{name: (place, what stayed whole although it was to be cut)}, of `sharding.plan`."""
+        """{name: (sharding, note on what stayed whole against its rule)}, from `sharding.plan`."""
         strategy = self.config.get("sharding_strategy") or [(".*", "replicate")]
         return sharding.plan(self.abstract, strategy, self.mesh, self.leaves)
 
 
 class TrainingSetup(Setup):
-    """What training takes of a config."""
+    """What training needs from a config."""
 
     _check = staticmethod(config_values.checked_for_training)
 
     @classmethod
     def without_data(cls, config, *, mesh=None) -> "TrainingSetup":
-        """The same, but for how long the run is: no data set is opened to count its examples. The shapes of all that
-        a step reads and changes don't depend on it."""
+        """A setup without the run's length, so that no data set is opened to count its examples. The shapes of
+        everything that a step reads and changes don't depend on it."""
         setup = cls(config, mesh=mesh)
         setup.num_examples, setup.total_steps = 10**6, 10**9
         return setup
 
     @functools.cached_property
     def batch_sharding(self) -> jax.sharding.NamedSharding:
-        """The place of a batch, which divides into microbatches and devices."""
+        """The sharding of a batch, which divides into micro-batches and devices."""
         _check_batch_size(self.config, self.mesh)
         return sharding.batch_sharding(self.mesh)
 
@@ -123,17 +127,17 @@ class TrainingSetup(Setup):
 
     @functools.cached_property
     def data(self) -> input_pipeline.TrainingSets:
-        """What config.input names, opened."""
+        """The opened data sets of config.input."""
         return input_pipeline.TrainingSets(self.config.input)
 
     @functools.cached_property
     def num_examples(self) -> int:
-        """Of an epoch."""
+        """Examples in an epoch."""
         return self.data.num_examples
 
     @functools.cached_property
     def total_steps(self) -> int:
-        """How long the run is."""
+        """Length of the run in steps."""
         total = durations.to_steps(
             self.config, "total", num_examples=self.num_examples, batch_size=self.config.input.batch_size
         )
@@ -153,12 +157,12 @@ class TrainingSetup(Setup):
         )
 
     @property
-    def tx(self):
+    def tx(self) -> optax.GradientTransformation:
         """The optimizer: an optax.GradientTransformation over {trained name: array}."""
         return self._optimizer[0]
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Callable:
         """step → float32[], of the first schedule."""
         return self._optimizer[1]
 
@@ -187,7 +191,7 @@ class TrainingSetup(Setup):
 
 
 def _check_batch_size(config, mesh):
-    """ValueError unless a batch divides into microbatches, and those into devices."""
+    """Raises ValueError unless a batch divides into micro-batches, and those over devices."""
     size, accum = config.input.batch_size, config.get("grad_accum_steps") or 1
     shards = sharding.batch_sharding(mesh).mesh.shape[sharding.DATA_AXIS]
     if size % (accum * shards):

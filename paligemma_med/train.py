@@ -1,8 +1,8 @@
 """Trains a config: python -m paligemma_med.train --config=configs/stage1_slake.py --workdir=out/s1
 
-`train` says what a run is made of, `Run.run` is its loop. A workdir gets config.json, metrics.jsonl, checkpoints/ and
-eval/; started again on the same workdir, the run goes on from its newest checkpoint. With --dry_run no data are read
-and nothing is written: the step is compiled on abstract arrays and its memory printed.
+`train` sets up a run, `Run.run` is its loop. A workdir gets config.json, metrics.jsonl, checkpoints/ and eval/;
+started again on the same workdir, the run resumes from its newest checkpoint. With --dry_run no data are read and
+nothing is written: the step is compiled on abstract arrays and its memory printed.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from paligemma_med.training import step as train_step
 from paligemma_med.training.soundness import Soundness
 
 
-def train(config, workdir, *, profile=None):
-    """Runs `config` in `workdir` to its end, or on from the newest checkpoint there.
+def train(config, workdir, *, profile=None) -> dict[str, dict]:
+    """Runs `config` in `workdir` to its end, resuming from the newest checkpoint there.
 
     Args:
-      config: ConfigDict; stays as it is.
+      config: ConfigDict; not changed.
       profile: "10:15" writes a trace of these steps into <workdir>/profile.
 
     Returns:
@@ -49,7 +49,7 @@ def train(config, workdir, *, profile=None):
     Raises:
       ValueError, OSError: the run can't start, in one sentence.
       FloatingPointError: loss, gradient or parameters aren't finite.
-      KeyboardInterrupt: stopped by a signal, after a checkpoint of where it was.
+      KeyboardInterrupt: stopped by a signal, after saving a checkpoint.
     """
     config = config_values.checked_for_training(config)
     setup = TrainingSetup(run_files.with_pinned_init(config, workdir))
@@ -71,13 +71,13 @@ def _open(setup, workdir):
 
 
 class Run:
-    """A run from its start to its end: its state, and what is open meanwhile."""
+    """A run from start to end: its state, and the resources it holds."""
 
     def __init__(self, setup, workdir, evaluators, signals, profile):
         """
         Args:
           setup: TrainingSetup.
-          evaluators: of `experiment.make_evaluators`.
+          evaluators: from `experiment.make_evaluators`.
           signals: `interrupts.Signals`, entered.
           profile: see `train`.
         """
@@ -87,7 +87,7 @@ class Run:
         self.log_every = setup.to_steps(config, "log_training", default=50)
         self.save_every = setup.to_steps(config, "ckpt", default=0)
         self.best_evaluator, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
-        self.metrics, self.results = {}, {}  # of the latest step, on the devices; of each evaluator's latest run
+        self.metrics, self.results = {}, {}  # the latest step's, on the devices; each evaluator's latest
 
         self.trace = profiling.Profile(profile, workdir, setup.total_steps)
         self.writers = metric_writers.open_writers(config, workdir, workdirs.newest_step(workdir) or 0)
@@ -117,7 +117,7 @@ class Run:
         self.soundness = Soundness(config, workdir, self.batches, skipped=self.state.skipped_steps)
 
     def _first_state(self):
-        """From weights or random, and from a checkpoint where there is one."""
+        """The initial state, or that of the newest checkpoint."""
         init = self.config.get("model_init")
         with notes.stage(f"reading the weights of {init}" if init else "drawing random weights"):
             state = states.initial(self.setup)
@@ -134,12 +134,12 @@ class Run:
             )
         return state
 
-    def run(self):
-        """The loop; returns as `train`."""
+    def run(self) -> dict[str, dict]:
+        """The loop; returns what `train` does."""
         state = self.state
         try:
-            run_files.start(self.workdir, self.config, state.kept_leaves, state.step)  # now that nothing is refused
-            if state.step:  # The run may have ended in an eval, after its checkpoint.
+            run_files.start(self.workdir, self.config, state.kept_leaves, state.step)  # all checks passed
+            if state.step:  # the run may have ended in an eval, after its checkpoint
                 self.evaluate(done=run_files.evals_at(self.workdir, state.step, self.evaluators))
             while state.step < self.total_steps:
                 self.take_step()
@@ -154,7 +154,7 @@ class Run:
             notes.say(f"Stopped at step {state.step}; run the same command to resume.", file=sys.stderr)
             raise
         except Exception as e:
-            ending.tell_if_peer_lost(e)  # now: what is closed below may wait for it
+            ending.tell_if_peer_lost(e)  # first, since closing below may wait for that process
             raise
         finally:
             self.bar.close()
@@ -164,13 +164,13 @@ class Run:
             self.writers.close()
         return self.results
 
-    def take_step(self):
-        """One step, its metrics where they are due, and a checkpoint where one is: before the evals, so that what
-        fails there costs no training."""
+    def take_step(self) -> None:
+        """One step, then metrics and a checkpoint if they are due: before the evals, so that a failure there costs
+        no training."""
         state = self.state
         batch, before = next(self.batches), self.metrics
         self.trace.step(state.step, self.metrics)
-        # A signal waits until the end: a run that had changed its state without telling of it couldn't be resumed.
+        # A signal waits until the end: a run whose state changed without being recorded couldn't be resumed.
         with self.signals.deferred():
             with self._compiling():
                 state.trained, state.opt_state, self.metrics = self.step_fn(
@@ -189,7 +189,7 @@ class Run:
                 self.record(row)
             if saves:
                 self.save()
-        # Two steps sent off keep the devices busy; each one more would hold a batch there.
+        # Two dispatched steps keep the devices busy; each further one would hold another batch there.
         jax.block_until_ready(before)
 
     def _compiling(self):
@@ -197,27 +197,27 @@ class Run:
         first = self.state.step == self.first_step
         return notes.stage("compiling the train step", self.bar.say) if first else contextlib.nullcontext()
 
-    def saves(self):
-        """Whether a checkpoint is due: always at the end, and where config.keep_best looks at an eval."""
+    def saves(self) -> bool:
+        """Whether a checkpoint is due: always at the end, and when config.keep_best needs one for an eval."""
         step = self.state.step
         best = self.best_evaluator and self.is_due(self.best_evaluator)
         return step == self.total_steps or _divides(self.save_every, step) or bool(best)
 
-    def is_due(self, name):
+    def is_due(self, name) -> bool:
         """Whether this evaluator runs after the latest step; always at the end."""
         _, section = self.evaluators[name]
         every = self.setup.to_steps(section, "log", default=None)
         return self.state.step == self.total_steps or _divides(every, self.state.step)
 
-    def check(self):
-        """Raises what `Soundness.check` does; writes down which records were skipped."""
+    def check(self) -> None:
+        """Raises like `Soundness.check`; records which examples were skipped."""
         self.soundness.check()
         for row in self.batches.skipped():
             if distributed.is_main():  # batch i makes step i + 1
                 run_files.append(self.workdir, "skipped.jsonl", row.pop("step") + 1, row)
 
-    def measure(self):
-        """{name: number} of the latest step, waited for."""
+    def measure(self) -> dict:
+        """{name: number} of the latest step, after waiting for it."""
         row = {k: float(v) for k, v in jax.device_get(self.metrics).items() if k not in _INTERNAL}
         if self.config.get("skip_nonfinite"):
             row["skipped_steps"] = self.soundness.skipped
@@ -227,20 +227,20 @@ class Run:
         row |= {f"epochs_of_{name}": n for name, n in self.batches.epochs().items()}
         return row
 
-    def record(self, values):
-        """Adds numbers to the row of the latest step, in metrics.jsonl and what else is written."""
+    def record(self, values) -> None:
+        """Adds numbers to the row of the latest step, in metrics.jsonl and the other writers."""
         run_files.add_metrics(self.workdir, self.state.step, values)
         self.writers.write(self.state.step, values)
 
-    def save(self):
+    def save(self) -> None:
         state = self.state
         state.input = {**self.batches.state(), "next_step": state.step}
         state.skipped_steps = self.soundness.skipped
         with self.bar.paused():
             states.save(state, self.checkpoints)
 
-    def evaluate(self, done=()):
-        """Runs the evaluators that are due, but for those in `done`."""
+    def evaluate(self, done=()) -> None:
+        """Runs the evaluators that are due, except those in `done`."""
         for name, (evaluator, _) in self.evaluators.items():
             if name in done or not self.is_due(name):
                 continue
@@ -256,7 +256,7 @@ class Run:
                 keep.check_metric(self.config, name, metrics)
 
 
-# Of a step's metrics, those that are looked at by Soundness alone.
+# Metrics of a step that only Soundness reads.
 _INTERNAL = ("lost", "finite")
 
 
@@ -265,7 +265,7 @@ def _divides(every, step):
 
 
 @cli.command
-def main(argv):
+def main(argv) -> None:
     del argv
     values = flags.FLAGS
     distributed.start_from_flags()
@@ -284,7 +284,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    # Here and not above, so that importing this module defines no flags.
+    # Here and not at the top, so that importing this module defines no flags.
     config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
     flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
     flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")

@@ -1,6 +1,6 @@
 """Weights: from the files that a config names to arrays on the devices, each leaf in its type.
 
-`initial_params` is what training starts from; `load` is what answering questions takes.
+`initial_params` gives training its start; `load` is for answering questions.
 """
 
 import math
@@ -50,10 +50,10 @@ def initial_params(setup: Setup) -> tuple[dict[str, jax.Array], set[str]]:
 
 
 def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What files give of the parameters that training starts from, on the host.
+    """The initial parameters that come from files, on the host.
 
     Returns:
-      ({name: array, which may still be in its file} of config.model_init, the same of
+      ({name: array, which may still be in its file} from config.model_init, the same from
       config.adapter_init); either may be empty.
 
     Raises:
@@ -79,7 +79,7 @@ def _two_adapters(config):
 
 
 def _random_params(setup, names):
-    """These parameters of a newly initialised model; the others aren't computed."""
+    """The parameters `names` of a newly initialised model; the others aren't computed."""
 
     def init():
         seed = jax.random.key(setup.config.get("seed", 0))
@@ -90,7 +90,7 @@ def _random_params(setup, names):
 
 
 def load_host_adapter(config, model) -> dict[str, np.ndarray]:
-    """{name: numpy array} of the factors of config.adapter_init. They must have the ranks and scales of config.lora;
+    """{name: numpy array}: the factors of config.adapter_init. They must have the ranks and scales of config.lora;
     dropout may differ, since it only matters in training."""
     adapter = checkpoints.load_adapter(config.adapter_init)
     want, found = adapted(config, model), adapter.specs
@@ -107,7 +107,7 @@ def load_host_adapter(config, model) -> dict[str, np.ndarray]:
 
 
 def _check_scales(config, model, spec):
-    """CheckpointError if config.lora would scale the adapters of a run differently than that run did."""
+    """Raises CheckpointError if config.lora would scale a run's adapters differently than that run did."""
     rules = _rules_of_run(spec)
     if rules is None:
         return
@@ -123,17 +123,17 @@ def _check_scales(config, model, spec):
 
 
 def _same_scale(a, b):
-    # PEFT's alpha is rounded where some projections are rank-stabilised and others aren't.
+    # PEFT's alpha is rounded if only some projections are rank-stabilised.
     return math.isclose(a.scale, b.scale, rel_tol=1e-9)
 
 
 def _rules_of_run(spec):
-    """config.lora of the run `spec`, ours or big_vision's; None if `spec` is no run or it has no adapters."""
+    """config.lora of the run `spec`, ours or big_vision's; None if it isn't a run or has no adapters."""
     return _config_of_run(spec).get("lora") or None
 
 
 def _config_of_run(spec):
-    """config.json of the run `spec` as a dict; empty if `spec` is no run."""
+    """config.json of the run `spec` as a dict; empty if it isn't a run."""
     if not isinstance(spec, str):
         return {}
     found = workdir.split_spec(spec)
@@ -141,18 +141,18 @@ def _config_of_run(spec):
 
 
 def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[str, Any]]:
-    """What answering questions takes: the model of `config` with the weights of `checkpoint`.
+    """What answering questions needs: the model of `config` with the weights of `checkpoint`.
 
-    Adapters are those of the checkpoint, or else of config.adapter_init. If there are none, the
-    model is the plain one, whatever config.lora says, and a line on stderr tells so.
+    Adapters come from the checkpoint, or else from config.adapter_init. If there are none, the model has
+    none either, whatever config.lora says, and a line on stderr says so.
 
     Args:
-      config: ConfigDict; stays as it is (its model_init doesn't count).
+      config: ConfigDict; not changed (its model_init is ignored).
       checkpoint: anything `checkpoints.load_params` takes.
 
     Returns:
       (model, tokenizer, mesh, params): params is the nested tree on the devices, every leaf in
-      config.frozen_dtype, since nothing is trained (quantised ones have their scales beside them).
+      config.frozen_dtype, since nothing is trained (quantised ones together with their scales).
 
     Raises:
       checkpoints.CheckpointError: the weights or the adapters don't fit the config. ValueError: a mistake in it.
@@ -180,13 +180,13 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
     return model, tokenizer, setup.mesh, unflatten_tree(params)
 
 
-def load_host_params(spec, abstract, resample_posemb=False, leaves=None):
+def load_host_params(spec, abstract, resample_posemb=False, leaves=None) -> dict[str, Any]:
     """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
-    Factors of adapters may be missing, but only all of them at once.
+    Factors of adapters may be missing, but only all of them together.
 
     Args:
-      resample_posemb: take position embeddings of another resolution, and resample them.
+      resample_posemb: resample position embeddings of another resolution.
       leaves: the model's table of leaves; by default PaliGemma's.
 
     Returns:
@@ -211,8 +211,8 @@ def load_host_params(spec, abstract, resample_posemb=False, leaves=None):
 
 
 def _check_resolution(spec, loaded, abstract, leaves):
-    """CheckpointError for position embeddings of another grid than the config's: resampled they work less well until
-    they are trained further, so the config must ask for it."""
+    """Raises CheckpointError for position embeddings of another grid than the config's: resampled ones work less well
+    until they are trained further, so the config must request it."""
     positions = next((leaf for leaf in leaves.values() if leaf.role == "positions"), None)
     if positions is None:
         return
@@ -229,10 +229,10 @@ def _check_resolution(spec, loaded, abstract, leaves):
 
 
 def place_params(host: dict[str, Any], setup: Setup) -> dict[str, jax.Array]:
-    """{name: numpy array} → {name: jax.Array} of the type, kind and place that `setup` says; the host's copies are
-    let go one by one.
+    """{name: numpy array} → {name: jax.Array} with the type, kind and sharding of `setup`; the host's copies are
+    freed one by one.
 
-    Of several processes each reads the weights, and copies to its devices what they hold of them.
+    Each process reads the weights, and copies its devices' parts to them.
     """
     out = {}
     for name in list(host):
@@ -251,7 +251,7 @@ def _with_sharding(x, where, dtype=None):
 
 
 def stored_params(abstract: dict[str, Any], setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name: shape with its sharding} of what `place_params` makes of arrays of these shapes."""
+    """{name: shape with its sharding}: what `place_params` would make from arrays of these shapes."""
     out = {}
     for name, x in abstract.items():
         x = _with_sharding(x, setup.shardings[name], setup.dtypes[name])

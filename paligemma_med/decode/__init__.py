@@ -5,9 +5,9 @@ All three read a prompt once, however many continuations it gets: `prefill_cache
 cache a prompt, and every continuation keeps only the few positions of its own tokens. Loops end as
 soon as every row has ended.
 
-Randomness belongs to a row and not to a batch. The noise of a token is a function of (seed, row id,
-number of the sample, number of the token) and of nothing else, so that an answer can be drawn again
-alone, in another batch, or with more samples at once.
+Randomness belongs to a row and not to a batch. The noise of a token only depends on (seed, row id, number
+of the sample, number of the token), so that an answer can be reproduced alone, in another batch, or with
+more samples at once.
 
 Text is cut to the smallest of a few lengths (`bucket`) that holds the batch's longest prompt, so
 that little padding is computed and few programs are compiled. Padding is never seen; but sums over

@@ -32,8 +32,8 @@ def beam_search(
 
         (sum of its tokens' log-probabilities, EOS included) / (their number)^length_penalty,
 
-    and what has not ended after max_new_tokens ends there. Each prompt's result depends on nothing
-    else in the batch. Processes, compiling: as `generate`.
+    and beams that haven't ended after max_new_tokens end there. Each prompt's result doesn't depend on
+    the rest of the batch. Processes and compiling: as in `generate`.
 
     Args:
       model, params, batch: as for `generate`; row_id has no effect.

@@ -41,20 +41,20 @@ def generate(
       model: `paligemma.Model`.
       params: its parameters, wherever they are.
       batch: as big_vision's eval pp makes it; other keys are ignored.
-        image: float[B, height, width, 3] in [-1, 1]; or, in its place,
-        zimg: float[B, Q, D] from `encode_images`, where several prompts share an image.
+        image: float[B, height, width, 3] in [-1, 1]; or instead
+        zimg: float[B, Q, D] from `encode_images`, if several prompts share an image.
         text: int[B, T] the prompt, then padding.
         mask_ar: int[B, T] 0 on tokens that see one another (the prompt), 1 on causal ones.
         mask_input: int or bool[B, T] 1 on the prompt, 0 on the padding after it.
         image_at: optional int[B], how many tokens of the prompt stand before the image; by default 0.
         _mask: optional bool[B], False on rows that only fill up the batch: nothing is generated.
-        row_id: optional int[B] >= 0, names a prompt to the random numbers; by default its place in
-          the batch. Give something of the example's own to make samples independent of batching.
+        row_id: optional int[B] >= 0, identifies a prompt for the random numbers; by default its index in
+          the batch. Pass an example's own number to make samples independent of batching.
       max_new_tokens: M; EOS counts.
       num_samples: R. Sample 0 of R = 5 is the sample of R = 1. Greedy samples are equal.
       temperature: 0 takes the most probable token; otherwise logits are divided by it.
-      top_k: 0, or sampling from the k most probable tokens alone (arXiv 1805.04833) and those as
-        probable as the last of them.
+      top_k: 0, or sample only from the k most probable tokens (arXiv 1805.04833) and those as probable as
+        the last of them.
       top_p: in (0, 1], nucleus sampling (arXiv 1904.09751): of the distribution after temperature
         and top_k, the fewest most probable tokens that hold at least this mass. Tokens as probable
         as the last of them stay in too; the most probable one always does. At temperature 0 top_k
@@ -68,8 +68,8 @@ def generate(
       answers drawn in different ways can be compared; 0 after EOS.
 
     Raises:
-      ValueError: a bad argument, a missing key, shapes that don't fit one another, a prompt that
-        isn't left-aligned or has tokens that the model doesn't know.
+      ValueError: a bad argument, a missing key, shapes that don't fit together, a prompt that isn't
+        left-aligned or has unknown tokens.
     """
     _check_sampling(temperature, top_p)
     counts = dict(max_new_tokens=max_new_tokens, num_samples=num_samples)

@@ -1,8 +1,7 @@
 """Options by likelihood: how probable the model finds given continuations of a prompt.
 
-Nothing is generated, and so nothing needs to be read out of an answer: each option of a
-multiple-choice question is scored as the continuation of the prompt, tokenized as a training answer
-would be, EOS included.
+Nothing is generated, so no answer has to be parsed: each option of a multiple-choice question is scored as
+the continuation of the prompt, tokenized like a training answer, EOS included.
 
 Axis letters: B prompts, C options of a prompt, M tokens of an option, V vocabulary.
 """
@@ -19,7 +18,7 @@ from paligemma_med.parallel import distributed
 
 
 def encode_options(tokenizer, choices, *, eos=True, rows=None) -> tuple[np.ndarray, np.ndarray]:
-    """Options as `score_options` takes them.
+    """Options in the form that `score_options` takes.
 
     Args:
       tokenizer: of the model.

@@ -1,4 +1,4 @@
-"""What all ways of decoding share: a batch of prompts is checked, then read once into a cache.
+"""What all ways of decoding share: checking a batch of prompts, and reading it once into a cache.
 
 Axis letters: B prompts, R samples of a prompt, T text positions, V vocabulary, Q image tokens.
 """
@@ -19,8 +19,8 @@ KEYS = ("text", "mask_ar", "mask_input")
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode_images(model, params, image) -> jax.Array:
-    """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to stand as "zimg" in batches in
-    place of "image": several questions on one image then cost one pass of the image tower."""
+    """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to be passed as "zimg" instead of "image":
+    several questions on one image then cost one pass of the image tower."""
     return model.apply({"params": params}, image, method="embed_image")[0]
 
 
@@ -44,7 +44,7 @@ def bucket(longest, limit) -> int:
 
 
 def check_whole(limit, **values) -> None:
-    """ValueError unless each is a whole number, `limit` or more."""
+    """Raises ValueError unless each is a whole number, `limit` or more."""
     for name, value in values.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or not limit <= value < 2**32:
@@ -52,10 +52,10 @@ def check_whole(limit, **values) -> None:
 
 
 def check_batch(batch, model) -> tuple[dict, int]:
-    """(the arrays that the model reads, the length to cut text to), or ValueError.
+    """(the arrays that the model reads, the length to cut text to); ValueError for a bad batch.
 
-    Tokens are checked on the host: a prompt that isn't left-aligned, or that another tokenizer made,
-    would give fluent nonsense.
+    Tokens are checked on the host: a prompt that isn't left-aligned, or is from another tokenizer, would
+    give fluent nonsense.
     """
     seen = "zimg" if "zimg" in batch else "image"
     if missing := [k for k in (seen, *KEYS) if k not in batch]:
@@ -74,7 +74,7 @@ def check_batch(batch, model) -> tuple[dict, int]:
         if batch.get(key) is not None and batch[key].shape != text.shape[:1]:
             raise ValueError(f"{key} has shape {batch[key].shape}; expected ({text.shape[0]},).")
 
-    # Every process checks all rows: if one alone gave up, the others would wait for it.
+    # Every process checks all rows: if only one failed, the others would wait for it.
     text, mask = distributed.to_host((batch["text"], batch["mask_input"]))
     mask = _as_bool(mask)
     if np.any(bad := (~mask[:, :-1] & mask[:, 1:]).any(axis=1)):
@@ -96,7 +96,7 @@ def check_batch(batch, model) -> tuple[dict, int]:
 
 
 def check_tokens(tokens, model, what) -> None:
-    """ValueError where the model has no embedding for one of int[…] tokens."""
+    """Raises ValueError if the model has no embedding for one of int[…] tokens."""
     known = model.vocab_size
     if np.any(unknown := (tokens < 0) | (tokens >= known)):
         raise ValueError(

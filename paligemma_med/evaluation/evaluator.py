@@ -1,4 +1,4 @@
-"""What evaluators of questions share: how a batch is asked, the controls that are texts, and the files.
+"""What evaluators of questions share: asking a batch, the text controls, and the files.
 
 `evaluators/` says in which passes, and with which images and prompts, the questions are asked.
 
@@ -56,9 +56,8 @@ class Evaluator:
       outdir: folder of metrics.json and predictions.jsonl; None writes nothing.
       about: a function of the parameters that gives the dict about what is evaluated, for
         metrics.json. All of it but `checkpoint` and `command` decides whether an evaluation is the
-        same as one that was killed; without it no evaluation is ever continued.
-      resume: whether `run` continues where an earlier run of the same was killed. No argument: set
-        it afterwards.
+        same as an interrupted one; without it no evaluation is ever resumed.
+      resume: whether `run` resumes an interrupted evaluation. Not an argument: set it afterwards.
 
     Raises:
       ValueError: an unknown control or protocol, or a control without what it needs; several
@@ -149,11 +148,11 @@ class Evaluator:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What stands beside the model in the tables: by default, the controls."""
+        """The other columns of the tables: by default, the controls."""
         return self.controls
 
     def answered(self, params, part: results.Part, folder: str) -> list[dict]:
-        """The rows of predictions.jsonl; those that `part` has already are not asked again.
+        """The rows of predictions.jsonl; those that `part` already has aren't asked again.
 
         Args:
           params: the model's.
@@ -189,7 +188,7 @@ class Evaluator:
         return questions.lines(batch, rows, pixels, self.tokenizer, choices=choices, cut=cut)
 
     def add_text_control(self, who, rows) -> None:
-        """Adds to each row what a control says that needs no model."""
+        """Adds to each row the answer of a control that needs no model."""
         if who.startswith("majority") and self._majority is None:
             self._majority = controls_lib.majority_answers(self.train_data)
             self.train_data = None
@@ -222,18 +221,18 @@ class Evaluator:
 
 
 def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """ValueError where one of `names` is none of `known`."""
+    """Raises ValueError if one of `names` isn't among `known`."""
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{what} has {unknown[0]!r}; expected some of {list(known)}.")
 
 
 class Placement:
-    """Where an array of a batch lies, without the array, to put others there."""
+    """The sharding of a batch's array, without the array, to place others in the same way."""
 
     def __init__(self, array):
         self._sharding = getattr(array, "sharding", None)
 
-    def put(self, array):
+    def put(self, array) -> Any:
         return array if self._sharding is None else distributed.place(array, self._sharding)
 
 

@@ -1,4 +1,4 @@
-"""The questions of a split: what a row must hold, and what is known of it before it is asked."""
+"""The questions of a split: what a row must hold, and what is known about it before it is asked."""
 
 import hashlib
 import re
@@ -10,12 +10,12 @@ from paligemma_med.metrics import answers
 from paligemma_med.parallel import distributed
 from paligemma_med.pp import rows as row_keys
 
-# Keys of a batch that are arrays of the model's, and not of the question.
+# Keys of a batch that are arrays for the model, not about the question.
 _ARRAYS = ("image", "text", "mask_ar", "mask_input", "image_at", "_mask")
 
 
 def check(batch, rows) -> None:
-    """ValueError unless these rows can be asked and scored, and are the first ones of the batch."""
+    """Raises ValueError unless these rows can be asked and scored, and are the first ones of the batch."""
     valid = distributed.to_host(batch["_mask"]) if "_mask" in batch else np.ones(len(rows))
     if not np.array_equal(np.flatnonzero(valid), np.arange(len(rows))):
         raise ValueError(f"_mask is {valid} for {len(rows)} rows; expected the valid ones first.")
@@ -105,8 +105,8 @@ def checked(saved, asked) -> list[dict] | None:
 
 
 def image_key(pixels) -> str:
-    """A digest of an image as the model sees it: 16 hexadecimal digits. Pictures are told apart by
-    it, since one picture can have two ids."""
+    """A digest of an image as the model sees it: 16 hexadecimal digits. It identifies pictures, since one
+    picture can have two ids."""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:16]
 
 

@@ -1,10 +1,10 @@
-"""The files of an evaluation: what is there while it runs, how it resumes, and what it leaves.
+"""The files of an evaluation: while it runs, when it resumes, and at the end.
 
-While it runs, predictions.part.jsonl grows by a line a batch, flushed to the disk. Its first line
-says what is evaluated: weights, data, settings. Started again, an evaluation of the same takes over
-the batches that are there and continues after them; one of anything else starts anew. At the end
-predictions.jsonl and metrics.json are written, each whole or not at all, and the part is removed.
-The result is the same to the byte as without an interruption.
+While it runs, predictions.part.jsonl grows by one line per batch, flushed to disk. Its first line says
+what is evaluated: weights, data, settings. Started again, the same evaluation reuses the batches in it
+and resumes after them; a different one starts again. At the end predictions.jsonl and metrics.json are
+written, each whole or not at all, and the part is removed. The result is the same to the byte as without
+an interruption.
 
 In a run of several processes the first one reads and writes, and sends what it read to the others.
 """
@@ -35,16 +35,16 @@ def digest(values) -> str:
 
 
 def split_hash(rows) -> str:
-    """Which questions were asked: a digest of their ids, images' ids, texts and answers, in order.
+    """A digest of the questions asked: their ids, images' ids, texts and answers, in order.
 
-    Two figures are of the same split if these are equal. The rows are those of predictions.jsonl.
+    Two figures are from the same split if these are equal. The rows are those of predictions.jsonl.
     """
     keys = ("question_id", "image_id", "question", "answer")
     return digest([row.get(key) for key in keys] for row in rows)
 
 
 def prompt_hash(rows) -> str:
-    """How they were asked: a digest of the prompts as the model read them, in order."""
+    """A digest of how they were asked: the prompts as the model read them, in order."""
     return digest(row["prompt"] for row in rows)
 
 
@@ -98,19 +98,19 @@ def _is_of(about, identity):
 
 
 class Part:
-    """The batches of an evaluation that is under way.
+    """The batches of an evaluation that isn't finished.
 
     Attributes:
-      saved: {(name of the pass, number of the batch): [row, …]} that an earlier start left.
+      saved: {(name of the pass, number of the batch): [row, …]} from an interrupted run.
     """
 
     def __init__(self, folder, identity, resume=True):
         """Opens the file, or begins it. Collective.
 
         Args:
-          folder: that of the evaluation; None keeps nothing.
-          identity: JSON-able dict of all that the answers depend on.
-          resume: False ignores what an earlier start left.
+          folder: the evaluation's; None saves nothing.
+          identity: JSON-able dict of everything that the answers depend on.
+          resume: False ignores saved batches.
         """
         self.saved, self._file = {}, None
         if folder is None:

@@ -1,25 +1,25 @@
-"""Several questions on one image, one after another: does a model keep its answers apart, or up?
+"""Several questions on one image, one after another: do earlier turns affect a model's answers?
 
-Benchmarks ask each question by itself; people go on asking. Here k questions of a split on one
-image, in the order of their ids, become a dialogue of k turns, and every turn's prompt holds the
-turns before it: question and answer of each in the form that training gives them, then the new
-question. Three ways of asking stand side by side, over the same questions:
+Benchmarks ask each question separately; people keep asking. Here k questions of a split on one image, in
+the order of their ids, become a dialogue of k turns, and every turn's prompt contains the previous turns:
+question and answer of each in the form used in training, then the new question. Three ways of asking are
+compared, over the same questions:
 
   model         the history holds the model's own answers: a dialogue as it would happen.
   true_history  the history holds the true answers: what a history does when it is right.
   single_turn   no history: what the usual evaluation asks. Turn 1 is the same in all three.
 
-Read by turn (`{who}/turn/2/acc`): if model falls behind single_turn, the history confuses; behind
-true_history, wrong answers are carried on. A true history can also give an answer away ("Is it a
-CT?" after "Which modality?"), so what it gains is no gain in seeing. A model that was trained on
-single questions has never seen a history; that is what is measured then.
+Compare by turn (`{who}/turn/2/acc`): if model is below single_turn, the history confuses it; if below
+true_history, wrong answers are carried on. A true history can also give an answer away ("Is it a CT?" after
+"Which modality?"), so a gain from it isn't a gain in seeing. A model trained on single questions has never
+seen a history, and this measures how it copes.
 
-An image is encoded once for all of its dialogues, turns and ways (`decode.encode_images`). Each
-prompt is read anew, since image tokens see the prompt in a prefix-LM. Of several samples, the first
-goes into the history.
+An image is encoded once for all of its dialogues, turns and ways (`decode.encode_images`). Each prompt is
+read again, since image tokens see the prompt in a prefix-LM. Of several samples, the first goes into the
+history.
 
-All else (files, resuming, several processes, figures, the controls that are texts) is the base
-class's. The split's images wait in a temporary folder, as for the shuffled control of `vqa`.
+Everything else (files, resuming, several processes, figures, text controls) is the base class'. The split's
+images are kept in a temporary folder, as for the shuffled control of `vqa`.
 """
 
 import dataclasses

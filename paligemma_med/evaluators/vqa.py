@@ -1,9 +1,8 @@
 """Visual question answering: asks a model every question of a split, and writes its answers.
 
-An accuracy alone says little: many questions can be answered without the image, so a model may
-ignore it and score well. Controls stand in the same table, made in the same run: `controls` says
-what each means, `scoring` what the figures are, `results` what the files are and how an evaluation
-that was killed continues.
+An accuracy alone says little: many questions can be answered without the image, so a model may ignore it
+and score well. So controls are computed in the same run and shown in the same table: `controls` explains
+them, `scoring` the figures, `results` the files and how an interrupted evaluation resumes.
 
 Each process keeps the images for the shuffled control in a temporary folder of its own (2.4 MB an
 image of 448 px), since any image may be asked for next.
@@ -21,7 +20,7 @@ from paligemma_med.metrics import protocols, scoring
 from paligemma_med.parallel import distributed
 from paligemma_med.pp import rows as row_keys
 
-# Those of a config that doesn't name any: one pass more than the model's own.
+# The default controls: one pass in addition to the model's own.
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")
 NEEDED = row_keys.NEEDED
 

@@ -1,9 +1,9 @@
 """From a data set on disk to batches on the devices: TFDS data source -> Grain -> `jax.Array`.
 
-Records are read at random from TFDS's array_record files (no TensorFlow), shuffled anew each epoch,
-preprocessed by a pp string, batched, and put on the mesh ahead of their use. Which rows a batch
-holds, and the random numbers that pp draws for them, depend on the seed and the step alone: not on
-threads, worker processes, the number of JAX processes, or where a run was resumed.
+Records are read in random order from TFDS' array_record files (no TensorFlow), reshuffled each epoch,
+preprocessed by a pp string, batched, and put on the mesh ahead of their use. A batch's rows, and the random
+numbers that pp draws for them, only depend on the seed and the step: not on threads, worker processes, the
+number of JAX processes, or where a run was resumed.
 
   sources     records on disk
   rows        one record through pp, several rows to a batch
@@ -14,8 +14,8 @@ threads, worker processes, the number of JAX processes, or where a run was resum
   training    endless shuffled batches
   evaluation  one split in order
 
-Faults: a record that can't be used ends the run with an error that names it, or with
-`on_error="skip"` gives way to another and is listed. A worker that dies ends the run within seconds.
+Faults: a record that can't be used ends the run with an error that names it, or with `on_error="skip"` is
+replaced by another and listed. A worker that dies ends the run within seconds.
 In an evaluation no question may be skipped, and an error in one process is raised in all of them.
 """
 

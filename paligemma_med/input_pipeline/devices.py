@@ -18,7 +18,7 @@ def batch_sharding(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
 
 
 def check_batch_size(batch_size: Any, mesh: jax.sharding.Mesh | None, what: str) -> int:
-    """`batch_size`; InputError, which calls it `what`, where the mesh can't cut it evenly."""
+    """`batch_size`; InputError, which calls it `what`, if the mesh can't divide it evenly."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"{what}={batch_size!r}: expected a positive whole number")
     axis = sharding_lib.DATA_AXIS

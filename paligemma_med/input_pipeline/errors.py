@@ -1,8 +1,8 @@
-"""The one error that the input raises for what a user can mend."""
+"""The error that the input raises for anything a user can fix."""
 
 
 class InputError(ValueError):
     """What is wrong with a data set, a record or an input config, in one sentence.
 
-    It holds text alone, so that it comes back whole from a worker process.
+    It only holds text, so that it can be passed on by a worker process.
     """

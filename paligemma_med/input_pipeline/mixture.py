@@ -1,8 +1,8 @@
 """Mixtures of data sets: from which set each example of a training run comes.
 
-Nothing is left to chance: at any point of a run each set has given its share of the examples so
-far, to within one example, also where the shares change on the way (annealing). So short runs, small
-sets and rare ones get what the config says, and a resumed run continues exactly.
+Nothing is random: at any point of a run each set has contributed its share of the examples so far, to
+within one example, even if the shares change during the run (annealing). So short runs and small or rare
+sets get exactly what the config says, and a resumed run continues exactly.
 
 The order is Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980):
 a set may give its j-th example once its due is well above j - 1, and of those that may, the one

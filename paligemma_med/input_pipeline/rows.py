@@ -22,7 +22,7 @@ class Preprocess:
     """Applies pp to `(index, record)`, and sorts what comes out by whether a device can hold it.
 
     Returns (arrays, others, cut): key -> numpy, key -> anything else, tokens that `tolen` cut off.
-    Keys that start with "_" are pp's bookkeeping and go no further.
+    Keys that start with "_" are pp's bookkeeping and are dropped.
     """
 
     def __init__(self, pp: str | PpFn, source: Any):
@@ -55,9 +55,8 @@ _TRIES = 10
 class TrainRow:
     """Index in a set -> (arrays, tokens cut off, records skipped on the way), for training.
 
-    With on_error="skip", a record that can't be read or preprocessed gives way to another one of
-    the set, drawn by the row's own random numbers, so that batches still depend on the seed and the
-    step alone.
+    With on_error="skip", a record that can't be read or preprocessed is replaced by another one of the set,
+    drawn by the row's own random numbers, so that batches still only depend on the seed and the step.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class TrainRow:
                 record = self._source[index]
                 return (index, record), self._pp((index, record), rng), skipped
             except InputError as e:
-                # Running out of memory is no fault of the record; skipping it would change the run.
+                # Running out of memory isn't the record's fault; skipping it would change the run.
                 if not self._skips or isinstance(e.__cause__, MemoryError):
                     raise
                 question_id = record.get("question_id")

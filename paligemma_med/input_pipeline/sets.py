@@ -13,7 +13,7 @@ from paligemma_med.input_pipeline.sources import Source, open_source
 
 
 class TrainingSets:
-    """The data sets that `config.input` names, opened once for all that is asked about them.
+    """The data sets that `config.input` names, opened once for all uses.
 
     sources: {name: Source}. A mixture's set that has no weight at any time is not opened.
     pps: {name: its pp}.
@@ -24,7 +24,7 @@ class TrainingSets:
     """
 
     def __init__(self, input_cfg: Mapping[str, Any]):
-        """InputError: a set isn't there, or the config doesn't say what to read."""
+        """InputError: a set doesn't exist, or the config doesn't say what to read."""
         self.sources: dict[str, Source] = {}
         self.pps: dict[str, str | PpFn] = {}
         self.phases: list[tuple[float, dict[str, float]]] | None = None

@@ -1,4 +1,4 @@
-"""Records on disk: one split of a TFDS data set, read at random from array_record files.
+"""Records on disk: one split of a TFDS data set, read in any order from array_record files.
 
 No TensorFlow is needed, and none of the builder's code: a data set describes itself on disk.
 """
@@ -95,7 +95,7 @@ class Source:
         return dict(self._about)
 
     def columns(self, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The records in order with these keys alone. Nothing else of them is decoded or held."""
+        """The records in order with only these keys; the rest isn't decoded or held."""
         features = tfds.features.FeaturesDict({k: self.features[k] for k in keys})
         for i in range(len(self)):
             record = self._records.data_source[i]

@@ -20,7 +20,7 @@ from paligemma_med.input_pipeline.rows import TrainRow, train_batch
 from paligemma_med.input_pipeline.sets import Selection, TrainingSets, is_mixture
 from paligemma_med.parallel import distributed
 
-# Keys of config.input. In a mixture, the name of each of its sets is a key besides.
+# Keys of config.input. In a mixture, the name of each set is also a key.
 KEYS = {
     "anneal",
     "data",
@@ -32,7 +32,7 @@ KEYS = {
     "allow_missing_eos",
     "on_error",
 }
-# big_vision's keys that say how tf.data should do what is done differently here.
+# big_vision's settings of tf.data, which isn't used here.
 IGNORED_KEYS = {"shuffle_buffer_size", "cache_raw", "num_parallel_calls", "tfdata"}
 # Keeps the orders of two sets of a mixture apart; any odd number would do.
 _APART = 0x9E3779B1
@@ -125,8 +125,7 @@ class TrainingInput:
         return {name: rows[0][0] for name, rows in self._rows.items()}
 
     def epochs(self) -> dict[str, float]:
-        """{name: how often this set was gone through} in the batches since step 0, in all processes
-        together."""
+        """{name: epochs of this set} in the batches since step 0, over all processes."""
         drawn = self.step * self.batch_size
         if self._which is None:
             counts = [drawn]
@@ -135,7 +134,7 @@ class TrainingInput:
         return {name: n / size for (name, size), n in zip(self._sizes.items(), counts)}
 
     def question_ids(self, step: int) -> list[str]:
-        """The question ids of the global batch of any step, in order; worked out again, without pp.
+        """The question ids of the global batch of any step, in order; recomputed, without pp.
 
         A record without a question_id is called "train[17]"; in a mixture, the name of the set
         stands before each ("slake:q5").
@@ -305,7 +304,7 @@ def _check_numbers(cfg: Mapping[str, Any], start_step: Any, seed: Any) -> dict[s
 def _state(
     sets: TrainingSets, *, seed: int, start_step: int, batch_size: int, total_steps: int | None
 ) -> dict[str, Any]:
-    """All that batches from `start_step` on depend on, but for pp."""
+    """Everything that batches from `start_step` on depend on, except pp."""
     state = {
         "next_step": int(start_step),
         "seed": int(seed),
@@ -320,7 +319,7 @@ def _state(
 
 
 def _check_state(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """InputError where a run was left in another `state` than the one it would continue in now."""
+    """Raises InputError if a run was saved in another `state` than the one it would resume in now."""
     for key in sorted((now.keys() | state.keys()) - {"skipped"}):
         if state.get(key) != now.get(key):
             raise InputError(

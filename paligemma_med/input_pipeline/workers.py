@@ -20,7 +20,7 @@ from absl import flags
 
 from paligemma_med.input_pipeline.errors import InputError
 
-# Seconds that a worker carries on after SIGTERM.
+# Seconds that a worker keeps running after SIGTERM.
 _LAST_BATCHES = 60
 
 

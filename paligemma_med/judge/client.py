@@ -1,9 +1,8 @@
 """Asks an OpenAI-compatible server many questions, each until there is a usable reply.
 
-No reply is lost, since each is on the disk before the next step is taken; none is paid for twice,
-since what is on the disk isn't asked again; nothing is made up, since a question without a usable
-reply stays without one. What is asked and how replies are read is the caller's: `judge`, and
-tools/synthesize_qa.
+No reply is lost, since each is on disk before the next step; none is paid for twice, since what is on disk
+isn't asked again; nothing is made up, since a question without a usable reply stays without one. The
+callers, `judge` and tools/synthesize_qa, decide what is asked and how replies are read.
 """
 
 import asyncio
@@ -37,7 +36,7 @@ SETTINGS = (
 )
 KEPT_CHARACTERS = 2000  # of a judge's reply; a usable one is short
 _LONGEST_BACKOFF = 60.0  # s
-# After so many of these the server is taken to be set up wrongly, or gone, and the run ends.
+# After this many the server is assumed to be misconfigured or gone, and the run ends.
 _REFUSED_FROM_THE_START = 5
 _GIVEN_UP_IN_A_ROW = 10
 

@@ -1,9 +1,8 @@
 """The criteria of judging: what the judge is asked, and how its replies are read.
 
 Judged texts come from other models and may hold anything, "reply 1" included. They are fenced by a
-code that no text can contain, declared to be data, and a reply counts only if it is a score and
-nothing else. Every prompt is a file of prompts/, known by its name and digest; a changed prompt is a
-new file.
+code that no text can contain, declared to be data, and a reply only counts if it is a score and nothing
+else. Every prompt is a file in prompts/, identified by its name and digest; a changed prompt is a new file.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """A language model as the judge of answers.
 
-For open questions exact match is too strict and word overlap too lenient; a language model that
-compares meanings lies between. It errs as well, so that everything it said is kept, agreement with
-human labels is a figure of its own, and a reply that can't be used is never taken for a score.
+For open questions exact match is too strict and word overlap too lenient; a language model that compares
+meanings is between the two. It makes mistakes too, so every reply is kept, agreement with human labels is
+reported, and an unusable reply never counts as a score.
 
 `criteria` says what is asked and how replies are read, `client` does the asking, `figures` makes
 figures of the verdicts.
@@ -156,10 +156,10 @@ def judge_folder(
     price_out=None,
     **kw,
 ) -> dict:
-    """Judges folder/predictions.jsonl and writes judgements.jsonl and judge.json beside it.
+    """Judges folder/predictions.jsonl and writes judgements.jsonl and judge.json next to it.
 
-    Both files may hold several judges, by `version`: prompt, its digest and model. Running one
-    again replaces its part; parts about other predictions than those that stand there are dropped.
+    Both files may hold several judges, by `version`: prompt, its digest and model. Running one again
+    replaces its part; parts about other predictions than the present ones are dropped.
 
     Args:
       folder: that of an evaluation.

@@ -54,7 +54,7 @@ class Model(nn.Module):
         self.lora = lora.as_rules(self.lora)
         super().__post_init__()
 
-    def setup(self):
+    def setup(self) -> None:
         for name, part in self._make_parts().items():
             setattr(self, f"_{name}", part)
 

@@ -1,1 +1,1 @@
-"""The parts of a training run: the step, the optimizer, what is written, and what stops it."""
+"""The parts of a training run: the step, the optimizer, the files it writes, and how it is stopped."""

@@ -1,4 +1,4 @@
-"""The table that a run begins with: every leaf, its type, whether it is trained, and where it lies."""
+"""The table that a run begins with: every leaf, its type, whether it is trained, and its sharding."""
 
 import math
 
@@ -9,9 +9,8 @@ from paligemma_med.training import optim
 
 
 def parameters(setup: Setup) -> str:
-    """A table of all leaves: name, shape, stored type, trained by which rule or frozen, along which
-    axes of the mesh each dimension is cut (and what stayed whole although it was to be cut), bytes
-    on each device; totals."""
+    """A table of all leaves: name, shape, stored type, frozen or trained by which rule, along which axes of the
+    mesh each dimension is cut (and what stayed whole against its rule), bytes per device; totals."""
     rules = optim.schedule_rules(setup.config)
     matched = optim.match_names(setup.abstract, rules, "config.schedule")
     trained = set(setup.trained_names)

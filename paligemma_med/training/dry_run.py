@@ -1,14 +1,14 @@
-"""What a training run would need, found without running it: the train step is compiled on abstract arrays.
+"""What a training run would need, without running it: the train step is compiled on abstract arrays.
 
-No data are read, and no weights (but for config.adapter_init without config.lora, whose ranks are needed). All
-figures are per device of the config's mesh, which is made of the devices of this machine; to see how a config
-divides over more of them, let a CPU stand in for them:
+No data and no weights are read (except for config.adapter_init without config.lora, whose ranks are needed). All
+figures are per device of the config's mesh, which consists of this machine's devices; to see how a config divides
+over more of them, simulate them on a CPU:
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
 "temporary" holds only for the kind of device that the step was compiled for. A CPU multiplies in float32,
-and there XLA makes room for casts of whole bfloat16 weights, which a GPU or TPU does not need. So on a CPU a
-bfloat16 config is compiled a second time in float32 throughout: the temporary memory of that is an upper
-bound on what bfloat16 needs elsewhere.
+for which XLA allocates casts of whole bfloat16 weights, which a GPU or TPU doesn't need. So on a CPU a bfloat16
+config is compiled a second time in float32 throughout: its temporary memory is an upper bound on what bfloat16
+needs elsewhere.
 """
 
 import dataclasses
@@ -26,14 +26,13 @@ from paligemma_med.training import describe
 from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
 
-# To keep the device busy, one step runs and another waits, each with its batch, and one more batch has just been
-# fetched.
+# To keep the device busy, one step runs and another waits, each with its batch, and one more batch is prefetched.
 _BATCHES_IN_USE = 3
 
 
 @dataclasses.dataclass
 class Traced:
-    """A train step as it is before any compiler sees it, and what it takes.
+    """A train step before compilation, and its arguments.
 
     Attributes:
       traced: jax.stages.Traced of (trained, opt_state, frozen, batch, i): its `jaxpr`, and by `lower()` its StableHLO.
@@ -54,8 +53,8 @@ class Step:
     Attributes:
       compiled: jax.stages.Compiled; takes (trained, opt_state, frozen, batch, i).
       state, batch: as in `Traced`.
-      activations: bytes on a device that the forward pass leaves for the backward pass.
-      seconds: that compiling took.
+      activations: bytes per device that the forward pass keeps for the backward pass.
+      seconds: how long compiling took.
     """
 
     setup: TrainingSetup
@@ -67,7 +66,7 @@ class Step:
 
 
 def trace_step(setup: TrainingSetup) -> Traced:
-    """A few seconds, however large the model."""
+    """Traces the step, which takes a few seconds for a model of any size."""
     state = states.abstract(setup)
     batch = abstract_batch(setup.config, setup.config.input.batch_size, setup.batch_sharding)
     step = train_step.jitted(setup, state.trained)
@@ -78,7 +77,7 @@ def trace_step(setup: TrainingSetup) -> Traced:
 
 
 def compile_step(setup: TrainingSetup) -> Step:
-    """What `trace_step` gives, compiled for the devices of this machine."""
+    """The result of `trace_step`, compiled for this machine's devices."""
     started = time.monotonic()
     t = trace_step(setup)
     with sharding.rules(setup.config, setup.mesh):
@@ -88,7 +87,7 @@ def compile_step(setup: TrainingSetup) -> Step:
     return Step(setup, compiled, t.state, t.batch, activations, seconds)
 
 
-def abstract_batch(config, size, where=None):
+def abstract_batch(config, size, where=None) -> dict[str, jax.ShapeDtypeStruct]:
     """{key: jax.ShapeDtypeStruct} of a training batch of `size` rows."""
     shapes = {"image": ((size, config.res, config.res, 3), "float32")}
     shapes |= {k: ((size, config.text_len + 1), "int32") for k in ("text", "mask_ar", "mask_loss")}
@@ -103,8 +102,8 @@ def _rows(setup):
 
 
 def saved_bytes(setup: TrainingSetup, state: states.TrainState) -> int:
-    """Bytes of what the backward pass reads of the forward pass, without weights and batch, on one
-    device: of its rows of a microbatch (activations that sharding_rules cut count whole)."""
+    """Bytes that the backward pass reads from the forward pass, without weights and batch, on one device: for
+    its rows of a micro-batch (activations that sharding_rules cut count whole)."""
     rows = _rows(setup)
     batch = abstract_batch(setup.config, rows)
     batch["row_weight"] = jax.ShapeDtypeStruct((rows,), "float32")
@@ -129,7 +128,7 @@ def bytes_on_device(tree) -> int:
 
 
 def memory(step: Step) -> dict[str, int]:
-    """{what: bytes on one device} of a run with a compiled step; together they are its peak."""
+    """{what: bytes on one device} of a run with a compiled step; their sum is its peak."""
     analysis = step.compiled.memory_analysis()
     batches = 1 + step.setup.config.input.get("prefetch", 2) + _BATCHES_IN_USE
     return {
@@ -162,7 +161,7 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
     """Prints what training `config` would need; reads no weights and no data.
 
     Args:
-      hbm_gib: memory of a device, in GiB. On a CPU it is taken to be that of a GPU or TPU.
+      hbm_gib: memory of a device, in GiB. On a CPU it means that of a GPU or TPU.
 
     Returns:
       The printed figures: {what: GiB on one device}, "peak" among them, and "peak_elsewhere" if that
@@ -170,7 +169,7 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
       devices together, and "tflops_executed", which counts what is recomputed as well.
 
     Raises:
-      ValueError: a config that can't train, or one that doesn't fit in hbm_gib.
+      ValueError: the config can't train, or doesn't fit in hbm_gib.
     """
     setup = TrainingSetup.without_data(config)
     print(describe.parameters(setup), flush=True)
@@ -236,10 +235,10 @@ _ADVICE = {
 
 
 def check_fit(parts, hbm_gib) -> None:
-    """Prints that a run fits; ValueError, with what to change, if it doesn't.
+    """Prints that a run fits; otherwise raises ValueError with what to change.
 
     Args:
-      parts: of `memory`.
+      parts: from `memory`.
     """
     peak = sum(parts.values()) / 2**30
     if peak <= hbm_gib:

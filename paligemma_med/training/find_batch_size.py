@@ -1,11 +1,11 @@
-"""The most examples that fit on a device at a time, found by compiling instead of by crashing.
+"""Finds how many examples fit on a device at a time, by compiling instead of crashing.
 
     python -m paligemma_med.train --config=configs/stage2_rocov2.py --find_batch_size --hbm_gib=24
 
-The memory of each batch size is predicted as in `dry_run`, so that no device of that size, no weights
-and no data are needed. Memory grows almost linearly with the examples, so five to seven compilations are
-enough. A config that accumulates gradients keeps the size of its whole batch, as nearly as that divides,
-and only its microbatches change; in others the batch itself grows or shrinks.
+The memory of each batch size is predicted as in `dry_run`, so that no device of that size, no weights and
+no data are needed. Memory grows almost linearly with the number of examples, so five to seven compilations
+are enough. A config that accumulates gradients keeps its batch size, as far as it divides, and only its
+micro-batches change; otherwise the batch itself grows or shrinks.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ def find_batch_size(config, hbm_gib) -> dict:
 
     Args:
       config: any training config.
-      hbm_gib: memory of a device, in GiB. On a CPU it is taken to be that of a GPU or TPU, and an upper
-        bound on what bfloat16 takes there is used (`dry_run`).
+      hbm_gib: memory of a device, in GiB. On a CPU it means that of a GPU or TPU, and an upper bound on
+        bfloat16's memory there is used (`dry_run`).
 
     Returns:
-      dict: rows, the most examples at a time on a device; peaks, {examples at a time: GiB} of all
-      that was compiled; batch_size and grad_accum_steps of the config's own whole batch, cut into
-      equal parts that fit (rows_of_own examples at a time, peak_of_own GiB).
+      dict: rows, the maximum of examples at a time on a device; peaks, {examples at a time: GiB} of every
+      compilation; batch_size and grad_accum_steps for the config's own batch, cut into equal parts that fit
+      (rows_of_own examples at a time, peak_of_own GiB).
 
     Raises:
-      ValueError: a config that can't train, or not even one example fits.
+      ValueError: the config can't train, or not even one example fits.
     """
     setup = TrainingSetup.without_data(config)
     config = setup.config
@@ -67,7 +67,7 @@ def find_batch_size(config, hbm_gib) -> dict:
     print(f"Fits into {hbm_gib:g} GiB: {rows} at a time on {where}, {out['peaks'][rows]:.2f} GiB.")
     if not accumulates:
         print(f"As one batch: --config.input.batch_size={rows * shards}")
-    # Equal parts only; where accumulating takes room of its own, the largest may not fit after all.
+    # Equal parts only; since accumulating also needs memory, the largest may not fit after all.
     for own in (n for n in range(min(rows, whole), 0, -1) if whole % n == 0):
         if peak(own, whole // own) <= hbm_gib:
             break
@@ -86,7 +86,7 @@ def search(peak, limit, most) -> int:
     """The largest n from 1 to `most` with peak(n) ≤ limit, or 0.
 
     Args:
-      peak: a function of n that grows. It is called a few times if it is almost linear, and about
+      peak: an increasing function of n. It is called a few times if it is almost linear, and about
         2 · log2(n) times at worst.
     """
     known = {}
@@ -98,8 +98,8 @@ def search(peak, limit, most) -> int:
         low, high = (n, high) if known[n] <= limit else (low, n)
         if not low:
             break
-        # By the line through both ends, or through the last two points while there is no upper end;
-        # by halving where that gained little, since on a curve such guesses may only creep.
+        # By the line through both ends, or through the last two points while there is no upper end; by halving
+        # if that gained little, since on a curve such guesses may converge slowly.
         a, b = (low, high) if high in known else (sorted(known) * 2)[-2:]
         rise = known[b] - known[a]
         if high in known and halve or rise <= 0:

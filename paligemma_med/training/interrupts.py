@@ -1,22 +1,23 @@
 """How a run is stopped from outside: Ctrl-C (SIGINT), or SIGTERM from a scheduler.
 
 With one process a signal raises KeyboardInterrupt, but never in the middle of a step, when the old
-parameters have been donated and the new ones aren't there yet. With several processes all must stop after
-the same step: JAX's preemption service passes SIGTERM on and has them agree on that step, and Ctrl-C is
-turned into SIGTERM. A second Ctrl-C ends a process at once.
+parameters have been donated and the new ones don't exist yet. With several processes all must stop after
+the same step: JAX's preemption service forwards SIGTERM and makes them agree on that step, and Ctrl-C is
+turned into SIGTERM. A second Ctrl-C ends a process immediately.
 """
 
 import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """Raised for SIGTERM."""
 
     exit_code = 128 + signal.SIGTERM
 
@@ -24,8 +25,8 @@ class Terminated(KeyboardInterrupt):
 class Signals:
     """Handles SIGINT and SIGTERM inside a `with`.
 
-    Signals that the shell has set to be ignored (for background jobs) stay ignored. Outside the main
-    thread nothing is handled.
+    Signals that the shell ignores (for background jobs) stay ignored. Outside the main thread nothing is
+    handled.
     """
 
     def __init__(self):
@@ -60,7 +61,7 @@ class Signals:
         raise Terminated if self._caught == signal.SIGTERM else KeyboardInterrupt
 
     @contextlib.contextmanager
-    def deferred(self):
+    def deferred(self) -> Iterator[None]:
         """A signal in this context takes effect at its end."""
         self._deferred = True
         try:

@@ -1,7 +1,7 @@
-"""The rows of metrics.jsonl again, under the same names, for TensorBoard and Weights & Biases.
+"""The rows of metrics.jsonl, under the same names, for TensorBoard and Weights & Biases.
 
-Only what the config asks for is imported, and nothing leaves the machine unless config.wandb is
-set. metrics.jsonl remains the record: training goes on when one of these fails.
+Only what the config uses is imported, and nothing leaves the machine unless config.wandb is set.
+metrics.jsonl remains the record: training continues if one of these fails.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from paligemma_med.parallel import distributed
 
 
 def open_writers(config, workdir, first_step) -> "Writers":
-    """What config.tensorboard and config.wandb ask for, in process 0; in the others it writes nothing.
+    """The writers of config.tensorboard and config.wandb in process 0; in the others it writes nothing.
 
     Args:
       config: tensorboard=True writes event files to <workdir>/tensorboard. wandb=True or a dict of
@@ -27,7 +27,7 @@ def open_writers(config, workdir, first_step) -> "Writers":
       first_step: steps taken so far. TensorBoard drops the rows of later ones; a W&B run is continued.
 
     Raises:
-      ValueError: a package isn't installed, or W&B can't start (a resumed run only warns, and goes on
+      ValueError: a package isn't installed, or W&B can't start (a resumed run only warns and continues
         without it).
     """
     writers = []
@@ -45,12 +45,12 @@ def open_writers(config, workdir, first_step) -> "Writers":
 
 
 class Writers:
-    """Several writers as one. One that fails is closed with a warning; the others go on."""
+    """Several writers as one. One that fails is closed with a warning; the others continue."""
 
     def __init__(self, writers=()):
         self._writers = list(writers)
 
-    def write(self, step, metrics):
+    def write(self, step, metrics) -> None:
         """Adds to the row of `step`; values that aren't numbers are left out."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         for writer in list(self._writers):
@@ -62,8 +62,8 @@ class Writers:
                 with contextlib.suppress(Exception):  # one warning is enough
                     writer.close()
 
-    def close(self):
-        """Writes what is left and ends, in bounded time."""
+    def close(self) -> None:
+        """Writes the rest and closes, in bounded time."""
         while self._writers:
             writer = self._writers.pop()
             try:
@@ -120,8 +120,8 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def _without_torch():
-    """tensorboardX imports PyTorch if it is installed, for tensors that it never gets here. That
-    takes seconds, and PyTorch may load other CUDA libraries than those that JAX needs."""
+    """Keeps tensorboardX from importing PyTorch for tensors that it never gets here. That would take seconds,
+    and PyTorch may load other CUDA libraries than JAX needs."""
     if "torch" in sys.modules:
         yield
         return
@@ -133,7 +133,7 @@ def _without_torch():
 
 
 class _Wandb:
-    """A run of W&B, whose id is kept in <workdir>/wandb_id.txt.
+    """A W&B run, whose id is stored in <workdir>/wandb_id.txt.
 
     Rows carry "step" as a metric, and all others are plotted over it. W&B's own counter can only grow, so
     it would lose the steps that are taken again after a resume.

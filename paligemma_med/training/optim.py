@@ -1,14 +1,15 @@
 """The optimizer: what is trained, with which schedule, by which optax transformation.
 
-Semantics are big_vision's (big_vision/optax.py): lists of (regex, value) over parameter names, of
-which the first full match counts; `schedule` None freezes; weight decay is decoupled and is scaled
-by the schedule but not by the learning rate.
+Semantics are big_vision's (big_vision/optax.py): lists of (regex, value) over parameter names, in which
+the first full match counts; `schedule` None freezes; weight decay is decoupled and is scaled by the
+schedule but not by the learning rate.
 
-Parameters are flat dictionaries here, name → array ("img/head/kernel"), since a config speaks of them
-by name.
+Parameters are flat dictionaries here, name → array ("img/head/kernel"), since configs refer to them by
+name.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,20 @@ from absl import logging
 from paligemma_med.config import durations
 
 
-def match_names(names, rules, what):
+def match_names(names, rules, what) -> dict[str, tuple]:
     """Assigns to each name the value of the first rule whose regex matches it fully.
 
     Args:
       names: parameter names.
       rules: [(regex, value), …].
-      what: what errors call the rules, e.g. "config.schedule".
+      what: the rules' name in errors, e.g. "config.schedule".
 
     Returns:
       {name: (index of the rule, value)}; names that no rule matches are absent.
 
     Raises:
-      ValueError: a regex that doesn't compile, or that matches no name at all (most likely a typo; only
-        the catch-all ".*" may have nothing left to match).
+      ValueError: a regex doesn't compile or matches no name (most likely a typo; only the catch-all ".*"
+        may have nothing left to match).
     """
     patterns = []
     for rule in rules:
@@ -56,13 +57,13 @@ def match_names(names, rules, what):
     return out
 
 
-def schedule_rules(config):
+def schedule_rules(config) -> list:
     """config.schedule as [(regex, dict or None), …]; a single dict is for all parameters."""
     schedule = config.get("schedule", dict(decay_type="constant"))
     rules = schedule if isinstance(schedule, list | tuple) else [(".*", schedule)]
     for rule in rules:
         if isinstance(rule, list | tuple) and len(rule) != 2:
-            continue  # `match_names` says so
+            continue  # `match_names` reports it
         value = rule[1] if isinstance(rule, list | tuple) else rule
         if value is not None and not hasattr(value, "keys"):
             raise ValueError(
@@ -72,11 +73,11 @@ def schedule_rules(config):
     return rules
 
 
-def trained_names(config, names):
+def trained_names(config, names) -> list[str]:
     """The names that config.schedule doesn't freeze, in the order given.
 
     Raises:
-      ValueError: a name that no rule covers, since whether it is trained must be said; or no name is trained.
+      ValueError: no rule covers a name, since configs must say whether it is trained; or no name is trained.
     """
     matched = match_names(names, schedule_rules(config), "config.schedule")
     if missing := [n for n in names if n not in matched]:
@@ -92,7 +93,7 @@ def trained_names(config, names):
 
 
 def _check_order(names, matched, rules):
-    """ValueError for a rule that is to train leaves, all of which an earlier rule matches."""
+    """Raises ValueError for a rule that should train leaves, but whose leaves all match an earlier rule."""
     first = {i for i, _ in matched.values()}
     for i, (regex, value) in enumerate(rules):
         if value is not None and i not in first and regex != ".*":
@@ -104,7 +105,7 @@ def _check_order(names, matched, rules):
             )
 
 
-def make_schedule(schedule, *, total_steps, num_examples, batch_size):
+def make_schedule(schedule, *, total_steps, num_examples, batch_size) -> Callable:
     """The factor on the learning rate as a function of the step.
 
     Args:
@@ -157,7 +158,7 @@ def _make_tx(name, kw):
         raise ValueError(f"optax_name {name!r} doesn't take config.optax {dict(kw)}: {e}.") from e
 
 
-# What weight decay acts on unless config.wd_mults says: big_vision's kernels, and what adapts one.
+# What weight decay acts on by default (config.wd_mults): big_vision's kernels, and adapters of kernels.
 DECAYED = r".*/(kernel|lora_[ab])"
 
 
@@ -186,14 +187,16 @@ def _decays(config, names, all_names):
     return decays
 
 
-def make(config, names, *, total_steps, num_examples, batch_size, all_names=None):
+def make(
+    config, names, *, total_steps, num_examples, batch_size, all_names=None
+) -> tuple[optax.GradientTransformation, Callable]:
     """The transformation for the trained parameters, and the first schedule for logging.
 
     Args:
-      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm. By default wd is of kernels
-        and of the factors that adapt one.
+      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm. By default wd acts on kernels
+        and on the factors that adapt one.
       names: names of the trained parameters (`trained_names`).
-      all_names: names of all parameters, frozen ones too, any of which lr_mults and wd_mults may name.
+      all_names: names of all parameters, including frozen ones, which lr_mults and wd_mults may name.
 
     Returns:
       (optax.GradientTransformation over {name: array}, step → learning rate float32[]).
@@ -221,7 +224,7 @@ def make(config, names, *, total_steps, num_examples, batch_size, all_names=None
         txs.append(optax.clip_by_global_norm(clip))
     txs.append(_make_tx(config.optax_name, config.get("optax", {})))
     txs.append(scale(lambda n: config.lr * lr_mults.get(n, 1.0)))
-    if config.get("wd"):  # also where nothing decays: the links number the state's leaves in checkpoints
+    if config.get("wd"):  # even if nothing decays: checkpoints name the state's leaves by the links' numbers
         txs.append(optax.stateless(decay))
     txs.append(optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label))
     txs.append(optax.scale(-1.0))
@@ -229,7 +232,7 @@ def make(config, names, *, total_steps, num_examples, batch_size, all_names=None
     return optax.chain(*txs), lambda step: config.lr * first(step)
 
 
-def global_norm(tree):
+def global_norm(tree) -> jax.Array:
     """L2 norm over all leaves, float32[]."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))

@@ -1,7 +1,7 @@
 """`--profile=10:15`: a trace of a few steps, for TensorBoard's profiler, XProf or Perfetto.
 
-JAX's profiler does the work. Steps are counted as Python slices count: the trace begins when 10
-steps are done and ends when 15 are, on a run that is resumed too. It lies in <workdir>/profile.
+JAX's profiler does the work. Steps are counted as in Python slices: the trace begins when 10 steps are
+done and ends when 15 are, also in a resumed run. It is written to <workdir>/profile.
 """
 
 import os
@@ -33,11 +33,11 @@ class Profile:
             if distributed.is_main():
                 self._range = range(first, last)
 
-    def step(self, step, last=None):
+    def step(self, step, last=None) -> None:
         """Call this before each step; `step` counts from 0.
 
         Args:
-          last: what the previous step returned; waited for where the trace begins or ends.
+          last: the result of the previous step; waited for when the trace begins or ends.
         """
         if not self._range:
             return
@@ -53,7 +53,7 @@ class Profile:
             self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
             self._annotation.__enter__()
 
-    def close(self, last=None):
+    def close(self, last=None) -> None:
         """Ends the trace if it's still on."""
         self._end_annotation()
         if self._tracing:

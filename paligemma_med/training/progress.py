@@ -1,4 +1,4 @@
-"""What a person watches during training: loss, speed, MFU, time spent waiting for input, time left.
+"""Progress shown during training: loss, speed, MFU, time spent waiting for input, remaining time.
 
 On a terminal this is a bar on stderr; in a log, one plain line on stdout for each logged step. Only
 process 0 shows anything. Evals and checkpoints don't count towards the speed.
@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import tqdm
@@ -20,7 +21,7 @@ from paligemma_med.parallel import distributed
 # Metrics that differ between two otherwise equal runs.
 TIMING = frozenset({"examples_per_second", "input_wait", "eta_seconds", "mfu"})
 
-# The bar shows the speed over so many seconds.
+# The bar shows the speed over this many seconds.
 _RECENT = 30.0
 
 
@@ -31,7 +32,7 @@ class Progress:
         """
         Args:
           flops: `flops.Flops` of one example.
-          peak: FLOP/s of one device at best; None if that isn't known, and then there is no MFU.
+          peak: peak FLOP/s of one device; None if unknown, and then there is no MFU.
         """
         self._total, self._batch = total_steps, batch_size
         self._paused = 0.0
@@ -40,7 +41,7 @@ class Progress:
         self._utilisation = None  # MFU at one example per second
         if flops and peak:
             self._utilisation = flops.per_example_model / (peak * jax.device_count())
-        # Steps that were dispatched and may not be done yet; those done within the last seconds.
+        # Dispatched steps that may not be done yet; steps done within the last seconds.
         self._sent, self._recent = collections.deque(), collections.deque()
         self._last = None
         self._shown, self._bar = distributed.is_main(), None
@@ -56,7 +57,7 @@ class Progress:
                 bar_format="{n_fmt}/{total_fmt} |{bar}| {desc}",
             )
 
-    def step(self, step, loss, wait=False):
+    def step(self, step, loss, wait=False) -> None:
         """Moves the bar; call this after each step. Costs nothing if there is no bar.
 
         Steps are dispatched to the devices well before they are computed. The bar shows those whose loss
@@ -64,7 +65,7 @@ class Progress:
 
         Args:
           loss: jax.Array of the step.
-          wait: whether to wait for it, moving the bar meanwhile (where the caller will wait anyway).
+          wait: whether to wait for it, moving the bar meanwhile (if the caller will wait anyway).
         """
         self._last = loss
         if self._bar is not None:
@@ -81,9 +82,9 @@ class Progress:
                 self._recent.popleft()
             self._draw(step, loss)
 
-    def measure(self, step, batches):
-        """{examples_per_second, input_wait, eta_seconds, mfu} since the last call; mfu only if it is known.
-        Those of the first step are mostly compilation.
+    def measure(self, step, batches) -> dict[str, float]:
+        """{examples_per_second, input_wait, eta_seconds, mfu} since the last call; mfu only if it is known. The
+        first step's are mostly compilation.
 
         Args:
           batches: has `wait_seconds`, the time spent waiting for input so far.
@@ -102,8 +103,8 @@ class Progress:
         return out
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time spent in this context isn't counted; that of the steps dispatched before it is."""
+    def paused(self) -> Iterator[None]:
+        """A context whose time isn't counted, except for steps dispatched before it."""
         self._move(wait=True)
         jax.block_until_ready(self._last)
         start = time.monotonic()
@@ -112,7 +113,7 @@ class Progress:
         finally:
             self._paused += time.monotonic() - start
 
-    def print(self, metrics):
+    def print(self, metrics) -> None:
         """Shows a row of metrics as a line, unless stdout is a terminal with a bar."""
         first, self._first = self._first, False
         self._logged = {} if first else metrics
@@ -124,15 +125,15 @@ class Progress:
                 f"grad {metrics['l2_grads']:.3g}  lr {metrics['lr']:.2e}  {speed}"
             )
 
-    def say(self, text):
+    def say(self, text) -> None:
         """Prints a line, above the bar if there is one, in process 0."""
         if self._bar is not None:
             tqdm.tqdm.write(text, file=sys.stdout)
         elif self._shown:
             print(text, flush=True)
 
-    def close(self):
-        """Leaves the bar as it stands. Lines can still be printed."""
+    def close(self) -> None:
+        """Stops the bar. Lines can still be printed."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

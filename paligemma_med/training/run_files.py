@@ -1,8 +1,8 @@
 """The files of a run besides its checkpoints: config.json, base.npz, base.json, and those that grow
 line by line (metrics.jsonl, nonfinite.jsonl, skipped.jsonl).
 
-The former are written whole or not at all; lines are appended and flushed to disk. With several
-processes the first one writes, and all see the same folder.
+The former are written whole or not at all; lines are appended and flushed to disk. With several processes
+the first one writes, and all must share the folder.
 """
 
 import json
@@ -26,8 +26,8 @@ _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 def with_pinned_init(config: ml_collections.ConfigDict, folder: str) -> ml_collections.ConfigDict:
     """The config with which a run is started or resumed in `folder`.
 
-    A run may start from the newest checkpoint of another run, which may have newer ones by now. When it is resumed
-    it keeps the one it started from: model_init names that step.
+    A run may start from the newest checkpoint of another run, which may have newer ones by now. A resumed run stays
+    with the checkpoint it started from: model_init names its step.
     """
     init = config.get("model_init")
     if workdir.newest_step(folder) is None or not isinstance(init, str):
@@ -43,13 +43,13 @@ def with_pinned_init(config: ml_collections.ConfigDict, folder: str) -> ml_colle
 
 
 def load_kept(folder: str, expected: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The frozen leaves that model_init doesn't give, as the run has had them from its start.
+    """The frozen leaves that model_init doesn't give, unchanged since the run's start.
 
     Args:
-      expected: {name: array} of the same shapes, which says where they go and in which type.
+      expected: {name: array} of the same shapes, with the type and sharding to use.
 
     Returns:
-      {name: array}; empty if the run has written none.
+      {name: array}; empty if the run wrote none.
 
     Raises:
       npz.CheckpointError: base.npz has other leaves.
@@ -64,14 +64,14 @@ def load_kept(folder: str, expected: dict[str, jax.Array]) -> dict[str, jax.Arra
 
 
 def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, jax.Array], step: int) -> None:
-    """Refuses to resume a run with other frozen weights than it began with; notes which those are when it begins.
+    """Refuses to resume a run with other frozen weights than it began with; records them when it begins.
 
     Args:
       base: the frozen leaves that model_init gives.
       step: steps taken so far.
 
     Raises:
-      npz.CheckpointError: other weights; it names them, and the first leaf that differs.
+      npz.CheckpointError: the weights differ; it names both, and the first leaf that differs.
     """
     names = sorted(base)
     prints = dict(zip(names, fingerprint.of_leaves([base[n] for n in names])))
@@ -118,14 +118,14 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
     distributed.barrier("config.json is read")
     write(path, text)
     path = os.path.join(folder, "base.npz")
-    if not first_step:  # A run that never made a checkpoint may have left one.
+    if not first_step:  # a run without any checkpoint may have left one
         kept = distributed.to_host(kept)
         if distributed.is_main():
             if kept:
                 npz.save_npz(path, unflatten_tree(kept))
             elif os.path.exists(path):
                 os.remove(path)
-    # Steps after the checkpoint are taken again, and would be listed twice.
+    # Steps after the checkpoint are repeated, and would be listed twice.
     for name in _GROWING:
         path = os.path.join(folder, name)
         if distributed.is_main() and os.path.exists(path):
@@ -148,7 +148,7 @@ def _changes(was, now, where="config"):
 
 
 def write(path, text) -> None:
-    """Replaces a file as a whole, in the main process."""
+    """Replaces a whole file, in the main process."""
     if not distributed.is_main():
         return
     try:
@@ -170,7 +170,7 @@ def append(folder, name, step, values) -> None:
 
 
 def evals_at(folder, step, names) -> set[str]:
-    """Those of `names`, of evaluators, that have metrics of `step`."""
+    """Which of the evaluators `names` have metrics of `step`."""
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(path):
         return set()
@@ -180,7 +180,7 @@ def evals_at(folder, step, names) -> set[str]:
 
 
 def add_metrics(folder, step, metrics) -> None:
-    """Adds metrics to the object of `step`, of which there is one a line. Values that aren't finite become null."""
+    """Adds metrics to the line of `step`. Values that aren't finite become null."""
     if not distributed.is_main():
         return
     metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -1,7 +1,7 @@
 """Checks of every training step, made whenever metrics are read from the devices.
 
-Loss and gradient must be finite (if not, the step has left the parameters as they were), and so must
-the parameters. Every supervised token must be at a position that logits are computed at.
+Loss and gradient must be finite (otherwise the step didn't change the parameters), and so must the
+parameters. Logits must be computed at the positions of all supervised tokens.
 """
 
 import math
@@ -15,7 +15,7 @@ _NORMS = ("training_loss", "l2_grads", "l2_params")
 
 
 class Soundness:
-    """Keeps a few scalars of each step on the device until `check` looks at them.
+    """Keeps a few scalars of each step on the device until `check` reads them.
 
     Attributes:
       skipped: number of steps so far whose loss or gradient wasn't finite.
@@ -24,7 +24,7 @@ class Soundness:
     def __init__(self, config, workdir, batches, *, skipped=0):
         """
         Args:
-          batches: TrainingInput, which knows what each step was trained on.
+          batches: TrainingInput, which knows each step's examples.
           skipped: steps skipped before a resume.
         """
         self.skipped = skipped
@@ -42,7 +42,7 @@ class Soundness:
         """Checks all steps since the last call.
 
         Raises:
-          ValueError: supervised tokens that config.supervised_len leaves out.
+          ValueError: config.supervised_len leaves out supervised tokens.
           FloatingPointError: parameters that aren't finite; or a loss or a gradient that isn't, in more
             steps than config.skip_nonfinite allows. Each such step is first written to nonfinite.jsonl.
         """

@@ -1,4 +1,4 @@
-"""The state of a run: what a step reads and changes, and how far the run has come."""
+"""The state of a run: what a step reads and changes, and the run's progress."""
 
 import dataclasses
 from typing import Any
@@ -17,17 +17,17 @@ Leaves = dict[str, Any]  # name → jax.Array, or jax.ShapeDtypeStruct with a sh
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything of a run that isn't in its config.
+    """Everything about a run that isn't in its config.
 
     Attributes:
       trained: {name: float32 array}, what the optimizer changes.
-      opt_state: the optimizer's, over `trained`.
-      frozen: {name: array} of all other leaves; quantised ones have their scales beside them.
+      opt_state: the optimizer's state, over `trained`.
+      frozen: {name: array} of all other leaves; quantised ones together with their scales.
       kept: names of the frozen leaves that config.model_init doesn't give (random ones, and factors of
-        config.adapter_init). The run keeps them in base.npz, and of the others fingerprints.
+        config.adapter_init). The run stores them in base.npz, and fingerprints of the other frozen ones.
       step: steps taken so far.
-      skipped_steps: those of them whose loss or gradient wasn't finite.
-      input: where the data stand (`TrainingInput.state`); None at the start.
+      skipped_steps: how many of them had a loss or gradient that wasn't finite.
+      input: the position in the data (`TrainingInput.state`); None at the start.
     """
 
     trained: Leaves
@@ -40,7 +40,7 @@ class TrainState:
 
     @property
     def params(self) -> dict[str, Any]:
-        """All parameters as the model takes them: a nested tree."""
+        """All parameters in the model's form, a nested tree."""
         return unflatten_tree({**self.frozen, **self.trained})
 
     @property
@@ -54,18 +54,18 @@ class TrainState:
 
 
 def initial(setup: TrainingSetup) -> TrainState:
-    """The state that a run starts from: weights on the devices, an empty optimizer.
+    """The state that a run starts from: weights on the devices, a fresh optimizer state.
 
     Raises:
       checkpoints.CheckpointError: what was found doesn't fit the config.
-      ValueError: weights to be quantised that no file gives.
+      ValueError: no file gives some of the weights to be quantised.
     """
     params, kept = weights.initial_params(setup)
     return of_params(setup, params, kept)
 
 
 def of_params(setup: TrainingSetup, params: Leaves, kept=()) -> TrainState:
-    """The state of step 0 with these parameters, which are on the devices."""
+    """The state at step 0 with these parameters, which are on the devices."""
     frozen = dict(params)
     trained = {n: frozen.pop(n) for n in setup.trained_names}
     places = train_step.opt_shardings(setup.tx, trained, setup.mesh)
@@ -74,7 +74,7 @@ def of_params(setup: TrainingSetup, params: Leaves, kept=()) -> TrainState:
 
 
 def abstract(setup: TrainingSetup) -> TrainState:
-    """What `initial` gives as shapes with shardings; reads nothing."""
+    """`initial` as shapes with shardings; reads nothing."""
     frozen = weights.stored_params(setup.abstract, setup)
     trained = {n: frozen.pop(n) for n in setup.trained_names}
     opt_state = jax.tree.map(
@@ -86,10 +86,10 @@ def abstract(setup: TrainingSetup) -> TrainState:
 
 
 def restore(state: TrainState, checkpoints: workdirs.Checkpoints, workdir: str) -> TrainState:
-    """The state of the newest sound checkpoint of a run, or `state`, which must be its initial one, if there is none.
+    """The state of a run's newest sound checkpoint, or `state`, the run's initial one, if there is none.
 
     Raises:
-      checkpoints.CheckpointError: a checkpoint of another config, or none of them can be read.
+      checkpoints.CheckpointError: the checkpoint is of another config, or none can be read.
     """
     found = checkpoints.restore_newest(state.trained, state.opt_state)
     if not found:
@@ -108,6 +108,6 @@ def restore(state: TrainState, checkpoints: workdirs.Checkpoints, workdir: str) 
 
 
 def save(state: TrainState, checkpoints: workdirs.Checkpoints) -> None:
-    """Writes what training has changed; returns before all is on disk."""
+    """Writes what training has changed; returns before everything is on disk."""
     run = {"input": state.input, "skipped_steps": state.skipped_steps}
     checkpoints.save(state.step, state.trained, state.opt_state, run)

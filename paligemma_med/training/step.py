@@ -3,6 +3,9 @@
 `train` runs the same step that `dry_run` compiles.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,13 +15,13 @@ from paligemma_med.parallel import sharding
 from paligemma_med.training import optim
 
 
-def make_loss_fn(config, model):
+def make_loss_fn(config, model) -> Callable:
     """The function that is differentiated.
 
     Returns:
       loss_fn(trained, frozen, batch, rng) → (sum of the rows' weighted losses float32[], number of
-      supervised tokens that config.supervised_len cuts off). batch: as in `make_train_step`, and
-      row_weight float32[B] of `losses.row_weights`.
+      supervised tokens that config.supervised_len cuts off). batch: as in `make_train_step`, plus
+      row_weight float32[B] from `losses.row_weights`.
     """
     smoothing = config.get("label_smoothing") or 0.0
 
@@ -49,17 +52,16 @@ def make_loss_fn(config, model):
     return loss_fn
 
 
-def make_train_step(config, model, tx, learning_rate):
+def make_train_step(config, model, tx, learning_rate) -> Callable:
     """The function that takes one optimizer step.
 
     Returns:
       step(trained, opt_state, frozen, batch, i) → (trained, opt_state, metrics), to be jitted.
       trained, frozen: {name: array}. batch: image float32[B, …], text int32[B, L + 1], mask_ar and
       mask_loss likewise, image_at int32[B] if there is one. i: int32[] number of the step, which
-      seeds dropout. Gradients are taken with respect to `trained` alone. A step whose loss or
-      gradient isn't finite changes nothing, and its metric `finite` is False. With
-      config.grad_accum_steps the batch is worked through in that many microbatches, whose gradients
-      add up to exactly those of the whole.
+      seeds dropout. Gradients are only taken with respect to `trained`. A step whose loss or gradient isn't
+      finite changes nothing, and its metric `finite` is False. With config.grad_accum_steps the batch is
+      processed in that many micro-batches, whose gradients add up to exactly those of the whole batch.
     """
     accum = config.get("grad_accum_steps") or 1
     dropout_key = jax.random.key(config.get("seed", 0) + 1)
@@ -94,8 +96,8 @@ def make_train_step(config, model, tx, learning_rate):
         def leave(trained, opt_state):
             return trained, opt_state, jnp.float32(0)
 
-        # One bad step would spoil moments and parameters for good. `cond` and not a `where` for each leaf, which
-        # would hold the old and the new state at once.
+        # One bad step would ruin moments and parameters permanently. `cond` and not a `where` per leaf, which would
+        # hold the old and the new state at once.
         trained, opt_state, l2_updates = jax.lax.cond(finite, update, leave, trained, opt_state)
         metrics = {
             "training_loss": loss,
@@ -111,8 +113,8 @@ def make_train_step(config, model, tx, learning_rate):
     return step
 
 
-def opt_shardings(tx, trained, mesh):
-    """The sharding of the optimizer's state: that of their parameter for moments; the rest is replicated.
+def opt_shardings(tx, trained, mesh) -> Any:
+    """The shardings of the optimizer's state: moments are sharded like their parameter, the rest is replicated.
 
     Args:
       trained: {name: array, or jax.ShapeDtypeStruct with a sharding}.
@@ -129,7 +131,7 @@ def opt_shardings(tx, trained, mesh):
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trained))
 
 
-def jitted(setup, trained):
+def jitted(setup, trained) -> Callable:
     """The step of a `TrainingSetup`, jitted; see `make_train_step` and `jit_step`.
 
     Args:
@@ -139,9 +141,9 @@ def jitted(setup, trained):
     return jit_step(step, setup.tx, trained, setup.mesh)
 
 
-def jit_step(step, tx, trained, mesh):
-    """`step` of `make_train_step`, jitted. Its results are sharded as its arguments are, or the second call would be
-    compiled again."""
+def jit_step(step, tx, trained, mesh) -> Callable:
+    """`step` of `make_train_step`, jitted. Its results have the shardings of its arguments, or the second call would
+    compile again."""
     out = (
         {n: x.sharding for n, x in trained.items()},
         opt_shardings(tx, trained, mesh),

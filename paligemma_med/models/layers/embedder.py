@@ -15,7 +15,7 @@ class Embedder(nn.Module):
     width: int
     dtype: str
 
-    def setup(self):
+    def setup(self) -> None:
         self.table = quantised.param(
             self,
             "input_embedding",
