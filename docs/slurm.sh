@@ -20,6 +20,6 @@ srun --kill-on-bad-exit=1 --label \
     python -m paligemma_med.train --config=configs/stage1_slake.py --workdir="$WORKDIR"
 status=$?
 
-# 143: stopped by SIGTERM with a checkpoint. The same command goes on from there.
+# 143: stopped by SIGTERM with a checkpoint. The same command resumes from there.
 [ "$status" = 143 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$status"
