@@ -70,7 +70,7 @@ def _figures(members, scores):
 
 
 def _image(row):
-    """What tells images apart; a question without one stands by itself."""
+    """The key of a row's image; a question without an image has its own."""
     ids = (row.get(key) for key in ("image_key", "image_id"))
     return next((str(x) for x in ids if x is not None), f"question {row['question_id']}")
 
@@ -147,7 +147,7 @@ def agreement(judgements, labels, protocol) -> dict:
 
 
 def cost(tokens, price_in, price_out) -> float | None:
-    """The price of these tokens, given those of a million; None where prices or tokens aren't known."""
+    """The price of these tokens, given prices per million; None if prices or tokens are unknown."""
     if price_in is None or price_out is None or tokens["without_usage"]:
         return None
     spent = tokens["prompt_tokens"] * price_in + tokens["completion_tokens"] * price_out
@@ -155,12 +155,12 @@ def cost(tokens, price_in, price_out) -> float | None:
 
 
 def plain(figures: dict[str, float]) -> dict[str, float | None]:
-    """The same, with None for what isn't finite: NaN is no JSON."""
+    """The same, with None for what isn't finite, since JSON has no NaN."""
     return {k: x if math.isfinite(x) else None for k, x in figures.items()}
 
 
 def format_table(entry) -> str:
-    """A part of judge.json as a Markdown table, with what its figures rest on below."""
+    """A part of judge.json as a Markdown table, with the basis of its figures below."""
     metrics, top = entry["metrics"], entry["scores"][-1]
     unit, digits = (100, 1) if top == 1 else (1, 2)
 

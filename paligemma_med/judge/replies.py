@@ -1,4 +1,4 @@
-"""Every reply that a server ever gave, on the disk: none is lost, and none is paid for twice."""
+"""Every reply of a server, on disk: none is lost, and none is paid for twice."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ class Cache:
     """
 
     def __init__(self, path, what="a judge's reply", write=True):
-        """Opens or begins the file; drops a line at its end that a crash cut off.
+        """Opens or creates the file; drops a last line that a crash cut off.
 
         Args:
           path: of the file.

@@ -1,9 +1,9 @@
 """The server backend: any OpenAI-compatible server answers units, many of them at a time.
 
-vLLM, Ollama, llama.cpp, or a service: the way to several GPUs and to models that don't fit here.
-What is done about faults, limits and keys is that of `judge.client`; here is what a request of a unit
-is. A unit whose requests find no reply at all stays without one, and the next run asks again; one
-whose prompt the server finds too long has failed.
+vLLM, Ollama, llama.cpp, or a service: the way to use several GPUs, and models that don't fit here.
+`judge.client` handles faults, limits and keys; this file makes the requests of units. A unit without any
+reply stays without one, and the next run asks again; one whose prompt the server rejects as too long has
+failed.
 """
 
 import functools
@@ -21,7 +21,7 @@ from tools.synthesize_qa import units as units_lib
 
 __all__ = ["ServerError", "answer", "schema", "seed_of"]
 
-# How servers say that a prompt has no room: OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI.
+# How servers say that a prompt is too long: OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI.
 _TOO_LONG = re.compile(
     r"context[ _](?:length|size|window)|maximum (?:model|sequence|input) length|"
     r"\b(?:prompt|input|request)s?\b.{0,40}\btoo (?:long|large)|"
@@ -31,15 +31,15 @@ _TOO_LONG = re.compile(
 
 
 def seed_of(seed: int, key: str, attempt: int) -> int:
-    """The seed of a request, 0 up to 2^31: another one for each unit and attempt, the same in
-    whatever order they are asked."""
+    """The seed of a request, 0 up to 2^31: different for each unit and attempt, whatever the order of
+    requests."""
     text = json.dumps([seed, key, attempt]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
 
 
 def schema(kind: str) -> dict[str, Any]:
-    """`response_format` for servers that can hold a reply to a form ("structured outputs"): the
-    form that the templates of this kind ask for."""
+    """`response_format` for servers that can enforce a reply's form ("structured outputs"): the form that
+    templates of this kind ask for."""
 
     def form(**properties):
         return dict(type="object", properties=properties, required=list(properties), additionalProperties=False)
@@ -66,15 +66,15 @@ def answer(
     progress: Callable[[int, int], None] | None = None,
     **client: Any,
 ) -> dict[str, Any]:
-    """Has a server answer all units that aren't settled; each reply is on the disk as it comes.
+    """Has a server answer all units that aren't settled; each reply is written to disk when it comes.
 
     Args:
       units: see `units`.
       journal: see `journal`; replies are added to it.
-      model: as the server calls it.
+      model: the server's name for it.
       read: `parse.read_reply`.
       settings: arguments of the requests, some of `judge_client.SETTINGS`.
-      seed: a seed made of it goes with each request; None: none, for servers that refuse it.
+      seed: each request gets a seed derived from it; None: no seed, for servers that refuse one.
       structured: ask the server to hold replies to `schema`.
       progress: called with the number of replies and of new tokens after each reply. A unit whose
         first reply can't be used is asked once more, so that there may be more replies than units.
@@ -85,13 +85,13 @@ def answer(
       "faults": {kind: how often}}.
 
     Raises:
-      ServerError: there is no use in asking on; what came is kept.
+      ServerError: further requests are pointless; replies so far are kept.
       ValueError: settings, limits or an address that can't be; no key; openai isn't installed.
     """
     units = list(units)
     open_units = {u.key: u for u in units if not units_lib.settled(journal.replies(u.key))}
     requests = _Requests(open_units, journal, read, seed=seed, structured=structured, progress=progress)
-    # With those that were answered before, so that it's known that the server does answer.
+    # Includes earlier replies, so that the server is known to answer.
     asked = [u.key for u in units if u.key in open_units or journal.score(u.key) is not None]
     why, faults = judge_client.ask_all(
         {key: functools.partial(requests.messages, key) for key in asked},
@@ -111,7 +111,7 @@ def answer(
 
 
 class _Requests:
-    """What the client asks about each unit, and what the journal holds of its replies.
+    """What the client needs for each unit's requests, and how replies go into the journal.
 
     units: {key: unit} of those that are open. The others: as for `answer`.
     """
@@ -122,7 +122,7 @@ class _Requests:
         self._versions = {"openai": _version()}
         self._last = time.monotonic()
 
-        @functools.lru_cache(1)  # the score and the note are of the same reply
+        @functools.lru_cache(1)  # the score and the note use the same reply
         def reply_of(key, text, finish):
             return read(text, units[key].template.kind, finish == "length")
 
@@ -151,7 +151,7 @@ class _Requests:
         )
 
     def refusal(self, key, attempt, status, why):
-        """A record for a prompt that the model has no room for; None for any other refusal."""
+        """A record for a prompt that is too long for the model; None for any other refusal."""
         if status not in (400, 413, 422) or not _TOO_LONG.search(why):
             return None
         if self._progress:
