@@ -344,7 +344,7 @@ def test_nothing_that_is_read_is_overwritten(tmp_path):
         with pytest.raises(ValueError, match="would be overwritten"):
             verdicts.apply(path, verdicts.read(table), table, out)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="qa.jsonl would be overwritten"):
+    with pytest.raises(ValueError, match="qa.jsonl is an input and would be overwritten"):
         write_page(path, tmp_path / "." / "qa.jsonl")
     for out in (tmp_path / "nosuch" / "r.html", path / "r.html"):
         with pytest.raises(ValueError, match="r.html can't be written: "):
