@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import common, tiny_base
 
-EPOCHS = {1: 0.4, 2: 3.2}
-LR = {1: 3e-3, 2: 2e-3}
+EPOCHS = {1: 0.3, 2: 2.3}
+LR = {1: 3e-3, 2: 4e-3}
 
 
 def get_config(arg=None) -> ConfigDict:

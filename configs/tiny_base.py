@@ -2,10 +2,11 @@
 
 `python -m tools.pretrain_tiny` runs it and writes tools/tiny_base.npz, from which the quickstart
 starts: what PaliGemma's own pre-training is to the real thing. It has seen circles and squares and
-nothing medical. It learns in two lessons, since from the mixture of all pictures and questions a
-model with random weights takes very long to find out that there is something to look at.
+no medical picture; it can spell words, radiology's among them. It learns in three lessons: single
+shapes, since from the mixture of all pictures and questions a model with random weights takes very
+long to find out that there is something to look at; the mixture; and words to say besides.
 
-Arguments: lesson, init (weights; lesson 2 is given the workdir of lesson 1), epochs and lr (0:
+Arguments: lesson, init (weights; a lesson is given the workdir of the one before), epochs and lr (0:
 those of the lesson), size (of a batch), seed, eval (the split that evaluations use), data_dir.
 """
 
@@ -27,9 +28,9 @@ MODEL = dict(
 )
 RES = 64
 TOKENIZER = "tiny"
-DATA = {1: "shapes_easy", 2: "shapes"}
-EPOCHS = {1: 1.2, 2: 1.3}
-LR = {1: 2e-3, 2: 2e-3}
+DATA = {1: "shapes_easy", 2: "shapes", 3: "shapes_words"}
+EPOCHS = {1: 1.2, 2: 1.3, 3: 1.0}
+LR = {1: 2e-3, 2: 2e-3, 3: 2e-3}
 
 
 def apply(c) -> None:
@@ -42,7 +43,7 @@ def apply(c) -> None:
 def get_config(arg=None) -> ConfigDict:
     args = common.parse_arg(arg, lesson=1, init="", epochs=0.0, lr=0.0, size=32, seed=0, eval="test", data_dir="")
     if args.lesson not in DATA:
-        raise ValueError(f"Config argument lesson={args.lesson}: expected 1 or 2.")
+        raise ValueError(f"Config argument lesson={args.lesson}: expected 1, 2 or 3.")
     data = DATA[args.lesson]
     c = ConfigDict()
     c.seed = args.seed

@@ -195,7 +195,7 @@ def build(
 
     Args:
       name: a key of `BUILDERS`.
-      manual_dir: folder with the released files. Drawn sets (phantom, shapes, shapes_easy) make their
+      manual_dir: folder with the released files. Drawn sets (phantom, shapes, shapes_easy, shapes_words) make their
         own if None.
       data_dir: where TFDS data sets are; None: `default_data_dir()`.
       config: one builder config; None: all that `manual_dir` has the files for.
@@ -238,7 +238,9 @@ def build(
             raise DataError(f"{name}: small enough to be built without --beam, which it doesn't support")
         _beam_options(beam_options)  # fails now if it isn't installed
     if not own and (num_images is not None or seed is not None):
-        raise DataError(f"{name}: num_images and seed are for drawn data sets (phantom, shapes, shapes_easy) only")
+        raise DataError(
+            f"{name}: num_images and seed are for drawn data sets (phantom, shapes, shapes_easy, shapes_words) only"
+        )
     if manual_dir is not None and (num_images is not None or seed is not None):
         raise DataError(f"{name}: num_images and seed are for drawing, not with a manual_dir")
     if not own and manual_dir is None:

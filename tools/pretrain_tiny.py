@@ -13,6 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from configs import tiny_base
 from data_prep import build
 from data_prep.files import DataError
 from paligemma_med import checkpoints, evaluate, train
@@ -47,14 +48,14 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     try:
-        pretrain([values.lesson1, values.lesson2], values.workdir, values.output)
+        pretrain([values[f"lesson{n}"].value for n in tiny_base.DATA], values.workdir, values.output)
     except DataError as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
     path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "tiny_base.py")
-    for lesson in (1, 2):
+    for lesson in tiny_base.DATA:
         config_flags.DEFINE_config_file(f"lesson{lesson}", f"{path}:lesson={lesson}", f"Experiment of lesson {lesson}.")
     flags.DEFINE_string("workdir", "out/tiny_base", "Folder of the run.")
     flags.DEFINE_string("output", "tools/tiny_base.npz", "Where the weights are written.")

@@ -1,1 +1,1 @@
-"""What the drawn data sets (phantom, shapes, shapes_easy) share."""
+"""What the drawn data sets (phantom, shapes, shapes_easy, shapes_words) share."""

@@ -1,4 +1,4 @@
-"""What the drawn data sets (phantom, shapes, shapes_easy) share as TFDS builders."""
+"""What the drawn data sets (phantom, shapes, shapes_easy, shapes_words) share as TFDS builders."""
 
 import pathlib
 from typing import Any
