@@ -1,4 +1,4 @@
-"""The quickstart: the tiny base model, which has seen no radiology, adapted to the phantoms.
+"""The quickstart: the tiny base model, which has seen no medical picture, adapted to the phantoms.
 
 `python -m tools.quickstart` runs its two stages, which are the paper's: stage=1 trains only the
 projection head, stage=2 trains LoRA in both towers on top of stage 1's result. Minutes on two cores;

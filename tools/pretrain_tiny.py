@@ -3,7 +3,8 @@
     python -m tools.pretrain_tiny --output=tools/tiny_base.npz
 
 Everything comes from a fixed seed. The same machine and versions give the same file; others round
-differently and give an equally good model. Started again with the same --workdir, training resumes from
+differently and give an equally good model. (The file in the repository was rounded to bfloat16 once
+more, between lessons 2 and 3.) Started again with the same --workdir, training resumes from
 its newest checkpoint.
 """
 
