@@ -6,7 +6,6 @@ line breaks inside cells. `read_qa` gives the same rows for all of them and coun
 why the rest was dropped, since a parser that skips silently skews a data set.
 """
 
-import csv
 import dataclasses
 import json
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 from data_prep import files
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
+from paligemma_med.pp import tables
 
 # A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `Q1. …`, `2. Q: …`.
 # Possessive quantifiers keep it fast on long lines of spaces.
@@ -315,26 +315,19 @@ def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
 def _csv_rows(path: pathlib.Path, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV file with a header; cells may hold line breaks."""
     with _open(path) as f:
-        reader = csv.reader(f)
         try:
-            header = next((row for row in reader if any(c.strip() for c in row)), [])
-            header = [c.strip() for c in header]
+            header, rows = tables.read(f, path, error=DataError)
             if missing := [k for k in ("image_id", "question", "answer") if k not in header]:
                 raise DataError(
                     f"{path}: no column {', '.join(missing)} in the header {','.join(header)!r:.80}; {_EXPECTED}"
                 )
-            for row in reader:
-                if not any(c.strip() for c in row):
-                    continue
-                where = f"line {reader.line_num}"
-                if len(row) != len(header):
+            for line, row in rows:
+                if isinstance(row, str):
                     ledger.read("records")
-                    ledger.drop("records", "another number of cells than the header", f"{path.name} {where}")
+                    ledger.drop("records", row, f"{path.name} line {line}")
                     continue
                 # The index column that pandas writes has no name.
-                yield where, {k: v for k, v in zip(header, row, strict=True) if k}
-        except csv.Error as e:
-            raise DataError(f"{path} line {reader.line_num}: not valid CSV ({e})") from None
+                yield f"line {line}", {k: v for k, v in row.items() if k}
         except UnicodeDecodeError as e:
             raise DataError(f"{path}: not UTF-8 text ({e.reason}); {_EXPECTED}") from None
 

@@ -16,7 +16,6 @@ interval is open because its profile is flat.
 # Unlike an interval from the curvature at the optimum it shows a ridge: with X and D growing
 # together, α can be traded for β, and both profiles are flat.
 
-import csv
 import dataclasses
 import json
 import math
@@ -28,6 +27,7 @@ import scipy.stats
 from absl import app, flags
 
 from paligemma_med.cli import command
+from paligemma_med.pp import tables
 
 NAMES = ("A", "alpha", "beta", "E")
 MAX_EXPONENT = 5.0
@@ -252,12 +252,11 @@ def read_rows(path) -> list[dict]:
     """
     path = pathlib.Path(path)
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as f:
-            return list(csv.DictReader(f))
+        return [row for _, row in tables.read_file(path)]
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path}: expected a .csv or .jsonl file.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -1,13 +1,11 @@
 """Reads what to ask about which images: a folder, a table of questions, a mask."""
 
-import csv
-import io
 import os
 import pathlib
 
 import numpy as np
 
-from paligemma_med.pp import images
+from paligemma_med.pp import images, tables
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 
@@ -18,27 +16,23 @@ def read_mask(path) -> np.ndarray:
 
 
 def read_questions(path, folder) -> list[tuple[str, str]]:
-    """[(image's path below `folder`, question)] from a CSV or TSV file with columns image and question.
+    """[(image's path below `folder`, question)] from a table with columns image and question, see `pp.tables`.
 
     Raises:
       ValueError: a column is missing, a field is empty, or an image's path leaves the folder; names
         the file and line.
     """
-    text = read_bytes(path, "--questions")
     try:
-        lines = io.StringIO(text.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}).") from None
-    reader = csv.DictReader(lines, delimiter="\t" if str(path).endswith(".tsv") else ",")
-    if missing := {"image", "question"} - {*(reader.fieldnames or ())}:
-        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; found {reader.fieldnames}.")
+        table = tables.read_file(path, ("image", "question"))
+    except OSError as e:
+        raise ValueError(f"--questions {path}: {e.strerror}.") from None
     out = []
-    for row in reader:
-        image, question = ((row[k] or "").strip() for k in ("image", "question"))
+    for line, row in table:
+        image, question = row["image"].strip(), row["question"].strip()
         if not image or not question:
-            raise ValueError(f"{path} line {reader.line_num}: image or question is empty.")
+            raise ValueError(f"{path} line {line}: image or question is empty.")
         if not _inside(folder, image):
-            raise ValueError(f"{path} line {reader.line_num}: {image!r} is not below {folder}.")
+            raise ValueError(f"{path} line {line}: {image!r} is not below {folder}.")
         out.append((image, question))
     if not out:
         raise ValueError(f"{path}: no rows below its header.")

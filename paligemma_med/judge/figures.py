@@ -1,7 +1,6 @@
 """Figures of judgements: means with intervals, agreement with people, cost, and the table of them."""
 
 import collections
-import csv
 import math
 import re
 
@@ -10,6 +9,7 @@ import numpy as np
 from paligemma_med.judge.criteria import PROTOCOLS
 from paligemma_med.metrics import scoring, stats, tables
 from paligemma_med.pp import markdown
+from paligemma_med.pp import tables as text_tables
 
 
 def summarise(judgements, rows, protocol) -> dict[str, float]:
@@ -76,7 +76,7 @@ def _image(row):
 
 
 def read_labels(path, rows, protocol) -> dict[tuple, int]:
-    """Human labels from a CSV with the columns question_id and label.
+    """Human labels from a table with the columns question_id and label, see `pp.tables`.
 
     A column sample says which answer of the question was labelled, from 0; without it, the first.
 
@@ -90,24 +90,20 @@ def read_labels(path, rows, protocol) -> dict[tuple, int]:
     scores = PROTOCOLS[protocol].scores
     ids = {str(row["question_id"]): row["question_id"] for row in rows}
     labels = {}
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f)
-        if missing := {"question_id", "label"} - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has no column {sorted(missing)[0]!r}; it has {reader.fieldnames}.")
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            question, label = ((row[k] or "").strip() for k in ("question_id", "label"))
-            sample = (row.get("sample") or "0").strip()
-            if question not in ids:
-                raise ValueError(f"{where}: no question {question!r} in the predictions.")
-            if label not in map(str, scores):
-                raise ValueError(f"{where}: label is {label!r}; expected one of {scores}.")
-            if not re.fullmatch("[0-9]{1,9}", sample):
-                raise ValueError(f"{where}: sample is {sample!r}; expected a whole number from 0.")
-            key = ids[question], int(sample)
-            if key in labels:
-                raise ValueError(f"{where}: question {question!r} has a label already.")
-            labels[key] = int(label)
+    for line, row in text_tables.read_file(path, ("question_id", "label")):
+        where = f"{path}, line {line}"
+        question, label = row["question_id"].strip(), row["label"].strip()
+        sample = row.get("sample", "").strip() or "0"
+        if question not in ids:
+            raise ValueError(f"{where}: no question {question!r} in the predictions.")
+        if label not in map(str, scores):
+            raise ValueError(f"{where}: label is {label!r}; expected one of {scores}.")
+        if not re.fullmatch("[0-9]{1,9}", sample):
+            raise ValueError(f"{where}: sample is {sample!r}; expected a whole number from 0.")
+        key = ids[question], int(sample)
+        if key in labels:
+            raise ValueError(f"{where}: question {question!r} has a label already.")
+        labels[key] = int(label)
     if not labels:
         raise ValueError(f"{path} has no labels; expected a row a question.")
     return labels

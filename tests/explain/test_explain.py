@@ -259,6 +259,8 @@ def test_question_files(tmp_path, text, message):
         explain.read_questions(path, tmp_path)
     path.write_text('\ufeffid,question,image\n1,"What, then?",a/b.png\n', encoding="utf-8")
     assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
+    path.write_text("\ufeffImage;Question\r\na/b.png;What, then?\r\n", encoding="utf-8", newline="")
+    assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
 
 
 def test_dicom_is_read_as_its_pixels(run):

@@ -88,6 +88,8 @@ def test_agreement_by_hand(tmp_path):
     )
     path = write_labels(tmp_path / "l.csv", [("question_id", "sample", "label"), ("q3", 1, 1)])
     assert figures.read_labels(path, rows, "binary") == {("q3", 1): 1}
+    path.write_text("\ufeffquestion_id;Label\r\nq3;1\r\n", encoding="utf-8")  # a spreadsheet set to a decimal comma
+    assert figures.read_labels(path, rows, "binary") == {("q3", 0): 1}
     assert figures.agreement(judged, {("q3", 1): 1}, "binary")["agree"] == 1
     assert figures.agreement(judged, {("q3", 1): 1}, "binary")["kappa"] is None  # one label alone
     assert figures.agreement(judged, {("q3", 1): 1}, "pefomed5")["kappa_quadratic"] is None
@@ -98,11 +100,11 @@ def test_agreement_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "table, says",
     [
-        ([("question", "label"), ("q0", 1)], "no column 'question_id'"),
+        ([("question", "label"), ("q0", 1)], "no column question_id; found question, label"),
         ([("question_id", "label"), ("q9", 1)], "line 2: no question 'q9'"),
         ([("question_id", "label"), ("q0", 1), ("q1", 2)], r"line 3: label is '2'; expected"),
         ([("question_id", "label"), ("q0", "")], "label is ''"),
-        ([("question_id", "label"), ("q0",)], "label is ''"),
+        ([("question_id", "label"), ("q0",)], "line 2: another number of cells"),
         ([("question_id", "label"), ("q0", 1), ("q0", 0)], "'q0' has a label already"),
         ([("question_id", "label", "sample"), ("q0", 1, "a")], "sample is 'a'"),
         ([("question_id", "label")], "has no labels"),

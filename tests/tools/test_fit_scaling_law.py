@@ -119,6 +119,10 @@ def test_columns_leaves_out_rows_without_a_loss_and_names_what_is_missing():
 def test_reads_csv_and_jsonl(tmp_path):
     (tmp_path / "a.csv").write_text("step,loss\n1,2\n")
     (tmp_path / "a.jsonl").write_text('{"step": 1, "loss": 2}\n\n')
+    (tmp_path / "b.jsonl").write_text('{"step": 1, "note": "a\u2028b"}\n', encoding="utf-8")
+    assert fsl.read_rows(tmp_path / "b.jsonl") == [dict(step=1, note="a\u2028b")]
+    assert fsl.read_rows(tmp_path / "a.csv") == [dict(step="1", loss="2")]
+    (tmp_path / "a.csv").write_text("step;loss\n1;2\n")
     assert fsl.read_rows(tmp_path / "a.csv") == [dict(step="1", loss="2")]
     assert fsl.read_rows(tmp_path / "a.jsonl") == [dict(step=1, loss=2)]
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n[1]\n')

@@ -6,7 +6,6 @@ Neither shows in an average of ROUGE; both show here.
 """
 
 import collections
-import csv
 import json
 import pathlib
 import re
@@ -14,6 +13,7 @@ import re
 import numpy as np
 
 from paligemma_med.metrics import answers, protocols, scoring, text_metrics
+from paligemma_med.pp import tables
 from tools.report import blocks
 
 # Columns of others' files, ignoring case: the authors' Excel sheet, their JSON, and common names.
@@ -71,12 +71,13 @@ def _table(path):
         return _excel(path)
     if kind not in (".csv", ".json", ".jsonl"):
         raise ValueError(f"{path}: expected a .xlsx, .csv, .json or .jsonl file.")
-    text = path.read_text(encoding="utf-8-sig")
     if kind == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return [row for _, row in tables.read_file(path)]
+    text = path.read_text(encoding="utf-8-sig")
     try:
         if kind == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # str.splitlines would also split at U+2028 and others, which may stand in a JSON text.
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             found = json.loads(text)
     except ValueError as e:

@@ -6,13 +6,12 @@ a review that loses verdicts silently would be worse than none.
 """
 
 import collections
-import csv
-import io
 import json
 import pathlib
 from collections.abc import Iterator
 
 from paligemma_med.metrics import stats
+from paligemma_med.pp import tables
 from tools.review_qa import rows
 
 VERDICTS = ("keep", "discard", "unsure")
@@ -28,41 +27,23 @@ def read(path) -> dict[str, tuple]:
       ValueError: names the file and the line.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; {EXPECTED}.") from None
+        table = tables.read_file(path, ("question_id", "verdict"))
     except OSError as e:
         raise ValueError(f"{path}: can't be read ({e.strerror or e}); {EXPECTED}.") from None
-    head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)  # spreadsheets of some countries write semicolons
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    found, columns = {}, None
-    try:
-        for cells in reader:
-            if not any(c.strip() for c in cells):
-                continue
-            where = f"{path} line {reader.line_num}"
-            if columns is None:
-                columns = [c.strip().lower() for c in cells]
-                if missing := [c for c in ("question_id", "verdict") if columns.count(c) != 1]:
-                    raise ValueError(f"{path}: no one column {missing[0]} in {cells}; {EXPECTED}.")
-                continue
-            if len(cells) != len(columns):
-                raise ValueError(f"{where}: found {len(cells)} cells; expected {len(columns)}, as in its head.")
-            row = {k: _cell(c) for k, c in zip(columns, cells)}
-            question, verdict = row["question_id"], row["verdict"].strip().lower()
-            if verdict and verdict not in VERDICTS:
-                raise ValueError(f"{where}: verdict {row['verdict']!r}; expected {', '.join(VERDICTS)}, or ''.")
-            if question in found:
-                raise ValueError(
-                    f"{where}: question_id {question!r} has a verdict in line {found[question][3]} "
-                    "already; expected one each."
-                )
-            found[question] = verdict, row.get("note", ""), row.get("pair", ""), reader.line_num
-    except csv.Error as e:
-        raise ValueError(f"{path} line {reader.line_num}: not valid CSV ({e}).") from None
-    if columns is None:
-        raise ValueError(f"{path}: the file is empty; {EXPECTED}.")
+    except ValueError as e:
+        raise ValueError(f"{str(e).rstrip('.')}; {EXPECTED}.") from None
+    found = {}
+    for line, cells in table:
+        row = {k.lower(): _cell(c) for k, c in cells.items()}
+        question, verdict = row["question_id"], row["verdict"].strip().lower()
+        if verdict and verdict not in VERDICTS:
+            raise ValueError(f"{path} line {line}: verdict {row['verdict']!r}; expected {', '.join(VERDICTS)}, or ''.")
+        if question in found:
+            raise ValueError(
+                f"{path} line {line}: question_id {question!r} has a verdict in line {found[question][3]} "
+                "already; expected one each."
+            )
+        found[question] = verdict, row.get("note", ""), row.get("pair", ""), line
     return found
 
 

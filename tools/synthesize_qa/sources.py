@@ -4,7 +4,6 @@ Each row has an identity and a digest, so that a reply can be traced to what was
 for the reply to something else. What is left out is counted with its reason.
 """
 
-import csv
 import dataclasses
 import hashlib
 import importlib
@@ -19,6 +18,7 @@ from data_prep.datasets.medpix2 import cases
 from data_prep.datasets.roco import layout as roco_layout
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
+from paligemma_med.pp import tables
 from paligemma_med.pp.files import default_data_dir
 
 NAMES = ("medpix2", "rocov2", "roco_v1")  # alone, the caption config's train split
@@ -243,37 +243,7 @@ def _jsonl(path):
 
 
 def _separated(path):
-    text, tabs = _lines(path, "a table with a header"), path.suffix.lower() == ".tsv"
-    # Most tables with tabs are written without quoting: a stray quote must not swallow lines.
-    kind = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(strict=True)
-    reader = csv.reader(io.StringIO(text, newline=""), **kind)  # splitlines() would also split at other characters
-    header = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as e:
-            if "unexpected end" in str(e):
-                raise DataError(f"{path} line {line}: a quote opens there and is never closed; expected CSV") from None
-            too_long = "field larger than" in str(e)
-            why = f"a cell of over {csv.field_size_limit():,} characters"
-            yield f"{path} line {line}", why if too_long else "a line that is no CSV"
-            continue
-        if tabs:
-            cells = [c[1:-1].replace('""', '"') if _quoted(c) else c for c in cells]
-        if not any(c.strip() for c in cells):
-            continue
-        if header is None:
-            header = [c.strip().lower() for c in cells]
-            if again := [c for c in header if c and header.count(c) > 1]:
-                raise DataError(f"{path} line {line}: the column {again[0]} stands there twice; expected once")
-        elif len(cells) != len(header):
-            yield f"{path} line {line}", "another number of cells than the header"
-        else:
-            yield f"{path} line {line}", dict(zip(header, cells))
-
-
-def _quoted(cell):
-    return len(cell) > 1 and cell[0] == cell[-1] == '"'
+    text = io.StringIO(_lines(path, "a table with a header"), newline="")
+    _, rows = tables.read(text, path, quotes=False, error=DataError)
+    for line, row in rows:
+        yield f"{path} line {line}", row

@@ -5,7 +5,6 @@ letter; v2: `Answer` is the letter), and the texts carry leftovers of how they w
 before options, quotes, odd spaces.
 """
 
-import csv
 import dataclasses
 import pathlib
 import re
@@ -14,12 +13,12 @@ from collections.abc import Iterator
 
 from data_prep import files
 from data_prep.files import DataError
+from paligemma_med.pp import tables
 from paligemma_med.pp.rows import ANSWER_LETTER, CHOICES
 
 LETTERS = "ABCD"
 _NEEDED = ("figure path", "question", "answer", *(f"choice {c.lower()}" for c in LETTERS))
 _MISSPELT = {"anwser": "answer", "anwser label": "answer label"}
-_LONGEST = 1 << 20  # characters in a field; more means that a quote is never closed
 _REFERS = re.compile(r"\b(of|among) (the following|these)\b|\bthe following (options?|choices?)\b")
 
 
@@ -61,23 +60,18 @@ def read_table(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str] | None]
         f = open(path, encoding="utf-8-sig", errors="replace", newline="")
     except OSError as e:
         raise DataError(f"{path}: can't be read ({e.strerror or e}); expected a table") from None
-    limit = csv.field_size_limit(_LONGEST)
     with f:
-        i = -1
-        try:
-            table = csv.reader(f)
-            columns = [_column(c) for c in next(table, [])]
-            if missing := [c for c in _NEEDED if c not in columns]:
-                raise DataError(
-                    f"{path}: column {', '.join(map(repr, missing))} missing; expected PMC-VQA's "
-                    f"Figure_path, Question, Answer, Choice A to D; found {', '.join(columns)}"
-                )
-            for i, fields in enumerate(line for line in table if line):
-                yield i, dict(zip(columns, fields)) if len(fields) == len(columns) else None
-        except csv.Error as e:
-            raise DataError(f"{path} row {i + 1}: not CSV ({e}); expected a table whose quotes are closed") from None
-        finally:
-            csv.field_size_limit(limit)
+        header, rows = tables.read(f, path, error=DataError)
+        columns = [_column(c) for c in header]
+        if missing := [c for c in _NEEDED if c not in columns]:
+            raise DataError(
+                f"{path}: column {', '.join(map(repr, missing))} missing; expected PMC-VQA's "
+                f"Figure_path, Question, Answer, Choice A to D; found {', '.join(columns)}"
+            )
+        for i, (_, row) in enumerate(rows):
+            if row == tables.TOO_LONG:
+                raise DataError(f"{path} row {i}: not CSV ({row}); expected a table whose quotes are closed")
+            yield i, None if isinstance(row, str) else dict(zip(columns, row.values()))
 
 
 def clean(text: str) -> str:

@@ -6,7 +6,6 @@ ROCO v1 (`ROCO_00001`; the version behind the paper's results, by the ids in the
 tab-separated captions without a header, in the layout of the data set's repository or of MedM.
 """
 
-import csv
 import io
 import pathlib
 import re
@@ -23,6 +22,7 @@ from data_prep.builders.figures import (
     has_text,
 )
 from data_prep.files import DataError
+from paligemma_med.pp import tables
 
 # Split -> its name in the release's files and folders.
 SPLITS = {"train": ("train",), "validate": ("valid", "validation", "val"), "test": ("test",)}
@@ -223,20 +223,15 @@ def _figure(
 def _table(path: pathlib.Path, column: str) -> Iterator[tuple[str, str, str]]:
     """(where, id, text) of a CSV file with the header `ID,<column>`."""
     text = _text(path, f"a table ID,{column}")
-    reader = csv.reader(io.StringIO(text, newline=""))  # splitlines() would also split at other characters
-    try:
-        header = [c.strip() for c in next(reader, [])]
-        if header != ["ID", column]:
-            raise DataError(f"{path}: header {header}; expected ID,{column}")
-        for row in reader:
-            where = f"{path} line {reader.line_num}"
-            if not row:
-                continue
-            if len(row) != 2 or not row[0].strip():
-                raise DataError(f"{where}: {len(row)} fields in {row!r:.80}; expected ID,{column}")
-            yield where, row[0].strip(), row[1]
-    except csv.Error as e:
-        raise DataError(f"{path} line {reader.line_num}: not CSV ({e})") from None
+    header, rows = tables.read(io.StringIO(text, newline=""), path, error=DataError)
+    if header != ["ID", column]:
+        raise DataError(f"{path}: header {header}; expected ID,{column}")
+    for line, row in rows:
+        if isinstance(row, str):
+            raise DataError(f"{path} line {line}: {row}; expected ID,{column}")
+        if not row["ID"].strip():
+            raise DataError(f"{path} line {line}: no ID in {row!r:.80}; expected ID,{column}")
+        yield f"{path} line {line}", row["ID"].strip(), row[column]
 
 
 def _concepts(folder: pathlib.Path, name: str, kind: str) -> dict[str, tuple[str, ...]] | None:

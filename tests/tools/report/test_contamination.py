@@ -128,9 +128,22 @@ def test_foreign_files_of_every_kind_read_alike(tmp_path, kind):
     ]
 
 
+@pytest.mark.parametrize("name", ["f.csv", "f.jsonl"])
+def test_foreign_files_of_spreadsheets_and_with_separators_in_their_texts(tmp_path, name):
+    said = "A lesion.\u2028No\x85effusion."
+    if name == "f.csv":
+        text = f"\ufeffquestion;predicted_answer;answer\r\nq, 1;{said};b\r\n"
+    else:
+        row = dict(question="q, 1", predicted_answer=said, answer="b")
+        text = json.dumps(row, ensure_ascii=False) + "\r\n"
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert contamination.read(tmp_path / name) == [dict(image=None, question="q, 1", prediction=said, answer="b")]
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
+        ("a.csv", "question,prediction,answer\na,b\n", "a.csv line 2: another number of cells"),
         ("a.txt", "x", "expected a .xlsx, .csv, .json or .jsonl"),
         ("a.json", "{", "is no JSON"),
         ("a.json", "[1]", "expected a list of objects"),

@@ -174,8 +174,8 @@ def test_where_images_are_looked_for(v2, names, expected):
     [
         ("ID,Caption", "id;text", ["header", "ID,Caption"]),
         ("test_000002,", "test_000001,", ["'ROCOv2_2023_test_000001' comes twice", "line 3"]),
-        ("test_000003,", "test_000003,x,", ["line 4", "3 fields"]),
-        ("\nROCOv2_2023_test_000003", "\n", ["line 4", "2 fields"]),
+        ("test_000003,", "test_000003,x,", ["line 4", "another number of cells"]),
+        ("\nROCOv2_2023_test_000003", "\n", ["line 4", "no ID"]),
     ],
 )
 def test_v2_refuses_broken_tables(v2, old, new, words):
