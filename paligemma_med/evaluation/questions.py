@@ -27,7 +27,7 @@ def check(batch, rows) -> None:
                 f"{where} has a key 'suffix', which an eval pp would put into the prompt; "
                 "call the ground truth 'answer'."
             )
-        if not answers.normalise(row["answer"]):
+        if answers.is_empty(row["answer"]):
             raise ValueError(f"{where} has an empty answer: {row['answer']!r}.")
 
 

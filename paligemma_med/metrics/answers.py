@@ -3,6 +3,13 @@
 import re
 import string
 
+_CLOSING = " .,;:!?。；：！？"
+_MARK = re.compile("[、-〟〰！-／：-＠［-｀｛-･]")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff9f\U00020000-\U0003ffff]"
+)
+
 
 def strict(text) -> str:
     """Lower case, no surrounding blanks."""
@@ -15,10 +22,28 @@ def normalise(text) -> str:
     Lower case; every comma (also the full-width `，` and the enumerating `、`) followed by one
     space and preceded by none; runs of white space become one space; surrounding white space and
     `. , ; : ! ?` (also full-width) at the end are dropped. Nothing else: articles, plurals, number
-    words and the order of a list still count.
+    words and the order of a list still count. An answer of such marks alone ("...") stays as it is, or an
+    empty prediction would equal it.
     """
-    text = re.sub(r"\s*[,，、]\s*", ", ", text.lower())
-    return re.sub(r"\s+", " ", text).strip().rstrip(" .,;:!?。；：！？")
+    form = re.sub(r"\s*[,，、]\s*", ", ", text.lower())
+    form = re.sub(r"\s+", " ", form).strip()
+    return form.rstrip(_CLOSING) or form
+
+
+def is_empty(text) -> bool:
+    """Whether a text has nothing but blanks and the marks that `normalise` drops."""
+    return not text.translate(dict.fromkeys(map(ord, _CLOSING + "，、"))).strip()
+
+
+def spaced(text) -> str:
+    """The text with blanks around each character of scripts that write none between words: Chinese, Japanese,
+    Thai, Lao, Khmer, Burmese. So what counts words counts characters there."""
+    return _UNSPACED.sub(r" \g<0> ", text)
+
+
+def is_mark(text) -> bool:
+    """Whether a text is a punctuation mark of these scripts."""
+    return bool(_MARK.fullmatch(text))
 
 
 def as_set(text) -> frozenset[str]:

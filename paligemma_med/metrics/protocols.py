@@ -134,13 +134,15 @@ def _table(values, name):
 
 
 def letter(text, choices) -> str | None:
-    """The letter that an answer names, or None if it names none or several.
+    r"""The letter that an answer names, or None if it names none or several.
 
-    Understood, in either case: "B", "(b)", "B." alone; "B: text", "B) text", "b. text", "B - text"
-    at the start of a line; "B text" if `text` is choice B; "(B)" anywhere; "option B", "I choose
-    B", "it is B"; and, with priority, "the answer is B", "Answer: (b)". Not counted as letters: the
+    Understood, in either case: "B", "(b)", "B." alone or on a line; "B: text", "B) text", "b. text", "B - text",
+    "B, because" at the start of a line; "B text" if `text` is choice B; "(B)" anywhere; "option B", "I choose B",
+    "it is B", "leaving B."; and, with priority, "the answer is B", "Answer: (b)", the same with the word for
+    "answer" of a dozen languages ("答案：B"), "\boxed{B}", "<answer>B</answer>". Not counted as letters: the
     article ("A large mass"), names ("hepatitis B"), denials ("not option B", "option B is wrong").
-    "A or B", "A, B", "A: yes, B: no" name two.
+    "A or B", "A, B", "A: yes, B: no" name two. What stands between <think> and </think>, and tokens such as <|im_end|>,
+    are no part of the answer.
 
     An answer that gives a choice's text without its letter names none, even if the text begins with one
     ("C. difficile"): see `closest_option`. The field's scripts take the nearest of "A".."D" by difflib
@@ -162,7 +164,7 @@ def letter(text, choices) -> str | None:
     # Within a sentence a lone "a" may be the article: a small letter only counts before punctuation or
     # the end.
     within = rf"[(\[]?(?:({capital})(?![\w'’]|-\w)|({small})(?=\s*(?:[)\].:,;!?]|$)))"
-    text = re.sub(r'[*`"“”]', "", unicodedata.normalize("NFKC", text)).strip()
+    text = _said(text)
 
     if m := re.fullmatch(rf"[(\[]?\s*({either})\s*[)\]]?\s*[.:,;!?]*", text):
         return m[1].upper()
@@ -173,18 +175,26 @@ def letter(text, choices) -> str | None:
         if answer == answers.normalise(f"{letter_of(i)} {option}"):
             return letter_of(i)
 
-    says = r"(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*"
+    be = "is|was|(?:would|must|should|could|may|might|has to|seems to|appears to) be"
+    says = rf"(?:\s+(?:{be}))?\s*[:=\-–—]?\s*"
     kind = r"(?:(?:the\s+)?(?:option|choice|letter)\s*)?"
+    closed = rf"\s*{kind}[(\[]?({either})(?=\s*[)\].:]?\s*[<}}])"
     verbs = "option|choice|letter|choose|chose|pick|select|go with|think"
     # "C. text" is a label, unless choices themselves begin that way: "C. difficile", "E. coli".
     period = r"|\.(?=\s|$)" if not any(re.match(r"[a-z]\. ", o) for o in options) else ""
     either_or = rf"\s*[)\].:]?\s*(?:,|/|&|\bor\b|\band\b)\s*{kind}{within}"
-    strong = [rf"(?i:\banswer{says}{kind}){within}"]
+    strong = [
+        rf"(?i:\bans(?:wer|\.)?{says}{kind}){within}",
+        rf"(?i:{_ANSWER}){within}",
+        rf"(?i:\\boxed\{{(?:\\\w+\{{)?|<answer>){closed}",
+    ]
     weak = [
-        rf"^\s*[(\[]?({either})(?:\s*[)\]:]{period}|\s+-\s)",
+        rf"^\s*[(\[]?({either})(?:\s*[)\]:]{period}|\s+-\s|[)\]]?\s*[.:]?\s*$)",
+        rf"^\s*({capital}),\s(?=\s*(?:because|since|as|given|due|based|which)\b)",
+        rf"(?i:\bleav(?:es|ing)\s+(?:only\s+)?{kind}){within}(?=\s*(?:[)\].,:;!?]|$))",
         rf"[(\[]({either})[)\]]",
         rf"(?i:\b(?:{verbs}){says}{kind}){within}",
-        rf"(?i:\b(?:it|that)(?:\s+is|['’]s)\s+{kind}){within}",
+        rf"(?i:\b(?:it|that)(?:\s+(?:{be})|['’]s)\s+{kind}){within}",
     ]
     for patterns in (strong, weak):
         matches = [m for p in patterns for m in re.finditer(p, text, re.MULTILINE)]
@@ -199,9 +209,26 @@ def letter(text, choices) -> str | None:
     return None
 
 
+# "The answer is" where a letter follows, in other languages; without \b before scripts that write no blanks.
+_ANSWER = (
+    r"(?:\b(?:réponse|respuesta|resposta|risposta|antwort|antwoord|svar|vastaus|odpowiedź|odpověď|ответ|відповідь|cevap"
+    r"|jawaban|đáp án)(?:\s+(?:correct\w*|corrett\w*|richtige?|exact\w*|final\w*|est|es|è|é|ist|jest|je|är|er|on"
+    r"|adalah|là|la|option|opción))*|(?:答案|答え|正解|(?<!不)选择?|(?<!不)選擇?|정답|답)(?:应该)?(?:是|为|為|选|選|は|은)?)"
+    r"\s*[:=\-–—]?\s*(?:选项|選項)?"
+)
+
+
+def _said(text):
+    """An answer without reasoning, special tokens and marks around it."""
+    text = re.sub(r"(?s)^.*</think>", "", unicodedata.normalize("NFKC", text))
+    text = re.sub(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:eos|pad|bos|end_of_turn)>", "", text)
+    text = re.sub(r'[*`"“”$]|\\(?=[()\[\]])', "", text)
+    return re.sub(r"(?<!\w)['‘’](\w)['‘’](?!\w)", r"\1", text).strip()
+
+
 def _denied(text, m):
     """Whether a letter is mentioned as *not* the answer."""
-    before = r"\b(?:not|than|instead of|neither|nor|except|excluding)\s+(?:the\s+)?[(\[]?$"
+    before = r"\b(?:not|than|instead of|neither|nor|except|excluding|rul\w+ out|eliminat\w+)\s+(?:the\s+)?[(\[]?$"
     after = r"[)\].:]?\s*(?:is|was|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)"
     return bool(re.search(before, text[: m.start()], re.IGNORECASE) or re.match(after, text[m.end() :], re.IGNORECASE))
 
@@ -231,7 +258,7 @@ def closest_option(text, choices) -> int | None:
     _count(choices)
     options, bare = _unlabelled(choices), answers.normalise(re.sub(_LABEL, "", text))
     for form in (answers.normalise(text), bare):
-        if form in options:
+        if form and form in options:
             return options.index(form)
     return _most_similar(options, bare)
 
@@ -337,8 +364,9 @@ def token_f1(prediction, answer) -> float:
       common = Σ_w min(count in prediction, count in answer)
       F1 = 2 · common / (tokens of prediction + tokens of answer)
 
-    over the words of `answers.squad`. Without words left in either: 1.0 if in both, else 0.0, as in SQuAD
-    2.0's script (1806.03822). P. Rajpurkar et al., EMNLP 2016 (1606.05250).
+    over the words of `answers.squad`; in scripts that write no blanks, over characters (`answers.spaced`). Of an
+    answer without words, such as "..." or "A", its text counts as a word, where SQuAD 2.0's script (1806.03822) would
+    take an empty prediction for right. P. Rajpurkar et al., EMNLP 2016 (1606.05250).
 
     Returns:
       float, 0 to 1.
@@ -353,15 +381,20 @@ def token_recall(prediction, answer) -> float:
     `llava_med_f1` is what others report under this name.
 
     Returns:
-      float, 0 to 1; for an answer without words 1.0 if the prediction has none either, else 0.0.
+      float, 0 to 1; for an empty answer 1.0 if the prediction is empty too, else 0.0.
     """
     common, predicted, wanted = _overlap(prediction, answer)
     return common / wanted if wanted else float(predicted == 0)
 
 
 def _overlap(prediction, answer):
-    predicted, wanted = (collections.Counter(answers.squad(x).split()) for x in (prediction, answer))
+    predicted, wanted = (collections.Counter(_words(x)) for x in (prediction, answer))
     return (predicted & wanted).total(), predicted.total(), wanted.total()
+
+
+def _words(text):
+    words = [word for word in answers.spaced(answers.squad(text)).split() if not answers.is_mark(word)]
+    return words or answers.strict(text).split()
 
 
 def llava_med_closed(prediction, answer) -> bool:
@@ -371,14 +404,15 @@ def llava_med_closed(prediction, answer) -> bool:
     answer does. So "No, it is not normal" is right for "normal"; any text with "normal" or "know" is
     right for "no"; "yes and no" is always right; and an answer other than yes and no, of which SLAKE's
     closed questions have many, is wrong unless "no" turns up somewhere. Use it to compare with others'
-    figures of that name, not instead of `exact_match`.
+    figures of that name, not instead of `exact_match`. One thing is otherwise: an answer of which nothing is left
+    ("a") is never right, where the original finds it in every prediction.
     C. Li et al., NeurIPS 2023 (2306.00890), 5; evaluate() in run_eval.py.
 
     Returns:
       bool.
     """
     predicted, wanted = answers.llava_med(prediction), answers.llava_med(answer)
-    return ("yes" in predicted or "no" in predicted) and wanted in predicted
+    return ("yes" in predicted or "no" in predicted) and bool(wanted) and wanted in predicted
 
 
 def llava_med_f1(prediction, answer) -> tuple[float, float, float]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from paligemma_med.metrics import answers as forms
 from paligemma_med.metrics import protocols
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -53,7 +54,8 @@ def corpus_bleu(predictions, answers) -> float:
 
       BP · exp(Σ_{n=1..4} ln p_n / 4), BP = min(1, exp(1 - length of answers / of predictions))
     with p_n the clipped n-gram precision over all rows. A corpus of one- and two-word answers has no
-    4-grams and scores 0. K. Papineni et al., ACL 2002; M. Post, WMT 2018 (1804.08771).
+    4-grams and scores 0. Chinese and other scripts without blanks are taken by characters (`answers.spaced`).
+    K. Papineni et al., ACL 2002; M. Post, WMT 2018 (1804.08771).
 
     Returns:
       float, 0 to 1: sacrebleu's score / 100.
@@ -62,7 +64,7 @@ def corpus_bleu(predictions, answers) -> float:
       ValueError: no rows, lengths that differ, something that isn't a string.
     """
     predictions, answers = _texts(predictions, answers)
-    return _bleu().corpus_score(predictions, [answers]).score / 100
+    return _bleu().corpus_score([*map(forms.spaced, predictions)], [[*map(forms.spaced, answers)]]).score / 100
 
 
 def sentence_bleu(predictions, answers) -> np.ndarray:
@@ -76,8 +78,7 @@ def sentence_bleu(predictions, answers) -> np.ndarray:
       ValueError: as `corpus_bleu`.
     """
     predictions, answers = _texts(predictions, answers)
-    bleu = _bleu(effective_order=True)
-    return np.array([bleu.sentence_score(p, [a]).score / 100 for p, a in zip(predictions, answers)])
+    return np.array([x.score / 100 for x in _sentences(predictions, answers)])
 
 
 def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
@@ -91,8 +92,7 @@ def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
       ValueError: as `corpus_bleu`.
     """
     predictions, answers = _texts(predictions, answers)
-    bleu = _bleu(effective_order=True)
-    scores = [bleu.sentence_score(p, [a]) for p, a in zip(predictions, answers)]
+    scores = _sentences(predictions, answers)
     counts = [[*x.counts, *x.totals, x.sys_len, x.ref_len] for x in scores]
     return np.array([x.score / 100 for x in scores]), np.array(counts)
 
@@ -106,6 +106,11 @@ def bleu_of_counts(counts) -> float:
     return score.score / 100
 
 
+def _sentences(predictions, answers):
+    bleu = _bleu(effective_order=True)
+    return [bleu.sentence_score(forms.spaced(p), [forms.spaced(a)]) for p, a in zip(predictions, answers)]
+
+
 def _bleu(**settings):
     from sacrebleu.metrics import BLEU
 
@@ -116,7 +121,8 @@ def rouge(predictions, answers) -> dict[str, np.ndarray]:
     """ROUGE-1, -2 and -L F-measures by rouge-score, with Porter's stemmer.
 
     ROUGE-1, -2: overlap of words and of pairs of words; ROUGE-L: of the longest common subsequence;
-    each F = 2PR / (P + R). The package keeps only a-z and 0-9, so texts in other scripts score 0.
+    each F = 2PR / (P + R). The package keeps only a-z and 0-9; a pair of which either text has mostly
+    other letters is compared by its words in any script, by characters where a script writes no blanks.
     C.-Y. Lin, Text Summarization Branches Out, 2004. The paper's ROUGE-S, -M and -L are 1, 2 and L
     by their size (reference/medm.md, 4).
 
@@ -129,9 +135,22 @@ def rouge(predictions, answers) -> dict[str, np.ndarray]:
     from rouge_score import rouge_scorer
 
     predictions, answers = _texts(predictions, answers)
-    scorer = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
-    scores = [scorer.score(a, p) for p, a in zip(predictions, answers)]
+    latin = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
+    other = rouge_scorer.RougeScorer(list(ROUGES), tokenizer=_Words())
+    scores = [(other if _is_other(p) or _is_other(a) else latin).score(a, p) for p, a in zip(predictions, answers)]
     return {name: np.array([row[name].fmeasure for row in scores]) for name in ROUGES}
+
+
+class _Words:
+    """Words of any script, for rouge-score."""
+
+    def tokenize(self, text):
+        return re.findall(r"\w+", forms.spaced(text.lower()))
+
+
+def _is_other(text):
+    letters = sum(map(str.isalnum, text))
+    return 2 * len(re.findall("[a-z0-9]", text.lower())) < letters
 
 
 def tokens(text) -> list[str]:
@@ -140,9 +159,9 @@ def tokens(text) -> list[str]:
     Lower case, no punctuation except within a word or before a number ("x-ray", "1.5", ".5", "-50"
     stay whole). On 500 answers of SLAKE the words equal those of the COCO evaluation's tokenizer; so do
     433 of 500 MedPix captions, and the others differ in how that one treats brackets ("-lrb-"), signs
-    and abbreviations.
+    and abbreviations. In scripts without blanks between words each character is one (`answers.spaced`).
     """
-    return re.findall(r"(?:(?<!\w)-?\.?(?=\d))?\w+(?:[-'’./,]\w+)*", text.lower())
+    return re.findall(r"(?:(?<!\w)-?\.?(?=\d))?\w+(?:[-'’./,]\w+)*", forms.spaced(text.lower()))
 
 
 def cider(predictions, answers, tokenise=tokens) -> np.ndarray:

@@ -52,3 +52,17 @@ def test_forms_are_normal_forms(text):
         assert once == " ".join(once.split())
         assert form(f"  {text} ") == once or form is answers.llava_med
     assert answers.squad(answers.squad(text)) == answers.squad(text)
+
+
+@pytest.mark.parametrize(
+    "text, empty", [("", True), (" . ", True), ("...", True), ("。", True), ("+", False), ("0", False)]
+)
+def test_what_has_no_answer(text, empty):
+    assert answers.is_empty(text) == empty
+
+
+def test_characters_of_scripts_without_blanks_stand_alone():
+    assert answers.spaced("CT示左肺。").split() == ["CT", "示", "左", "肺", "。"]
+    assert answers.spaced("左肺").split() == ["左", "肺"] and answers.spaced("ปอด").split() == ["ป", "อ", "ด"]
+    for text in ("left lung, 3.5 cm", "café – β-blocker", "сердце", "폐 결절"):
+        assert answers.spaced(text) == text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.metrics import answers, protocols
+from paligemma_med.metrics import answers, protocols, scoring
 
 # --- Several runs ---
 
@@ -133,7 +133,35 @@ CHOICES = ["pneumonia", "large mass", "hepatitis B", "normal"]
         ("The answer is B, not A", "B"),
         ("Answer: B. Option A is wrong.", "B"),
         ("B. Option A is incorrect", "B"),
+        # Markers of a final answer, and what models put around or after a letter.
+        (r"\boxed{B}", "B"),
+        (r"So $\boxed{\text{c}}$.", "C"),
+        (r"\(B\)", "B"),
+        ("<answer>B</answer>", "B"),
+        ("B, because the area is dark", "B"),
+        ("C\nExplanation: A and B do not fit.", "C"),
+        ("The answer is 'C'", "C"),
+        ("Ans: C", "C"),
+        ("Answer- C", "C"),
+        ("It must be C.", "C"),
+        ("Answer seems to be A.", "A"),
+        ("B<|im_end|>", "B"),
+        ("<think>A? Or (C)?</think>\nB", "B"),
+        ("Answer: rules out C, leaving D", "D"),
+        ("答案：C", "C"),
+        ("答案是B。", "B"),
+        ("选B", "B"),
+        ("Réponse : C", "C"),
+        ("La respuesta correcta es C.", "C"),
+        ("Die richtige Antwort ist b.", "B"),
         # None: another script would make a letter of each.
+        (r"\boxed{A, C}", None),
+        ("<answer>A large mass</answer>", None),
+        ("不选B", None),
+        ("A\nB", None),
+        ("leaving A large cavity", None),
+        ("his 'B' symptoms", None),
+        ("No answer. It is normal", None),
         ("", None),
         ("E", None),
         ("AB", None),
@@ -252,8 +280,15 @@ def test_bad_choices():
         ("it is in the left lung", "left lung", 4 / 7, 1),
         ("heart", "left lung", 0, 0),
         ("", "left lung", 0, 0),
-        ("the", "a", 1, 1),
+        ("the", "a", 0, 0),  # of an answer without words, its text counts
+        ("a", "A.", 0, 0),
+        ("a", "A", 1, 1),
         ("lung", "the", 0, 0),
+        ("", "the", 0, 0),
+        ("", "...", 0, 0),
+        ("...", "...", 1, 1),
+        # Characters, where a script writes no blanks; its punctuation is dropped as ours is.
+        ("左肺有结节。", "左肺结节", 8 / 9, 1),
     ],
 )
 def test_tokens(prediction, answer, f1, recall):
@@ -273,6 +308,7 @@ def test_tokens(prediction, answer, f1, recall):
         ("MRI", "MRI", False),
         ("Unknown, maybe MRI", "MRI", True),
         ("", "Yes", False),
+        ("Yes", "a", False),  # nothing is left of it, which every text holds
     ],
 )
 def test_llava_med_closed(prediction, answer, right):
@@ -294,6 +330,15 @@ def test_llava_med_closed(prediction, answer, right):
 )
 def test_llava_med_f1(prediction, answer, f1, precision, recall):
     assert protocols.llava_med_f1(prediction, answer) == pytest.approx((f1, precision, recall))
+
+
+@pytest.mark.parametrize("answer", ["...", "?", "。", " . ", ", "])
+def test_an_empty_prediction_is_no_answer_of_marks(answer):
+    assert protocols.exact_match(answer, answer)
+    for said in ("", " ", "yes"):
+        assert not protocols.exact_match(said, answer)
+        assert not any(scoring.score(said, answer).values())
+    assert protocols.closest_option("", ["...", "x"]) is None
 
 
 words = st.lists(st.sampled_from(["left", "right", "lung", "no", "mass", "yes"]), max_size=6)

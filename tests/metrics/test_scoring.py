@@ -56,7 +56,8 @@ def test_normalise_is_a_normal_form_and_figures_are_nested(a, b):
     for x, y in ((a, b), (a, a.upper()), (a, f" {a} ."), (a, a.lower())):
         found = scoring.score(x, y)
         assert found["acc_strict"] <= found["acc"] <= found["acc_set"]
-    assert scoring.score(a, f"  {a.lower()} . ")["acc"]
+    if not answers.is_empty(a):
+        assert scoring.score(a, f"  {a.lower()} . ")["acc"]
 
 
 # --- Figures, worked by hand ---

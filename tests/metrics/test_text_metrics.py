@@ -29,6 +29,30 @@ def test_rouge_by_hand():
     assert text_metrics.rouge(["lung left"], ["left lung"])["rougeL"] == pytest.approx([1 / 2])
 
 
+ZH = ["左肺结节", "没有胸腔积液", "肝脏囊肿"]
+
+
+def test_texts_of_other_scripts_are_compared_by_their_letters():
+    """rouge-score keeps a-z, and BLEU takes a Chinese answer for one word: right answers got 0."""
+    rows, corpus = text_metrics.score(ZH, ZH)
+    for name in ("bleu", "rouge1", "rouge2", "rougeL"):
+        assert rows[name] == pytest.approx(1) and corpus[name] == pytest.approx(1)
+    assert rows["cider"] == pytest.approx(10)
+    found = text_metrics.rouge(["左肺有结节", "心脏", "Сердце увеличено."], ["左肺结节", "左肺", "сердце увеличено"])
+    assert found["rouge1"] == pytest.approx([8 / 9, 0, 1])
+    assert found["rougeL"] == pytest.approx([8 / 9, 0, 1])
+    counts = text_metrics.bleu_counts(ZH, ZH)[1]
+    assert text_metrics.bleu_of_counts(counts) == pytest.approx(1)
+
+
+def test_texts_of_latin_letters_stay_the_packages_own():
+    from rouge_score import rouge_scorer
+
+    said, true = "Lungs: β-blockers, épanchement", "the lung and β-blockers; epanchement"
+    theirs = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=True).score(true, said)["rouge1"].fmeasure
+    assert text_metrics.rouge([said], [true])["rouge1"] == pytest.approx([theirs])
+
+
 def test_bleu_by_hand():
     # Row 1: of its n-grams 6/6, 4/5, 3/4, 2/3 are right, and 6 words stand for 7. Row 3 ("The" is
     # another word than "the", the period a word): 3/5 and 1/4, then none of 3 and none of 2, which
