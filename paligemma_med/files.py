@@ -2,15 +2,21 @@
 
 They are written beside their place under a hidden name, flushed to disk and moved there at the end. A program that is
 killed leaves the hidden one, and what was there before. (`data_prep.files` has a `whole_file` of its own, since the
-data are built without this package.)
+data are built without this package.) `sole_use` keeps a second program out of a folder that grows.
 """
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Collection, Iterator
 from typing import BinaryIO
+
+from absl import logging
 
 
 @contextlib.contextmanager
@@ -114,3 +120,86 @@ def _sync_folder(path):
         pass
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def sole_use(folder: os.PathLike | str, remedy: str) -> Iterator[None]:
+    """In a `with`: no second process, on this host or another, is in such a `with` for `folder`, which must exist.
+
+    The lock is the operating system's (flock, which NFS passes on to its server), so it ends with the process,
+    however that ends. The file .lock, which is held, names host and process, and is removed at the end.
+
+    Args:
+      remedy: the rest of the message: what to do instead of waiting.
+
+    Raises:
+      OSError: another process has it, or the folder can't be written to.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        lock = _lock(path, folder)
+    except BlockingIOError:
+        user = _user(path) or "another process"
+        raise OSError(f"{folder} is in use by {user}: wait for its end, or {remedy}.") from None
+    except OSError as e:
+        raise OSError(f"{path} can't be written: {e.strerror or e}.") from None
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                os.remove(path)
+
+
+def _lock(path, folder):
+    """The file, open and locked, with this process's name in it. BlockingIOError: another process has it."""
+    while True:
+        lock = open(path, "a+", encoding="utf-8")
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as e:  # a network file system without locks
+                if _is_running_here(path):
+                    raise BlockingIOError from None
+                logging.warning("%s can't be locked (%s): a second run there would not be noticed.", folder, e.strerror)
+            if os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()  # its last user has just removed it
+    if (user := _user(path)) and not _is_of_this_host(user):
+        # It was killed, or the lock isn't passed on between hosts.
+        logging.warning("%s: %s didn't end by itself; if it is still running, stop one of the two.", folder, user)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}")
+    lock.flush()
+    return lock
+
+
+def _user(path):
+    """Who uses a folder, as its .lock says; None if that says nothing."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return (re.match(r"process \d+ on \S+ since [\d :-]+", f.read(400)) or [None])[0]
+    except OSError:
+        return None
+
+
+def _is_of_this_host(user):
+    return user.split()[3] == socket.gethostname()
+
+
+def _is_running_here(path):
+    user = _user(path)
+    if not user or not _is_of_this_host(user) or int(user.split()[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(user.split()[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

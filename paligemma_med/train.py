@@ -6,7 +6,6 @@ nothing is written: the step is compiled on abstract arrays and its memory print
 """
 
 import contextlib
-import os
 import sys
 
 import jax
@@ -47,7 +46,7 @@ def train(config, workdir, *, profile=None) -> dict[str, dict]:
       {evaluator name: its metrics at the end}.
 
     Raises:
-      ValueError, OSError: the run can't start, in one sentence.
+      ValueError, OSError: the run can't start, or another one is in `workdir`, in one sentence.
       FloatingPointError: loss, gradient or parameters aren't finite.
       KeyboardInterrupt: stopped by a signal, after saving a checkpoint.
     """
@@ -57,9 +56,9 @@ def train(config, workdir, *, profile=None) -> dict[str, dict]:
     with interrupts.Signals() as signals, sharding.rules(setup.config, setup.mesh):
         with notes.stage("opening data sets"):
             evaluators = _open(setup, workdir)
-        os.makedirs(workdir, exist_ok=True)
-        notes.say(describe.parameters(setup))
-        return Run(setup, workdir, evaluators, signals, profile).run()
+        with run_files.sole_use(workdir):
+            notes.say(describe.parameters(setup))
+            return Run(setup, workdir, evaluators, signals, profile).run()
 
 
 def _open(setup, workdir):

@@ -1,7 +1,12 @@
 """Files and folders that appear whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +95,61 @@ def test_folder_replaces_its_own_kind_alone(tmp_path, monkeypatch):
         fill(tmp_path / "w", "4", replaces=("mark",))
     assert (tmp_path / "w/sub/x").read_text() == "3"
     assert sorted(os.listdir(tmp_path)) == ["file", "w"]
+
+
+HOLD = """
+import sys, time
+from paligemma_med import files
+with files.sole_use(sys.argv[1], "x"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_user_and_a_killed_one_leaves_it_free(tmp_path, repo_root):
+    user = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], cwd=repo_root, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert user.stdout.readline() == "held\n"
+        said = (
+            rf"{tmp_path} is in use by process {user.pid} on {socket.gethostname()} since .*: .*, or give another one\."
+        )
+        with pytest.raises(OSError, match=said) as e, files.sole_use(tmp_path, "give another one"):
+            pass
+        assert "\n" not in str(e.value)
+    finally:
+        user.kill()
+        user.communicate()
+    assert os.path.exists(tmp_path / ".lock")
+    for _ in range(2):
+        with files.sole_use(tmp_path, "x"):
+            assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        assert not os.listdir(tmp_path)
+    with pytest.raises(ZeroDivisionError), files.sole_use(tmp_path, "x"):
+        raise ZeroDivisionError
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, refused", [("process PID on HOST", True), ("process 999999999 on HOST", False), ("", False)]
+)
+def test_without_locks_what_can_be_seen_is_told(tmp_path, monkeypatch, caplog, name, refused):
+    """Some network file systems have none; then a process of this host is still noticed."""
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    name = name.replace("PID", str(os.getppid())).replace("HOST", socket.gethostname())
+    (tmp_path / ".lock").write_text(f"{name} since 2026-01-01 00:00")
+    with pytest.raises(OSError, match="is in use by") if refused else contextlib.nullcontext():
+        with files.sole_use(tmp_path, "x"):
+            assert "a second run there would not be noticed" in caplog.text
+
+
+def test_a_user_on_another_host_that_left_its_lock_is_named(tmp_path, caplog):
+    (tmp_path / ".lock").write_text("process 7 on another.host since 2026-01-01 00:00")
+    with files.sole_use(tmp_path, "x"):
+        pass
+    assert "process 7 on another.host since 2026-01-01 00:00 didn't end by itself" in caplog.text

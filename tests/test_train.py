@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_med import checkpoints, evaluate, train, weights
+from paligemma_med import checkpoints, evaluate, files, train, weights
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.evaluation.results import read_metrics
@@ -139,6 +140,16 @@ def test_finished_run_started_again_changes_nothing(finished):
     before = rows_of(workdir)
     assert train.train(c, workdir) == {}
     assert rows_of(workdir) == before
+
+
+def test_a_second_run_in_a_workdir_is_refused(finished):
+    workdir, c, *_ = finished
+    before = pathlib.Path(workdir, "metrics.jsonl").read_bytes()
+    message = f"in use by process {os.getpid()} on .* give another --workdir"
+    with files.sole_use(workdir, "x"), pytest.raises(OSError, match=message):
+        train.train(c, workdir)
+    assert pathlib.Path(workdir, "metrics.jsonl").read_bytes() == before
+    assert not os.path.exists(os.path.join(workdir, ".lock"))
 
 
 def test_failing_evaluator_costs_no_training(finished, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ an interruption.
 In a run of several processes the first one reads and writes, and sends what it read to the others.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,13 +113,14 @@ class Part:
           identity: JSON-able dict of everything that the answers depend on.
           resume: False ignores saved batches.
         """
-        self.saved, self._file = {}, None
+        self.saved, self._file, self._use = {}, None, contextlib.ExitStack()
         if folder is None:
             return
         path = pathlib.Path(folder) / PART
         batches = []
         if distributed.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._use.enter_context(files.sole_use(path.parent, "give another folder"))
             header = plain(identity, "about")
             length, batches = _read(path, header) if resume else (0, [])
             if not length:
@@ -140,6 +142,7 @@ class Part:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        self._use.close()
 
 
 def _read(path, header):

@@ -5,9 +5,11 @@ The former are written whole or not at all; lines are appended and flushed to di
 the first one writes, and all must share the folder.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -21,6 +23,26 @@ from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
+
+
+@contextlib.contextmanager
+def sole_use(folder: str) -> Iterator[None]:
+    """In a `with`: no other run is in `folder`, which is made if need be. Collective.
+
+    Raises:
+      OSError: one is; it names host and process. Raised in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.is_main():
+            try:
+                os.makedirs(folder, exist_ok=True)
+                stack.enter_context(files.sole_use(folder, "give another --workdir"))
+            except OSError as e:
+                problem = str(e)
+        if problem := distributed.broadcast(problem):
+            raise OSError(problem)
+        yield
 
 
 def with_pinned_init(config: ml_collections.ConfigDict, folder: str) -> ml_collections.ConfigDict:

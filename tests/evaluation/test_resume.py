@@ -251,3 +251,12 @@ def test_the_program_is_killed(tiny_data, tmp_path, repo_root):
     assert about["controls"] == list(scoring.CONTROLS)
     metrics = results.read_metrics(a / results.METRICS)[0]
     assert scoring.summarise(rows, about["protocol"]) == metrics
+
+
+def test_a_second_evaluation_in_a_folder_is_refused(tmp_path):
+    part = results.Part(tmp_path, ABOUT)
+    with pytest.raises(OSError, match=f"{tmp_path} is in use by process {os.getpid()} on"):
+        results.Part(tmp_path, ABOUT)
+    part.close()
+    results.Part(tmp_path, ABOUT).close()
+    assert not (tmp_path / ".lock").exists()
