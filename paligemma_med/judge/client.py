@@ -9,13 +9,15 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from paligemma_med.judge import server
+from paligemma_med.judge import connection, server
+from paligemma_med.judge.outside import Outside
 from paligemma_med.judge.replies import Cache, is_usage
 from paligemma_med.judge.server import ServerError
 
@@ -78,9 +80,11 @@ async def ask_all_async(
     """Gets a usable reply to each request that the cache has none of.
 
     Faults (429, 5xx, 408, 409, a connection that breaks, no reply within `timeout`, a body that is
-    no chat completion) are tried again after backoff·2^k s, up to 60 s, times a random number from
-    0.5 to 1.5; where the server names a time (Retry-After), no request at all begins before it. A
-    reply that `read` can't use is kept, and asked for again with the next attempt's messages.
+    no chat completion, any of these in a reply of status 200) are tried again after backoff·2^k s,
+    up to 60 s, times a random number from 0.5 to 1.5; where the server names a time (Retry-After),
+    no request at all begins before it. A reply that `read` can't use is kept, and asked for again
+    with the next attempt's messages. No redirect is followed. The key is taken out of what the
+    server says before any of it is kept or shown.
 
     Args:
       requests: {key: function from the attempt's number, 0 up, to messages}.
@@ -102,12 +106,11 @@ async def ask_all_async(
       retry_unusable: count replies of this run alone, so that what was given up is asked again.
       progress: called with the number of requests to settle, after each that is settled.
       settings_of: function from key and attempt to settings of one request, on top of `settings`.
-      note: function from key, attempt, the record and the server's completion to what else the
-        record is to hold.
+      note: function from key, attempt and the record to what else the record is to hold.
       refusal_of: function from key, attempt, HTTP status and the server's words to a record for the
         cache, where a refusal is about this one request and final, else None. Kept as soon as the
         server has replied to anything: one that refuses all is set up wrongly.
-      kept_characters: of a reply; None: all.
+      kept_characters: of a reply, from its beginning and its end; None: all.
 
     Returns:
       ({key: why it has no score}, Counter of faults by kind).
@@ -126,7 +129,8 @@ async def ask_all_async(
 
     async def send(messages, own):
         async with asyncio.timeout(timeout):
-            return await client.chat.completions.create(model=model, messages=messages, **settings | own)
+            create = client.chat.completions.with_raw_response.create
+            return (await create(model=model, messages=messages, **settings | own)).http_response
 
     asking = _Asking(
         requests=requests,
@@ -134,7 +138,7 @@ async def ask_all_async(
         cache=cache,
         send=send,
         openai=openai,
-        clean=server.cleaner(api_key),
+        outside=Outside(api_key),
         gap=60.0 / requests_per_minute if requests_per_minute else 0.0,
         concurrency=concurrency,
         max_replies=max_replies,
@@ -148,9 +152,7 @@ async def ask_all_async(
         refusal_of=refusal_of,
         kept_characters=kept_characters,
     )
-    # The package's own retries would hide how many requests a reply took.
-    client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
-    async with client:
+    async with connection.open_client(base_url, api_key, timeout) as client:
         await asking.run()
     if asking.stop:
         raise ServerError(f"{base_url}: {asking.stop.rstrip('.')}.")
@@ -161,8 +163,8 @@ async def ask_all_async(
 class _Asking:
     """Workers that settle requests one after another, and know of each other's faults.
 
-    send: coroutine from messages and settings to the server's completion. clean: takes the key out
-    of a text. gap: s between the starts of two requests. The others: as for `ask_all_async`.
+    send: coroutine from messages and settings to the server's response. outside: what its texts go
+    through. gap: s between the starts of two requests. The others: as for `ask_all_async`.
     """
 
     requests: Mapping[str, Callable[[int], list]]
@@ -170,7 +172,7 @@ class _Asking:
     cache: Cache
     send: Callable
     openai: Any
-    clean: Callable[[str], str]
+    outside: Outside
     gap: float
     concurrency: int
     max_replies: int
@@ -180,7 +182,7 @@ class _Asking:
     retry_unusable: bool
     progress: Callable[[int], None] | None
     settings_of: Callable[[str, int], dict] | None
-    note: Callable[[str, int, dict, Any], dict] | None
+    note: Callable[[str, int, dict], dict] | None
     refusal_of: Callable[[str, int, int, str], dict | None] | None
     kept_characters: int | None
 
@@ -222,9 +224,9 @@ class _Asking:
             messages = self.requests[key](attempt)
             own = check_settings(self.settings_of(key, attempt)) if self.settings_of else {}
             try:
-                completion = await self.send(messages, own)
-                record = _record(key, completion)
-            except (*server.FAULTS, self.openai.APIError) as e:
+                record = _record(key, await self.send(messages, own), self.outside)
+            except (*server.FAULTS, self.openai.APIError) as fault:
+                e = server.unwrapped(fault)
                 in_a_row += 1
                 if self._is_settled_by(e, key, attempt, in_a_row):
                     return
@@ -233,29 +235,28 @@ class _Asking:
                 await self._sleep(seconds * random.uniform(0.5, 1.5))
                 continue
             in_a_row = 0
-            if self._keep(key, attempt, record, completion) is not None:
+            if self._keep(key, attempt, record) is not None:
                 return
         self.unjudged[key] = f"no usable reply in {attempt}"
 
-    def _keep(self, key, attempt, record, completion):
+    def _keep(self, key, attempt, record):
         """Puts a reply on the disk; its score, or None."""
         self._given_up = 0
         self._replies += 1
         self._keep_final()
-        record["reply"] = self.clean(record["reply"])
         record["score"] = score = self.read(key, record)
-        record["reply"] = record["reply"][: self.kept_characters]
-        self.cache.add(record | (self.note(key, attempt, record, completion) if self.note else {}))
+        note = self.note(key, attempt, record) if self.note else {}
+        self.cache.add(record | {"reply": _shortened(record["reply"], self.kept_characters)} | note)
         return score
 
     def _is_settled_by(self, e, key, attempt, in_a_row) -> bool:
         """Whether this fault is the last of a request, or of the run; if so, says why."""
-        kind, why = server.kind(e), self.clean(server.sentence(e))
+        kind, why = server.kind(e), server.sentence(e, self.outside)
         self.faults[kind] += 1
         if ends := server.ends_the_run(e, self.max_wait):
             self.stop = self.stop or f"{ends}: {why}"
             return True
-        if isinstance(e, self.openai.APIStatusError) and not server.passes(e.status_code):
+        if server.refuses(e):
             self._refuse(key, attempt, e.status_code, why)
             return True
         self._unreachable += kind == "connection"
@@ -304,30 +305,52 @@ class _Asking:
             await asyncio.sleep(min(left, 0.5))
 
 
-def _record(key, completion):
+def _record(key, response, outside):
     """A reply as a line of the cache, without its score. A server can send anything."""
     try:
-        choice = completion.choices[0]
-        reply = choice.message.content
-        if not isinstance(reply, str | None):
-            raise TypeError
-        # A refusal or a call of a tool has no text; it was paid for all the same.
-        reply = (reply or "").encode("utf-8", "replace").decode()
+        body = json.loads(response.content)
+    except (ValueError, RecursionError):
+        raise server.NoCompletion("the body is no chat completion") from None
+    server.raise_error_in(body, response)
+    try:
+        choice = body["choices"][0]
+        reply = _text(choice["message"].get("content"))
     except (AttributeError, TypeError, IndexError, KeyError):
         raise server.NoCompletion("the body is no chat completion") from None
-    usage = getattr(completion, "usage", None)
-    usage = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    model = getattr(completion, "model", None)
-    finish = getattr(choice, "finish_reason", None)
+    usage = body.get("usage")
+    usage = [usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens")]
+
+    def line(value, most):
+        return outside.line(value, most) if isinstance(value, str) else None
+
     return dict(
         key=key,
         score=None,
-        reply=reply,
-        finish=finish[:40] if isinstance(finish, str) else None,
+        reply=outside.content(reply),
+        finish=line(choice.get("finish_reason"), 40),
         usage=usage if is_usage(usage) else None,
-        model=model[:200] if isinstance(model, str) else None,
+        model=line(body.get("model"), 200),
+        system_fingerprint=line(body.get("system_fingerprint"), 200),
         time=round(time.time(), 3),
     )
+
+
+def _text(content):
+    """A message's text: a string, or parts, of which those of text are joined and others (what the model thought) left
+    out. A refusal or a call of a tool has none; it was paid for all the same."""
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        content = "".join(part["text"] for part in parts if part.get("type") in ("text", "output_text"))
+    if not isinstance(content, str | None):
+        raise TypeError
+    return (content or "").encode("utf-8", "replace").decode()
+
+
+def _shortened(text, most):
+    """The beginning and the end of a text that is longer than `most`; None: it stays whole."""
+    if most is None or len(text) <= most:
+        return text
+    return f"{text[: most // 2]} […] {text[len(text) - most // 2 :]}"
 
 
 # --- Checks ---

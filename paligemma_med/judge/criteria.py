@@ -125,37 +125,43 @@ def schema(scores: Sequence[int]) -> dict:
 # --- How replies are read ---
 
 
-def parse(reply: str, scores: Sequence[int]) -> int | None:
+def parse(reply: str, scores: Sequence[int], cut: bool = False) -> int | None:
     """The score of a reply, or None for one that isn't a score and nothing else.
 
     Usable are a lone digit and a single JSON object {"score": digit} with no other key, with or
     without blanks around it; in place of bare JSON, a code fence that holds it and is the whole
     reply. All else is unusable: several scores, words around it, other keys, "1.0", "１", true, a
     score off the scale, a reply that was cut off. Whatever an answer says, no part of a reply is
-    ever picked out.
+    ever picked out, with one exception: what a reasoning model thinks first, up to </think>. That
+    mark must stand there once, and the reply must have come to its end: a model may quote an answer
+    that holds the mark and a score.
 
     Args:
       reply: text.
       scores: whole numbers, 0 to 9.
+      cut: whether the reply ended because there was no room for more.
 
     Returns:
       One of scores, or None.
     """
     text = reply.strip()
+    if "</think>" in text:
+        thoughts, _, text = text.partition("</think>")
+        if cut or "</think>" in text or "<think>" in thoughts.strip().removeprefix("<think>"):
+            return None
+        text = text.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(\{.*\})\s*```", text, re.DOTALL):
         text = fenced[1]
-    if not re.fullmatch(r"[0-9]", text):
-        if len(text) > 200:  # so nothing deeply nested comes to the parser, either
-            return None
-        try:
-            pairs = json.loads(text, object_pairs_hook=list)
-        except (ValueError, RecursionError):
-            return None
-        # As pairs, a key that stands there twice shows twice.
-        if not (isinstance(pairs, list) and len(pairs) == 1 and isinstance(pairs[0], tuple)):
-            return None
-        key, value = pairs[0]
-        if key != "score" or type(value) is not int:
-            return None
-        return value if value in scores else None
-    return int(text) if int(text) in scores else None
+    if re.fullmatch(r"[0-9]", text):
+        return int(text) if int(text) in scores else None
+    if len(text) > 200:  # so nothing deeply nested comes to the parser, either
+        return None
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    # As pairs, a key that stands there twice shows twice.
+    if not (isinstance(pairs, list) and len(pairs) == 1 and isinstance(pairs[0], tuple)):
+        return None
+    key, value = pairs[0]
+    return value if key == "score" and type(value) is int and value in scores else None

@@ -57,7 +57,7 @@ def judge(
     before = replies.totals(cache, requests)
     why, faults = judge_client.ask_all(
         requests,
-        lambda _, record: criteria.parse(record["reply"], spec.scores),
+        lambda _, record: criteria.parse(record["reply"], spec.scores, cut=record["finish"] == "length"),
         cache,
         model=model,
         settings=settings,

@@ -9,7 +9,7 @@ import os
 class Cache:
     """Every reply ever received, by key, in an append-only file of JSON lines.
 
-    A line: key, score (None: the reply couldn't be used), reply (whole or its first characters),
+    A line: key, score (None: the reply couldn't be used), reply (whole, or its beginning and end),
     finish (why it ended), usage ([prompt, completion] tokens, or None where the server didn't say),
     model (as the server calls it), time (s since 1970), and what else the caller noted. Of several
     lines of a key, the first with a score counts; each of them was paid for.

@@ -144,6 +144,11 @@ def test_tokens_that_the_server_does_not_tell_are_not_made_up(tmp_path, usage):
         b"\xff",
         b'{"choices": [{"message": null}]}',
         b'{"choices": [{"message": {"content": 1}}]}',
+        b'{"choices": [{"message": {"content": [1]}}]}',
+        b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}',
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": 1}]}}]}',
+        b'{"choices": {"message": {"content": "1"}}}',
+        b'{"usage": {"prompt_tokens": ' + b"9" * 6000 + b"}}",
         b'{"choices": [{}]}',
         b'{"choices": 3}',
         b"[" * 5000,
@@ -157,6 +162,37 @@ def test_a_body_that_is_no_completion_is_a_fault(tmp_path, body):
         found, about = ask(server, tmp_path)
     assert found[0]["scores"] == [1]
     assert about["tokens"]["replies"] == 1 and sum(about["faults"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    "content, score",
+    [
+        ([{"type": "text", "text": '{"score": 1}'}], 1),
+        ([{"type": "text", "text": '{"sco'}, {"type": "text", "text": 're": 0}'}], 0),
+        (['{"score": ', "1}"], 1),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "1"}]}, {"type": "text", "text": "0"}], 0),
+        ([{"type": "reasoning", "text": "1"}, {"type": "output_text", "text": "0"}], 0),
+        ([{"type": "text", "text": "1"}, {"type": "text", "text": "0"}], None),
+        ([], None),
+        ([{"type": "refusal", "refusal": "no"}], None),
+        (None, None),
+    ],
+)
+def test_the_parts_of_a_reply_are_joined(tmp_path, content, score):
+    choice = dict(index=0, message=dict(role="assistant", content=content), finish_reason="stop")
+    with Replies(lambda handler, n: good(handler, choices=[choice])) as server:
+        found, about = ask(server, tmp_path, max_replies=1)
+    assert found[0]["scores"] == [score] and about["tokens"]["replies"] == 1
+
+
+def test_of_a_long_reply_its_beginning_and_end_are_kept(tmp_path):
+    reply = f"<think>{'a' * 3000}</think>" + '{"score": 1}'
+    choice = dict(index=0, message=dict(role="assistant", content=reply), finish_reason="stop")
+    with Replies(lambda handler, n: good(handler, choices=[choice])) as server:
+        found, _ = ask(server, tmp_path)
+    kept = json.loads((tmp_path / "cache").read_text())["reply"]
+    assert found[0]["scores"] == [1] and len(kept) < 2100
+    assert kept.startswith("<think>aaa") and kept.endswith('aaa</think>{"score": 1}')
 
 
 def test_the_key_is_in_no_file_and_no_log(tmp_path, monkeypatch, caplog):

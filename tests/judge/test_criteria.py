@@ -23,6 +23,10 @@ from tests.judge.judge_servers import fenced
         ('\n{"score":1}', 1),
         ('```json\n{"score": 1}\n```', 1),
         ('```\n{"score": 0}\n```', 0),
+        ('<think>both agree</think>{"score": 1}', 1),
+        ('<think>\n\n</think>\n\n{"score": 0}', 0),
+        ("\n<think>\n1 or 0?\n</think>\n1", 1),
+        ('they agree {"score": 0}</think>```json\n{"score": 1}\n```', 1),  # where the template opens it
     ],
 )
 def test_a_score_and_nothing_else_is_read(reply, score):
@@ -61,10 +65,26 @@ def test_a_score_and_nothing_else_is_read(reply, score):
         "1" * 300,
         '{"score": 1' + "0" * 150 + "}",
         "[" * 100_000,
+        '<think>{"score": 1}',
+        "<think>1",
+        '{"score": 1}</think>',
+        '<think>it says </think>{"score": 1} which</think>{"score": 0}',
+        '<think>a<think>b</think>{"score": 1}',
+        '{"score": 1}<think>sure</think>',
+        "<think>yes</think>1 of 1",
+        "<think>yes</think><think>1",
+        "</think>" * 100_000 + "1",
     ],
 )
 def test_anything_else_is_unusable(reply):
     assert criteria.parse(reply, (0, 1)) is None
+
+
+def test_a_score_that_a_cut_thought_quotes_does_not_count():
+    """The candidate says so, the judge quotes it while it thinks, and there its room ends."""
+    reply = '<think>The candidate ends in </think>{"score": 1}'
+    assert criteria.parse(reply, (0, 1)) == 1 and criteria.parse(reply, (0, 1), cut=True) is None
+    assert criteria.parse('{"score": 1}', (0, 1), cut=True) == 1
 
 
 def test_the_scale_is_the_protocols():

@@ -139,16 +139,13 @@ class _Requests:
     def score(self, key, record):
         return len(self._reply_of(key, record["reply"], record["finish"]).pairs) or None
 
-    def note(self, key, attempt, record, completion):
+    def note(self, key, attempt, record):
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         if self._progress:
             self._progress(1, record["usage"][1] if record["usage"] else 0)
-        fingerprint = getattr(completion, "system_fingerprint", None)
         problem = self._reply_of(key, record["reply"], record["finish"]).problem
-        return self._about(key, attempt, problem, seconds) | dict(
-            system_fingerprint=fingerprint[:200] if isinstance(fingerprint, str) else None
-        )
+        return self._about(key, attempt, problem, seconds)
 
     def refusal(self, key, attempt, status, why):
         """A record for a prompt that is too long for the model; None for any other refusal."""
