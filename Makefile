@@ -3,11 +3,13 @@
 #   make test         environment, install with the test extras, and the test suite
 #
 # Variables: PYTHON (interpreter for the environment), VENV (its folder),
-#            PIP_ARGS (for pip install), PYTEST_ARGS (for pytest), QUICKSTART_ARGS.
+#            PIP_ARGS (for pip install), PYTEST_ARGS (for pytest), QUICKSTART_ARGS,
+#            JOBS (processes of pytest; each takes up to 3 GB).
 
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 QUICKSTART_ARGS ?=
 
 # The first candidate that really runs, is new enough and can make environments. Being on PATH is
@@ -17,6 +19,8 @@ PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.13 python3 pytho
     >/dev/null 2>&1 && echo $(p))))
 
 PY := $(VENV)/bin/python
+# Files stay whole, since their tests share compiled programs.
+PYTEST = $(PY) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 PIP_INSTALL = $(PY) -m pip install --no-input --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
@@ -34,10 +38,10 @@ quickstart: $(VENV)/.stamp-run
 	$(PY) -m tools.quickstart $(QUICKSTART_ARGS)
 
 test: $(VENV)/.stamp-dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.stamp-dev
-	$(PY) -m pytest -m "" $(PYTEST_ARGS)
+	$(PYTEST) -m "" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(PY) -m ruff check .
