@@ -17,6 +17,7 @@ import importlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -334,7 +335,7 @@ def main(argv: Sequence[str]) -> None:
             )
         num_images = flags.FLAGS.num_images
         if num_images is not None:
-            if len(num_images) != 3 or not all(n.strip().isdigit() for n in num_images):
+            if len(num_images) != 3 or not all(re.fullmatch("[0-9]{1,9}", n.strip()) for n in num_images):
                 raise DataError(f"--num_images={','.join(num_images)}: expected 3 whole numbers")
             num_images = [int(n) for n in num_images]
         beam_options = flags.FLAGS.beam_options

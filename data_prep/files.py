@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from paligemma_med.pp import images
+from paligemma_med.pp import images, json_text
 from paligemma_med.pp.files import is_lfs_pointer, lfs_message
 
 
@@ -41,19 +41,9 @@ def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
     """Parses a UTF-8 JSON file (a byte-order mark is tolerated).
 
     Raises:
-      DataError: missing, unreadable, a git-LFS pointer, not UTF-8, or not JSON.
+      DataError: missing, unreadable, a git-LFS pointer, or what `json_text.parse` refuses.
     """
-    content = read_bytes(path, what)
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected {what}") from None
-    except json.JSONDecodeError as e:
-        raise DataError(
-            f"{path}: not valid JSON at line {e.lineno} column {e.colno} ({e.msg}); expected {what}"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply; expected {what}") from None
+    return json_text.parse(read_bytes(path, what), str(path), what, constants=True, error=DataError)
 
 
 def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:

@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import files
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
-from paligemma_med.pp import tables
+from paligemma_med.pp import json_text, tables
 
 # A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `Q1. …`, `2. Q: …`.
 # Possessive quantifiers keep it fast on long lines of spaces.
@@ -285,7 +285,7 @@ def _first_letter(f: Any) -> str:
 
 
 def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,\ufeff]*")
+    decoder, space = json_text.decoder(constants=True), re.compile(r"[\s,\ufeff]*")
     buffer, line, more = "", 1, True
     while more or buffer:
         try:
@@ -296,6 +296,7 @@ def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
         while (at := space.match(buffer, at).end()) < len(buffer):
             try:
                 found, end = decoder.raw_decode(buffer, at)
+                json_text.check(found, buffer[at:end])
             except json.JSONDecodeError as e:
                 if more and len(buffer) - at < _LONGEST_OBJECT:
                     break  # it may go on in the next chunk
@@ -303,6 +304,9 @@ def _following(f: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path}: not valid JSON at line {number} ({e.msg}); {_EXPECTED}") from None
             except RecursionError:
                 raise DataError(f"{path}: JSON nested too deeply; {_EXPECTED}") from None
+            except ValueError as e:
+                number = line + buffer.count("\n", 0, at)
+                raise DataError(f"{path} line {number}: found {e}; {_EXPECTED}") from None
             if not isinstance(found, dict):
                 number = line + buffer.count("\n", 0, at)
                 raise DataError(f"{path} line {number}: found {found!r:.60}; {_EXPECTED}")

@@ -23,7 +23,8 @@ def check(setup: TrainingSetup) -> None:
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
     if config.get("model_init"):
-        weights.load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"), setup.leaves)
+        kw = dict(leaves=setup.leaves, may_be_moved=True, **weights.reading(config))
+        weights.load_host_params(config.model_init, setup.abstract, **kw)
 
 
 def check_evals(setup: Setup) -> None:

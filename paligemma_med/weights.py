@@ -14,6 +14,7 @@ import numpy as np
 from paligemma_med import checkpoints, quantise
 from paligemma_med.checkpoints import bv, npz, workdir
 from paligemma_med.config import files as config_files
+from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted
 from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.layers import lora
@@ -61,7 +62,9 @@ def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     config, base, adapter = setup.config, {}, {}
     if config.get("model_init"):
-        base = load_host_params(config.model_init, setup.abstract, config.get("resample_posemb"), setup.leaves)
+        base = load_host_params(
+            config.model_init, setup.abstract, leaves=setup.leaves, may_be_moved=True, **reading(config)
+        )
         if any(map(lora.is_factor, base)):
             _check_scales(config, setup.model, config.model_init)
     if config.get("adapter_init"):
@@ -92,7 +95,7 @@ def _random_params(setup, names):
 def load_host_adapter(config, model) -> dict[str, np.ndarray]:
     """{name: numpy array}: the factors of config.adapter_init. They must have the ranks and scales of config.lora;
     dropout may differ, since it only matters in training."""
-    adapter = checkpoints.load_adapter(config.adapter_init)
+    adapter = config_values.load_adapter(config)
     want, found = adapted(config, model), adapter.specs
     for target in sorted({*want, *found}):
         a, b = (s.get(target) for s in (want, found))
@@ -164,7 +167,7 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
             config.lora = _rules_of_run(checkpoint)
     setup = Setup(config)
     config, model, tokenizer = setup.config, setup.model, setup.tokenizer
-    host = load_host_params(checkpoint, setup.abstract, config.get("resample_posemb"), setup.leaves)
+    host = load_host_params(checkpoint, setup.abstract, leaves=setup.leaves, **reading(config))
     if any(map(lora.is_factor, host)):
         adapter, run_config = config.get("adapter_init"), _config_of_run(checkpoint)
         if adapter and run_config.get("adapter_init") != config_files.absolute(adapter):
@@ -180,7 +183,18 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
     return model, tokenizer, setup.mesh, unflatten_tree(params)
 
 
-def load_host_params(spec, abstract, resample_posemb=False, leaves=None) -> dict[str, Any]:
+def reading(config) -> dict[str, Any]:
+    """What a config says about reading weights, as arguments of `load_host_params`."""
+    return dict(
+        resample_posemb=config.get("resample_posemb") or False,
+        base=config.get("base"),
+        allow_nonfinite=config.get("allow_nonfinite") or False,
+    )
+
+
+def load_host_params(
+    spec, abstract, resample_posemb=False, leaves=None, *, base=None, may_be_moved=False, allow_nonfinite=False
+) -> dict[str, Any]:
     """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
     Factors of adapters may be missing, but only all of them together.
@@ -188,6 +202,9 @@ def load_host_params(spec, abstract, resample_posemb=False, leaves=None) -> dict
     Args:
       resample_posemb: resample position embeddings of another resolution.
       leaves: the model's table of leaves; by default PaliGemma's.
+      base: where the weights are that a run started from, if they aren't where its config.json says.
+      may_be_moved: whether `base` stands for `spec` itself, too, if there is nothing at `spec`.
+      allow_nonfinite: whether weights may be NaN or infinite.
 
     Returns:
       {name: array, which may still be in its file}.
@@ -197,7 +214,7 @@ def load_host_params(spec, abstract, resample_posemb=False, leaves=None) -> dict
     """
     if isinstance(spec, ml_collections.ConfigDict):
         spec = spec.to_dict()
-    loaded = checkpoints.open_init(spec)
+    loaded = checkpoints.open_init(spec, base=base, may_be_moved=may_be_moved, allow_nonfinite=allow_nonfinite)
     if not resample_posemb:
         _check_resolution(spec, flatten_tree(loaded), abstract, leaves or parts.LEAVES)
     expected = abstract
@@ -223,8 +240,8 @@ def _check_resolution(spec, loaded, abstract, leaves):
     raise checkpoints.CheckpointError(
         f"{spec} was made for images of {has} px ({found[1]} positions), but config.res = {wants} "
         f"has {expected[1]}: set res={has} (config.res, and resize({has}) in the pp strings), take "
-        "weights of that resolution, or set config.resample_posemb=True to have the position "
-        "embeddings resampled."
+        "weights of that resolution, or give --resample_posemb (config.resample_posemb=True) to have "
+        "the position embeddings resampled."
     )
 
 

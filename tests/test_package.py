@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pp": (),
     "models": (),
     "parallel": ("models",),
-    "checkpoints": ("models", "files"),
+    "checkpoints": ("models", "files", "pp"),
     "input_pipeline": ("pp", "parallel"),
     "quantise": ("models",),
     "decode": ("models", "parallel"),
@@ -47,6 +47,22 @@ HEAVY = ("tensorflow", "tf_keras", "keras", "torch", "torchvision", "torchaudio"
 PRIVATE_NAMES = "paligemma_med.parallel.jax_private"
 UNSAFE_MODULES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")
 UNSAFE_CALLS = ("eval", "exec")
+# Files from outside are read by `pp.json_text`. These read what their own process, or another of the same run, wrote.
+READ_OWN_JSON = (
+    "paligemma_med.config.files",
+    "paligemma_med.evaluation.results",
+    "paligemma_med.input_pipeline.evaluation",
+    "paligemma_med.judge.criteria",  # at most 200 characters
+    "paligemma_med.judge.replies",  # lines that were checked when the file was opened
+    "paligemma_med.parallel.distributed",
+    "paligemma_med.training.metric_writers",
+    "paligemma_med.training.run_files",
+    "data_prep.builders.row_file",
+    "data_prep.curate.__main__",
+    "data_prep.curate.run",
+    "tools.synthesize_qa.__main__",
+    "tools.synthesize_qa.parse",  # texts of models, each of which may be wrong
+)
 
 
 def python_files(*folders):
@@ -232,6 +248,16 @@ def test_no_file_evaluates_or_unpickles():
     for path in python_files(*OURS):
         faults += unsafe_faults(path.read_text("utf-8"), module_name(path))
     assert not faults, "\n".join(faults)
+
+
+def test_json_from_outside_has_one_reader():
+    files = {module_name(p): p for p in python_files(*OURS)}
+    found = set()
+    for module, path in files.items():
+        calls = [called(node) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        if {"json.load", "json.loads", "json.JSONDecoder"} & {*calls} and not module.startswith("tools.bench."):
+            found.add(module)
+    assert found == {*READ_OWN_JSON, "paligemma_med.pp.json_text"}
 
 
 # What the families of parts call their own: others ask the tables of leaves and the presets.

@@ -17,7 +17,6 @@ interval is open because its profile is flat.
 # together, α can be traded for β, and both profiles are flat.
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -27,7 +26,7 @@ import scipy.stats
 from absl import app, flags
 
 from paligemma_med.cli import command
-from paligemma_med.pp import tables
+from paligemma_med.pp import json_text, tables
 
 NAMES = ("A", "alpha", "beta", "E")
 MAX_EXPONENT = 5.0
@@ -255,18 +254,7 @@ def read_rows(path) -> list[dict]:
         return [row for _, row in tables.read_file(path)]
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path}: expected a .csv or .jsonl file.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}.")
-        rows.append(row)
-    return rows
+    return [row for _, row in json_text.lines(path, "a JSON object", root=dict, constants=True)]
 
 
 def columns(rows, where, x, d, loss, d_scale=1.0) -> tuple:

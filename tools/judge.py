@@ -9,7 +9,6 @@ judge_cache.jsonl there: if interrupted, the same command resumes, and nothing i
 is only read from OPENAI_API_KEY. --dry_run asks nothing and shows a prompt.
 """
 
-import json
 import pathlib
 import sys
 
@@ -19,16 +18,12 @@ from absl import app, flags
 from paligemma_med.cli import command
 from paligemma_med.evaluation import results
 from paligemma_med.judge import criteria, figures, judge, replies
+from paligemma_med.pp import json_text
 
 
 def settings_from(text, structured, protocol) -> dict:
     """--settings and --structured as a dict; ValueError says what is wrong with them."""
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"--settings is {text!r}; expected a JSON object: {e}.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--settings is {text!r}; expected a JSON object.")
+    settings = json_text.parse(text, f"--settings is {text!r:.200}", "a JSON object", root=dict)
     if structured:
         settings["response_format"] = criteria.schema(criteria.PROTOCOLS[protocol].scores)
     return settings

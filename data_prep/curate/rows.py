@@ -5,7 +5,6 @@ A source has an `identity`, so that a resumed run can tell whether its input is 
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from data_prep import files, qa_files
 from data_prep.files import DataError
 from data_prep.ledger import describe as describe_ledger
+from paligemma_med.pp import json_text
 
 EXPECTED = "a JSON object with question, answer and image_id on each line"
 KEYS = ("question", "answer", "image_id")
@@ -91,11 +91,9 @@ def _jsonl(path: pathlib.Path) -> Source:
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
     """(row, None) or (None, why it isn't a row)."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        return None, f"not JSON ({str(e) or 'nested too deeply':.80})"
-    if not isinstance(row, dict):
-        return None, f"not an object, {row!r:.40}"
+        row = json_text.parse(line, "not a row", "an object", root=dict, constants=True, halves=True)
+    except ValueError as e:
+        return None, str(e)
     if missing := [k for k in KEYS if k not in row]:
         return None, f"no key {', '.join(missing)}"
     if odd := [k for k in KEYS if row[k] is not None and not isinstance(row[k], (str, int, float))]:

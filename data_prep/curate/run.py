@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from data_prep.curate.rows import MALFORMED, Source, open_source
 from data_prep.files import DataError, whole_file
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
+from paligemma_med.pp import json_text
 
 NEAR_DUPLICATE, CATEGORY = "near_duplicate", "category"
 FLUSH_SECONDS = 2.0
@@ -62,8 +64,8 @@ def _dump(value: Any) -> bytes:
 def _made_by(head: bytes) -> str | None:
     """What a journal's first line says, or None if it isn't a journal's."""
     try:
-        return json.loads(head).get("made_by")
-    except (ValueError, AttributeError):
+        return json_text.parse(head, "the head", root=dict).get("made_by")
+    except ValueError:
         return None
 
 
@@ -148,7 +150,9 @@ def curate(
     plan = {"version": VERSION, "config": config, "inputs": [s.identity for s in sources]}
     made_by = hashlib.sha256(json.dumps(plan, sort_keys=True, default=list).encode()).hexdigest()
     if paths.output.exists() and not overwrite:
-        report = json.loads(paths.report.read_bytes()) if paths.report.is_file() else {}
+        report = {}
+        if paths.report.is_file():
+            report = json_text.read(paths.report, "a report of this program", root=dict, error=DataError)
         if report.get("made_by") == made_by:
             paths.journal.unlink(missing_ok=True)  # the run was killed just before doing this
             return {**report, "already_there": True}
@@ -190,9 +194,13 @@ def _resume(journal: Any, paths: Paths, judge: Judge, made_by: str, overwrite: b
     for line in journal:
         if not line.endswith(b"\n"):
             break
-        fate = json.loads(line)
-        if not fate["reasons"]:
-            judge.remember(fate["row"], fate["name"])
+        try:
+            fate = json_text.parse(line, "a row", root=dict, constants=True, halves=True)
+            if not fate["reasons"]:
+                judge.remember(fate["row"], fate["name"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            print(f"{paths.journal}: line {done + 2} is damaged; judged again from there", file=sys.stderr)
+            break
         done, end = done + 1, end + len(line)
     journal.truncate(end)
     journal.seek(end)

@@ -10,7 +10,6 @@ An array has a file for each shard that was written, and TensorStore reads a mis
 that is an error.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, listed
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.models.leaves import unflatten_tree
+from paligemma_med.pp import json_text
 
 PREFIX = "checkpoint.bv"
 LAST = "-LAST"
@@ -121,13 +121,14 @@ def read_config(spec: os.PathLike | str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
+        config = json_text.read(path, "the config of a run", root=dict, constants=True, error=CheckpointError)
         if config.get("model_name") != "paligemma_med":
             return {}
         model = dict(config.get("model") or {})
         # There, a rule's settings are pairs: [["rank", 8], …].
         rules = [(regex, spec and dict(spec)) for regex, spec in model.get("lora") or ()]
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is not the config of a run: {e}") from None
     run = ("dtype", "attn_impl", "lora")  # which our configs have outside config.model

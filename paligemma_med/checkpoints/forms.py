@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from paligemma_med.checkpoints import bv, hf, lazy, npz, peft
+from paligemma_med.checkpoints import bv, finite, hf, lazy, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.fit import stack_layers
@@ -18,6 +18,7 @@ from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 _PARTS = frozenset(path.partition("/")[0] for path in parts.LEAVES)
 _NEEDED = ("img", "llm")  # of these
 ADAPTERS = {"peft": peft}
+_MOVED = "; if they were moved, --base=PATH says where they are now"
 
 _FORMS = (
     "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face PaliGemma directory, "
@@ -74,12 +75,21 @@ def kind_of(spec: os.PathLike | str) -> str:
     raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
 
 
-def open_params(spec: os.PathLike | str) -> dict[str, Any]:
+def open_params(
+    spec: os.PathLike | str,
+    *,
+    base: str | None = None,
+    allow_nonfinite: bool = False,
+    runs: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Opens weights of any form: a nested dict with big_vision's names.
 
     Args:
       spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
         or "workdir@step", or a big_vision training checkpoint, as for `bv.find`.
+      base: of a workdir: where the weights that it started from are, if they aren't where its config.json says.
+      allow_nonfinite: whether weights may be NaN or infinite.
+      runs: folders of the runs that started from this one.
 
     Returns:
       {"img": …, "llm": …} (or the requested subtree), layers stacked on a leading axis; dtypes as
@@ -88,57 +98,80 @@ def open_params(spec: os.PathLike | str) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the path doesn't exist.
-      CheckpointError: it is none of the accepted forms, or is damaged.
+      CheckpointError: it is none of the accepted forms, or is damaged; a leaf isn't of floats. Numbers that aren't
+        finite show when a leaf is read.
     """
     spec = os.path.expanduser(os.fspath(spec))
     kind = kind_of(spec)
+    if kind == "workdir":
+        return _open_run(spec, base, allow_nonfinite, runs)
     if kind == "npz":
-        return stack_layers(npz.open_npz(spec))
-    if kind == "hf":
-        return hf.open_hf(spec)
-    if kind == "orbax":
+        found = npz.open_npz(spec)
+    elif kind == "hf":
+        return finite.checked(hf.open_hf(spec), spec, allow_nonfinite)
+    elif kind == "orbax":
         from paligemma_med.checkpoints import orbax
 
-        return stack_layers(orbax.open_orbax(spec))
-    if kind == "big_vision":
-        return stack_layers(bv.open_bv(spec))
-    return _open_run(spec)
+        found = orbax.open_orbax(spec)
+    else:
+        found = bv.open_bv(spec)
+    return stack_layers(finite.checked(found, spec, allow_nonfinite))
 
 
-def _open_run(spec):
+def _open_run(spec, base, allow_nonfinite, runs):
     """The weights of a run: those that it started from, with the run's own leaves replacing theirs."""
     from paligemma_med.checkpoints import workdir
 
-    base, leaves = workdir.open_leaves(spec)
+    config, leaves = workdir.open_leaves(spec)
+    init, base = config.get("model_init"), base or config.get("base")
+    if (folder := os.path.realpath(workdir.split_spec(spec)[0])) in runs:
+        raise CheckpointError(f"{folder} says in its config.json that it started from itself: model_init is {init!r}")
     flat = {}
-    if base:
+    if init:
         try:
-            flat = flatten_tree(open_init(base))  # of any form, even another run's
+            kw = dict(allow_nonfinite=allow_nonfinite, runs=(*runs, folder))
+            found = open_init(init, base=base, may_be_moved=True, **kw)
+            flat = flatten_tree(found)  # of any form, even another run's
         except (FileNotFoundError, CheckpointError) as e:
             raise type(e)(
                 f"the weights that {workdir.split_spec(spec)[0]} started from (model_init in its config.json) can't be "
                 f"read: {e}"
             ) from e
-    return unflatten_tree({**flat, **leaves})
+    return unflatten_tree({**flat, **flatten_tree(finite.checked(unflatten_tree(leaves), spec, allow_nonfinite))})
 
 
-def load_params(spec: os.PathLike | str) -> dict[str, Any]:
+def load_params(spec: os.PathLike | str, **kw) -> dict[str, Any]:
     """`open_params` with all leaves read into numpy arrays."""
-    return lazy.read_all(open_params(spec))
+    return lazy.read_all(open_params(spec, **kw))
 
 
-def open_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
-    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec."""
+def open_init(
+    spec: os.PathLike | str | Mapping[str, str], *, base: str | None = None, may_be_moved: bool = False, **kw
+) -> dict[str, Any]:
+    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec.
+
+    Args:
+      base: as for `open_params`.
+      may_be_moved: whether `base` stands for `spec` itself, too, if there is nothing at `spec`.
+    """
+    if not isinstance(spec, str | os.PathLike | Mapping):
+        raise ValueError(f"model_init is {spec!r}: expected a path, or {' and '.join(_NEEDED)}")
     if not isinstance(spec, Mapping):
-        return open_params(spec)
+        try:
+            return open_params(spec, base=base, **kw)
+        except FileNotFoundError as e:
+            if base is None or not may_be_moved:
+                is_told = not may_be_moved or _MOVED in str(e)  # by the run that this one started from
+                raise FileNotFoundError(f"{e}{'' if is_told else _MOVED}") from None
+        return open_params(base, **kw)
     if not {*_NEEDED} <= set(spec) <= _PARTS:
         raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or {' and '.join(_NEEDED)}")
-    return {part: open_params(path) for part, path in spec.items()}
+    return {part: open_params(path, **kw) for part, path in spec.items()}
 
 
-def load_init(spec: os.PathLike | str | Mapping[str, str]) -> dict[str, Any]:
+def load_init(spec: os.PathLike | str | Mapping[str, str], **kw) -> dict[str, Any]:
     """`open_init` with all leaves read into numpy arrays."""
-    return lazy.read_all(open_init(spec))
+    return lazy.read_all(open_init(spec, **kw))
 
 
 def save_params(
@@ -186,8 +219,11 @@ def _adapter_form(path):
     return next((form for form in ADAPTERS.values() if form.is_adapter(path)), None)
 
 
-def load_adapter(path: os.PathLike | str) -> Adapter:
+def load_adapter(path: os.PathLike | str, *, allow_nonfinite: bool = False) -> Adapter:
     """Reads an adapter in any of the forms in `ADAPTERS`.
+
+    Args:
+      allow_nonfinite: whether factors may be NaN or infinite.
 
     Raises:
       FileNotFoundError: there is none.
@@ -195,7 +231,7 @@ def load_adapter(path: os.PathLike | str) -> Adapter:
     """
     path = os.path.expanduser(os.fspath(path))
     form = _adapter_form(path) or peft  # whose error says what is missing
-    return form.load_adapter(path)
+    return form.load_adapter(path, allow_nonfinite=allow_nonfinite)
 
 
 def save_adapter(path: os.PathLike | str, adapter: Adapter, *, form: str = "peft", **kw) -> None:

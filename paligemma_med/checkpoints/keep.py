@@ -4,13 +4,14 @@ For what a checkpoint holds, and how it is written and restored, see `workdir`.
 """
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
+
+from paligemma_med.checkpoints import step_lines
 
 Best = Callable[[Sequence[int]], int | None]  # returns the best of these steps, or None
 
@@ -47,10 +48,7 @@ def best_of(workdir: os.PathLike | str, config: Mapping[str, Any]) -> Best | Non
     path = os.path.join(workdir, "metrics.jsonl")
 
     def best(steps):
-        if not os.path.exists(path):
-            return None
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
+        rows = [row for _, row in step_lines.read(path)]
         evaluated = [row for row in rows if any("/" in key for key in row)]
         if evaluated and not any(metric in row for row in evaluated):
             raise ValueError(
@@ -58,10 +56,14 @@ def best_of(workdir: os.PathLike | str, config: Mapping[str, Any]) -> Best | Non
                 f"{sorted(key for key in evaluated[-1] if '/' in key)[:8]}, …"
             )
         values = {row["step"]: row.get(metric) for row in rows if row["step"] in steps}
-        finite = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
+        finite = {step: sign * value for step, value in values.items() if _is_finite(value)}
         return max(finite, key=finite.get, default=None)
 
     return best
+
+
+def _is_finite(value):
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check(config: Mapping[str, Any], evaluators: Collection[str]) -> None:

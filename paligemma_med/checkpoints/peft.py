@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from paligemma_med import files
-from paligemma_med.checkpoints import lazy, peft_config
+from paligemma_med.checkpoints import finite, lazy, peft_config
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError, raise_all
 from paligemma_med.checkpoints.hf import families
@@ -43,11 +43,12 @@ def is_adapter(path: os.PathLike | str) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG)) or os.path.isfile(os.path.join(path, WEIGHTS))
 
 
-def load_adapter(folder: os.PathLike | str) -> Adapter:
+def load_adapter(folder: os.PathLike | str, *, allow_nonfinite: bool = False) -> Adapter:
     """Reads a PEFT adapter of a model that `hf.families` knows, under the names of any version of transformers.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
+      allow_nonfinite: whether factors may be NaN or infinite.
 
     Returns:
       Adapter; factors are numpy arrays in the types of the file. If the file doesn't show whether the
@@ -74,6 +75,9 @@ def load_adapter(folder: os.PathLike | str) -> Adapter:
     family = families.of_modules([match[1] for key in tensors if (match := _KEY.fullmatch(key))])
     modules = _modules_in(path, tensors, family)
     _check_complete(path, config, modules, family)
+    if not allow_nonfinite:
+        for key, tensor in tensors.items():
+            finite.check(tensor, f"{path}: {key}")
     specs, factors = {}, {}
     for target, layers in _by_target(modules, family).items():
         specs[target] = _one_spec(path, config, layers)

@@ -5,7 +5,6 @@ change what the adapter computes, and that the model can't represent, is refused
 """
 
 import collections
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import families
 from paligemma_med.models import lora_targets
 from paligemma_med.models.layers import lora
+from paligemma_med.pp import json_text
 
 FILE = "adapter_config.json"
 
@@ -50,20 +50,22 @@ def read(path: str) -> dict[str, Any]:
       CheckpointError: it isn't LoRA's, or our model can't represent it.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
+        config = json_text.read(path, "an object of PEFT's settings", root=dict, error=CheckpointError)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} is missing: expected a PEFT adapter's folder") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
 
     def refuse(key, expected):
         raise CheckpointError(f"{path}: {key} is {config.get(key)!r}; expected {expected}")
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "'LORA', no other kind is known here")
+    if config.get("modules_to_save"):
+        refuse(
+            "modules_to_save",
+            "none: beside LoRA's factors the adapter holds other weights of these modules; merge it into its base in "
+            "PyTorch (merge_and_unload, then save_pretrained) and give the folder made as weights, or train without "
+            "modules_to_save",
+        )
     for key, value in config.items():
         if key not in _IDLE | _READ and value not in (None, False, [], {}, ""):
             refuse(key, "none: the model here has nothing like it")
@@ -86,6 +88,8 @@ def _check_values(path, config, refuse):
     for key in ("lora_alpha", "lora_dropout"):
         if not _is_number(config.get(key, 0)):
             refuse(key, "a number")
+    if not isinstance(config.get("use_rslora") or False, bool):
+        refuse("use_rslora", "true or false")
     for key, check in (("rank_pattern", _is_whole), ("alpha_pattern", _is_number)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(check, pattern.values())):

@@ -11,8 +11,8 @@ the checkpoints; `keep` decides which are kept; config.json and the two files of
 `training.run_files`. All processes of a run must call the methods of `Checkpoints` together, and share one folder.
 """
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +26,12 @@ from paligemma_med.checkpoints import fingerprint, npz
 from paligemma_med.checkpoints import keep as keep_lib
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.pp import json_text
 
 Path = os.PathLike | str
+
+# How a checkpoint's folder is named. Not `str.isdigit`, to which "²" is one.
+_STEP = re.compile("[0-9]{1,18}")
 
 
 class Damaged(CheckpointError):
@@ -183,7 +187,7 @@ class Checkpoints:
             ) from e
 
     def _complete_steps(self):
-        return sorted(int(n) for n in os.listdir(self._manager.directory) if n.isdigit())
+        return sorted(_steps(self._workdir))
 
     def wait(self) -> None:
         """Blocks until everything is on disk; CheckpointError if it couldn't be written."""
@@ -268,7 +272,7 @@ def split_spec(spec: str) -> tuple[str, int | None] | None:
         return None
     if step == "best":
         return folder, _best_step(folder)
-    return (folder, int(step)) if step.isdigit() else None
+    return (folder, int(step)) if _STEP.fullmatch(step) else None
 
 
 def _best_step(folder):
@@ -276,7 +280,7 @@ def _best_step(folder):
     best = keep_lib.best_of(folder, config)
     if best is None:
         raise CheckpointError(f"{folder}@best: the run keeps no best checkpoint; set config.keep_best in training.")
-    step = best([int(name) for name in os.listdir(os.path.join(folder, "checkpoints")) if name.isdigit()])
+    step = best(_steps(folder))
     if step is None:
         raise CheckpointError(
             f"{folder}@best: none of its checkpoints has a finite {config['keep_best']['metric']} in metrics.jsonl; "
@@ -301,32 +305,34 @@ def pin(spec: str) -> str:
 
 def newest_step(folder: Path) -> int | None:
     """Step of the newest complete checkpoint of a workdir, or None."""
+    return max(_steps(folder), default=None)
+
+
+def _steps(folder):
+    """The steps of the checkpoints in a workdir."""
     checkpoints = os.path.join(folder, "checkpoints")
     names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
-    return max((int(n) for n in names if n.isdigit()), default=None)
+    return [int(name) for name in names if _STEP.fullmatch(name)]
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
     """<workdir>/config.json as a dict."""
     path = os.path.join(workdir, "config.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return json_text.read(path, "the config of a run", root=dict, constants=True, error=CheckpointError)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: {workdir} is not a workdir.") from None
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}.") from None
 
 
-def open_leaves(spec: str) -> tuple[str | Mapping[str, str] | None, dict[str, Any]]:
-    """The leaves of a run's weights that are in its workdir, and where the others are.
+def open_leaves(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of a run's weights that are in its workdir, and the run's config, which says where the others are.
 
     Args:
       spec: a workdir, for its newest checkpoint, or "workdir@step".
 
     Returns:
-      (base, {path: leaf}). base: the run's config.model_init, from which all other leaves come, or None; the workdir's
-      leaves override it. Trained leaves are numpy arrays in float32, frozen ones have their stored type and are
+      (config.json, {path: leaf}). All other leaves come from the config's model_init; the workdir's override
+      those. Trained leaves are numpy arrays in float32, frozen ones have their stored type and are
       still in their file (`lazy.Lazy`).
 
     Raises:
@@ -347,7 +353,7 @@ def open_leaves(spec: str) -> tuple[str | Mapping[str, str] | None, dict[str, An
         _check_prints(manager, step, trained)
     frozen = os.path.join(workdir, "base.npz")
     frozen = flatten_tree(npz.open_npz(frozen)) if os.path.exists(frozen) else {}
-    return config.get("model_init") or None, {**frozen, **trained}
+    return config, {**frozen, **trained}
 
 
 def _complete_step(manager, workdir, step):

@@ -17,8 +17,9 @@ def to_json(config) -> str:
         plain["model_init"] = {k: absolute(v) for k, v in init.items()}
     elif init:
         plain["model_init"] = absolute(init)
-    if plain.get("adapter_init"):
-        plain["adapter_init"] = absolute(plain["adapter_init"])
+    for key in ("adapter_init", "base"):
+        if plain.get(key):
+            plain[key] = absolute(plain[key])
     return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 

@@ -25,7 +25,7 @@ from paligemma_med.models.layers import attention
 KEYS = frozenset(
     """
     seed res text_len tokenizer
-    model model_init resample_posemb lora adapter_init dtype frozen_dtype attn_impl
+    model model_init base allow_nonfinite resample_posemb lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
     optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
     label_smoothing loss_norm supervised_len loss_chunk skip_nonfinite compilation_cache
@@ -104,6 +104,8 @@ _CONFIG = {
     "dtype": _FLOAT_TYPE,
     "frozen_dtype": _FROZEN_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
+    "base": _TEXT,
+    "allow_nonfinite": _YES_NO,
     "resample_posemb": _YES_NO,
     "input": _SECTION,
     **{f"total_{unit}": _POSITIVE for unit in ("steps", "epochs", "examples")},
@@ -136,6 +138,9 @@ _PART = {
     "num_classes": _POSITIVE_WHOLE,
     "dropout": _SHARE,
     "scan": _YES_NO,
+    "post_norms": _YES_NO,
+    "attn_logits_softcap": _POSITIVE,
+    "final_logits_softcap": _POSITIVE,
     "dtype": _FLOAT_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
 }
@@ -223,8 +228,13 @@ def checked(config) -> ml_collections.ConfigDict:
     _check_sections(config)
     if config.get("adapter_init") and not config.get("lora"):
         with config.unlocked():
-            config.lora = checkpoints.rules_of(checkpoints.load_adapter(config.adapter_init))
+            config.lora = checkpoints.rules_of(load_adapter(config))
     return config
+
+
+def load_adapter(config) -> checkpoints.Adapter:
+    """The adapter of config.adapter_init."""
+    return checkpoints.load_adapter(config.adapter_init, allow_nonfinite=config.get("allow_nonfinite") or False)
 
 
 def checked_for_training(config) -> ml_collections.ConfigDict:

@@ -21,6 +21,7 @@ import numpy as np
 
 from paligemma_med import files
 from paligemma_med.parallel import distributed
+from paligemma_med.pp import json_text
 
 PART = "predictions.part.jsonl"
 PREDICTIONS = "predictions.jsonl"
@@ -50,22 +51,20 @@ def prompt_hash(rows) -> str:
 
 
 def read_rows(path) -> list[dict]:
-    """The rows of a predictions.jsonl; ValueError names a line that can't be read."""
-    rows = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {number}: expected a JSON object: {e}.") from None
-    return rows
+    """The rows of a predictions.jsonl or judgements.jsonl; ValueError names a line that isn't an object."""
+    return [row for _, row in json_text.lines(path, "a JSON object", root=dict, constants=True)]
 
 
 def read_metrics(path) -> tuple[dict, dict]:
-    """(figures {name: number}, about {…}) of a metrics.json; about is {} in one that has none."""
-    with open(path, encoding="utf-8") as f:
-        metrics = json.load(f)
+    """(figures {name: number}, about {…}) of a metrics.json; about is {} in one that has none. ValueError: it isn't
+    of this form."""
+    expected = "an object of numbers, as an evaluation writes it"
+    metrics = json_text.read(path, expected, root=dict, constants=True)
     about = metrics.pop("about", {})
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: about is {json_text.name_of(about)}; expected an object")
+    if odd := [key for key, x in metrics.items() if x is not None and not isinstance(x, int | float)]:
+        raise ValueError(f"{path}: {odd[0]} is {json_text.name_of(metrics[odd[0]])}; expected {expected}")
     return metrics, about
 
 
@@ -152,7 +151,8 @@ def _read(path, header):
     try:
         with open(path, "rb") as f:
             for line in f:
-                value = json.loads(line) if line.endswith(b"\n") else None
+                is_whole = line.endswith(b"\n")
+                value = json_text.parse(line, f"{path}", constants=True) if is_whole else None
                 if value is None or (not length and value != header):
                     break
                 if length:

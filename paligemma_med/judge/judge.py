@@ -19,6 +19,7 @@ from paligemma_med.judge import client as judge_client
 from paligemma_med.judge import criteria, figures, replies, server
 from paligemma_med.judge.criteria import PROTOCOLS
 from paligemma_med.metrics import scoring
+from paligemma_med.pp import json_text
 
 JUDGEMENTS, SUMMARY, CACHE = "judgements.jsonl", "judge.json", "judge_cache.jsonl"
 # Room for the reply alone: {"score": 1} is seven tokens or so. Temperature 0, since a verdict that
@@ -211,13 +212,10 @@ def read_summary(folder) -> dict:
     path = pathlib.Path(folder) / SUMMARY
     if not path.exists():
         return {}
-    try:
-        summary = json.loads(path.read_text("utf-8"))
-        good = isinstance(summary, dict) and all(isinstance(x, dict) for x in summary.values())
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(f"{path} can't be read; expected JSON as the judge writes it.")
+    expected = "an object of objects, as the judge writes it"
+    summary = json_text.read(path, expected, root=dict, constants=True)
+    if odd := [key for key, x in summary.items() if not isinstance(x, dict)]:
+        raise ValueError(f"{path}: {odd[0]!r} is {json_text.name_of(summary[odd[0]])}; expected {expected}")
     return summary
 
 

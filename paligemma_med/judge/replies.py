@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 
+from paligemma_med.pp import json_text
+
 
 class Cache:
     """Every reply ever received, by key, in an append-only file of JSON lines.
@@ -124,7 +126,7 @@ class Cache:
 def _read_line(line):
     """A line of the cache as a record, or None if it is of another form."""
     try:
-        record = json.loads(line)
+        record = json_text.parse(line, "a line", root=dict, halves=True)
         score, usage = record["score"], record["usage"]
         # By type: True == 1 in Python, and isn't a score.
         good = isinstance(record["key"], str) and (score is None or type(score) is int)

@@ -8,6 +8,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -74,7 +75,7 @@ LEAVES = tuple(_leaves())
 def decode_variant(variant: str) -> dict[str, Any]:
     """From "So400m/14" to dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
     name, _, patch = variant.partition("/")
-    if name not in VARIANTS or (patch and not patch.isdigit()):
+    if name not in VARIANTS or (patch and not re.fullmatch("[0-9]{1,4}", patch)):
         raise ValueError(
             f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of {sorted(VARIANTS)}."
         )

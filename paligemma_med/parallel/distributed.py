@@ -10,6 +10,7 @@ same order, from its main thread.
 
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -122,13 +123,13 @@ def _number(value, variable):
     text = os.environ.get(variable)
     if value is not None or not text:
         return value
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError(f"{variable} is {text!r}; expected a whole number.")
     return int(text)
 
 
 def _check(coordinator, num_processes, process_id):
-    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+    if coordinator and not re.fullmatch("[0-9]{1,5}", coordinator.rpartition(":")[2]):
         raise ValueError(f"--coordinator_address is {coordinator!r}; expected host:port.")
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes is {num_processes}; expected 1 or more.")

@@ -13,14 +13,16 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 
 from paligemma_med import files
-from paligemma_med.checkpoints import bv, fingerprint, npz, workdir
+from paligemma_med.checkpoints import bv, fingerprint, finite, npz, step_lines, workdir
 from paligemma_med.config import eval_names
 from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
+from paligemma_med.pp import json_text
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 
@@ -79,10 +81,10 @@ def load_kept(folder: str, expected: dict[str, jax.Array]) -> dict[str, jax.Arra
     path = os.path.join(folder, "base.npz")
     if not expected or not os.path.exists(path):
         return {}
-    host = flatten_tree(npz.load_npz(path))
+    host = flatten_tree(finite.checked(npz.open_npz(path), path))
     if host.keys() != expected.keys():
         raise npz.CheckpointError(f"{path} holds other parameters than the config freezes.")
-    return {n: distributed.place(host[n].astype(x.dtype), x.sharding) for n, x in expected.items()}
+    return {n: distributed.place(np.asarray(host[n]).astype(x.dtype), x.sharding) for n, x in expected.items()}
 
 
 def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, jax.Array], step: int) -> None:
@@ -104,8 +106,7 @@ def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, j
     }
     path = os.path.join(folder, "base.json")
     if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            then = json.load(f)
+        then = _read_base(path)
         was = then["fingerprints"]
         wrong = sorted(n for n in {*prints, *was} if prints.get(n) != was.get(n))
         if wrong:
@@ -121,6 +122,16 @@ def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, j
         os.remove(path)
 
 
+def _read_base(path):
+    """What base.json says."""
+    expected = "what a run writes about its frozen weights; if the file is damaged, start anew in another --workdir"
+    then = json_text.read(path, expected, root=dict, error=npz.CheckpointError)
+    for key, kind in (("model_init", object), ("frozen_dtype", str), ("fingerprints", dict)):
+        if not isinstance(then.get(key, kind()), kind) or key not in then:
+            raise npz.CheckpointError(f"{path}: {key} is {then.get(key)!r:.60}; expected {expected}")
+    return then
+
+
 def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Array], first_step: int) -> None:
     """Writes config.json and the frozen leaves that model_init doesn't give; removes the lines of later steps.
     Collective.
@@ -131,12 +142,11 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
     text = config_files.to_json(config)
     path = os.path.join(folder, "config.json")
     if first_step and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if changed := _changes(json.load(f), json.loads(text)):
-                logging.warning(
-                    "The config isn't the one this run began with; it continues with the new one: %s",
-                    "; ".join(changed),
-                )
+        if changed := _changes(workdir.read_config(folder), json.loads(text)):
+            logging.warning(
+                "The config isn't the one this run began with; it continues with the new one: %s",
+                "; ".join(changed),
+            )
     distributed.barrier("config.json is read")
     write(path, text)
     path = os.path.join(folder, "base.npz")
@@ -151,9 +161,7 @@ def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Ar
     for name in _GROWING:
         path = os.path.join(folder, name)
         if distributed.is_main() and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                lines = [s for s in f if s.endswith("\n") and json.loads(s)["step"] <= first_step]
-            write(path, "".join(lines))
+            write(path, "".join(line for line, row in step_lines.read(path) if row["step"] <= first_step))
 
 
 def _changes(was, now, where="config"):
@@ -193,11 +201,8 @@ def append(folder, name, step, values) -> None:
 
 def evals_at(folder, step, names) -> set[str]:
     """Which of the evaluators `names` have metrics of `step`."""
-    path = os.path.join(folder, "metrics.jsonl")
-    if not os.path.exists(path):
-        return set()
-    with open(path, encoding="utf-8") as f:
-        metrics = {k for line in f for k in _metrics_of(line, step)}
+    lines = step_lines.read(os.path.join(folder, "metrics.jsonl"))
+    metrics = {k for _, row in lines if row["step"] == step for k in row}
     return {name for name, _ in (eval_names.split_metric(k, names) for k in metrics) if name}
 
 
@@ -207,15 +212,9 @@ def add_metrics(folder, step, metrics) -> None:
         return
     metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     path = os.path.join(folder, "metrics.jsonl")
-    if any("/" in k for k in metrics) and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = f.readlines()
-        if lines and (row := _metrics_of(lines[-1], step)):
-            write(path, "".join(lines[:-1]) + json.dumps({**row, **metrics}) + "\n")
+    if any("/" in k for k in metrics):
+        lines = step_lines.read(path)
+        if lines and (row := lines[-1][1])["step"] == step:
+            write(path, "".join(line for line, _ in lines[:-1]) + json.dumps({**row, **metrics}) + "\n")
             return
     append(folder, "metrics.jsonl", step, metrics)
-
-
-def _metrics_of(line, step):
-    row = json.loads(line)
-    return row if row["step"] == step else {}

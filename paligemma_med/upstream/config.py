@@ -54,6 +54,8 @@ KEYS = {
     "lora": Key("translated", "model.lora, pairs in place of dicts"),
     "model_init": Key("same", "any form of weights: our `load` opens it"),
     "resample_posemb": Key("translated", "model_load.resample_posemb"),
+    "base": Key("translated", "model_load.base"),
+    "allow_nonfinite": Key("translated", "model_load.allow_nonfinite"),
     "adapter_init": Key("translated", "model_load.adapter_init"),
     "frozen_dtype": Key("translated", "model_load.frozen_dtype: of leaves that model_init gives"),
     # Data.
@@ -207,6 +209,8 @@ def _model_load(config):
     trained = [(regex, rule is not None) for regex, rule in optim.schedule_rules(config)]
     return dict(
         resample_posemb=bool(config.get("resample_posemb")),
+        base=config.get("base") or "",
+        allow_nonfinite=bool(config.get("allow_nonfinite")),
         adapter_init=config.get("adapter_init") or "",
         frozen_dtype=config.get("frozen_dtype") or "float32",
         trained=trained,

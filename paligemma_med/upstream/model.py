@@ -38,6 +38,8 @@ def load(
     model_cfg,
     *,
     resample_posemb=False,
+    base="",
+    allow_nonfinite=False,
     adapter_init="",
     frozen_dtype="float32",
     trained=((".*", True),),
@@ -49,6 +51,8 @@ def load(
       init_file: a path, or a mapping img=path, llm=path.
       model_cfg: config.model.
       resample_posemb: resample position embeddings of another resolution.
+      base: where the weights are that a run started from, if they aren't where its config.json says.
+      allow_nonfinite: whether weights may be NaN or infinite.
       adapter_init: a PEFT folder to take LoRA factors from.
       frozen_dtype: for leaves that aren't trained; trained ones stay float32.
       trained: ((regex, bool), …) over names of leaves; the first full match counts.
@@ -71,6 +75,8 @@ def load(
             model_init=init_file,
             adapter_init=adapter_init or None,
             resample_posemb=resample_posemb,
+            base=base or None,
+            allow_nonfinite=allow_nonfinite,
             text_len=1,  # of these two no weight depends
             tokenizer="tiny",
             res=vlm.image_size(parts.leaves_of(model), out),

@@ -38,7 +38,7 @@ def train_state(spec) -> tuple[int, dict]:
     expected = jax.eval_shape(setup.tx.init, {n: setup.abstract[n] for n in setup.trained_names})
     opt_state = workdir.load_opt_state(spec, expected)
 
-    params = weights.load_host_params(spec, setup.abstract, config.get("resample_posemb"), setup.leaves)
+    params = weights.load_host_params(spec, setup.abstract, leaves=setup.leaves, **weights.reading(config))
     params = {n: _cast(x, np.dtype(setup.dtypes[n])) for n, x in params.items()}
     step, opt = optimizer_state(config, theirs, opt_state)
     examples = step * config.input.batch_size

@@ -11,7 +11,6 @@ Example:
 # trainer, which defines them on import.
 
 import importlib
-import json
 import os
 import sys
 
@@ -20,6 +19,7 @@ from absl import app, flags, logging
 
 from paligemma_med import cli, input_pipeline, upstream
 from paligemma_med.parallel import compilation_cache, sharding
+from paligemma_med.pp import json_text
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.upstream import config as configs
 from paligemma_med.upstream import shims
@@ -43,7 +43,7 @@ def check(config) -> TrainingSetup:
             folder = input_pipeline.folder_of(data)
         except input_pipeline.InputError as e:
             raise ValueError(f"{e}; for big_vision, build it with --file_format=tfrecord") from e
-        info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
+        info = json_text.read(folder / "dataset_info.json", "what TFDS writes about a data set", root=dict)
         if (found := info.get("fileFormat")) != "tfrecord":
             raise ValueError(
                 f"{folder} holds {found} files, but big_vision reads tfrecord: build the set with "

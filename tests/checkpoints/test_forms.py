@@ -26,9 +26,9 @@ def test_a_run_is_its_base_with_its_own_leaves_in_place(tmp_path, monkeypatch):
     assert checkpoints.kind_of(tmp_path) == "workdir"
     npz.save_npz(tmp_path / "w.npz", tree())
     own = {"img/head/bias": np.ones(4, np.float32), "img/head/lora_a": np.ones((6, 2), np.float32)}
-    monkeypatch.setattr(workdir, "open_leaves", lambda spec: (str(tmp_path / "w.npz"), own))
+    monkeypatch.setattr(workdir, "open_leaves", lambda spec: ({"model_init": str(tmp_path / "w.npz")}, own))
     assert_same(checkpoints.load_params(tmp_path), unflatten_tree({**flatten_tree(tree()), **own}))
-    monkeypatch.setattr(workdir, "open_leaves", lambda spec: (None, own))
+    monkeypatch.setattr(workdir, "open_leaves", lambda spec: ({}, own))
     assert_same(checkpoints.load_params(tmp_path), unflatten_tree(own))
 
 
@@ -77,7 +77,7 @@ def test_another_form_of_adapters_is_one_entry(tmp_path, monkeypatch):
     other = types.SimpleNamespace(
         NAME="npz",
         is_adapter=lambda path: path.endswith(".lora.npz"),
-        load_adapter=lambda path: ("read", path),
+        load_adapter=lambda path, allow_nonfinite: ("read", path),
         save_adapter=save,
     )
     monkeypatch.setitem(forms.ADAPTERS, "other", other)

@@ -46,6 +46,8 @@ def refused(folder, match, error=CheckpointError):
         dict(bias="lora_only"),
         dict(lora_bias=True),
         dict(modules_to_save=["lm_head"]),
+        dict(use_rslora="false"),
+        dict(use_rslora=1),
         dict(layers_to_transform=[0, 1]),
         dict(layers_pattern="layers"),
         dict(layer_replication=[[0, 2]]),
@@ -84,10 +86,21 @@ def test_configs_that_are_refused(saved, fields):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan")])
+@pytest.mark.parametrize("alpha", [0, -1, 10**7, 1e30, 10**299])
 def test_impossible_alpha(saved, alpha):
     adapters.edit(saved, lora_alpha=alpha)
     refused(saved, f"{peft.CONFIG}: LoRA alpha")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), 10**400, -(10**400)])
+def test_alpha_that_no_float_holds(saved, alpha):
+    adapters.edit(saved, lora_alpha=alpha)
+    refused(saved, f"{peft.CONFIG}: found (NaN|a whole number of 401 digits)")
+
+
+def test_modules_to_save_say_what_can_be_done(saved):
+    adapters.edit(saved, modules_to_save=["lm_head"])
+    assert "merge_and_unload" in refused(saved, r"modules_to_save is \['lm_head'\]; expected none: ")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", None])
@@ -213,11 +226,11 @@ def test_files_that_are_missing_or_damaged(saved, tmp_path):
     (saved / "adapter_model.bin").write_bytes(b"\x80\x04\x95")
     refused(saved, "never loaded: save the adapter again", FileNotFoundError)
     (saved / peft.CONFIG).write_text("{")
-    refused(saved, "is not JSON")
+    refused(saved, "not valid JSON")
     (saved / peft.CONFIG).write_text("[]")
-    refused(saved, "expected an object, found list")
+    refused(saved, "found a list; expected an object")
     (saved / peft.CONFIG).write_text("[" * 100_000)
-    refused(saved, "is not JSON")
+    refused(saved, "nested too deeply")
     refused(tmp_path, "adapter_config.json is missing", FileNotFoundError)
     refused(weights / "x", "adapter_config.json is missing", FileNotFoundError)
 

@@ -106,7 +106,7 @@ def test_config_missing_or_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing.*is not a workdir"):
         workdir.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(checkpoints.CheckpointError, match="config.json is not JSON"):
+    with pytest.raises(checkpoints.CheckpointError, match="config.json: not valid JSON"):
         workdir.read_config(tmp_path)
 
 

@@ -182,6 +182,8 @@ def test_weights_and_what_is_frozen_go_to_load():
     assert out.model_init == "out/x"
     assert dict(out.model_load) == dict(
         resample_posemb=False,
+        base="",
+        allow_nonfinite=False,
         adapter_init="",
         frozen_dtype="float32",
         trained=[(".*/lora_[ab]", True), (".*", False)],

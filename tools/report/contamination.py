@@ -6,14 +6,13 @@ Neither shows in an average of ROUGE; both show here.
 """
 
 import collections
-import json
 import pathlib
 import re
 
 import numpy as np
 
 from paligemma_med.metrics import answers, protocols, scoring, text_metrics
-from paligemma_med.pp import tables
+from paligemma_med.pp import json_text, tables
 from tools.report import blocks
 
 # Columns of others' files, ignoring case: the authors' Excel sheet, their JSON, and common names.
@@ -73,15 +72,10 @@ def _table(path):
         raise ValueError(f"{path}: expected a .xlsx, .csv, .json or .jsonl file.")
     if kind == ".csv":
         return [row for _, row in tables.read_file(path)]
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if kind == ".jsonl":
-            # str.splitlines would also split at U+2028 and others, which may stand in a JSON text.
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            found = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON: {e}.") from None
+    if kind == ".jsonl":
+        found = [row for _, row in json_text.lines(path, "an object a line", root=dict, constants=True)]
+    else:
+        found = json_text.read(path, "a list of objects, or columns as pandas writes them", constants=True)
     if isinstance(found, dict) and found and all(isinstance(v, dict) for v in found.values()):
         keys = next(iter(found.values()))
         found = [{c: column.get(key) for c, column in found.items()} for key in keys]

@@ -7,7 +7,6 @@ metrics.json; the latter is only compared.
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -16,6 +15,7 @@ from paligemma_med.evaluation import results
 from paligemma_med.judge import figures as judge_figures
 from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
+from paligemma_med.pp import json_text
 from paligemma_med.pp import rows as row_keys
 from tools.report import figures
 
@@ -272,7 +272,6 @@ def _verdicts(folder, rows):
 
 def _config(workdir):
     try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_text.read(workdir / "config.json", "the config of a run", root=dict, constants=True)
+    except OSError:
         return {}
-    return config if isinstance(config, dict) else {}

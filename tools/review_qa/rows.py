@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterator
 
 from paligemma_med import files
+from paligemma_med.pp import json_text
 from paligemma_med.pp import rows as row_keys
 
 # The answer's type isn't needed: reviewers see it themselves.
@@ -46,12 +47,7 @@ def read(path) -> Iterator[tuple[int, bytes, dict]]:
 
 
 def _parse(line, where):
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON ({e}); {EXPECTED}.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {row!r:.60}; {EXPECTED}.")
+    row = json_text.parse(line, where, EXPECTED.removeprefix("expected "), root=dict, constants=True, halves=True)
     for key in KEYS:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{where}: {key} is {row.get(key)!r:.60}; {EXPECTED}.")

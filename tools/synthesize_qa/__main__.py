@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import cli
+from paligemma_med.pp import json_text
 from tools.synthesize_qa import loading, run, sources, templates, write
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -38,13 +39,7 @@ def shard_from(text) -> tuple | None:
 
 def settings_from(text) -> dict:
     """--settings as a dict; ValueError says what is wrong with it."""
-    try:
-        settings = json.loads(text)
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--settings is {text!r}; expected a JSON object.")
-    return settings
+    return json_text.parse(text, f"--settings is {text!r:.200}", "a JSON object", root=dict)
 
 
 @cli.command

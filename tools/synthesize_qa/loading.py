@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from paligemma_med import files
+from paligemma_med.pp import json_text
 from tools.synthesize_qa import units as units_lib
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -90,7 +91,7 @@ def _file_digest(path):
     stat = path.stat()
     key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     try:
-        known = json.loads(cache.read_text("utf-8"))
+        known = json_text.read(cache, "digests", root=dict)
         if isinstance(known[key], str):
             return known[key]
     except (OSError, ValueError, KeyError, TypeError):

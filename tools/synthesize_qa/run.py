@@ -19,6 +19,7 @@ import tqdm
 from data_prep.files import DataError
 from data_prep.ledger import describe as describe_books
 from paligemma_med import files
+from paligemma_med.pp import json_text
 from tools.synthesize_qa import journal as journal_lib
 from tools.synthesize_qa import parse, sources, templates, write
 from tools.synthesize_qa import units as units_lib
@@ -238,7 +239,7 @@ def _run_path(output):
 def _read_run(output):
     path = _run_path(output)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json_text.read(path, "the settings of a run", root=dict)
         if {"model", "weights", "backend", "settings", "seed", "pairs", "examples"} <= found["about"].keys():
             return found
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from data_prep.datasets.medpix2 import cases
 from data_prep.datasets.roco import layout as roco_layout
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
-from paligemma_med.pp import tables
+from paligemma_med.pp import json_text, tables
 from paligemma_med.pp.files import default_data_dir
 
 NAMES = ("medpix2", "rocov2", "roco_v1")  # alone, the caption config's train split
@@ -235,11 +235,10 @@ def _jsonl(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        good = isinstance(row, dict)
-        yield f"{path} line {number}", row if good else "a line that is no JSON object"
+            row = json_text.parse(line, "a line", root=dict, constants=True, halves=True)
+        except ValueError:
+            row = "a line that is no JSON object"
+        yield f"{path} line {number}", row
 
 
 def _separated(path):

@@ -14,6 +14,7 @@ import string
 
 from data_prep import files
 from data_prep.files import DataError
+from paligemma_med.pp import json_text
 from paligemma_med.pp.rows import LETTERS
 
 FOLDER = pathlib.Path(__file__).parent / "templates"
@@ -164,12 +165,12 @@ def read_examples(path) -> tuple:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_text.parse(line, "a line", root=dict)
             pairs = [_example_pair(p) for p in row.pop("pairs")]
             kinds = {"choices" if "choices" in p else "pairs" for p in pairs}
             good = len(kinds) == 1 and all(isinstance(v, str) for v in row.values())
             good = good and row["caption"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             good = False
         if not good:
             raise DataError(f"{path} line {number}: found {line.strip():.60}; {expected}")

@@ -4,7 +4,6 @@ Layout: `Descriptions.json` (one entry per image), `Case_topic.json` (one per ca
 `splitted_dataset/uid_list.json` (the cases of each split; or the jsonl files next to it), `images/`.
 """
 
-import json
 import pathlib
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from data_prep.builders.figures import (
     has_text,
 )
 from data_prep.files import DataError
+from paligemma_med.pp import json_text
 
 SPLITS = {"train": ("train", "train_1", "train_2"), "validate": ("dev",), "test": ("test",)}
 EXPECTED = "Descriptions.json, Case_topic.json, splitted_dataset/ and images/"
@@ -270,10 +270,7 @@ def _jsonl_cases(path: pathlib.Path) -> list[str]:
     ids = []
     for i, line in enumerate(files.read_bytes(path, "JSON lines").split(b"\n"), 1):
         if line.strip():
-            try:
-                ids.append(_key(json.loads(line), "U_id", f"{path} line {i}"))
-            except (ValueError, AttributeError) as e:
-                if isinstance(e, DataError):
-                    raise
-                raise DataError(f"{path} line {i}: not a JSON object ({e})") from None
+            where = f"{path} line {i}"
+            row = json_text.parse(line, where, "a JSON object with U_id", root=dict, error=DataError)
+            ids.append(_key(row, "U_id", where))
     return ids

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf.layout import Sizes
+from paligemma_med.pp import json_text
 
 
 class Described(NamedTuple):
@@ -42,6 +43,17 @@ class Section(Mapping):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise CheckpointError(f"{self.path}: {key} is {n!r}, expected a whole number above 0")
         return n
+
+    def cap(self, key: str) -> float | None:
+        """A number above 0, or None.
+
+        Raises:
+          CheckpointError: it is something else.
+        """
+        x = self._values[key]
+        if x is not None and (isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < 1e30):
+            raise CheckpointError(f"{self.path}: {key} is {x!r:.60}, expected a number above 0, or null")
+        return x
 
 
 def section(
@@ -100,14 +112,7 @@ def read_json(path: str) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: expected a Hugging Face directory")
-    try:
-        with open(path, encoding="utf-8") as f:
-            out = json.load(f)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from None
-    if not isinstance(out, dict):
-        raise CheckpointError(f"{path} holds a {type(out).__name__}, expected an object")
-    return out
+    return json_text.read(path, "an object", root=dict, error=CheckpointError)
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:

@@ -100,8 +100,8 @@ def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[st
     if section["model_type"] == "gemma2":
         llm |= dict(
             post_norms=True,
-            attn_logits_softcap=section["attn_logit_softcapping"],
-            final_logits_softcap=section["final_logit_softcapping"],
+            attn_logits_softcap=section.cap("attn_logit_softcapping"),
+            final_logits_softcap=section.cap("final_logit_softcapping"),
             query_pre_attn_norm=_query_norm(section, llm),
         )
     size = dict(

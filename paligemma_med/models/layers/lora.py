@@ -21,6 +21,13 @@ import jax.numpy as jnp
 
 from paligemma_med.models.layers import quantised
 
+# Far above what anybody sets. Beyond it factors would overflow in float32, or in 16 bits.
+_MAX_ALPHA = 1e6
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -43,10 +50,12 @@ class Spec:
             raise ValueError(f"LoRA rank is {self.rank!r}; expected a whole number, 1 or more.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"LoRA alpha is {self.alpha!r}; expected a number above 0.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout is {self.dropout!r}; expected 0 up to below 1.")
+        if not (_is_number(self.alpha) and 0 < self.alpha <= _MAX_ALPHA):
+            raise ValueError(f"LoRA alpha is {self.alpha!r:.40}; expected a number above 0, up to {_MAX_ALPHA:g}.")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"LoRA dropout is {self.dropout!r:.40}; expected 0 up to below 1.")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"LoRA rslora is {self.rslora!r:.40}; expected True or False.")
 
     @property
     def scale(self) -> float:

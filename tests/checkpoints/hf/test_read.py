@@ -87,7 +87,7 @@ def test_an_index_that_differs_from_its_files_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=f"1 tensors are either in the index.*{name}"):
         hf.open_hf(tmp_path)
     (tmp_path / INDEX).write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="not valid JSON at line 1"):
         hf.open_hf(tmp_path)
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):

@@ -145,7 +145,7 @@ def test_foreign_files_of_spreadsheets_and_with_separators_in_their_texts(tmp_pa
     [
         ("a.csv", "question,prediction,answer\na,b\n", "a.csv line 2: another number of cells"),
         ("a.txt", "x", "expected a .xlsx, .csv, .json or .jsonl"),
-        ("a.json", "{", "is no JSON"),
+        ("a.json", "{", "not valid JSON"),
         ("a.json", "[1]", "expected a list of objects"),
         ("a.json", "[]", "has no rows"),
         ("a.json", '[{"question": 1, "answer": 2}]', "no column for the prediction"),
