@@ -34,26 +34,30 @@ def _inputs(paths: Iterable[str | os.PathLike]) -> Iterator[tuple[pathlib.Path, 
             yield path, pathlib.Path(path.name)
 
 
-def convert_files(paths: Sequence[str | os.PathLike], output_dir: str | os.PathLike) -> tuple[int, list[str]]:
+def convert_files(
+    paths: Sequence[str | os.PathLike], output_dir: str | os.PathLike
+) -> tuple[int, list[str], list[str]]:
     """Converts files and folders into `output_dir`; see `images.convert` for the rules.
 
     Returns:
-      How many files were written, and a sentence for each that couldn't be.
+      How many files were written, a sentence for each that couldn't be, and one for each thing that was
+      assumed or looks wrong in a file.
 
     Raises:
       DataError: two inputs would be written to the same file, or nothing can be written there.
     """
-    output_dir, found, errors = pathlib.Path(output_dir), list(_inputs(paths)), []
+    output_dir, found, errors, told = pathlib.Path(output_dir), list(_inputs(paths)), [], []
     twice = [place for place, n in Counter(place for _, place in found).items() if n > 1]
     if twice:
         raise DataError(f"{twice[0]}: more than one input has this name; convert them apart")
     for file, place in progress(found, "images", len(found)):
         try:
             content = files.read_bytes(file, "an image")
-            kept = images.convert(content, str(file))
+            kept, notes = images.convert_noted(content, str(file))
         except DataError as e:
             errors.append(str(e))
             continue
+        told += [f"{file}: {note}" for note in notes]
         out = output_dir / place
         if kept is not content:
             out = out.with_name(out.name + ".png")
@@ -62,7 +66,7 @@ def convert_files(paths: Sequence[str | os.PathLike], output_dir: str | os.PathL
             out.write_bytes(kept)
         except OSError as e:
             raise DataError(f"{out}: can't be written ({e.strerror or e})") from None
-    return len(found) - len(errors), errors
+    return len(found) - len(errors), errors, told
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,10 +74,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) < 2:
             raise DataError("no input; expected files or folders; --help shows an example")
-        written, errors = convert_files(argv[1:], flags.FLAGS.output_dir)
+        written, errors, notes = convert_files(argv[1:], flags.FLAGS.output_dir)
     except DataError as e:
         sys.exit(f"error: {e}")
     print(f"{written:,} images written to {flags.FLAGS.output_dir}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
     sys.exit(1 if errors else 0)

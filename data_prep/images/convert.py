@@ -35,17 +35,23 @@ def convert(content: bytes, name: str = "image") -> bytes:
     """The bytes to store: `content` itself if every reader shows it correctly, else an 8-bit PNG of it.
 
     Kept: JPEG of mode grey or RGB; PNG of at most 8 bits, grey or RGB, also with an alpha channel
-    that is opaque everywhere; one frame each. The PNG is grey if all three channels are equal.
+    that is opaque everywhere; one frame each, upright without EXIF's help. The PNG is grey if all three
+    channels are equal.
 
     Arguments and errors as in `to_rgb`; the image is decoded in any case.
     """
-    rgb, plain = _decode(content, name)
+    return convert_noted(content, name)[0]
+
+
+def convert_noted(content: bytes, name: str = "image") -> tuple[bytes, tuple[str, ...]]:
+    """Like `convert`, and what the reader assumed: sentences that are the same for each file."""
+    rgb, plain, notes = _decode(content, name)
     if plain:
-        return content
+        return content, notes
     grey = (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all()
     out = io.BytesIO()
     PIL.Image.fromarray(rgb[..., 0] if grey else rgb).save(out, "PNG")
-    return out.getvalue()
+    return out.getvalue(), notes
 
 
 def convert_checked(content: bytes, name: str = "image") -> bytes:
@@ -53,21 +59,11 @@ def convert_checked(content: bytes, name: str = "image") -> bytes:
 
     Nearly all are plain JPEG or PNG, which the header shows without decoding them again.
     """
-    try:
-        with images.open_image(content, formats=("JPEG", "PNG")) as image:
-            plain = image.mode in ("L", "RGB") and "transparency" not in image.info
-            # Byte 24 holds the bits per channel; PIL reads 16-bit colour as 8 bits.
-            if image.format == "PNG":
-                plain = plain and content[24] == 8 and getattr(image, "n_frames", 1) == 1
-            elif image.format != "JPEG":
-                plain = False
-    except Exception:  # `convert` reports what is wrong
-        plain = False
-    return content if plain else convert(content, name)
+    return content if images.plain_by_header(content) else convert(content, name)
 
 
 def _decode(content: bytes, name: str) -> images.Decoded:
     try:
-        return images.decode(content, verify=True)
+        return images.decode(content)
     except ValueError as e:
         raise DataError(f"{name}: {e}") from None

@@ -9,6 +9,7 @@ gone, except for what is burned into the pixels.
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,85 +17,218 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from paligemma_med.pp import dicom_grey, files
+from paligemma_med.pp.dicom_grey import DicomError, Note, window
 
-class DicomError(ValueError):
-    """A DICOM file that can't be read; one sentence says why."""
+__all__ = ["DicomError", "decode", "is_dicom", "to_rgb", "window"]
 
-
-# The first bytes of files without the 128-byte preamble: group 0002 or 0008, either byte order.
-_HEADS = (b"\x02\x00", b"\x08\x00", b"\x00\x08\x00")
+# Files without the 128-byte preamble begin with an element of group 0002 or 0008: its tag, then a value
+# representation (two capital letters) or, in implicit files, a length below 65,536.
+_HEAD = re.compile(rb"[\x02\x08]\0.\0(?:[A-Z]{2}|..\0\0)|\0[\x02\x08]\0.[A-Z]{2}", re.DOTALL)
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
 
 def is_dicom(content: bytes) -> bool:
     """True for DICOM files, also for those without a preamble."""
-    return content[128:132] == b"DICM" or content.startswith(_HEADS)
+    return content[128:132] == b"DICM" or _HEAD.match(content) is not None
 
 
-def window(values: np.ndarray, center: float, width: float, kind: str = "LINEAR") -> np.ndarray:
-    """The VOI window function of DICOM PS3.3 C.11.2.1.2, to 0..1.
+def decode(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(uint8[H, W, 3], notes) of a DICOM file's bytes.
 
-    Args:
-      values: numbers of any shape, after the rescale.
-      center, width: of the window; the width is at least 1 for "LINEAR", above 0 for the others.
-      kind: "LINEAR" (by the standard, not quite center ± width / 2), "LINEAR_EXACT", "SIGMOID".
+    Grey images: modality LUT or rescale slope and intercept; the first window of several (centre
+    and width by the standard's function) that shows anything, else the first such VOI LUT, else 8-bit
+    values as they are, else from the smallest to the largest value, padding left out; MONOCHROME1 (or
+    presentation shape INVERSE) is inverted. Rescale and window of Enhanced files stand in functional
+    groups: the first frame's come before those of all frames. Palettes are looked up and scaled by what
+    their entries hold, YBR becomes RGB, colours of more than 8 bits are scaled from their full range. Of
+    several frames the first is taken. Overlays and supplemental palettes are not drawn, and pixels that
+    aren't square stay as they are.
 
-    Returns:
-      float64 of the same shape, 0 black and 1 white.
+    The notes are sentences on what was passed over or assumed, the same words in each file.
 
     Raises:
-      DicomError: a width that is too small, or another kind.
+      DicomError: pydicom isn't installed; not DICOM, without pixels, cut off, or compressed in a way
+        that no installed decoder reads. Callers put the file's name before the message.
     """
-    x = np.asarray(values, np.float64)
-    if not (np.isfinite(center) and np.isfinite(width)) or width <= 0:
-        raise DicomError(f"window centre {center}, width {width}; expected a width above 0")
-    if kind == "LINEAR":
-        if width < 1:
-            raise DicomError(f"window width {width}; expected at least 1 for a LINEAR window")
-        if width == 1:
-            return (x > center - 0.5).astype(np.float64)
-        return np.clip((x - (center - 0.5)) / (width - 1) + 0.5, 0, 1)
-    if kind == "LINEAR_EXACT":
-        return np.clip((x - center) / width + 0.5, 0, 1)
-    if kind == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (x - center) / width, -700, 700)))
-    raise DicomError(f"VOI LUT function {kind!r}; expected LINEAR, LINEAR_EXACT or SIGMOID")
-
-
-def _first(value: Any) -> Any:
-    """The first of a multi-valued element, or the value itself; None if there's none."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
     try:
-        values = list(value)
-    except TypeError:
-        return value
-    return values[0] if values else None
+        import pydicom
+    except ImportError:
+        raise DicomError("a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'") from None
+    notes: dict[str, None] = {}
+    try:
+        with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
+            warnings.simplefilter("ignore")  # about values that no pixel depends on
+            ds = _open(pydicom, content)
+            note = lambda text: notes.setdefault(text)  # noqa: E731
+            x = _show(ds, _pixels(ds, note), note)
+    except DicomError:
+        raise
+    except Exception as e:  # pydicom raises nearly anything, depending on where a file is damaged
+        raise DicomError(f"a DICOM file that can't be decoded ({len(content)} bytes; {files.reason(e)})") from None
+    x = np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.repeat(x[:, :, None], 3, axis=2) if x.ndim == 2 else x, tuple(notes)
 
 
-def _open(content: bytes) -> Any:
-    import pydicom
+def to_rgb(content: bytes) -> np.ndarray:
+    """uint8[H, W, 3] of a DICOM file's bytes: `decode` without the notes."""
+    return decode(content)[0]
 
-    if _DEFLATED in content[:4096]:
+
+def _open(pydicom: Any, content: bytes) -> Any:
+    if _DEFLATED in content:
         # pydicom would inflate all of it before its size can be checked.
         raise DicomError("a deflated DICOM file; expected another transfer syntax")
     ds = pydicom.dcmread(io.BytesIO(content), force=True)
     if not any(k in ds for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        what = ds.get("Modality") or "of unknown modality"
-        raise DicomError(f"a DICOM file without pixels ({what}); expected an image")
+        what = _kind(ds)
+        raise DicomError(f"a DICOM file without pixels ({what or 'of unknown kind'}); expected an image")
     if not getattr(ds, "file_meta", None):
         ds.file_meta = pydicom.dataset.FileMetaDataset()
-    if "TransferSyntaxUID" not in ds.file_meta:
+    if not ds.file_meta.get("TransferSyntaxUID"):
         implicit, little = ds.original_encoding
         uids = pydicom.uid
         big = uids.ExplicitVRBigEndian
         plain = uids.ImplicitVRLittleEndian if implicit else uids.ExplicitVRLittleEndian
         ds.file_meta.TransferSyntaxUID = plain if little else big
+    if missing := [k for k in ("Rows", "Columns", "PhotometricInterpretation") if ds.get(k) is None]:
+        raise DicomError(f"a DICOM file without {', '.join(missing)}; expected an image")
     rows, columns = int(ds.Rows), int(ds.Columns)
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit and rows * columns > limit:
         raise DicomError(f"{columns} x {rows} pixels; expected at most {limit}")
     return ds
+
+
+def _kind(ds: Any) -> str:
+    """What a file without pixels is: a structured report, a plan, a directory, …"""
+    for uid in (ds.get("SOPClassUID"), getattr(ds, "file_meta", {}).get("MediaStorageSOPClassUID")):
+        if uid:
+            return getattr(uid, "name", "") or str(uid)
+    return str(ds.get("Modality") or "")
+
+
+def _pixels(ds: Any, note: Note) -> np.ndarray:
+    """The first frame, as stored or, for YBR, as RGB: [H, W] or [H, W, 3]."""
+    from pydicom.pixels import get_decoder, pixel_array
+
+    try:
+        int(ds.get("NumberOfFrames") or 1)
+    except (TypeError, ValueError):
+        note("its number of frames is no number; its first frame was read")
+        ds.NumberOfFrames = 1
+    syntax = ds.file_meta.TransferSyntaxUID
+    decoder = None
+    if syntax.is_encapsulated:
+        try:
+            decoder = get_decoder(syntax)
+        except NotImplementedError:
+            raise DicomError(f"a DICOM file compressed as {syntax.name}, which pydicom doesn't read") from None
+        if not decoder.is_available:
+            raise DicomError(
+                f"a DICOM file compressed as {syntax.name}, for which no decoder is installed; "
+                f"pip install {_package(syntax)}"
+            )
+        _trust_stream(ds, note)
+    try:
+        values = pixel_array(ds, index=0)
+    except Exception as e:
+        if decoder is None or not decoder.missing_dependencies:
+            raise
+        raise DicomError(
+            f"a DICOM file compressed as {syntax.name} that no installed decoder reads; it is damaged, or "
+            f"needs pip install {_package(syntax)} ({files.reason(e)})"
+        ) from None
+    if values.size == 0:
+        raise DicomError(f"an empty image, {values.shape}; expected pixels")
+    return values
+
+
+def _trust_stream(ds: Any, note: Note) -> None:
+    """Corrects the data set where a compressed frame says of itself that it is something else.
+
+    Labels are easily wrong after a file was compressed, by another program than the one that wrote it; the
+    compressed frame knows what the encoder was given.
+    """
+    from pydicom import uid
+    from pydicom.encaps import get_frame
+    from pydicom.pixels.utils import get_j2k_parameters
+
+    syntax = ds.file_meta.TransferSyntaxUID
+    if syntax not in (*uid.JPEG2000TransferSyntaxes, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
+        return
+    frame = get_frame(ds.PixelData, 0, number_of_frames=int(ds.get("NumberOfFrames") or 1))
+    if syntax in uid.JPEG2000TransferSyntaxes:
+        if get_j2k_parameters(frame).get("is_signed") and not ds.get("PixelRepresentation"):
+            note("its compressed values have a sign, though its header says no; read with sign")
+            ds.PixelRepresentation = 1
+    elif ds.get("SamplesPerPixel") == 3:
+        holds, label = jpeg_colours(frame), str(ds.PhotometricInterpretation)
+        if holds == "YBR" and label == "RGB":
+            note("its colours are labelled RGB, but compressed as YCbCr; read as YCbCr")
+            ds.PhotometricInterpretation = "YBR_FULL"
+        elif holds == "RGB" and label.startswith("YBR"):
+            note("its colours are labelled YCbCr, but compressed as RGB; read as RGB")
+            ds.PhotometricInterpretation = "RGB"
+
+
+def jpeg_colours(frame: bytes) -> str:
+    """ "RGB" or "YBR" if a JPEG stream of three components says which it holds, else "".
+
+    It is told by Adobe's or JFIF's marker, by letters as names of components, or by colours stored at a
+    lower resolution than the brightness, which makes no sense for RGB.
+    """
+    at, jfif = 2, False
+    while at + 4 <= len(frame) and frame[at] == 0xFF:
+        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        segment = frame[at + 4 : at + 2 + length]
+        if marker == 0xEE and segment[:5] == b"Adobe" and len(segment) >= 12:
+            return "YBR" if segment[11] == 1 else "RGB" if segment[11] == 0 else ""
+        jfif |= marker == 0xE0 and segment[:4] == b"JFIF"
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            names, sampling = segment[6::3], {*segment[7::3]}
+            if names.lower() == b"rgb":
+                return "RGB"
+            return "YBR" if jfif or len(sampling) > 1 else ""
+        if marker == 0xDA:
+            break
+        at += 2 + length
+    return ""
+
+
+def _show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
+    """Values in 0..1, [H, W] or [H, W, 3]."""
+    kind = str(ds.PhotometricInterpretation)
+    if kind == "PALETTE COLOR" and values.ndim == 2:
+        return _palette(ds, values)
+    if values.ndim == 2:
+        return dicom_grey.show(ds, values, note)
+    if values.ndim != 3 or values.shape[2] != 3 or kind not in _COLOURS:
+        raise DicomError(f"colours of kind {kind}, shape {values.shape}; expected one of {', '.join(_COLOURS)}")
+    return values / (2 ** int(ds.BitsStored) - 1)
+
+
+def _palette(ds: Any, values: np.ndarray) -> np.ndarray:
+    """Colours of a palette (PS3.3 C.7.6.3.1.5, C.7.9), float64[H, W, 3]."""
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    bits = int(ds[names[0] + "Descriptor"].value[2])
+    if f"{names[0]}Data" in ds:
+        little = ds.file_meta.TransferSyntaxUID.is_little_endian
+        found = [dicom_grey.look_up(values, ds.get(n + "Descriptor"), ds.get(n + "Data"), little) for n in names]
+        colours, tables = zip(*found)
+        rgb = np.stack(colours, axis=-1)
+    else:
+        from pydicom.pixels import apply_color_lut
+
+        rgb = apply_color_lut(values, ds)[..., :3]  # unfolds segments, heeding the byte order
+        tables = [rgb]
+    return rgb / dicom_grey.full_scale(np.concatenate([t.ravel() for t in tables]), bits)
+
+
+def _package(syntax: Any) -> str:
+    plugin = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
+    return f"pylibjpeg {plugin} (or python-gdcm)"
 
 
 @contextlib.contextmanager
@@ -106,83 +240,3 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _grey(ds: Any, values: np.ndarray) -> np.ndarray:
-    """0..1 of a grey image: modality rescale, then the first window, then the inversion."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    if "ModalityLUTSequence" in ds:
-        x = np.asarray(apply_modality_lut(values, ds), np.float64)
-    else:
-        slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
-        x = values.astype(np.float64)
-        x = x * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
-    center, width = _first(ds.get("WindowCenter")), _first(ds.get("WindowWidth"))
-    bits = int(ds.get("BitsStored") or 16)
-    if center is not None and width is not None:
-        kind = str(ds.get("VOILUTFunction") or "LINEAR").upper()
-        x = window(x, float(center), float(width), kind)
-    elif ds.get("VOILUTSequence"):
-        depth = int(ds.VOILUTSequence[0].LUTDescriptor[2])
-        x = np.asarray(apply_voi(x.astype(np.int64), ds), np.float64) / (2**depth - 1)
-    elif bits <= 8 and not int(ds.get("PixelRepresentation") or 0) and np.array_equal(x, values):
-        x = x / (2**bits - 1)  # already meant for a screen
-    else:
-        # Without a window: from the darkest to the lightest value. Padding isn't part of the picture.
-        inside, padding = np.ones(values.shape, bool), ds.get("PixelPaddingValue")
-        if isinstance(padding, int):
-            last = ds.get("PixelPaddingRangeLimit")
-            ends = sorted((padding, last if isinstance(last, int) else padding))
-            inside = (values < ends[0]) | (values > ends[1])
-        seen = x[inside] if inside.any() else x
-        low, high = float(seen.min()), float(seen.max())
-        x = np.clip((x - low) / (high - low), 0, 1) if high > low else np.zeros_like(x)
-    inverse = str(ds.get("PresentationLUTShape") or "").upper() == "INVERSE"
-    # Both say the same; a file with both is inverted once.
-    return 1 - x if inverse or ds.PhotometricInterpretation == "MONOCHROME1" else x
-
-
-def to_rgb(content: bytes) -> np.ndarray:
-    """uint8[H, W, 3] of a DICOM file's bytes.
-
-    Grey images: modality LUT or rescale slope and intercept; the first window of several (centre
-    and width by the standard's function), else the first VOI LUT, else 8-bit values as they are,
-    else from the smallest to the largest value; MONOCHROME1 (or presentation shape INVERSE) is
-    inverted. Palettes are looked up, YBR becomes RGB, colours of more than 8 bits are scaled from
-    their full range. Of several frames the first is taken. Overlays are not drawn, and pixels that
-    aren't square stay as they are.
-
-    Raises:
-      DicomError: pydicom isn't installed; not DICOM, without pixels, cut off, or compressed in a way
-        that no installed decoder reads. Callers put the file's name before the message.
-    """
-    try:
-        from pydicom.pixels import apply_color_lut, pixel_array
-    except ImportError:
-        raise DicomError("a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'") from None
-    try:
-        with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
-            warnings.simplefilter("ignore")  # about values that no pixel depends on
-            ds = _open(content)
-            values = pixel_array(ds, index=0)
-            kind = ds.PhotometricInterpretation
-            if values.size == 0:
-                raise DicomError(f"an empty image, {values.shape}; expected pixels")
-            if kind == "PALETTE COLOR":
-                # The descriptor says whether entries have 8 or 16 bits; pydicom returns that type.
-                values = apply_color_lut(values, ds)
-                x = values / np.iinfo(values.dtype).max
-            elif values.ndim == 2:
-                x = _grey(ds, values)
-            else:
-                x = values / (2 ** int(ds.BitsStored) - 1)
-    except DicomError:
-        raise
-    except Exception as e:  # pydicom raises nearly anything, depending on where a file is damaged
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise DicomError(f"a DICOM file that can't be decoded ({len(content)} bytes; {reason:.200})") from None
-    if not np.isfinite(x).all():
-        raise DicomError("a DICOM file with pixel values that are not numbers")
-    x = np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return np.repeat(x[:, :, None], 3, axis=2) if x.ndim == 2 else x

@@ -1,7 +1,8 @@
-"""The default data folder, and git-LFS pointers in place of files."""
+"""The default data folder, git-LFS pointers in place of files, and what to quote of other libraries' errors."""
 
 import os
 import pathlib
+import re
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
@@ -22,3 +23,9 @@ def lfs_message(what: str) -> str:
         f"found a git-LFS pointer, expected {what}; run `git lfs pull` where the folder was "
         "cloned, or download the file itself"
     )
+
+
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line without addresses of objects, at most 300 characters."""
+    text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    return text[:300] or type(error).__name__

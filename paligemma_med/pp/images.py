@@ -4,19 +4,24 @@ Training data, `predict`, `explain` and the builders of data sets all pass throu
 file means the same picture to each of them.
 """
 
+import functools
 import io
-import re
+import logging
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from paligemma_med.pp import dicom, files
 
 # Formats that PIL decodes itself. For others it starts outside programs (EPS runs Ghostscript), or
 # they are too rare to justify their attack surface on files from strangers.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
-_WHITE_IS_ZERO = 262, 0  # TIFF's tag PhotometricInterpretation; PIL heeds it for 8 bits only
+_TIFF_BITS, _TIFF_WHITE = 258, 262  # BitsPerSample; PhotometricInterpretation, 0 if white is zero
+_PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where PIL finds an orientation
+UNSTRETCHED = (
+    "its 16-bit grey values all lie below 4096, as 12-bit ones do that weren't stretched; it shows next to nothing"
+)
 
 
 class ImageError(ValueError):
@@ -28,12 +33,14 @@ class Decoded(NamedTuple):
 
     Attributes:
       rgb: uint8[H, W, 3].
-      plain: whether the plainest reader (8 bits, no palette, no alpha, one frame) shows the same
-        picture, so that the bytes can be stored as they are.
+      plain: whether the plainest reader (8 bits, no palette, no alpha, one frame, upright) shows the
+        same picture, so that the bytes can be stored as they are.
+      notes: what was assumed or looks wrong, in words that are the same for each file.
     """
 
     rgb: np.ndarray
     plain: bool
+    notes: tuple[str, ...] = ()
 
 
 def to_rgb(content: bytes) -> np.ndarray:
@@ -41,45 +48,97 @@ def to_rgb(content: bytes) -> np.ndarray:
 
     Grey is repeated, palettes are looked up, CMYK is converted (Adobe's inverted JPEGs too). 16-bit
     grey is scaled from its full range, 0..65535 to 0..255, rounded, so that 12-bit values stored
-    without stretching stay dark; a TIFF whose white is zero is inverted. Transparency is put on
-    black, the colour of air in a radiograph: dropping alpha would uncover whatever an editor left
-    under the transparent parts. Of several frames or pages the first is taken. EXIF orientation is
-    ignored, as in TensorFlow. DICOM: see `dicom.to_rgb`.
+    without stretching stay dark, of which a warning tells; a TIFF whose white is zero is inverted.
+    Transparency is put on black, the colour of air in a radiograph: dropping alpha would uncover whatever
+    an editor left under the transparent parts. Of several frames or pages the first is taken. EXIF
+    orientation is obeyed, as by viewers and Hugging Face (TensorFlow ignores it). DICOM: see
+    `dicom.decode`.
+
+    What the decoder assumed is logged, each thing once a process.
 
     Raises:
       ImageError: not an image, damaged, cut off, more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or
         values of unknown range (floats, negative or above 65535).
     """
-    return decode(content).rgb
+    found = decode(content)
+    for note in found.notes:
+        _tell(note)
+    return found.rgb
 
 
-def decode(content: bytes, *, verify: bool = False) -> Decoded:
-    """Like `to_rgb`, and whether the bytes are plain.
+@functools.cache
+def _tell(note: str) -> None:
+    logging.getLogger(__name__).warning("an image: %s (told once)", note)
 
-    Args:
-      verify: also look for broken chunks and checksums, which decoding alone may not notice.
-    """
+
+def decode(content: bytes) -> Decoded:
+    """Like `to_rgb`, and how the image was stored. The same for builds, training and programs, so that
+    what one accepts no other refuses."""
     if files.is_lfs_pointer(content):
         raise ImageError(files.lfs_message("an image"))
     try:
         if dicom.is_dicom(content):
-            return Decoded(dicom.to_rgb(content), False)
-        if verify:
+            rgb, notes = dicom.decode(content)
+            return Decoded(rgb, False, notes)
+        if content[:4] == b"\x89PNG":
             with open_image(content) as image:
-                image.verify()  # makes the image unusable, so it is opened again below
+                image.verify()  # checksums, which decoding ignores; makes the image unusable
         with open_image(content) as image:
             image.load()
-            rgb, changed = _pil_to_rgb(image)
+            rgb, changed, notes = _pil_to_rgb(image)
+            if (orientation := _orientation(image)) > 1:
+                rgb, changed = _upright(rgb, orientation), True
             plain = image.format in ("JPEG", "MPO", "PNG") and not changed
             if image.format == "PNG":
                 # PIL silently reads only the high bytes of 16-bit colour.
                 plain = plain and content[24] <= 8 and getattr(image, "n_frames", 1) == 1
-            return Decoded(rgb, plain)
+            return Decoded(rgb, plain, notes)
+    except dicom.DicomError as e:
+        raise ImageError(str(e)) from None
     except ImageError:
         raise
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError, …
-        reason = re.sub(r" ?<_io\.[^>]*>", "", " ".join(str(e).split())) or type(e).__name__  # no addresses
-        raise ImageError(f"not a readable image, {describe(content)}: {reason:.300}") from e
+        raise ImageError(f"not a readable image, {describe(content)}: {files.reason(e)}") from e
+
+
+def plain_by_header(content: bytes) -> bool:
+    """True if the header alone shows that `decode(content).plain` is True of a whole file; quick."""
+    try:
+        with open_image(content, formats=("JPEG", "PNG")) as image:
+            if image.mode not in ("L", "RGB") or "transparency" in image.info:
+                return False
+            if image.format == "PNG":
+                # Byte 24 holds the bits per channel; PIL reads 16-bit colour as 8 bits. EXIF may follow the pixels.
+                has_exif = any(name in content for name in _PNG_EXIF)
+                return content[24] == 8 and getattr(image, "n_frames", 1) == 1 and not has_exif
+            return image.format == "JPEG" and _orientation(image) == 1
+    except Exception:  # `decode` reports what is wrong
+        return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation of a loaded image, 1 to 8; above 1 it has to be turned or mirrored.
+
+    Of TIFF it is always 1, since PIL turns them itself.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF that is damaged says nothing, and PIL raises what it likes
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
+    """The image as seen by who took it: rows and columns swapped from 5 on, then one or both reversed."""
+    if orientation >= 5:
+        rgb = rgb.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    return np.ascontiguousarray(rgb)
 
 
 def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -100,11 +159,12 @@ def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Imag
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """(height, width) in pixels, from the header where there is one. ImageError as `to_rgb`."""
+    """(height, width) in pixels of what `to_rgb` gives; of JPEG from the header. ImageError as `to_rgb`."""
     try:
-        with open_image(content) as image:
-            return image.height, image.width
-    except Exception:  # DICOM, or an error that decoding explains better
+        with open_image(content, formats=("JPEG",)) as image:
+            size = image.height, image.width
+            return size[::-1] if _orientation(image) >= 5 else size
+    except Exception:  # another format, or an error that decoding explains better
         return decode(content).rgb.shape[:2]
 
 
@@ -122,25 +182,29 @@ def describe(content: bytes) -> str:
     return f"found {len(content)} bytes that start with {content[:12]!r}"
 
 
-def _pil_to_rgb(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """uint8[H, W, 3], and whether it differs from what the plainest reader would show."""
+def _pil_to_rgb(image: Image.Image) -> tuple[np.ndarray, bool, tuple[str, ...]]:
+    """uint8[H, W, 3], whether it differs from what the plainest reader would show, and notes."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"grey values of mode {image.mode} lie in {values.min()}..{values.max()}, expected 0..65535"
-            )
-        tag, zero = _WHITE_IS_ZERO
-        if image.format == "TIFF" and image.tag_v2.get(tag) == zero:
-            values = 65535 - values
-        return array_to_rgb(values.astype(np.uint16)), True
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ImageError(f"grey values of mode {image.mode} lie in {low}..{high}, expected 0..65535")
+        values, white = values.astype(np.uint16), 65535
+        if image.format == "TIFF":
+            bits = image.tag_v2.get(_TIFF_BITS, 16)
+            white = 2 ** min(bits[0] if isinstance(bits, tuple) else bits, 16) - 1
+            if image.tag_v2.get(_TIFF_WHITE) == 0:  # PIL heeds it for 8 bits only
+                values = white - values
+        if white < 65535:
+            values = ((values.astype(np.uint32) * 65535 + white // 2) // white).astype(np.uint16)
+        return array_to_rgb(values), True, (UNSTRETCHED,) if 0 < high < 4096 and white == 65535 else ()
     if image.mode == "F":
         raise ImageError("grey values are floats, whose range is unknown; store them as integers")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA"))
         opaque = bool((rgba[..., 3] == 255).all()) and image.mode in ("RGBA", "LA")
-        return array_to_rgb(rgba), not opaque
-    return np.array(image.convert("RGB")), image.mode not in ("1", "L", "RGB")  # a writable copy
+        return array_to_rgb(rgba), not opaque, ()
+    return np.array(image.convert("RGB")), image.mode not in ("1", "L", "RGB"), ()  # a writable copy
 
 
 def array_to_rgb(array: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.convert_images import convert_files
 from data_prep.files import DataError
+from paligemma_med.pp import images as reader
 from tests.data_prep.images.test_convert import COLOUR, DEEP, encode
 
 
@@ -25,7 +26,8 @@ def scans(tmp_path):
 
 
 def test_folder(scans, tmp_path):
-    written, errors = convert_files([scans], tmp_path / "out")
+    written, errors, notes = convert_files([scans], tmp_path / "out")
+    assert not notes
     out = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*.*")}
     assert written == 3 and set(out) == {"a/plain.png", "a/deep.png.png", "deep.tif.png"}
     assert len(errors) == 1 and "notes.txt: not a readable image" in errors[0]
@@ -41,8 +43,14 @@ def test_names_that_clash_and_places_that_cannot_be_written(scans, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="can't be written"):
         convert_files([scans], tmp_path / "file")
-    written, errors = convert_files([scans / "no.png"], tmp_path / "out")
+    written, errors, _ = convert_files([scans / "no.png"], tmp_path / "out")
     assert written == 0 and "no.png: an image is missing" in errors[0]
+
+
+def test_what_looks_wrong_is_told_with_the_files_name(scans, tmp_path):
+    (scans / "twelve.tif").write_bytes(encode(DEEP // 16, "TIFF"))
+    written, _, notes = convert_files([scans], tmp_path / "out")
+    assert written == 4 and notes == [f"{scans}/twelve.tif: {reader.UNSTRETCHED}"]
 
 
 def test_command(scans, tmp_path):

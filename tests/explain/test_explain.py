@@ -265,7 +265,7 @@ def test_question_files(tmp_path, text, message):
 
 def test_dicom_is_read_as_its_pixels(run):
     pytest.importorskip("pydicom")
-    from tests.pp.test_dicom import make
+    from tests.pp.dicom_files import make
 
     _, loaded, pixels, _ = run
     content = make(pixels[..., 0], bits=8)

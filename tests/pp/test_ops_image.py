@@ -1,15 +1,16 @@
 """Decoding of every kind of file, resizing against two independent references, augmentations."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageOps
 
-from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp import get_preprocess_fn, images
 from paligemma_med.pp.images import to_rgb
 from paligemma_med.pp.ops_image import resize_image
 
@@ -77,6 +78,30 @@ def test_16_bit_tiff_whose_white_is_zero_is_turned_round():
     np.testing.assert_array_equal(to_rgb(content)[0, :, 0], 255 - np.rint(values[0] / 257))
 
 
+def test_12_bit_tiff_uses_its_own_range():
+    values = np.array([[0, 0x123, 0x800, 0xFFF]], np.uint16)
+    packed = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in values.reshape(-1, 2).tolist())
+    entries = [(256, 4, 4), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (278, 4, 1), (279, 4, 6)]
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    data = struct.pack("<2sHI", b"II", 42, 14) + packed + struct.pack("<H", 8) + table + bytes(4)
+    assert Image.open(io.BytesIO(data)).tag_v2[258] == (12,)
+    found = images.decode(data)
+    np.testing.assert_array_equal(found.rgb[0, :, 0], np.rint(values[0] / 4095 * 255))
+    assert not found.notes
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+def test_12_bits_in_16_are_told(fmt, caplog):
+    images._tell.cache_clear()
+    dark = encode(Image.fromarray(np.array([[0, 4095]], np.uint16)), fmt)
+    light = encode(Image.fromarray(np.array([[0, 4096]], np.uint16)), fmt)
+    assert images.decode(dark).notes == (images.UNSTRETCHED,) and not images.decode(light).notes
+    for _ in range(3):
+        np.testing.assert_array_equal(to_rgb(dark)[0, :, 0], [0, 16])
+    (record,) = caplog.records  # once a process, not for each of 100,000 images
+    assert "below 4096" in record.getMessage()
+
+
 def test_32_bit_grey_outside_of_16_bits_is_refused():
     inside = Image.fromarray(np.array([[0, 65535]], np.int32))
     np.testing.assert_array_equal(to_rgb(encode(inside, "TIFF"))[0, :, 0], [0, 255])
@@ -130,11 +155,27 @@ def test_first_frame_of_several():
         assert to_rgb(data).tolist() == [[[255, 0, 0]] * 4] * 4
 
 
-def test_exif_orientation_is_left_alone():
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_obeyed(fmt, orientation):
+    """As PIL, and with it Hugging Face, turns a picture; in each format alike."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(Image.fromarray(picture(16, 8)), "JPEG", exif=exif)
-    assert to_rgb(data).shape == (16, 8, 3)
+    exif[0x0112] = orientation
+    kw = dict(exif=exif, **({"lossless": True} if fmt == "WEBP" else {}))
+    data = encode(Image.fromarray(picture(16, 8)), fmt, **kw)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert wanted.shape == ((16, 8, 3) if orientation < 5 else (8, 16, 3))
+    np.testing.assert_array_equal(to_rgb(data), wanted)
+    assert images.size(data) == wanted.shape[:2]
+    # A data set keeps only what every reader shows upright.
+    plain = fmt in ("JPEG", "PNG") and orientation == 1
+    assert images.decode(data).plain == plain >= images.plain_by_header(data)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_is_passed_over():
+    data = encode(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert to_rgb(data).shape == (13, 9, 3)
 
 
 def test_arrays_pass():
