@@ -19,14 +19,21 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
     Args:
       config: ConfigDict of an experiment, for its prompt and model; not changed.
       checkpoint: anything `checkpoints.load_params` takes.
-      image: encoded bytes (JPEG, PNG, …) or uint8[H, W, 3].
-      questions: list of str.
+      image: encoded bytes (JPEG, PNG, DICOM, …: docs/images.md) or uint8[H, W, 3].
+      questions: list of str, one at least.
       **decoding: for `decode.generate`; max_new_tokens is 64 by default.
 
     Returns:
       A dict for each question: question, prompt (as the model reads it), answers: a list of
       dict(answer=str, logprob=float), the sum over the answer's tokens.
+
+    Raises:
+      ValueError: no question, an empty one, or an image that can't be read.
     """
+    if isinstance(questions, str) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+        raise ValueError(
+            f"questions is {questions!r:.80}; expected a list of one question at least, none of them empty."
+        )
     if not config.get("predict_pp"):
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     model, tok, mesh, params = weights.load(config, checkpoint)
@@ -61,6 +68,8 @@ def main(argv) -> None:
         raise app.UsageError(
             f"--num_samples={values.num_samples} at --temperature=0 is one answer so many times; give --temperature=1."
         )
+    if not values.question or not all(q.strip() for q in values.question):
+        raise app.UsageError('--question is empty; expected a question such as --question="Any nodule?".')
     config, checkpoint = cli.from_flags()
     try:
         with open(values.image, "rb") as f:
@@ -80,7 +89,7 @@ _DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "
 if __name__ == "__main__":
     cli.define_source_flags()
     distributed.define_flags()
-    flags.DEFINE_string("image", None, "Image file.", required=True)
+    flags.DEFINE_string("image", None, "Image file: JPEG, PNG, TIFF, DICOM, … (docs/images.md).", required=True)
     flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
     flags.DEFINE_integer("num_samples", 1, "Answers for each question.")

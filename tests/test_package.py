@@ -261,6 +261,13 @@ def test_json_from_outside_has_one_reader():
     assert found == {*READ_OWN_JSON, "paligemma_med.pp.json_text"}
 
 
+def test_images_have_one_opener():
+    """PIL hands EPS to Ghostscript unless it is told which formats to read; `pp.images` tells it."""
+    opener = re.compile(r"Image\.open\(|\bimread\(|\bimageio\b|\bcv2\b|decode_image\(|decode_jpeg\(")
+    found = {module_name(p) for p in python_files(*OURS) if opener.search(p.read_text("utf-8"))}
+    assert found == {"paligemma_med.pp.images"}
+
+
 # What the families of parts call their own: others ask the tables of leaves and the presets.
 FAMILY_NAMES = re.compile("MultiHeadDotProductAttention|q_einsum|kv_einsum|gating_einsum|encoderblock|So400m|gemma_2b")
 MAY_NAME = ("paligemma_med/models/", "paligemma_med/checkpoints/hf/", "configs/")

@@ -55,6 +55,27 @@ def test_pixels_and_files_are_the_same_image(run):
     assert black[0]["answers"][0]["logprob"] != from_file[0]["answers"][0]["logprob"]
 
 
+@pytest.mark.parametrize("questions", [[], (), "Is it?", ["  "], [QUESTIONS[0], ""], [None]])
+def test_without_a_question(run, questions):
+    workdir, config, image = run
+    with pytest.raises(ValueError, match="expected a list of one question at least"):
+        predict.predict(config, workdir, image.read_bytes(), questions)
+
+
+def test_dicom_is_read_as_what_it_shows(run):
+    """The picture on a screen, as PNG, gets the same answer to the last digit."""
+    pytest.importorskip("pydicom")
+    from tests.pp.dicom_files import make
+
+    workdir, config, _ = run
+    values = np.random.default_rng(1).integers(-1024, 1024, (40, 50), np.int16)
+    content = make(values, RescaleSlope=1, RescaleIntercept=-20, WindowCenter=40, WindowWidth=400)
+    kw = dict(max_new_tokens=3)
+    found = predict.predict(config, workdir, content, QUESTIONS, **kw)
+    shown = np.floor(np.clip((values - 20 - 39.5) / 399 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+    assert found == predict.predict(config, workdir, shown, QUESTIONS, **kw)
+
+
 def test_samples(run):
     workdir, config, image = run
     kw = dict(max_new_tokens=3, num_samples=4, temperature=1.0, seed=5)
@@ -98,6 +119,9 @@ def test_help_and_mistakes(run, repo_root):
     assert done.returncode != 0
     assert "--image /no/such.png: No such file or directory." in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    for args in (["--question="], []):
+        done = program(repo_root, f"--workdir={workdir}", "--image=x.png", *args)
+        assert done.returncode != 0 and "--question" in done.stdout + done.stderr and "Traceback" not in done.stderr
     done = program(repo_root, f"--workdir={workdir}", "--image=x.png", question, "--num_samples=3")
     assert done.returncode != 0
     assert "--num_samples=3 at --temperature=0 is one answer so many" in done.stdout + done.stderr

@@ -30,7 +30,12 @@ def blank_image(shape) -> np.ndarray:
 
 
 def batch_of(rows) -> dict:
-    """Preprocessed rows, as an eval pp makes them one by one, stacked into a batch for `generate`."""
+    """Preprocessed rows, as an eval pp makes them one by one, stacked into a batch for `generate`.
+
+    ValueError without rows.
+    """
+    if not rows:
+        raise ValueError("no rows to make a batch of; expected one at least.")
     keys = ("image", *KEYS, "image_at")
     return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in keys if k in rows[0]}
 

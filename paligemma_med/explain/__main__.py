@@ -48,7 +48,7 @@ def main(argv) -> None:
         raise app.UsageError("Give --image or --image_dir.")
     if values.questions and values.image_dir is None:
         raise app.UsageError("--questions goes with --image_dir.")
-    if not values.questions and not values.question:
+    if not values.questions and not (values.question and all(q.strip() for q in values.question)):
         raise app.UsageError("Give --question" + (" or --questions." if values.image_dir else "."))
     if values.image and len(values.question) > 1:
         raise app.UsageError("--image takes one --question; --image_dir takes several.")

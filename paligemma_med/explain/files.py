@@ -43,7 +43,7 @@ def write_pngs(made, folder, prefix="") -> None:
     chosen = {"raw": made.raw.mean((0, 1))}
     for m in made.maps:
         chosen.setdefault(m.method, m.values)
-    picture = np.asarray(PIL.Image.open(io.BytesIO(_png(made.picture))).convert("RGB"))
+    picture = np.asarray(_shrunk(made.picture).convert("RGB"))
     for method, values in chosen.items():
         values = np.asarray(values)[:, :patches].reshape(-1, *grid)
         whole = page.whole(method, values[page.content(made)])
@@ -59,11 +59,15 @@ def write_pngs(made, folder, prefix="") -> None:
                 f.write(_png(page.overlay(picture, x, top=scale, signed=KINDS[method].signed)))
 
 
-def _png(pixels):
+def _shrunk(pixels):
     image = PIL.Image.fromarray(pixels)
     image.thumbnail((page.MAX_SIDE, page.MAX_SIDE))
+    return image
+
+
+def _png(pixels):
     out = io.BytesIO()
-    image.save(out, "PNG")
+    _shrunk(pixels).save(out, "PNG")
     return out.getvalue()
 
 

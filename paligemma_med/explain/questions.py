@@ -7,8 +7,6 @@ import numpy as np
 
 from paligemma_med.pp import images, tables
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
-
 
 def read_mask(path) -> np.ndarray:
     """bool[H, W], True where an image file is lighter than mid-grey."""
@@ -47,11 +45,11 @@ def _inside(folder, name):
 
 
 def images_in(folder) -> list[str]:
-    """Names of the image files below a folder, sorted."""
+    """Names of the image files below a folder, sorted; DICOM files need no suffix."""
     root = pathlib.Path(folder)
-    found = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in root.rglob("*") if images.is_image_file(p))
     if not found:
-        raise ValueError(f"--image_dir {folder}: no image files ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"--image_dir {folder}: no image files ({', '.join(images.SUFFIXES)}, or DICOM by content).")
     return [str(p.relative_to(root)) for p in found]
 
 

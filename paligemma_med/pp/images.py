@@ -7,6 +7,7 @@ file means the same picture to each of them.
 import functools
 import io
 import logging
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from paligemma_med.pp import dicom, files
 # Formats that PIL decodes itself. For others it starts outside programs (EPS runs Ghostscript), or
 # they are too rare to justify their attack surface on files from strangers.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+# What names of image files end in. DICOM files often have no suffix, or the last part of a UID.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2", ".dcm", ".dicom")
 _TIFF_BITS, _TIFF_WHITE = 258, 262  # BitsPerSample; PhotometricInterpretation, 0 if white is zero
 _PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where PIL finds an orientation
 UNSTRETCHED = (
@@ -156,6 +159,25 @@ def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Imag
             f"expected at most {limit}"
         )
     return image
+
+
+def is_image_file(path: pathlib.Path) -> bool:
+    """Whether a file in a folder is to be read as an image: by its suffix, or as DICOM by its first bytes.
+
+    Hidden files, what macOS adds to folders (`._film.jpg`, `__MACOSX`) and DICOMDIR, a table of contents, are
+    none.
+    """
+    if path.name.startswith(".") or "__MACOSX" in path.parts or path.name.upper() == "DICOMDIR":
+        return False
+    try:
+        if not path.is_file():
+            return False
+        if path.suffix.lower() in SUFFIXES:
+            return True
+        with open(path, "rb") as f:
+            return dicom.is_dicom(f.read(132))
+    except OSError:  # no permission, a broken link
+        return False
 
 
 def size(content: bytes) -> tuple[int, int]:

@@ -184,3 +184,18 @@ def test_notes_reach_the_log_once(caplog):
         images.to_rgb(content)
     (record,) = caplog.records
     assert "window that no screen can show" in record.getMessage()
+
+
+def test_dicom_files_in_folders_need_no_suffix(tmp_path):
+    content = make(VALUES)
+    for name in ("IM000001", "1.2.840.113619.2.5", "scan.ima", "a.DCM"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "raw").write_bytes(without_meta(content))
+    (tmp_path / "film.PNG").write_bytes(b"not read here")
+    found = {p.name for p in tmp_path.iterdir()}
+    for name in (".hidden.png", "._film.png", "DICOMDIR"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "notes").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert {p.name for p in tmp_path.rglob("*") if images.is_image_file(p)} == found

@@ -17,6 +17,7 @@ import jax
 from configs import common
 from data_prep.datasets.slake import layout as slake_layout
 from paligemma_med import input_pipeline
+from paligemma_med.pp import images as images_lib
 from paligemma_med.pp import markdown
 from tools.bench import sizes, turns
 
@@ -115,7 +116,6 @@ def _ours(name, split, data_dir, res, batch_size, cores, text_len):
 
 
 def _torch(manual_dir, language, split, res, batch_size, cores):
-    import PIL.Image
     import torch
     import transformers
 
@@ -132,7 +132,7 @@ def _torch(manual_dir, language, split, res, batch_size, cores):
             return len(rows)
 
         def __getitem__(self, i):
-            with PIL.Image.open(rows[i].image) as image:
+            with images_lib.open_image(rows[i].image.read_bytes()) as image:
                 return image.convert("RGB"), rows[i].features
 
     def collate(items):

@@ -13,9 +13,10 @@ from data_prep.builders.figures import SPLITS
 from data_prep.files import DataError
 from data_prep.images import convert as images
 from data_prep.images import store as image_store
+from paligemma_med.pp import images as reader
 
 SIDE = 512  # pixels, at most
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".dcm", "")
+SUFFIXES = (*reader.SUFFIXES, "")
 EXPECTED = (
     "expected a folder or .zip of images, release:NAME:FOLDER[:SPLIT] such as "
     "release:medpix2:~/MedPix-2.0, or tfds:NAME/CONFIG[:SPLIT] such as tfds:medpix2/caption"
