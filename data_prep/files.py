@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import secrets
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from paligemma_med.pp import images, json_text
+from paligemma_med.pp import files as pp_files
+from paligemma_med.pp import images, json_text, tfds_files
 from paligemma_med.pp.files import is_lfs_pointer, lfs_message
 
 
@@ -47,20 +47,23 @@ def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
 
 
 def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
-    """Joins a relative path from a data file to `root`, and never leaves `root`.
-
-    Windows separators are accepted (several released sets have them). Only the text of the path is
-    checked: links inside `root` are the user's own and are followed.
+    """Joins a relative path from a data file to `root`, and never leaves `root`: see `pp.files.path_inside`.
 
     Raises:
       DataError: empty, absolute, with a drive letter, a NUL or a `..` part, or not a string.
     """
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"expected a relative path inside {root}, found {name!r}")
-    parts = name.replace("\\", "/").split("/")
-    if "\0" in name or parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name):
-        raise DataError(f"path {name!r} would leave {root}; expected a relative path inside it")
-    return pathlib.Path(root).joinpath(*parts)
+    try:
+        return pp_files.path_inside(root, name)
+    except ValueError as e:
+        raise DataError(str(e)) from None
+
+
+def check_feature_classes(folder: os.PathLike | str) -> None:
+    """DataError where a built data set would have TFDS import other classes than its own: see `pp.tfds_files`."""
+    try:
+        tfds_files.check_feature_classes(folder)
+    except ValueError as e:
+        raise DataError(str(e)) from None
 
 
 def check_image_bytes(content: bytes, where: str) -> str:

@@ -27,6 +27,7 @@ from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import distributed, sharding
 from paligemma_med.pp import tokenizer
+from paligemma_med.pp.files import path_inside
 
 
 def make_model(config) -> vlm.Model:
@@ -122,7 +123,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
         check_eval_keys(section, module.Evaluator, f"config.evals.{name}")
         if "about" in arguments:
             kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder)
-        outdir = os.path.join(folder, "eval", name) if folder else None
+        outdir = os.fspath(path_inside(os.path.join(folder, "eval"), name)) if folder else None
         try:
             inputs = input_pipeline.evaluation(kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh)
             if train_data := kw.pop("train_data", None):

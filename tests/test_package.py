@@ -52,7 +52,6 @@ READ_OWN_JSON = (
     "paligemma_med.config.files",
     "paligemma_med.evaluation.results",
     "paligemma_med.input_pipeline.evaluation",
-    "paligemma_med.judge.client",  # what servers send, each fault of which is the server's
     "paligemma_med.judge.criteria",  # at most 200 characters
     "paligemma_med.judge.replies",  # lines that were checked when the file was opened
     "paligemma_med.parallel.distributed",

@@ -14,6 +14,7 @@ from data_prep import files, qa_files
 from data_prep.files import DataError
 from data_prep.ledger import describe as describe_ledger
 from paligemma_med.pp import json_text
+from paligemma_med.pp.files import default_data_dir
 
 EXPECTED = "a JSON object with question, answer and image_id on each line"
 KEYS = ("question", "answer", "image_id")
@@ -133,6 +134,8 @@ def _tfds(spec: str, data_dir: str | os.PathLike | None) -> Source:
     name, _, split = spec.removeprefix("tfds:").rpartition(":")
     if not name or not split:
         raise DataError(f"{spec}: expected tfds:NAME:SPLIT, such as tfds:medpix2/qa:train")
+    for path in (pathlib.Path(data_dir or default_data_dir()) / name.partition(":")[0]).glob("**/features.json"):
+        files.check_feature_classes(path.parent)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         info = builder.info.splits[split]

@@ -5,13 +5,17 @@ have several parts ("vqav2/minival"), and may begin with another evaluation's na
 ("vqav2/minival/pplx").
 """
 
-import re
+from paligemma_med.pp.files import path_inside
 
 
 def check(name) -> None:
     """Raises ValueError for a name that can't be a path below a folder."""
-    parts = name.split("/")
-    if not all(parts) or {".", ".."} & {*parts} or re.search(r"[\\\0\n]", name):
+    try:
+        path_inside("eval", name)
+        good = all(part not in ("", ".") for part in name.split("/")) and "\\" not in name and name.isprintable()
+    except ValueError:
+        good = False
+    if not good:
         raise ValueError(
             f"config.evals has the name {name!r}; expected one like 'slake_validate' or 'vqav2/minival', "
             "a path below the run's eval folder."

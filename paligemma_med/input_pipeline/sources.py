@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from paligemma_med.input_pipeline.errors import InputError
-from paligemma_med.pp.files import default_data_dir
+from paligemma_med.pp.files import default_data_dir, path_inside
+from paligemma_med.pp.tfds_files import check_feature_classes
 
 
 def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
@@ -42,10 +43,15 @@ def _find_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def folder_of(data: Mapping[str, Any]) -> pathlib.Path:
-    """The folder that `open_source` reads; InputError where the set isn't built."""
+    """The folder that `open_source` reads; InputError where the set isn't built, or would run other code than TFDS'."""
     data_dir = data.get("data_dir")
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    return _find_version(str(data["name"]), data_dir)
+    folder = _find_version(str(data["name"]), data_dir)
+    try:
+        check_feature_classes(folder)
+    except ValueError as e:
+        raise InputError(f"data set {data['name']}: {e}") from None
+    return folder
 
 
 def _to_numpy_and_text(value: Any, feature: Any) -> Any:
@@ -154,6 +160,12 @@ def open_source(data: Mapping[str, Any]) -> Source:
     if not sum(f.take for f in instructions):
         raise InputError(f"split {split!r} of data set {name} is empty; it has {splits}")
     for f in instructions:
+        try:
+            path_inside(folder, os.path.relpath(f.filename, folder))
+        except ValueError:
+            raise InputError(
+                f"{folder}/dataset_info.json names {f.filename!r}; expected a file of this folder"
+            ) from None
         if not os.path.exists(f.filename):
             raise InputError(f"data set {name}: the file {f.filename} is missing, build it again")
     try:

@@ -9,7 +9,6 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-import json
 import math
 import random
 import time
@@ -20,6 +19,7 @@ from paligemma_med.judge import connection, server
 from paligemma_med.judge.outside import Outside
 from paligemma_med.judge.replies import Cache, is_usage
 from paligemma_med.judge.server import ServerError
+from paligemma_med.pp import json_text
 
 # Arguments of chat.completions.create that a caller may set. Others would change what a reply is
 # (n, stream), or carry secrets into files (extra_headers).
@@ -307,10 +307,9 @@ class _Asking:
 
 def _record(key, response, outside):
     """A reply as a line of the cache, without its score. A server can send anything."""
-    try:
-        body = json.loads(response.content)
-    except (ValueError, RecursionError):
-        raise server.NoCompletion("the body is no chat completion") from None
+    body = json_text.parse(
+        response.content, "the body", "a chat completion", constants=True, halves=True, error=server.NoCompletion
+    )
     server.raise_error_in(body, response)
     try:
         choice = body["choices"][0]

@@ -110,6 +110,8 @@ def unflatten_tree(flat: Mapping, *, sep: str = "/") -> dict:
         *parents, name = parts = tuple(key.split(sep))
         if "" in parts:
             raise TreeError(f"key {key!r} has an empty part between its slashes")
+        if {".", ".."} & {*parts} or "\0" in key:  # some forms of checkpoints have a folder for each part
+            raise TreeError(f"key {key!r} has a part that is no name")
         node = tree
         for depth, part in enumerate(parents, 1):
             if parts[:depth] in leaves:

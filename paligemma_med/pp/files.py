@@ -1,8 +1,10 @@
-"""The default data folder, git-LFS pointers in place of files, and what to quote of other libraries' errors."""
+"""Files from outside: the default data folder, names that become paths, git-LFS pointers, and what to quote of other
+libraries' errors."""
 
 import os
 import pathlib
 import re
+from typing import Any
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
@@ -29,3 +31,20 @@ def reason(error: Exception) -> str:
     """What an error of another library says, in one line without addresses of objects, at most 300 characters."""
     text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
     return text[:300] or type(error).__name__
+
+
+def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
+    """`root` joined with a relative path that a config, a table or another file names; never leaves `root`.
+
+    Every such name comes through here. Windows separators are accepted (several released sets have them). Only the text
+    of the path is checked: links inside `root` are the user's own and are followed.
+
+    Raises:
+      ValueError: empty, absolute, with a drive letter, a NUL or a `..` part, or not a string.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"expected a relative path inside {root}, found {name!r}")
+    parts = name.replace("\\", "/").split("/")
+    if "\0" in name or parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", name):
+        raise ValueError(f"path {name!r} would leave {root}; expected a relative path inside it")
+    return pathlib.Path(root).joinpath(*parts)

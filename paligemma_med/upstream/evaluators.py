@@ -26,6 +26,7 @@ from paligemma_med import experiment, input_pipeline
 from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.parallel import sharding
+from paligemma_med.pp.files import path_inside
 
 API = "jit"  # big_vision reads it from each evaluator
 
@@ -69,7 +70,7 @@ class Evaluator:
                 tokenizer,
                 inputs=inputs,
                 total=len(inputs),
-                outdir=os.path.join(folder, "eval", name) if folder else None,
+                outdir=os.fspath(path_inside(os.path.join(folder, "eval"), name)) if folder else None,
                 about=functools.partial(_about, section, inputs, folder),
                 **kw,
             )
