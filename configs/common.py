@@ -9,8 +9,9 @@ answer and EOS.
 import ast
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
+from paligemma_med.config import arguments
 from paligemma_med.pp import rows
 
 GEMMA = 'gemma(tokensets=("loc", "seg"))'
@@ -24,6 +25,11 @@ EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location")
 # Settings of the training loop at their defaults, written out in every config because the command line
 # can only change keys that a config has. docs/training.md explains them.
 LOOP = dict(keep_ckpt=2, skip_nonfinite=0, tensorboard=False, wandb=False, compilation_cache=True)
+
+
+def path_or_none(value):
+    """For a path that may be None: a placeholder, since the command line can't change a plain None."""
+    return value or config_dict.placeholder(str)
 
 
 def prompt_for(language="en", options=False) -> str:
@@ -50,16 +56,18 @@ def dataset(name, split, data_dir="") -> dict[str, str]:
 def parse_arg(arg, **defaults) -> ConfigDict:
     """ "res=224,batch_size=8" → ConfigDict of `defaults` with those values; types as the defaults'.
 
+    A path may have commas, or stand in quotes: see `arguments.split`.
+
     Raises:
       ValueError: an unknown name, or a value that can't be read as the default's type.
     """
     out = dict(defaults)
-    for item in filter(None, (arg or "").split(",")):
-        name, has_value, text = item.partition("=")
+    texts = [name for name, default in defaults.items() if default is None or isinstance(default, str)]
+    for name, text in arguments.split(arg, defaults, texts):
         if name not in defaults:
-            raise ValueError(f"Config argument {name!r} is unknown; known are {sorted(defaults)}.")
+            raise ValueError(f"Config argument {name!r} is unknown; known are {sorted(defaults)}. {arguments.QUOTES}")
         default = defaults[name]
-        if not has_value:
+        if text is None:
             value = True
         elif isinstance(default, str) or (default is None and not _is_literal(text)):
             value = text
@@ -67,7 +75,9 @@ def parse_arg(arg, **defaults) -> ConfigDict:
             value = ast.literal_eval(text) if _is_literal(text) else text
         is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int too
         if default is not None and (is_flag or not isinstance(value, _accepted(default))):
-            raise ValueError(f"Config argument {item!r}: expected {type(default).__name__}, as in {name}={default!r}.")
+            found = name if text is None else f"{name}={text}"
+            expected = f"{type(default).__name__}, as in {name}={default!r}"
+            raise ValueError(f"Config argument {found!r}: expected {expected}.")
         out[name] = value
     return ConfigDict(out, convert_dict=False)
 

@@ -147,9 +147,9 @@ def stage2(args) -> ConfigDict:
         tiny_base.apply(c)
     else:
         model(c, args.res)
-    c.model_init = args.stage1 or args.init or (tiny_base.BASE if args.tiny else None)
+    c.model_init = common.path_or_none(args.stage1 or args.init or (tiny_base.BASE if args.tiny else None))
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
-    c.adapter_init = None  # a PEFT folder to continue training from
+    c.adapter_init = common.path_or_none(None)  # a PEFT folder to continue training from
     # No supervised_len: the longest answers fill nearly all of text_len.
     # For small GPUs, --config.loss_chunk=64 computes logits of 64 positions at a time.
     c.loss_chunk = config_dict.placeholder(int)

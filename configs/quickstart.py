@@ -35,7 +35,7 @@ def get_config(arg=None) -> ConfigDict:
     c = ConfigDict()
     c.seed = args.seed
     tiny_base.apply(c)
-    c.model_init = args.init or None
+    c.model_init = common.path_or_none(args.init)
     c.text_len = 24  # the longest question with its answer takes 25, one more than is read
     c.supervised_len = 6
 

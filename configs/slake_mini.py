@@ -46,7 +46,7 @@ def get_config(arg=None) -> ConfigDict:
         img=dict(variant="Ti/16", width=128, depth=4, mlp_dim=512, num_heads=4, **cpu),
         llm=dict(variant="gemma_mini", depth=4, mlp_dim=512, **cpu),
     )
-    c.model_init = None
+    c.model_init = common.path_or_none(None)
 
     # Few images (450) and many questions: each time an image is shown it is slightly different. No flips:
     # questions ask for sides.

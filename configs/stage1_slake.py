@@ -25,7 +25,7 @@ def get_config(arg=None) -> ConfigDict:
         tiny_base.apply(c)
     else:
         common_3b.model(c, args.res)
-    c.model_init = args.init or (tiny_base.BASE if args.tiny else None)
+    c.model_init = common.path_or_none(args.init or (tiny_base.BASE if args.tiny else None))
     # Measured on all of SLAKE, en and zh: prompts take 26 tokens at most, answers 25, both 45.
     c.text_len = 64
     c.supervised_len = 32  # logits are computed at this many positions
@@ -42,13 +42,13 @@ def get_config(arg=None) -> ConfigDict:
         num_workers=0 if args.tiny else 4,
     )
     c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=predict_prompt)
-    c.total_epochs = 5
+    c.total_epochs = 5.0
     common_3b.recipe(c, args.micro, args.accum, lr=1e-5)
     c.schedule = [("img/head/.*", dict(decay_type="constant")), (".*", None)]
 
     c.log_training_steps = 5
     c.evals = {}
     c.evals["slake_validate"] = common.vqa_eval(
-        c, name, "validate", text_len=48, max_new_tokens=32, prompt=prompt, log_epochs=1
+        c, name, "validate", text_len=48, max_new_tokens=32, prompt=prompt, log_epochs=1.0
     )
     return c

@@ -46,6 +46,6 @@ def get_config(arg=None) -> ConfigDict:
         answer=answer,
         keep=common_3b.EVAL_KEYS,
         samples=args.samples,
-        log_epochs=1,
+        log_epochs=1.0,
     )
     return c

@@ -34,7 +34,6 @@ def get_config(arg=None) -> ConfigDict:
         c.input.anneal = [(1 / 3, _shares(args.medpix)), (2 / 3, _shares(2 * args.medpix))]
     else:
         c.input.data = _shares(args.medpix)
-        c.input.anneal = None
     for key, name in sets.items():
         c.input[key] = dict(data=common.dataset(name, "train", args.data_dir))
     prompt = common_3b.prompt_for(args)
@@ -53,6 +52,6 @@ def get_config(arg=None) -> ConfigDict:
             prompt=prompt,
             keep=common_3b.EVAL_KEYS,
             samples=args.samples,
-            log_epochs=1,
+            log_epochs=1.0,
         )
     return c

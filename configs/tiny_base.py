@@ -48,7 +48,7 @@ def get_config(arg=None) -> ConfigDict:
     c = ConfigDict()
     c.seed = args.seed
     apply(c)
-    c.model_init = args.init or None
+    c.model_init = common.path_or_none(args.init)
     c.text_len = 29  # the longest question with its answer takes 30
     c.supervised_len = 16
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from paligemma_med.config import arguments
+
 TOKENIZER = 'gemma(tokensets=("loc", "seg"))'
 _HOW = "set BIG_VISION_DIR to a checkout of big_vision, or write that part without it"
 
@@ -76,10 +78,9 @@ def parse_arg(arg, lazy=False, **spec) -> ml_collections.ConfigDict:
     arg = arg or ""
     if arg and spec and "," not in arg and "=" not in arg and arg not in spec:
         arg = f"{next(iter(spec))}={arg}"
-    given = {}
-    for item in filter(None, arg.split(",")):
-        name, has_value, text = item.partition("=")
-        given[name] = text if has_value else "True"
+    kinds = {name: x[1] if isinstance(x, tuple | list) else type(x) for name, x in spec.items()}
+    texts = [name for name, kind in kinds.items() if kind is str and not lazy]
+    given = {name: "True" if text is None else text for name, text in arguments.split(arg, spec, texts)}
     if not lazy and (unknown := sorted(set(given) - set(spec))):
         raise ValueError(f"Config argument {unknown[0]!r} is unknown; known are {sorted(spec)}.")
     out = ml_collections.ConfigDict(type_safe=False)

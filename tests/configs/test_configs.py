@@ -174,14 +174,14 @@ def test_the_mixture_has_the_share_asked_for():
         assert c.evals[f"{key}_validate"].data.split == "validate"
     plain = get_config("stage2_rocov2_medpix2", "medpix=0.4,anneal=False")
     for config in (c, plain):
-        phases = mixture.check_phases(dict(config.input.data), config.input.anneal)
+        phases = mixture.check_phases(dict(config.input.data), config.input.get("anneal"))
         which, _ = mixture.draw(phases, 3000)
         medpix = sorted(config.input.data).index("medpix2")
         assert abs(np.mean(which == medpix) - 0.4) < 1e-3, "the share of MedPix over the whole of training"
     assert [p["medpix2"] for _, p in mixture.check_phases(dict(c.input.data), c.input.anneal)] == (
         pytest.approx([0, 0.4, 0.8])
     )
-    assert plain.input.anneal is None
+    assert "anneal" not in plain.input
 
 
 @pytest.mark.parametrize("name", ["stage2_rocov2", "stage2_rocov2_medpix2"])
@@ -382,3 +382,20 @@ def test_what_is_cut_is_counted():
     assert out["_truncated"] == (whole["text"] != 0).sum() - 11
     out = pp(common.eval_pp(32, 8, "tiny"))(row())
     assert out["_truncated"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_can_change_every_value(name):
+    """ml_collections takes no value for a plain None, and no 0.5 where a 1 stands."""
+    config = get_config(name)
+
+    def check(section, where):
+        for key in section:
+            path = f"{where}.{key}"
+            assert section.get_type(key) is not type(None), f"{path} is None: write common.path_or_none"
+            if key.endswith(("_epochs", "_percent")) or key in ("lr", "wd", "label_smoothing", "grad_clip_norm"):
+                assert section.get_type(key) is float, f"{path} is {section[key]!r}: write it as a float"
+            if isinstance(section[key], ConfigDict):
+                check(section[key], path)
+
+    check(config, "config")
