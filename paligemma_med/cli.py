@@ -5,6 +5,7 @@ file needs no JAX, since many tools need none.
 """
 
 import functools
+import os
 import re
 import sys
 import traceback
@@ -53,7 +54,13 @@ def command(main) -> Callable:
 
 def parse_flags(argv) -> list[str]:
     """The programs' `app.run(…, flags_parser=parse_flags)`: one line on a wrong --config=… or --config.key=…, for
-    which absl and ml_collections show a traceback."""
+    which absl and ml_collections show a traceback.
+
+    With --workdir=RUN (or a run as --checkpoint) and without --config, --config.key=value changes the run's own config.
+    """
+    if is_changed_run(argv):
+        # Where config_flags looks for the values of --config.key.
+        sys.argv = argv = [argv[0], f"--config={_OF_RUN}:{_run_of(argv)}", *argv[1:]]
     try:
         with stand_ins.importable(_config_file(argv)):
             return flags.FLAGS(argv)
@@ -74,13 +81,57 @@ def parse_flags(argv) -> list[str]:
         )
 
 
+_OF_RUN = os.path.join(os.path.dirname(stand_ins.__file__), "of_run.py")
+
+
+def is_changed_run(argv=None) -> bool:
+    """Whether a command line (default: this program's) changes the config of a run."""
+    argv = sys.argv if argv is None else argv
+    file = _config_file(argv)
+    has_changes = any(re.match(r"--?(no)?config\.", flag) for flag in argv)
+    return has_changes and (file == _OF_RUN or file is None and _run_of(argv) is not None)
+
+
+def _run_of(argv):
+    """The folder of the run that a command line names; None if it names none."""
+    if folder := _value_of("workdir", argv):
+        return folder
+    checkpoint = os.path.expanduser(_value_of("checkpoint", argv) or "")
+    found = [checkpoint, checkpoint.rpartition("@")[0]]
+    return next((folder for folder in found if folder and os.path.isfile(os.path.join(folder, "config.json"))), None)
+
+
 def _config_file(argv):
     """The file that --config names, without its arguments; None if there is no such flag."""
-    for flag, following in zip(argv, [*argv[1:], ""]):
-        name, has_value, value = flag.partition("=")
-        if name in ("--config", "-config"):
-            return (value if has_value else following).partition(":")[0]
+    value = _value_of("config", argv)
+    return None if value is None else value.partition(":")[0]
+
+
+def _value_of(flag, argv):
+    """The value of a flag before flags are parsed; None if it isn't given."""
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        name, has_value, value = argument.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            return value if has_value else following
     return None
+
+
+def define_weight_flags() -> None:
+    """--base, --resample_posemb, --allow_nonfinite of all programs that read weights; see `with_weight_flags`."""
+    flags.DEFINE_string("base", None, "Where the weights are that a run started from, if they were moved since.")
+    flags.DEFINE_bool("resample_posemb", False, "Resample position embeddings of weights of another resolution.")
+    flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
+
+
+def with_weight_flags(config):
+    """The config, or a copy with what those flags say."""
+    given = {key: flags.FLAGS[key].value for key in ("base", "resample_posemb", "allow_nonfinite")}
+    if not any(given.values()):
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update({key: value for key, value in given.items() if value})
+    return config
 
 
 def define_source_flags() -> None:
@@ -89,7 +140,9 @@ def define_source_flags() -> None:
 
     A function, so that only the program that runs defines them, not every module imported.
     """
-    config_flags.DEFINE_config_file("config", None, "Experiment; default: the workdir's own.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment; default: the workdir's own, in which --config.key=value changes a value."
+    )
     flags.DEFINE_string("workdir", None, "Folder of a run.")
     flags.DEFINE_string(
         "checkpoint",
@@ -97,6 +150,7 @@ def define_source_flags() -> None:
         "Weights of any form, or a run; default: the workdir's newest.",
     )
     flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
+    define_weight_flags()
 
 
 def from_flags() -> tuple:
@@ -119,4 +173,4 @@ def from_flags() -> tuple:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.adapter_init, config.lora = values.adapter, None
-    return config, values.checkpoint or values.workdir
+    return with_weight_flags(config), values.checkpoint or values.workdir

@@ -2,6 +2,7 @@
 
     python -m paligemma_med.evaluate --workdir=out/s1          (a run: its own config and weights)
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
+    python -m paligemma_med.evaluate --workdir=out/s1 --config.evals.val.data.split='validate[:50]' --out=out/trial
 
 Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
 the same command resumes after the last batch; evals that are finished for the same weights and settings
@@ -93,6 +94,10 @@ def main(argv) -> None:
     values = flags.FLAGS
     distributed.start_from_flags(awaits_sigterm=False)
     config, checkpoint = cli.from_flags()
+    if values.out is None and cli.is_changed_run():
+        raise app.UsageError(
+            "--config.… changes what the run is evaluated with: give --out, so that its own eval/ stays."
+        )
     out = values.out or values.workdir
     if out is None:
         raise app.UsageError("--out is needed with --checkpoint.")

@@ -268,18 +268,19 @@ def main(argv) -> None:
     del argv
     values = flags.FLAGS
     distributed.start_from_flags()
+    config = cli.with_weight_flags(values.config)
     if values.find_batch_size:
         if values.hbm_gib is None:
             raise ValueError("--find_batch_size needs --hbm_gib=…, the memory of a device in GiB.")
-        find_batch_size.find_batch_size(values.config, values.hbm_gib)
+        find_batch_size.find_batch_size(config, values.hbm_gib)
     elif values.dry_run:
-        dry_run.dry_run(values.config, values.hbm_gib)
+        dry_run.dry_run(config, values.hbm_gib)
     elif values.hbm_gib is not None:
         raise ValueError("--hbm_gib is for --dry_run and --find_batch_size alone: give one of them, or leave it out.")
     elif values.workdir is None:
         raise app.UsageError("--workdir is needed (or --dry_run).")
     else:
-        train(values.config, values.workdir, profile=values.profile)
+        train(config, values.workdir, profile=values.profile)
 
 
 if __name__ == "__main__":
@@ -290,6 +291,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and FLOPs, stop.")
     flags.DEFINE_bool("find_batch_size", False, "How many examples at a time fit in --hbm_gib.")
     flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
+    cli.define_weight_flags()
     flags.mark_flag_as_required("config")
     distributed.define_flags()
     app.run(main, flags_parser=cli.parse_flags)

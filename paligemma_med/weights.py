@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.checkpoints import bv, npz, workdir
+from paligemma_med.checkpoints import bv, fingerprint, finite, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted
@@ -180,7 +180,32 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
         model = model.clone(lora=())
     with notes.stage(f"reading the weights of {checkpoint}"):
         params = place_params(host, setup)
+    if config.get("base"):
+        _check_moved(config, checkpoint, params)
     return model, tokenizer, setup.mesh, unflatten_tree(params)
+
+
+def _check_moved(config, checkpoint, params):
+    """Raises CheckpointError if the weights at config.base aren't those that the run `checkpoint` began with."""
+    run = workdir.split_spec(checkpoint) if isinstance(checkpoint, str) else None
+    then = workdir.read_base(run[0]) if run else None
+    if then is None:
+        return
+    dtype = config.get("frozen_dtype", "float32")
+    if then["frozen_dtype"] != dtype:
+        print(
+            f"Not compared: whether the weights in {config.base} are those that {run[0]} began with, since it had them "
+            f"in {then['frozen_dtype']}, and here they are in {dtype}.",
+            file=sys.stderr,
+        )
+        return
+    names = sorted({*then["fingerprints"]} & {*params})
+    prints = fingerprint.of_leaves([params[n] for n in names])
+    if wrong := [n for n, x in zip(names, prints) if x != then["fingerprints"][n]]:
+        raise checkpoints.CheckpointError(
+            f"{config.base} has other weights than those that {run[0]} began with ({then['model_init']}), in "
+            f"{len(wrong)} parameters, the first is {wrong[0]}; expected the same weights at another place."
+        )
 
 
 def reading(config) -> dict[str, Any]:
@@ -259,7 +284,7 @@ def place_params(host: dict[str, Any], setup: Setup) -> dict[str, jax.Array]:
             for n, x in quantise.quantise(name, array, kind, setup.leaves).items():
                 out[n] = distributed.place(x, where[n].sharding)
         else:
-            out[name] = distributed.place(array.astype(setup.dtypes[name]), place)
+            out[name] = distributed.place(finite.cast(array, setup.dtypes[name], name), place)
     return out
 
 

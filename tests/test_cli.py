@@ -1,5 +1,6 @@
 """Command lines: mistakes in flags, which config and weights the flags mean, and how a program ends."""
 
+import sys
 from unittest import mock
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_run_given_as_checkpoint_brings_its_config(tmp_path):
     tiny.write_workdir(workdir, tiny.config())
     config = config_files.from_json(workdirs.read_config(workdir))
     values = flags.FlagValues()
-    for name in ("config", "workdir", "checkpoint", "adapter"):
+    for name in ("config", "workdir", "checkpoint", "adapter", "base", "resample_posemb", "allow_nonfinite"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for spec in (workdir, f"{workdir}@{workdirs.newest_step(workdir)}"):
         values(["x", f"--checkpoint={spec}"])
@@ -53,6 +54,51 @@ def test_a_run_given_as_checkpoint_brings_its_config(tmp_path):
             found, checkpoint = cli.from_flags()
         assert checkpoint == spec
         assert found.to_dict() == config.to_dict()
+
+
+@pytest.fixture
+def source_flags(monkeypatch):
+    """→ (flags of a program that answers questions, given its arguments; what `from_flags` makes of them)."""
+
+    def parse(*argv):
+        values = flags.FlagValues()
+        monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
+        monkeypatch.setattr(cli.flags, "FLAGS", values)
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+        for name in ("workdir", "checkpoint", "adapter", "base"):
+            flags.DEFINE_string(name, None, "", flag_values=values)
+        for name in ("resample_posemb", "allow_nonfinite"):
+            flags.DEFINE_bool(name, False, "", flag_values=values)
+        cli.parse_flags(sys.argv)
+        return cli.from_flags()
+
+    return parse
+
+
+def test_a_run_s_own_config_can_be_changed(tmp_path, source_flags):
+    workdir = str(tmp_path / "My runs, a:b")
+    tiny.write_workdir(workdir, tiny.config())
+    before = workdirs.read_config(workdir)
+    for source in (f"--workdir={workdir}", f"--checkpoint={workdir}@{workdirs.newest_step(workdir)}"):
+        changes = ["--config.evals.val.data.split=validate[:3]", "--config.model_init=/x,y.npz", "--config.base=/b"]
+        config, _ = source_flags(source, *changes, "--config.allow_nonfinite=True")
+        assert cli.is_changed_run()
+        assert config.evals.val.data.split == "validate[:3]"
+        assert (config.model_init, config.base, config.allow_nonfinite) == ("/x,y.npz", "/b", True)
+        config, _ = source_flags(source)
+        assert not cli.is_changed_run()
+        assert config.to_dict() == config_files.from_json(before).to_dict()
+    with pytest.raises(SystemExit, match="--config.rez: the config has no such key"):
+        source_flags(f"--workdir={workdir}", "--config.rez=3")
+    with pytest.raises(SystemExit, match="config.json is missing: .* is not a workdir"):
+        source_flags(f"--workdir={tmp_path}", "--config.res=3")
+
+
+def test_flags_about_weights_reach_the_config(tmp_path, source_flags):
+    workdir = str(tmp_path / "w")
+    tiny.write_workdir(workdir, tiny.config())
+    config, _ = source_flags(f"--workdir={workdir}", "--base=/moved.npz", "--resample_posemb", "--allow_nonfinite")
+    assert (config.base, config.resample_posemb, config.allow_nonfinite) == ("/moved.npz", True, True)
 
 
 def test_a_mistake_is_one_line_and_a_bug_a_traceback(monkeypatch, capsys):

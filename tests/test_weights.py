@@ -1,11 +1,13 @@
 """From a config to weights: which files fit, in which types they arrive, and what each mistake says."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from paligemma_med import checkpoints, experiment, quantise, weights
-from paligemma_med.checkpoints import npz
+from paligemma_med.checkpoints import fingerprint, npz
 from paligemma_med.config import files as config_files
 from paligemma_med.models import lora_targets
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
@@ -111,6 +113,33 @@ def test_load_gives_frozen_weights_alone(weights_file):
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     assert tok.vocab_size <= 1024
     assert flatten_tree(params).keys() == flat.keys()
+
+
+def test_weights_that_moved_are_those_that_the_run_began_with(weights_file, tmp_path, capsys):
+    """A moved file that holds other weights would answer like another model."""
+    path, flat = weights_file
+    c = tiny.config(model_init=str(tmp_path / "gone.npz"), schedule=HEAD, base=path)
+    run = str(tmp_path / "run")
+    trained = {"img/head/kernel": flat["img/head/kernel"]}
+    tiny.write_workdir(run, c, trained)
+    frozen = [n for n in sorted(flat) if n not in trained]
+    prints = dict(zip(frozen, fingerprint.of_leaves([flat[n] for n in frozen])))
+    record = dict(model_init="gone.npz", frozen_dtype="float32", fingerprints=prints)
+    (tmp_path / "run" / "base.json").write_text(json.dumps(record))
+    *_, params = weights.load(c, run)
+    np.testing.assert_array_equal(flatten_tree(params)["img/head/bias"], flat["img/head/bias"])
+    npz.save_npz(tmp_path / "other.npz", unflatten_tree({**flat, "img/head/bias": flat["img/head/bias"] + 1}))
+    with pytest.raises(checkpoints.CheckpointError, match="other.npz has other weights.*1 parameters.*img/head/bias"):
+        weights.load(tiny.config(schedule=HEAD, base=str(tmp_path / "other.npz")), run)
+    weights.load(tiny.config(base=str(tmp_path / "other.npz"), frozen_dtype="bfloat16"), run)
+    assert "Not compared" in capsys.readouterr().err
+
+
+def test_float16_that_cannot_hold_the_weights(weights_file, tmp_path):
+    _, flat = weights_file
+    npz.save_npz(tmp_path / "w.npz", unflatten_tree({**flat, "img/head/bias": flat["img/head/bias"] + 7e4}))
+    with pytest.raises(checkpoints.CheckpointError, match="img/head/bias has numbers up to 7000.*float16 can't hold"):
+        weights.load(tiny.config(frozen_dtype="float16"), str(tmp_path / "w.npz"))
 
 
 @pytest.mark.parametrize("kind", quantise.KINDS)

@@ -79,15 +79,16 @@ def batch(rows=8, length=13, vocab=1024, seed=0):
     }
 
 
-def write_workdir(folder, c, seed=0):
-    """A workdir as `train` leaves it, with random weights and no training."""
+def write_workdir(folder, c, weights=None, seed=0):
+    """A workdir as `train` leaves it, with random weights (or those given as trained) and no training."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(config_files.to_json(c))
-    abstract = experiment.abstract_params(c, experiment.make_model(c))
     rng = np.random.default_rng(seed)
-    with workdirs.Checkpoints(folder) as checkpoints:
+    if weights is None:
+        abstract = experiment.abstract_params(c, experiment.make_model(c))
         weights = {n: rng.normal(0, 0.1, x.shape).astype("float32") for n, x in abstract.items()}
+    with workdirs.Checkpoints(folder) as checkpoints:
         checkpoints.save(2, weights, {})
         checkpoints.wait()
 

@@ -38,6 +38,8 @@ def convert(
     overwrite: bool = False,
     base_model: str | None = None,
     key_style: str = "4.52",
+    base: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Reads weights and writes them in another form.
 
@@ -52,6 +54,7 @@ def convert(
       overwrite: replace what is at `dst`, if it has the same form.
       base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
       key_style: for a PEFT adapter, as in `peft.save_adapter`.
+      base, allow_nonfinite: as in `checkpoints.open_params`.
 
     Raises:
       FileNotFoundError, FileExistsError, CheckpointError: one sentence about what is wrong.
@@ -65,13 +68,13 @@ def convert(
     if to == "big_vision":
         if merge or adapter_dir:
             raise CheckpointError("--to=big_vision writes a run as it is: no --merge, no --adapter")
-        _to_big_vision(src, dst, dtype, overwrite)
+        _to_big_vision(src, dst, dtype, overwrite, dict(base=base, allow_nonfinite=allow_nonfinite))
         return
-    params = checkpoints.open_params(src)
+    params = checkpoints.open_params(src, base=base, allow_nonfinite=allow_nonfinite)
     model, rules = _model_of(src)
     specs = {}
     if adapter_dir:
-        params, specs = adapter.insert_adapter(params, forms.load_adapter(adapter_dir))
+        params, specs = adapter.insert_adapter(params, forms.load_adapter(adapter_dir, allow_nonfinite=allow_nonfinite))
     elif merge or to in forms.ADAPTERS:
         specs = _specs_of(src, params, rules)
     if to in forms.ADAPTERS:
@@ -91,7 +94,7 @@ def convert(
         forms.save_params(dst, params, to, img=img, llm=llm, dtype=dtype, overwrite=overwrite, progress=bar.update)
 
 
-def _to_big_vision(src, dst, dtype, overwrite):
+def _to_big_vision(src, dst, dtype, overwrite, reading):
     if checkpoints.kind_of(src) != "workdir":
         raise CheckpointError(
             f"{src} is no workdir of this project: --to=big_vision carries over the optimizer of "
@@ -99,7 +102,7 @@ def _to_big_vision(src, dst, dtype, overwrite):
         )
     from paligemma_med.upstream import state  # it needs no big_vision
 
-    step, found = state.train_state(src)
+    step, found = state.train_state(src, **reading)
     with _bar(bv.flatten(found), "big_vision") as bar:
         prefix = os.path.join(dst, bv.PREFIX)
         bv.save_bv(prefix, step, found, dtype=dtype, overwrite=overwrite, progress=bar.update)
@@ -160,6 +163,8 @@ def main(argv) -> None:
         overwrite=v.overwrite,
         base_model=v.base_model,
         key_style=v.key_style,
+        base=v.base,
+        allow_nonfinite=v.allow_nonfinite,
     )
     print(f"Wrote {argv[2]}.")
 
@@ -171,6 +176,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("merge", False, "Merge adapters into the weights they adapt.")
     flags.DEFINE_string("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
+    flags.DEFINE_string("base", None, "Where the weights are that the run SRC started from, if they were moved.")
+    flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
     flags.DEFINE_enum("key_style", "4.52", peft.KEY_STYLES, "--to=peft: transformers that names are from.")

@@ -60,6 +60,18 @@ def check(array: np.ndarray, where: str) -> np.ndarray:
     )
 
 
+def cast(array: np.ndarray, dtype: Any, where: str) -> np.ndarray:
+    """The array in another type. CheckpointError if numbers that were finite no longer are: float16 ends at 65,504."""
+    if np.dtype(dtype) != np.float16 or array.dtype == np.float16:
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if not is_finite(out) and is_finite(array):
+        most = np.abs(array.astype(np.float32)).max()
+        raise CheckpointError(f"{where} has numbers up to {most:g}, which {np.dtype(dtype)} can't hold; use bfloat16")
+    return out
+
+
 def checked(tree: Mapping[str, Any], spec: Any, allow_nonfinite: bool = False) -> dict[str, Any]:
     """A tree of weights whose leaves are checked: types now, numbers when a leaf is read.
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from paligemma_med.checkpoints import bv, finite, hf, lazy, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
@@ -200,6 +202,8 @@ def save_params(
       FileExistsError: `path` exists and `overwrite` is False, or it has another form.
       CheckpointError: the weights can't be written in that form.
     """
+    if lazy.dtype_of(dtype) == "float16":
+        params = _fitting(params, dtype)
     if form == "npz":
         npz.save_npz(path, params, dtype=dtype, progress=progress)
     elif form == "hf":
@@ -210,6 +214,16 @@ def save_params(
         orbax.save_orbax(path, params, dtype=dtype, overwrite=overwrite, progress=progress)
     else:
         raise ValueError(f"weights are not written as {form!r}; expected npz, hf or orbax")
+
+
+def _fitting(params, dtype):
+    """The tree, whose leaves are checked when they are read: that their numbers fit a type."""
+    flat = flatten_tree(params)
+    for key, leaf in flat.items():
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        if lazy.is_float(np.dtype(leaf.dtype)):
+            flat[key] = lazy.derive(leaf, leaf.shape, lambda x, key=key: (finite.cast(x, dtype, key), x)[1])
+    return unflatten_tree(flat)
 
 
 # --- adapters ----------------------------------------------------------------------------------

@@ -324,6 +324,24 @@ def read_config(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: {workdir} is not a workdir.") from None
 
 
+def read_base(workdir: Path) -> dict[str, Any] | None:
+    """<workdir>/base.json, or None if there is none: model_init, frozen_dtype and fingerprints ({leaf: text}) of the
+    frozen weights that the run began with.
+
+    Raises:
+      CheckpointError: it holds something else.
+    """
+    path = os.path.join(workdir, "base.json")
+    if not os.path.exists(path):
+        return None
+    expected = "what a run writes about its frozen weights; if the file is damaged, start anew in another --workdir"
+    base = json_text.read(path, expected, root=dict, error=CheckpointError)
+    for key, kind in (("model_init", object), ("frozen_dtype", str), ("fingerprints", dict)):
+        if key not in base or not isinstance(base[key], kind):
+            raise CheckpointError(f"{path}: {key} is {base.get(key)!r:.60}; expected {expected}")
+    return base
+
+
 def open_leaves(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The leaves of a run's weights that are in its workdir, and the run's config, which says where the others are.
 

@@ -22,7 +22,6 @@ from paligemma_med.config import eval_names
 from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.parallel import distributed
-from paligemma_med.pp import json_text
 
 _GROWING = ("metrics.jsonl", "nonfinite.jsonl", "skipped.jsonl")
 
@@ -106,7 +105,7 @@ def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, j
     }
     path = os.path.join(folder, "base.json")
     if step and os.path.exists(path):
-        then = _read_base(path)
+        then = workdir.read_base(folder)
         was = then["fingerprints"]
         wrong = sorted(n for n in {*prints, *was} if prints.get(n) != was.get(n))
         if wrong:
@@ -120,16 +119,6 @@ def check_base(folder: str, config: ml_collections.ConfigDict, base: dict[str, j
         write(path, json.dumps(now, indent=1) + "\n")
     elif os.path.exists(path) and distributed.is_main():
         os.remove(path)
-
-
-def _read_base(path):
-    """What base.json says."""
-    expected = "what a run writes about its frozen weights; if the file is damaged, start anew in another --workdir"
-    then = json_text.read(path, expected, root=dict, error=npz.CheckpointError)
-    for key, kind in (("model_init", object), ("frozen_dtype", str), ("fingerprints", dict)):
-        if not isinstance(then.get(key, kind()), kind) or key not in then:
-            raise npz.CheckpointError(f"{path}: {key} is {then.get(key)!r:.60}; expected {expected}")
-    return then
 
 
 def start(folder: str, config: ml_collections.ConfigDict, kept: dict[str, jax.Array], first_step: int) -> None:

@@ -17,11 +17,12 @@ from paligemma_med.setup import TrainingSetup
 from paligemma_med.upstream import config as configs
 
 
-def train_state(spec) -> tuple[int, dict]:
+def train_state(spec, **reading) -> tuple[int, dict]:
     """A run's newest checkpoint, or the one at a given step, as a big_vision checkpoint.
 
     Args:
       spec: a workdir of this project, or "workdir@step".
+      **reading: base, allow_nonfinite as in `checkpoints.open_params`; by default the config's.
 
     Returns:
       (step, {"params": …, "opt": …, "chrono": …}) for `bv.save_bv`. step is the optimizer's, which
@@ -38,7 +39,8 @@ def train_state(spec) -> tuple[int, dict]:
     expected = jax.eval_shape(setup.tx.init, {n: setup.abstract[n] for n in setup.trained_names})
     opt_state = workdir.load_opt_state(spec, expected)
 
-    params = weights.load_host_params(spec, setup.abstract, leaves=setup.leaves, **weights.reading(config))
+    kw = {**weights.reading(config), **{key: value for key, value in reading.items() if value}}
+    params = weights.load_host_params(spec, setup.abstract, leaves=setup.leaves, **kw)
     params = {n: _cast(x, np.dtype(setup.dtypes[n])) for n, x in params.items()}
     step, opt = optimizer_state(config, theirs, opt_state)
     examples = step * config.input.batch_size

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, bv, finite, npz, orbax, peft
+from paligemma_med.checkpoints import CheckpointError, bv, finite, forms, npz, orbax, peft
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests.checkpoints import adapters
 from tests.checkpoints.trees import tree
@@ -100,3 +100,11 @@ def test_factors_of_adapters_are_checked(tmp_path, factor):
     with pytest.raises(CheckpointError, match=rf"adapter_model.safetensors: .*lora_{'AB'[factor]}.* has 1 of"):
         checkpoints.load_adapter(tmp_path / "a")
     checkpoints.load_adapter(tmp_path / "a", allow_nonfinite=True)
+
+
+def test_casts_that_overflow_are_refused(tmp_path):
+    params = spoilt(7e4)
+    assert finite.cast(flatten_tree(params)[LEAF], "bfloat16", "x").dtype == "bfloat16"
+    with pytest.raises(CheckpointError, match=f"{LEAF} has numbers up to 70000, which float16 can't hold"):
+        forms.save_params(tmp_path / "w.npz", params, "npz", dtype="float16")
+    forms.save_params(tmp_path / "w.npz", tree(), "npz", dtype="float16")

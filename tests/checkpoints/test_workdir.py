@@ -92,8 +92,61 @@ def test_base_that_moved(tmp_path):
     npz.save_npz(tmp_path / "w.npz", unflatten_tree(base()))
     write_run(tmp_path / "run", trained=head(), model_init=str(tmp_path / "w.npz"))
     os.rename(tmp_path / "w.npz", tmp_path / "elsewhere.npz")
-    with pytest.raises(FileNotFoundError, match="run started from .model_init.*w.npz"):
+    with pytest.raises(FileNotFoundError, match="run started from .model_init.*w.npz.*moved, --base=PATH says") as e:
         checkpoints.load_params(str(tmp_path / "run"))
+    assert str(e.value).count("--base") == 1
+    found = checkpoints.load_params(str(tmp_path / "run"), base=str(tmp_path / "elsewhere.npz"))
+    tiny.assert_trees_equal(found, unflatten_tree({**base(), **head(13.0)}))
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        checkpoints.load_params(str(tmp_path / "run"), base=str(tmp_path / "nowhere.npz"))
+
+
+def test_base_of_a_run_that_another_started_from_moved(tmp_path):
+    npz.save_npz(tmp_path / "w.npz", unflatten_tree(base()))
+    write_run(tmp_path / "one", trained=head(), model_init=str(tmp_path / "w.npz"))
+    norm = {"llm/final_norm/scale": np.zeros((4, 3), np.float32)}
+    write_run(tmp_path / "two", trained=norm, model_init=str(tmp_path / "one"))
+    expected = unflatten_tree({**base(), **head(13.0), "llm/final_norm/scale": norm["llm/final_norm/scale"] + 3})
+    os.rename(tmp_path / "w.npz", tmp_path / "moved.npz")
+    with pytest.raises(FileNotFoundError, match="two started from.*one started from.*--base=PATH says") as e:
+        checkpoints.load_params(str(tmp_path / "two"))
+    assert str(e.value).count("--base") == 1
+    tiny.assert_trees_equal(checkpoints.load_params(str(tmp_path / "two"), base=f"{tmp_path}/moved.npz"), expected)
+    os.rename(tmp_path / "moved.npz", tmp_path / "w.npz")
+    os.rename(tmp_path / "one", tmp_path / "moved")
+    tiny.assert_trees_equal(checkpoints.load_params(str(tmp_path / "two"), base=f"{tmp_path}/moved"), expected)
+
+
+def test_a_run_that_says_it_started_from_itself(tmp_path):
+    write_run(tmp_path / "run", trained=head())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "model_init": f"{tmp_path}/run@3"}))
+    with pytest.raises(checkpoints.CheckpointError, match="that it started from itself"):
+        checkpoints.load_params(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "3²", ".3.tmp", "-3"])
+def test_folders_beside_the_checkpoints_are_no_steps(tmp_path, name):
+    write_run(tmp_path / "run", trained=base())
+    (tmp_path / "run" / "checkpoints" / name).mkdir()
+    assert workdir.newest_step(tmp_path / "run") == 3
+    assert_run_holds(tmp_path / "run", {}, {n: x + 3 for n, x in base().items()})
+    assert workdir.split_spec(f"{tmp_path}/run@²") is None
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"model_init": "x", "frozen_dtype": "fl', "base.json: not valid JSON.*start anew in another --workdir"),
+        ("[]", "found a list"),
+        ('{"model_init": "x"}', "frozen_dtype is None"),
+        ('{"model_init": "x", "frozen_dtype": "float32", "fingerprints": [1]}', r"fingerprints is \[1\]"),
+    ],
+)
+def test_base_json_of_another_form(tmp_path, content, message):
+    (tmp_path / "base.json").write_text(content)
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        workdir.read_base(tmp_path)
 
 
 def test_no_checkpoint_yet(tmp_path):
