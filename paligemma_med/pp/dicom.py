@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from paligemma_med.pp import dicom_grey, files
+from paligemma_med.pp import dicom_grey, dicom_stream, files
 from paligemma_med.pp.dicom_grey import DicomError, Note, window
 
 __all__ = ["DicomError", "decode", "is_dicom", "to_rgb", "window"]
@@ -82,8 +82,7 @@ def _open(pydicom: Any, content: bytes) -> Any:
         raise DicomError("a deflated DICOM file; expected another transfer syntax")
     ds = pydicom.dcmread(io.BytesIO(content), force=True)
     if not any(k in ds for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        what = _kind(ds)
-        raise DicomError(f"a DICOM file without pixels ({what or 'of unknown kind'}); expected an image")
+        raise DicomError(f"a DICOM file without pixels (kind: {_kind(ds)}); expected an image")
     if not getattr(ds, "file_meta", None):
         ds.file_meta = pydicom.dataset.FileMetaDataset()
     if not ds.file_meta.get("TransferSyntaxUID"):
@@ -105,8 +104,13 @@ def _kind(ds: Any) -> str:
     """What a file without pixels is: a structured report, a plan, a directory, …"""
     for uid in (ds.get("SOPClassUID"), getattr(ds, "file_meta", {}).get("MediaStorageSOPClassUID")):
         if uid:
-            return getattr(uid, "name", "") or str(uid)
-    return str(ds.get("Modality") or "")
+            return _code(getattr(uid, "name", ""))
+    return _code(ds.get("Modality"))
+
+
+def _code(value: Any) -> str:
+    """A name or code of the standard as it is. A damaged file's could be anything, patients' names included."""
+    return str(value) if re.fullmatch(r"[\w .,:()\[\]/-]{1,120}", str(value or ""), re.ASCII) else "unknown"
 
 
 def _pixels(ds: Any, note: Note) -> np.ndarray:
@@ -124,7 +128,7 @@ def _pixels(ds: Any, note: Note) -> np.ndarray:
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError:
-            raise DicomError(f"a DICOM file compressed as {syntax.name}, which pydicom doesn't read") from None
+            raise DicomError(f"a DICOM file compressed as {_code(syntax.name)}, which pydicom doesn't read") from None
         if not decoder.is_available:
             raise DicomError(
                 f"a DICOM file compressed as {syntax.name}, for which no decoder is installed; "
@@ -146,55 +150,32 @@ def _pixels(ds: Any, note: Note) -> np.ndarray:
 
 
 def _trust_stream(ds: Any, note: Note) -> None:
-    """Corrects the data set where a compressed frame says of itself that it is something else.
+    """Corrects the data set where its compressed frame says of itself that it is something else.
 
-    Labels are easily wrong after a file was compressed, by another program than the one that wrote it; the
-    compressed frame knows what the encoder was given.
+    Raises:
+      DicomError: the frame isn't as large as the header says.
     """
     from pydicom import uid
     from pydicom.encaps import get_frame
     from pydicom.pixels.utils import get_j2k_parameters
 
-    syntax = ds.file_meta.TransferSyntaxUID
-    if syntax not in (*uid.JPEG2000TransferSyntaxes, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
-        return
     frame = get_frame(ds.PixelData, 0, number_of_frames=int(ds.get("NumberOfFrames") or 1))
+    stream = dicom_stream.read(frame)
+    if stream.size and stream.size != (ds.Rows, ds.Columns):
+        found, expected = ("{1} x {0}".format(*size) for size in (stream.size, (ds.Rows, ds.Columns)))
+        raise DicomError(f"a DICOM file whose compressed frame has {found} pixels; its header says {expected}")
+    syntax, label = ds.file_meta.TransferSyntaxUID, str(ds.PhotometricInterpretation)
     if syntax in uid.JPEG2000TransferSyntaxes:
         if get_j2k_parameters(frame).get("is_signed") and not ds.get("PixelRepresentation"):
             note("its compressed values have a sign, though its header says no; read with sign")
             ds.PixelRepresentation = 1
-    elif ds.get("SamplesPerPixel") == 3:
-        holds, label = jpeg_colours(frame), str(ds.PhotometricInterpretation)
-        if holds == "YBR" and label == "RGB":
+    elif syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit) and ds.get("SamplesPerPixel") == 3:
+        if stream.colours == "YBR" and label == "RGB":
             note("its colours are labelled RGB, but compressed as YCbCr; read as YCbCr")
             ds.PhotometricInterpretation = "YBR_FULL"
-        elif holds == "RGB" and label.startswith("YBR"):
+        elif stream.colours == "RGB" and label.startswith("YBR"):
             note("its colours are labelled YCbCr, but compressed as RGB; read as RGB")
             ds.PhotometricInterpretation = "RGB"
-
-
-def jpeg_colours(frame: bytes) -> str:
-    """ "RGB" or "YBR" if a JPEG stream of three components says which it holds, else "".
-
-    It is told by Adobe's or JFIF's marker, by letters as names of components, or by colours stored at a
-    lower resolution than the brightness, which makes no sense for RGB.
-    """
-    at, jfif = 2, False
-    while at + 4 <= len(frame) and frame[at] == 0xFF:
-        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
-        segment = frame[at + 4 : at + 2 + length]
-        if marker == 0xEE and segment[:5] == b"Adobe" and len(segment) >= 12:
-            return "YBR" if segment[11] == 1 else "RGB" if segment[11] == 0 else ""
-        jfif |= marker == 0xE0 and segment[:4] == b"JFIF"
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            names, sampling = segment[6::3], {*segment[7::3]}
-            if names.lower() == b"rgb":
-                return "RGB"
-            return "YBR" if jfif or len(sampling) > 1 else ""
-        if marker == 0xDA:
-            break
-        at += 2 + length
-    return ""
 
 
 def _show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
@@ -205,7 +186,7 @@ def _show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
     if values.ndim == 2:
         return dicom_grey.show(ds, values, note)
     if values.ndim != 3 or values.shape[2] != 3 or kind not in _COLOURS:
-        raise DicomError(f"colours of kind {kind}, shape {values.shape}; expected one of {', '.join(_COLOURS)}")
+        raise DicomError(f"colours of kind {_code(kind)}, shape {values.shape}; expected one of {', '.join(_COLOURS)}")
     return values / (2 ** int(ds.BitsStored) - 1)
 
 

@@ -47,7 +47,7 @@ def show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
             # From the darkest to the lightest value. Padding isn't part of the picture.
             low, high = float(x[inside].min()), float(x[inside].max())
             y = (x - low) / (high - low) if high > low else np.zeros_like(x)
-    y = np.clip(y, 0, 1)
+    y = np.clip(np.nan_to_num(y), 0, 1)  # slopes and windows may be beyond what floats hold
     inverse = str(ds.get("PresentationLUTShape") or "").upper() == "INVERSE"
     # Both say the same; a file with both is inverted once.
     y = 1 - y if inverse or ds.PhotometricInterpretation == "MONOCHROME1" else y

@@ -29,8 +29,12 @@ def lfs_message(what: str) -> str:
 
 def reason(error: Exception) -> str:
     """What an error of another library says, in one line without addresses of objects, at most 300 characters."""
-    text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
-    return text[:300] or type(error).__name__
+    return re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", one_line(str(error)))[:300] or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A message that quotes a stranger's file, fit for a terminal: no line breaks, no control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
 def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:

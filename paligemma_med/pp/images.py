@@ -97,7 +97,7 @@ def decode(content: bytes) -> Decoded:
                 plain = plain and content[24] <= 8 and getattr(image, "n_frames", 1) == 1
             return Decoded(rgb, plain, notes)
     except dicom.DicomError as e:
-        raise ImageError(str(e)) from None
+        raise ImageError(files.one_line(str(e))) from None
     except ImageError:
         raise
     except Exception as e:  # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError, …

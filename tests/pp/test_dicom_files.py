@@ -11,7 +11,7 @@ pydicom = pytest.importorskip("pydicom")
 from pydicom import uid  # noqa: E402
 from pydicom.pixels import get_decoder  # noqa: E402
 
-from paligemma_med.pp import dicom, images  # noqa: E402
+from paligemma_med.pp import dicom, dicom_stream, images  # noqa: E402
 from tests.pp.dicom_files import grey, jpeg, make, without_meta  # noqa: E402
 
 VALUES = np.array([[0, 100, 200, 400]], np.int16)
@@ -73,7 +73,7 @@ def pixelless(sop_class):
     ],
 )
 def test_files_without_pixels_say_what_they_are(sop_class, name):
-    assert sentence(pixelless(sop_class)) == f"a DICOM file without pixels ({name}); expected an image"
+    assert sentence(pixelless(sop_class)) == f"a DICOM file without pixels (kind: {name}); expected an image"
 
 
 def test_an_image_without_its_size():
@@ -109,7 +109,7 @@ def close(content):
 def test_ycbcr_labelled_rgb_is_read_and_told(subsampling, marker):
     stream = jpeg(COLOURS, subsampling=subsampling)
     stream = stream if marker else without_markers(stream)
-    assert dicom.jpeg_colours(stream) == "YBR"
+    assert dicom_stream.read(stream).colours == "YBR"
     content = compressed(stream)
     assert close(content) and "labelled RGB" in dicom.decode(content)[1][0]
     right = compressed(stream, kind="YBR_FULL")
@@ -118,7 +118,11 @@ def test_ycbcr_labelled_rgb_is_read_and_told(subsampling, marker):
 
 def test_a_label_is_believed_if_the_stream_says_nothing():
     stream = without_markers(jpeg(COLOURS, subsampling=0))
-    assert dicom.jpeg_colours(stream) == "" and not close(compressed(stream)) and close(compressed(stream, "YBR_FULL"))
+    assert (
+        dicom_stream.read(stream).colours == ""
+        and not close(compressed(stream))
+        and close(compressed(stream, "YBR_FULL"))
+    )
 
 
 def test_rgb_labelled_ycbcr_is_read_and_told():
@@ -126,15 +130,16 @@ def test_rgb_labelled_ycbcr_is_read_and_told():
     out = io.BytesIO()
     ours.save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True)
     stream = out.getvalue() + b"\0" * (out.tell() % 2)
-    assert dicom.jpeg_colours(stream) == "RGB"
+    assert dicom_stream.read(stream).colours == "RGB"
     assert close(compressed(stream, "RGB")) and not dicom.decode(compressed(stream, "RGB"))[1]
     content = compressed(stream, "YBR_FULL")
     assert close(content) and "compressed as RGB" in dicom.decode(content)[1][0]
 
 
 @pytest.mark.parametrize("cut", range(0, 700, 7))
-def test_any_stream_has_some_colours(cut):
-    assert dicom.jpeg_colours(jpeg(COLOURS)[:cut]) in ("", "YBR")
+def test_a_stream_that_is_cut_off_says_nothing_wrong(cut):
+    found = dicom_stream.read(jpeg(COLOURS)[:cut])
+    assert found.size in (None, (32, 32)) and found.colours in ("", "YBR")
 
 
 def test_signed_values_under_an_unsigned_header():
@@ -149,6 +154,19 @@ def test_signed_values_under_an_unsigned_header():
     ]
     assert grey(contents[0]) == grey(contents[1]) == [[0, 85, 170, 255]] * 4
     assert not dicom.decode(contents[0])[1] and "have a sign" in dicom.decode(contents[1])[1][0]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "JPEG2000"])
+def test_a_frame_of_another_size_than_the_headers(form):
+    """Decoders allocate what the frame asks for, not what the header promises."""
+    out = io.BytesIO()
+    kw = dict(no_jp2=True) if form == "JPEG2000" else {}
+    PIL.Image.fromarray(np.zeros((60, 50), np.uint8)).save(out, form, **kw)
+    frame = out.getvalue() + b"\0" * (out.tell() % 2)
+    assert dicom_stream.read(frame).size == (60, 50)
+    syntax = uid.JPEG2000Lossless if form == "JPEG2000" else uid.JPEGBaseline8Bit
+    small = make(np.zeros((6, 5), np.uint8), bits=8, syntax=syntax, frame=frame)
+    assert sentence(small).endswith("frame has 50 x 60 pixels; its header says 5 x 6")
 
 
 @pytest.mark.parametrize(

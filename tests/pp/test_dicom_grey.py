@@ -117,6 +117,13 @@ def test_slopes_that_are_empty_or_alone():
     assert grey(zero) == SHOWN and "slope is 0" in notes(zero)
 
 
+def test_numbers_that_are_text():
+    window = make(VALUES, **WINDOW).replace(b"\x00201.0", b"\x0020x.0")
+    assert b"20x" in window and grey(window) == STRETCHED
+    slope = make(VALUES, RescaleSlope=2, RescaleIntercept=0, **WINDOW).replace(b"\x002.0 ", b"\x00.-. ")
+    assert b".-." in slope and grey(slope) == SHOWN
+
+
 @pytest.mark.parametrize("name", ["VOILUTSequence", "ModalityLUTSequence"])
 def test_empty_tables(name):
     nothing = {key: DataElement(key, "US", None) for key in ("LUTDescriptor", "LUTData")}
