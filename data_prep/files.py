@@ -13,7 +13,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from paligemma_med.pp import files as pp_files
 from paligemma_med.pp import images, json_text, tfds_files
@@ -66,28 +66,40 @@ def check_feature_classes(folder: os.PathLike | str) -> None:
         raise DataError(str(e)) from None
 
 
-def check_image_bytes(content: bytes, where: str) -> str:
-    """Decodes an image and returns the SHA-256 of its bytes.
+class Checked(NamedTuple):
+    """An image that can be read.
+
+    Attributes:
+      digest: SHA-256 of its bytes.
+      notes: what the reader assumed or found odd, in words that are the same for each file; for the report.
+    """
+
+    digest: str
+    notes: tuple[str, ...]
+
+
+def check_image_bytes(content: bytes, where: str) -> Checked:
+    """Decodes an image, as training will.
 
     Raises:
       DataError: a git-LFS pointer, corrupt or truncated; `where` names the file.
     """
     try:
-        images.decode(content)
+        notes = images.decode(content).notes
     except ValueError as e:
         raise DataError(f"{where}: {e}") from None
-    return hashlib.sha256(content).hexdigest()
+    return Checked(hashlib.sha256(content).hexdigest(), notes)
 
 
 @functools.cache
-def _check_image(path: str, size: int, mtime_ns: int) -> str:
+def _check_image(path: str, size: int, mtime_ns: int) -> Checked:
     # size and mtime are in the cache key so that a file changed on disk is checked again.
     del size, mtime_ns
     return check_image_bytes(read_bytes(path, "an image"), path)
 
 
-def check_image(path: os.PathLike | str) -> str:
-    """Decodes an image file, once per process, and returns the SHA-256 of its bytes.
+def check_image(path: os.PathLike | str) -> Checked:
+    """Decodes an image file, once per process.
 
     Raises:
       DataError: missing, a git-LFS pointer, corrupt or truncated.

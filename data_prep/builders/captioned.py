@@ -189,6 +189,8 @@ def make_rows(
                     continue
                 if figure.no_caption:  # a pair can still be about its case
                     books.flag(split, figure.no_caption, row["question_id"])
+                for note in checked.notes(names[figure.image_id]):
+                    books.flag(split, f"image: {note}", row["question_id"])
                 _keep(books, split, figure, row, digest)
                 writer.write({**row, "file": names[figure.image_id]})
         if checked:

@@ -72,8 +72,8 @@ class Store:
             raise DataError(f"{self._where(found)}: {files.lfs_message('an image')}")
         return content
 
-    def check(self, name: str) -> str:
-        """Decodes the image; returns the SHA-256 of its bytes. DataError: as `read`, or corrupt."""
+    def check(self, name: str) -> files.Checked:
+        """Decodes the image. DataError: as `read`, or corrupt."""
         return files.check_image_bytes(self.read(name), self._where(self._find(name) or name))
 
     def stamp(self, name: str) -> str:

@@ -165,7 +165,7 @@ def test_no_tensorflow_no_torch():
         (dict(name="phantom", config="en"), "unknown config 'en'; known ones: none"),
         (dict(name="slake", manual_dir="/x", seed=1), "for drawn data sets"),
         (dict(name="phantom", manual_dir="/x", seed=1), "not with a manual_dir"),
-        (dict(name="slake", options={"x": 1}), "slake: unknown option x; its options: none"),
+        (dict(name="slake", options={"x": 1}), "slake: unknown option x; its options: allow_missing_images"),
     ],
 )
 def test_arguments_refused(kwargs, message, tmp_path):
@@ -217,7 +217,7 @@ def test_options_of_the_command_line(slake, tmp_path):
     shown = _command("--help").stdout
     assert "--[no]shuffle_choices" in shown and "--validate_fraction" in shown
     bad = _command("slake", "--manual_dir", slake.write(), "--shuffle_choices")
-    assert bad.stderr == "error: slake: unknown option shuffle_choices; its options: none\n"
+    assert bad.stderr == "error: slake: unknown option shuffle_choices; its options: allow_missing_images\n"
 
 
 def _builder(name):

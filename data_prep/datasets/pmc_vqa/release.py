@@ -227,7 +227,7 @@ def _book(
     if asked.digest() in seen:
         question.flags.append("asked before about the same image")
     seen.add(asked.digest())
-    for flag in question.flags:
+    for flag in (*question.flags, *(f"image: {note}" for note in checked.notes(question.image))):
         books.flag(split, flag, question.question_id)
     books.keep(split, features)
     books.member(split, "image", digest, question.image)

@@ -31,7 +31,7 @@ class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
         return vqa_features(**{k: tfds.features.Text() for k in keys}, boxes=boxes_feature())
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = layout.read_folder(dl_manager.manual_dir, self._language)
+        folder = layout.read_folder(dl_manager.manual_dir, self._language, **self.options)
         self.report = {"dataset": self.info.full_name, **folder.report}
         return {split: self._generate_examples(folder, split) for split in folder.rows}
 

@@ -16,6 +16,7 @@ import tqdm
 
 from data_prep import files
 from data_prep.files import DataError
+from data_prep.images import convert
 
 SPLITS = {
     "train": ("train.json",),
@@ -131,7 +132,7 @@ def _read_split(folder: pathlib.Path, split: str, language: str) -> tuple[list[R
         found = f"an object of type {type(content).__name__}" if content else repr(content)
         raise DataError(f"{path}: found {found}; expected a list of question rows")
 
-    rows, dropped, seen, qids = [], {}, Counter(), Counter()
+    rows, dropped, qids = [], {}, Counter()
     other = 0
     for i, row in enumerate(content):
         row = _check_row(row, f"{path} row {i}")
@@ -147,7 +148,6 @@ def _read_split(folder: pathlib.Path, split: str, language: str) -> tuple[list[R
         if not row["answer"].strip():
             dropped.setdefault("empty answer", []).append(question_id)
             continue
-        seen[image, row["question"]] += 1
         features = {k: row[k] for k in TEXT_KEYS if k != "img_name"}
         features["answer_type"] = row["answer_type"].strip().upper()
         features["question_id"] = question_id
@@ -163,30 +163,59 @@ def _read_split(folder: pathlib.Path, split: str, language: str) -> tuple[list[R
         "rows_in_file": len(content),
         "rows_other_language": other,
         "rows_read": len(content) - other,
-        "rows_kept": len(rows),
         "dropped": dropped,
-        "duplicate_questions_kept": sum(n - 1 for n in seen.values()),
-        "answer_types": dict(Counter(r.features["answer_type"] for r in rows).most_common()),
-        "content_types": dict(Counter(r.features["content_type"] for r in rows).most_common()),
-        "images": len({r.image for r in rows}),
     }
     return rows, report, qids
 
 
-def _check_images(rows: dict[str, list[Row]]) -> dict[pathlib.Path, str]:
-    """Decodes every image once; returns image file -> digest of its bytes."""
+def _kept(rows: list[Row]) -> dict[str, Any]:
+    """The part of a split's report that counts its rows."""
+    asked = Counter((row.image, row.features["question"]) for row in rows)
+    return {
+        "rows_kept": len(rows),
+        "duplicate_questions_kept": sum(n - 1 for n in asked.values()),
+        "answer_types": dict(Counter(r.features["answer_type"] for r in rows).most_common()),
+        "content_types": dict(Counter(r.features["content_type"] for r in rows).most_common()),
+        "images": len({r.image for r in rows}),
+    }
+
+
+def _check_images(
+    rows: dict[str, list[Row]], splits: dict[str, dict[str, Any]], allow_missing: bool
+) -> tuple[dict[pathlib.Path, str], dict[str, list[str]]]:
+    """Decodes every image once.
+
+    Args:
+      rows: by split; those whose image is missing or broken are taken out if `allow_missing`.
+      splits: their reports, which count those rows.
+
+    Returns:
+      image file -> digest of its bytes; what is odd about images -> their image ids.
+    """
     first = {}
     for split, split_rows in rows.items():
         for row in split_rows:
             first.setdefault(row.image, (split, row))
-    digests = {}
+    digests, reasons, notes = {}, {}, {}
     for image, (split, row) in tqdm.tqdm(first.items(), desc="checking images", unit="", leave=False, disable=None):
         try:
-            digests[image] = files.check_image(image)
+            digests[image], found = files.check_image(image)
         except DataError as e:
-            where = f"first used by {split} qid {row.features['question_id']}"
-            raise DataError(f"{e} ({where})") from None
-    return digests
+            if not allow_missing:
+                where = f"first used by {split} qid {row.features['question_id']}"
+                raise DataError(f"{e} ({where}; --allow_missing_images leaves such rows out)") from None
+            reasons[image] = "image broken" if image.is_file() else "image missing"
+            continue
+        for note in found:
+            notes.setdefault(note, []).append(row.features["image_id"])
+    for split, split_rows in rows.items():
+        for row in split_rows:
+            if reason := reasons.get(row.image):
+                splits[split]["dropped"].setdefault(reason, []).append(row.features["question_id"])
+        rows[split] = [row for row in split_rows if row.image in digests]
+        if not rows[split]:
+            raise DataError(f"{split}: no row is left, since none of its images can be read; {next(iter(reasons))}")
+    return digests, notes
 
 
 def shared_images(rows: dict[str, list[Row]], digests: dict[pathlib.Path, str]) -> dict[str, list[str]]:
@@ -205,13 +234,14 @@ def shared_images(rows: dict[str, list[Row]], digests: dict[pathlib.Path, str]) 
     }
 
 
-def read_folder(folder: pathlib.Path | str, language: str) -> Folder:
+def read_folder(folder: pathlib.Path | str, language: str, *, allow_missing_images: bool = False) -> Folder:
     """Reads and checks a whole folder.
 
     Args:
       folder: the released folder.
       language: "en", "zh", or "all". For the first two no image may be in two splits; "all" can't
         avoid that in SLAKE (its languages split the images differently) and only reports it.
+      allow_missing_images: leave out and count rows whose image is missing or broken instead of stopping.
 
     Raises:
       DataError: see `check_folder`; a malformed row, image or box file; a duplicate question id; splits
@@ -227,7 +257,9 @@ def read_folder(folder: pathlib.Path | str, language: str) -> Folder:
             f"{folder}: qid {', '.join(twice[:5])} used by more than one row ({len(twice)} such "
             "ids); expected each qid once over all splits"
         )
-    digests = _check_images(rows)
+    digests, noted = _check_images(rows, splits, allow_missing_images)
+    for split in rows:
+        splits[split] |= _kept(rows[split])
     shared = shared_images(rows, digests)
     if language != "all":
         for pair, ids in shared.items():
@@ -253,15 +285,17 @@ def read_folder(folder: pathlib.Path | str, language: str) -> Folder:
         "splits": splits,
         "images_on_disk_not_used": len(on_disk - used),
         "images_without_boxes_file": sorted(without),
+        "images_noted": noted,
         "images_shared": {pair: len(ids) for pair, ids in shared.items()},
     }
     return Folder(rows, boxes, report)
 
 
 def examples(folder: Folder, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields TFDS (key, example) pairs of one split, the image as the released file's bytes."""
+    """Yields TFDS (key, example) pairs of one split, the image as `convert` stores it: nearly always as released."""
     for row in folder.rows[split]:
-        example = dict(row.features, image=row.image.read_bytes(), boxes=folder.boxes[row.image])
+        content = convert.convert_checked(row.image.read_bytes(), str(row.image))
+        example = dict(row.features, image=content, boxes=folder.boxes[row.image])
         yield row.features["question_id"], example
 
 
@@ -277,6 +311,8 @@ def describe(report: dict[str, Any]) -> Sequence[str]:
             lines.append(f"  dropped, {reason}: {len(ids)} (qid {', '.join(ids[:10])})")
         if n := r["duplicate_questions_kept"]:
             lines.append(f"  asked twice about the same image, kept: {n}")
+    for note, images in report["images_noted"].items():
+        lines.append(f"images noted, {note}: {len(images)} ({', '.join(images[:10])})")
     shared = report["images_shared"]
     if any(shared.values()):
         tests = report["splits"]["test"]["images"]

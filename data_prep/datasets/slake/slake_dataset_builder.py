@@ -7,6 +7,7 @@ import dataclasses
 
 import tensorflow_datasets as tfds
 
+from data_prep.builders.vqa import Option
 from data_prep.datasets.slake import layout
 from data_prep.datasets.slake.builder import SlakeLayoutBuilder
 
@@ -28,6 +29,9 @@ class Builder(SlakeLayoutBuilder):
         SlakeConfig(name="zh", language="zh", description="Chinese questions"),
         SlakeConfig(name="all", language="all", description="Both; splits share images"),
     ]
+    OPTIONS = {
+        "allow_missing_images": Option(False, "leave out rows whose image is missing or broken"),
+    }
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds " + layout.EXPECTED
     )

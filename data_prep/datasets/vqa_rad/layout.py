@@ -216,7 +216,7 @@ def read_folder(
       layout: "public" or "trainset".
       validate_fraction: share of train's images whose questions become `validate`; 0: none.
       seed: of that choice.
-      allow_missing_images: drop and count questions without image instead of stopping.
+      allow_missing_images: drop and count questions whose image is missing or broken instead of stopping.
 
     Raises:
       DataError: a malformed file, row or image; a duplicate question id.
@@ -233,7 +233,7 @@ def read_folder(
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     ids: dict[str, str] = {}
     asked: set[tuple[str, str, str]] = set()
-    digests: dict[str, str] = {}
+    checked: dict[str, files.Checked | None] = {}  # None: broken
     for split, image, features, notes in tqdm.tqdm(
         read, desc="checking rows and images", unit="", leave=False, disable=None
     ):
@@ -250,19 +250,27 @@ def read_folder(
         if empty := [k for k in ("question", "answer") if not features[k]]:
             ledger.drop(split, f"no {' and no '.join(empty)}", qid)
             continue
-        if image not in digests:
+        if image not in checked:
             if allow_missing_images and not store.has(image):
                 ledger.drop(split, "image missing", qid)
                 continue
-            digests[image] = store.check(image)
-        for note in notes:
+            try:
+                checked[image] = store.check(image)
+            except DataError as e:
+                if not allow_missing_images:
+                    raise DataError(f"{e} (--allow_missing_images leaves such rows out)") from None
+                checked[image] = None
+        if (found := checked[image]) is None:
+            ledger.drop(split, "image broken", qid)
+            continue
+        for note in (*notes, *(f"image: {note}" for note in found.notes)):
             ledger.flag(split, note, qid)
         key = (split, features["image_id"], features["question"].lower())
         if key in asked:
             ledger.flag(split, "asked twice about the same image", qid)
         asked.add(key)
         ledger.keep(split, features)
-        _note_members(ledger, split, features, digests[image])
+        _note_members(ledger, split, features, found.digest)
         rows[split].append(Row(image, features))
     used = {features["image_id"] for _, _, features, _ in read}
     stems = {pathlib.PurePosixPath(n).stem for n in store.names() if n.lower().endswith(".jpg")}

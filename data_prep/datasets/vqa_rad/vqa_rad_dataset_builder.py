@@ -28,7 +28,7 @@ class Builder(VqaBuilder):
     ]
     OPTIONS = {
         "validate_fraction": Option(0.1, "share of train's images that becomes validate"),
-        "allow_missing_images": Option(False, "drop questions whose image is missing"),
+        "allow_missing_images": Option(False, "leave out rows whose image is missing or broken"),
         "seed": Option(0, "of the draw of validate"),
     }
     MANUAL_DOWNLOAD_INSTRUCTIONS = (

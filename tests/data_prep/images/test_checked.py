@@ -1,6 +1,7 @@
 """A build started again doesn't decode again what it has decoded."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from data_prep.files import DataError
 from data_prep.images.checked import CheckedImages
 from data_prep.images.store import open_store
+from paligemma_med.pp.images import UNSTRETCHED
 
 
 def _save(path, value):
@@ -78,3 +80,21 @@ def test_half_a_line_is_forgotten(images, tmp_path):
 
 def test_without_a_cache(images):
     assert len(_check_all(images, None)[0]) == 4
+
+
+def test_what_is_odd_is_kept_for_the_next_build(tmp_path):
+    """Beside names that hold what separates fields, and such as no encoding has."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["dark.png", "a\tb.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        PIL.Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(folder / "x.png")
+        (folder / "x.png").rename(folder / name)
+    for decoded in (names, ["a\tb.png"]):
+        store = Counting(folder)
+        checked = CheckedImages(store, tmp_path / "cache")
+        for name in names:
+            checked.check(name)
+            assert checked.notes(name) == (UNSTRETCHED,)
+        checked.close()
+        assert store.decoded == decoded

@@ -1,12 +1,16 @@
 """The reader of SLAKE's layout: what it keeps, what it reports, and each input that it refuses."""
 
+import io
 import json
 import shutil
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from data_prep.datasets.slake import layout as slake_layout
 from data_prep.files import DataError
+from paligemma_med.pp import images
 
 
 def _message(slake, language="en") -> str:
@@ -292,3 +296,33 @@ def test_real_counts(real_data, language, read, dropped, duplicates, images):
         types = [s["answer_types"] for s in splits.values()]
         assert [t["CLOSED"] for t in types] == [1943, 422, 416]
         assert [t["OPEN"] for t in types] == [2975, 631, 645]
+
+
+def test_missing_and_broken_images_are_left_out_and_counted(slake):
+    slake.write()
+    slake.image(0).unlink()
+    slake.image(4).write_bytes(b"no image")
+    message = _message(slake)
+    assert "first used by train qid 0" in message and "--allow_missing_images" in message
+    found = slake_layout.read_folder(slake.root, "en", allow_missing_images=True)
+    splits = found.report["splits"]
+    assert splits["train"]["dropped"] == {"image missing": ["0", "1"]} and splits["train"]["rows_kept"] == 2
+    assert splits["test"]["dropped"] == {"image broken": ["14", "15"]} and splits["test"]["images"] == 1
+    assert {s: len(r) for s, r in found.rows.items()} == {"train": 2, "validate": 2, "test": 2}
+    assert [len(list(slake_layout.examples(found, s))) for s in found.rows] == [2, 2, 2]
+    assert any("dropped, image broken: 2" in line for line in slake_layout.describe(found.report))
+    slake.image(1).unlink()
+    with pytest.raises(DataError, match="train: no row is left"):
+        slake_layout.read_folder(slake.root, "en", allow_missing_images=True)
+
+
+def test_odd_images_are_told_and_stored_as_every_reader_shows_them(slake):
+    slake.write()
+    PIL.Image.fromarray(np.full((9, 5), 4000, np.uint16)).save(slake.image(0), "PNG")
+    found = slake_layout.read_folder(slake.root, "en")
+    assert found.report["images_noted"] == {images.UNSTRETCHED: ["xmlab0"]}
+    assert any("images noted, its 16-bit" in line for line in slake_layout.describe(found.report))
+    stored = dict(slake_layout.examples(found, "train"))
+    assert stored["2"]["image"] == slake.image(1).read_bytes()  # as released
+    with PIL.Image.open(io.BytesIO(stored["0"]["image"])) as image:
+        assert image.mode == "L" and image.size == (5, 9) and image.getextrema() == (16, 16)

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from data_prep.build import build
 from data_prep.datasets.vqa_rad import layout
 from data_prep.files import DataError
+from paligemma_med.pp.images import UNSTRETCHED
 
 
 def public_row(qid, image, question="Is there air?", answer="Yes", **kw):
@@ -265,6 +266,20 @@ def test_missing_image(rad):
     report = layout.read_folder(rad.root, "public", allow_missing_images=True, validate_fraction=0).report
     dropped = report["splits"]["train"]["dropped"]
     assert dropped == {"image missing": {"count": 2, "first": ["6", "7"]}}
+
+
+def test_broken_and_odd_images_are_counted_before_anything_is_written(rad):
+    rad.public()
+    where = layout.image_path(rad.root)
+    PIL.Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(where / "synpic3.jpg", "PNG")
+    report = layout.read_folder(rad.root, "public", validate_fraction=0).report
+    assert report["splits"]["train"]["flags"][f"image: {UNSTRETCHED}"] == {"count": 2, "first": ["6", "7"]}
+    (where / "synpic3.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="synpic3.jpg: not a readable image.*--allow_missing_images"):
+        layout.read_folder(rad.root, "public")
+    found = layout.read_folder(rad.root, "public", allow_missing_images=True, validate_fraction=0)
+    assert found.report["splits"]["train"]["dropped"] == {"image broken": {"count": 2, "first": ["6", "7"]}}
+    assert not any(row.image == "synpic3.jpg" for row in found.rows["train"])
 
 
 @pytest.mark.parametrize(
