@@ -64,7 +64,7 @@ class Relevance:
             )
         try:
             self._keywords = [(name, re.compile(text_, re.I)) for name, text_ in keywords]
-        except (re.error, ValueError) as e:
+        except (TypeError, ValueError, re.error, OverflowError, RecursionError) as e:
             raise DataError(f"relevance.keywords: {e}; expected [name, expression] pairs") from None
         self._keys, self._text = tuple(keys), tuple(text)
         self.count, self.min_cases, self.below, self.missing = count, min_cases, below, missing

@@ -58,7 +58,7 @@ def make_rules(specs: Sequence[Mapping[str, Any]]) -> list[Rule]:
             raise DataError(f"rules[{i}]: a second rule {name!r}; give it another name=")
         try:
             made.append(Rule(name, RULES[kind](**settings)))
-        except (TypeError, ValueError, re.error) as e:
+        except (TypeError, ValueError, re.error, OverflowError, RecursionError) as e:
             raise DataError(f"rules[{i}] ({kind}): {e}") from None
     return made
 

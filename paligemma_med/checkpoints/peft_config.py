@@ -14,12 +14,13 @@ from absl import logging
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import families
-from paligemma_med.models import lora_targets
+from paligemma_med.models import lora_targets, regexes
 from paligemma_med.models.layers import lora
 from paligemma_med.pp import json_text
 
 FILE = "adapter_config.json"
 
+_MOST_NAMES = 10_000  # of one field: each is compared with each module, of which there are some hundred
 _ALL_LINEAR = "all-linear"
 _ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern match
 
@@ -94,6 +95,7 @@ def _check_values(path, config, refuse):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(check, pattern.values())):
             refuse(key, "an object of numbers")
+        _check_number(path, key, pattern)
         for regex in pattern:
             _check_regex(path, key, _ENDS_IN.format(regex))
     for key in ("target_modules", "exclude_modules"):
@@ -102,6 +104,8 @@ def _check_values(path, config, refuse):
             _check_regex(path, key, names)
         elif names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
             refuse(key, "a list of names or a regex")
+        else:
+            _check_number(path, key, names or ())
     if not config.get("target_modules"):
         refuse("target_modules", "a list of names or a regex")
 
@@ -114,11 +118,16 @@ def _is_whole(x):
     return isinstance(x, int) and not isinstance(x, bool) and x > 0
 
 
+def _check_number(path, key, entries):
+    if len(entries) > _MOST_NAMES:
+        raise CheckpointError(f"{path}: {key} has {len(entries):,} entries; expected {_MOST_NAMES:,} at most")
+
+
 def _check_regex(path, key, regex):
     try:
-        re.compile(regex)
-    except re.error as e:
-        raise CheckpointError(f"{path}: {key} {regex!r} is not a regular expression: {e}") from None
+        regexes.compile(regex)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {key} {regex!r:.100} {e}") from None
 
 
 def is_targeted(config: Mapping[str, Any], name: str) -> bool:
@@ -129,7 +138,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 
     def among(names):
         if isinstance(names, str):
-            return re.fullmatch(names, name) is not None
+            return regexes.fullmatch(names, name)
         return any(name == n or name.endswith(f".{n}") for n in names or ())
 
     wanted = config["target_modules"]
@@ -141,7 +150,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 def by_pattern(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
     """PEFT's rule: the first key that matches the name's end from a dot on."""
     for regex, value in (pattern or {}).items():
-        if re.match(_ENDS_IN.format(regex), name):
+        if regexes.fullmatch(_ENDS_IN.format(regex), name):
             return value
     return default
 

@@ -4,10 +4,9 @@ Everything follows from the tables of leaves: every kernel with the role "produc
 for each projection that it holds.
 """
 
-import re
 from typing import NamedTuple
 
-from paligemma_med.models import parts
+from paligemma_med.models import parts, regexes
 from paligemma_med.models.layers import lora
 from paligemma_med.models.layers.quantised import SCALE
 from paligemma_med.models.leaves import Leaf, join
@@ -99,7 +98,7 @@ def resolve(rules, names, leaves: dict[str, Leaf] | None = None) -> dict[Target,
     table = parts.LEAVES if leaves is None else leaves
     there = [t for leaf in table.values() if leaf.path in names for t in targets_of(leaf)]
     for regex, _ in rules:
-        if not any(re.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
+        if not any(regexes.fullmatch(regex, n) for t in there for n in (t.param, t.name)):
             can = ", ".join(dict.fromkeys(t.name for t in there))
             raise ValueError(f"lora: {regex!r} matches nothing that can be adapted; that is: {can}")
     specs = {t: lora.find(rules, t.param, t.part) for t in there}

@@ -18,14 +18,13 @@ Strategies; "|" applies several, each to the dimensions that are still whole:
 import ast
 import contextlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora_targets, parts
+from paligemma_med.models import lora_targets, parts, regexes
 from paligemma_med.models.layers import activations, lora
 from paligemma_med.models.leaves import Leaf
 
@@ -272,7 +271,7 @@ def _parameter(name: str, x: Any, letters: Mapping[str, tuple[str, str]], by_nam
 
 def _read_rules(
     strategy: Sequence[tuple[str, str]], mesh: Mesh
-) -> list[tuple[re.Pattern[str], list[tuple[str, dict[str, Any]]]]]:
+) -> list[tuple[regexes.Pattern, list[tuple[str, dict[str, Any]]]]]:
     """The parsed (regex, strategy) pairs; ValueError if one is wrong."""
     rules = []
     for pair in strategy:
@@ -280,9 +279,9 @@ def _read_rules(
             raise ValueError(f"sharding_strategy: {pair!r} is not a (regex, strategy) pair")
         regex, text = pair
         try:
-            pattern = re.compile(regex)
-        except re.error as e:
-            raise ValueError(f"sharding_strategy: regex {regex!r} can't be read: {e}") from None
+            pattern = regexes.compile(regex)
+        except ValueError as e:
+            raise ValueError(f"sharding_strategy: {regex!r:.100} {e}") from None
         ops = parse_strategy(text)
         for op, kwargs in ops:
             axis = kwargs.get("axis", DATA_AXIS if op == "fsdp" else ())

@@ -17,6 +17,7 @@ import optax
 from absl import logging
 
 from paligemma_med.config import durations
+from paligemma_med.models import regexes
 
 
 def match_names(names, rules, what) -> dict[str, tuple]:
@@ -40,9 +41,9 @@ def match_names(names, rules, what) -> dict[str, tuple]:
             raise ValueError(f"{what}: {rule!r} is no (regex, value) pair.")
         regex, value = rule
         try:
-            patterns.append((re.compile(regex), value))
-        except re.error as e:
-            raise ValueError(f"{what}: {regex!r} is not a regular expression: {e}.") from None
+            patterns.append((regexes.compile(regex), value))
+        except ValueError as e:
+            raise ValueError(f"{what}: {regex!r:.100} {e}.") from None
     out = {}
     for name in names:
         for i, (pattern, value) in enumerate(patterns):
@@ -97,7 +98,7 @@ def _check_order(names, matched, rules):
     first = {i for i, _ in matched.values()}
     for i, (regex, value) in enumerate(rules):
         if value is not None and i not in first and regex != ".*":
-            name = next(n for n in names if re.fullmatch(regex, n))
+            name = next(n for n in names if regexes.fullmatch(regex, n))
             before = rules[matched[name][0]][0]
             raise ValueError(
                 f"config.schedule: {regex!r} comes too late, since {before!r} before it decides about {name!r} "

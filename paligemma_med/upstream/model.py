@@ -5,15 +5,13 @@ The trainer builds `Model(**config.model)` and calls `load(shapes, config.model_
 `lora`, which are at the top level of our configs.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from paligemma_med import weights
-from paligemma_med.models import paligemma, parts, vlm
+from paligemma_med.models import paligemma, parts, regexes, vlm
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.setup import Setup
 
@@ -86,7 +84,7 @@ def load(
     with jax.transfer_guard("allow"):
         host, adapter = weights.initial_host_params(Setup(config))
         for name, array in {**host, **adapter}.items():
-            stays = next((t for regex, t in trained if re.fullmatch(regex, name)), False)
+            stays = next((t for regex, t in trained if regexes.fullmatch(regex, name)), False)
             dtype = jnp.dtype("float32" if stays else frozen_dtype)
             out[name] = np.asarray(array).astype(dtype)
     return unflatten_tree(out)

@@ -72,7 +72,7 @@ def refused(folder, match, error=CheckpointError):
         dict(rank_pattern=["q_proj"]),
         dict(alpha_pattern={"q_proj": "x"}),
         dict(alpha_pattern={"(": 1}),
-        dict(alpha_pattern={"(?i)q_proj": 1}),
+        dict(alpha_pattern={"(?<=q_)proj": 1}),
         dict(target_modules="(", r=3),
         dict(target_modules=[1]),
         dict(target_modules=None),

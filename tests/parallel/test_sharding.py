@@ -137,7 +137,7 @@ def test_bad_pairs_and_axis():
     tree = _tree(a=(8,), b=(8, 8))
     for rules, word in [
         (["replicate"], "pair"),
-        ([("(", "replicate")], "regex"),
+        ([("(", "replicate")], "not a regular expression"),
         ([(".*", 'fsdp(axis="model")')], "model"),
         ([(".*", 'fsdp()|tp(axis=("data", "nodel"))')], "nodel"),
         ([(".*", 'shard_dim(axis="data", dim=1)')], "a: shard_dim: there is no dimension 1"),

@@ -12,13 +12,13 @@ rank-stabilised scaling is arXiv 2312.03732. `models/lora_targets.py` knows what
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from paligemma_med.models import regexes
 from paligemma_med.models.layers import quantised
 
 # Far above what anybody sets. Beyond it factors would overflow in float32, or in 16 bits.
@@ -84,9 +84,9 @@ def as_rules(rules) -> tuple[tuple[str, Spec | None], ...]:
             raise ValueError(f"lora: {rule!r} is no (regex, dict(rank=…)) pair.")
         regex, spec = rule
         try:
-            re.compile(regex)
-        except re.error as e:
-            raise ValueError(f"lora: {regex!r} is not a regular expression: {e}.") from None
+            regexes.compile(regex)
+        except ValueError as e:
+            raise ValueError(f"lora: {regex!r:.100} {e}.") from None
         if spec is not None and not isinstance(spec, Spec):
             if not isinstance(spec, Mapping) and not hasattr(spec, "to_dict"):
                 raise ValueError(f"lora: {regex!r} has {spec!r}; expected dict(rank=…) or None.")
@@ -103,7 +103,7 @@ def find(rules, param: str, part: str = "") -> Spec | None:
     """The Spec that `rules` (from `as_rules`) give a projection, or None."""
     names = (param, f"{param}:{part}") if part else (param,)
     for regex, spec in rules:
-        if any(re.fullmatch(regex, n) for n in names):
+        if any(regexes.fullmatch(regex, n) for n in names):
             return spec
     return None
 
