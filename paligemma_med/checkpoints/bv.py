@@ -21,6 +21,7 @@ from paligemma_med import files
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, listed
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
+from paligemma_med.checkpoints.plain_path import plain_path
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.pp import json_text
 
@@ -215,7 +216,7 @@ def _open_array(folder, key, name):
 def _store(folder, key, name):
     import tensorstore  # here, so that reading other forms does not pay for it
 
-    path = os.path.join(os.path.abspath(folder), name)
+    path = os.path.join(plain_path(folder), name)
     spec = dict(_spec(path), fill_missing_data_reads=False)
     try:
         return tensorstore.open(spec, open=True, read=True).result()
@@ -279,7 +280,7 @@ def save_bv(
         for key, leaf in flat.items():
             array = lazy.numbers(key, leaf)
             cast = dtype is not None and key.startswith(_PARAMS) and lazy.is_float(array.dtype)
-            path = os.path.join(os.path.abspath(new), key.replace("/", "~"))
+            path = os.path.join(plain_path(new), key.replace("/", "~"))
             _write(path, array.astype(dtype, copy=False) if cast else array)
             if progress:
                 progress(array.nbytes)

@@ -17,6 +17,7 @@ from paligemma_med import files
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, first_line
 from paligemma_med.checkpoints.lazy import Lazy
+from paligemma_med.checkpoints.plain_path import plain_path
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 MARK = "_METADATA"  # a file that every Orbax checkpoint of a tree has
@@ -75,10 +76,12 @@ def save_orbax(
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
     with files.whole_folder(os.fspath(folder), replaces=(MARK,) if overwrite else None) as new:
         # Orbax creates its folder itself, by renaming a temporary one next to it.
-        inner = os.path.join(os.path.abspath(new), "tree")
+        inner = os.path.join(plain_path(new), "tree")
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(inner, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        if _shapes(_metadata(inner)) != _shapes(flat):
+            raise CheckpointError(f"{folder}: what lies there is not what was written; is the disk sound?")
         for name in os.listdir(inner):
             os.rename(os.path.join(inner, name), os.path.join(new, name))
         os.rmdir(inner)
@@ -110,19 +113,27 @@ def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     folder = os.path.abspath(os.fspath(folder))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no checkpoint {folder}")
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder).item_metadata.tree
-    except Exception as e:  # Orbax and TensorStore raise generic errors
-        raise _unreadable(folder, e) from e
     flat = {}
-    for key, leaf in flatten_tree(tree).items():
+    for key, leaf in _metadata(folder).items():
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             raise CheckpointError(f"{folder}: {key} is not an array")
         flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key))
     if any(key.startswith("params/") for key in flat):
         flat = {k[len("params/") :]: v for k, v in flat.items() if k.startswith("params/")}
     return unflatten_tree(flat)
+
+
+def _metadata(folder):
+    """{path: what Orbax says of the leaf}."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return flatten_tree(checkpointer.metadata(plain_path(folder)).item_metadata.tree)
+    except Exception as e:  # Orbax and TensorStore raise generic errors
+        raise _unreadable(folder, e) from e
+
+
+def _shapes(flat):
+    return {key: tuple(leaf.shape) for key, leaf in flat.items()}
 
 
 def _read(folder, key):
@@ -136,7 +147,7 @@ def _read(folder, key):
     )
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            out = checkpointer.restore(folder, args=args)
+            out = checkpointer.restore(plain_path(folder), args=args)
     except Exception as e:
         raise _unreadable(f"{folder}: {key}", e) from e
     return flatten_tree(out)[key]

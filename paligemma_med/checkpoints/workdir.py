@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from paligemma_med.checkpoints import fingerprint, npz
 from paligemma_med.checkpoints import keep as keep_lib
 from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.plain_path import plain_path
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import json_text
 
@@ -50,7 +51,10 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._workdir = os.path.abspath(workdir)
+        self._folder = os.path.join(self._workdir, "checkpoints")
+        os.makedirs(self._folder, exist_ok=True)
         self._manager = _manager(workdir, options)
+        self._unread = None  # (step, shapes) of a save that wasn't read back yet
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -58,6 +62,8 @@ class Checkpoints:
 
     def save(self, step: int, trained: Mapping[str, jax.Array], opt_state: Any, run: Any = None) -> None:
         """Writes a checkpoint, unless that step has one; returns before everything is on disk.
+
+        The save before is waited for, and read back: what its metadata say is there, and its notes.
 
         Args:
           trained: {path: array}.
@@ -74,7 +80,9 @@ class Checkpoints:
             items["opt_state"] = ocp.args.StandardSave(opt_state)
         prints = fingerprint.of_leaves((trained, opt_state))
         items["run"] = ocp.args.JsonSave({"run": run, "fingerprints": prints})
+        self.wait()
         self._or_tell(self._manager.save, step, args=ocp.args.Composite(**items))
+        self._unread = step, _shapes(trained), _shapes(opt_state)
 
     def restore(self, step: int, trained: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         """Reads what `save` wrote at `step`.
@@ -90,7 +98,7 @@ class Checkpoints:
           CheckpointError: parameters, shapes or optimizer differ from what is expected.
           Damaged: it can't be read, or differs from what was written.
         """
-        where = f"{self._manager.directory}/{step}"
+        where = f"{self._folder}/{step}"
         found = self._read_or_damaged(where, self._manager.item_metadata, step)
         self._check(where, found, trained, opt_state)
         items = dict(trained=ocp.args.StandardRestore(trained))
@@ -142,7 +150,7 @@ class Checkpoints:
             name = os.path.join(folder, f"{step}.{before}")
         _wait_for_all("before a damaged checkpoint is moved")
         if jax.process_index() == 0:
-            os.rename(os.path.join(self._manager.directory, str(step)), name)
+            os.rename(os.path.join(self._folder, str(step)), name)
         _wait_for_all("after a damaged checkpoint was moved")
         self._manager.reload()
         return name
@@ -175,13 +183,13 @@ class Checkpoints:
         except Exception as e:  # Orbax and TensorStore have no errors of their own
             raise Damaged(f"{where}: can't be read: {_first_line(e)}") from e
 
-    def _or_tell(self, write, *args, **kw):
+    def _or_tell(self, write, *args, lost=None, **kw):
         try:
             write(*args, **kw)
         except Exception as e:
-            steps = self._complete_steps()
+            steps = [step for step in self._complete_steps() if step != lost]
             raise CheckpointError(
-                f"{self._manager.directory}: a checkpoint could not be written: {_first_line(e)} "
+                f"{self._folder}: a checkpoint could not be written: {_first_line(e)} "
                 + (f"Those of steps {steps} are intact" if steps else "There is no earlier one")
                 + "; fix the cause (is the disk full?), then run the same command to resume."
             ) from e
@@ -190,12 +198,24 @@ class Checkpoints:
         return sorted(_steps(self._workdir))
 
     def wait(self) -> None:
-        """Blocks until everything is on disk; CheckpointError if it couldn't be written."""
+        """Blocks until everything is on disk and was read back; CheckpointError if it couldn't be written."""
         self._or_tell(self._manager.wait_until_finished)
+        if self._unread:
+            saved, self._unread = self._unread, None
+            self._or_tell(self._read_back, *saved, lost=saved[0])
+
+    def _read_back(self, step, trained, opt_state):
+        found = self._manager.item_metadata(step)
+        if _shapes(found["trained"]) != trained or (opt_state and _shapes(found["opt_state"]) != opt_state):
+            raise CheckpointError(f"what lies in {self._folder}/{step} is not what was written")
+        self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
 
     def close(self) -> None:
         """Like `wait`, and frees all resources."""
-        self._or_tell(self._manager.close)
+        try:
+            self.wait()
+        finally:
+            self._or_tell(self._manager.close)
 
     def __enter__(self):
         return self
@@ -250,7 +270,7 @@ def _manager(workdir, options=None):
     # Without handlers it doesn't know the contents of checkpoints that another process wrote.
     handlers = {k: ocp.StandardCheckpointHandler() for k in ("trained", "opt_state")}
     handlers["run"] = ocp.JsonCheckpointHandler()
-    path = os.path.join(os.path.abspath(workdir), "checkpoints")
+    path = plain_path(os.path.join(workdir, "checkpoints"))
     return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
 

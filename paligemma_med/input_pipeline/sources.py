@@ -46,6 +46,8 @@ def folder_of(data: Mapping[str, Any]) -> pathlib.Path:
     """The folder that `open_source` reads; InputError where the set isn't built, or would run other code than TFDS'."""
     data_dir = data.get("data_dir")
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    if any("\ud800" <= c <= "\udfff" for c in str(data_dir)):  # ArrayRecord takes texts alone
+        raise InputError(f"data.data_dir={str(data_dir)!r}: its name isn't UTF-8; rename it")
     folder = _find_version(str(data["name"]), data_dir)
     try:
         check_feature_classes(folder)
