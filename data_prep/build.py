@@ -32,6 +32,7 @@ from data_prep import report as report_lib
 from data_prep.builders import tfrecord
 from data_prep.builders.vqa import REPORT_NAME, Option
 from data_prep.files import DataError
+from paligemma_med.pp import command_line
 from paligemma_med.pp.files import default_data_dir
 
 # Name -> module with a `Builder` (a VqaBuilder): each folder of datasets/ that has one. A module that
@@ -295,8 +296,8 @@ def _options() -> dict[str, tuple[Option, list[str]]]:
 
 def _define_flags() -> None:
     # Not on import: other programs import `build` and define their own --data_dir.
-    flags.DEFINE_string("manual_dir", None, "Folder with the released files (unpacked).")
-    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
+    command_line.define_path("manual_dir", None, "Folder with the released files (unpacked).")
+    command_line.define_path("data_dir", None, "Where TFDS data sets are; $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_string("config", None, "One config, such as en; all of them if not given.")
     flags.DEFINE_enum(
         "file_format",
@@ -313,7 +314,7 @@ def _define_flags() -> None:
         None,
         "With --beam: arguments of the pipeline, such as --runner=FlinkRunner.",
     )
-    flags.DEFINE_string("report", None, "Folder for a report of what is built (extra `report`).")
+    command_line.define_path("report", None, "Folder for a report of what is built (extra `report`).")
     # None means that an option wasn't given, which matters for data sets that don't have it.
     for key, (option, names) in _options().items():
         kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -360,4 +361,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

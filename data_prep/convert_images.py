@@ -20,6 +20,7 @@ from data_prep import files
 from data_prep.files import DataError
 from data_prep.images import convert as images
 from data_prep.progress import progress
+from paligemma_med.pp import command_line
 
 
 def _inputs(paths: Iterable[str | os.PathLike]) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
@@ -86,6 +87,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output_dir", None, "Where the images go.")
+    command_line.define_path("output_dir", None, "Where the images go.")
     flags.mark_flag_as_required("output_dir")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

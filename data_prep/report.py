@@ -27,7 +27,7 @@ from data_prep.builders.vqa import REPORT_NAME
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
-from paligemma_med.pp import markdown, tokenizer
+from paligemma_med.pp import command_line, markdown, tokenizer
 from paligemma_med.pp.files import default_data_dir
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
@@ -358,6 +358,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data_dir", None, "Where the data sets were built.")
-    flags.DEFINE_string("out", None, "Folder for the report.", required=True)
-    app.run(main)
+    command_line.define_path("data_dir", None, "Where the data sets were built.")
+    command_line.define_path("out", None, "Folder for the report.", required=True)
+    app.run(main, flags_parser=command_line.parse_flags)

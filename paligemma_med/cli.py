@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from paligemma_med.config import stand_ins
 from paligemma_med.parallel import ending
+from paligemma_med.pp import command_line
 
 
 def command(main) -> Callable:
@@ -54,13 +55,15 @@ def command(main) -> Callable:
 
 def parse_flags(argv) -> list[str]:
     """The programs' `app.run(…, flags_parser=parse_flags)`: one line on a wrong --config=… or --config.key=…, for
-    which absl and ml_collections show a traceback.
+    which absl and ml_collections show a traceback. As `command_line.parse_flags`, it prepares output and --help.
 
     With --workdir=RUN (or a run as --checkpoint) and without --config, --config.key=value changes the run's own config.
     """
+    command_line.prepare()
     if is_changed_run(argv):
         # Where config_flags looks for the values of --config.key.
         sys.argv = argv = [argv[0], f"--config={_OF_RUN}:{_run_of(argv)}", *argv[1:]]
+    argv = [_located(a, before) for a, before in zip(argv, ["", *argv])]
     try:
         with stand_ins.importable(_config_file(argv)):
             return flags.FLAGS(argv)
@@ -95,10 +98,25 @@ def is_changed_run(argv=None) -> bool:
 def _run_of(argv):
     """The folder of the run that a command line names; None if it names none."""
     if folder := _value_of("workdir", argv):
-        return folder
+        return os.path.expanduser(folder)
     checkpoint = os.path.expanduser(_value_of("checkpoint", argv) or "")
     found = [checkpoint, checkpoint.rpartition("@")[0]]
     return next((folder for folder in found if folder and os.path.isfile(os.path.join(folder, "config.json"))), None)
+
+
+def _located(argument, before):
+    """The argument --config=~/x.py with the home folder in place of ~, and configs/x.py with the installed file's
+    name, if the current folder has no such file; or what follows --config alone."""
+    flag, equals, value = argument.partition("=")
+    if flag in ("--config", "-config") and equals:
+        return f"{flag}={_located(value, '--config')}"
+    if before not in ("--config", "-config"):
+        return argument
+    path, colon, rest = os.path.expanduser(argument).partition(":")
+    shipped = os.path.join(os.path.dirname(os.path.dirname(__file__)), path)
+    if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(shipped):
+        path = shipped
+    return path + colon + rest
 
 
 def _config_file(argv):
@@ -118,7 +136,7 @@ def _value_of(flag, argv):
 
 def define_weight_flags() -> None:
     """--base, --resample_posemb, --allow_nonfinite of all programs that read weights; see `with_weight_flags`."""
-    flags.DEFINE_string("base", None, "Where the weights are that a run started from, if they were moved since.")
+    command_line.define_path("base", None, "Where the weights are that a run started from, if they were moved since.")
     flags.DEFINE_bool("resample_posemb", False, "Resample position embeddings of weights of another resolution.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
 
@@ -143,13 +161,13 @@ def define_source_flags() -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Experiment; default: the workdir's own, in which --config.key=value changes a value."
     )
-    flags.DEFINE_string("workdir", None, "Folder of a run.")
-    flags.DEFINE_string(
+    command_line.define_path("workdir", None, "Folder of a run.")
+    command_line.define_path(
         "checkpoint",
         None,
         "Weights of any form, or a run; default: the workdir's newest.",
     )
-    flags.DEFINE_string("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
+    command_line.define_path("adapter", None, "PEFT adapter directory to put on top of --checkpoint.")
     define_weight_flags()
 
 

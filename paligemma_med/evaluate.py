@@ -17,6 +17,7 @@ from paligemma_med import cli, experiment, preflight, weights
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
 from paligemma_med.parallel import distributed, sharding
+from paligemma_med.pp import command_line
 from paligemma_med.setup import Setup
 
 
@@ -108,7 +109,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
     cli.define_source_flags()
     distributed.define_flags()
-    flags.DEFINE_string("out", None, "Where eval/ goes; default: the workdir.")
+    command_line.define_path("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
     flags.DEFINE_list("controls", ["all"], f"Some of {', '.join(scoring.CONTROLS)}, or all.")
     flags.DEFINE_bool("resume", True, "Resume an interrupted evaluation.")

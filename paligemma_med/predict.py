@@ -10,7 +10,7 @@ from absl import app, flags, logging
 
 from paligemma_med import cli, decode, weights
 from paligemma_med.parallel import distributed, sharding
-from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp import command_line, get_preprocess_fn
 
 
 def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
@@ -89,7 +89,7 @@ _DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "
 if __name__ == "__main__":
     cli.define_source_flags()
     distributed.define_flags()
-    flags.DEFINE_string("image", None, "Image file: JPEG, PNG, TIFF, DICOM, … (docs/images.md).", required=True)
+    command_line.define_path("image", None, "Image file: JPEG, PNG, TIFF, DICOM, … (docs/images.md).", required=True)
     flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
     flags.DEFINE_integer("num_samples", 1, "Answers for each question.")

@@ -19,6 +19,7 @@ from paligemma_med.config import eval_names
 from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
 from paligemma_med.parallel import compilation_cache, distributed, ending, notes, sharding
+from paligemma_med.pp import command_line
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import (
     describe,
@@ -286,7 +287,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
     # Here and not at the top, so that importing this module defines no flags.
     config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
-    flags.DEFINE_string("workdir", None, "Folder of the run; created if need be.")
+    command_line.define_path("workdir", None, "Folder of the run; created if need be.")
     flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")
     flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and FLOPs, stop.")
     flags.DEFINE_bool("find_batch_size", False, "How many examples at a time fit in --hbm_gib.")

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "evaluation": ("decode", "metrics", "pp", "parallel", "files"),
     "evaluators": ("evaluation", "decode", "metrics", "pp", "parallel", "files"),
     "config": ("pp", "models", "quantise", "checkpoints"),
-    "cli": ("parallel", "config", "checkpoints"),
+    "cli": ("pp", "parallel", "config", "checkpoints"),
     "experiment": ("config", "evaluators", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
     "weights": ("setup", "experiment", "config", "quantise", "models", "parallel", "checkpoints"),
     "judge": ("evaluation", "metrics", "pp", "files"),

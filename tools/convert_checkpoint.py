@@ -22,6 +22,7 @@ from paligemma_med.checkpoints import CheckpointError, adapter, bv, forms, hf, p
 from paligemma_med.cli import command
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.pp import command_line
 
 FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
 
@@ -174,11 +175,11 @@ if __name__ == "__main__":
     flags.DEFINE_enum("to", None, FORMS, "Form to write; peft: only the adapters.", required=True)
     flags.DEFINE_enum("dtype", None, types, "Type of the weights written; default: as they are.")
     flags.DEFINE_bool("merge", False, "Merge adapters into the weights they adapt.")
-    flags.DEFINE_string("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
+    command_line.define_path("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
-    flags.DEFINE_string("base", None, "Where the weights are that the run SRC started from, if they were moved.")
+    command_line.define_path("base", None, "Where the weights are that the run SRC started from, if they were moved.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
     flags.DEFINE_enum("key_style", "4.52", peft.KEY_STYLES, "--to=peft: transformers that names are from.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

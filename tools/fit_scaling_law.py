@@ -26,7 +26,7 @@ import scipy.stats
 from absl import app, flags
 
 from paligemma_med.cli import command
-from paligemma_med.pp import json_text, tables
+from paligemma_med.pp import command_line, json_text, tables
 
 NAMES = ("A", "alpha", "beta", "E")
 MAX_EXPONENT = 5.0
@@ -326,4 +326,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("d", "step", "Column of D.")
     flags.DEFINE_float("d_scale", 1.0, "What D is multiplied by: tokens a step.", lower_bound=0)
     flags.DEFINE_string("loss", "training_loss", "Column of the loss.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -18,7 +18,7 @@ from absl import app, flags
 from paligemma_med.cli import command
 from paligemma_med.evaluation import results
 from paligemma_med.judge import criteria, figures, judge, replies
-from paligemma_med.pp import json_text
+from paligemma_med.pp import command_line, json_text
 
 
 def settings_from(text, structured, protocol) -> dict:
@@ -98,8 +98,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("samples", "all", ("all", "first"), "Which answers of a question to judge.")
     flags.DEFINE_list("who", ["model"], "Whose answers: model, and controls of the predictions.")
     flags.DEFINE_integer("num_questions", None, "Judge so many, chosen by their ids; default: all.")
-    flags.DEFINE_string("human", None, "CSV question_id,label[,sample] to compare the judge with.")
-    flags.DEFINE_string("cache", None, "File of replies; default: judge_cache.jsonl in the folder.")
+    command_line.define_path("human", None, "CSV question_id,label[,sample] to compare the judge with.")
+    command_line.define_path("cache", None, "File of replies; default: judge_cache.jsonl in the folder.")
     flags.DEFINE_string(
         "settings",
         "{}",
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("price_in", None, "Price of a million prompt tokens.")
     flags.DEFINE_float("price_out", None, "Price of a million completion tokens.")
     flags.DEFINE_bool("dry_run", False, "Ask nothing; show what would be asked.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

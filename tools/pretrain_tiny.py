@@ -18,6 +18,7 @@ from configs import tiny_base
 from data_prep import build
 from data_prep.files import DataError
 from paligemma_med import checkpoints, evaluate, train
+from paligemma_med.pp import command_line
 
 
 def pretrain(configs, workdir, output) -> dict:
@@ -58,6 +59,6 @@ if __name__ == "__main__":
     path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "tiny_base.py")
     for lesson in tiny_base.DATA:
         config_flags.DEFINE_config_file(f"lesson{lesson}", f"{path}:lesson={lesson}", f"Experiment of lesson {lesson}.")
-    flags.DEFINE_string("workdir", "out/tiny_base", "Folder of the run.")
-    flags.DEFINE_string("output", "tools/tiny_base.npz", "Where the weights are written.")
-    app.run(main)
+    command_line.define_path("workdir", "out/tiny_base", "Folder of the run.")
+    command_line.define_path("output", "tools/tiny_base.npz", "Where the weights are written.")
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -24,6 +24,7 @@ from data_prep.files import DataError
 from paligemma_med import evaluate, input_pipeline, predict, train
 from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import results as evaluations
+from paligemma_med.pp import command_line
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
@@ -227,6 +228,6 @@ if __name__ == "__main__":
         config_flags.DEFINE_config_file(
             f"stage{stage}", f"{ROOT / CONFIG}:stage={stage}", f"Experiment of stage {stage}."
         )
-    flags.DEFINE_string("out", "quickstart_out", "Folder of everything that is written.")
+    command_line.define_path("out", "quickstart_out", "Folder of everything that is written.")
     flags.DEFINE_bool("overwrite", False, "Delete what an earlier run left there, and start anew.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from paligemma_med.pp import command_line
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -107,4 +109,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("every", ["60", "180"], "Seconds from a start to its kill: least,most.")
     flags.DEFINE_float("for", 2700, "Seconds after which it isn't killed any more.")
     flags.DEFINE_integer("seed", 0, "Of the moments and the signals.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

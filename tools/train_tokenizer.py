@@ -22,12 +22,14 @@ from collections.abc import Iterator
 import sentencepiece
 from absl import app, flags, logging
 
-_OUTPUT = flags.DEFINE_string(
+from paligemma_med.pp import command_line
+
+_OUTPUT = command_line.define_path(
     "output", "paligemma_med/pp/tiny_tokenizer.model", "Where the SentencePiece model is written."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the composed corpus.")
 _NUM_SENTENCES = flags.DEFINE_integer("num_sentences", 40_000, "How many sentences to compose.")
-_CORPUS = flags.DEFINE_string("corpus", None, "If given, the composed corpus is written there too.")
+_CORPUS = command_line.define_path("corpus", None, "If given, the composed corpus is written there too.")
 
 VOCAB_SIZE = 1024
 
@@ -392,4 +394,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from data_prep.curate.run import curate, describe, paths_of
 from data_prep.files import DataError
+from paligemma_med.pp import command_line
 from paligemma_med.pp.files import default_data_dir
 
 
@@ -54,8 +55,8 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Rules and relevance; see configs/paper.py.")
     flags.DEFINE_multi_string("input", None, "JSONL, MedM's .json or .csv, or tfds:NAME:SPLIT.")
-    flags.DEFINE_string("output", None, "JSONL of the rows kept.")
-    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
+    command_line.define_path("output", None, "JSONL of the rows kept.")
+    command_line.define_path("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_bool("overwrite", False, "Begin anew, and replace what is there.")
     flags.mark_flags_as_required(["config", "input", "output"])
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -24,14 +24,17 @@ _HOW = "set BIG_VISION_DIR to a checkout of big_vision, or write that part witho
 
 @contextlib.contextmanager
 def importable(config_file=None) -> Iterator[None]:
-    """A context in which `import big_vision…` works, as far as config files need it.
+    """A context in which `import big_vision…` works, as far as config files need it, and a config file that lies in
+    a package (configs/) finds its neighbours, whatever else of that name can be imported.
 
     Args:
       config_file: the file to be read.
     """
     path, before = list(sys.path), {name for name in sys.modules if _is_its(name)}
     own, named = checkout_of(config_file), os.path.expanduser(os.environ.get("BIG_VISION_DIR", ""))
-    sys.path[:] = [*([own] if own else []), *path, *([named] if _is_checkout(named) else [])]
+    root, package = _package_of(config_file)
+    sys.path[:] = [*filter(None, (root, own)), *path, *([named] if _is_checkout(named) else [])]
+    hidden = _hide(package, root)
     finder = _Finder()
     sys.meta_path.append(finder)  # last, so that it is only asked for what no other finder has
     try:
@@ -41,6 +44,29 @@ def importable(config_file=None) -> Iterator[None]:
         sys.path[:] = path
         for name in [n for n in sys.modules if _is_its(n) and n not in before]:
             del sys.modules[name]
+        if hidden:
+            _hide(package, None)
+            sys.modules.update(hidden)
+
+
+def _package_of(config_file):
+    """(folder, name) of the package that a file lies in, the outermost one; (None, None) if it lies in none."""
+    if config_file is None or not os.path.exists(config_file):
+        return None, None
+    folder = pathlib.Path(config_file).resolve().parent
+    top = None
+    while (folder / "__init__.py").is_file():
+        folder, top = folder.parent, folder.name
+    return (str(folder), top) if top else (None, None)
+
+
+def _hide(package, root):
+    """Takes a package's modules out of sys.modules, unless they are those below `root`; gives them."""
+    found = sys.modules.get(package) if package else None
+    if found is None or (root and root in (str(pathlib.Path(p).resolve().parent) for p in found.__path__)):
+        return {}
+    names = [n for n in sys.modules if n.partition(".")[0] == package]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def checkout_of(path) -> str | None:

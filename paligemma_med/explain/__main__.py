@@ -25,6 +25,7 @@ from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import images_in, read_bytes, read_mask, read_questions
 from paligemma_med.page import check_jinja
 from paligemma_med.parallel import compilation_cache, distributed, ending
+from paligemma_med.pp import command_line
 from paligemma_med.saliency import occlusion
 from paligemma_med.saliency.methods import METHODS
 
@@ -105,21 +106,21 @@ _OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "
 if __name__ == "__main__":
     cli.define_source_flags()
     distributed.define_flags()
-    flags.DEFINE_string("image", None, "Image or DICOM file.")
+    command_line.define_path("image", None, "Image or DICOM file.")
     flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")
-    flags.DEFINE_string("image_dir", None, "Folder of images, in place of --image.")
-    flags.DEFINE_string("questions", None, "CSV or TSV: columns image (below it) and question.")
-    flags.DEFINE_string("out", None, "The page; with --image_dir a folder.", required=True)
-    flags.DEFINE_string("mask", None, "Image file, white where the image is to be replaced.")
-    flags.DEFINE_string("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")
-    flags.DEFINE_string("npz", None, "File for the exact arrays; with --image_dir: 1 for --out.")
+    command_line.define_path("image_dir", None, "Folder of images, in place of --image.")
+    command_line.define_path("questions", None, "CSV or TSV: columns image (below it) and question.")
+    command_line.define_path("out", None, "The page; with --image_dir a folder.", required=True)
+    command_line.define_path("mask", None, "Image file, white where the image is to be replaced.")
+    command_line.define_path("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")
+    command_line.define_path("npz", None, "File for the exact arrays; with --image_dir: 1 for --out.")
     flags.DEFINE_list("methods", list(METHODS), f"Some of {', '.join(METHODS)}.")
     flags.DEFINE_enum("fill", "blur", list(occlusion.FILLS), "What stands in for what is occluded.")
     flags.DEFINE_integer("num_samples", 5, "Sampled answers beside the most probable one.")
     flags.DEFINE_float("temperature", 1.0, "Of the samples.")
     flags.DEFINE_integer("seed", 0, "Of the samples.")
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
-    flags.DEFINE_string(
+    command_line.define_path(
         "compilation_cache",
         os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "paligemma_med", "programs"),
         "Folder that keeps compiled programs for the next start; empty for none.",

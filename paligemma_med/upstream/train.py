@@ -10,6 +10,7 @@ Example:
 # the config file, the model, the evaluators and the data sets are ours. The flags are those of its
 # trainer, which defines them on import.
 
+import contextlib
 import importlib
 import os
 import sys
@@ -21,6 +22,7 @@ from paligemma_med import cli, input_pipeline, upstream
 from paligemma_med.parallel import compilation_cache, sharding
 from paligemma_med.pp import json_text
 from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import run_files
 from paligemma_med.upstream import config as configs
 from paligemma_med.upstream import shims
 
@@ -80,7 +82,8 @@ def train(config, workdir, trainer) -> None:
     shims.number_metrics(trainer.u.BigVisionMetricWriter)
     flags.FLAGS["config"].value = theirs
     flags.FLAGS["workdir"].value = workdir
-    with sharding.rules(config, setup.mesh):
+    alone = run_files.sole_use(workdir) if workdir else contextlib.nullcontext()
+    with alone, sharding.rules(config, setup.mesh):
         trainer.main([])
 
 
@@ -93,7 +96,8 @@ def main(argv) -> None:
         raise app.UsageError("--config is needed.")
     if not flags.FLAGS.workdir:  # its trainer would train and save nothing
         raise app.UsageError("--workdir is needed.")
-    train(flags.FLAGS.config, flags.FLAGS.workdir, importlib.import_module(TRAINER))
+    workdir = os.path.expanduser(flags.FLAGS.workdir)  # its trainer defines the flag
+    train(flags.FLAGS.config, workdir, importlib.import_module(TRAINER))
 
 
 def start() -> None:

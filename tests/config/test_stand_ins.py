@@ -137,3 +137,21 @@ def test_its_pp_gives_what_ours_gives():
     assert all(np.array_equal(found[k], expected[k]) for k in found)
     spaced = run_pp(stand_ins.combine_and_keep_train(20, before=(image, prompt, 'copy("answer", "suffix")'), sep=" "))
     assert not np.array_equal(spaced["text"], run_pp(train)["text"])
+
+
+def test_a_config_file_finds_its_neighbours_whatever_else_has_their_packages_name(tmp_path, monkeypatch):
+    """As in a folder with a configs/ of its own, where an installed config is read."""
+    for name in ("theirs", "ours"):
+        folder = tmp_path / name / "some_configs"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder / "common.py").write_text(f"NAME = {name!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "theirs")
+    common = importlib.import_module("some_configs.common")
+    file = tmp_path / "ours" / "some_configs" / "x.py"
+    file.touch()
+    with stand_ins.importable(str(file)):
+        assert importlib.import_module("some_configs.common").NAME == "ours"
+    assert importlib.import_module("some_configs.common") is common and common.NAME == "theirs"
+    with stand_ins.importable(str(tmp_path / "theirs" / "some_configs" / "common.py")):
+        assert importlib.import_module("some_configs.common") is common

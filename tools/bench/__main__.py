@@ -27,6 +27,7 @@ from absl import app, flags
 
 from paligemma_med import files
 from paligemma_med.models import presets
+from paligemma_med.pp import command_line
 
 _MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
 _OURS = dict(scan=None, attn_impl=None)
@@ -146,7 +147,7 @@ def define_flags() -> None:
             parts = ", ".join(part for part, (_, takes) in PARTS.items() if name in takes)
             getattr(flags, kind)(name, None, f"{parts}: {text}")
     flags.DEFINE_enum("peer", None, ("hf", "big_vision", "none"), "What to compare with.")
-    flags.DEFINE_string("json", None, "File to write the figures to, too.")
+    command_line.define_path("json", None, "File to write the figures to, too.")
 
 
 def main(argv) -> None:
@@ -174,4 +175,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -19,6 +19,7 @@ import time
 from absl import app, flags
 
 from data_prep.datasets.pmc_vqa import fake
+from paligemma_med.pp import command_line
 
 
 def measure(rows: int, folder: pathlib.Path, pixels: int) -> dict:
@@ -54,5 +55,5 @@ def main(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("rows", ["10000", "100000"], "Rows of train, one number a set.")
     flags.DEFINE_integer("pixels", 224, "Side of the images.")
-    flags.DEFINE_string("folder", None, "For temporary files, three times the images; /tmp.")
-    app.run(main)
+    command_line.define_path("folder", None, "For temporary files, three times the images; /tmp.")
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from paligemma_med import cli
 from paligemma_med.checkpoints import workdir
+from paligemma_med.pp import command_line
 from paligemma_med.setup import TrainingSetup
 
 
@@ -94,8 +95,8 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/stage2_medpix2.py", "Experiment.")
-    flags.DEFINE_string("folder", None, "Where to write checkpoints, for the time of the run.")
+    command_line.define_path("folder", None, "Where to write checkpoints, for the time of the run.")
     flags.DEFINE_float("seconds", 60, "Length of a turn.")
     flags.DEFINE_float("every", 20, "Seconds between two checkpoints.")
     flags.DEFINE_integer("turns", 3, "Turns with, and as many without checkpoints.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

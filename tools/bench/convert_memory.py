@@ -24,7 +24,7 @@ from paligemma_med import checkpoints
 from paligemma_med.checkpoints import lazy, npz
 from paligemma_med.models import lora_targets, vlm
 from paligemma_med.models.leaves import flatten_tree
-from paligemma_med.pp import markdown
+from paligemma_med.pp import command_line, markdown
 
 LORA = [("(img/Transformer|llm/layers)/.*(query|key|value|out|einsum)/(kernel|w)", dict(rank=8))]
 
@@ -99,5 +99,5 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("folder", None, "Where 18 GB are free; default: the system's own.")
-    app.run(main)
+    command_line.define_path("folder", None, "Where 18 GB are free; default: the system's own.")
+    app.run(main, flags_parser=command_line.parse_flags)

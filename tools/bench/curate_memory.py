@@ -18,7 +18,7 @@ import time
 
 from absl import app, flags
 
-from paligemma_med.pp import markdown
+from paligemma_med.pp import command_line, markdown
 
 CONFIG = "data_prep/curate/configs/paper.py"
 
@@ -71,4 +71,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("rows", ["20000", "100000", "200000"], "Numbers of rows.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -23,7 +23,7 @@ from paligemma_med import experiment, input_pipeline, quantise, weights
 from paligemma_med.checkpoints import workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.parallel import sharding
-from paligemma_med.pp import markdown
+from paligemma_med.pp import command_line, markdown
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
@@ -142,9 +142,9 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "A run, whose evals are asked.")
-    flags.DEFINE_string("out", "frozen_types", "Folder of their predictions.")
+    command_line.define_path("workdir", None, "A run, whose evals are asked.")
+    command_line.define_path("out", "frozen_types", "Folder of their predictions.")
     flags.DEFINE_integer("batches", 4, "Of the first eval, whose logits are compared.")
     flags.DEFINE_enum("size", "bench-s", sorted(sizes.SIZES), "Of the timed step.")
     flags.DEFINE_integer("rounds", 5, "Steps of each type, by turns.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med.parallel import sharding
-from paligemma_med.pp import markdown
+from paligemma_med.pp import command_line, markdown
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
 from tools.bench.workers import forget_peak, resident
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A config instead of the cases of old.")
     flags.DEFINE_enum("case", None, sorted(CASES), "One case, told as JSON.")
     flags.DEFINE_integer("steps", 3, "Steps to take.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

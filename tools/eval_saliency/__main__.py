@@ -21,6 +21,7 @@ from absl import app, flags
 from paligemma_med import cli, experiment, files, input_pipeline
 from paligemma_med.evaluation import results
 from paligemma_med.parallel import distributed, sharding
+from paligemma_med.pp import command_line
 from paligemma_med.saliency import occlusion
 from tools.eval_saliency.measure import Subject, measure_all
 from tools.eval_saliency.questions import boxed_questions
@@ -69,8 +70,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", "slake/en", "Data set, as built by data_prep, with boxes.")
     flags.DEFINE_string("split", "validate", "Split that is measured.")
     flags.DEFINE_string("train_split", "train", "Split whose boxes make the priors.")
-    flags.DEFINE_string("data_dir", None, "Where data sets are built; default: $TFDS_DATA_DIR.")
-    flags.DEFINE_string("out", None, "Folder to write to.")
+    command_line.define_path("data_dir", None, "Where data sets are built; default: $TFDS_DATA_DIR.")
+    command_line.define_path("out", None, "Folder to write to.")
     flags.DEFINE_integer("limit", None, "Only the first so many questions; default: all.")
     flags.DEFINE_integer("steps", 16, "Steps of the deletion and insertion curves.", lower_bound=1)
     flags.DEFINE_enum("fill", "blur", occlusion.FILLS, "What replaces patches.")

@@ -18,6 +18,7 @@ from absl import app, flags
 
 from paligemma_med import files
 from paligemma_med.cli import command
+from paligemma_med.pp import command_line
 from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
 
 
@@ -134,10 +135,10 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "Folder to write to; default: report/ in the first workdir.")
-    flags.DEFINE_list("compare", None, "Two workdirs: the second against the first.")
-    flags.DEFINE_list("foreign", [], "Others' files of predictions: .xlsx, .csv, .json, .jsonl.")
-    flags.DEFINE_string("data_dir", None, "Where the data sets are built, for images.")
+    command_line.define_path("out", None, "Folder to write to; default: report/ in the first workdir.")
+    command_line.define_paths("compare", None, "Two workdirs: the second against the first.")
+    command_line.define_paths("foreign", [], "Others' files of predictions: .xlsx, .csv, .json, .jsonl.")
+    command_line.define_path("data_dir", None, "Where the data sets are built, for images.")
     flags.DEFINE_integer("questions", 8, "Questions to show of each kind.", lower_bound=0)
     flags.DEFINE_string("title", "Evaluation report", "Title of the report.")
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -14,6 +14,7 @@ import pathlib
 from absl import app, flags
 
 from paligemma_med import cli
+from paligemma_med.pp import command_line
 from tools.review_qa import page, pictures, rows, verdicts
 
 
@@ -55,14 +56,14 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "HTML page to write.")
+    command_line.define_path("out", None, "HTML page to write.")
     flags.DEFINE_integer("rows", 100, "Pairs to draw; 0: all.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of the drawing.")
     flags.DEFINE_multi_string(
         "images", [], "Folder or .zip of images, release:NAME:FOLDER or tfds:NAME/CONFIG[:SPLIT]."
     )
-    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
-    flags.DEFINE_string("verdicts", None, "CSV that the page saved.")
-    flags.DEFINE_string("output", None, "With --verdicts: JSONL of the pairs that stay.")
+    command_line.define_path("data_dir", None, "Where TFDS data sets are.")
+    command_line.define_path("verdicts", None, "CSV that the page saved.")
+    command_line.define_path("output", None, "With --verdicts: JSONL of the pairs that stay.")
     flags.DEFINE_bool("drop_unsure", False, "With --verdicts: also leave out the unsure ones.")
     app.run(main, flags_parser=cli.parse_flags)

@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import cli
-from paligemma_med.pp import json_text
+from paligemma_med.pp import command_line, json_text
 from tools.synthesize_qa import loading, run, sources, templates, write
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -111,19 +111,19 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "input", [], "Captions: " + sources.EXPECTED.removeprefix("expected ") + ". May be given several times."
     )
-    flags.DEFINE_string("output", None, "JSON Lines to write; the journal is next to it.")
+    command_line.define_path("output", None, "JSON Lines to write; the journal is next to it.")
     flags.DEFINE_list("templates", ["caption"], f"Some of {', '.join(templates.names())}.")
     flags.DEFINE_bool("list_templates", False, "Show the templates, and do nothing else.")
     flags.DEFINE_integer("pairs", 5, "Questions to ask for in one reply.", lower_bound=1)
-    flags.DEFINE_string("examples", None, "JSON Lines of captions with good pairs, shown first.")
+    command_line.define_path("examples", None, "JSON Lines of captions with good pairs, shown first.")
     flags.DEFINE_integer("max_rows", None, "Only the first so many captions; default: all.", lower_bound=1)
-    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
+    command_line.define_path("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_string("id_column", None, "Column of a table that names the image.")
     flags.DEFINE_string("caption_column", None, "Column of a table that holds the caption.")
     config_flags.DEFINE_config_file("config", str(_CONFIG), "Which pairs are dropped.")
 
     flags.DEFINE_enum("backend", "transformers", run.BACKENDS, "What answers.")
-    flags.DEFINE_string("model", DEFAULT_MODEL, "Folder, .gguf file, name on the hub, or as the server calls it.")
+    command_line.define_path("model", DEFAULT_MODEL, "Folder, .gguf file, name on the hub, or as the server calls it.")
     flags.DEFINE_integer("max_new_tokens", 1024, "Tokens of a reply, at most.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.", lower_bound=0.0)
     flags.DEFINE_float(

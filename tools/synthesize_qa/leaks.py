@@ -17,6 +17,7 @@ from absl import app, flags
 
 from data_prep import qa_files
 from paligemma_med import cli
+from paligemma_med.pp import command_line
 from tools.synthesize_qa import quality, sources
 
 
@@ -78,6 +79,6 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("captions", None, "A source of captions, as --input of synthesize_qa.")
-    flags.DEFINE_string("data_dir", None, "Where TFDS data sets are.")
+    command_line.define_path("data_dir", None, "Where TFDS data sets are.")
     flags.DEFINE_bool("answer_is_caption", False, "The answers are the captions.")
     app.run(main, flags_parser=cli.parse_flags)

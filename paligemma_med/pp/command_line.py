@@ -1,0 +1,80 @@
+"""What the command lines of all programs have in common: paths as flags, --help, and output that any terminal takes.
+
+It lives in `pp` because the programs of `data_prep` may import no other package of the library; `paligemma_med.cli` has
+what those of a model share.
+"""
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+_OURS = ("paligemma_med", "configs", "data_prep", "tools")
+
+
+class _Path(flags.ArgumentParser):
+    """A path, in which a leading ~ is the home folder: in --workdir=~/runs no shell replaces it."""
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+class _Paths(flags.ArgumentParser):
+    """Paths with commas between them. One that exists may have commas; else such a one stands in quotes, as in CSV."""
+
+    def parse(self, argument: str | Sequence[str]) -> list[str]:
+        if not isinstance(argument, str):
+            return [os.path.expanduser(path) for path in argument]
+        whole = os.path.expanduser(argument)
+        if os.path.exists(whole):
+            return [whole]
+        parts = next(csv.reader([argument], strict=True), [])
+        return [os.path.expanduser(part.strip()) for part in parts]
+
+    def flag_type(self) -> str:
+        return "paths with commas between them"
+
+
+class _PathsSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: Sequence[str]) -> str:
+        out = io.StringIO()
+        csv.writer(out, lineterminator="").writerow(value)
+        return out.getvalue()
+
+
+def define_path(name: str, default: str | None, help: str, **kw) -> flags.FlagHolder:
+    """Defines a flag that is a path, as `flags.DEFINE_string` would. kw: such as required=True."""
+    return flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **kw)
+
+
+def define_paths(name: str, default: Sequence[str] | None, help: str) -> None:
+    """Defines a flag that is a list of paths."""
+    flags.DEFINE(_Paths(), name, default, help, serializer=_PathsSerializer())
+
+
+def prepare() -> None:
+    """To be called before flags are parsed.
+
+    A character that the terminal's encoding lacks (PYTHONIOENCODING=ascii) or that isn't in UTF-8 is printed as an
+    escape, where Python would end the program. And --help lists all flags of the program, also those that it defines
+    through functions of other modules.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.partition(".")[0] in _OURS:
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """For `app.run(main, flags_parser=…)` of a program without --config: absl's own parser, after `prepare`."""
+    prepare()
+    return app.parse_flags_with_usage(argv)

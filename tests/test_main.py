@@ -1,0 +1,56 @@
+"""All programs under one name, in any folder."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from paligemma_med import __main__, cli
+from tests import environ
+
+
+def test_every_program_exists():
+    for name, module in __main__.PROGRAMS.items():
+        found = importlib.util.find_spec(module)
+        assert found, name
+        if found.submodule_search_locations:
+            assert importlib.util.find_spec(f"{module}.__main__"), name
+
+
+@pytest.mark.parametrize(
+    "argv, status, said",
+    [
+        (["fit_scaling_law", "--help"], 1, "--d_scale"),  # absl's status
+        (["tools.nosuch"], 1, "error: there is no program 'tools.nosuch'; expected one of train, "),
+        ([], 0, "programs: train, "),
+    ],
+)
+def test_a_folder_may_have_tools_and_configs_of_its_own(tmp_path, repo_root, argv, status, said):
+    for name in ("tools", "configs", "data_prep"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    run = subprocess.run(
+        [sys.executable, "-m", "paligemma_med", *argv],
+        cwd=tmp_path,
+        env=environ.of_program(PYTHONPATH=str(repo_root)),
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, said in run.stdout + run.stderr) == (status, True), run
+
+
+def test_shipped_configs_are_found_in_any_folder(tmp_path, repo_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shipped = str(repo_root / "configs" / "quickstart.py")
+    for argv, found in (
+        (["--config=configs/quickstart.py:a=~/x"], [f"--config={shipped}:a=~/x"]),
+        (["--config", "configs/quickstart.py"], ["--config", shipped]),
+        (["--config=~/x.py:a"], [f"--config={tmp_path}/x.py:a"]),
+        (["--config=configs/nosuch.py", "--config.lr=~"], ["--config=configs/nosuch.py", "--config.lr=~"]),
+    ):
+        assert [cli._located(a, before) for a, before in zip(argv, ["", *argv])] == found
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.py").touch()
+    assert cli._located("configs/quickstart.py", "--config") == "configs/quickstart.py"
