@@ -1,15 +1,19 @@
 """Regexes in adapters and configs that would keep Python's engine for hours, or that it has no room for."""
 
+import gzip
 import json
 import re
 import time
 
 import pytest
 
+from data_prep.curate import relevance, rules
+from data_prep.files import DataError
 from paligemma_med.checkpoints import CheckpointError, peft_config
 from paligemma_med.models import lora_targets, parts
 from paligemma_med.models.layers import lora
 from paligemma_med.parallel import sharding
+from paligemma_med.pp import tokenizer
 from paligemma_med.training import optim
 
 SLOW = ("(([a-z._0-9])+)+!", "(.*)*(.*)*(.*)*!", "(?!(([a-z._0-9])+)+!)(([a-z._0-9])+)+!")
@@ -86,3 +90,59 @@ def test_a_configs_wrong_regex_is_a_sentence(use, regex):
     with pytest.raises(ValueError, match=rf"^{use.partition(',')[0]}: .* is not a regular expression of RE2's") as e:
         USES[use](regex)
     assert len(str(e.value)) < 400 and "\n" not in str(e.value)
+
+
+def tokenizer_json(regex=None, last=None):
+    """A Hugging Face tokenizer.json with Gemma's special tokens, one rule for cutting texts and perhaps one more id."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    vocab = {piece: i for i, piece in enumerate([*special, *"abc!▁"])} | ({} if last is None else {"z": last})
+    added = [
+        dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        for i, t in enumerate(special)
+    ]
+    split = dict(type="Split", pattern={"Regex": regex}, behavior="Isolated", invert=False)
+    model = dict(type="BPE", dropout=None, unk_token="<unk>", continuing_subword_prefix=None, end_of_word_suffix=None)
+    return json.dumps(
+        dict(
+            version="1.0",
+            truncation=None,
+            padding=None,
+            added_tokens=added,
+            normalizer=None,
+            pre_tokenizer=split if regex else None,
+            post_processor=None,
+            decoder=None,
+            model=model | dict(fuse_unk=True, byte_fallback=False, vocab=vocab, merges=[]),
+        )
+    ).encode()
+
+
+def test_a_tokenizers_rule_without_end_is_a_sentence(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(tokenizer_json())
+    assert len(tokenizer.read_file(str(path))[0]("abc")) == 3
+    path.write_bytes(tokenizer_json("(a+)+$!"))
+    with pytest.raises(ValueError, match="the rules of the tokenizer's file fail on 'aaaa"):
+        tokenizer.read_file(str(path))[0]("a" * 40 + "?")
+
+
+def test_a_tokenizers_file_takes_no_more_memory_than_one(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(tokenizer_json(last=2**31))
+    with pytest.raises(ValueError, match="expected ids below 16,777,216, found 2,147,483,648"):
+        tokenizer.read_file(str(path))
+    path.write_bytes(gzip.compress(bytes(2**21 + 1)))
+    monkeypatch.setattr(tokenizer, "_MOST_BYTES", 2**21)
+    with pytest.raises(ValueError, match="unpacked it has more than 2 MiB"):
+        tokenizer.read_file(str(path))
+
+
+@pytest.mark.parametrize("regex", ["(", "a{99999999999999999999}", "(?:" * 6000 + ")" * 6000])
+def test_what_is_wrong_with_a_rule_of_curation_is_a_sentence(regex):
+    """Curation's rules are its user's own, and Python's."""
+    with pytest.raises(DataError, match=r"^rules\[0\] \(pattern\): ") as e:
+        rules.make_rules([dict(rule="pattern", patterns=[regex])])
+    assert len(str(e.value)) < 300
+    with pytest.raises(DataError, match="^relevance.keywords: ") as e:
+        relevance.Relevance(keywords=[("x", regex)])
+    assert len(str(e.value)) < 300
