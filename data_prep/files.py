@@ -58,6 +58,14 @@ def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
         raise DataError(str(e)) from None
 
 
+def open_built(folder: os.PathLike | str) -> Any:
+    """The TFDS builder of a built data set; DataError: see `pp.tfds_files`."""
+    try:
+        return tfds_files.open_built(folder)
+    except ValueError as e:
+        raise DataError(str(e)) from None
+
+
 def check_feature_classes(folder: os.PathLike | str) -> None:
     """DataError where a built data set would have TFDS import other classes than its own: see `pp.tfds_files`."""
     try:

@@ -92,8 +92,7 @@ def describe_set(name: str, folder: pathlib.Path, tokens: Callable[[list[str]], 
     """Build report, lengths and distributions of one built set."""
     path = folder / REPORT_NAME
     build = files.read_json(path) if path.is_file() else {"splits": {}}
-    files.check_feature_classes(folder)
-    builder = tfds.builder_from_directory(folder)
+    builder = files.open_built(folder)
     tfrecord.check_random_access(builder.info.file_format, folder)
     panels, splits = _panels(builder.info.features), {}
     for split in builder.info.splits:

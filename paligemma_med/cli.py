@@ -48,9 +48,15 @@ def command(main) -> Callable:
                     raise
                 traceback.print_exc()
                 ending.leave(1)
-            ending.leave(f"error: {e}")
+            ending.leave(f"error: {_shown(e)}")
 
     return run
+
+
+def _shown(error):
+    """An error's message, each line of which fits a few lines of a terminal: it may quote what a file holds."""
+    lines = str(error).split("\n")
+    return "\n".join(x if len(x) <= 1000 else f"{x[:700]} … {x[-250:]}" for x in lines)
 
 
 def parse_flags(argv) -> list[str]:

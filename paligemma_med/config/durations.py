@@ -29,7 +29,7 @@ def to_steps(config, name, *, num_examples, batch_size, total_steps=None, defaul
     if unit == "steps":
         if value != int(value):
             raise ValueError(f"{name}_{unit} is {value!r}; expected a whole number.")
-        return int(value)
+        return _in_range(int(value), name, unit, value)
     if unit == "percent" and total_steps is None:
         raise ValueError(f"{name}_percent can't be used here: the total is not known yet.")
     factor = {
@@ -37,4 +37,10 @@ def to_steps(config, name, *, num_examples, batch_size, total_steps=None, defaul
         "examples": 1 / batch_size,
         "percent": total_steps,
     }[unit]
-    return max(1, round(value * factor)) if value else 0
+    return _in_range(max(1, round(min(value * factor, 1e30))), name, unit, value) if value else 0
+
+
+def _in_range(steps, name, unit, value):
+    if steps >= 2**31:
+        raise ValueError(f"{name}_{unit} is {value!r:.40}, which is too many steps; expected fewer than 2**31.")
+    return steps

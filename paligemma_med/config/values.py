@@ -6,7 +6,6 @@ sentence that names the key, what was found and what was expected.
 """
 
 import difflib
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -49,11 +48,13 @@ def check_keys(section, known, where) -> None:
 
 
 def _is_number(x):
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    # Beyond that, float32 soon overflows.
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e30
 
 
 def _is_whole(x):
-    return isinstance(x, int) and not isinstance(x, bool)
+    # What int32 holds, in which steps and shapes are counted; seeds are larger.
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**33
 
 
 def is_mapping(x) -> bool:
@@ -91,8 +92,34 @@ _SECTION = ("a dict", is_mapping)
 _YES_NO = ("True or False", lambda x: isinstance(x, bool))
 
 
+_TEXTS = ("a list of texts", lambda x: isinstance(x, list | tuple) and all(isinstance(t, str) for t in x))
+
+
 def _one_of(names):
     return " or ".join(map(repr, names)), lambda x: x in names
+
+
+def _pairs(expected, fits):
+    """The rule for a list of (text, value) pairs."""
+
+    def is_pair(x):
+        return isinstance(x, list | tuple) and len(x) == 2 and isinstance(x[0], str) and fits(x[1])
+
+    return f"a list of {expected} pairs", lambda x: isinstance(x, list | tuple) and all(map(is_pair, x))
+
+
+def _either(*rules):
+    return " or ".join(expected for expected, _ in rules), lambda x: any(fits(x) for _, fits in rules)
+
+
+def _is_section_or_none(x):
+    return x is None or is_mapping(x)
+
+
+_PATHS = ("a dict of paths", lambda x: is_mapping(x) and all(isinstance(v, str) for v in x.values()))
+_MULTIPLIERS = _pairs("(regex, number)", _is_number)
+_SCHEDULE = ("dict(decay_type=…), None to freeze", _is_section_or_none)
+_AXES = _pairs("(name, axis, axes or None)", lambda x: x is None or isinstance(x, str) or _TEXTS[1](x))
 
 
 _CONFIG = {
@@ -101,6 +128,18 @@ _CONFIG = {
     "text_len": _POSITIVE_WHOLE,
     "tokenizer": _TEXT,
     "model": _SECTION,
+    "model_init": _either(_TEXT, _PATHS),
+    "adapter_init": _TEXT,
+    "lora": _pairs("(regex, dict(rank=…) or None)", _is_section_or_none),
+    "mesh": _pairs("(axis, size)", _is_whole),
+    "sharding_strategy": _pairs("(regex, strategy)", lambda x: isinstance(x, str)),
+    "sharding_rules": _AXES,
+    "lr_mults": _MULTIPLIERS,
+    "wd_mults": _MULTIPLIERS,
+    "schedule": _either(_SCHEDULE, _pairs("(regex, dict or None)", _is_section_or_none)),
+    "compilation_cache": _either(_YES_NO, _TEXT),
+    "wandb": _either(_YES_NO, _SECTION),
+    "keep_best": ("dict(metric='NAME/METRIC', mode='max')", is_mapping),
     "dtype": _FLOAT_TYPE,
     "frozen_dtype": _FROZEN_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
@@ -157,15 +196,37 @@ _PRED_KW = {
 # Keys of an evals section that say when it runs, not what.
 WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")
 _INPUT = {"data": _SECTION, "batch_size": _POSITIVE_WHOLE}
+_DATA = {"name": _TEXT, "split": _TEXT, "data_dir": _TEXT}
 _EVAL = {"type": _TEXT, "data": _SECTION, "pp_fn": _TEXT, "batch_size": _POSITIVE_WHOLE}
+# Arguments of evaluators, most of which look further themselves.
+_EVAL_MORE = {
+    "train_data": _SECTION,
+    "train_answer": _TEXT,
+    "pred_kw": _SECTION,
+    "skip_first": _YES_NO,
+    "controls": _TEXTS,
+    "groups": _TEXTS,
+    "choices": _TEXTS,
+    **dict.fromkeys(("protocol", "options", "prompt_pp", "history_pp"), _TEXT),
+    **dict.fromkeys(("shuffle_seed", "noise_seed", "dialogue_seed"), _SEED),
+}
+
+
+def _shown(value):
+    """A value for messages, on one line."""
+    return f"{value.to_dict() if hasattr(value, 'to_dict') else value!r}"[:200]
 
 
 def _check_values(section, rules, where):
     for key, (expected, fits) in rules.items():
         if key not in section or (section[key] is None and key not in _NEVER_NONE):
             continue
-        if not fits(section[key]):
-            raise ValueError(f"{where}.{key} is {section[key]!r}; expected {expected}.")
+        try:
+            good = fits(section[key])
+        except TypeError:  # such as a list that is looked up in a dict
+            good = False
+        if not good:
+            raise ValueError(f"{where}.{key} is {_shown(section[key])}; expected {expected}.")
 
 
 def _check_model(model):
@@ -202,7 +263,9 @@ def _check_sections(config):
             continue
         if missing := [key for key in _EVAL if key not in section]:
             raise ValueError(f"{where} lacks {missing}.")
-        _check_values(section, _EVAL, where)
+        _check_values(section, {**_EVAL, **_EVAL_MORE}, where)
+        for key in ("data", "train_data"):
+            _check_values(section.get(key) or {}, _DATA, f"{where}.{key}")
         if pred_kw := section.get("pred_kw"):
             check_keys(pred_kw, _PRED_KW, f"{where}.pred_kw")
             _check_values(pred_kw, _PRED_KW, f"{where}.pred_kw")
@@ -219,7 +282,11 @@ def checked(config) -> ml_collections.ConfigDict:
       ValueError: unknown or missing keys, or impossible values.
     """
     config = config.copy_and_resolve_references()
-    for note in big_vision.adopt(config, KEYS):
+    try:
+        notes = big_vision.adopt(config, KEYS)
+    except (TypeError, AttributeError, KeyError, IndexError) as e:
+        raise ValueError(f"config is of big_vision's kind, but can't be read: {type(e).__name__}: {e}") from e
+    for note in notes:
         if jax.process_index() == 0:
             print(note, file=sys.stderr, flush=True)
     check_keys(config, KEYS, "config")

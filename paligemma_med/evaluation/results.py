@@ -157,6 +157,9 @@ def _read(path, header):
                     break
                 if length:
                     name, batch, rows = value
+                    is_batch = isinstance(name, str) and type(batch) is int and isinstance(rows, list)
+                    if not is_batch or not all(isinstance(row, dict) for row in rows):
+                        break
                     batches.append([name, batch, rows])
                 length += len(line)
     except (OSError, ValueError, TypeError):

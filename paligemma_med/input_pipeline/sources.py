@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from paligemma_med.input_pipeline.errors import InputError
 from paligemma_med.pp.files import default_data_dir, path_inside
-from paligemma_med.pp.tfds_files import check_feature_classes
+from paligemma_med.pp.tfds_files import check_feature_classes, open_built
 
 
 def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
@@ -107,7 +107,11 @@ class Source:
         features = tfds.features.FeaturesDict({k: self.features[k] for k in keys})
         for i in range(len(self)):
             record = self._records.data_source[i]
-            yield _to_numpy_and_text(features.deserialize_example_np(record), features)
+            try:
+                example = features.deserialize_example_np(record)
+            except Exception as e:  # of TFDS and protobuf
+                raise InputError(f"{self}, record {i}: can't be read: {e}") from e
+            yield self._converted(i, example, features)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
@@ -115,7 +119,13 @@ class Source:
         except Exception as e:
             # array_record gives a C++ status here: no file name in it, and no index.
             raise InputError(f"{self}, record {index}: can't be read: {e}") from e
-        return _to_numpy_and_text(record, self.features)
+        return self._converted(index, record, self.features)
+
+    def _converted(self, index, record, features):
+        try:
+            return _to_numpy_and_text(record, features)
+        except Exception as e:  # where the set's features.json isn't that of its records
+            raise InputError(f"{self}, record {index}: isn't what features.json says: {type(e).__name__}: {e}") from e
 
     def __str__(self) -> str:
         return f"data set {self.name} split {self.split}"
@@ -146,7 +156,10 @@ def open_source(data: Mapping[str, Any]) -> Source:
         )
     name, split = str(data["name"]), str(data["split"])
     folder = folder_of(data)
-    builder = tfds.builder_from_directory(str(folder))
+    try:
+        builder = open_built(folder)
+    except ValueError as e:
+        raise InputError(f"data set {name}: {e}") from None
     splits = {k: info.num_examples for k, info in builder.info.splits.items()}
     for part in split.split("+"):
         if (match := re.match(r"\s*([\w.-]+)", part)) is None or match.group(1) not in splits:

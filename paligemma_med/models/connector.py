@@ -70,7 +70,7 @@ def kind_of(kw) -> type | None:
     """
     if not kw:
         return None
-    if kw.get("kind") not in KINDS:
+    if not isinstance(kw.get("kind"), str) or kw["kind"] not in KINDS:
         raise ValueError(f"connector.kind is {kw.get('kind')!r}; expected one of {sorted(KINDS)}.")
     return KINDS[kw["kind"]]
 

@@ -109,7 +109,7 @@ def family(part: str, name: str | None = None) -> Family:
       ValueError: an unknown name.
     """
     name = default_name(part) if name is None else name
-    if name not in FAMILIES[part]:
+    if not isinstance(name, str) or name not in FAMILIES[part]:
         known = ", ".join(map(repr, FAMILIES[part]))
         raise ValueError(f"model.{part}_model is {name!r}; expected one of {known}.")
     return FAMILIES[part][name]

@@ -142,6 +142,12 @@ def name_of(value: Any) -> str:
     return _NAMES.get(type(value)) or f"the number {value!r:.40}"
 
 
+def shown(value: Any) -> str:
+    """A decoded value for messages, at most 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def read(path: os.PathLike | str, expected: str, **kw) -> Any:
     """The value of a JSON file. Arguments and errors as of `parse`; OSError if the file can't be read."""
     with open(path, "rb") as f:

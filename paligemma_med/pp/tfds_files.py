@@ -2,10 +2,37 @@
 
 import os
 import pathlib
+from typing import Any
 
 from paligemma_med.pp import json_text
 
 _CLASSES = "tensorflow_datasets.core.features."  # where TFDS has its own
+
+
+def open_built(folder: os.PathLike | str) -> Any:
+    """The TFDS builder of a built data set, from its own description on disk.
+
+    Raises:
+      ValueError: as in `check_feature_classes`; or TFDS can't read the description.
+    """
+    import tensorflow_datasets as tfds  # here: it is slow to import
+
+    check_feature_classes(folder)
+    path = pathlib.Path(folder) / "dataset_info.json"
+    if path.is_file():
+        json_text.read(path, "what TFDS writes about a data set", root=dict)
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        for split in builder.info.splits.values():
+            if split.num_examples < 0 or split.num_examples != sum(split.shard_lengths):
+                raise ValueError(f"the split {split.name} has shards of {list(split.shard_lengths)} examples")
+        return builder
+    except Exception as e:  # of TFDS, protobuf, and Python, depending on what is wrong
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ValueError(
+            f"{folder} is no data set that TFDS can read ({reason:.200}); build it again if dataset_info.json or "
+            "features.json is damaged"
+        ) from None
 
 
 def check_feature_classes(folder: os.PathLike | str) -> None:

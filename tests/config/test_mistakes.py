@@ -129,10 +129,13 @@ MISTAKES = [
     (("optax_name", "adamm"), "optax_name is 'adamm'; expected a transformation in optax"),
     (("optax", dict(b1="0.9")), "optax.scale_by_adam can't take a step with config.optax"),
     (("schedule", dict(decay_type="cosin")), "decay_type is 'cosin'; expected 'constant'"),
-    (("schedule", "cosine"), r"config.schedule has 'cosine'; expected dict\(decay_type=…\)"),
-    (("schedule", [("img/head/.*", CONSTANT, 3)]), r"config.schedule: .* is no \(regex, value\)"),
-    (("lr_mults", {"img": 2}), r"config.lr_mults: 'img' is no \(regex, value\) pair"),
-    (("lr_mults", [(".*", "2")]), "config.lr_mults: '.*' has '2'; expected a number"),
+    (("schedule", "cosine"), r"config.schedule is 'cosine'; expected dict\(decay_type=…\)"),
+    (
+        ("schedule", [("img/head/.*", CONSTANT, 3)]),
+        r"config.schedule is .*expected .* a list of \(regex, dict or None\) p",
+    ),
+    (("lr_mults", {"img": 2}), r"config.lr_mults is \{'img': 2\}; expected a list of \(regex, number\) pairs"),
+    (("lr_mults", [(".*", "2")]), r"config.lr_mults is .*'2'.*; expected a list of \(regex, number\) pairs"),
     # Regular expressions that match nothing, or aren't any
     (("schedule", [("img/hed/.*", CONSTANT), (".*", None)]), "config.schedule: 'img/hed/.*' match"),
     (("schedule", [("img/head/(", CONSTANT)]), r"'img/head/\(' is not a regular expression"),
@@ -145,7 +148,7 @@ MISTAKES = [
     (("lora", [("llm/layer/.*", dict(rank=4))]), "lora: 'llm/layer/.*' matches nothing"),
     (("sharding_strategy", [("img/hed/.*", "replicate"), (".*", "replicate")]), "'img/hed/.*' mat"),
     # Devices
-    (("mesh", "data"), "config.mesh is 'data'; expected pairs"),
+    (("mesh", "data"), r"config.mesh is 'data'; expected a list of \(axis, size\) pairs"),
     (("mesh", [("batch", -1)]), "'data' is not in the mesh"),
     (("mesh", [("data", 3)]), "multiply to 3, which doesn't fit the 8 devices"),
     (("sharding_strategy", [(".*", 'fsdp(axis="modl")')]), "axis 'modl' is not in the mesh"),

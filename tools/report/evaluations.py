@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 
-from paligemma_med.evaluation import results
+from paligemma_med.evaluation import predictions, results
 from paligemma_med.judge import figures as judge_figures
 from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
@@ -143,17 +143,7 @@ def load(folder, name, run, config) -> Evaluation:
       ValueError: predictions.jsonl is empty or lacks a key.
     """
     path = folder / results.PREDICTIONS
-    rows = results.read_rows(path)
-    if not rows:
-        raise ValueError(f"{path} is empty; expected a line a question.")
-    for number, row in enumerate(rows, 1):
-        if missing := [key for key in NEEDED if not isinstance(row, dict) or key not in row]:
-            raise ValueError(f"{path}, line {number}: has no {missing[0]!r}; expected {NEEDED}.")
-        if len(row["predictions"]) != len(rows[0]["predictions"]) or not row["predictions"]:
-            raise ValueError(
-                f"{path}, line {number}: {len(row['predictions'])} predictions; expected "
-                f"{len(rows[0]['predictions'])} as in the first line, one or more."
-            )
+    rows = predictions.read(path, NEEDED)
     stored, about = {}, {}
     problems = _wrong_flags(rows)
     try:

@@ -230,7 +230,10 @@ def _cases(path: pathlib.Path) -> tuple[dict[str, dict[str, str]], set[str]]:
             k: _text(topic, key) for k, key in _TOPIC.items()
         }
         for kind in ("TAC", "MRI"):  # TAC is Italian for CT
-            listed.update(i for i in row.get(kind) or [] if isinstance(i, str))
+            images = row.get(kind) or []
+            if not isinstance(images, list):
+                raise DataError(f"{where}: {kind} is {images!r:.60}; expected a list of images")
+            listed.update(i for i in images if isinstance(i, str))
     return cases, listed
 
 

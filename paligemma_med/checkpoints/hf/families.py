@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemm
 def of_config(whole: Mapping[str, Any], path: str) -> Family:
     """The family of a config.json. CheckpointError if none here has its model_type."""
     kind = whole.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{path} has model_type {kind!r}: expected {' or '.join(map(repr, FAMILIES))}")
     return FAMILIES[kind]
 
