@@ -32,8 +32,9 @@ def command(main) -> Callable:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every move of its own at INFO.
         try:
             main(argv)
-        except app.UsageError:
-            raise
+        except app.UsageError as e:
+            # absl would print the whole help above it.
+            ending.leave(f"error: {e} --help names all flags.")
         except KeyboardInterrupt as e:
             code = getattr(e, "exit_code", None)
             if code is not None and not ending.is_alone():  # all processes have agreed to stop
@@ -41,22 +42,54 @@ def command(main) -> Callable:
             ending.leave_at_once(code or 130)
         except Exception as e:
             known = isinstance(e, ValueError | OSError | FloatingPointError)
+            sentence = _of_machine(e) or (str(e) if known else None)
             if ending.tell_if_peer_lost(e):
                 ending.leave(1)
-            if (is_verbose and flags.FLAGS.verbosity > 0) or not known:
+            if (is_verbose and flags.FLAGS.verbosity > 0) or sentence is None:
                 if ending.is_alone():
                     raise
                 traceback.print_exc()
                 ending.leave(1)
-            ending.leave(f"error: {_shown(e)}")
+            ending.leave(f"error: {_shown(sentence)}")
 
     return run
 
 
-def _shown(error):
-    """An error's message, each line of which fits a few lines of a terminal: it may quote what a file holds."""
-    lines = str(error).split("\n")
+def _shown(text):
+    """A message, each line of which fits a few lines of a terminal: it may quote what a file holds."""
+    lines = text.split("\n")
     return "\n".join(x if len(x) <= 1000 else f"{x[:700]} … {x[-250:]}" for x in lines)
+
+
+# How XLA says that there is no more memory, and JAX that there are no such devices.
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+_NO_DEVICES = re.compile(r"unable to initialize backend|known backends|no visible .*devices", re.IGNORECASE)
+_BYTES = re.compile(r"(\d{4,}) bytes")
+_LESS_MEMORY = (
+    "Fewer examples at a time (train: a larger config.grad_accum_steps, or micro=… of a config that has it; evaluate: "
+    "batch_size in config.evals) and frozen weights in fewer bits (config.frozen_dtype='bfloat16', 'int8' or 'nf4') "
+    "need less; train --dry_run says how much a run needs."
+)
+
+
+def _of_machine(error):
+    """One sentence on an error of JAX's or numpy's that a user can do something about: no more memory, or devices that
+    aren't there. None for any other."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(said)):
+        said = said.removeprefix("RESOURCE_EXHAUSTED: ") or "no more memory"
+        said = _BYTES.sub(lambda m: f"{int(m[1]) / 2**30:.3g} GiB", said.split(". ")[0].rstrip(".")[:200])
+        advice = f" {_LESS_MEMORY}" if "config" in flags.FLAGS else ""
+        return f"this machine's or device's memory doesn't suffice ({said}).{advice}"
+    if isinstance(error, RuntimeError) and _NO_DEVICES.search(said):
+        wanted = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+        named = f"JAX_PLATFORMS={wanted} asks for devices that JAX" if wanted else "JAX"
+        return (
+            f"{named} can't use here ({said.split('. ')[0].rstrip('.')[:200]}): "
+            + ("unset it to take what is there, or " if wanted else "")
+            + "install the jax with these devices' plug-in (such as jax[cuda12]) and their driver."
+        )
+    return None
 
 
 def parse_flags(argv) -> list[str]:

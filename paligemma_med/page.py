@@ -44,7 +44,7 @@ def render(
       data: what JSON can hold, for the script to read: goes into the page as text that can't end
         its element.
       inline_styles: allow `style` attributes, as drawings inlined from matplotlib have them.
-      filters: functions for the template.
+      filters: functions for the template, beside `shown`.
       **values: for the template, which escapes every text in them.
 
     Raises:
@@ -62,7 +62,7 @@ def render(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    env.filters.update(filters or {})
+    env.filters.update({"shown": shown, **(filters or {})})
     own = {}
     for name, file in (("style", style), ("script", script)):
         if file:
@@ -102,6 +102,13 @@ def embed(data: Any) -> str:
 def data_url(content: bytes, kind: str) -> str:
     """The content of an image file as an address. kind: "image/jpeg", "image/png", …"""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def shown(answer: str) -> str:
+    """An answer as people see it: one that is empty or of white space alone would be shown as nothing at all."""
+    if answer.strip():
+        return answer
+    return f"(white space alone: {answer!r})" if answer else "(nothing)"
 
 
 def clean(value: Any) -> Any:

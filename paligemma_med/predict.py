@@ -9,7 +9,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from paligemma_med import cli, decode, weights
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.page import shown
+from paligemma_med.parallel import distributed, notes, sharding
 from paligemma_med.pp import command_line, get_preprocess_fn
 
 
@@ -43,11 +44,11 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
         if cut := row.get("_truncated"):
             logging.warning("The prompt lost its last %d tokens: %s", cut, question)
     batch = decode.batch_of(rows)
-    with sharding.rules(config, mesh):
+    with sharding.rules(config, mesh), notes.stage("compiling the program, and answering"):
         tokens, logprobs = decode.generate(
             model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
         )
-    tokens, logprobs = distributed.to_host((tokens, logprobs))
+        tokens, logprobs = distributed.to_host((tokens, logprobs))
     out = []
     for i, question in enumerate(questions):
         prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist())
@@ -81,7 +82,7 @@ def main(argv) -> None:
     for row in rows if distributed.is_main() else ():
         print(row["question"])
         for answer in row["answers"]:
-            print(f"  {answer['answer']}   (log-probability {answer['logprob']:.2f})")
+            print(f"  {shown(answer['answer'])}   (log-probability {answer['logprob']:.2f})")
 
 
 _DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed")

@@ -3,6 +3,7 @@
 `initial_params` gives training its start; `load` is for answering questions.
 """
 
+import gc
 import math
 import sys
 from typing import Any
@@ -274,18 +275,28 @@ def place_params(host: dict[str, Any], setup: Setup) -> dict[str, jax.Array]:
     """{name: numpy array} → {name: jax.Array} with the type, kind and sharding of `setup`; the host's copies are
     freed one by one.
 
-    Each process reads the weights, and copies its devices' parts to them.
+    Each process reads the weights, and copies its devices' parts to them. The largest are read first: while there
+    are copies of them, the fewest others are there.
     """
     out = {}
-    for name in list(host):
+    for name in sorted(host, key=lambda n: -host[n].size):
         array, place = np.asarray(host.pop(name)), setup.shardings[name]
         if kind := setup.kinds.get(name):
             where = quantise.stored(name, _with_sharding(array, place), kind, setup.leaves)
             for n, x in quantise.quantise(name, array, kind, setup.leaves).items():
                 out[n] = distributed.place(x, where[n].sharding)
         else:
-            out[name] = distributed.place(finite.cast(array, setup.dtypes[name], name), place)
+            array = finite.cast(array, setup.dtypes[name], name)
+            out[name] = distributed.place(array, place)
+        if array.nbytes > _WORTH_COLLECTING:
+            # JAX leaves a copy that it has made of the host's array in a cycle of references.
+            del array
+            jax.block_until_ready([x for n, x in out.items() if n.startswith(name)])
+            gc.collect()
     return out
+
+
+_WORTH_COLLECTING = 2**26  # bytes
 
 
 def _with_sharding(x, where, dtype=None):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_med.decode.prompts import PAD_TOKEN, check_batch, check_whole, next_logits, read_prompts
+from paligemma_med.models import lean
 
 
 def beam_search(
@@ -76,7 +77,7 @@ def beam_search(
 _pick = jax.vmap(lambda x, index: x[index])  # x[B, n, …], int[B, m] → [B, m, …]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "beams", "max_new_tokens", "early_stopping", "text_len"))
+@functools.partial(lean.jit, static_argnames=("model", "beams", "max_new_tokens", "early_stopping", "text_len"))
 def _beam_search(
     model,
     params,

@@ -13,6 +13,7 @@ import numpy as np
 
 from paligemma_med.decode.prompts import PAD_TOKEN, check_batch, check_whole, next_logits, read_prompts
 from paligemma_med.decode.sampling import draw, most_probable, nucleus, temper
+from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
 
 
@@ -103,7 +104,7 @@ def _check_sampling(temperature, top_p):
         raise ValueError(f"top_p is {top_p!r}; expected a number above 0 and up to 1.")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "num_samples", "greedy", "text_len"))
+@functools.partial(lean.jit, static_argnames=("model", "max_new_tokens", "num_samples", "greedy", "text_len"))
 def _generate(
     model,
     params,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_med.decode.prompts import PAD_TOKEN, check_batch, check_tokens, next_logits, read_prompts
+from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.parallel import distributed
 
@@ -104,7 +105,7 @@ def score_options(model, params, batch, options, mask) -> tuple[jax.Array, np.nd
     return _score_options(model, params, arrays, options, lengths, text_len=text_len), lengths
 
 
-@functools.partial(jax.jit, static_argnames=("model", "text_len"))
+@functools.partial(lean.jit, static_argnames=("model", "text_len"))
 def _score_options(model, params, batch, options, lengths, *, text_len):
     """`score_options` without its checks: float32[B, C] sums."""
     rows, count, length = options.shape

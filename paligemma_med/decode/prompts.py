@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import lean
 from paligemma_med.models.vit import MID_GREY
 from paligemma_med.parallel import distributed
 
@@ -17,7 +18,7 @@ MIN_BUCKET = 16  # text tokens
 KEYS = ("text", "mask_ar", "mask_input")
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(lean.jit, static_argnames="model")
 def encode_images(model, params, image) -> jax.Array:
     """float[B, height, width, 3] in [-1, 1] → float[B, Q, D], to be passed as "zimg" instead of "image":
     several questions on one image then cost one pass of the image tower."""

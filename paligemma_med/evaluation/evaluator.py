@@ -23,7 +23,7 @@ from paligemma_med import decode
 from paligemma_med.evaluation import controls as controls_lib
 from paligemma_med.evaluation import questions, results
 from paligemma_med.metrics import scoring
-from paligemma_med.parallel import distributed
+from paligemma_med.parallel import distributed, notes
 from paligemma_med.pp.tokenizer import get_tokenizer
 
 # What `about` says that doesn't change the answers.
@@ -95,7 +95,7 @@ class Evaluator:
             raise ValueError(f"the {lost[0]} control needs train_data, found None.")
         self.groups = tuple(self.groups)
         self.outdir = pathlib.Path(self.outdir) if self.outdir else None
-        self._majority = None
+        self._majority, self._has_asked = None, False
 
     def run(self, params) -> dict[str, float]:
         """Evaluates these parameters.
@@ -123,7 +123,8 @@ class Evaluator:
             answer, no questions, fewer than two images to shuffle.
         """
         self._check_vocabulary()
-        about = self.about(params) if self.about else {}
+        with notes.stage("taking the weights' fingerprint"):
+            about = self.about(params) if self.about else {}
         about = about and {**about, "controls": self.columns}
         identity = {k: v for k, v in about.items() if k not in _NO_DIFFERENCE}
         resume = bool(identity) and self.resume
@@ -169,8 +170,9 @@ class Evaluator:
         ids = np.zeros(batch["text"].shape[0], np.uint32)
         ids[: len(rows)] = [zlib.crc32(str(row["question_id"]).encode()) for row in rows]
         kw = {"eos_token": self.tokenizer.eos_token, **self.pred_kw}
-        tokens, logprobs = decode.generate(self.model, params, {**batch, "row_id": ids}, **kw)
-        tokens, logprobs = (x[: len(rows)] for x in distributed.to_host((tokens, logprobs)))
+        with self._first_batch(len(rows)):
+            tokens, logprobs = decode.generate(self.model, params, {**batch, "row_id": ids}, **kw)
+            tokens, logprobs = (x[: len(rows)] for x in distributed.to_host((tokens, logprobs)))
         # Only new tokens are scored; `generate` never gives the prompt's back.
         assert tokens.shape[1:] == (kw.get("num_samples", 1), kw["max_new_tokens"])
         return [
@@ -181,6 +183,14 @@ class Evaluator:
             )
             for samples, totals in zip(tokens, logprobs.sum(axis=-1))
         ]
+
+    def _first_batch(self, count):
+        """The first batch compiles the program, and the bar doesn't move until it is answered."""
+        if self._has_asked:
+            return contextlib.nullcontext()
+        self._has_asked = True
+        doing = f"compiling the program, and answering the first {count} questions"
+        return notes.stage(doing, lambda text: distributed.is_main() and tqdm.tqdm.write(text, file=sys.stderr))
 
     def lines(self, batch, rows, pixels, choices=()) -> list[dict]:
         """`questions.lines` of this batch of the input."""

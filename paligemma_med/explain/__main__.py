@@ -23,7 +23,7 @@ from paligemma_med.explain.answer import explain, load
 from paligemma_med.explain.files import write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import images_in, read_bytes, read_mask, read_questions
-from paligemma_med.page import check_jinja
+from paligemma_med.page import check_jinja, shown
 from paligemma_med.parallel import compilation_cache, distributed, ending
 from paligemma_med.pp import command_line
 from paligemma_med.saliency import occlusion
@@ -94,7 +94,7 @@ def main(argv) -> None:
         write_npz(made, values.npz)
     if values.png:
         write_pngs(made, values.png)
-    print(f"{made.answer}   (probability {page.percent(np.sum(made.logprobs))})")
+    print(f"{shown(made.answer)}   (probability {page.percent(np.sum(made.logprobs))})")
     for flag in made.flags:
         print(f"  {flag['name']}: {flag['says']}")
     print(f"Written to {values.out}")

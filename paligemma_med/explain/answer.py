@@ -14,7 +14,7 @@ from paligemma_med import decode, weights
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.explain import page
 from paligemma_med.models import vlm
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import distributed, notes, sharding
 from paligemma_med.pp import get_preprocess_fn, ops_image
 from paligemma_med.pp import images as images_lib
 from paligemma_med.saliency import capture, checks, occlusion, report, sequence
@@ -47,7 +47,8 @@ def load(config, checkpoint) -> Loaded:
     pp = get_preprocess_fn(config.predict_pp)
     model, tokenizer, mesh, params = weights.load(config, checkpoint)
     names = [os.path.basename(os.path.normpath(str(x))) for x in (checkpoint, config.get("adapter_init")) if x]
-    prints = "".join(fingerprint.of_leaves(params))
+    with notes.stage("taking the weights' fingerprint"):
+        prints = "".join(fingerprint.of_leaves(params))
     origin = f"{' with '.join(names)} ({hashlib.sha256(prints.encode()).hexdigest()[:16]})"
     return Loaded(config, origin, capture.capturable(model), tokenizer, mesh, params, pp)
 
@@ -104,17 +105,26 @@ def explain(
         mask = fit_mask(mask, image.shape, seen.shape, stretched)
         images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
 
-    answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
+    with notes.stage("compiling the programs, and answering"):
+        answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
     answer_ids, answer = answers[0]
     texts = dict(zip(images, (text for _, text in answers)))
     prompt = sequence.prompt_of(row)
     arrays, score = report.measure(
-        loaded.model, loaded.params, seen, answer_ids=answer_ids, **prompt, methods=methods, fill=fill
+        loaded.model,
+        loaded.params,
+        seen,
+        answer_ids=answer_ids,
+        **prompt,
+        methods=methods,
+        fill=fill,
+        stage=notes.stage,
     )
     names = [name for name in images if name != "image"]
     # In batches of occlusion's size, whose program is compiled already.
     size = report.BATCH if "occlusion" in methods else len(names)
-    others = occlusion.in_batches(score, [images[name] for name in names], size)
+    with notes.stage("asking again about other images"):
+        others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))
 
     length = len(arrays.logprobs)

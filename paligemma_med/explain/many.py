@@ -15,7 +15,7 @@ from paligemma_med.explain import page
 from paligemma_med.explain.answer import explain
 from paligemma_med.explain.files import slug, write_npz, write_page, write_pngs
 from paligemma_med.files import whole_file
-from paligemma_med.page import clean
+from paligemma_med.page import clean, shown
 from paligemma_med.saliency import checks
 
 
@@ -56,7 +56,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
                 row["sha256"] = sha
                 part.add("model", i, [row])
             rows.append(row)
-            said = f"{row['name']}: {row['error'] or row['question'] + ' ' + row['answer']}"
+            said = f"{row['name']}: {row['error'] or row['question'] + ' ' + shown(row['answer'])}"
             said = f"[{i + 1}/{len(asked)}] {' '.join(said.split())}"
             print(said, file=sys.stderr if row["error"] else sys.stdout, flush=True)
     raised = [[checks.Flag(*flag) for flag in row["raised"]] for row in rows]

@@ -17,12 +17,16 @@ def batch_sharding(mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     return sharding_lib.batch_sharding(mesh)
 
 
+def shards(mesh: jax.sharding.Mesh | None) -> int:
+    """Into how many parts a batch is cut."""
+    return 1 if mesh is None else sharding_lib.batch_sharding(mesh).mesh.shape[sharding_lib.DATA_AXIS]
+
+
 def check_batch_size(batch_size: Any, mesh: jax.sharding.Mesh | None, what: str) -> int:
     """`batch_size`; InputError, which calls it `what`, if the mesh can't divide it evenly."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"{what}={batch_size!r}: expected a positive whole number")
-    axis = sharding_lib.DATA_AXIS
-    parts = 1 if mesh is None else sharding_lib.batch_sharding(mesh).mesh.shape[axis]
+    axis, parts = sharding_lib.DATA_AXIS, shards(mesh)
     if batch_size % parts:
         down = batch_size // parts * parts
         raise InputError(

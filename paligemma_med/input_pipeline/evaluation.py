@@ -142,7 +142,8 @@ def evaluation(
     """One pass over a split in order: yields (batch, rows).
 
     batch: key -> jax.Array[batch_size, ...], cut along the mesh axis "data", with `_mask`
-    bool[batch_size]. The last batch is filled up with copies of its first row, `_mask` False.
+    bool[batch_size]. The last batch is filled up with copies of its first row, `_mask` False. A split with
+    fewer rows than batch_size makes one batch that is no longer than it has to be.
     rows: for each valid row of the batch, in order, a dict of the keys that are no arrays, such as
     question_id and answer; the pp's keep() says which. With several processes, each loads its piece
     of a batch and is told the rows of the others: text and numbers, with lists for nested arrays.
@@ -151,6 +152,8 @@ def evaluation(
     """
     batch_size = devices.check_batch_size(batch_size, mesh, "batch_size")
     source = open_source(data)
+    shards = devices.shards(mesh)
+    batch_size = min(batch_size, math.ceil(len(source) / shards) * shards)
     sharding = devices.batch_sharding(mesh)
     piece, pieces = devices.process_share(sharding, batch_size)
     make = EvalBatch(source, Preprocess(pp, source), batch_size, piece, pieces)

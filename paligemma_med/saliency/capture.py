@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import vlm
+from paligemma_med.models import lean, vlm
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import raw, rollout, trace
 
@@ -70,7 +70,7 @@ def attention(model, params, batch) -> Attention:
     return Attention(*jax.device_get(whole(model, params, arrays)))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(lean.jit, static_argnames="model")
 def whole(model, params, batch) -> tuple:
     """`attention` left on the device: (llm, img, logprobs)."""
     logits, out = model.apply({"params": params}, **batch, capture_attention=True)
@@ -131,7 +131,7 @@ def streamed(model, params, batch, queries, *, fuse="mean", discard=0.0, start_l
     return Streamed(rows, rolled[: queries.size], img_rolled, mass, logprobs[: queries.size])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
+@functools.partial(lean.jit, static_argnames=("model", "fuse", "discard", "start_layer"))
 def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_layer=0) -> tuple:
     """The jitted part of `streamed`: (rows, rollout, img_rollout, logprobs)."""
     kw = dict(fuse=fuse, discard=discard)

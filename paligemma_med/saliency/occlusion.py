@@ -14,13 +14,13 @@ Axis letters: H, W pixels; h, w cells; B images; R response tokens; T text posit
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.linalg
 
+from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.models.vit import MID_GREY
 from paligemma_med.saliency import trace
@@ -223,7 +223,7 @@ def scorer(model, params, seq) -> Callable:
     return score
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(lean.jit, static_argnames="model")
 def _logprobs(model, params, images, inputs, places, tokens):
     """float32[B, R] of tokens int[R] predicted after text tokens int[1, R] of one sequence's inputs."""
 

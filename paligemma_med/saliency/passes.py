@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import capture, rollout, trace
 from paligemma_med.saliency.sequence import Sequence
@@ -93,7 +94,7 @@ def lower(model, params, arrays, queries) -> jax.stages.Lowered:
     return _streamed.lower(model, params, arrays, queries, tuple(ROLLOUTS))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "variants"))
+@functools.partial(lean.jit, static_argnames=("model", "variants"))
 def _streamed(model, params, arrays, queries, variants):
     """One pass for all variants (names of ROLLOUTS); holds one layer's probabilities and the rollouts."""
     rollouts = [ROLLOUTS[v] for v in variants] or [{}]

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.models import vlm
+from paligemma_med.models import lean, vlm
 from paligemma_med.saliency import trace
 
 SCORES = ("logit", "logprob")
@@ -95,7 +95,7 @@ def _lean(model):
     return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
 
-@functools.partial(jax.jit, static_argnames=("model", "score", "own"))
+@functools.partial(lean.jit, static_argnames=("model", "score", "own"))
 def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
     """`relevancy` of the first `count` tokens; the other rows are 0, and cost no backward pass."""
     example = trace.of(model, batch)

@@ -6,6 +6,7 @@ Axis letters: P, T, S, R, L, N as in `paligemma_med.saliency`; C = P + prompt + 
 (`trace`) without padding; H, W pixels; h, w patches; M regions; K alternatives; V vocabulary.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -85,6 +86,7 @@ def measure(
     methods=tuple(METHODS),
     fill="blur",
     batch_size=BATCH,
+    stage=contextlib.nullcontext,
 ) -> tuple[Arrays, Callable]:
     """The arrays of one answer.
 
@@ -95,6 +97,8 @@ def measure(
       methods: some of METHODS; raw attention is always there.
       fill: of occluded cells, see `occlusion.fill_image`.
       batch_size: images in a pass of occlusion.
+      stage: gives a context for each of its parts, from a phrase such as "computing maps by rollout"; for a caller
+        that says what is being done.
 
     Returns:
       (`Arrays`, score); score gives the answer's log-probabilities on other images (`occlusion.scorer`).
@@ -119,17 +123,25 @@ def measure(
         fill=fill,
         batch_size=batch_size,
     )
-    rows, _, logprobs, rivals = passes.attention
-    occluded = "occlusion" in methods
+    with stage("compiling the pass for attention, and computing it"):
+        rows, _, logprobs, rivals = passes.attention
+    occluded, maps, regions = "occlusion" in methods, [], None
+    for name in METHODS:
+        if name in methods:
+            with stage(f"computing maps by {name}"):
+                maps += METHODS[name].maps(passes)
+    if occluded:
+        with stage("asking again with rectangles of the image replaced"):
+            regions = _regions(score, seq.batch["image"][0], seq.grid, fill, batch_size)
     return Arrays(
         grid=seq.grid,
         logprobs=logprobs,
         rivals=rivals,
         raw=rows,
         mass=raw.mass(rows, seq.patches, seq.prompt),
-        maps=[m for name in METHODS if name in methods for m in METHODS[name].maps(passes)],
+        maps=maps,
         occlusion=dict(fill=fill, cell=cell) if occluded else None,
-        regions=_regions(score, seq.batch["image"][0], seq.grid, fill, batch_size) if occluded else None,
+        regions=regions,
     ), score
 
 

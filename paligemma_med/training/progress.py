@@ -169,12 +169,17 @@ def _has_width(terminal):
 
 
 def _speed(metrics):
-    parts = [f"{metrics['examples_per_second']:.1f} images/s"]
+    parts = [_rate(metrics["examples_per_second"])]
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.1%}")
     if "input_wait" in metrics:
         parts.append(f"wait {metrics['input_wait']:.0%}")
     return "  ".join([*parts, f"ETA {_clock(metrics['eta_seconds'])}"])
+
+
+def _rate(per_second):
+    """A model of billions of parameters on a CPU takes minutes an image: 0.0 a second says nothing."""
+    return f"{per_second:.1f} images/s" if per_second >= 0.1 else f"{1 / max(per_second, 1e-9):.3g} s an image"
 
 
 def _clock(seconds):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paligemma_med.models import lean
 from paligemma_med.models import loss as losses
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
@@ -149,4 +150,4 @@ def jit_step(step, tx, trained, mesh) -> Callable:
         opt_shardings(tx, trained, mesh),
         sharding.replicated(mesh),
     )
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+    return lean.jit(step, donate_argnums=(0, 1), out_shardings=out)

@@ -130,7 +130,7 @@ def _question(block):
     lines += [f"  - truth: {escape(block.truth)}"]
     for text, right, remark in block.answers:
         sign = {True: "right", False: "wrong", None: "answer"}[right]
-        lines.append(f"  - {sign}: {escape(text)}" + (f" ({escape(remark)})" if remark else ""))
+        lines.append(f"  - {sign}: {escape(page.shown(text))}" + (f" ({escape(remark)})" if remark else ""))
     return [*lines, ""]
 
 

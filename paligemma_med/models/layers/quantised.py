@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import lean
+
 SCALE = "_scale"  # suffix to the name of what it scales
 NF4 = (
     -1.0,
@@ -112,6 +114,8 @@ def _scaled(x, scale):
 
 _COPY = 2**26  # size of a dense part: as many numbers as in a layer's largest kernel in Gemma 2B
 _GROUPS = 64
+# A CPU multiplies this many rows and more by a table in bfloat16 as it is. For fewer it casts the whole table first.
+_FEWEST = 4
 
 
 def rows(table: Weight, tokens: jax.Array, dtype) -> jax.Array:
@@ -124,8 +128,13 @@ def rows(table: Weight, tokens: jax.Array, dtype) -> jax.Array:
 
 def logits(x: jax.Array, table: Weight) -> jax.Array:
     """float32[…, V] = x · tableᵀ for float[…, D] and a Weight [V, D]."""
+    shape = x.shape[:-1]
     if table.scale is not None and _parts(table.shape)[1] > 1 and _few(x):
         return _logits_by_parts(x, table.value, table.scale)
+    rows = math.prod(x.shape[:-1])
+    if lean.active.value and rows < _FEWEST:
+        x = jnp.pad(x.reshape(rows, -1), ((0, _FEWEST - rows), (0, 0)))
+        return logits(x, table)[:rows].reshape(*shape, -1)
     return product(
         lambda x, w: jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32),
         x,
