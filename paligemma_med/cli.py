@@ -61,9 +61,7 @@ def _shown(text):
     return "\n".join(x if len(x) <= 1000 else f"{x[:700]} … {x[-250:]}" for x in lines)
 
 
-# How XLA says that there is no more memory, and JAX that there are no such devices.
-_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
-_NO_DEVICES = re.compile(r"unable to initialize backend|known backends|no visible .*devices", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)  # as XLA says it
 _BYTES = re.compile(r"(\d{4,}) bytes")
 _LESS_MEMORY = (
     "Fewer examples at a time (train: a larger config.grad_accum_steps, or micro=… of a config that has it; evaluate: "
@@ -81,15 +79,24 @@ def _of_machine(error):
         said = _BYTES.sub(lambda m: f"{int(m[1]) / 2**30:.3g} GiB", said.split(". ")[0].rstrip(".")[:200])
         advice = f" {_LESS_MEMORY}" if "config" in flags.FLAGS else ""
         return f"this machine's or device's memory doesn't suffice ({said}).{advice}"
-    if isinstance(error, RuntimeError) and _NO_DEVICES.search(said):
-        wanted = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
-        named = f"JAX_PLATFORMS={wanted} asks for devices that JAX" if wanted else "JAX"
+    if isinstance(error, RuntimeError | AssertionError) and not _has_devices():
+        wanted = os.environ.get("JAX_PLATFORMS")
         return (
-            f"{named} can't use here ({said.split('. ')[0].rstrip('.')[:200]}): "
+            (f"JAX_PLATFORMS={wanted} asks for devices that aren't here" if wanted else "JAX finds no devices")
+            + (f" ({said[:200].rstrip('. ')}): " if said else ": ")
             + ("unset it to take what is there, or " if wanted else "")
-            + "install the jax with these devices' plug-in (such as jax[cuda12]) and their driver."
+            + "install JAX with the plug-in for them (such as jax[cuda12]) and their driver."
         )
     return None
+
+
+def _has_devices():
+    """Whether JAX has devices to compute on, or wasn't imported. Its errors don't tell: without a plug-in for them,
+    JAX_PLATFORMS=cuda is an AssertionError without a word."""
+    try:
+        return "jax" not in sys.modules or bool(sys.modules["jax"].devices())
+    except Exception:
+        return False
 
 
 def parse_flags(argv) -> list[str]:

@@ -1,16 +1,20 @@
 """Command lines: mistakes in flags, which config and weights the flags mean, and how a program ends."""
 
+import subprocess
 import sys
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import cli
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
-from tests import tiny
+from tests import environ, tiny
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,58 @@ def test_a_mistake_is_one_line_and_a_bug_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli.flags, "FLAGS", _Flags(verbosity=(True, 1)))
     with pytest.raises(ValueError):  # whose traceback was asked for
         main([ValueError("x")])
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """A program's last line, by what it raises."""
+    monkeypatch.setattr(cli.flags, "FLAGS", _Flags(verbosity=(False, -1), config=(True, None)))
+
+    @cli.command
+    def main(argv):
+        argv[0]()
+
+    def run(raises):
+        with pytest.raises(SystemExit) as stop:
+            main([raises])
+        return stop.value.code
+
+    return run
+
+
+def test_a_wrong_use_is_one_line(ends):
+    """absl's own way is the whole help above it."""
+
+    def wrong():
+        raise app.UsageError("Give --image or --image_dir.")
+
+    assert ends(wrong) == "error: Give --image or --image_dir. --help names all flags."
+
+
+@pytest.mark.parametrize(
+    "ask, amount",
+    [
+        (lambda: jax.block_until_ready(jnp.zeros(2**44, jnp.float32)), "6.55e+04 GiB"),
+        (lambda: np.zeros(2**50), "8.00 PiB"),
+    ],
+)
+def test_no_more_memory_is_one_line(ends, ask, amount):
+    said = ends(ask)
+    assert len(said.splitlines()) == 1 and "Traceback" not in said
+    assert all(x in said for x in (amount, "grad_accum_steps", "frozen_dtype", "--dry_run"))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_devices_that_are_not_there_are_one_line(platform, repo_root):
+    code = "import jax, sys; from absl import app, flags; from paligemma_med import cli; " + (
+        "app.run(cli.command(lambda argv: print(jax.numpy.ones(3))), argv=['x'])"
+    )
+    env = environ.of_program(JAX_PLATFORMS=platform)
+    run = subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=env, text=True, capture_output=True)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: JAX_PLATFORMS={platform} asks for devices that aren't here")
+    assert "Traceback" not in run.stderr
 
 
 class _Flags(dict):

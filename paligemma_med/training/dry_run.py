@@ -6,9 +6,12 @@ over more of them, simulate them on a CPU:
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
 "temporary" holds only for the kind of device that the step was compiled for. A CPU multiplies in float32,
-for which XLA allocates casts of whole bfloat16 weights, which a GPU or TPU doesn't need. So on a CPU a bfloat16
+for which XLA allocates casts of bfloat16 weights, which a GPU or TPU doesn't need. So on a CPU a bfloat16
 config is compiled a second time in float32 throughout: its temporary memory is an upper bound on what bfloat16
 needs elsewhere.
+
+A start needs memory, too, before the first step: weights are read and placed one after the other, and their
+fingerprints taken (`start`).
 """
 
 import dataclasses
@@ -18,7 +21,8 @@ import time
 import jax
 from jax.extend import core
 
-from paligemma_med import quantise
+from paligemma_med import quantise, weights
+from paligemma_med.checkpoints import fingerprint
 from paligemma_med.models import flops
 from paligemma_med.parallel import notes, sharding
 from paligemma_med.setup import TrainingSetup
@@ -130,16 +134,41 @@ def bytes_on_device(tree) -> int:
 def memory(step: Step) -> dict[str, int]:
     """{what: bytes on one device} of a run with a compiled step; their sum is its peak."""
     analysis = step.compiled.memory_analysis()
-    batches = 1 + step.setup.config.input.get("prefetch", 2) + _BATCHES_IN_USE
     return {
         "frozen weights": bytes_on_device(step.state.frozen),
         "trained weights": bytes_on_device(step.state.trained),
         "optimizer state": bytes_on_device(step.state.opt_state),
-        f"batches ({batches})": batches * bytes_on_device(step.batch),
+        "batches": batches_held(step.setup.config) * bytes_on_device(step.batch),
         "temporary": analysis.temp_size_in_bytes,
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         "program": analysis.generated_code_size_in_bytes,
     }
+
+
+def batches_held(config) -> int:
+    """How many batches are on the devices at a time."""
+    return 1 + config.input.get("prefetch", 2) + _BATCHES_IN_USE
+
+
+def start(setup: TrainingSetup, state: states.TrainState) -> int:
+    """Bytes on one device, at most, before the first step: of weights on their way from files to their places, or of
+    all weights and optimizer state while fingerprints are taken.
+
+    A CPU's own memory also holds what is read: an array as its file has it, taken as float32, and in its new type.
+    """
+    leaves = {**state.frozen, **state.trained}
+    on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
+    placed, most = 0, 0
+    # In the order of `weights.place_params`. Scales of quantised leaves are placed with them.
+    for name, x in sorted(setup.abstract.items(), key=lambda item: -item[1].size):
+        stored = weights.stored_params({name: x}, setup)
+        new = bytes_on_device(stored)
+        copies = 4 * x.size + sum(s.size * s.dtype.itemsize for s in stored.values()) if on_cpu else 0
+        most = max(most, placed + copies, placed + copies - 4 * x.size * on_cpu + new)
+        placed += new
+    largest = max(leaves.values(), key=bytes_on_device)
+    shard = jax.ShapeDtypeStruct(largest.sharding.shard_shape(largest.shape), largest.dtype)
+    return max(most, placed + bytes_on_device(state.opt_state) + fingerprint.temporary_bytes(shard))
 
 
 def float32_twin(setup: TrainingSetup) -> TrainingSetup | None:
@@ -177,7 +206,8 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
         step = compile_step(setup)
     parts = memory(step)
     out = {name: size / 2**30 for name, size in parts.items()}
-    out["peak"] = sum(out.values())
+    out["start"] = start(setup, step.state) / 2**30
+    out["peak"] = max(sum(parts.values()) / 2**30, out["start"])
     # XLA may decide to recompute some of them.
     out["activations"] = min(step.activations, parts["temporary"]) / 2**30
 
@@ -190,18 +220,24 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
                 f"    activations kept for the backward pass of {_rows(setup)} "
                 f"examples: at most {out['activations']:.3f}"
             )
+        if name == "batches":
+            held, ahead = batches_held(setup.config), setup.config.input.get("prefetch", 2)
+            print(f"    {held} of them: {ahead} ahead (config.input.prefetch), {held - ahead} in use and on their way")
+    print(f"  {'a step':<18} {sum(parts.values()) / 2**30:9.3f}")
+    print(f"  {'the start':<18} {out['start']:9.3f}    at most: weights being read, fingerprints")
     print(f"  {'peak':<18} {out['peak']:9.3f}")
     if (twin := float32_twin(setup)) is not None:
         elsewhere = compile_step(twin).compiled.memory_analysis().temp_size_in_bytes
         parts["temporary"] = elsewhere = min(elsewhere, parts["temporary"])
         out["peak_elsewhere"] = sum(parts.values()) / 2**30
         print(
-            "A CPU casts bfloat16 weights to float32. On a GPU or TPU expect a temporary of at "
+            "That is for this CPU, which casts bfloat16 weights to float32. On a GPU or TPU expect a temporary of at "
             f"most {elsewhere / 2**30:.3f}, a peak of {out['peak_elsewhere']:.3f}."
         )
     out |= _print_flops(setup)
     if hbm_gib is not None:
-        check_fit(parts, hbm_gib)
+        on_cpu = devices[0].platform == "cpu"
+        check_fit(parts, hbm_gib, setup, least=0 if on_cpu else start(setup, step.state))
     return out
 
 
@@ -221,32 +257,57 @@ def _print_flops(setup):
     return {"tflops": model, "tflops_executed": executed}
 
 
-_ADVICE = {
-    "frozen weights": "set config.frozen_dtype to 'bfloat16', 'int8' or 'nf4', or cut them over "
-    "more devices with config.sharding_strategy (fsdp, tp)",
-    "trained weights": "train fewer (config.lora, config.schedule), or cut them over more devices "
-    "with config.sharding_strategy",
-    "optimizer state": "train fewer (config.lora, config.schedule), or cut it over more devices "
-    "with config.sharding_strategy",
-    "batches": "lower config.input.batch_size or config.input.prefetch",
-    "temporary": "raise config.grad_accum_steps, set config.supervised_len or config.loss_chunk, "
-    "or keep less with remat_policy='nothing_saveable' in config.model.img and .llm",
-}
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "nf4": 4}
 
 
-def check_fit(parts, hbm_gib) -> None:
+def _advice(part, setup):
+    """What to change about the largest part; nothing that is set so already."""
+    config, devices = setup.config, "cut {} over more devices with config.sharding_strategy"
+    if part == "frozen weights":
+        bits = _BITS.get(config.get("frozen_dtype", "float32"), 32)
+        fewer = [repr(t) for t in ("bfloat16", "int8", "nf4") if _BITS[t] < bits]
+        found = [f"set config.frozen_dtype to {' or '.join(fewer)}"] if fewer else []
+        found.append(f"{devices.format('them')} (fsdp, tp)")
+    elif part in ("trained weights", "optimizer state"):
+        found = ["train fewer (config.lora, config.schedule)", devices.format("it" if "state" in part else "them")]
+    elif part == "batches":
+        ahead = ["config.input.prefetch"] if config.input.get("prefetch", 2) else []
+        found = [f"lower {' or '.join(['config.input.batch_size', *ahead])}"]
+    elif part == "temporary":
+        found = ["raise config.grad_accum_steps"] if _rows(setup) > 1 else []
+        if not config.get("supervised_len"):
+            found.append("set config.supervised_len")
+        if not config.get("loss_chunk"):
+            found.append("set config.loss_chunk")
+        towers = [t for t in ("img", "llm") if _keeps(config.model.get(t))]
+        if towers:
+            where = " and ".join(f"config.model.{t}" for t in towers)
+            found.append(f"keep less with remat_policy='nothing_saveable' in {where}")
+    else:
+        found = []
+    return ", or ".join(found) or "take a larger device"
+
+
+def _keeps(tower):
+    """Whether a section of config.model has its layers keep more than their inputs."""
+    return bool(tower) and tower.get("remat_policy", "nothing_saveable") != "nothing_saveable"
+
+
+def check_fit(parts, hbm_gib, setup, least=0) -> None:
     """Prints that a run fits; otherwise raises ValueError with what to change.
 
     Args:
       parts: from `memory`.
+      least: bytes that a device must have in any case (`start`).
     """
-    peak = sum(parts.values()) / 2**30
+    # From a CPU the question is about another device; the peak above this line is the CPU's.
+    of = " of a GPU or TPU" if setup.mesh.devices.flat[0].platform == "cpu" else ""
+    peak = max(sum(parts.values()), least) / 2**30
     if peak <= hbm_gib:
-        print(f"Fits: {peak:.2f} of {hbm_gib:g} GiB.")
+        print(f"Fits: {peak:.2f} of {hbm_gib:g} GiB{of}.")
         return
     largest = max(parts, key=parts.get)
-    advice = next((v for k, v in _ADVICE.items() if largest.startswith(k)), "take a larger device")
     raise ValueError(
-        f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:g}. Its "
-        f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {advice}."
+        f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:g}{of}. Its "
+        f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {_advice(largest, setup)}."
     )

@@ -61,7 +61,7 @@ def find_batch_size(config, hbm_gib) -> dict:
 
     rows = search(lambda n: peak(n, steps_of(n)), hbm_gib, _MOST)
     if not rows:
-        dry_run.check_fit(known[1, steps_of(1)], hbm_gib)
+        dry_run.check_fit(known[1, steps_of(1)], hbm_gib, setup)
     out = dict(rows=rows, peaks={n: peak(n, k) for n, k in sorted(known)})
     where = f"each of {shards} devices" if shards > 1 else "the device"
     print(f"Fits into {hbm_gib:g} GiB: {rows} at a time on {where}, {out['peaks'][rows]:.2f} GiB.")
