@@ -68,7 +68,7 @@ def decode(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     except Exception as e:  # pydicom raises nearly anything, depending on where a file is damaged
         raise DicomError(f"a DICOM file that can't be decoded ({len(content)} bytes; {files.reason(e)})") from None
     x = np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return np.repeat(x[:, :, None], 3, axis=2) if x.ndim == 2 else x, tuple(notes)
+    return np.repeat(x[:, :, None], 3, axis=2) if x.ndim == 2 else np.ascontiguousarray(x), tuple(notes)
 
 
 def to_rgb(content: bytes) -> np.ndarray:

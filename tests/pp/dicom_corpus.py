@@ -7,6 +7,7 @@ with those that it has installed. The comparison follows pydicom.pixels.processi
 the house's rules for broken files; where those apply, the two differ, and the test says which files they are.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -67,12 +68,23 @@ def wanted(content: bytes) -> np.ndarray | None:
 
 
 def compare(path: pathlib.Path) -> dict:
-    """{shape, notes, error, reference: error of pydicom, difference: largest, in grey levels}."""
+    """What is made of a file.
+
+    Returns:
+      shape, notes, digest of the pixels and a few of them (thumb), or the error; reference: the error of pydicom's
+      functions; difference from them: the largest, in grey levels.
+    """
     content, out = path.read_bytes(), {"dicom": False}
     try:
         out["dicom"] = dicom.is_dicom(content)
         found = images.decode(content)
-        out |= {"shape": found.rgb.shape, "notes": found.notes}
+        height, width = found.rgb.shape[:2]
+        out |= {
+            "shape": found.rgb.shape,
+            "notes": found.notes,
+            "digest": hashlib.sha256(found.rgb.tobytes()).hexdigest(),
+        }
+        out["thumb"] = found.rgb[height // 20 :: height // 10 + 1, width // 20 :: width // 10 + 1].tolist()
     except ValueError as e:
         out["error"] = f"{e}"
     try:
