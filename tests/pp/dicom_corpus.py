@@ -35,7 +35,8 @@ def wanted(content: bytes) -> np.ndarray | None:
         uid = pydicom.uid
         plain = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
         ds.file_meta.TransferSyntaxUID = plain if little else uid.ExplicitVRBigEndian
-    values = pixel_array(ds, index=0)
+    plugin = "pillow" if ds.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit else ""
+    values = pixel_array(ds, index=0, decoding_plugin=plugin)
     if values.ndim == 3:
         return values / (2**ds.BitsStored - 1) * 255
     if ds.PhotometricInterpretation == "PALETTE COLOR":
