@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from paligemma_med import cli, decode, weights
 from paligemma_med.page import shown
 from paligemma_med.parallel import distributed, notes, sharding
-from paligemma_med.pp import command_line, get_preprocess_fn
+from paligemma_med.pp import command_line, get_preprocess_fn, images
 
 
 def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
@@ -71,12 +71,8 @@ def main(argv) -> None:
         )
     if not values.question or not all(q.strip() for q in values.question):
         raise app.UsageError('--question is empty; expected a question such as --question="Any nodule?".')
+    image = images.read_file(values.image, "--image")  # before the weights, which take long
     config, checkpoint = cli.from_flags()
-    try:
-        with open(values.image, "rb") as f:
-            image = f.read()
-    except OSError as e:
-        raise app.UsageError(f"--image {values.image}: {e.strerror}.") from None
     decoding = {k: values[k].value for k in _DECODING}
     rows = predict(config, checkpoint, image, values.question, **decoding)
     for row in rows if distributed.is_main() else ():

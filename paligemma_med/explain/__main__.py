@@ -22,10 +22,10 @@ from paligemma_med.explain import page
 from paligemma_med.explain.answer import explain, load
 from paligemma_med.explain.files import write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many
-from paligemma_med.explain.questions import images_in, read_bytes, read_mask, read_questions
+from paligemma_med.explain.questions import images_in, read_mask, read_questions
 from paligemma_med.page import check_jinja, shown
 from paligemma_med.parallel import compilation_cache, distributed, ending
-from paligemma_med.pp import command_line
+from paligemma_med.pp import command_line, images
 from paligemma_med.saliency import occlusion
 from paligemma_med.saliency.methods import METHODS
 
@@ -69,7 +69,7 @@ def main(argv) -> None:
             if values.questions
             else [(n, q) for n in images_in(values.image_dir) for q in values.question]
         )
-    image = values.image and read_bytes(values.image, "--image")
+    image = values.image and images.read_file(values.image, "--image")
     mask = values.mask and read_mask(values.mask)
     config, checkpoint = cli.from_flags()
     check_jinja()

@@ -10,7 +10,7 @@ from paligemma_med.pp import images, tables
 
 def read_mask(path) -> np.ndarray:
     """bool[H, W], True where an image file is lighter than mid-grey."""
-    return images.to_rgb(read_bytes(path, "--mask")).max(-1) > 127
+    return images.read_file(path, "--mask").max(-1) > 127
 
 
 def read_questions(path, folder) -> list[tuple[str, str]]:
@@ -51,10 +51,3 @@ def images_in(folder) -> list[str]:
     if not found:
         raise ValueError(f"--image_dir {folder}: no image files ({', '.join(images.SUFFIXES)}, or DICOM by content).")
     return [str(p.relative_to(root)) for p in found]
-
-
-def read_bytes(path, flag) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as e:
-        raise ValueError(f"{flag} {path}: {e.strerror}.") from None

@@ -116,7 +116,7 @@ def _code(value: Any) -> str:
 def _pixels(ds: Any, note: Note) -> np.ndarray:
     """The first frame, as stored or, for YBR, as RGB: [H, W] or [H, W, 3]."""
     from pydicom.pixels import get_decoder, pixel_array
-    from pydicom.uid import JPEGBaseline8Bit
+    from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
 
     try:
         int(ds.get("NumberOfFrames") or 1)
@@ -137,7 +137,7 @@ def _pixels(ds: Any, note: Note) -> np.ndarray:
             )
         _trust_stream(ds, note)
     # Decoders of lossy JPEG differ by a few levels; PIL's is everywhere, so that a picture is the same everywhere.
-    plugin = "pillow" if syntax == JPEGBaseline8Bit else ""
+    plugin = "pillow" if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit) and ds.get("BitsStored") == 8 else ""
     try:
         values = pixel_array(ds, index=0, decoding_plugin=plugin)
     except Exception as e:

@@ -7,6 +7,7 @@ file means the same picture to each of them.
 import functools
 import io
 import logging
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -67,6 +68,21 @@ def to_rgb(content: bytes) -> np.ndarray:
     for note in found.notes:
         _tell(note)
     return found.rgb
+
+
+def read_file(path: str | os.PathLike, flag: str) -> np.ndarray:
+    """uint8[H, W, 3] of the image file that a program's flag names, as `to_rgb`.
+
+    Raises:
+      ImageError: the file can't be opened, or isn't such an image; names flag and file.
+    """
+    try:
+        with open(path, "rb") as f:
+            return to_rgb(f.read())
+    except OSError as e:
+        raise ImageError(f"{flag} {path}: {e.strerror}.") from None
+    except ImageError as e:
+        raise ImageError(f"{flag} {path}: {e}") from None
 
 
 @functools.cache

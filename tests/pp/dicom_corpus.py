@@ -35,7 +35,8 @@ def wanted(content: bytes) -> np.ndarray | None:
         uid = pydicom.uid
         plain = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
         ds.file_meta.TransferSyntaxUID = plain if little else uid.ExplicitVRBigEndian
-    plugin = "pillow" if ds.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit else ""
+    lossy = pydicom.uid.JPEGBaseline8Bit, pydicom.uid.JPEGExtended12Bit
+    plugin = "pillow" if ds.file_meta.TransferSyntaxUID in lossy and ds.BitsStored == 8 else ""
     values = pixel_array(ds, index=0, decoding_plugin=plugin)
     if values.ndim == 3:
         return values / (2**ds.BitsStored - 1) * 255
