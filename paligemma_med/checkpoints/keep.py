@@ -81,7 +81,8 @@ def check(config: Mapping[str, Any], evaluators: Collection[str]) -> None:
     if unknown := sorted(set(best.keys()) - {"metric", "mode"}):
         raise ValueError(f"config.keep_best has unknown keys {unknown}; known: metric, mode.")
     metric = best.get("metric", "")
-    if metric.endswith("/") or not any(metric.startswith(f"{name}/") for name in evaluators):
+    is_name = isinstance(metric, str) and not metric.endswith("/")
+    if not is_name or not any(metric.startswith(f"{name}/") for name in evaluators):
         raise ValueError(
             f"config.keep_best.metric is {metric!r}; expected NAME/METRIC, as in "
             f"'NAME/model/overall/acc', with one of config.evals: {sorted(evaluators)}."

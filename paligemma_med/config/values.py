@@ -167,6 +167,12 @@ _CONFIG = {
 }
 _NEVER_NONE = ("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr")
 _PART = {
+    **dict.fromkeys(("variant", "remat_policy", "query_pre_attn_norm"), _TEXT),
+    "patch_size": (
+        "a whole number, or two of them",
+        lambda x: all(_POSITIVE_WHOLE[1](n) for n in (x if isinstance(x, list | tuple) and len(x) == 2 else [x])),
+    ),
+    "cache_dtype": _FLOAT_TYPE,
     "width": _POSITIVE_WHOLE,
     "depth": _POSITIVE_WHOLE,
     "mlp_dim": _POSITIVE_WHOLE,

@@ -44,6 +44,9 @@ def _find_version(name: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 def folder_of(data: Mapping[str, Any]) -> pathlib.Path:
     """The folder that `open_source` reads; InputError where the set isn't built, or would run other code than TFDS'."""
+    for key in ("name", "split", "data_dir"):
+        if data.get(key) is not None and not isinstance(data[key], str | os.PathLike):
+            raise InputError(f"data.{key}={data[key]!r:.100}: expected a text")
     data_dir = data.get("data_dir")
     data_dir = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
     if any("\ud800" <= c <= "\udfff" for c in str(data_dir)):  # ArrayRecord takes texts alone
@@ -154,7 +157,7 @@ def open_source(data: Mapping[str, Any]) -> Source:
             f"input data {data}: expected the keys name, split and perhaps data_dir; "
             + (f"unknown: {unknown}" if unknown else f"missing: {missing}")
         )
-    name, split = str(data["name"]), str(data["split"])
+    name, split = str(data["name"]), "+".join(part.strip() for part in str(data["split"]).split("+"))
     folder = folder_of(data)
     try:
         builder = open_built(folder)
@@ -169,11 +172,14 @@ def open_source(data: Mapping[str, Any]) -> Source:
             )
     try:
         # Here a slice that can't be read ("train[:x]") is found out.
-        instructions = [f for s in split.split("+") for f in _instructions(builder, s.strip())]
+        by_part = {s.strip(): _instructions(builder, s.strip()) for s in split.split("+")}
     except Exception as e:
-        raise InputError(f"split {split!r} of data set {name} can't be read: {e}") from None
-    if not sum(f.take for f in instructions):
-        raise InputError(f"split {split!r} of data set {name} is empty; it has {splits}")
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise InputError(f"split {split!r} of data set {name} can't be read: {reason}") from None
+    for part, instructions in by_part.items():
+        if sum(f.take for f in instructions) < 1:  # negative for a slice that ends before it begins
+            raise InputError(f"split {part!r} of data set {name} is empty; it has {splits}")
+    instructions = [f for part in by_part.values() for f in part]
     for f in instructions:
         try:
             path_inside(folder, os.path.relpath(f.filename, folder))

@@ -66,6 +66,10 @@ def test_data_dir_from_environment(data, monkeypatch):
         ({"split": "train+tset[:5]"}, ["no split 'tset[:5]'"]),
         ({"split": "train[:x]"}, ["train[:x]", "can't be read"]),
         ({"split": "train[5:5]"}, ["train[5:5]", "empty"]),
+        ({"split": "train[-5:-10]"}, ["train[-5:-10]", "empty"]),
+        ({"split": "train[:3]+train[5:3]"}, ["train[5:3]", "empty"]),
+        ({"split": 3}, ["data.split=3", "expected a text"]),
+        ({"data_dir": ["x"]}, ["data.data_dir", "expected a text"]),
         ({"splits": "train"}, ["unknown: ['splits']"]),
     ],
 )
