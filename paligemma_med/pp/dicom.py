@@ -67,7 +67,6 @@ def decode(content: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
         raise
     except Exception as e:  # pydicom raises nearly anything, depending on where a file is damaged
         raise DicomError(f"a DICOM file that can't be decoded ({len(content)} bytes; {files.reason(e)})") from None
-    x = np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
     return np.repeat(x[:, :, None], 3, axis=2) if x.ndim == 2 else np.ascontiguousarray(x), tuple(notes)
 
 
@@ -182,15 +181,33 @@ def _trust_stream(ds: Any, note: Note) -> None:
 
 
 def _show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
-    """Values in 0..1, [H, W] or [H, W, 3]."""
+    """uint8[H, W] or [H, W, 3]."""
     kind = str(ds.PhotometricInterpretation)
     if kind == "PALETTE COLOR" and values.ndim == 2:
-        return _palette(ds, values)
+        return _eight_bits(_palette(ds, values))
     if values.ndim == 2:
-        return dicom_grey.show(ds, values, note)
+        return _grey(ds, values, note)
     if values.ndim != 3 or values.shape[2] != 3 or kind not in _COLOURS:
         raise DicomError(f"colours of kind {_code(kind)}, shape {values.shape}; expected one of {', '.join(_COLOURS)}")
-    return values / (2 ** int(ds.BitsStored) - 1)
+    return _eight_bits(values / (2 ** int(ds.BitsStored) - 1))
+
+
+def _grey(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
+    """uint8[H, W]. Each value is worked out once, since a film has far more pixels than values."""
+    low = values.min()
+    if values.dtype.kind not in "iu" or int(values.max()) - int(low) >= 2**16:
+        return _eight_bits(dicom_grey.show(ds, values, note))
+    index = values.astype(np.int64) - low
+    is_there = np.zeros(2**16, bool)
+    is_there[index] = True
+    there = np.flatnonzero(is_there)
+    levels = np.zeros(2**16, np.uint8)
+    levels[there] = _eight_bits(dicom_grey.show(ds, (there + low).astype(values.dtype), note))
+    return levels[index]
+
+
+def _eight_bits(x: np.ndarray) -> np.ndarray:
+    return np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _palette(ds: Any, values: np.ndarray) -> np.ndarray:

@@ -20,11 +20,11 @@ class DicomError(ValueError):
 
 
 def show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
-    """float64[H, W] in 0..1 of a grey image's first frame.
+    """0..1 of a grey image's first frame, float64.
 
     Args:
       ds: the pydicom Dataset.
-      values: [H, W], as stored.
+      values: as stored, of any shape, each that occurs once at least: where is no matter.
       note: called with a sentence for each thing that had to be passed over or assumed.
 
     Raises:
@@ -134,7 +134,7 @@ def full_scale(table: np.ndarray, bits: int) -> int:
 
 
 def _modality(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
-    """float64[H, W]: the scanner's units, by table or by slope and intercept."""
+    """float64: the scanner's units, by table or by slope and intercept."""
     for item in _items(ds, "ModalityLUTSequence"):
         try:
             return _table(item, values, ds)[0].astype(np.float64)
@@ -193,7 +193,7 @@ def _windows(ds: Any) -> Iterator[tuple[float, float, str]]:
 
 
 def _padding(ds: Any, values: np.ndarray) -> np.ndarray:
-    """bool[H, W]: where the picture is filled up (C.7.5.1.1.2)."""
+    """bool: where the picture is filled up (C.7.5.1.1.2)."""
     ends = [_integer(ds, "PixelPaddingValue"), _integer(ds, "PixelPaddingRangeLimit")]
     if ends[0] is None or values.dtype.kind not in "iu":
         return np.zeros(values.shape, bool)

@@ -4,7 +4,9 @@ Headers are easily wrong after a file was compressed by another program than the
 a stranger can make them differ on purpose: the frame is what gets decoded.
 """
 
+import math
 import re
+import struct
 from typing import NamedTuple
 
 _J2K_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16})", re.DOTALL)  # SOC, SIZ, its length and profile
@@ -26,21 +28,22 @@ def read(frame: bytes) -> Stream:
     """Reads the head of a JPEG (also lossless and JPEG-LS) or JPEG 2000 stream."""
     if frame[:2] == b"\xff\xd8":
         return _jpeg(frame)
-    if found := _J2K_SIZE.search(frame, 0, 1 << 16):
-        right, bottom, left, top = (int.from_bytes(found[1][i : i + 4], "big") for i in (0, 4, 8, 12))
-        return Stream((bottom - top, right - left))
-    return Stream()
+    # A JP2 file around the stream can hold other things that look like one: the largest counts.
+    sizes = [struct.unpack(">IIII", found[1]) for found in _J2K_SIZE.finditer(frame)]
+    return Stream(
+        max(((bottom - top, right - left) for right, bottom, left, top in sizes), key=math.prod, default=None)
+    )
 
 
 def _jpeg(frame: bytes) -> Stream:
     """Colours are told by Adobe's or JFIF's marker, by letters as names of components, or by colours stored at
     a lower resolution than the brightness, which makes no sense for RGB."""
     at, told = 2, ""
-    while at + 4 <= len(frame) and frame[at] == 0xFF:
+    while 2 <= (at := frame.find(b"\xff", at)) <= len(frame) - 4:  # decoders skip what stands between segments
         marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
         segment = frame[at + 4 : at + 2 + length]
-        if marker == 0xFF:  # filling
-            at += 1
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # no segment follows
+            at += 1 if marker == 0xFF else 2
             continue
         if marker == 0xEE and segment[:5] == b"Adobe" and len(segment) >= 12:
             told = {0: "RGB", 1: "YBR"}.get(segment[11], "")

@@ -35,6 +35,11 @@ def test_bad_batches(change, message):
         decode.generate(model, params, batch, max_new_tokens=2)
 
 
+def test_no_rows_are_no_batch():
+    with pytest.raises(ValueError, match="no rows to make a batch of"):
+        decode.batch_of([])
+
+
 def test_buckets():
     assert [decode.bucket(n, 100) for n in (0, 1, 16, 17, 32, 33, 65, 100)] == [
         16,

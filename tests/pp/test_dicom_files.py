@@ -156,6 +156,12 @@ def test_signed_values_under_an_unsigned_header():
     assert not dicom.decode(contents[0])[1] and "have a sign" in dicom.decode(contents[1])[1][0]
 
 
+def encode_frame(side, form="JPEG"):
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.zeros((side, side), np.uint8)).save(out, form)
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("form", ["JPEG", "JPEG2000"])
 def test_a_frame_of_another_size_than_the_headers(form):
     """Decoders allocate what the frame asks for, not what the header promises."""
@@ -167,6 +173,17 @@ def test_a_frame_of_another_size_than_the_headers(form):
     syntax = uid.JPEG2000Lossless if form == "JPEG2000" else uid.JPEGBaseline8Bit
     small = make(np.zeros((6, 5), np.uint8), bits=8, syntax=syntax, frame=frame)
     assert sentence(small).endswith("frame has 50 x 60 pixels; its header says 5 x 6")
+
+
+def test_a_streams_size_cannot_be_hidden():
+    small, large = (dicom_stream.read(encode_frame(side)) for side in (6, 60))
+    assert small.size == (6, 6) and large.size == (60, 60)
+    for form in ("JPEG", "JPEG2000"):
+        frame = encode_frame(60, form)
+        # In front of the real stream: another's head, bytes that decoders skip, and filling.
+        decoy = encode_frame(6, form)[:60] if form == "JPEG2000" else b"\xff\xd8\0\0\xff\xff\xff\xd0\xff\0"
+        hidden = decoy + frame if form == "JPEG2000" else decoy + frame[2:]
+        assert dicom_stream.read(hidden).size == (60, 60)
 
 
 @pytest.mark.parametrize(
