@@ -204,6 +204,8 @@ def _open_array(folder, key, name):
         store = _store(folder, key, name)
         if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
             raise CheckpointError(f"{folder}: {key} changed while the checkpoint was in use")
+        for what, size in ((key, shape), (f"a piece of {key}", store.chunk_layout.read_chunk.shape or ())):
+            lazy.check_room(f"{folder}: {what}", size, dtype)
         try:
             return np.asarray(store.read().result())
         except Exception as e:  # TensorStore has no errors of its own

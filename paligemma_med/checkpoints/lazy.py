@@ -5,6 +5,7 @@ A tree of them can be renamed, fitted to a model and stacked without a byte bein
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,14 @@ class Lazy:
 def dtype_of(name: Any) -> np.dtype | None:
     """A numpy dtype from its name (including "bfloat16") or anything numpy takes; None stays None."""
     return None if name is None else BFLOAT16 if str(name) == "bfloat16" else np.dtype(name)
+
+
+def check_room(where: str, shape: Iterable[int], dtype: Any) -> None:
+    """Raises CheckpointError for an array that no memory here holds. TensorStore, which would try, ends the process."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise CheckpointError(f"{where} takes {size:,} bytes by what its file says; this machine has {memory:,}")
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -117,7 +117,7 @@ def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     for key, leaf in _metadata(folder).items():
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             raise CheckpointError(f"{folder}: {key} is not an array")
-        flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key))
+        flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key, leaf))
     if any(key.startswith("params/") for key in flat):
         flat = {k[len("params/") :]: v for k, v in flat.items() if k.startswith("params/")}
     return unflatten_tree(flat)
@@ -136,7 +136,9 @@ def _shapes(flat):
     return {key: tuple(leaf.shape) for key, leaf in flat.items()}
 
 
-def _read(folder, key):
+def _read(folder, key, leaf):
+    lazy.check_room(f"{folder}: {key}", leaf.shape, leaf.dtype)
+
     def only(value):
         return unflatten_tree({key: value})
 
