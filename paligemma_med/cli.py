@@ -30,6 +30,7 @@ def command(main) -> Callable:
         is_verbose = flags.FLAGS["verbosity"].present
         if not is_verbose:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every move of its own at INFO.
+        _lift_guards()
         try:
             main(argv)
         except app.UsageError as e:
@@ -97,6 +98,22 @@ def _has_devices():
         return "jax" not in sys.modules or bool(sys.modules["jax"].devices())
     except Exception:
         return False
+
+
+# What a user may have set for code of their own, and the value with which Optax and Orbax run.
+_GUARDS = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+_GUARDS |= {
+    f"jax_transfer_guard{way}": "allow" for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")
+}
+
+
+def _lift_guards():
+    """Leaves aside JAX's guards (JAX_NUMPY_DTYPE_PROMOTION=strict, JAX_TRANSFER_GUARD=disallow, …), and says so."""
+    jax = sys.modules.get("jax")
+    for name, needed in _GUARDS.items() if jax else ():
+        if (found := getattr(jax.config, name)) not in (None, needed):
+            jax.config.update(name, needed)
+            print(f"{name.upper()}={found} is left aside: not all libraries used here stand it.", file=sys.stderr)
 
 
 def parse_flags(argv) -> list[str]:

@@ -174,6 +174,27 @@ def test_devices_that_are_not_there_are_one_line(platform, repo_root):
     assert "Traceback" not in run.stderr
 
 
+def test_jaxs_guards_are_left_aside(monkeypatch, capsys):
+    """Optax and Orbax don't run under them."""
+    monkeypatch.setattr(cli.flags, "FLAGS", _Flags(verbosity=(False, -1)))
+    guards = {
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_transfer_guard": "disallow",
+        "jax_numpy_rank_promotion": "raise",
+    }
+    before = {name: getattr(jax.config, name) for name in guards}
+    try:
+        for name, value in guards.items():
+            jax.config.update(name, value)
+        cli.command(lambda argv: jax.jit(lambda x: x + np.int64(1))(np.ones(3, np.float16)))([])
+        assert jax.config.jax_numpy_dtype_promotion == "standard"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and said[0].startswith("JAX_NUMPY_DTYPE_PROMOTION=strict is left aside")
+
+
 class _Flags(dict):
     """flags.FLAGS of {name: (present, value)}."""
 
