@@ -355,8 +355,10 @@ def main(argv: Sequence[str]) -> None:
             report=flags.FLAGS.report,
             file_format=flags.FLAGS.file_format,
         )
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    except (DataError, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "No space left" not in str(e):  # of ArrayRecord's writer
+            raise
+        sys.exit(f"error: {files.told(e, flags.FLAGS.data_dir or default_data_dir())}")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def convert_files(
         if kept is not content:
             out = out.with_name(out.name + ".png")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_bytes(kept)
+            with files.whole_file(out) as f:
+                f.write(kept)
         except OSError as e:
             raise DataError(f"{out}: can't be written ({e.strerror or e})") from None
     return len(found) - len(errors), errors, told

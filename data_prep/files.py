@@ -138,12 +138,22 @@ def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno and e.filename is None:  # a write that failed, as on a full disk
+            raise OSError(e.errno, e.strerror, os.fspath(path)) from e
         raise
 
 
+def told(error: Exception, what: os.PathLike | str) -> str:
+    """An error as the one sentence that a program ends with; `what` was written or read, if it names no file."""
+    if isinstance(error, OSError):
+        return f"{error.filename or what}: {error.strerror or error}"
+    return str(error)
+
+
 def write_json(path: os.PathLike | str, content: Any) -> None:
-    """Writes readable UTF-8 JSON that ends in a newline."""
+    """Writes readable UTF-8 JSON that ends in a newline, whole or not at all."""
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    with whole_file(path) as f:
+        f.write(text.encode())

@@ -69,7 +69,8 @@ def write(out: str | os.PathLike, sets: Mapping[str, pathlib.Path]) -> dict[str,
     found = {name: describe_set(name, folder, tokens) for name, folder in sets.items()}
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "report.json", found)
-    (out / "report.md").write_text(to_markdown(found), encoding="utf-8")
+    with files.whole_file(out / "report.md") as f:
+        f.write(to_markdown(found).encode())
     draw(found, out / "distributions.png")
     return found
 
@@ -351,8 +352,8 @@ def main(argv: Sequence[str]) -> None:
                 raise DataError(f"{data_dir / name}: not built; expected records of {name} there")
             sets[name] = there[-1].parent
         write(flags.FLAGS.out, sets)
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {files.told(e, flags.FLAGS.out)}")
     print(f"report.md, report.json and distributions.png are in {flags.FLAGS.out}")
 
 

@@ -30,6 +30,7 @@ def command(main) -> Callable:
         is_verbose = flags.FLAGS["verbosity"].present
         if not is_verbose:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every move of its own at INFO.
+            logging.get_absl_logger().addFilter(_is_news)
         _lift_guards()
         try:
             main(argv)
@@ -43,7 +44,7 @@ def command(main) -> Callable:
             ending.leave_at_once(code or 130)
         except Exception as e:
             known = isinstance(e, ValueError | OSError | FloatingPointError)
-            sentence = _of_machine(e) or (str(e) if known else None)
+            sentence = _of_machine(e) or (_told(e) if known else None)
             if ending.tell_if_peer_lost(e):
                 ending.leave(1)
             if (is_verbose and flags.FLAGS.verbosity > 0) or sentence is None:
@@ -54,6 +55,17 @@ def command(main) -> Callable:
             ending.leave(f"error: {_shown(sentence)}")
 
     return run
+
+
+def _is_news(record):
+    """False for the traceback that a thread of Orbax logs of a save that fails: the error is raised as well."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _told(error):
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
 
 
 def _shown(text):

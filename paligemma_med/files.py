@@ -24,10 +24,13 @@ def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
     """In a `with`: a binary file to write, which becomes `path`; missing folders are made.
 
     Several that belong together take their places in the reverse order of the `with`: the first one is there last.
+
+    Raises:
+      OSError: `path` can't be written, such as on a full disk; it names `path`.
     """
     temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as f:
+        with named(path), open(temporary, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -37,6 +40,17 @@ def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
             os.remove(temporary)
         raise
     _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def named(path: os.PathLike | str) -> Iterator[None]:
+    """Gives an error of writing, which has no file's name, that of `path`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None or e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from e
 
 
 def write_text(path: os.PathLike | str, text: str, *, errors: str = "strict") -> None:
@@ -60,11 +74,12 @@ def whole_folder(path: os.PathLike | str, *, replaces: Collection[str] | None = 
     temporary = _temporary(path)
     os.mkdir(temporary)
     try:
-        yield temporary
-        for parent, _, names in os.walk(temporary):
-            for name in names:
-                _sync_file(os.path.join(parent, name))
-            _sync_folder(parent)
+        with named(path):
+            yield temporary
+            for parent, _, names in os.walk(temporary):
+                for name in names:
+                    _sync_file(os.path.join(parent, name))
+                _sync_folder(parent)
         _move(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

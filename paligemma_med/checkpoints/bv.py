@@ -19,7 +19,7 @@ import numpy as np
 
 from paligemma_med import files
 from paligemma_med.checkpoints import lazy
-from paligemma_med.checkpoints.errors import CheckpointError, listed
+from paligemma_med.checkpoints.errors import CheckpointError, first_line, listed
 from paligemma_med.checkpoints.lazy import BFLOAT16, Lazy
 from paligemma_med.checkpoints.plain_path import plain_path
 from paligemma_med.models.leaves import unflatten_tree
@@ -315,5 +315,8 @@ def _write(path, array):
     # As `jax.experimental.array_serialization` writes it.
     metadata = dict(compressor={"id": "zstd"}, shape=list(array.shape), chunks=chunks)
     spec = dict(_spec(path), metadata=metadata, dtype=array.dtype.name)
-    store = tensorstore.open(spec, create=True, open=True).result()
-    store.write(array).result()
+    try:
+        store = tensorstore.open(spec, create=True, open=True).result()
+        store.write(array).result()
+    except Exception as e:  # TensorStore has no errors of its own
+        raise CheckpointError(f"{path} can't be written (TensorStore says: {first_line(e)}); is the disk full?") from e

@@ -33,5 +33,6 @@ def listed(items: Iterable) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, at most 200 characters."""
-    return (str(error) or "no message").splitlines()[0][:200]
+    """The first line of another library's message; of a long one two ends, since TensorStore's causes come last."""
+    text = (str(error) or "no message").splitlines()[0].split(" [tensorstore_spec=")[0].rstrip(". ")
+    return text if len(text) <= 400 else f"{text[:160]} … {text[-240:]}"

@@ -78,8 +78,13 @@ def save_orbax(
         # Orbax creates its folder itself, by renaming a temporary one next to it.
         inner = os.path.join(plain_path(new), "tree")
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(inner, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(inner, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        except CheckpointError:
+            raise
+        except Exception as e:  # Orbax and TensorStore raise generic errors
+            raise CheckpointError(f"{folder} can't be written (Orbax says: {first_line(e)}); is the disk full?") from e
         if _shapes(_metadata(inner)) != _shapes(flat):
             raise CheckpointError(f"{folder}: what lies there is not what was written; is the disk sound?")
         for name in os.listdir(inner):

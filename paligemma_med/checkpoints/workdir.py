@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from paligemma_med.checkpoints import fingerprint, npz
 from paligemma_med.checkpoints import keep as keep_lib
-from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.errors import CheckpointError, first_line
 from paligemma_med.checkpoints.plain_path import plain_path
 from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.pp import json_text
@@ -199,9 +199,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until everything is on disk and was read back; CheckpointError if it couldn't be written."""
+        saved, self._unread = self._unread, None
         self._or_tell(self._manager.wait_until_finished)
-        if self._unread:
-            saved, self._unread = self._unread, None
+        if saved:
             self._or_tell(self._read_back, *saved, lost=saved[0])
 
     def _read_back(self, step, trained, opt_state):
@@ -237,11 +237,7 @@ def _path(path):
 
 
 def _first_line(error):
-    """The first line of a message; if it is long, its two ends, since TensorStore's causes come last."""
-    text = (str(error) or "no message").splitlines()[0].rstrip(". ")
-    if len(text) > 400:
-        text = f"{text[:160]} … {text[-240:]}"
-    return f"{type(error).__name__}: {text}."
+    return f"{type(error).__name__}: {first_line(error)}."
 
 
 def _anywhere(flag):

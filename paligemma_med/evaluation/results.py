@@ -134,9 +134,10 @@ class Part:
     def add(self, name, batch, rows) -> None:
         """Keeps the rows of a batch; they are on the disk when this returns."""
         if self._file is not None:
-            self._file.write(_line([name, batch, rows]))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with files.named(self._file.name):
+                self._file.write(_line([name, batch, rows]))
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:

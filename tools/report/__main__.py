@@ -9,6 +9,7 @@ figures, accuracies with controls and intervals, paired tests, plots, worst ques
 """
 # The docstring above is what --help prints.
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -94,18 +95,17 @@ def _belongs(e, path):
 
 
 def write(title, made, out) -> None:
-    """Writes report.md, figures/ and report.html into the folder `out`."""
+    """Writes report.html, report.md and figures/ into the folder `out`, all or none."""
     out = pathlib.Path(out)
     markdown, figures = blocks.to_markdown(title, made)
-    for name, svg in figures.items():
-        _write(out / "figures" / name, plots.standalone(svg))
-    _write(out / "report.md", markdown)
-    _write(out / "report.html", blocks.to_html(title, made))
-
-
-def _write(path, text):
-    # Halves of surrogate pairs, which JSON can hold and UTF-8 can't, become question marks.
-    files.write_text(path, text, errors="replace")
+    texts = {out / "report.html": blocks.to_html(title, made), out / "report.md": markdown}
+    texts |= {out / "figures" / name: plots.standalone(svg) for name, svg in figures.items()}
+    with contextlib.ExitStack() as stack:
+        for path, text in texts.items():
+            f = stack.enter_context(files.whole_file(path))
+            # Halves of surrogate pairs, which JSON can hold and UTF-8 can't, become question marks.
+            f.write(text.encode("utf-8", "replace"))
+            f.flush()
 
 
 @command
