@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import pathlib
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,10 @@ _PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where PIL
 UNSTRETCHED = (
     "its 16-bit grey values all lie below 4096, as 12-bit ones do that weren't stretched; it shows next to nothing"
 )
+
+
+# PIL warns of what `open_image` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
