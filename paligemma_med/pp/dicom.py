@@ -138,7 +138,7 @@ def _pixels(ds: Any, note: Note) -> np.ndarray:
     # Decoders of lossy JPEG differ by a few levels; PIL's is everywhere, so that a picture is the same everywhere.
     plugin = "pillow" if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit) and ds.get("BitsStored") == 8 else ""
     try:
-        values = pixel_array(ds, index=0, decoding_plugin=plugin)
+        values = pixel_array(ds, index=0, decoding_plugin=plugin) if decoder else _uncompressed(ds, note)
     except Exception as e:
         if decoder is None or not decoder.missing_dependencies:
             raise
@@ -149,6 +149,22 @@ def _pixels(ds: Any, note: Note) -> np.ndarray:
     if values.size == 0:
         raise DicomError(f"an empty image, {values.shape}; expected pixels")
     return values
+
+
+def _uncompressed(ds: Any, note: Note) -> np.ndarray:
+    """The first frame; where older files put values in the upper bits (PS3.5 8.1.1), they are moved down."""
+    from pydicom.pixels import pixel_array
+
+    stored, high = ds.get("BitsStored"), ds.get("HighBit")
+    if isinstance(stored, int) and isinstance(high, int) and stored <= high < ds.BitsAllocated:
+        ds.BitsStored = high + 1  # or pydicom, which asks for no HighBit, would cut off the upper ones
+        values = pixel_array(ds, index=0)
+        ds.BitsStored, shift = stored, high + 1 - stored
+        if not (values & ((1 << shift) - 1)).any():
+            note("its values stand in the upper bits, and were moved down")
+            return values >> shift
+        # Values in the lower bits: the header is wrong.
+    return pixel_array(ds, index=0)
 
 
 def _trust_stream(ds: Any, note: Note) -> None:

@@ -82,6 +82,24 @@ def test_an_image_without_its_size():
     assert "without Rows" in sentence(content[:at] + content[at + 10 :])
 
 
+@pytest.mark.parametrize("kind", ["u2", "i2"])
+def test_values_in_the_upper_bits_are_moved_down(kind):
+    """12 bits of 16, as older files have them. pydicom's own decoding cuts off the upper ones."""
+    values = VALUES.astype(kind) - (0 if kind == "u2" else 200)
+    window = dict(WindowCenter=float(values.min()) + 200.5, WindowWidth=401)
+    plain = make(values, bits=12, **window)
+    upper = make(values << 4, bits=12, HighBit=15, **window)
+    assert grey(upper) == grey(plain) == [[0, 64, 128, 255]] and "upper bits" in dicom.decode(upper)[1][0]
+    wrong = make(values + 1, bits=12, HighBit=15, **window)  # they stand in the lower ones after all
+    assert np.abs(np.array(grey(wrong)) - grey(plain)).max() <= 1
+
+
+def test_bits_that_are_not_stored_count_for_nothing():
+    """Older files have overlays in them."""
+    overlaid = VALUES.astype(np.uint16) | np.array([[0x8000, 0, 0xF000, 0]], np.uint16)
+    assert grey(make(overlaid, bits=12)) == [[0, 64, 128, 255]]
+
+
 def test_a_number_of_frames_that_is_none():
     content = make(VALUES, NumberOfFrames="11").replace(b"IS\x02\x0011", b"IS\x02\x001A")
     assert grey(content) == [[0, 64, 128, 255]]
