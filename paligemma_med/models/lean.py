@@ -24,8 +24,19 @@ _OPTIONS = {
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _SHORT = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
-# Whether a program for large weights on a CPU is being traced. Part of the key of JAX's caches.
-active = jax.make_user_context(default_value=False)
+# What is being traced: "cpu", a program for a CPU; "large", one with large weights; None, any other. Part of the key of
+# JAX's caches.
+_traced = jax.make_user_context(default_value=None)
+
+
+def is_for_cpu() -> bool:
+    """Whether what is being traced was jitted by `jit` for a CPU."""
+    return _traced.value is not None
+
+
+def is_for_large_weights_on_cpu() -> bool:
+    """Whether it also has large weights in 16 bits."""
+    return _traced.value == "large"
 
 
 class jit:  # noqa: N801 (it stands for jax.jit)
@@ -65,23 +76,26 @@ class jit:  # noqa: N801 (it stands for jax.jit)
 
     @contextlib.contextmanager
     def _chosen(self, args, kw):
-        large = LARGE if self._large is None else self._large
-        if _short_bytes_on_cpu((args, kw)) < large:
+        found = _short_bytes_on_cpu((args, kw))
+        if found is None:
             yield self._plain
+        elif found < (LARGE if self._large is None else self._large):
+            with _traced("cpu"):
+                yield self._plain
         else:
-            with active(True):
+            with _traced("large"):
                 yield self._lean
 
 
 def _short_bytes_on_cpu(tree):
-    """Bytes of the 16-bit floats in `tree` that a CPU holds, or will hold; -1 where no CPU computes, and within another
+    """Bytes of the 16-bit floats in `tree` that a CPU holds, or will hold; None where no CPU computes, and within another
     traced function, which is compiled as a whole."""
     if jax.default_backend() != "cpu":
-        return -1
+        return None
     total = 0
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.core.Tracer) or not _may_be_on_cpu(x):
-            return -1
+            return None
         if isinstance(x, _ARRAYS) and x.dtype in _SHORT:
             total += 2 * x.size
     return total

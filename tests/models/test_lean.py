@@ -95,7 +95,7 @@ def test_values_and_gradients_stay():
 def test_where_it_acts(monkeypatch):
     """For 16 bits, enough of them, on a CPU, and not within another program."""
     short, long = jnp.ones(1000, jnp.bfloat16), jnp.ones(1000, jnp.float32)
-    ask = lean.jit(lambda *x: jnp.asarray(lean.active.value), large=2000)
+    ask = lean.jit(lambda *x: jnp.asarray(lean.is_for_large_weights_on_cpu()), large=2000)
     assert ask(short) and ask(short[:500], {"b": short[500:]})
     assert not ask(short[:999]) and not ask(long)
     assert not jax.jit(lambda x: ask(x))(short)

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from paligemma_med.models import lean
 from paligemma_med.models.layers.capture import weigh
 
 # Low enough to vanish in a float32 softmax, but finite: a row whose keys are all masked (padding) gives
@@ -178,6 +179,9 @@ def _attention_bwd(scale, softcap, kept, grad):
     by_logits = by_logits.astype(q.dtype)
 
     def by_keys(x, weights):  # transposes x, with H in front, rather than the larger weights
+        if lean.is_for_cpu():
+            # XLA leaves this product in bfloat16, which its CPU backend then can't compute (jaxlib 0.10.2 to 0.12).
+            x, weights = (a.astype(jnp.float32) for a in (x, weights))
         out = _dot(jnp.moveaxis(x, -1, batch), weights, batch, x.ndim - 1 - batch)
         return jnp.swapaxes(out, -1, -2)
 

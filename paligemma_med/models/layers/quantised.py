@@ -132,7 +132,7 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
     if table.scale is not None and _parts(table.shape)[1] > 1 and _few(x):
         return _logits_by_parts(x, table.value, table.scale)
     rows = math.prod(x.shape[:-1])
-    if lean.active.value and rows < _FEWEST:
+    if lean.is_for_large_weights_on_cpu() and rows < _FEWEST:
         x = jnp.pad(x.reshape(rows, -1), ((0, _FEWEST - rows), (0, 0)))
         return logits(x, table)[:rows].reshape(*shape, -1)
     return product(
