@@ -88,8 +88,8 @@ class jit:  # noqa: N801 (it stands for jax.jit)
 
 
 def _short_bytes_on_cpu(tree):
-    """Bytes of the 16-bit floats in `tree` that a CPU holds, or will hold; None where no CPU computes, and within another
-    traced function, which is compiled as a whole."""
+    """Bytes of the 16-bit floats in `tree` that a CPU holds, or will hold; None where no CPU computes, and within
+    another traced function, which is compiled as a whole."""
     if jax.default_backend() != "cpu":
         return None
     total = 0

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core as jex
 
-from paligemma_med.models import splice
+from paligemma_med.models import lean, splice
 from paligemma_med.models.layers import attention
 from tests.rounding import assert_close
 
@@ -239,3 +239,20 @@ def test_refusals():
         attention.attend(q, k, v, scale=1.0, impl="cudnn")
     with pytest.raises(ValueError, match="attn_impl is 'flash'; expected one of"):
         attention.attend(q, k, v, scale=1.0, impl="flash")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gradients_in_bfloat16_can_be_computed_on_a_cpu(kv_heads, optimised):
+    """Of several rows whose query heads share keys: XLA kept a product in bfloat16 that its CPU backend refuses to
+    compute. (On processors without AVX512-BF16 it didn't.)"""
+    rng = np.random.default_rng(5)
+    arrays = [x.astype(jnp.bfloat16) for x in random_qkv(rng, 2, 6, 6, 4, kv_heads, 8)]
+
+    def loss(q, k, v):
+        return jnp.sum(attention.attend(q, k, v, scale=0.5)[0].astype(jnp.float32) ** 2)
+
+    found = lean.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+    wanted = jax.grad(loss, (0, 1, 2))(*(x.astype(jnp.float32) for x in arrays))
+    for a, b in zip(found, wanted):
+        assert a.dtype == jnp.bfloat16
+        assert_close(a.astype(jnp.float32), b, 8 * 2**15)  # units of bfloat16
