@@ -394,7 +394,7 @@ def _overlap(prediction, answer):
 
 def _words(text):
     words = [word for word in answers.spaced(answers.squad(text)).split() if not answers.is_mark(word)]
-    return words or answers.strict(text).split()
+    return words or answers.normalise(text).split()
 
 
 def llava_med_closed(prediction, answer) -> bool:

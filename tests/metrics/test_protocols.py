@@ -281,7 +281,7 @@ def test_bad_choices():
         ("heart", "left lung", 0, 0),
         ("", "left lung", 0, 0),
         ("the", "a", 0, 0),  # of an answer without words, its text counts
-        ("a", "A.", 0, 0),
+        ("a", "A.", 1, 1),
         ("a", "A", 1, 1),
         ("lung", "the", 0, 0),
         ("", "the", 0, 0),

@@ -1,7 +1,9 @@
 """Splits larger than the memory for them: same records, no TensorFlow, temporary files gone."""
 
+import numpy as np
 import pytest
-from tensorflow_datasets.core import shuffle
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, shuffle
 
 from data_prep.builders import flat_memory
 
@@ -47,3 +49,14 @@ def test_tfds_is_left_as_it_was():
     with flat_memory.flat_memory():
         assert shuffle._Bucket is not before[0]
     assert (shuffle._Bucket, shuffle.MAX_MEM_BUFFER_SIZE) == before
+
+
+def test_records_are_the_same_bytes_in_each_process():
+    """protobuf orders the entries of a map otherwise in each process, unless it is told to sort them."""
+    names = [f"feature{i:02}" for i in range(20)]
+    spec = {name: tfds.features.TensorInfo(shape=(), dtype=np.int64) for name in names}
+    serializer = example_serializer.ExampleSerializer(spec)
+    for order in (names, names[::-1]):
+        with flat_memory.flat_memory():
+            record = serializer.serialize_example(dict.fromkeys(order, 1))
+        assert sorted(names, key=lambda name: record.index(name.encode())) == names
