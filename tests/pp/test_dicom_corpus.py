@@ -54,8 +54,22 @@ TWINS = [
 
 def install(packages, folder):
     """Whether pip could install them there."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={folder}", *packages]
-    return subprocess.run(command, capture_output=True, timeout=600).returncode == 0
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--retries=1",
+        "--no-deps",
+        f"--target={folder}",
+        *packages,
+    ]
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        return subprocess.run(command, capture_output=True, timeout=300, env=environment).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 @pytest.fixture(scope="module")
