@@ -89,7 +89,7 @@ def _accepted(default):
 def _is_literal(text):
     try:
         ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return False
     return True
 

@@ -92,7 +92,7 @@ def _read_tensors(path):
     try:
         with safetensors.safe_open(path, "np") as f:
             return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (f is no mapping)
-    except (safetensors.SafetensorError, OSError, TypeError) as e:
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(
             f"{path} ({os.path.getsize(path):,} bytes) is not a readable safetensors file; it may "
             f"be cut short or something else (safetensors says: {e})"

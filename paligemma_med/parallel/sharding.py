@@ -201,7 +201,7 @@ def parse_strategy(text: str) -> list[tuple[str, dict[str, Any]]]:
     example = """expected e.g. 'replicate', 'fsdp(axis="data")' or 'tp(axis="model")|fsdp()'"""
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, AttributeError):
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
         raise ValueError(f"sharding strategy {text!r} can't be parsed; {example}") from None
     nodes: list[ast.expr] = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
@@ -231,7 +231,7 @@ def _parse_one(node: ast.expr, text: str, example: str) -> tuple[str, dict[str, 
         types = allowed[keyword.arg]
         try:
             value = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             value = None
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(

@@ -56,7 +56,8 @@ def _of_tree(value, rng):
     return ""
 
 
-def _of_bytes(data, rng):
+def of_bytes(data, rng) -> bytes:
+    """Some bytes with one thing wrong: cut, overwritten, with others before or in between; or something else."""
     at = rng.randrange(len(data) + 1)
     kind = rng.randrange(7)
     if kind == 0:
@@ -91,7 +92,7 @@ def mutations(good, count, seed=0, lines=False):
         mark = json.dumps(_MARK).encode(), json.dumps(_MARK, ensure_ascii=False).encode()
         for text in filter(None, raw):
             data = data.replace(mark[0], text.encode(), 1).replace(mark[1], text.encode(), 1)
-        yield _of_bytes(data, rng) if rng.random() < 0.15 else data
+        yield of_bytes(data, rng) if rng.random() < 0.15 else data
 
 
 def check(read, path, good, errors, count=60, seed=0, lines=False):
