@@ -289,7 +289,7 @@ def place_params(host: dict[str, Any], setup: Setup) -> dict[str, jax.Array]:
             array = finite.cast(array, setup.dtypes[name], name)
             out[name] = distributed.place(array, place)
         if array.nbytes > _WORTH_COLLECTING:
-            # JAX leaves a copy that it has made of the host's array in a cycle of references.
+            # JAX lets go of an array that it has copied when Python next collects garbage.
             del array
             jax.block_until_ready([x for n, x in out.items() if n.startswith(name)])
             gc.collect()

@@ -58,5 +58,12 @@ def process_share(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int
 def put(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
     """The global batch, of which `batch` is this process's piece."""
     return {
-        k: jax.make_array_from_process_local_data(sharding, v, (batch_size, *v.shape[1:])) for k, v in batch.items()
+        k: jax.make_array_from_process_local_data(sharding, _own(v), (batch_size, *v.shape[1:]))
+        for k, v in batch.items()
     }
+
+
+def _own(array):
+    """A copy of what a worker has put into shared memory, an array type of Grain's. JAX would hold on to that memory,
+    which is scarce, until Python collects garbage, and at the end of a program Python warns of leaked memory."""
+    return array if type(array) is np.ndarray else np.array(array)

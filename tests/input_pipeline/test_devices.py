@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import mmap
 import socket
 import subprocess
 import sys
@@ -259,3 +260,16 @@ def test_an_error_in_the_rows_of_one_process_ends_all(data, monkeypatch):
     assert sum(str(e).startswith("in process ") for e in errors) == 1
     errors = together(lambda p: list(input_pipeline.evaluation(data, lambda d, _: d, 8)))
     assert all("type bytes; leave its key out of keep" in str(e) for e in errors)
+
+
+class Shared(np.ndarray):
+    """As Grain's array in shared memory."""
+
+
+def test_a_workers_memory_is_let_go_of():
+    """JAX would take aligned memory of the host's for its own on a CPU, and keep it."""
+    memory = np.frombuffer(mmap.mmap(-1, 4096), np.float32).view(Shared)
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = devices.put({"x": memory}, where, len(memory))["x"]
+    memory[:] = 7  # as the next batch would
+    assert not np.asarray(placed).any()
