@@ -1,10 +1,16 @@
-"""The language model: Gemma 1 and Gemma 2 decoders, with big_vision's parameter names.
+"""The language model: Gemma, LLaMA and BLOOM decoders, with big_vision's parameter names where it has such models.
 
 Shapes and names follow big_vision/models/ppp/gemma.py (`q_einsum/w`, `gating_einsum`, …), layers
-stacked on a leading axis. Numerics follow the published model: RMSNorm with (1 + scale), RoPE and
-softmax in float32, tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding.
-Gemma 2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left out, as
-in big_vision, since PaliGemma's sequences up to 448 px are much shorter.
+stacked on a leading axis. Numerics follow the published models: norms, RoPE and softmax in float32. By default it is
+Gemma 1: RMSNorm with (1 + scale), tanh-GELU, embeddings scaled by sqrt(width), output tied to the embedding.
+
+- Gemma 2 adds norms after each sublayer and soft-caps; its sliding window of 4,096 tokens is left out, as
+  in big_vision, since PaliGemma's sequences up to 448 px are much shorter.
+- Gemma 3 has no soft-caps but norms of queries and keys, and of six layers five that see a window only, with RoPE of
+  another base.
+- LLaMA has RMSNorm without 1, SiLU, and a table of its own for logits.
+- BLOOM has LayerNorm, also of the embeddings, biases, ALiBi in place of RoPE, and q, k and v in one kernel that has one
+  adapter.
 
 Axis letters: B batch, T and S positions, D width, N query heads, K key/value heads, H width of a
 head, F width of the MLP, V vocabulary.
@@ -15,19 +21,25 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paligemma_med.models import leaves, presets
-from paligemma_med.models.layers import attention, lora, quantised, stack
+from paligemma_med.models.decoder_layer import ACTIVATIONS, Block, Places
+from paligemma_med.models.layers import norms, stack
 from paligemma_med.models.layers.activations import constrain
-from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
+from paligemma_med.models.layers.capture import end_folds, start_fold
 from paligemma_med.models.layers.embedder import Embedder
-from paligemma_med.models.layers.norms import RMSNorm
-from paligemma_med.models.layers.positions import apply_rope, rope_angles
+from paligemma_med.models.layers.positions import alibi_bias, rope_angles
 
 _GEMMA2 = dict(post_norms=True, attn_logits_softcap=50.0, final_logits_softcap=30.0)
+_GEMMA3 = dict(post_norms=True, qk_norm=True, rope_theta=1e6, window=1024, vocab_size=262_144)
+_LLAMA = dict(norm="rms", norm_eps=1e-5, act="silu", embed_scale=False)
+_BLOOM = dict(norm="layer", norm_eps=1e-5, fused=True, position="alibi", embed_norm=True, embed_scale=False)
 
-# gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1. The last two are ours, for
-# laptops and tests.
+# gemma_*: arXiv 2403.08295, table 1; gemma2_*: arXiv 2408.00118, table 1; gemma3_*: arXiv 2503.19786, table 1, and
+# google-deepmind/gemma, gm/nn/_gemma.py; llama2_7b: arXiv 2307.09288; llama3_8b: arXiv 2407.21783, table 3; bloom_7b1:
+# arXiv 2211.05100, table 3; the last three and smollm2_135m also their config.json. gemma_mini and gemma_mu are ours,
+# for laptops and tests.
 VARIANTS = {
     "gemma_2b": dict(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256),
     "gemma_7b": dict(width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256),
@@ -43,6 +55,49 @@ VARIANTS = {
         query_pre_attn_norm="rsqrt_emb_per_head",
         **_GEMMA2,
     ),
+    "gemma3_270m": dict(
+        width=640, depth=18, mlp_dim=2048, num_heads=4, num_kv_heads=1, head_dim=256, **{**_GEMMA3, "window": 512}
+    ),
+    "gemma3_4b": dict(
+        width=2560, depth=34, mlp_dim=10_240, num_heads=8, num_kv_heads=4, head_dim=256, rope_scale=8.0, **_GEMMA3
+    ),
+    "llama2_7b": dict(
+        width=4096,
+        depth=32,
+        mlp_dim=11_008,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        tie=False,
+        vocab_size=32_000,
+        **_LLAMA,
+    ),
+    "llama3_8b": dict(
+        width=4096,
+        depth=32,
+        mlp_dim=14_336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=5e5,
+        tie=False,
+        vocab_size=128_256,
+        **_LLAMA,
+    ),
+    "smollm2_135m": dict(
+        width=576,
+        depth=30,
+        mlp_dim=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=1e5,
+        vocab_size=49_152,
+        **_LLAMA,
+    ),
+    "bloom_7b1": dict(
+        width=4096, depth=30, mlp_dim=16_384, num_heads=32, num_kv_heads=32, head_dim=128, vocab_size=250_880, **_BLOOM
+    ),
     "gemma_mini": dict(width=192, depth=6, mlp_dim=768, num_heads=4, num_kv_heads=1, head_dim=48, vocab_size=1024),
     "gemma_mu": dict(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024),
 }
@@ -51,169 +106,55 @@ DEFAULT_VARIANT = presets.DEFAULT["llm"]["variant"]
 VOCAB_SIZE = presets.DEFAULT["llm"]["vocab_size"]
 
 
+POSITIONS = ("rope", "alibi")
+
+
 def _leaves():
     """All parameters that a decoder can have, in the order of the computation."""
     yield leaves.Leaf("embedder/input_embedding", "VD", "D", role="table")
-    for path, letters, kw in (
-        ("pre_attention_norm/scale", "D", dict(role="norm")),
-        ("attn/q_einsum/w", "NDH", dict(inputs="D", when="grouped")),
-        ("attn/kv_einsum/w", "KDH", dict(inputs="D", parts=("k", "v"), when="grouped")),
-        ("attn/qkv_einsum/w", "NDH", dict(inputs="D", parts=("q", "k", "v"), when="ungrouped")),
-        ("attn/attn_vec_einsum/w", "NHD", dict(inputs="NH")),
-        ("post_attention_norm/scale", "D", dict(role="norm", when="post_norms")),
-        ("pre_ffw_norm/scale", "D", dict(role="norm")),
-        ("mlp/gating_einsum", "DF", dict(inputs="D", parts=("gate", "up"))),
-        ("mlp/linear", "FD", dict(inputs="F", parts=("down",))),
-        ("post_ffw_norm/scale", "D", dict(role="norm", when="post_norms")),
-    ):
-        yield leaves.Leaf(f"layers/{path}", letters, stacked=True, **kw)
-    yield leaves.Leaf("final_norm/scale", "D", role="norm")
+    yield from _norm("embed_norm", bias="embed_norm", when="embed_norm")
+    for part in (_attention_leaves(), _mlp_leaves()):
+        for leaf in part:
+            yield leaf._replace(path=f"layers/{leaf.path}", stacked=True)
+    yield from _norm("final_norm")
+    yield leaves.Leaf("embedder/output_embedding", "VD", "D", role="table", when="untied")
+
+
+def _norm(path, *, when="", bias="layer_norms", letters="D"):
+    yield leaves.Leaf(f"{path}/scale", letters, role="norm", when=when)
+    yield leaves.Leaf(f"{path}/bias", letters, role="bias", when=bias)
+
+
+def _attention_leaves():
+    yield from _norm("pre_attention_norm")
+    yield leaves.Leaf("attn/q_einsum/w", "NDH", inputs="D", when="grouped")
+    yield leaves.Leaf("attn/kv_einsum/w", "KDH", inputs="D", parts=("k", "v"), when="grouped")
+    yield leaves.Leaf("attn/qkv_einsum/w", "NDH", inputs="D", parts=("q", "k", "v"), when="ungrouped")
+    yield leaves.Leaf("attn/qkv/kernel", "DNPH", inputs="D", when="fused")
+    yield leaves.Leaf("attn/qkv/bias", "NPH", role="bias", when="fused")
+    for name in ("q_norm", "k_norm"):
+        yield leaves.Leaf(f"attn/{name}/scale", "H", role="norm", when="qk_norm")
+    yield leaves.Leaf("attn/attn_vec_einsum/w", "NHD", inputs="NH", when="gated")
+    yield leaves.Leaf("attn/out/kernel", "NHD", inputs="NH", when="fused")
+    yield leaves.Leaf("attn/out/bias", "D", role="bias", when="fused")
+    yield leaves.Leaf("post_attention_norm/scale", "D", role="norm", when="post_norms")
+
+
+def _mlp_leaves():
+    yield from _norm("pre_ffw_norm")
+    yield leaves.Leaf("mlp/gating_einsum", "DF", inputs="D", parts=("gate", "up"), when="gated")
+    yield leaves.Leaf("mlp/linear", "FD", inputs="F", parts=("down",), when="gated")
+    yield leaves.Leaf("mlp/up/kernel", "DF", inputs="D", when="fused")
+    yield leaves.Leaf("mlp/up/bias", "F", role="bias", when="fused")
+    yield leaves.Leaf("mlp/down/kernel", "FD", inputs="F", when="fused")
+    yield leaves.Leaf("mlp/down/bias", "D", role="bias", when="fused")
+    yield leaves.Leaf("post_ffw_norm/scale", "D", role="norm", when="post_norms")
 
 
 LEAVES = tuple(_leaves())
-# Exactly one of the two is true (see `Leaf.when`): they keep the same projections, in this order, in
+# Exactly one of the two is true, unless `fused` is (see `Leaf.when`): they keep the same projections, in this order, in
 # different kernels.
 ALTERNATIVES = (("grouped", "ungrouped"),)
-
-
-def _init(fan_in_axes, fan_out_axes):
-    return nn.initializers.variance_scaling(
-        1.0, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=fan_out_axes
-    )
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with RoPE; in modes "prefill" and "extend" it keeps a cache.
-
-    Cache (collection "cache", batch first): k_prefix, v_prefix [B, S, K, H], written once by prefill, and
-    k_new, v_new [B·samples, M, K, H], to which each extend appends one position.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    softcap: float | None
-    attn_impl: str
-    mode: str
-    capture: bool | object
-    cache_dtype: str | None
-    new_len: int
-    num_samples: int
-    lora: tuple
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x, angles, mask, step):
-        n, k_heads, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
-        kw = dict(lora=self.lora, deterministic=self.deterministic)
-        if n == k_heads:
-            q, k, v = lora.Einsum((3, n, d, h), _init(2, (0, 1, 3)), parts="qkv", name="qkv_einsum", **kw)(
-                "BTD,3NDH->BT3NH", x
-            )
-        else:
-            q = lora.Einsum((n, d, h), _init(1, (0, 2)), name="q_einsum", **kw)("BTD,NDH->BTNH", x)
-            k, v = lora.Einsum((2, k_heads, d, h), _init(2, (0, 1, 3)), parts="kv", name="kv_einsum", **kw)(
-                "BTD,2KDH->BT2KH", x
-            )
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
-        q, k, v = (constrain(a, "act_batch", "act_len", "act_heads", None) for a in (q, k, v))
-
-        probs = None
-        if self.mode == "extend":
-            y = self._extend(q, k, v, mask, step)
-        else:
-            if self.mode == "prefill":
-                self._prefill(k, v)
-            y, probs = attention.attend(
-                q,
-                k,
-                v,
-                mask,
-                scale=self.scale,
-                softcap=self.softcap,
-                impl=self.attn_impl,
-                capture=self.capture is not False,
-                perturb=perturbation(self),
-            )
-        out = lora.Einsum((n, h, d), _init((0, 1), 2), inputs=2, name="attn_vec_einsum", **kw)
-        return out("BTNH,NHD->BTD", y), probs
-
-    def _prefill(self, k, v):
-        dtype = self.cache_dtype or k.dtype
-        new = (k.shape[0] * self.num_samples, self.new_len, *k.shape[2:])
-        for name, x in (("k", k), ("v", v)):
-            self.put_variable(self._prefix(), f"{name}_prefix", x.astype(dtype))
-            self.put_variable("cache", f"{name}_new", jnp.zeros(new, dtype))
-
-    def _prefix(self):
-        """The collection of k_prefix and v_prefix. A decoding loop that makes "prefix" mutable only in
-        prefill_cache, and "cache" in extend_cache, doesn't copy the prefix at each step."""
-        return "prefix" if self.is_mutable_collection("prefix") else "cache"
-
-    def _extend(self, q, k, v, prefix_mask, step):
-        prefix = "prefix" if self.has_variable("prefix", "k_prefix") else "cache"
-        new = []
-        for name, x in (("k", k), ("v", v)):
-            cache = self.get_variable("cache", f"{name}_new")
-            cache = jax.lax.dynamic_update_slice_in_dim(cache, x.astype(cache.dtype), step, axis=1)
-            self.put_variable("cache", f"{name}_new", cache)
-            new.append(cache)
-        return attention.attend_cached(
-            q,
-            (*(self.get_variable(prefix, f"{name}_prefix") for name in "kv"), prefix_mask),
-            (*new, jnp.arange(new[0].shape[1]) <= step),
-            scale=self.scale,
-            softcap=self.softcap,
-        )
-
-
-class FeedForward(nn.Module):
-    """Gated MLP: linear(gelu(gate(x)) · up(x)). float[B, T, D] → float[B, T, D]."""
-
-    mlp_dim: int
-    lora: tuple
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x):
-        d, f = x.shape[-1], self.mlp_dim
-        gating = quantised.param(self, "gating_einsum", _init(1, (0, 2)), (2, d, f))
-        linear = quantised.param(self, "linear", _init(0, 1), (f, d))
-        gate, up = quantised.product(lambda x, w: (x @ w[0], x @ w[1]), x, gating)
-        gate = lora.add(self, gate, x, "gating_einsum", "gate")
-        up = lora.add(self, up, x, "gating_einsum", "up")
-        y = constrain(nn.gelu(gate) * up, "act_batch", "act_len", "act_mlp")
-        return lora.add(self, quantised.product(jnp.matmul, y, linear), y, "linear", "down")
-
-
-class Block(nn.Module):
-    """One decoder layer. As a scan body: (carry, …) → (carry, probabilities or a fold's out), where the
-    carry is (float[B, T, D], a fold's state or None)."""
-
-    mlp_dim: int
-    post_norms: bool
-    dropout: float
-    deterministic: bool
-    attn: dict
-    lora: tuple
-
-    @nn.compact
-    def __call__(self, carry, angles, mask, step):
-        x, state = carry
-        drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
-        y = RMSNorm(name="pre_attention_norm")(x)
-        adapters = dict(lora=self.lora, deterministic=self.deterministic)
-        y, probs = Attention(**self.attn, **adapters, name="attn")(y, angles, mask, step)
-        state, probs = fold_layer(self.attn["capture"], state, probs)
-        if self.post_norms:
-            y = RMSNorm(name="post_attention_norm")(y)
-        x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
-        y = RMSNorm(name="pre_ffw_norm")(x)
-        y = FeedForward(self.mlp_dim, **adapters, name="mlp")(y)
-        if self.post_norms:
-            y = RMSNorm(name="post_ffw_norm")(y)
-        return (constrain(x + drop(y), "act_batch", "act_len", "act_emb"), state), probs
 
 
 class _Model(nn.Module):
@@ -230,6 +171,20 @@ class _Model(nn.Module):
     post_norms: bool = False
     attn_logits_softcap: float | None = None
     final_logits_softcap: float | None = None
+    norm: str = "rms_plus_one"
+    norm_eps: float = 1e-6
+    act: str = "gelu_tanh"
+    fused: bool = False
+    qk_norm: bool = False
+    position: str = "rope"
+    rope_theta: float = 1e4
+    rope_scale: float = 1.0
+    window: int | None = None
+    window_every: int = 6
+    local_rope_theta: float = 1e4
+    embed_scale: bool = True
+    embed_norm: bool = False
+    tie: bool = True
     dropout: float = 0.0
     cache_dtype: str | None = None
     scan: bool = True
@@ -241,12 +196,27 @@ class _Model(nn.Module):
     @property
     def grouped(self) -> bool:
         """Whether several query heads share keys and values, which then have a separate kernel."""
-        return self.num_heads != self.num_kv_heads
+        return self.num_heads != self.num_kv_heads and not self.fused
 
     @property
     def ungrouped(self) -> bool:
         """Whether every query head has its own keys and values, all in one kernel."""
-        return not self.grouped
+        return not self.grouped and not self.fused
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate, and no kernel a bias."""
+        return not self.fused
+
+    @property
+    def layer_norms(self) -> bool:
+        """Whether norms have biases."""
+        return self.norm == "layer"
+
+    @property
+    def untied(self) -> bool:
+        """Whether logits have a table of their own."""
+        return not self.tie
 
     @property
     def leaves(self) -> tuple[leaves.Leaf, ...]:
@@ -259,11 +229,13 @@ class _Model(nn.Module):
         return "layers/attn/probs"
 
     def setup(self):
-        self.embedder = Embedder(self.vocab_size, self.width, self.dtype)
-        self.final_norm = RMSNorm()
+        self.embedder = Embedder(self.vocab_size, self.width, self.dtype, self.embed_scale, self.tie)
+        if self.embed_norm:
+            self.input_norm = norms.make("layer", self.norm_eps, name="embed_norm")
+        self.final_norm = norms.make(self.norm, self.norm_eps)
 
     def embed_tokens(self, tokens) -> jax.Array:
-        """int32[B, T] → float[B, T, D], scaled by sqrt(D)."""
+        """int32[B, T] → float[B, T, D], scaled by sqrt(D) with `embed_scale`."""
         return self.embedder.encode(tokens)
 
     def compute_logits(self, pre_logits) -> jax.Array:
@@ -289,8 +261,7 @@ class _Model(nn.Module):
           (float[B, T, D] after the final norm, float32[layers, B, N, T, T], or (last state, stacked
           outs) of a fold, or None).
         """
-        positions = jnp.arange(x.shape[1])[None]
-        return self._layers(x, positions, mask, train=train, capture=capture_attention)
+        return self._layers(x, *self._places(mask, x.shape[1]), train=train, capture=capture_attention)
 
     def prefill_cache(self, x, input_mask, attn_mask, *, cache_size: int, num_samples: int = 1) -> jax.Array:
         """Reads the prompts and makes the cache.
@@ -307,7 +278,6 @@ class _Model(nn.Module):
         """
         if cache_size < x.shape[1]:
             raise ValueError(f"cache_size is {cache_size}, less than the prompt's {x.shape[1]}.")
-        positions = jnp.arange(x.shape[1])[None]
         seq_len = jnp.sum(input_mask, axis=1, dtype=jnp.int32)
         self.put_variable("cache", "prefix_mask", input_mask)
         self.put_variable("cache", "seq_len", jnp.repeat(seq_len, num_samples))
@@ -315,8 +285,7 @@ class _Model(nn.Module):
         self.put_variable("cache", "step", jnp.zeros(x.shape[0] * num_samples, jnp.int32))
         y, _ = self._layers(
             x,
-            positions,
-            attn_mask,
+            *self._places(attn_mask, x.shape[1]),
             mode="prefill",
             new_len=cache_size - x.shape[1],
             num_samples=num_samples,
@@ -328,23 +297,57 @@ class _Model(nn.Module):
         step = self.get_variable("cache", "step")
         seq_len = self.get_variable("cache", "seq_len")
         prefix_mask = self.get_variable("cache", "prefix_mask")
-        y, _ = self._layers(x, (seq_len + step)[:, None], prefix_mask, mode="extend", step=step[0])
+        places = self._places_of_step(prefix_mask, seq_len, step)
+        y, _ = self._layers(x, *places, mode="extend", step=step[0])
         self.put_variable("cache", "step", step + 1)
         return self.compute_logits(y)
 
+    def _places(self, mask, length):
+        """(`Places` in a pass over `length` tokens, those that differ in layers with a window or None)."""
+        positions = jnp.arange(length)[None]
+        if self.position == "alibi":
+            return Places(None, mask, key_bias=alibi_bias(positions, length - 1, self.num_heads)), None
+        places = Places(rope_angles(positions, self.head_dim, self.rope_theta, self.rope_scale), mask)
+        if self.window is None:
+            return places, None
+        near = None
+        if length > self.window:
+            if isinstance(mask, tuple):
+                raise ValueError(
+                    f"attn_impl='cudnn' has no window of {self.window} tokens, and the sequence has {length}: use "
+                    "attn_impl='xla'."
+                )
+            near = mask & (positions[:, None] > positions[:, :, None] - self.window)
+        return places, Places(rope_angles(positions, self.head_dim, self.local_rope_theta), near)
+
+    def _places_of_step(self, prefix_mask, seq_len, step):
+        """The same for one more token of each sample: bool[B, S], int32[B·R], int32[B·R].
+
+        They need the number M of positions kept for new tokens, which the cache's shapes have.
+        """
+        position = (seq_len + step)[:, None]
+        keys, new = jnp.arange(prefix_mask.shape[1])[None], jnp.arange(self._new_len())
+        seen = new <= step[0]
+        if self.position == "alibi":
+            bias = alibi_bias(keys, position, self.num_heads), alibi_bias(new[None], step[:, None], self.num_heads)
+            return Places(None, prefix_mask, seen, bias), None
+        places = Places(rope_angles(position, self.head_dim, self.rope_theta, self.rope_scale), prefix_mask, seen)
+        if self.window is None:
+            return places, None
+        near = near_new = None
+        if keys.size + new.size > self.window:
+            # The samples of a prompt are at the same position.
+            first = position.reshape(prefix_mask.shape[0], -1)[:, :1] - self.window
+            near, near_new = prefix_mask & (keys > first), seen & (new > step[0] - self.window)
+        return places, Places(rope_angles(position, self.head_dim, self.local_rope_theta), near, near_new)
+
+    def _new_len(self):
+        cached = self.variables["cache"]["layers"]["attn"]["k_new"]
+        return cached.shape[2]  # layers, samples, positions, …
+
     @nn.compact
     def _layers(
-        self,
-        x,
-        positions,
-        mask,
-        *,
-        mode="full",
-        step=None,
-        train=False,
-        capture=False,
-        new_len=0,
-        num_samples=1,
+        self, x, places, local, *, mode="full", step=None, train=False, capture=False, new_len=0, num_samples=1
     ):
         if self.query_pre_attn_norm == "rsqrt_head_dim":
             scale = self.head_dim**-0.5
@@ -355,11 +358,25 @@ class _Model(nn.Module):
                 f"query_pre_attn_norm is {self.query_pre_attn_norm!r}; expected "
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
-        block = stack.repeat(Block, self.depth, self.scan, self.remat_policy, {"cache": 1, "prefix": 0})
+        if self.embed_norm:
+            x = self.input_norm(x)
+        is_local = None if local is None else (np.arange(self.depth) + 1) % self.window_every != 0
+        block = stack.repeat(
+            Block,
+            self.depth,
+            self.scan,
+            self.remat_policy,
+            {"cache": 1, "prefix": 0},
+            in_axes=(0 if local else nn.broadcast, *(nn.broadcast,) * 3),
+        )
+        norm = (self.norm, self.norm_eps)
         state = start_fold(capture, x.shape[0], self.num_heads, x.shape[1])
         (x, state), probs = block(
             name="layers",
             mlp_dim=self.mlp_dim,
+            act=self.act,
+            fused=self.fused,
+            norm=norm,
             post_norms=self.post_norms,
             dropout=self.dropout,
             deterministic=not train,
@@ -370,6 +387,7 @@ class _Model(nn.Module):
                 head_dim=self.head_dim,
                 scale=scale,
                 softcap=self.attn_logits_softcap,
+                qk_norm=norm if self.qk_norm else None,
                 attn_impl=self.attn_impl,
                 mode=mode,
                 capture=capture,
@@ -377,7 +395,7 @@ class _Model(nn.Module):
                 new_len=new_len,
                 num_samples=num_samples,
             ),
-        )((x, state), rope_angles(positions, self.head_dim), mask, step)
+        )((x, state), is_local, places, local, step)
         return self.final_norm(x), end_folds(capture, state, probs)
 
 
@@ -392,7 +410,15 @@ def Model(*, variant: str | None = None, **kw) -> _Model:  # noqa: N802 (a facto
       **kw: width, depth, mlp_dim, num_heads, num_kv_heads, head_dim, vocab_size,
         query_pre_attn_norm, post_norms, attn_logits_softcap, final_logits_softcap, dropout,
         cache_dtype (None: the activations' type), scan, remat_policy, dtype, attn_impl, lora (of
-        `lora.as_rules`, over paths that begin with "llm/").
+        `lora.as_rules`, over paths that begin with "llm/"), and
+        norm ("rms_plus_one", "rms", "layer") and norm_eps; act ("gelu_tanh", "silu");
+        fused: kernels with biases, q, k and v in one, no gate;
+        qk_norm: norms of queries and keys;
+        position ("rope", "alibi"), rope_theta, rope_scale (positions are divided by it);
+        window: tokens that a layer sees, itself included, except every `window_every`-th layer, which sees all; RoPE
+        of the former has the base local_rope_theta and no scale;
+        embed_scale: embeddings times sqrt(width); embed_norm: LayerNorm of all inputs; tie: logits by the
+        embeddings' table.
     """
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"LLM variant {variant!r} is unknown; expected one of {sorted(VARIANTS)}.")
@@ -402,4 +428,11 @@ def Model(*, variant: str | None = None, **kw) -> _Model:  # noqa: N802 (a facto
         raise ValueError(f"The LLM has no variant and lacks {missing}: give either.")
     if kw["num_heads"] % kw["num_kv_heads"]:
         raise ValueError(f"num_heads={kw['num_heads']} is no multiple of num_kv_heads={kw['num_kv_heads']}.")
+    if kw.get("fused") and kw["num_heads"] != kw["num_kv_heads"]:
+        raise ValueError(f"fused kernels have as many key/value heads as heads, {kw['num_heads']}.")
+    if kw.get("norm") == "layer" and (kw.get("qk_norm") or kw.get("post_norms")):
+        raise ValueError("norm='layer' goes with neither qk_norm nor post_norms.")
+    for name, known in (("norm", norms.KINDS), ("act", ACTIVATIONS), ("position", POSITIONS)):
+        if name in kw and kw[name] not in known:
+            raise ValueError(f"The LLM's {name} is {kw[name]!r}; expected one of {sorted(known)}.")
     return _Model(**kw)

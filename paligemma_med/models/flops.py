@@ -77,7 +77,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     weights, recompute = 0, 0
     for name, x in sizes.params.items():
         part, leaf = _part_of(name), sizes.leaves[name]
-        if not leaf.inputs:
+        if not leaf.inputs or sizes.is_only_read(leaf):
             continue
         if leaf.role == "table":
             once = 2 * x.size * logits
@@ -123,6 +123,7 @@ class _Sizes:
         self.policies = {name: getattr(part, "remat_policy", "none") for name, part in model.parts.items()}
         self._patches = math.prod(vlm.patch_grid(model, image))
         self._image_tokens = vlm.num_image_tokens(model, image)
+        self._logits = [leaf.path for leaf in table.values() if leaf.role == "table"][-1]
         self._places, self.stacks, self._last = {}, {}, {}
         for leaf in table.values():
             part, place = _part_of(leaf.path), self._places.setdefault(_group(leaf), len(self._places))
@@ -141,11 +142,17 @@ class _Sizes:
         """{part: tokens that its products process}."""
         return {"img": self._patches, "connector": self._image_tokens, "llm": self._image_tokens + text_len}
 
+    def is_only_read(self, leaf):
+        """Whether it is a table that embeds tokens while another one gives the logits."""
+        return leaf.role == "table" and leaf.path != self._logits
+
     def weights(self):
         """({part: number of weights in its products}, number of weights in the vocabulary table)."""
         weights, table = dict.fromkeys(self.policies, 0), 0
         for name, x in self.params.items():
             leaf = self.leaves[name]
+            if self.is_only_read(leaf):
+                continue
             if leaf.role == "table":
                 table += x.size
             elif leaf.inputs:

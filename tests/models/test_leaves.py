@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_med.models import decoder, leaves, parts, vit
+from paligemma_med.models.layers import norms
 from paligemma_med.models.leaves import flatten_tree
 
 SIZES = st.sampled_from((1, 2, 3, 5))  # axes of like letters must be alike, of others may differ
@@ -35,7 +36,8 @@ def assert_describes(table, made, sizes):
     assert {leaf.path for leaf in table} == set(made)
     assert len(table) == len(made)
     for leaf in table:
-        expected = [len(leaf.parts) if c == "P" else int(c) if c.isdigit() else sizes[c] for c in leaf.axes]
+        sizes = {**sizes, "P": len(leaf.parts) or 3}  # a fused kernel holds q, k and v
+        expected = [int(c) if c.isdigit() else sizes[c] for c in leaf.axes]
         assert list(made[leaf.path]) == expected, leaf
         assert leaf.role in leaves.ROLES
         assert set(leaf.inputs) <= set(leaf.letters)
@@ -60,10 +62,12 @@ def test_vit(data, scan):
 
 
 @settings(max_examples=20, deadline=None)
-@given(data=st.data(), scan=st.booleans(), post_norms=st.booleans())
-def test_decoder(data, scan, post_norms):
+@given(data=st.data(), scan=st.booleans())
+def test_decoder(data, scan):
     size = {c: data.draw(SIZES, c) for c in "LKDFV"}
-    size |= {"N": size["K"] * data.draw(st.sampled_from((1, 2)), "N/K"), "H": 2 * data.draw(SIZES, "H/2")}
+    fused, *flags = (data.draw(st.booleans(), n) for n in ("fused", "post_norms", "qk_norm", "embed_norm", "tie"))
+    several = 1 if fused else data.draw(st.sampled_from((1, 2)), "N/K")
+    size |= {"N": size["K"] * several, "H": 2 * data.draw(SIZES, "H/2")}
     model = decoder.Model(
         width=size["D"],
         depth=size["L"],
@@ -72,7 +76,9 @@ def test_decoder(data, scan, post_norms):
         num_kv_heads=size["K"],
         head_dim=size["H"],
         vocab_size=size["V"],
-        post_norms=post_norms,
+        fused=fused,
+        **dict(zip(("post_norms", "qk_norm", "embed_norm", "tie"), flags, strict=True)),
+        norm=data.draw(st.sampled_from(norms.KINDS[: 2 if any(flags[:2]) else 3]), "norm"),
         scan=scan,
     )
     assert_describes(model.leaves, decoder_shapes(model), size)

@@ -26,7 +26,7 @@ IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 def attend(
-    q, k, v, mask=None, *, scale, softcap=None, impl="xla", capture=False, perturb=None
+    q, k, v, mask=None, *, scale, softcap=None, key_bias=None, impl="xla", capture=False, perturb=None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Softmax attention with grouped key/value heads.
 
@@ -38,8 +38,10 @@ def attend(
         "cudnn" also takes the form of `splice.split_mask`.
       scale: factor on the dot products.
       softcap: if set, the scaled dot products become softcap·tanh(x / softcap) (Gemma 2).
-      impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no capture; H up
-        to 128, from Hopper on 256).
+      key_bias: float32[B or 1, N, S], added to the scaled dot products of all queries (ALiBi); it has no gradient,
+        and goes with no softcap.
+      impl: "xla", or "cudnn" for the fused GPU kernel (16-bit inputs, no softcap, no key_bias, no
+        capture; H up to 128, from Hopper on 256).
       capture: also return the probabilities.
       perturb: float32[B, N, T, S], added to the probabilities: zeros, to differentiate with respect to
         it. Or float32[B, T, S], of which only the gradient is used: see `capture.weigh`.
@@ -61,15 +63,21 @@ def attend(
             )
         if softcap:
             raise ValueError("attn_impl='cudnn' has no soft-cap (Gemma 2): use attn_impl='xla'.")
+        if key_bias is not None:
+            raise ValueError("attn_impl='cudnn' has no bias of keys (ALiBi): use attn_impl='xla'.")
         return _attend_fused(q, k, v, mask, scale), None
+    if softcap and key_bias is not None:
+        raise ValueError("Attention with a soft-cap has no bias of keys (ALiBi).")
 
     if not capture and perturb is None:
-        return _attend(q, k, v, mask, scale, softcap), None
+        return _attend(q, k, v, mask, key_bias, scale, softcap), None
 
     groups = q.shape[2] // k.shape[2]
     q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
     logits = _cap(logits * scale, softcap)
+    if key_bias is not None:
+        logits += key_bias.reshape(-1, *logits.shape[1:3], 1, logits.shape[4])
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1)
@@ -102,7 +110,7 @@ def _attend_fused(q, k, v, mask, scale):
         out = fused(q[:, :first], key_value_seq_lengths=lengths)
     except (NotImplementedError, RuntimeError) as e:
         raise ValueError(f"attn_impl='cudnn' can't be had here: {e} Use attn_impl='xla'.") from e
-    return jnp.concatenate([out, _attend(q[:, first:], k, v, mask, scale, None)], axis=1)
+    return jnp.concatenate([out, _attend(q[:, first:], k, v, mask, None, scale, None)], axis=1)
 
 
 # Attention that writes T × S floats as rarely as possible. The division by the sum of exponentials
@@ -115,17 +123,20 @@ def _attend_fused(q, k, v, mask, scale):
 # aren't merged, so that each can be cut over devices.
 
 
-def _attend(q, k, v, mask, scale, softcap):
+def _attend(q, k, v, mask, bias, scale, softcap):
     heads, kv_heads = q.shape[2], k.shape[2]
     if kv_heads == 1:
         mask = None if mask is None else mask[:, :, None]
-        return _attention(q, k[:, :, 0], v[:, :, 0], mask, scale, softcap)
+        bias = None if bias is None else bias[:, None]
+        return _attention(q, k[:, :, 0], v[:, :, 0], mask, bias, scale, softcap)
     mask = None if mask is None else mask[:, None]
+    bias = None if bias is None else bias[:, :, None]
     if kv_heads < heads:
         q = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[3])
         mask = None if mask is None else mask[:, :, :, None]
+        bias = None if bias is None else bias.reshape(bias.shape[0], kv_heads, 1, -1, bias.shape[-1])
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    out = jnp.moveaxis(_attention(q, k, v, mask, scale, softcap), 1, 2)
+    out = jnp.moveaxis(_attention(q, k, v, mask, bias, scale, softcap), 1, 2)
     return out.reshape(*out.shape[:2], heads, -1)
 
 
@@ -137,9 +148,9 @@ def _dot(a, b, batch, contracted=1):
     return jax.lax.dot_general(a, b, ((last, first), (common, common)), preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, scale, softcap):
-    logits = _dot(q, jnp.swapaxes(k, -1, -2), k.ndim - 2)
-    return _cap(logits * scale, softcap)
+def _logits(q, k, bias, scale, softcap):
+    logits = _cap(_dot(q, jnp.swapaxes(k, -1, -2), k.ndim - 2) * scale, softcap)
+    return logits if bias is None else logits + bias
 
 
 def _exponentials(logits, mask, most=None):
@@ -151,22 +162,22 @@ def _exponentials(logits, mask, most=None):
     return jnp.exp(logits - most), most
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, mask, scale, softcap):
-    return _attention_fwd(q, k, v, mask, scale, softcap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, mask, bias, scale, softcap):
+    return _attention_fwd(q, k, v, mask, bias, scale, softcap)[0]
 
 
-def _attention_fwd(q, k, v, mask, scale, softcap):
-    exps, most = _exponentials(_logits(q, k, scale, softcap), mask)
+def _attention_fwd(q, k, v, mask, bias, scale, softcap):
+    exps, most = _exponentials(_logits(q, k, bias, scale, softcap), mask)
     total = jnp.sum(exps, axis=-1, keepdims=True)
     out = (_dot(exps.astype(v.dtype), v, v.ndim - 2) / total).astype(v.dtype)
-    return out, (q, k, v, mask, out, most, total)
+    return out, (q, k, v, mask, bias, out, most, total)
 
 
 def _attention_bwd(scale, softcap, kept, grad):
-    q, k, v, mask, out, most, total = kept
+    q, k, v, mask, bias, out, most, total = kept
     batch = k.ndim - 2
-    logits = _logits(q, k, scale, softcap)
+    logits = _logits(q, k, bias, scale, softcap)
     exps, _ = _exponentials(logits, mask, most)
     grad = grad.astype(jnp.float32) / total
     by_sum = jnp.sum(grad * out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -188,13 +199,13 @@ def _attention_bwd(scale, softcap, kept, grad):
     by_q = _dot(by_logits, k, batch).astype(q.dtype)
     by_k = by_keys(q, by_logits).astype(k.dtype)
     by_v = by_keys(grad, exps.astype(v.dtype)).astype(v.dtype)
-    return by_q, by_k, by_v, None
+    return by_q, by_k, by_v, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def attend_cached(q, prefix, new, *, scale, softcap=None) -> jax.Array:
+def attend_cached(q, prefix, new, *, scale, softcap=None, key_bias=None) -> jax.Array:
     """One decoding step: each sample attends to its prompt's prefix and to its own past tokens.
 
     The prefix keys of a prompt are held once and read by all of its samples; per sample there are only the
@@ -205,6 +216,8 @@ def attend_cached(q, prefix, new, *, scale, softcap=None) -> jax.Array:
       prefix: (k float[B, S, K, H], v likewise, mask bool[B, S]).
       new: (k float[B·R, M, K, H], v likewise, mask bool[M]).
       scale, softcap: as in `attend`.
+      key_bias: (float32[B·R, N, S], float32[B·R, N, M]), added to the scaled dot products with the prefix and with
+        the new positions.
 
     Returns:
       float[B·R, 1, N, H].
@@ -219,8 +232,11 @@ def attend_cached(q, prefix, new, *, scale, softcap=None) -> jax.Array:
     f32 = dict(preferred_element_type=jnp.float32)
     on_prefix = jnp.einsum("BRKGH,BSKH->BRKGS", q5, pk.astype(q.dtype), **f32)
     on_new = jnp.einsum("BRKGH,BRMKH->BRKGM", q5, nk.astype(q.dtype), **f32)
-    on_prefix = jnp.where(pmask[:, None, None, None], _cap(on_prefix * scale, softcap), MASKED)
-    on_new = jnp.where(nmask, _cap(on_new * scale, softcap), MASKED)
+    on_prefix, on_new = _cap(on_prefix * scale, softcap), _cap(on_new * scale, softcap)
+    if key_bias is not None:
+        on_prefix, on_new = (x + b.reshape(x.shape) for x, b in zip((on_prefix, on_new), key_bias, strict=True))
+    on_prefix = jnp.where(pmask[:, None, None, None], on_prefix, MASKED)
+    on_new = jnp.where(nmask, on_new, MASKED)
     probs = jax.nn.softmax(jnp.concatenate([on_prefix, on_new], axis=-1), axis=-1).astype(q.dtype)
     p_prefix, p_new = jnp.split(probs, [pk.shape[1]], axis=-1)
     out = jnp.einsum("BRKGS,BSKH->BRKGH", p_prefix, pv.astype(q.dtype))

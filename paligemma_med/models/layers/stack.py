@@ -7,9 +7,19 @@ import jax
 
 
 def repeat(
-    block: type[nn.Module], depth: int, scan: bool, remat_policy: str, variable_axes: dict[str, int] | None = None
+    block: type[nn.Module],
+    depth: int,
+    scan: bool,
+    remat_policy: str,
+    variable_axes: dict[str, int] | None = None,
+    in_axes=nn.broadcast,
 ) -> Callable[..., nn.Module]:
     """Repeats `block`, a scan body, `depth` times.
+
+    Args:
+      variable_axes: {collection: axis of layers} beside parameters.
+      in_axes: of the body's arguments after the carry, as for `nn.scan`: the same for all layers, or the axis of
+        layers.
 
     The loop is always `nn.scan`, so that parameters have one layout; `scan=False` unrolls it fully,
     which compiles more slowly and lets XLA optimise across layers. `remat_policy` says what is kept for a
@@ -27,7 +37,7 @@ def repeat(
         block,
         variable_axes={"params": 0, "perturbations": 0, **(variable_axes or {})},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=in_axes,
         length=depth,
         unroll=1 if scan else depth,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paligemma_med import quantise
-from paligemma_med.models import decoder, paligemma
+from paligemma_med.models import decoder_layer, paligemma
 from paligemma_med.models.layers import lora, quantised
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests import tiny
@@ -80,7 +80,7 @@ LAYERS = {
         lora.Einsum((2, 1, 16, 4), jax.nn.initializers.ones, (), True, parts="kv"),
         ("BTD,2KDH->BT2KH", (2, 3, 16)),
     ),
-    "FeedForward": ("llm/layers/mlp", decoder.FeedForward(12, (), True), ((2, 3, 16),)),
+    "FeedForward": ("llm/layers/mlp", decoder_layer.FeedForward(12, "gelu_tanh", (), True), ((2, 3, 16),)),
     "Dense of heads": (
         f"{BLOCK}/MultiHeadDotProductAttention_0/out",
         lora.Dense(6, inputs=2),
