@@ -12,7 +12,7 @@ from typing import Protocol
 
 import jax
 
-from paligemma_med.models import leaves
+from paligemma_med.models import leaves, projector, qformer
 
 # How the shares of image tokens that `to_cells` carries back were computed.
 RULES = ("raw", "rollout", "relevancy")
@@ -59,7 +59,7 @@ class Connector(Protocol):
 
 
 # The values of config.model.connector.kind.
-KINDS: dict[str, type] = {}
+KINDS: dict[str, type] = {"projector": projector.Projector, "qformer": qformer.QFormer}
 
 
 def kind_of(kw) -> type | None:

@@ -1,8 +1,13 @@
-"""The image tower: SigLIP's vision transformer, with big_vision's parameter names.
+"""The image tower: a vision transformer, with big_vision's parameter names. By default it is SigLIP's.
 
 Shapes and names follow big_vision/models/vit.py (see docs/ for the contract): layers are stacked on
 a leading axis under `Transformer/encoderblock`, and the linear projection into the language model is the
-tower's own `head`. There is no class token and no pooling: every patch is a token.
+tower's own `head`. There is no pooling: every patch is a token.
+
+Arguments make it the tower of CLIP models (BiomedCLIP) or of EVA-CLIP: a class token in front, which takes part and is
+dropped at the end or kept; exact GELU; keys without bias; another eps; no final norm. Whatever mean and deviation a
+tower wants its pixels to have, images come in [-1, 1]: the tower itself normalises, so that everybody else has one
+convention.
 
 Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width of a head.
 """
@@ -19,7 +24,8 @@ from paligemma_med.models.layers import attention, lora, stack
 from paligemma_med.models.layers.activations import constrain
 from paligemma_med.models.layers.capture import end_folds, fold_layer, perturbation, start_fold
 
-# width, depth, mlp_dim, num_heads: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
+_SIZES = ("width", "depth", "mlp_dim", "num_heads")
+# In that order: "Scaling Vision Transformers" (arXiv 2106.04560), table 2, and
 # So400m from arXiv 2305.13035.
 VARIANTS = {
     "mu": (32, 1, 128, 2),
@@ -32,7 +38,18 @@ VARIANTS = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
 }
+# Mean and standard deviation of pixels in [0, 1] that CLIP models were trained with (OpenAI's CLIP, clip.py).
+_CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+# What else towers have: BiomedCLIP (arXiv 2303.00915; open_clip_config.json of its release) and EVA's ViT-g as BLIP-2
+# has it (arXiv 2211.07636; LAVIS, models/eva_vit.py, and its `ln_vision` as the final norm), one layer short.
+TOWERS = {
+    "biomedclip_b": dict(zip(_SIZES, VARIANTS["B"], strict=True), cls=True, gelu="exact", **_CLIP),
+    "eva_g": dict(
+        zip(_SIZES, (1408, 39, 6144, 16), strict=True), cls=True, gelu="exact", key_bias=False, final_norm=1e-5, **_CLIP
+    ),
+}
 DEFAULT_VARIANT = presets.DEFAULT["img"]["variant"]
+GELUS = ("tanh", "exact")
 # Pixels are in [-1, 1] for every tower; this is the middle, which stands in for a missing image.
 MID_GREY = 0.0
 
@@ -41,6 +58,7 @@ def _leaves():
     """All parameters that a tower can have, in the order of the computation."""
     yield leaves.Leaf("embedding/kernel", "YXCD", "YXC", role="patch")
     yield leaves.Leaf("embedding/bias", "D", role="bias")
+    yield leaves.Leaf("cls", "11D", role="bias", when="cls")
     yield leaves.Leaf("pos_embedding", "1TD", role="positions")
     block = "Transformer/encoderblock"
     yield from _norm(f"{block}/LayerNorm_0", stacked=True)
@@ -50,12 +68,13 @@ def _leaves():
         ("MultiHeadDotProductAttention_0/value", "DNH", "D"),
         ("MultiHeadDotProductAttention_0/out", "NHD", "NH"),
     ):
-        yield from _dense(f"{block}/{name}", letters, inputs, stacked=True)
+        bias = "key_bias" if name.endswith("key") else ""
+        yield from _dense(f"{block}/{name}", letters, inputs, stacked=True, bias=bias)
     yield from _norm(f"{block}/LayerNorm_1", stacked=True)
     yield from _dense(f"{block}/MlpBlock_0/Dense_0", "DF", "D", stacked=True)
     yield from _dense(f"{block}/MlpBlock_0/Dense_1", "FD", "F", stacked=True)
-    yield from _norm("Transformer/encoder_norm")
-    yield from _dense("head", "DE", "D", when="num_classes")
+    yield from _norm("Transformer/encoder_norm", when="final_norm")
+    yield from _dense("head", "DE", "D", when="num_classes", bias="num_classes")
 
 
 def _norm(path, **kw):
@@ -63,10 +82,10 @@ def _norm(path, **kw):
     yield leaves.Leaf(f"{path}/bias", "D", role="bias", **kw)
 
 
-def _dense(path, letters, inputs, **kw):
+def _dense(path, letters, inputs, *, stacked=False, when="", bias=""):
     outputs = "".join(c for c in letters if c not in inputs)
-    yield leaves.Leaf(f"{path}/kernel", letters, inputs, **kw)
-    yield leaves.Leaf(f"{path}/bias", outputs, role="bias", **kw)
+    yield leaves.Leaf(f"{path}/kernel", letters, inputs, stacked=stacked, when=when)
+    yield leaves.Leaf(f"{path}/bias", outputs, role="bias", stacked=stacked, when=bias)
 
 
 LEAVES = tuple(_leaves())
@@ -75,20 +94,22 @@ LEAVES = tuple(_leaves())
 def decode_variant(variant: str) -> dict[str, Any]:
     """From "So400m/14" to dict(width=…, depth=…, mlp_dim=…, num_heads=…, patch_size=(14, 14))."""
     name, _, patch = variant.partition("/")
-    if name not in VARIANTS or (patch and not re.fullmatch("[0-9]{1,4}", patch)):
+    if name not in (*VARIANTS, *TOWERS) or (patch and not re.fullmatch("[0-9]{1,4}", patch)):
         raise ValueError(
-            f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of {sorted(VARIANTS)}."
+            f"Image variant {variant!r} is unknown; expected NAME or NAME/PATCH with NAME one of "
+            f"{sorted((*VARIANTS, *TOWERS))}."
         )
-    out = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name], strict=True))
+    out = TOWERS[name].copy() if name in TOWERS else dict(zip(_SIZES, VARIANTS[name], strict=True))
     if patch:
         out["patch_size"] = (int(patch), int(patch))
     return out
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with a tanh-GELU between. float[B, T, D] → float[B, T, D]."""
+    """Two dense layers with a GELU between. float[B, T, D] → float[B, T, D]."""
 
     mlp_dim: int
+    exact_gelu: bool
     dtype: str
     lora: tuple
     deterministic: bool
@@ -102,7 +123,7 @@ class MlpBlock(nn.Module):
             lora=self.lora,
             deterministic=self.deterministic,
         )
-        y = nn.gelu(lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x))
+        y = nn.gelu(lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x), approximate=not self.exact_gelu)
         y = constrain(y, "act_batch", "act_len", "act_mlp")
         return lora.Dense(x.shape[-1], name="Dense_1", **kw)(y)
 
@@ -111,6 +132,7 @@ class MultiHeadDotProductAttention(nn.Module):
     """Self-attention over all tokens. float[B, T, D] → (float[B, T, D], probabilities or None)."""
 
     num_heads: int
+    key_bias: bool
     dtype: str
     attn_impl: str
     capture: bool | object
@@ -131,7 +153,7 @@ class MultiHeadDotProductAttention(nn.Module):
         )
         q, k, v = (
             constrain(
-                lora.Dense((self.num_heads, head), name=name, **kw)(x),
+                lora.Dense((self.num_heads, head), bias=name != "key" or self.key_bias, name=name, **kw)(x),
                 "act_batch",
                 "act_len",
                 "act_heads",
@@ -157,6 +179,9 @@ class EncoderBlock(nn.Module):
 
     mlp_dim: int
     num_heads: int
+    exact_gelu: bool
+    key_bias: bool
+    norm_eps: float
     dropout: float
     dtype: str
     attn_impl: str
@@ -169,14 +194,14 @@ class EncoderBlock(nn.Module):
         x, state = carry
         # Submodules have the names that linen gives them in big_vision: LayerNorm_0, MlpBlock_0, …
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
-        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y = nn.LayerNorm(self.norm_eps, dtype=self.dtype)(x)
         y, probs = MultiHeadDotProductAttention(
-            self.num_heads, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
+            self.num_heads, self.key_bias, self.dtype, self.attn_impl, self.capture, self.lora, self.deterministic
         )(y)
         state, probs = fold_layer(self.capture, state, probs)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = MlpBlock(self.mlp_dim, self.dtype, self.lora, self.deterministic)(y)
+        y = nn.LayerNorm(self.norm_eps, dtype=self.dtype)(x)
+        y = MlpBlock(self.mlp_dim, self.exact_gelu, self.dtype, self.lora, self.deterministic)(y)
         return (constrain(x + drop(y), "act_batch", "act_len", "act_emb"), state), probs
 
 
@@ -186,6 +211,10 @@ class Encoder(nn.Module):
     depth: int
     mlp_dim: int
     num_heads: int
+    exact_gelu: bool
+    key_bias: bool
+    norm_eps: float
+    final_norm: float | None
     dropout: float
     scan: bool
     remat_policy: str
@@ -201,6 +230,9 @@ class Encoder(nn.Module):
             name="encoderblock",
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
+            exact_gelu=self.exact_gelu,
+            key_bias=self.key_bias,
+            norm_eps=self.norm_eps,
             dropout=self.dropout,
             dtype=self.dtype,
             attn_impl=self.attn_impl,
@@ -209,7 +241,9 @@ class Encoder(nn.Module):
             deterministic=deterministic,
         )((x, state), None)
         probs = end_folds(capture, state, probs)
-        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x), probs
+        if self.final_norm is not None:
+            x = nn.LayerNorm(self.final_norm, dtype=self.dtype, name="encoder_norm")(x)
+        return x, probs
 
 
 class _Model(nn.Module):
@@ -221,6 +255,14 @@ class _Model(nn.Module):
     depth: int = 12
     mlp_dim: int | None = None
     num_heads: int = 12
+    cls: bool = False
+    keep_cls: bool = False
+    gelu: str = "tanh"
+    key_bias: bool = True
+    norm_eps: float = 1e-6
+    final_norm: float | None = 1e-6
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     dropout: float = 0.0
     pool_type: str = "none"
     scan: bool = True
@@ -253,6 +295,8 @@ class _Model(nn.Module):
                     f"Image is {image.shape[1]}×{image.shape[2]} px, which patches of "
                     f"{self.patch_size[0]}×{self.patch_size[1]} px don't tile."
                 )
+        if self.mean is not None:
+            image = ((image + 1) / 2 - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
         x = nn.Conv(
             self.width,
             self.patch_size,
@@ -262,6 +306,9 @@ class _Model(nn.Module):
             dtype=self.dtype,
         )(image)
         x = x.reshape(x.shape[0], -1, self.width)
+        if self.cls:
+            cls = self.param("cls", nn.initializers.zeros_init(), (1, 1, self.width), jnp.float32)
+            x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
         pos = self.param(
             "pos_embedding",
             nn.initializers.normal(stddev=self.width**-0.5),
@@ -274,6 +321,10 @@ class _Model(nn.Module):
             depth=self.depth,
             mlp_dim=self.mlp_dim or 4 * self.width,
             num_heads=self.num_heads,
+            exact_gelu=self.gelu == "exact",
+            key_bias=self.key_bias,
+            norm_eps=self.norm_eps,
+            final_norm=self.final_norm,
             dropout=self.dropout,
             scan=self.scan,
             remat_policy=self.remat_policy,
@@ -282,6 +333,8 @@ class _Model(nn.Module):
             lora=self.lora,
             name="Transformer",
         )(x, deterministic=not train, capture=capture_attention)
+        if self.cls and not self.keep_cls:
+            x = x[:, 1:]
         # The same under the name that big_vision's image_avg_repr reads.
         out = {"encoded": x, "pre_logits": x}
         if capture_attention is not False:
@@ -306,7 +359,9 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
     Args:
       num_classes: width of the `head` that projects each token; None leaves it out.
       variant: e.g. "So400m/14"; the keywords below override it.
-      **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair), dropout, scan (False
+      **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair); cls (a class token), keep_cls (it is the first
+        of the tokens returned; only for a connector), gelu ("tanh", "exact"), key_bias, norm_eps, final_norm (its eps;
+        None: no norm), mean and std (of the three colours of pixels in [0, 1]); dropout, scan (False
         unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
         jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over
         paths that begin with "img/").
@@ -319,6 +374,13 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
     kw = {**(decode_variant(variant) if variant else {}), **kw}
     if isinstance(kw.get("patch_size"), int):
         kw["patch_size"] = (kw["patch_size"],) * 2
-    if "patch_size" in kw:
-        kw["patch_size"] = tuple(kw["patch_size"])
+    kw |= {name: tuple(kw[name]) for name in ("patch_size", "mean", "std") if kw.get(name) is not None}
+    if kw.get("gelu", "tanh") not in GELUS:
+        raise ValueError(f"The image tower's gelu is {kw['gelu']!r}; expected one of {GELUS}.")
+    if any(len(kw.get(name) or (0, 0, 0)) != 3 for name in ("mean", "std")) or ("mean" in kw) != ("std" in kw):
+        raise ValueError("The image tower's mean and std are three numbers each, or neither is given.")
+    if kw.get("keep_cls") and (num_classes or not kw.get("cls")):
+        raise ValueError(
+            "The image tower's keep_cls goes with cls=True and with a connector that reads the class token."
+        )
     return _Model(num_classes, **kw)

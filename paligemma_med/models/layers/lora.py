@@ -176,6 +176,7 @@ class Dense(nn.Module):
       features: size or sizes of the output's axes.
       inputs: number of input axes, the last of x.
       dtype: of the computation.
+      bias: whether there is one.
     """
 
     features: int | tuple[int, ...]
@@ -183,6 +184,7 @@ class Dense(nn.Module):
     dtype: str = "float32"
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    bias: bool = True
     lora: tuple = ()
     deterministic: bool = True
 
@@ -196,11 +198,13 @@ class Dense(nn.Module):
             return self.kernel_init(key, flat, dtype).reshape(shape)
 
         kernel = quantised.param(self, "kernel", kernel_init, (*ins, *features))
-        bias = self.param("bias", lambda key: self.bias_init(key, flat[1:], jnp.float32).reshape(features))
+        if self.bias:
+            bias = self.param("bias", lambda key: self.bias_init(key, flat[1:], jnp.float32).reshape(features))
         x = x.astype(self.dtype)
         axes = range(x.ndim - self.inputs, x.ndim), range(self.inputs)
         y = quantised.product(lambda x, w: jax.lax.dot_general(x, w, (axes, ((), ()))), x, kernel)
-        return add(self, y + bias.astype(y.dtype), x, "kernel", inputs=self.inputs)
+        y = y + bias.astype(y.dtype) if self.bias else y
+        return add(self, y, x, "kernel", inputs=self.inputs)
 
 
 class Einsum(nn.Module):
