@@ -120,7 +120,8 @@ def _model_of(src):
     """((img, llm), config.lora) if the source records them; None means unknown."""
     kind = checkpoints.kind_of(src)
     if kind == "hf":
-        return hf.model_config(os.path.expanduser(src)), None
+        model = hf.model_config(os.path.expanduser(src))
+        return (model["img"], model["llm"]), None
     if kind == "workdir":
         from paligemma_med.checkpoints import workdir
 

@@ -5,7 +5,7 @@ models/gemma3/modeling_gemma3.py); MiniGPT-v2 and PeFoMed put four neighbours si
 (minigpt4/models/minigpt_v2.py); LLaVA-1.5 has two linear layers with a GELU between.
 
 Axis letters: B batch, P tokens of the tower, Q image tokens that the language model reads, D width
-of a reduced token, E of the language model, F of what the last layer reads.
+of a reduced token, E of the language model, W of what the last layer reads.
 """
 
 import math
@@ -22,9 +22,9 @@ REDUCTIONS = ("none", "pool", "group")
 
 def _leaves():
     yield leaves.Leaf("norm/scale", "D", role="norm", when="norm")
-    yield leaves.Leaf("hidden/kernel", "DF", "D", when="hidden")
-    yield leaves.Leaf("hidden/bias", "F", role="bias", when="hidden")
-    yield leaves.Leaf("proj/kernel", "FE", "F")
+    yield leaves.Leaf("hidden/kernel", "DW", "D", when="hidden")
+    yield leaves.Leaf("hidden/bias", "W", role="bias", when="hidden")
+    yield leaves.Leaf("proj/kernel", "WE", "W")
     yield leaves.Leaf("proj/bias", "E", role="bias", when="bias")
 
 
@@ -35,7 +35,7 @@ class Projector(nn.Module):
       reduce: "none"; "pool", the mean of each square of factor × factor tokens of a square image; "group", each
         `factor` neighbours in a row of the raster side by side, as one token of width D · factor.
       norm: RMSNorm with (1 + scale) after it.
-      hidden: width F of a hidden layer with GELU; None: one linear layer.
+      hidden: width W of a hidden layer with GELU; None: one linear layer.
       bias: of the last layer.
     """
 

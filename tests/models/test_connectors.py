@@ -39,7 +39,7 @@ def test_medgemmas_projector():
     got, out = ours.apply({"params": params}, x)
     assert got.shape == (2, 4, 20) and out == {} and connector.tokens(dict(kind="projector", **kw), 64) == 4
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
-    assert_describes(ours.leaves, shapes(ours, x), dict(D=24, F=24, E=20))
+    assert_describes(ours.leaves, shapes(ours, x), dict(D=24, W=24, E=20))
 
 
 def test_groups_are_neighbours_in_a_row():
@@ -55,7 +55,7 @@ def test_groups_are_neighbours_in_a_row():
 def test_two_layers():
     ours = projector.Projector(5, hidden=7)
     x = RNG.normal(size=(2, 9, 3)).astype(np.float32)
-    assert_describes(ours.leaves, shapes(ours, x), dict(D=3, F=7, E=5))
+    assert_describes(ours.leaves, shapes(ours, x), dict(D=3, W=7, E=5))
     params = jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), ours.init(jax.random.key(0), x))
     p = params["params"]
     hidden = torch.nn.functional.gelu(torch.tensor(x @ p["hidden"]["kernel"] + p["hidden"]["bias"])).numpy()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paligemma_med.models import decoder, leaves, parts, vit
+from paligemma_med.models import connector, decoder, leaves, parts, vit
 from paligemma_med.models.layers import norms
 from paligemma_med.models.leaves import flatten_tree
 
@@ -115,9 +115,19 @@ def test_a_wrong_table_would_be_seen():
 
 
 def test_no_two_leaves_of_a_family_share_a_path():
-    for table in (vit.LEAVES, decoder.LEAVES):
+    connectors = [kind.LEAVES for kind in connector.KINDS.values()]
+    for table in (vit.LEAVES, decoder.LEAVES, *connectors):
         assert len({leaf.path for leaf in table}) == len(table)
-    assert len(parts.LEAVES) == len(vit.LEAVES) + len(decoder.LEAVES)
+    between = {f"connector/{leaf.path}": leaf for table in connectors for leaf in table}
+    assert len(parts.LEAVES) == len(vit.LEAVES) + len(decoder.LEAVES) + len(between)
+
+
+def test_a_path_means_the_same_in_all_connectors():
+    """Weights without a config, and names in other formats, go by the path."""
+    meanings = {}
+    for kind in connector.KINDS.values():
+        for leaf in kind.LEAVES:
+            assert meanings.setdefault(leaf.path, leaf._replace(when="")) == leaf._replace(when="")
 
 
 def test_stacks():

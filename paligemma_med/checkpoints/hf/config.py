@@ -11,11 +11,19 @@ from paligemma_med.pp import json_text
 
 
 class Described(NamedTuple):
-    """What a config.json says about the model: our two dicts, and the sizes of the tensors in the files."""
+    """What a config.json says about the model: arguments of `vlm.Model`, and the sizes of the tensors in the files."""
 
     img: dict[str, Any]
     llm: dict[str, Any]
     sizes: Sizes
+    connector: dict[str, Any] | None = None
+    image_ar: str = "prefix"
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The arguments of `vlm.Model`; defaults are left out."""
+        between = dict(connector=self.connector, image_ar=self.image_ar) if self.connector else {}
+        return dict(img=self.img, llm=self.llm, **between)
 
 
 class Section(Mapping):

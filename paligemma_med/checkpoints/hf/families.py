@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from paligemma_med.checkpoints.errors import CheckpointError
-from paligemma_med.checkpoints.hf import paligemma
+from paligemma_med.checkpoints.hf import gemma3, paligemma
 from paligemma_med.checkpoints.hf.config import Described
 from paligemma_med.checkpoints.hf.layout import Row, Sizes
 from paligemma_med.models import lora_targets
@@ -59,7 +59,7 @@ class Family(Protocol):
         """
 
 
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma,)}
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3)}
 
 
 def of_config(whole: Mapping[str, Any], path: str) -> Family:
@@ -99,13 +99,14 @@ def modules_of(family: Family) -> dict[lora_targets.Target, str]:
     """{target of an adapter: canonical name of the module that holds its weight}; "{i}" stands for the layer.
 
     Projections that our models keep in one kernel or in several have the same module in both forms. Targets whose
-    module also holds other leaves are left out: such a module has one adapter for all of them.
+    module also holds other leaves are left out: such a module has one adapter for all of them. So are weights that are
+    no module's `weight`, which PEFT can't adapt.
     """
     return {
         target: row.name.removesuffix(".weight")
         for target in lora_targets.TARGETS
         for row in family.table({target.param})  # the table of the form that has this leaf
-        if (row.path, row.index) == (target.param, target.index) and row.piece[1] == 1
+        if (row.path, row.index) == (target.param, target.index) and row.piece[1] == 1 and row.name.endswith(".weight")
     }
 
 

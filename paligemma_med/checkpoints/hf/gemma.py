@@ -87,6 +87,19 @@ def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[st
     Raises:
       CheckpointError: it needs something that our decoder doesn't compute.
     """
+    llm, size = sizes_of(section, vocab_size)
+    if section["model_type"] == "gemma2":
+        llm |= dict(
+            post_norms=True,
+            attn_logits_softcap=section.cap("attn_logit_softcapping"),
+            final_logits_softcap=section.cap("final_logit_softcapping"),
+            query_pre_attn_norm=query_norm(section, llm),
+        )
+    return llm, size
+
+
+def sizes_of(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """What all generations have: our dict's sizes, and those in the file."""
     llm = dict(
         variant=None,
         width=section.number("hidden_size"),
@@ -97,13 +110,6 @@ def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[st
         head_dim=section.number("head_dim"),
         vocab_size=vocab_size,
     )
-    if section["model_type"] == "gemma2":
-        llm |= dict(
-            post_norms=True,
-            attn_logits_softcap=section.cap("attn_logit_softcapping"),
-            final_logits_softcap=section.cap("final_logit_softcapping"),
-            query_pre_attn_norm=_query_norm(section, llm),
-        )
     size = dict(
         V=section.number("vocab_size"),
         D=llm["width"],
@@ -116,7 +122,12 @@ def describe(section: Section, vocab_size: int) -> tuple[dict[str, Any], dict[st
     return llm, size
 
 
-def _query_norm(section, llm):
+def query_norm(section: Section, llm: Mapping[str, Any]) -> str:
+    """Our name of the scale of queries.
+
+    Raises:
+      CheckpointError: it is another.
+    """
     scalar, per_head = section["query_pre_attn_scalar"], llm["width"] // llm["num_heads"]
     if scalar == llm["head_dim"]:
         return "rsqrt_head_dim"

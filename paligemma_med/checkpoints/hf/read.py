@@ -1,4 +1,4 @@
-"""Reading Hugging Face directories: config.json and safetensors files → our two dicts and our tree, without PyTorch."""
+"""Reading Hugging Face directories: config.json and safetensors files → our model and our tree, without PyTorch."""
 
 import functools
 import os
@@ -18,18 +18,17 @@ from paligemma_med.models.leaves import unflatten_tree
 _PIECE = 2**24  # bytes of the two tables to compare at once
 
 
-def model_config(folder: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:
+def model_config(folder: os.PathLike | str) -> dict[str, Any]:
     """The model of a Hugging Face directory, from its config.json.
 
     Returns:
-      (img, llm): `paligemma.Model(img=img, llm=llm)` is that model, with every size given.
+      dict(img=…, llm=…), perhaps also connector and image_ar: `vlm.Model(**it)` is that model, with every size given.
 
     Raises:
       FileNotFoundError: no config.json.
       CheckpointError: it is of an unknown family, or needs something that our model doesn't compute.
     """
-    _, described = _describe(folder)
-    return described.img, described.llm
+    return _describe(folder)[1].model
 
 
 def _describe(folder):
@@ -97,7 +96,7 @@ def _by_canonical_name(family, found):
 def _paths(described: Described, folder):
     """Paths of the leaves of our model for that description."""
     try:
-        return vlm.Model(img=described.img, llm=described.llm).leaves.keys()
+        return vlm.Model(**described.model).leaves.keys()
     except ValueError as e:
         raise CheckpointError(f"{folder}/config.json: {e}") from None
 
@@ -105,7 +104,7 @@ def _paths(described: Described, folder):
 def _check(found, rows, described, folder):
     """One error for everything that is missing, unexpected or of another shape."""
     sizes = described.sizes
-    if (most := max(size["L"] for size in sizes.values())) > len(found):
+    if (most := max(size.get("L", 0) for size in sizes.values())) > len(found):
         raise CheckpointError(f"{folder} has {len(found)} tensors for {most} layers")
     expected = {}
     for row in rows:

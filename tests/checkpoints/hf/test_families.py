@@ -70,7 +70,7 @@ def test_weights_of_another_family_make_the_round_trip(toy, monkeypatch, name, t
     assert all(n.startswith(("net.text.", "net.image.", "net.bridge.")) for n in names)
     assert json.loads((tmp_path / "w/config.json").read_text())["model_type"] == "toy"
     assert_same(hf.open_hf(tmp_path / "w"), params)
-    assert hf.model_config(tmp_path / "w")[0] == img
+    assert hf.model_config(tmp_path / "w")["img"] == img
 
 
 @pytest.mark.parametrize("style", Toy.STYLES)
@@ -86,7 +86,7 @@ def test_adapters_of_another_family_make_the_round_trip(toy, rules, style, tmp_p
 
 def test_an_unknown_family_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "toy"}')
-    with pytest.raises(CheckpointError, match="has model_type 'toy': expected 'paligemma'"):
+    with pytest.raises(CheckpointError, match="has model_type 'toy': expected 'paligemma' or 'gemma3'"):
         hf.open_hf(tmp_path)
 
 

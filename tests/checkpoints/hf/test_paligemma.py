@@ -166,7 +166,8 @@ def test_googles_sparse_config(tmp_path):
         ),
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    img, llm = hf.model_config(tmp_path)
+    model = hf.model_config(tmp_path)
+    img, llm = model["img"], model["llm"]
     variant = paligemma.abstract_params(paligemma.Model(), image_size=224)
     sizes = paligemma.abstract_params(paligemma.Model(img=img, llm=llm), image_size=224)
     assert jax.tree.map(lambda x: x.shape, sizes) == jax.tree.map(lambda x: x.shape, variant)
@@ -176,7 +177,7 @@ def test_googles_sparse_config(tmp_path):
 @pytest.mark.parametrize(
     "section, change, message",
     [
-        (None, dict(model_type="llava"), "model_type 'llava': expected 'paligemma'"),
+        (None, dict(model_type="llava"), "model_type 'llava': expected 'paligemma' or 'gemma3'"),
         ("text_config", dict(model_type="llama"), "text_config has model_type 'llama'"),
         ("text_config", dict(hidden_act="relu"), "text_config.hidden_act is 'relu'"),
         ("text_config", dict(rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),

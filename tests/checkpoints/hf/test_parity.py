@@ -33,7 +33,8 @@ def test_what_transformers_writes_gives_its_logits(name, tmp_path):
     assert_same(opened, params)
 
     _, theirs, _, _, batch = reference.reference(name)
-    img, llm = hf.model_config(tmp_path)
+    model = hf.model_config(tmp_path)
+    img, llm = model["img"], model["llm"]
     assert img == dicts(case)[0]
     model = paligemma.Model(img=img, llm=llm)
     ours = apply(model, lazy.read_all(opened), batch["image"], batch["text"], batch["mask_ar"])
@@ -54,7 +55,7 @@ def test_transformers_loads_what_we_write_and_gives_our_logits(name, tmp_path):
     logits = apply(ours, params, batch["image"], batch["text"], batch["mask_ar"])
     assert_logits(logits, theirs.eval(), case, batch)
     assert_same(hf.open_hf(tmp_path / "w"), params)
-    assert hf.model_config(tmp_path / "w")[0] == dicts(case)[0]
+    assert hf.model_config(tmp_path / "w")["img"] == dicts(case)[0]
 
 
 def assert_logits(ours, theirs, case, batch):
@@ -178,7 +179,7 @@ def test_rows_from_the_image_token_on_are_cut(key, tmp_path):
     edit_config(tmp_path, image_token_index=...)
     edit_config(tmp_path, **{key: 60})
     opened = hf.open_hf(tmp_path)["llm"]["embedder"]["input_embedding"]
-    assert opened.shape[0] == 60 == hf.model_config(tmp_path)[1]["vocab_size"]
+    assert opened.shape[0] == 60 == hf.model_config(tmp_path)["llm"]["vocab_size"]
     np.testing.assert_array_equal(opened, params["llm"]["embedder"]["input_embedding"][:60])
     edit_config(tmp_path, image_token_id=..., image_token_index=97 - 65)
     with pytest.raises(CheckpointError, match="97 rows, 65 from image_token_index 32 on.*64"):

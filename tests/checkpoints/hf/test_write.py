@@ -56,7 +56,7 @@ def test_soft_caps_come_from_the_dict_or_a_known_variant(tmp_path):
         hf.save_hf(tmp_path / "w", params)
     finally:
         del decoder.VARIANTS["tiny_test"]
-    llm = hf.model_config(tmp_path / "w")[1]
+    llm = hf.model_config(tmp_path / "w")["llm"]
     assert (llm["attn_logits_softcap"], llm["final_logits_softcap"]) == (7.0, 9.0)
 
 
