@@ -66,7 +66,7 @@ def of_config(whole: Mapping[str, Any], path: str) -> Family:
     """The family of a config.json. CheckpointError if none here has its model_type."""
     kind = whole.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"{path} has model_type {kind!r}: expected {' or '.join(map(repr, FAMILIES))}")
+        raise CheckpointError(f"{path} has model_type {kind!r}: expected {' or '.join(map(repr, sorted(FAMILIES)))}")
     return FAMILIES[kind]
 
 
