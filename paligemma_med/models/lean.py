@@ -92,13 +92,13 @@ def _short_bytes_on_cpu(tree):
     another traced function, which is compiled as a whole."""
     if jax.default_backend() != "cpu":
         return None
-    total = 0
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.core.Tracer) or not _may_be_on_cpu(x):
-            return None
-        if isinstance(x, _ARRAYS) and x.dtype in _SHORT:
-            total += 2 * x.size
-    return total
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, _ARRAYS)]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return None
+    short = [x for x in arrays if x.dtype in _SHORT]
+    if not all(map(_may_be_on_cpu, short or arrays[:1])):
+        return None
+    return sum(2 * x.size for x in short)
 
 
 def _may_be_on_cpu(x):
