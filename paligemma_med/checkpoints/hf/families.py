@@ -58,6 +58,9 @@ class Family(Protocol):
           img, llm: our dicts, for what shapes don't determine; None means unknown.
         """
 
+    def make_processor(self, sizes: Sizes) -> dict:
+        """The preprocessor_config.json of a model: with it their processor makes the pixels that ours makes."""
+
 
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3)}
 

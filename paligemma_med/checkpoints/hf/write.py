@@ -49,7 +49,8 @@ def save_hf(
     Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3, 4.57.1, 5.0.0, 5.8.0
     and 5.23.0 were tried. (All between the first and the last of them leave out Gemma 2's soft-cap of the output,
     which changes logits but no greedy answer.) One leaf is in memory at a time, and the folder appears whole or not at
-    all. It doesn't include the tokenizer and the image processor, which are those of google/paligemma-*.
+    all. It doesn't include the tokenizer, which is that of google/paligemma-*. The image processor's settings are
+    Google's but for bilinear resizing, by which it makes the same pixels as `pp` does.
 
     The embedding gets 64 more rows, of which the first is the image token. They are copies of row 0 (<pad>), so they
     have its logit: at a tie argmax takes the lower token, so none of them is ever the greedy answer, as rows of zeros
@@ -87,6 +88,7 @@ def save_hf(
         write_json(os.path.join(new, "config.json"), config)
         tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(os.path.join(new, "generation_config.json"), tokens)
+        write_json(os.path.join(new, "preprocessor_config.json"), family.make_processor(sizes))
         if len(shards) > 1:
             total = sum(t.nbytes for t in plan)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}

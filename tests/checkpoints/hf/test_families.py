@@ -46,6 +46,8 @@ class Toy:
     def describe(self, whole, path):
         return paligemma.describe(dict(whole, image_token_index=whole["text_config"]["vocab_size"]), path)
 
+    make_processor = staticmethod(paligemma.make_processor)
+
     def make_config(self, *args) -> dict[str, Any]:
         config = paligemma.make_config(*args)
         rows = config["text_config"]["vocab_size"] - paligemma.PADDING

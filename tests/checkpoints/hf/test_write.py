@@ -1,5 +1,7 @@
 """What isn't written, what isn't overwritten, and how little memory writing takes."""
 
+import io
+import json
 import os
 import pathlib
 import subprocess
@@ -7,11 +9,14 @@ import sys
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
+import transformers
 
 from paligemma_med.checkpoints import CheckpointError, hf, lazy
 from paligemma_med.models import decoder
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
+from paligemma_med.pp import get_preprocess_fn
 from tests.checkpoints.hf.folders import theirs_saved
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
@@ -101,6 +106,7 @@ def test_existing_folders(tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "preprocessor_config.json",
     ]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
@@ -162,3 +168,34 @@ def test_converting_imports_neither_torch_nor_transformers(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+def _processor():
+    """transformers' image processor by PIL, which from version 5 on isn't the one without a suffix."""
+    try:
+        from transformers.models.siglip import image_processing_pil_siglip
+    except ImportError:
+        return transformers.SiglipImageProcessor
+    return image_processing_pil_siglip.SiglipImageProcessorPil
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_transformers_processor_makes_our_pixels(tmp_path, grey):
+    """Exactly, with the settings that are written; with Google's own, which resize by other weights, it doesn't."""
+    hf.save_hf(tmp_path / "w", reference.reference("mqa")[3])
+    settings = json.loads((tmp_path / "w" / "preprocessor_config.json").read_text())
+    side = settings["size"]["height"]
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 41) if grey else (50, 41, 3), np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    coded = io.BytesIO()
+    image.save(coded, "PNG")
+    pp = get_preprocess_fn(f'decode|resize({side}, antialias=True)|value_range(-1, 1)|keep("image")')
+    ours = pp({"image": coded.getvalue()})["image"]
+
+    def theirs(**kw):
+        made = _processor()(**{**settings, **kw})(image, return_tensors="np")["pixel_values"][0]
+        return np.asarray(made).transpose(1, 2, 0)
+
+    np.testing.assert_array_equal(theirs(), ours)
+    assert np.abs(theirs(resample=3) - ours).max() > 0.05
