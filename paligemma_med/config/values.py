@@ -16,8 +16,8 @@ import ml_collections
 
 from paligemma_med import checkpoints, quantise
 from paligemma_med.config import big_vision, durations, eval_names
+from paligemma_med.models import connector, parts, splice
 from paligemma_med.models import loss as losses
-from paligemma_med.models import parts, splice
 from paligemma_med.models.layers import attention
 
 # Keys of a config. An unknown key is usually a typo, and is refused.
@@ -165,7 +165,10 @@ _CONFIG = {
     "predict_pp": _TEXT,
     "peak_tflops": _POSITIVE,
 }
-_NEVER_NONE = ("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr")
+_NEVER_NONE = (
+    *("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr"),
+    *("data", "batch_size", "type", "pp_fn", "name", "split"),  # of sections
+)
 _PART = {
     **dict.fromkeys(("variant", "remat_policy", "query_pre_attn_norm"), _TEXT),
     "patch_size": (
@@ -240,6 +243,10 @@ def _check_model(model):
     names = {part: f"{part}_model" for part in parts.FAMILIES}
     check_keys(model, (*names, *names.values(), *_JOINED), "config.model")
     _check_values(model, _JOINED, "config.model")
+    try:
+        connector.kind_of(model.get("connector"))
+    except ValueError as e:
+        raise ValueError(f"config.model.{e}") from None
     for part, name in names.items():
         try:
             family = parts.family(part, model.get(name))

@@ -30,6 +30,7 @@ from tests.checkpoints import adapters
 from tests.hostile import mutations
 from tests.models import hf as models
 from tools import fit_scaling_law
+from tools.report import __main__ as report
 from tools.report import contamination, evaluations
 from tools.review_qa import rows as review_rows
 from tools.synthesize_qa import sources as synthesis_sources
@@ -303,3 +304,22 @@ def test_what_a_built_set_says_of_itself(built, name):
         check(read, path, json.loads(before), InputError)
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", ["config.json", results.METRICS])
+def test_a_whole_report(tmp_path, name):
+    """Not only what is read, but what is made of it."""
+    folder = evaluation(tmp_path / "eval" / "val")
+    data = dict(name="phantom", split="validate")
+    about = dict(METRICS["about"], data=data, section=dict(data=data, pred_kw=dict(num_samples=1)), checkpoint="/x@3")
+    results.write(folder, ROWS, METRICS, about)
+    path = tmp_path / name if name == "config.json" else folder / name
+    good = json.loads(config_files.to_json(tiny.config()) if name == "config.json" else path.read_text())
+    for i, text in enumerate(mutations.mutations(good, CASES // 12)):
+        path.write_bytes(text)
+        try:
+            report.make([tmp_path])
+        except ValueError:
+            pass
+        except Exception as e:
+            raise AssertionError(f"case {i}: {type(e).__name__}: {e!s:.200} on {text!r:.600}") from e

@@ -17,6 +17,7 @@ from paligemma_med.judge import judge
 from paligemma_med.metrics import scoring
 from paligemma_med.pp import json_text
 from paligemma_med.pp import rows as row_keys
+from tools.report import about as about_lib
 from tools.report import figures
 
 NEEDED = (*row_keys.NEEDED, "prompt", "predictions", "correct")
@@ -152,6 +153,7 @@ def load(folder, name, run, config) -> Evaluation:
         problems.append("there is no metrics.json")
     except (ValueError, AttributeError) as e:
         problems.append(f"metrics.json can't be read: {e}")
+    about = about_lib.sound(about, about_lib.ABOUT, "metrics.json, about", problems)
     protocol = about.get("protocol", "vqa")
     if protocol not in scoring.PROTOCOLS:
         problems.append(f"metrics.json has the protocol {protocol!r}, which is unknown here")
@@ -164,6 +166,7 @@ def load(folder, name, run, config) -> Evaluation:
     # Evaluated into a folder of its own, a run is described where its weights lie.
     if not config and about.get("checkpoint"):
         config = _config(pathlib.Path(re.sub(r"@\d+$", "", str(about["checkpoint"]))))
+    config = about_lib.sound_config(config, problems)
     section = about.get("section") or (config.get("evals") or {}).get(name) or {}
     return Evaluation(
         run,

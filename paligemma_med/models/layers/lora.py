@@ -46,8 +46,8 @@ class Spec:
     rslora: bool = False
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank!r}; expected a whole number, 1 or more.")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank < 2**31:
+            raise ValueError(f"LoRA rank is {self.rank!r:.40}; expected a whole number, 1 or more.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
         if not (_is_number(self.alpha) and 0 < self.alpha <= _MAX_ALPHA):

@@ -1,0 +1,107 @@
+"""Values of other types than a config's key has: one sentence with the key, before anything is read or traced."""
+
+import pytest
+
+from paligemma_med.checkpoints import CheckpointError
+from paligemma_med.checkpoints.hf.config import Section
+from paligemma_med.config import durations
+from paligemma_med.config import values as config_values
+from paligemma_med.models.layers import lora
+from tests import tiny
+
+PAIRS = (3, "x", [3], [("a",)], [("a", 1, 2)], [(1, 2)], {"a": 1}, [["a", object()]])
+WRONG = [
+    *((key, value) for key in ("lora", "lr_mults", "wd_mults", "mesh", "sharding_strategy") for value in PAIRS),
+    *(("sharding_rules", value) for value in PAIRS),
+    *(("schedule", value) for value in PAIRS if not isinstance(value, dict)),
+    *(("model_init", value) for value in (3, ["x"], {"img": 3})),
+    *(("adapter_init", value) for value in (3, ["x"], {"a": "b"})),
+    *(("keep_best", value) for value in (3, "val/acc", ["val/acc"])),
+    *(("compilation_cache", value) for value in (3, ["x"])),
+    *(("frozen_dtype", value) for value in (["int8"], {"a": 1}, 8)),
+    *(("attn_impl", value) for value in (["xla"], {}, 1)),
+    *(("res", value) for value in (1e30, 10**300, "32", True, None)),
+    *(("lr", value) for value in (float("nan"), float("inf"), 1e308, 10**400, "1e-3", None)),
+    ("model", {"img": dict(variant=("mu", 16)), "llm": {}}),
+    ("model", {"img": dict(variant="mu/16", patch_size="16"), "llm": {}}),
+    ("model", {"img": {}, "llm": dict(variant="gemma_mu", attn_logits_softcap="abc")}),
+    ("model", {"img": {}, "llm": dict(variant="gemma_mu", final_logits_softcap=True)}),
+    ("model", {"img": {}, "llm": {}, "llm_model": ["x"]}),
+    ("model", {"img": {}, "llm": {}, "connector": {"kind": ["x"]}}),
+]
+IN_EVALS = [
+    *(("controls", value) for value in ("echo", 3, [3], {"echo": 1})),
+    *(("choices", value) for value in ("choice_a", 3, [None])),
+    *(("groups", value) for value in ("location", [1])),
+    *(("pred_kw", value) for value in (3, "x", ["x"])),
+    *(("data", value) for value in (3, "phantom", None, {"name": 3}, {"name": "phantom", "split": ["train"]})),
+    *(("train_data", value) for value in (3, "phantom", {"name": "x", "split": 3})),
+    *(("batch_size", value) for value in (None, 0, "8", 2.5, 10**30)),
+    *(("skip_first", value) for value in (1, "yes")),
+    *(("protocol", value) for value in (3, ["vqa"])),
+    *(("shuffle_seed", value) for value in (-1, 2**32, "x")),
+]
+
+
+def refused(config, where):
+    with pytest.raises(ValueError, match=where) as e:
+        config_values.checked_for_training(config)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+    str(e.value).encode()
+
+
+@pytest.mark.parametrize("key, value", WRONG, ids=str)
+def test_of_the_config(key, value):
+    config = tiny.config()
+    with config.unlocked():
+        if key in config:
+            del config[key]
+        config[key] = value
+    refused(config, key.split("_")[0])
+
+
+@pytest.mark.parametrize("key, value", IN_EVALS, ids=str)
+def test_of_an_evaluation(key, value):
+    config = tiny.config()
+    with config.unlocked():
+        if key in config.evals.val:
+            del config.evals.val[key]
+        config.evals.val[key] = value
+    refused(config, rf"config.evals.val\.{key}")
+
+
+@pytest.mark.parametrize("unit", durations.UNITS)
+@pytest.mark.parametrize("value", [1e308, 10**300, 2**31 * 100])
+def test_durations_that_no_counter_holds(unit, value):
+    with pytest.raises(ValueError, match=f"total_{unit} is .*too many steps"):
+        durations.to_steps({f"total_{unit}": value}, "total", num_examples=100, batch_size=10, total_steps=50)
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(rank=2, rslora="false"),
+        dict(rank=2, rslora=1),
+        dict(rank=2, alpha="x"),
+        dict(rank=2, alpha=10**400),
+        dict(rank=2, alpha=True),
+        dict(rank=2, alpha=1e7),
+        dict(rank=2, dropout="0.1"),
+        dict(rank=2, dropout=float("nan")),
+        dict(rank="2"),
+        dict(rank=2.0),
+        dict(rank=10**30),
+    ],
+    ids=str,
+)
+def test_of_an_adapter(kw):
+    with pytest.raises(ValueError, match=f"LoRA {list(kw)[-1]} is "):
+        lora.as_rules([("x", kw)])
+
+
+@pytest.mark.parametrize("value", ["abc", True, 0, -1.0, 1e300, [], float("nan")])
+def test_soft_caps_of_hugging_faces_configs(value):
+    with pytest.raises(CheckpointError, match="f: cap is .*expected a number above 0, or null"):
+        Section({"cap": value}, "f").cap("cap")
+    assert Section({"cap": None}, "f").cap("cap") is None
+    assert Section({"cap": 30.0}, "f").cap("cap") == 30.0
