@@ -29,7 +29,7 @@ def forward(model, params, tokens, valid, **kw):
         y, probs = m(m.embed_tokens(tokens), mask, **kw)
         return m.compute_logits(y), probs
 
-    return model.apply({"params": params}, method=run)
+    return jax.jit(lambda params: model.apply({"params": params}, method=run))(params)
 
 
 @pytest.mark.parametrize("name", hf_decoders.CASES)
@@ -65,7 +65,7 @@ def test_token_by_token_equals_the_whole_pass(name, samples):
             m.embed_tokens(tokens), jnp.asarray(valid), mask, cache_size=tokens.shape[1] + 11, num_samples=samples
         )
 
-    logits, cache = model.apply({"params": params}, method=prefill, mutable=["cache"])
+    logits, cache = jax.jit(lambda: model.apply({"params": params}, method=prefill, mutable=["cache"]))()
     steps = [np.repeat(logits, samples, axis=0)]
     extend = jax.jit(
         lambda cache, token: model.apply(
