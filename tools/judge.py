@@ -16,7 +16,7 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med.cli import command
-from paligemma_med.evaluation import results
+from paligemma_med.evaluation import predictions, results
 from paligemma_med.judge import criteria, figures, judge, replies
 from paligemma_med.pp import command_line, json_text
 
@@ -32,7 +32,7 @@ def settings_from(text, structured, protocol) -> dict:
 def dry_run(folder, protocol, *, model, num_questions, cache, **kw) -> None:
     """Prints how much there is to ask, and the first of it."""
     folder = pathlib.Path(folder)
-    rows = judge.choose(results.read_rows(folder / results.PREDICTIONS), num_questions)
+    rows = judge.choose(predictions.read(folder / results.PREDICTIONS, judge.NEEDED), num_questions)
     lines, requests = judge.plan(rows, protocol, model=model, **kw)
     with replies.Cache(cache or folder / judge.CACHE) as opened:
         there = sum(opened.score(key) is not None for key in requests)

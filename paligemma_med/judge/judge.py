@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from paligemma_med import files
-from paligemma_med.evaluation import results
+from paligemma_med.evaluation import predictions, results
 from paligemma_med.judge import client as judge_client
 from paligemma_med.judge import criteria, figures, replies, server
 from paligemma_med.judge.criteria import PROTOCOLS
@@ -144,6 +144,9 @@ def choose(rows, n, seed=0) -> list[dict]:
 
 # --- Files ---
 
+# Of a row; protocols ask for more.
+NEEDED = ("question_id", "predictions")
+
 
 def judge_folder(
     folder,
@@ -178,7 +181,7 @@ def judge_folder(
     folder = pathlib.Path(folder)
     path = folder / results.PREDICTIONS
     content = hashlib.sha256(path.read_bytes()).hexdigest()
-    rows = choose(results.read_rows(path), num_questions)
+    rows = choose(predictions.read(path, NEEDED), num_questions)
     ids = collections.Counter(row.get("question_id") for row in rows)
     if twice := [i for i, n in ids.items() if n > 1]:
         raise ValueError(f"{path} has question {twice[0]!r} twice; expected ids of one row each.")
@@ -200,7 +203,7 @@ def judge_folder(
         for name, x in read_summary(folder).items()
         if x.get("predictions_sha256") == content and name != version
     }
-    lines = [x for x in read_judgements(folder) if x.get("judge") in others]
+    lines = [x for x in read_judgements(folder) if isinstance(x.get("judge"), str) and x["judge"] in others]
     lines += [{"judge": version, **line} for line in judgements]
     files.write_text(folder / JUDGEMENTS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     files.write_text(folder / SUMMARY, json.dumps({**others, version: entry}, indent=2) + "\n")

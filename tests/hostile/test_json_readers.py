@@ -22,9 +22,9 @@ from paligemma_med.checkpoints import hf as hf_forms
 from paligemma_med.checkpoints.hf import tensors
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
-from paligemma_med.evaluation import results
+from paligemma_med.evaluation import predictions, results
 from paligemma_med.input_pipeline import InputError
-from paligemma_med.judge import judge, replies
+from paligemma_med.judge import criteria, judge, replies
 from tests import tiny
 from tests.checkpoints import adapters
 from tests.hostile import mutations
@@ -185,6 +185,17 @@ def test_cache_of_replies(tmp_path):
             replies.totals(cache, ["k"])
 
     check(read, path, [record, {**record, "score": None}], ValueError, lines=True)
+
+
+def test_predictions_to_judge(tmp_path):
+    path, protocol = tmp_path / results.PREDICTIONS, next(iter(criteria.PROTOCOLS))
+    check(
+        lambda: judge.plan(predictions.read(path, judge.NEEDED), protocol, model="m"),
+        path,
+        ROWS,
+        ValueError,
+        lines=True,
+    )
 
 
 def test_summary_of_a_judge(tmp_path):

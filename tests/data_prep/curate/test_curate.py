@@ -192,12 +192,15 @@ def test_cut_anywhere_it_goes_on_to_the_same_result(rows_file, tmp_path, monkeyp
     assert not output.exists() and len(journal.splitlines()) == 61
     curate(CONFIG, [str(rows_file)], output)
     whole = results(output)
-    for cut in [0, 1, 40, *range(70, len(journal), 997), len(journal) - 1]:
+    left = [journal[:cut] for cut in (0, 1, 40, *range(70, len(journal), 997), len(journal) - 1)]
+    # As a power cut leaves it.
+    left += [journal[:at] + bytes(64) + journal[at + 64 :] for at in range(100, len(journal) - 64, 3001)]
+    for cut, found in enumerate(left):
         for path in tmp_path.glob("kept*"):
             path.unlink()
-        paths_of(output).journal.write_bytes(journal[:cut])
+        paths_of(output).journal.write_bytes(found)
         curate(CONFIG, [str(rows_file)], output)
-        assert results(output) == whole, f"cut at byte {cut}"
+        assert results(output) == whole, f"case {cut}"
         assert not paths_of(output).journal.exists() and not list(tmp_path.glob("*.part"))
 
 
