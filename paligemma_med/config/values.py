@@ -194,13 +194,19 @@ _PART = {
 }
 # Keys that say how the two towers are joined.
 _JOINED = {"connector": _SECTION, "image_ar": _one_of(splice.IMAGE_AR)}
+
+
+def _are_tokens(x):
+    return len(x) > 0 and all(_is_whole(n) and n >= 0 for n in x)
+
+
 _PRED_KW = {
     "max_new_tokens": _POSITIVE_WHOLE,
     "num_samples": _POSITIVE_WHOLE,
     "temperature": _NOT_NEGATIVE,
     "top_p": ("a number above 0, up to 1", lambda x: _is_number(x) and 0 < x <= 1),
     "seed": _SEED,
-    "eos_token": ("a token's number", lambda x: _is_whole(x) and x >= 0),
+    "eos_token": ("a token's number, or several", lambda x: _are_tokens(x if isinstance(x, list | tuple) else [x])),
 }
 # Keys of an evals section that say when it runs, not what.
 WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")

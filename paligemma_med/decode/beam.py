@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.decode.prompts import PAD_TOKEN, check_batch, check_whole, next_logits, read_prompts
+from paligemma_med.decode.prompts import (
+    PAD_TOKEN,
+    check_batch,
+    check_whole,
+    is_stop,
+    next_logits,
+    read_prompts,
+    stop_tokens,
+)
 from paligemma_med.models import lean
 
 
@@ -45,7 +53,7 @@ def beam_search(
         beam, if it ended now, would not beat the worst of K that have. "never": the same, but for a
         positive length_penalty a beam is judged as if it kept its sum up to M tokens, so that none
         which might still win is given up.
-      eos_token: ends a row; it is part of the tokens, and pad (0) follows it.
+      eos_token: ends a row; it is part of the tokens, and pad (0) follows it. Several of them: any one does.
 
     Returns:
       (tokens int32[B, K, M], scores float32[B, K]), best first; 0 where `_mask` is False.
@@ -66,7 +74,7 @@ def beam_search(
         params,
         arrays,
         np.float32(length_penalty),
-        np.int32(eos_token),
+        stop_tokens(eos_token),
         beams=int(beams),
         max_new_tokens=int(max_new_tokens),
         early_stopping=early_stopping,
@@ -144,7 +152,7 @@ def _select(state, logits, count, *, length_penalty, eos_token, max_new_tokens, 
     score, place = jax.lax.top_k(total, 2 * beams)
     parent, token = place // vocab, place % vocab
     tokens = _pick(state["tokens"], parent).at[:, :, count - 1].set(token)
-    ends = (token == eos_token) | (count == max_new_tokens)
+    ends = is_stop(token, eos_token) | (count == max_new_tokens)
 
     best = ends & (jnp.arange(2 * beams) < beams) & state["open"][:, None]
     final = jnp.where(best, score / count.astype(jnp.float32) ** length_penalty, -jnp.inf)

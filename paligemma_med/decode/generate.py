@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_med.decode.prompts import PAD_TOKEN, check_batch, check_whole, next_logits, read_prompts
+from paligemma_med.decode.prompts import (
+    PAD_TOKEN,
+    check_batch,
+    check_whole,
+    is_stop,
+    next_logits,
+    read_prompts,
+    stop_tokens,
+)
 from paligemma_med.decode.sampling import draw, most_probable, nucleus, temper
 from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
@@ -61,7 +69,7 @@ def generate(
         as the last of them stay in too; the most probable one always does. At temperature 0 top_k
         and top_p have no effect.
       seed: of the samples, an int in [0, 2**32).
-      eos_token: ends a row; it is part of the tokens, and pad (0) follows it.
+      eos_token: ends a row; it is part of the tokens, and pad (0) follows it. Several of them: any one does.
 
     Returns:
       (tokens int32[B, R, M], logprobs float32[B, R, M]). A logprob is that of the token chosen
@@ -89,7 +97,7 @@ def generate(
         # No vocabulary has more, and float32 counts exactly up to there.
         np.float32(min(top_k or np.inf, 2**24)),
         np.float32(top_p),
-        np.int32(eos_token),
+        stop_tokens(eos_token),
         **{k: int(v) for k, v in counts.items()},
         greedy=float(temperature) == 0.0,
         text_len=text_len,
@@ -146,7 +154,7 @@ def _generate(
         token, logprob = choose(logits, step, done)
         return dict(
             step=step + 1,
-            done=done | (token == eos_token),
+            done=done | is_stop(token, eos_token),
             cache=cache,
             tokens=state["tokens"].at[:, step].set(token),
             logprobs=state["logprobs"].at[:, step].set(logprob),
@@ -157,7 +165,7 @@ def _generate(
     rows = token.shape[0]
     start = dict(
         step=jnp.int32(1),
-        done=done | (token == eos_token),
+        done=done | is_stop(token, eos_token),
         cache=cache,
         tokens=jnp.full((rows, max_new_tokens), PAD_TOKEN, jnp.int32).at[:, 0].set(token),
         logprobs=jnp.zeros((rows, max_new_tokens), jnp.float32).at[:, 0].set(logprob),

@@ -25,6 +25,16 @@ def encode_images(model, params, image) -> jax.Array:
     return model.apply({"params": params}, image, method="embed_image")[0]
 
 
+def stop_tokens(eos_token) -> np.ndarray:
+    """A token's number, or several, as int32[E]."""
+    return np.atleast_1d(np.asarray(eos_token, np.int32))
+
+
+def is_stop(token, stops) -> jax.Array:
+    """Which tokens int32[…] are one of int32[E]: bool[…]."""
+    return jnp.any(token[..., None] == stops, axis=-1)
+
+
 def blank_image(shape) -> np.ndarray:
     """float32[shape] of mid-grey: the image of a prompt that is to be answered without one."""
     return np.full(shape, MID_GREY, np.float32)

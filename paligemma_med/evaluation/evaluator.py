@@ -179,7 +179,7 @@ class Evaluator:
             dict(
                 predictions=[self.tokenizer.to_str(sample) for sample in samples],
                 logprobs=[round(float(x), 6) for x in totals],
-                unfinished=int(np.sum(~(samples == kw["eos_token"]).any(axis=-1))),
+                unfinished=int(np.sum(~np.isin(samples, kw["eos_token"]).any(axis=-1))),
             )
             for samples, totals in zip(tokens, logprobs.sum(axis=-1))
         ]

@@ -63,6 +63,17 @@ def test_eos_is_kept_and_nothing_follows():
         np.testing.assert_array_equal(logprobs[row, 0, end:], 0.0)
         assert_close(logprobs[row, 0, :end], free_logprobs[row, 0, :end], units=32)
     assert 0 < stopped < 6
+    # Of several, whichever comes first; one that never comes changes nothing.
+    np.testing.assert_array_equal(
+        decode.generate(model, params, batch, max_new_tokens=6, eos_token=(NO_EOS, eos))[0], tokens
+    )
+    other = int(free[2, 0, 1])
+    both, _ = decode.generate(model, params, batch, max_new_tokens=6, eos_token=[eos, other])
+    for row in range(6):
+        own = free[row, 0].tolist()
+        end = min((own.index(t) + 1 for t in (eos, other) if t in own), default=6)
+        assert both[row, 0].tolist() == own[:end] + [0] * (6 - end)
+    assert (both != tokens).any()
 
 
 def steps_taken(model, params, batch, eos_token, max_new_tokens):
