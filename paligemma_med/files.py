@@ -1,8 +1,9 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written.
 
 They are written beside their place under a hidden name, flushed to disk and moved there at the end. A program that is
-killed leaves the hidden one, and what was there before. (`data_prep.files` has a `whole_file` of its own, since the
-data are built without this package.) `sole_use` keeps a second program out of a folder that grows.
+killed leaves the hidden one, and what was there before; `sweep` removes such leavings. (`data_prep.files` has a
+`whole_file` of its own, since the data are built without this package.) `sole_use` keeps a second program out of a
+folder that grows.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ def whole_file(path: os.PathLike | str) -> Iterator[BinaryIO]:
     temporary = _temporary(path)
     try:
         with named(path), open(temporary, "xb") as f:
+            _mark_as_used(f)
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -71,9 +73,12 @@ def whole_folder(path: os.PathLike | str, *, replaces: Collection[str] | None = 
       FileExistsError: `path` exists and is not to be replaced.
     """
     _check_new(path, replaces)
+    sweep(path)
     temporary = _temporary(path)
     os.mkdir(temporary)
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        _mark_as_used(handle)
         with named(path):
             yield temporary
             for parent, _, names in os.walk(temporary):
@@ -84,7 +89,37 @@ def whole_folder(path: os.PathLike | str, *, replaces: Collection[str] | None = 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
     _sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def sweep(path: os.PathLike | str) -> None:
+    """Removes what killed writers of `path` left beside it: hidden, older than a minute, and locked by nobody.
+
+    `whole_folder` does so itself. A file is worth it if it is large, since the folder around it is looked through.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    left = re.compile(re.escape(f".{name}.") + r"[0-9a-f]{8}\.tmp")
+    for entry in os.scandir(parent) if os.path.isdir(parent) else ():
+        if left.fullmatch(entry.name) and abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) > 60:
+            with contextlib.suppress(OSError):
+                _remove_unused(entry.path)
+
+
+def _remove_unused(path):
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or OSError: it is still written, or can't be locked
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    finally:
+        os.close(handle)
+
+
+def _mark_as_used(handle):
+    """Locks a file or folder until it is closed, or the process ends."""
+    with contextlib.suppress(OSError):  # some network file systems have no locks, and `sweep` then leaves it
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _check_new(path, replaces):

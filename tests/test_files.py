@@ -153,3 +153,41 @@ def test_a_user_on_another_host_that_left_its_lock_is_named(tmp_path, caplog):
     with files.sole_use(tmp_path, "x"):
         pass
     assert "process 7 on another.host since 2026-01-01 00:00 didn't end by itself" in caplog.text
+
+
+WRITE = """
+import os, sys, time
+from paligemma_med import files
+what = files.whole_folder if sys.argv[2] == "folder" else files.whole_file
+with what(sys.argv[1]) as new:
+    if sys.argv[2] == "folder":
+        open(os.path.join(new, "a"), "w").close()
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_writer_left_is_swept_and_what_is_written_now_is_not(tmp_path, repo_root, kind):
+    path, others = tmp_path / "w", [".w.0123.tmp", ".x.01234567.tmp", "w"]
+    for name in others:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", WRITE, tmp_path / "w2", kind]
+    user = subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, text=True, bufsize=1)
+    try:
+        assert user.stdout.readline() == "writing\n"
+        (left,) = {*os.listdir(tmp_path)} - {*others}
+        files.sweep(tmp_path / "w2")  # it is young
+        os.utime(tmp_path / left, (0, 0))
+        files.sweep(tmp_path / "w2")  # and locked
+        assert left in os.listdir(tmp_path)
+    finally:
+        user.kill()
+        user.communicate()
+    for name in others:
+        os.utime(tmp_path / name, (0, 0))
+    files.sweep(path)
+    assert left in os.listdir(tmp_path)  # of another file
+    with files.whole_folder(tmp_path / "w2"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "w2"])

@@ -196,6 +196,7 @@ def save_npz(
         raise CheckpointError(f"{path}: expected a file name that ends in .npz")
     dtype = lazy.dtype_of(dtype)
     flat = flatten_tree(params)
+    files.sweep(path)
     with (
         files.whole_file(path) as f,
         zipfile.ZipFile(f, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
