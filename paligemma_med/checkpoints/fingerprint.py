@@ -41,7 +41,10 @@ def of_leaves(tree: Any) -> list[str]:
     zero = np.zeros(2, np.uint32)  # as is their sum, overflow included
     totals = np.asarray([sum(jax.device_get(parts), zero) for parts in sums], np.uint32).reshape(-1, 2)
     if jax.process_count() > 1:
-        totals = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
+        whole = multihost_utils.process_allgather(totals).sum(axis=0, dtype=np.uint32)
+        # An array of this process alone, such as one read into numpy, is in each of them: one is counted.
+        is_own = np.array([x.is_fully_addressable for x in leaves], bool)[:, None]
+        totals = np.where(is_own, totals, whole)
     return [f"{a:08x}{b:08x}" for a, b in totals.tolist()]
 
 

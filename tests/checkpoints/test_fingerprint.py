@@ -84,3 +84,12 @@ def test_it_costs_less_memory_than_one_leaf(dtype, optimised):
     first = jax.ShapeDtypeStruct((4,), "uint32")
     found = fingerprint._sum.lower(leaf, first, piece=2**16).compile().memory_analysis()
     assert found.temp_size_in_bytes < 0.2 * leaf.size * leaf.dtype.itemsize
+
+
+def test_arrays_that_each_process_has_for_itself_count_once(monkeypatch):
+    """Weights read into numpy are in every process of a run."""
+    x = np.arange(6, dtype=np.float32)
+    alone = fingerprint.of_leaves([x])
+    monkeypatch.setattr(fingerprint.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(fingerprint.multihost_utils, "process_allgather", lambda totals: np.stack([totals, totals]))
+    assert fingerprint.of_leaves([x]) == alone
