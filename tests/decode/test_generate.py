@@ -67,7 +67,7 @@ def test_eos_is_kept_and_nothing_follows():
     np.testing.assert_array_equal(
         decode.generate(model, params, batch, max_new_tokens=6, eos_token=(NO_EOS, eos))[0], tokens
     )
-    other = int(free[2, 0, 1])
+    other = next(int(t) for t in free[:, 0, 1] if t != eos)
     both, _ = decode.generate(model, params, batch, max_new_tokens=6, eos_token=[eos, other])
     for row in range(6):
         own = free[row, 0].tolist()
