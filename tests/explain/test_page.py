@@ -56,6 +56,14 @@ def test_figures_and_texts_stand_in_the_page_without_its_script():
     assert "<td>2</td>" in text  # times of the sample
 
 
+@pytest.mark.parametrize(
+    "answer, said", [("", "(nothing)"), (" \n", "(white space alone: &#39; \\n&#39;)"), ("no", "no")]
+)
+def test_an_answer_that_cannot_be_seen_is_described(answer, said):
+    made = reports.fake(answer=answer, samples=[], controls=[])
+    assert f"The model answers: <b><bdi>{said}</bdi>" in page.render(made)
+
+
 def test_hostile_texts_are_inert_in_the_file():
     bad = reports.HOSTILE
     made = reports.fake(

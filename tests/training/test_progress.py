@@ -222,6 +222,14 @@ def test_bar_has_the_logged_figures_and_no_pauses_in_its_speed(clock, monkeypatc
     assert out.getvalue().endswith("the end\n")
 
 
+@pytest.mark.parametrize(
+    "per_second, said",
+    [(4.0, "4.0 images/s"), (0.5, "0.5 images/s"), (0.04, "25 s an image"), (1 / 123.4, "123 s an image")],
+)
+def test_a_speed_of_minutes_an_image_is_not_0(per_second, said):
+    assert progress._speed(dict(examples_per_second=per_second, eta_seconds=0)).startswith(said + "  ETA")
+
+
 def test_speed_is_of_late(clock, monkeypatch):
     err, _ = terminal(monkeypatch)
     bar = progress.Progress(0, 1000, 1)
