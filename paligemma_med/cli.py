@@ -36,7 +36,7 @@ def command(main) -> Callable:
             main(argv)
         except app.UsageError as e:
             # absl would print the whole help above it.
-            ending.leave(f"error: {e} --help names all flags.")
+            ending.leave(f"error: {str(e).rstrip('.')}. --help names all flags.")
         except KeyboardInterrupt as e:
             code = getattr(e, "exit_code", None)
             if code is not None and not ending.is_alone():  # all processes have agreed to stop

@@ -379,3 +379,16 @@ def test_environment_of_started_programs(monkeypatch):
     assert environ.of_program(A="1")["A"] == "1"
     flags = environ.of_program(devices=3)["XLA_FLAGS"].split()
     assert flags == ["--xla_cpu_max_isa=AVX2", "--xla_force_host_platform_device_count=3"]
+
+
+def test_wrong_use_is_one_line():
+    """absl prints the whole help above an app.UsageError; `cli.command` doesn't."""
+    bare = []
+    for path in python_files("paligemma_med", "tools"):
+        text = path.read_text(encoding="utf-8")
+        if "raise app.UsageError" in text and path.name != "cli.py":
+            mains = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+            bare += [
+                str(path) for n in mains if not {ast.unparse(d) for d in n.decorator_list} & {"command", "cli.command"}
+            ]
+    assert not bare

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from paligemma_med.cli import command
 from paligemma_med.pp import command_line
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -86,6 +87,7 @@ def after_seconds(low, high) -> Callable:
     return moment
 
 
+@command
 def main(argv) -> None:
     if len(argv) < 2:
         raise app.UsageError("Give the command to run after --.")

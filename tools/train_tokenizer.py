@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import sentencepiece
 from absl import app, flags, logging
 
+from paligemma_med.cli import command
 from paligemma_med.pp import command_line
 
 _OUTPUT = command_line.define_path(
@@ -381,6 +382,7 @@ def train(num_sentences: int, seed: int) -> bytes:
     return out.getvalue()
 
 
+@command
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")

@@ -26,6 +26,7 @@ import sys
 from absl import app, flags
 
 from paligemma_med import files
+from paligemma_med.cli import command
 from paligemma_med.models import presets
 from paligemma_med.pp import command_line
 
@@ -150,6 +151,7 @@ def define_flags() -> None:
     command_line.define_path("json", None, "File to write the figures to, too.")
 
 
+@command
 def main(argv) -> None:
     if len(argv) != 2 or argv[1] not in PARTS:
         raise app.UsageError(f"Give one of {sorted(PARTS)}; found {argv[1:]}.")

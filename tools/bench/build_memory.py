@@ -19,6 +19,7 @@ import time
 from absl import app, flags
 
 from data_prep.datasets.pmc_vqa import fake
+from paligemma_med.cli import command
 from paligemma_med.pp import command_line
 
 
@@ -41,6 +42,7 @@ def measure(rows: int, folder: pathlib.Path, pixels: int) -> dict:
     }
 
 
+@command
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only; found {argv[1:]}.")
