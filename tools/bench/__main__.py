@@ -26,7 +26,6 @@ import sys
 from absl import app, flags
 
 from paligemma_med import files
-from paligemma_med.cli import command
 from paligemma_med.models import presets
 from paligemma_med.pp import command_line
 
@@ -151,10 +150,9 @@ def define_flags() -> None:
     command_line.define_path("json", None, "File to write the figures to, too.")
 
 
-@command
 def main(argv) -> None:
     if len(argv) != 2 or argv[1] not in PARTS:
-        raise app.UsageError(f"Give one of {sorted(PARTS)}; found {argv[1:]}.")
+        sys.exit(f"error: Give one of {sorted(PARTS)}; found {argv[1:]}.")
     module, takes = PARTS[argv[1]]
     known = {"peer", *(name for of_kind in _TYPES.values() for name in of_kind)}
     given = {k: flags.FLAGS[k].value for k in known if flags.FLAGS[k].present}
