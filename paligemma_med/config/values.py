@@ -48,8 +48,8 @@ def check_keys(section, known, where) -> None:
 
 
 def _is_number(x):
-    # Beyond that, float32 soon overflows.
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e30
+    # What float32 holds.
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 3.4e38
 
 
 def _is_whole(x):
