@@ -121,7 +121,7 @@ def _model_of(src):
     kind = checkpoints.kind_of(src)
     if kind == "hf":
         model = hf.model_config(os.path.expanduser(src))
-        return (model["img"], model["llm"]), None
+        return (model.get("img"), model["llm"]), None
     if kind == "workdir":
         from paligemma_med.checkpoints import workdir
 

@@ -11,9 +11,10 @@ from paligemma_med.pp import json_text
 
 
 class Described(NamedTuple):
-    """What a config.json says about the model: arguments of `vlm.Model`, and the sizes of the tensors in the files."""
+    """What a config.json says about the model: arguments of `vlm.Model`, and the sizes of the tensors in the files.
+    img is None for a language model by itself."""
 
-    img: dict[str, Any]
+    img: dict[str, Any] | None
     llm: dict[str, Any]
     sizes: Sizes
     connector: dict[str, Any] | None = None
@@ -23,7 +24,7 @@ class Described(NamedTuple):
     def model(self) -> dict[str, Any]:
         """The arguments of `vlm.Model`; defaults are left out."""
         between = dict(connector=self.connector, image_ar=self.image_ar) if self.connector else {}
-        return dict(img=self.img, llm=self.llm, **between)
+        return dict(llm=self.llm) if self.img is None else dict(img=self.img, llm=self.llm, **between)
 
 
 class Section(Mapping):
@@ -52,6 +53,17 @@ class Section(Mapping):
             raise CheckpointError(f"{self.path}: {key} is {n!r}, expected a whole number above 0")
         return n
 
+    def positive(self, key: str) -> float:
+        """A number above 0.
+
+        Raises:
+          CheckpointError: it is something else.
+        """
+        x = self.cap(key)
+        if x is None:
+            raise CheckpointError(f"{self.path}: {key} is null, expected a number above 0")
+        return float(x)
+
     def cap(self, key: str) -> float | None:
         """A number above 0, or None.
 
@@ -66,7 +78,7 @@ class Section(Mapping):
 
 def section(
     whole: Mapping[str, Any],
-    key: str,
+    key: str | None,
     path: str,
     *,
     types: Collection[str],
@@ -74,7 +86,7 @@ def section(
     defaults: Mapping[str, Mapping[str, Any]],
     fixed: Mapping[str, Mapping[str, Any]],
 ) -> Section:
-    """The section `key`, with defaults filled in.
+    """The section `key`, or the whole if that is None, with defaults filled in.
 
     Args:
       whole: the config.json.
@@ -87,7 +99,7 @@ def section(
     Raises:
       CheckpointError: another model_type, or another value for a fixed key.
     """
-    values = whole.get(key)
+    values = whole if key is None else whole.get(key)
     values = absent if values is None else values
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path}: {key} is {values!r}, expected an object")
@@ -98,7 +110,8 @@ def section(
     values = {**values, **(rope if isinstance(rope, Mapping) else {})}
     for name, value in fixed[kind].items():
         if values.get(name, value) != value:
-            raise CheckpointError(f"{path}: {key}.{name} is {values[name]!r}, but this model has {value!r}")
+            name = name if key is None else f"{key}.{name}"
+            raise CheckpointError(f"{path}: {name} is {values[name.split('.')[-1]]!r}, but this model has {value!r}")
     return Section({**defaults[kind], **values, "model_type": kind}, path)
 
 

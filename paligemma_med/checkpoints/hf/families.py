@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from paligemma_med.checkpoints.errors import CheckpointError
-from paligemma_med.checkpoints.hf import gemma3, paligemma
+from paligemma_med.checkpoints.hf import bloom, gemma3, gemma3_text, llama, paligemma
 from paligemma_med.checkpoints.hf.config import Described
 from paligemma_med.checkpoints.hf.layout import Row, Sizes
 from paligemma_med.models import lora_targets
@@ -62,7 +62,7 @@ class Family(Protocol):
         """The preprocessor_config.json of a model: with it their processor makes the pixels that ours makes."""
 
 
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3)}
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3, gemma3_text, llama, bloom)}
 
 
 def of_config(whole: Mapping[str, Any], path: str) -> Family:

@@ -60,19 +60,45 @@ _TOWER, _PROJECTOR, _DECODER = "vision_tower", "multi_modal_projector", "languag
 
 def table(paths: Collection[str]) -> tuple[Row, ...]:
     """All rows of a model that has leaves with these paths."""
-    attn = "llm/layers/attn"
-    qk_norms = [
-        row
-        for name in "qk"
-        for row in norm(f"{_DECODER}.layers.{{i}}.self_attn.{name}_norm", f"{attn}/{name}_norm", bias=False)
-    ]
     return (
         *siglip.rows(paths, _TOWER),
         Row(f"{_PROJECTOR}.mm_soft_emb_norm.weight", "D", "connector/norm/scale"),
         Row(f"{_PROJECTOR}.mm_input_projection_weight", "W E", "connector/proj/kernel"),
-        *gemma.rows({*paths, "llm/layers/post_attention_norm/scale"}, _DECODER),
+        *decoder_rows(paths, _DECODER),
+    )
+
+
+def decoder_rows(paths: Collection[str], name: str) -> tuple[Row, ...]:
+    """The rows of a decoder; `name` is their decoder's canonical name."""
+    attn = "llm/layers/attn"
+    qk_norms = [
+        row for c in "qk" for row in norm(f"{name}.layers.{{i}}.self_attn.{c}_norm", f"{attn}/{c}_norm", bias=False)
+    ]
+    return (
+        *gemma.rows({*paths, "llm/layers/post_attention_norm/scale"}, name),
         *(row._replace(theirs="H") for row in qk_norms),
     )
+
+
+def text_section(whole: Mapping[str, Any], key: str | None, path: str) -> config.Section:
+    """The decoder's section of a config.json; key None: the whole file."""
+    return config.section(whole, key, path, types=TYPES, absent={}, defaults=DEFAULTS, fixed=FIXED)
+
+
+def describe_text(text: config.Section, vocab_size: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Our dict of a decoder, for `vocab_size` tokens, and the sizes in the file.
+
+    Raises:
+      CheckpointError: it needs something that our decoder doesn't compute.
+    """
+    llm, size = gemma.sizes_of(text, vocab_size)
+    llm |= dict(
+        post_norms=True,
+        qk_norm=True,
+        query_pre_attn_norm=gemma.query_norm(text, llm),
+        **_positions(text, llm["depth"]),
+    )
+    return llm, size
 
 
 def describe(whole: Mapping[str, Any], path: str) -> config.Described:
@@ -90,7 +116,7 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
         defaults=siglip.DEFAULTS,
         fixed=siglip.FIXED,
     )
-    text = config.section(whole, "text_config", path, types=TYPES, absent={}, defaults=DEFAULTS, fixed=FIXED)
+    text = text_section(whole, "text_config", path)
     token = config.Section({"image_token_index": IMAGE_TOKEN, **whole}, path).number("image_token_index")
     rows = text.number("vocab_size")
     if rows - token > PADDING:
@@ -98,13 +124,7 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
             f"{path}: the embedding has {rows} rows, {rows - token} from image_token_index {token} on, expected at "
             f"most {PADDING}, which are padding"
         )
-    llm, llm_size = gemma.sizes_of(text, min(rows, token))
-    llm |= dict(
-        post_norms=True,
-        qk_norm=True,
-        query_pre_attn_norm=gemma.query_norm(text, llm),
-        **_positions(text, llm["depth"]),
-    )
+    llm, llm_size = describe_text(text, min(rows, token))
     img, img_size = siglip.describe(vision, llm["width"])
     del img_size["E"]
     per_image = config.Section({"mm_tokens_per_image": 256, **whole}, path).number("mm_tokens_per_image")

@@ -12,7 +12,7 @@ from paligemma_med.checkpoints.hf import families, tensors
 from paligemma_med.checkpoints.hf.config import Described, read_json
 from paligemma_med.checkpoints.hf.layout import by_path, leaf_shape, relayout
 from paligemma_med.checkpoints.lazy import Lazy
-from paligemma_med.models import vlm
+from paligemma_med.models import leaves, parts, vlm
 from paligemma_med.models.leaves import unflatten_tree
 
 _PIECE = 2**24  # bytes of the two tables to compare at once
@@ -23,6 +23,7 @@ def model_config(folder: os.PathLike | str) -> dict[str, Any]:
 
     Returns:
       dict(img=…, llm=…), perhaps also connector and image_ar: `vlm.Model(**it)` is that model, with every size given.
+      Of a language model by itself dict(llm=…).
 
     Raises:
       FileNotFoundError: no config.json.
@@ -96,6 +97,9 @@ def _by_canonical_name(family, found):
 def _paths(described: Described, folder):
     """Paths of the leaves of our model for that description."""
     try:
+        if described.img is None:
+            llm = parts.family("llm").Model(**described.llm)
+            return leaves.join(llm=llm.leaves).keys()
         return vlm.Model(**described.model).leaves.keys()
     except ValueError as e:
         raise CheckpointError(f"{folder}/config.json: {e}") from None

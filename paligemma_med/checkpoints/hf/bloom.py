@@ -1,0 +1,96 @@
+"""BLOOM in Hugging Face's names (transformers' BloomForCausalLM), by itself.
+
+Its queries, keys and values are one matrix, head by head, and so they are in ours.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.hf import config
+from paligemma_med.checkpoints.hf.layout import Row, Sizes, dense, norm
+
+MODEL_TYPE = "bloom"
+NAME = "BLOOM"
+_DECODER = "transformer"
+STYLES, PUBLISHED, PADDING = {"4.41": {_DECODER: _DECODER}}, "4.41", 0
+BUFFERS = ()
+EMBEDDING, HEAD = f"{_DECODER}.word_embeddings.weight", "lm_head.weight"
+# Keys missing in a config.json have their class' default; these are transformers 5.24's.
+DEFAULTS = dict(vocab_size=250_880, hidden_size=64, n_layer=2, n_head=8, layer_norm_epsilon=1e-5)
+FIXED = dict(apply_residual_connection_post_layernorm=False)
+# What its oldest files call them.
+_OLD = dict(n_embed="hidden_size", num_hidden_layers="n_layer", num_attention_heads="n_head")
+
+
+def table(paths: Collection[str]) -> tuple[Row, ...]:
+    """All rows of a model; every one has the same."""
+    del paths
+    return tuple(_rows())
+
+
+def _rows() -> Iterator[Row]:
+    at, layer = f"{_DECODER}.h.{{i}}", "llm/layers"
+    yield Row(EMBEDDING, "V D", "llm/embedder/input_embedding")
+    yield from norm(f"{_DECODER}.word_embeddings_layernorm", "llm/embed_norm", bias=True)
+    yield from norm(f"{at}.input_layernorm", f"{layer}/pre_attention_norm", bias=True)
+    yield from dense(f"{at}.self_attention.query_key_value", f"{layer}/attn/qkv")
+    yield from dense(f"{at}.self_attention.dense", f"{layer}/attn/out")
+    yield from norm(f"{at}.post_attention_layernorm", f"{layer}/pre_ffw_norm", bias=True)
+    yield from dense(f"{at}.mlp.dense_h_to_4h", f"{layer}/mlp/up")
+    yield from dense(f"{at}.mlp.dense_4h_to_h", f"{layer}/mlp/down")
+    yield from norm(f"{_DECODER}.ln_f", "llm/final_norm", bias=True)
+
+
+def canonical(name: str) -> str:
+    """A tensor's or module's name; some files leave out "transformer."."""
+    return name if name.startswith((f"{_DECODER}.", "lm_head.")) else f"{_DECODER}.{name}"
+
+
+def describe(whole: Mapping[str, Any], path: str) -> config.Described:
+    """The model of a config.json.
+
+    Raises:
+      CheckpointError: it needs something that our decoder doesn't compute.
+    """
+    whole = {**{_OLD[k]: v for k, v in whole.items() if k in _OLD}, **whole}
+    text = config.section(
+        whole,
+        None,
+        path,
+        types=(MODEL_TYPE,),
+        absent={},
+        defaults={MODEL_TYPE: DEFAULTS},
+        fixed={MODEL_TYPE: FIXED},
+    )
+    width, heads = text.number("hidden_size"), text.number("n_head")
+    if width % heads:
+        raise CheckpointError(f"{path}: {heads} heads must divide the width of {width}")
+    llm = dict(
+        variant=None,
+        width=width,
+        depth=text.number("n_layer"),
+        mlp_dim=4 * width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        vocab_size=text.number("vocab_size"),
+        norm="layer",
+        norm_eps=text.positive("layer_norm_epsilon"),
+        fused=True,
+        position="alibi",
+        embed_norm=True,
+        embed_scale=False,
+    )
+    size = dict(V=llm["vocab_size"], D=width, L=llm["depth"], F=4 * width, N=heads, P=3, H=width // heads)
+    return config.Described(None, llm, dict(llm=size))
+
+
+def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
+    """Not yet: see `families.Family`.
+
+    Raises:
+      CheckpointError: always.
+    """
+    del sizes, paths, img, llm
+    raise CheckpointError(f"{NAME} is read, but not written yet")

@@ -1,0 +1,30 @@
+"""Gemma 3's language models by themselves in Hugging Face's names (transformers' Gemma3ForCausalLM)."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from paligemma_med.checkpoints.hf import config, gemma3, llama
+from paligemma_med.checkpoints.hf.layout import Row
+
+MODEL_TYPE = "gemma3_text"
+NAME = "Gemma 3 (text)"
+STYLES, PUBLISHED, PADDING = llama.STYLES, llama.PUBLISHED, 0
+BUFFERS = (*llama.BUFFERS, r"model\.rotary_emb\w*\.\w*inv_freq")
+EMBEDDING, HEAD = llama.EMBEDDING, llama.HEAD
+canonical, make_config = llama.canonical, gemma3.make_config
+
+
+def table(paths: Collection[str]) -> tuple[Row, ...]:
+    """All rows of a model; every one has the same but for grouped heads."""
+    return gemma3.decoder_rows(paths, "model")
+
+
+def describe(whole: Mapping[str, Any], path: str) -> config.Described:
+    """The model of a config.json.
+
+    Raises:
+      CheckpointError: it needs something that our decoder doesn't compute.
+    """
+    text = gemma3.text_section(whole, None, path)
+    llm, size = gemma3.describe_text(text, text.number("vocab_size"))
+    return config.Described(None, llm, dict(llm=size))

@@ -1,0 +1,82 @@
+"""Language models of LLaMA's architecture in Hugging Face's names (transformers' LlamaForCausalLM), by themselves."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from paligemma_med.checkpoints.errors import CheckpointError
+from paligemma_med.checkpoints.hf import config, gemma
+from paligemma_med.checkpoints.hf.layout import Row, Sizes
+
+MODEL_TYPE = "llama"
+NAME = "LLaMA"
+_DECODER = "model"
+STYLES, PUBLISHED, PADDING = {"4.41": {_DECODER: _DECODER}}, "4.41", 0
+BUFFERS = tuple(rf"{_DECODER}\.{buffer}" for buffer in gemma.BUFFERS)
+EMBEDDING, HEAD = f"{_DECODER}.{gemma.EMBEDDING}", gemma.HEAD
+# Keys missing in a config.json have their class' default; these are transformers 5.24's.
+DEFAULTS = dict(
+    hidden_size=4096,
+    intermediate_size=11_008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    vocab_size=32_000,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+)
+FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_type="default", rope_scaling=None)
+
+
+def table(paths: Collection[str]) -> tuple[Row, ...]:
+    """All rows of a model that has leaves with these paths."""
+    output = "llm/embedder/output_embedding"
+    return (*gemma.rows(paths, _DECODER), *((Row(HEAD, "V D", output),) if output in paths else ()))
+
+
+def canonical(name: str) -> str:
+    """A tensor's or module's name; some files leave out "model."."""
+    return name if name.startswith((f"{_DECODER}.", "lm_head.")) else f"{_DECODER}.{name}"
+
+
+def describe(whole: Mapping[str, Any], path: str) -> config.Described:
+    """The model of a config.json.
+
+    Raises:
+      CheckpointError: it needs something that our decoder doesn't compute.
+    """
+    text = config.section(
+        whole,
+        None,
+        path,
+        types=(MODEL_TYPE,),
+        absent={},
+        defaults={MODEL_TYPE: DEFAULTS},
+        fixed={MODEL_TYPE: FIXED},
+    )
+    heads, width = text.number("num_attention_heads"), text.number("hidden_size")
+    absent = {"num_key_value_heads": heads, "head_dim": width // heads}  # or null
+    text = config.Section({**text, **{k: v for k, v in absent.items() if text.get(k) is None}}, path)
+    llm, size = gemma.sizes_of(text, text.number("vocab_size"))
+    tie = text["tie_word_embeddings"]
+    if not isinstance(tie, bool):
+        raise CheckpointError(f"{path}: tie_word_embeddings is {tie!r}, expected true or false")
+    llm |= dict(
+        norm="rms",
+        norm_eps=text.positive("rms_norm_eps"),
+        act="silu",
+        embed_scale=False,
+        rope_theta=text.positive("rope_theta"),
+        tie=tie,
+    )
+    return config.Described(None, llm, dict(llm=size))
+
+
+def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
+    """Not yet: see `families.Family`.
+
+    Raises:
+      CheckpointError: always.
+    """
+    del sizes, paths, img, llm
+    raise CheckpointError(f"{NAME} is read, but not written yet")
