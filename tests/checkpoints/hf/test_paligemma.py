@@ -203,3 +203,14 @@ def test_a_scale_of_queries_that_we_lack_is_an_error(tmp_path):
     edit_config(tmp_path, "text_config", query_pre_attn_scalar=13)
     with pytest.raises(CheckpointError, match="query_pre_attn_scalar is 13, expected head_dim .12."):
         hf.model_config(tmp_path)
+
+
+def test_numbers_that_went_through_float32_are_the_same(tmp_path):
+    """As in a config.json made from a GGUF file: 1e-6 is 9.999999974752427e-07 there."""
+    theirs_saved("mqa", tmp_path / "w")
+    model = hf.model_config(tmp_path / "w")
+    edit_config(tmp_path / "w", "text_config", rms_norm_eps=float(np.float32(1e-6)))
+    assert hf.model_config(tmp_path / "w") == model
+    edit_config(tmp_path / "w", "text_config", rms_norm_eps=1.001e-6)
+    with pytest.raises(CheckpointError, match="text_config.rms_norm_eps is 1.001e-06"):
+        hf.model_config(tmp_path / "w")
