@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
 
 # Two threads are enough for what tests compute, and more only fight each other on small machines.
@@ -46,6 +47,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if _OPTIMISED else "
 # What a hub has is not what these tests test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# How long an example takes depends on the machine and on what else it does.
+hypothesis.settings.register_profile("paligemma_med", deadline=None)
+hypothesis.settings.load_profile("paligemma_med")
 
 
 @pytest.fixture(scope="session")
