@@ -9,7 +9,7 @@ from paligemma_med.config import values as config_values
 from paligemma_med.models.layers import lora
 from tests import tiny
 
-PAIRS = (3, "x", [3], [("a",)], [("a", 1, 2)], [(1, 2)], {"a": 1}, [["a", object()]])
+PAIRS = (3, "x", [3], [("a",)], [("a", 1, 2)], [(1, 2)], {"a": 1}, [["a", b"x"]])
 WRONG = [
     *((key, value) for key in ("lora", "lr_mults", "wd_mults", "mesh", "sharding_strategy") for value in PAIRS),
     *(("sharding_rules", value) for value in PAIRS),
