@@ -115,6 +115,14 @@ def leaf_by_name(leaves: dict[str, Leaf] | None = None) -> dict[str, Leaf]:
     return {**table, **scales, **factors}
 
 
+def table_for(names) -> dict[str, Leaf]:
+    """All families' leaves, those with these names last. Families have kernels of other names whose adapters have one
+    name (`mlp/linear`'s part "down" of Gemma and `mlp/down` of BLOOM): in `leaf_by_name` and the like the last one
+    counts, which is then the one that is there."""
+    there = {path: leaf for path, leaf in parts.LEAVES.items() if path in names}
+    return {**{path: leaf for path, leaf in parts.LEAVES.items() if path not in there}, **there}
+
+
 def factor_names(targets) -> list[str]:
     """Paths of the factors that adapters on `targets` add, in order."""
     return [f"{t.scope}/{f}" for t in targets for f in lora.FACTORS]

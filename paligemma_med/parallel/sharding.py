@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_med.models import lora_targets, parts, regexes
+from paligemma_med.models import lora_targets, regexes
 from paligemma_med.models.layers import activations, lora
 from paligemma_med.models.leaves import Leaf
 
@@ -302,7 +302,8 @@ def plan(
     The note says why a parameter stayed whole although a strategy would cut it; otherwise "".
     """
     rules = _read_rules(strategy, mesh)
-    leaves = parts.LEAVES if leaves is None else leaves
+    if leaves is None:
+        leaves = lora_targets.table_for({_leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)})
     by_name, letters = lora_targets.leaf_by_name(leaves), _letters(leaves)
     unused = {pattern.pattern for pattern, _ in rules} - {".*"}
     uncovered: list[str] = []

@@ -103,7 +103,7 @@ def randomised(params, which, seed: int = 0, leaves: dict[str, Leaf] | None = No
     if unknown := sorted(set(which) - {stage.name for stage in every}):
         raise ValueError(f"There are no stages {unknown}; see sanity.stages.")
     chosen = [stage for stage in every if stage.name in which]
-    by_name = lora_targets.leaf_by_name(leaves)
+    by_name = lora_targets.leaf_by_name(lora_targets.table_for(_flat(params)) if leaves is None else leaves)
 
     def of_leaf(path, leaf):
         name = "/".join(str(p.key) for p in path)

@@ -248,6 +248,11 @@ def test_shard_dim_of_kernels_and_their_factors():
         "llm/layers/attn/kv_einsum/v/lora_b": "-,model,-,-",
     }
     assert found[f"{block}/Dense_0/bias"][1] == "it has no dimension 2"
+    # BLOOM's adapter has the name of Gemma's, but the kernel is another.
+    down = {"kernel": jnp.zeros((2, 8, 4)), "bias": jnp.zeros((2, 4)), "lora_a": jnp.zeros((2, 8, 2))}
+    rules = [(".*/down/kernel", 'shard_dim(axis="data", dim=1)'), (".*", "replicate")]
+    found = sharding.plan({"llm": {"layers": {"mlp": {"down": down}}}}, rules, mesh)
+    assert sharding.short_spec(found["llm/layers/mlp/down/lora_a"][0]) == "-,data,-"
 
 
 # --- Rules for activations ---

@@ -174,5 +174,7 @@ def test_queries_that_predict_nothing_are_refused():
 
 def test_connectors_that_there_are_not():
     assert connector.tokens(None, 16) == 16 and connector.kind_of({}) is None
-    with pytest.raises(ValueError, match=r"connector.kind is 'x'; expected one of \['pool of tests'\]"):
+    with pytest.raises(
+        ValueError, match=r"connector.kind is 'x'; expected one of \['pool of tests', 'projector', 'qformer'\]"
+    ):
         connector.tokens(dict(kind="x"), 16)

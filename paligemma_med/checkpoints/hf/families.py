@@ -74,12 +74,14 @@ def of_config(whole: Mapping[str, Any], path: str) -> Family:
 
 
 def of_paths(paths: Collection[str]) -> Family:
-    """The family whose table best fits leaves with these paths, for weights without a config."""
+    """The family whose table best fits leaves with these paths, for weights without a config; PaliGemma if none has
+    any of them."""
 
     def misfits(family):
         return len({row.path for row in family.table(paths)} ^ {*paths})
 
-    return min(FAMILIES.values(), key=misfits)
+    known = [f for f in FAMILIES.values() if {row.path for row in f.table(paths)} & {*paths}]
+    return min(known, key=misfits, default=paligemma)
 
 
 def of_modules(names: Collection[str]) -> Family:
