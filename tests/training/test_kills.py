@@ -134,7 +134,7 @@ def test_killed_while_saving(tiny_data, tmp_path, repo_root):
 
         return dict(moment=moment, signals=[signal.SIGKILL])
 
-    run(tmp_path, tiny_data, 40, repo_root, 1, kw)
+    run(tmp_path, tiny_data, EVERY, repo_root, 1, kw)
 
 
 @pytest.mark.slow
