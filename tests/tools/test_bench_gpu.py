@@ -138,7 +138,7 @@ def test_a_command_is_ended_with_what_it_started_and_its_error_is_kept(tmp_path,
     assert gpu._run_one(str(tmp_path), "x", "train_step", dict(size="tiny"), 1.0) is None
     pid = int((tmp_path / "pid").read_text())
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    assert state.stdout.strip() in ("", "Z", "ZN")
+    assert state.stdout.strip()[:1] in ("", "Z")  # gone, or waiting to be collected
 
 
 @pytest.mark.slow
