@@ -84,12 +84,12 @@ def check_proxied(log, judgements, entry, rows):
 def test_faults_lose_nothing_and_nothing_is_asked_twice(tmp_path):
     rows = many_rows(40)
     folder = write_rows(tmp_path / "eval", rows)
-    with FakeJudge() as server, Proxy(server.url, stall=2.2, most=5) as proxy:
+    with FakeJudge() as server, Proxy(server.url, stall=4.5, most=5) as proxy:
         entry = judge.judge_folder(
             folder,
             "binary",
             base_url=proxy.url,
-            timeout=2.0,
+            timeout=4.0,
             concurrency=16,
             max_replies=6,
             max_faults=6,

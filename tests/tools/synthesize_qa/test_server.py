@@ -183,8 +183,8 @@ def check_proxied(log, found):
 
 def test_faults_lose_nothing_and_nothing_is_asked_twice(tmp_path):
     todo = many(60)
-    with FakeModel(pairs_of) as fake, Proxy(fake.url, stall=1.2, most=5) as proxy:
-        said = ask(tmp_path / "j", todo, proxy.url, timeout=1.0, concurrency=16)
+    with FakeModel(pairs_of) as fake, Proxy(fake.url, stall=4.5, most=5) as proxy:
+        said = ask(tmp_path / "j", todo, proxy.url, timeout=4.0, concurrency=16)
     assert {e["fault"] for e in proxy.log} == {"", *FAULTS}
     assert said["unanswered"] == {} and said["faults"]["429"] > 0
     found = records(tmp_path / "j", todo)
@@ -327,7 +327,7 @@ def test_a_server_that_will_not_work_ends_the_run_with_a_sentence(tmp_path):
 def synthesize(inputs, output, url, **kw):
     """The whole program, but for its flags."""
     config = json.loads(json.dumps(default.get_config().to_dict()))
-    ask_by = dict(base_url=url, timeout=0.6, concurrency=CONCURRENCY, backoff=0.01)
+    ask_by = dict(base_url=url, timeout=1.5, concurrency=CONCURRENCY, backoff=0.01)
     decoding = dict(max_new_tokens=100, temperature=0.0)
     kw = dict(pairs=3, backend="server", model="m", decoding=decoding, server=ask_by) | kw
     return run.run([inputs], output, config, **kw)
