@@ -8,7 +8,7 @@ from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config
-from paligemma_med.checkpoints.hf.layout import Row, Sizes, dense, norm
+from paligemma_med.checkpoints.hf.layout import Row, dense, norm
 
 MODEL_TYPE = "bloom"
 NAME = "BLOOM"
@@ -86,11 +86,4 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     return config.Described(None, llm, dict(llm=size))
 
 
-def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
-    """Not yet: see `families.Family`.
-
-    Raises:
-      CheckpointError: always.
-    """
-    del sizes, paths, img, llm
-    raise CheckpointError(f"{NAME} is read, but not written yet")
+make_config = config.read_only(NAME)

@@ -10,7 +10,7 @@ from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, gemma, paligemma, siglip
-from paligemma_med.checkpoints.hf.layout import Row, Sizes, norm
+from paligemma_med.checkpoints.hf.layout import Row, norm
 
 MODEL_TYPE = "gemma3"
 NAME = "Gemma 3"
@@ -182,11 +182,4 @@ def _positions(text, depth):
     return dict(window=text.number("sliding_window"), window_every=every, **{k: float(v) for k, v in out.items()})
 
 
-def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
-    """Not yet: see `families.Family`.
-
-    Raises:
-      CheckpointError: always.
-    """
-    del sizes, paths, img, llm
-    raise CheckpointError(f"{NAME} is read, but not written yet")
+make_config = config.read_only(NAME)

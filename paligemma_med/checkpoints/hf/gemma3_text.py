@@ -11,7 +11,8 @@ NAME = "Gemma 3 (text)"
 STYLES, PUBLISHED, PADDING = llama.STYLES, llama.PUBLISHED, 0
 BUFFERS = (*llama.BUFFERS, r"model\.rotary_emb\w*\.\w*inv_freq")
 EMBEDDING, HEAD = llama.EMBEDDING, llama.HEAD
-canonical, make_config = llama.canonical, gemma3.make_config
+canonical = llama.canonical
+make_config = config.read_only(NAME)
 
 
 def table(paths: Collection[str]) -> tuple[Row, ...]:

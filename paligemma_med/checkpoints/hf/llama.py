@@ -5,7 +5,7 @@ from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, gemma
-from paligemma_med.checkpoints.hf.layout import Row, Sizes
+from paligemma_med.checkpoints.hf.layout import Row
 
 MODEL_TYPE = "llama"
 NAME = "LLaMA"
@@ -72,11 +72,4 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     return config.Described(None, llm, dict(llm=size))
 
 
-def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
-    """Not yet: see `families.Family`.
-
-    Raises:
-      CheckpointError: always.
-    """
-    del sizes, paths, img, llm
-    raise CheckpointError(f"{NAME} is read, but not written yet")
+make_config = config.read_only(NAME)

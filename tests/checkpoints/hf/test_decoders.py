@@ -52,3 +52,13 @@ def test_configs_that_are_refused(name, key, value, message, tmp_path):
     edit_config(tmp_path, **{key: value})
     with pytest.raises(CheckpointError, match=message):
         hf.model_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [("gemma3 window 5", r"Gemma 3 \(text\)"), ("llama gqa", "LLaMA"), ("bloom 4 heads", "BLOOM")],
+)
+def test_writing_is_refused_by_name(name, family, tmp_path):
+    with pytest.raises(CheckpointError, match=f"{family} is read, but not written yet"):
+        hf.save_hf(tmp_path / "w", {"llm": hf_decoders.reference(name)[2]})
+    assert not (tmp_path / "w").exists()
