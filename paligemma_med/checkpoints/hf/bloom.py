@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
-from paligemma_med.checkpoints.hf import config
-from paligemma_med.checkpoints.hf.layout import Row, dense, norm
+from paligemma_med.checkpoints.hf import config, gemma
+from paligemma_med.checkpoints.hf.layout import Row, Sizes, dense, norm
 
 MODEL_TYPE = "bloom"
 NAME = "BLOOM"
@@ -86,4 +86,49 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     return config.Described(None, llm, dict(llm=size))
 
 
-make_config = config.read_only(NAME)
+# What it computes, as attributes of our decoder.
+_COMPUTES = dict(
+    norm="layer",
+    act="gelu_tanh",
+    fused=True,
+    position="alibi",
+    embed_scale=False,
+    embed_norm=True,
+    tie=True,
+    attn_logits_softcap=None,
+    final_logits_softcap=None,
+)
+make_processor = config.no_processor
+
+
+def make_config(
+    sizes: Sizes,
+    paths: Collection[str],
+    img: Mapping[str, Any] | None,
+    llm: Mapping[str, Any] | None,
+    connector: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The config.json of a model; arguments and errors are `families.Family.make_config`'s."""
+    del paths, img, connector
+    size = sizes["llm"]
+    if (size["N"] * size["H"], size["F"]) != (size["D"], 4 * size["D"]):
+        raise CheckpointError(
+            f"{NAME}'s heads make up its width, and its MLP is 4 times as wide: found width {size['D']}, "
+            f"{size['N']} heads of {size['H']}, and {size['F']}"
+        )
+    made = gemma.decoder_of(size, llm, unseen="eps", fused=True)
+    gemma.check_computes(made, _COMPUTES, NAME)
+    return dict(
+        architectures=["BloomForCausalLM"],
+        model_type=MODEL_TYPE,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        hidden_size=size["D"],
+        n_layer=size["L"],
+        n_head=size["N"],
+        vocab_size=size["V"],
+        layer_norm_epsilon=made.norm_eps,
+        apply_residual_connection_post_layernorm=False,
+        tie_word_embeddings=True,
+    )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from paligemma_med.checkpoints.errors import CheckpointError
@@ -131,14 +131,9 @@ def check_agrees(part: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) 
             raise CheckpointError(f"{part} says {key}={value!r}, but the weights have {n!r}")
 
 
-def read_only(name: str) -> Callable[..., dict[str, Any]]:
-    """The `make_config` of a family that is read but not written: it raises CheckpointError, whatever the model."""
-
-    def make_config(sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict[str, Any]:
-        del sizes, paths, img, llm
-        raise CheckpointError(f"{name} is read, but not written yet")
-
-    return make_config
+def no_processor(sizes: Sizes) -> None:
+    """The `make_processor` of a family that reads no images."""
+    del sizes
 
 
 def read_json(path: str) -> dict[str, Any]:

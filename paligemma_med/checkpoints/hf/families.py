@@ -12,7 +12,7 @@ from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import bloom, gemma3, gemma3_text, llama, paligemma
 from paligemma_med.checkpoints.hf.config import Described
 from paligemma_med.checkpoints.hf.layout import Row, Sizes
-from paligemma_med.models import lora_targets
+from paligemma_med.models import decoder, lora_targets
 
 
 class Family(Protocol):
@@ -49,17 +49,25 @@ class Family(Protocol):
     def describe(self, whole: Mapping[str, Any], path: str) -> Described:
         """The model of the config.json at `path`. CheckpointError if ours can't represent it."""
 
-    def make_config(self, sizes: Sizes, paths: Collection[str], img: Mapping | None, llm: Mapping | None) -> dict:
+    def make_config(
+        self,
+        sizes: Sizes,
+        paths: Collection[str],
+        img: Mapping | None,
+        llm: Mapping | None,
+        connector: Mapping | None,
+    ) -> dict:
         """The config.json of a model, without torch_dtype, which is added later. CheckpointError if theirs can't
-        represent it.
+        represent it, or a dict contradicts the sizes.
 
         Args:
-          sizes, paths: of our leaves.
-          img, llm: our dicts, for what shapes don't determine; None means unknown.
+          sizes, paths: of our leaves, sizes from `layout.measure`.
+          img, llm, connector: our dicts, for what shapes don't determine; None means unknown.
         """
 
-    def make_processor(self, sizes: Sizes) -> dict:
-        """The preprocessor_config.json of a model: with it their processor makes the pixels that ours makes."""
+    def make_processor(self, sizes: Sizes) -> dict | None:
+        """The preprocessor_config.json of a model: with it their processor makes the pixels that ours makes. None for a
+        model that reads no images."""
 
 
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3, gemma3_text, llama, bloom)}
@@ -82,6 +90,34 @@ def of_paths(paths: Collection[str]) -> Family:
 
     known = [f for f in FAMILIES.values() if {row.path for row in f.table(paths)} & {*paths}]
     return min(known, key=misfits, default=paligemma)
+
+
+def of_model(paths: Collection[str], llm: Mapping[str, Any] | None = None) -> Family | None:
+    """The family that a model with these leaves is written as; None if transformers has no class for the whole of it,
+    so that it is written as its parts (`checkpoints.in_parts`).
+
+    Args:
+      llm: our dict of the decoder, which tells those apart that have leaves of the same names; or None.
+    """
+    text = language_model_of(paths, llm)
+    if text is None:
+        return of_paths(paths)
+    parts = {path.partition("/")[0] for path in paths}
+    if parts == {"llm"}:
+        return text
+    is_whole = text is gemma3_text and "connector/norm/scale" in paths and "img/cls" not in paths
+    return gemma3 if is_whole else None
+
+
+def language_model_of(paths: Collection[str], llm: Mapping[str, Any] | None = None) -> Family | None:
+    """The family of a model's decoder by itself; None: Gemma 1 or 2, which are PaliGemma's."""
+    at, llm = "llm/layers/attn", llm or {}
+    llm = {**decoder.VARIANTS.get(llm.get("variant"), {}), **llm}
+    if f"{at}/qkv/kernel" in paths:
+        return bloom
+    if f"{at}/q_norm/scale" in paths:
+        return gemma3_text
+    return llama if "llm/embedder/output_embedding" in paths or llm.get("norm") == "rms" else None
 
 
 def of_modules(names: Collection[str]) -> Family:

@@ -151,54 +151,56 @@ def make_section(
     Raises:
       CheckpointError: transformers has no such decoder, or `llm` gives other sizes.
     """
-    ours = dict(
-        width=size["D"],
-        depth=size["L"],
-        mlp_dim=size["F"],
-        num_heads=size["N"],
-        num_kv_heads=size.get("K", size["N"]),  # in one kernel with q, there are as many
-        head_dim=size["H"],
-        vocab_size=size["V"],
-        post_norms=post_norms,
-    )
     return dict(
         model_type="gemma2" if post_norms else "gemma",
-        hidden_size=ours["width"],
-        intermediate_size=ours["mlp_dim"],
-        num_hidden_layers=ours["depth"],
-        num_attention_heads=ours["num_heads"],
-        num_key_value_heads=ours["num_kv_heads"],
-        head_dim=ours["head_dim"],
-        vocab_size=rows,
+        **section_of(size, rows),
         hidden_act="gelu_pytorch_tanh",
         hidden_activation="gelu_pytorch_tanh",
         tie_word_embeddings=True,
-        **_unseen(ours, llm),
+        **_unseen(size, llm, post_norms),
     )
 
 
-def _unseen(ours, llm):
+def section_of(size: Mapping[str, int], rows: int) -> dict[str, Any]:
+    """The sizes of a decoder as transformers calls them."""
+    return dict(
+        hidden_size=size["D"],
+        intermediate_size=size["F"],
+        num_hidden_layers=size["L"],
+        num_attention_heads=size["N"],
+        num_key_value_heads=size.get("K", size["N"]),  # in one kernel with q, there are as many
+        head_dim=size["H"],
+        vocab_size=rows,
+    )
+
+
+# What every Gemma computes, as attributes of our decoder.
+_ALL = dict(
+    norm="rms_plus_one",
+    norm_eps=1e-6,
+    act="gelu_tanh",
+    fused=False,
+    position="rope",
+    embed_scale=True,
+    embed_norm=False,
+    tie=True,
+)
+_OLD = dict(_ALL, qk_norm=False, rope_theta=1e4, rope_scale=1.0, window=None)
+
+
+def _unseen(size, llm, post_norms):
     """What shapes don't show: soft-caps and the scale of queries."""
-    if llm is None:
-        if not ours["post_norms"]:
-            return {}
-        llm = _known_variant(ours)
-    variant = llm.get("variant")
-    if variant and variant not in decoder.VARIANTS:
-        raise CheckpointError(f"llm variant {variant!r} is unknown")
-    given = {**decoder.VARIANTS.get(variant, {}), **llm}
-    given = {"query_pre_attn_norm": "rsqrt_head_dim", "post_norms": False, **given}
-    check_agrees("llm", given, ours)
-    caps = [given.get(k) for k in ("attn_logits_softcap", "final_logits_softcap")]
-    per_head = given["query_pre_attn_norm"] == "rsqrt_emb_per_head"
-    scalar = ours["width"] // ours["num_heads"] if per_head else ours["head_dim"]
-    if ours["post_norms"]:
+    if llm is None and not post_norms:
+        return {}
+    made = decoder_of(size, llm, unseen="soft-caps", post_norms=post_norms)
+    check_computes(made, dict(_OLD, post_norms=post_norms), "Gemma 2" if post_norms else "Gemma")
+    if post_norms:
         return dict(
-            attn_logit_softcapping=caps[0],
-            final_logit_softcapping=caps[1],
-            query_pre_attn_scalar=scalar,
+            attn_logit_softcapping=made.attn_logits_softcap,
+            final_logit_softcapping=made.final_logits_softcap,
+            query_pre_attn_scalar=query_scalar(made),
         )
-    if any(caps) or scalar != ours["head_dim"]:
+    if made.attn_logits_softcap or made.final_logits_softcap or query_scalar(made) != made.head_dim:
         raise CheckpointError(
             "llm has soft-caps or a scale of queries, but no norms after sublayers: transformers' "
             "Gemma has none of them, its Gemma 2 all"
@@ -206,11 +208,61 @@ def _unseen(ours, llm):
     return {}
 
 
-def _known_variant(ours):
+def decoder_of(size: Mapping[str, int], llm: Mapping[str, Any] | None, *, unseen: str, **seen) -> Any:
+    """Our decoder of these sizes, a module without parameters, for what it computes.
+
+    Args:
+      llm: our dict for it; None: it must have the sizes of a known variant.
+      unseen: what of it shapes don't show, for the message.
+      **seen: other arguments that shapes show.
+
+    Raises:
+      CheckpointError: it isn't known, or `llm` says something else than the shapes.
+    """
+    ours = dict(
+        width=size["D"],
+        depth=size["L"],
+        mlp_dim=size["F"],
+        num_heads=size["N"],
+        num_kv_heads=size.get("K", size["N"]),
+        head_dim=size["H"],
+        vocab_size=size["V"],
+        **seen,
+    )
+    if llm is None:
+        llm = _known_variant(ours, unseen)
+    variant = llm.get("variant")
+    if variant and variant not in decoder.VARIANTS:
+        raise CheckpointError(f"llm variant {variant!r} is unknown")
+    given = {**decoder.VARIANTS.get(variant, {}), **llm}
+    check_agrees("llm", {"post_norms": False, **given}, ours)
+    try:
+        return decoder.Model(**{**given, **ours, "variant": None})
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"llm is no decoder of ours: {e}") from None
+
+
+def _known_variant(ours, unseen):
     for variant in decoder.VARIANTS.values():
         if all(ours[k] == v for k, v in variant.items() if k in ours and k != "vocab_size"):
             return variant
     raise CheckpointError(
-        f"the language model is a Gemma 2 of sizes {ours}, which is no known variant, and "
-        "its soft-caps are not among the weights: say them with llm=dict(…)"
+        f"the language model has sizes {ours}, which is no known variant, and its {unseen} are not among the weights: "
+        "say them with llm=dict(…)"
     )
+
+
+def check_computes(made: Any, expected: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError if our decoder computes something that transformers' model `name` doesn't."""
+    for key, value in expected.items():
+        if getattr(made, key) != value:
+            raise CheckpointError(f"llm has {key}={getattr(made, key)!r}, but transformers' {name} has {value!r}")
+
+
+def query_scalar(made: Any) -> int:
+    """transformers' name of the scale of queries: its square, inverted."""
+    return made.width // made.num_heads if made.query_pre_attn_norm == "rsqrt_emb_per_head" else made.head_dim
+
+
+# What Gemma 3 computes besides.
+GEMMA3 = dict(_ALL, qk_norm=True, post_norms=True, attn_logits_softcap=None, final_logits_softcap=None)

@@ -10,7 +10,9 @@ from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, gemma, paligemma, siglip
-from paligemma_med.checkpoints.hf.layout import Row, norm
+from paligemma_med.checkpoints.hf.layout import Row, Sizes, norm
+from paligemma_med.models import connector as connectors
+from paligemma_med.models import presets
 
 MODEL_TYPE = "gemma3"
 NAME = "Gemma 3"
@@ -25,6 +27,8 @@ canonical = paligemma.canonical
 
 TYPES = ("gemma3_text",)
 IMAGE_TOKEN = 262_144
+# <bos>, <eos> or <end_of_turn>, <pad>: generation_config.json of google/medgemma-4b-it.
+TOKENS = dict(bos_token_id=2, eos_token_id=[1, 106], pad_token_id=0)
 # Keys missing in a config.json have their class' default; these are transformers 5.24's. Google's file of MedGemma
 # leaves out the heads, for example.
 DEFAULTS = {
@@ -182,4 +186,90 @@ def _positions(text, depth):
     return dict(window=text.number("sliding_window"), window_every=every, **{k: float(v) for k, v in out.items()})
 
 
-make_config = config.read_only(NAME)
+def make_text(size: Mapping[str, int], llm: Mapping[str, Any] | None, *, rows: int) -> dict[str, Any]:
+    """text_config of a decoder of these sizes, as versions of transformers from 4.50 on read it.
+
+    Args:
+      llm: our dict for it; None: it must have the sizes of a known variant.
+      rows: number of rows of the embedding in the file.
+
+    Raises:
+      CheckpointError: transformers has no such decoder, or `llm` gives other sizes.
+    """
+    made = gemma.decoder_of(size, llm, unseen="windows and RoPE", post_norms=True, qk_norm=True)
+    gemma.check_computes(made, gemma.GEMMA3, NAME)
+    every = made.window_every if made.window else 1  # without a window all layers are of the other kind
+    scaled = dict(rope_scaling=dict(factor=made.rope_scale, rope_type="linear")) if made.rope_scale != 1 else {}
+    return dict(
+        model_type=TYPES[0],
+        **gemma.section_of(size, rows),
+        hidden_activation="gelu_pytorch_tanh",
+        rms_norm_eps=made.norm_eps,
+        query_pre_attn_scalar=gemma.query_scalar(made),
+        sliding_window=made.window or DEFAULTS[TYPES[0]]["sliding_window"],
+        sliding_window_pattern=every,
+        layer_types=["sliding_attention" if (i + 1) % every else "full_attention" for i in range(made.depth)],
+        rope_theta=made.rope_theta,
+        rope_local_base_freq=made.local_rope_theta,
+        **scaled,
+        attention_bias=False,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=True,
+    )
+
+
+def make_config(
+    sizes: Sizes,
+    paths: Collection[str],
+    img: Mapping[str, Any] | None,
+    llm: Mapping[str, Any] | None,
+    connector: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The config.json of a model; arguments and errors are `families.Family.make_config`'s.
+
+    Without `connector`, which says how many patches become one token, it is MedGemma's.
+    """
+    del paths
+    image, text = sizes["img"], sizes["llm"]
+    if img is not None:
+        img = {"variant": presets.DEFAULT["img"]["variant"], **img}
+    for side, part in ((sizes["connector"]["W"], image), (sizes["connector"]["E"], text)):
+        if side != part["D"]:
+            raise CheckpointError(
+                f"expected a connector from the tower's width {image['D']} to the language model's {text['D']}: found "
+                f"{sizes['connector']['W']} to {sizes['connector']['E']}"
+            )
+    published = presets.PRESETS["medgemma_4b"]["connector"]
+    given = published if connector is None else connector
+    for key, value in published.items():
+        if key != "factor" and given.get(key) != value:
+            raise CheckpointError(f"connector has {key}={given.get(key)!r}, but transformers' {NAME} has {value!r}")
+    try:
+        per_image = connectors.tokens(dict(given), image["T"])
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
+    vision = siglip.make_section(dict(image, E=text["D"]), img)
+    for key in ("num_image_tokens", "projection_dim"):
+        del vision[key]
+    return dict(
+        architectures=["Gemma3ForConditionalGeneration"],
+        model_type=MODEL_TYPE,
+        **TOKENS,
+        boi_token_index=255_999,
+        eoi_token_index=256_000,
+        image_token_index=text["V"],
+        mm_tokens_per_image=per_image,
+        tie_word_embeddings=True,
+        text_config=make_text(text, llm, rows=text["V"] + PADDING),
+        vision_config=vision,
+    )
+
+
+def make_processor(sizes: Sizes) -> dict[str, Any]:
+    """The preprocessor_config.json of a model. `resample` is Google's own: 2, bilinear."""
+    out = paligemma.make_processor(sizes)
+    del out["image_seq_length"]
+    return dict(
+        out, image_processor_type="Gemma3ImageProcessor", processor_class="Gemma3Processor", do_pan_and_scan=False
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, gemma
-from paligemma_med.checkpoints.hf.layout import Row
+from paligemma_med.checkpoints.hf.layout import Row, Sizes
 
 MODEL_TYPE = "llama"
 NAME = "LLaMA"
@@ -72,4 +72,51 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     return config.Described(None, llm, dict(llm=size))
 
 
-make_config = config.read_only(NAME)
+# What it computes, as attributes of our decoder.
+_COMPUTES = dict(
+    norm="rms",
+    act="silu",
+    fused=False,
+    qk_norm=False,
+    position="rope",
+    rope_scale=1.0,
+    window=None,
+    embed_scale=False,
+    embed_norm=False,
+    attn_logits_softcap=None,
+    final_logits_softcap=None,
+)
+# The number of tokens tells the generations apart: config.json of meta-llama/Meta-Llama-3-8B and Llama-2-7b-hf.
+_LLAMA3_ROWS = 128_256
+_LLAMA3 = dict(bos_token_id=128_000, eos_token_id=128_001, max_position_embeddings=8192)
+_LLAMA2 = dict(bos_token_id=1, eos_token_id=2, max_position_embeddings=4096)
+make_processor = config.no_processor
+
+
+def make_config(
+    sizes: Sizes,
+    paths: Collection[str],
+    img: Mapping[str, Any] | None,
+    llm: Mapping[str, Any] | None,
+    connector: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The config.json of a model; arguments and errors are `families.Family.make_config`'s."""
+    del img, connector
+    size, tie = sizes["llm"], "llm/embedder/output_embedding" not in paths
+    made = gemma.decoder_of(size, llm, unseen="eps and RoPE's base", tie=tie)
+    gemma.check_computes(made, _COMPUTES, NAME)
+    if gemma.query_scalar(made) != made.head_dim:
+        raise CheckpointError(f"llm has query_pre_attn_norm={made.query_pre_attn_norm!r}, which {NAME} has not")
+    return dict(
+        architectures=["LlamaForCausalLM"],
+        model_type=MODEL_TYPE,
+        **gemma.section_of(size, size["V"]),
+        **(_LLAMA3 if size["V"] == _LLAMA3_ROWS else _LLAMA2),
+        pad_token_id=None,
+        hidden_act="silu",
+        rms_norm_eps=made.norm_eps,
+        rope_theta=made.rope_theta,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=tie,
+    )

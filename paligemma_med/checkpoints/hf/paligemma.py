@@ -129,18 +129,14 @@ def _vocab_size(whole, rows, path):
 
 
 def make_config(
-    sizes: Sizes, paths: Collection[str], img: Mapping[str, Any] | None, llm: Mapping[str, Any] | None
+    sizes: Sizes,
+    paths: Collection[str],
+    img: Mapping[str, Any] | None,
+    llm: Mapping[str, Any] | None,
+    connector: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a model.
-
-    Args:
-      sizes: of its parts, from `layout.measure`.
-      paths: of its leaves.
-      img, llm: our two dicts for it, for what shapes don't determine; None means unknown.
-
-    Raises:
-      CheckpointError: PaliGemma has no such parts, or a dict contradicts the sizes.
-    """
+    """The config.json of a model; arguments and errors are `families.Family.make_config`'s."""
+    del connector  # a model that has one has other leaves
     image, text = sizes["img"], sizes["llm"]
     if image["E"] != text["D"]:
         raise CheckpointError(

@@ -25,6 +25,7 @@ DEFAULTS = {
 }
 # What our tower computes without having an argument for it.
 FIXED = {"siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)}
+_COMPUTES = dict(gelu="tanh", norm_eps=1e-6, final_norm=1e-6, mean=None, std=None)  # as arguments of our tower
 BUFFERS = (r"embeddings\.position_ids",)  # saved by some versions of transformers; nothing learned
 
 
@@ -109,6 +110,9 @@ def make_section(size: Mapping[str, int], img: Mapping[str, Any] | None) -> dict
             given["patch_size"] = (given["patch_size"],) * 2
         ours = dict(width=size["D"], depth=size["L"], mlp_dim=size["F"], num_heads=size["N"])
         check_agrees("img", given, dict(ours, patch_size=(size["Y"], size["X"])))
+        for key, value in _COMPUTES.items():
+            if given.get(key, value) != value:
+                raise CheckpointError(f"img has {key}={given[key]!r}, but transformers' SigLIP has {value!r}")
     return dict(
         model_type=TYPES[0],
         hidden_size=size["D"],

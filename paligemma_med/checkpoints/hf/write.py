@@ -39,28 +39,30 @@ def save_hf(
     *,
     img: Mapping[str, Any] | None = None,
     llm: Mapping[str, Any] | None = None,
+    connector: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 2 * 2**30,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a directory that transformers' `from_pretrained` loads, such as PaliGemmaForConditionalGeneration's.
+    """Writes a directory that transformers' `from_pretrained` loads: PaliGemmaForConditionalGeneration's,
+    Gemma3ForConditionalGeneration's, or that of a language model by itself (Gemma3-, Llama- or BloomForCausalLM).
 
     Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3, 4.57.1, 5.0.0, 5.8.0
     and 5.23.0 were tried. (All between the first and the last of them leave out Gemma 2's soft-cap of the output,
     which changes logits but no greedy answer.) One leaf is in memory at a time, and the folder appears whole or not at
-    all. It doesn't include the tokenizer, which is that of google/paligemma-*. The image processor's settings are
+    all. It doesn't include the tokenizer, which is that of the model's own page. The image processor's settings are
     Google's but for bilinear resizing, by which it makes the same pixels as `pp` does.
 
-    The embedding gets 64 more rows, of which the first is the image token. They are copies of row 0 (<pad>), so they
-    have its logit: at a tie argmax takes the lower token, so none of them is ever the greedy answer, as rows of zeros
-    would be if all logits were below 0.
+    The embedding of a model with images gets 64 more rows, of which the first is the image token. They are copies of
+    row 0 (<pad>), so they have its logit: at a tie argmax takes the lower token, so none of them is ever the greedy
+    answer, as rows of zeros would be if all logits were below 0.
 
     Args:
       folder: the directory to write.
       params: {"img": …, "llm": …} of arrays or `lazy.Lazy`, without adapters.
-      img, llm: the model's two config dicts, for what shapes don't determine: soft-caps and the scale of queries.
-        Without `llm`, Gemma 2 must have the sizes of a known variant.
+      img, llm, connector: the model's config dicts, for what shapes don't determine: soft-caps, the scale of queries,
+        windows, RoPE, eps of norms. Without `llm`, all but Gemma 1 must have the sizes of a known variant.
       dtype: what tensors are cast to; None keeps each as it is.
       max_shard_bytes: maximum size of each file.
       overwrite: replace an existing directory of this kind.
@@ -75,9 +77,9 @@ def save_hf(
         key: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         for key, leaf in flatten_tree(stack_layers(params)).items()
     }
-    family, rows = _table_of(flat)
+    family, rows = _table_of(flat, llm)
     sizes = measure({path: tuple(np.shape(flat[path])) for path in by_path(rows)})
-    config = family.make_config(sizes, flat.keys(), img, llm)
+    config = family.make_config(sizes, flat.keys(), img, llm, connector)
     plan = _plan(family, flat, rows, sizes, dtype)
     config["torch_dtype"] = str(_widest({t.dtype for t in plan}))
     shards = _shards(plan, max_shard_bytes)
@@ -88,7 +90,8 @@ def save_hf(
         write_json(os.path.join(new, "config.json"), config)
         tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(os.path.join(new, "generation_config.json"), tokens)
-        write_json(os.path.join(new, "preprocessor_config.json"), family.make_processor(sizes))
+        if processor := family.make_processor(sizes):
+            write_json(os.path.join(new, "preprocessor_config.json"), processor)
         if len(shards) > 1:
             total = sum(t.nbytes for t in plan)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}
@@ -97,7 +100,7 @@ def save_hf(
         _write_shards(new, names, shards, flat, sizes, progress)
 
 
-def _table_of(flat):
+def _table_of(flat, llm):
     """(family, its rows) of a tree; CheckpointError if no family fits."""
     factors = [key for key in flat if lora.is_factor(key)]
     if factors:
@@ -105,7 +108,12 @@ def _table_of(flat):
             f"the weights have adapters ({factors[0]} and {len(factors) - 1} more), which a "
             "Hugging Face model has no place for: merge them (--merge), or write them (--to peft)"
         )
-    family = families.of_paths(flat.keys())
+    family = families.of_model(flat.keys(), llm)
+    if family is None:
+        raise CheckpointError(
+            "transformers has no class for this tower, connector and language model together: write them as parts "
+            "(tools.convert_checkpoint --to=hf)"
+        )
     rows = family.table(flat.keys())
     if cut := next((row.name for row in rows if row.piece[1] > 1), None):
         raise CheckpointError(f"{family.NAME} is read, but not written: {cut} holds several of our parameters")

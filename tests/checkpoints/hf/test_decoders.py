@@ -1,8 +1,10 @@
-"""Language models by themselves: what transformers writes is read as the model and the weights that it is."""
+"""Language models by themselves: what transformers writes is read as what it is, and what is written here as well."""
 
 import json
 
 import pytest
+import torch
+import transformers
 
 from paligemma_med.checkpoints import CheckpointError, hf, lazy
 from paligemma_med.models import decoder
@@ -54,11 +56,42 @@ def test_configs_that_are_refused(name, key, value, message, tmp_path):
         hf.model_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", hf_decoders.CASES)
+def test_what_is_written_is_transformers_model(name, tmp_path):
+    """Every tensor to the bit, and logits, for which the config has to say the same."""
+    theirs, _, params = hf_decoders.reference(name)
+    hf.save_hf(tmp_path / "w", {"llm": params}, llm=hf_decoders.CASES[name])
+    loaded, notes = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "w", output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(loaded) is type(theirs) and not any(notes.values())
+    want = theirs.state_dict()
+    assert loaded.state_dict().keys() == want.keys()
+    assert all(torch.equal(x, want[n]) for n, x in loaded.state_dict().items())
+    tokens = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, theirs(tokens).logits)
+    assert_same(hf.open_hf(tmp_path / "w"), {"llm": params})
+    assert decoder.Model(**hf.model_config(tmp_path / "w")["llm"]) == decoder.Model(**hf_decoders.CASES[name])
+
+
 @pytest.mark.parametrize(
-    "name, family",
-    [("gemma3 window 5", r"Gemma 3 \(text\)"), ("llama gqa", "LLaMA"), ("bloom 4 heads", "BLOOM")],
+    "name, change, message",
+    [
+        ("llama gqa", None, "no known variant, and its eps and RoPE's base are not among the weights: .* llm=dict"),
+        ("llama gqa", dict(norm="rms_plus_one"), "llm has norm='rms_plus_one', but transformers' LLaMA has 'rms'"),
+        ("llama gqa", dict(width=43), "llm says width=43, but the weights have 42"),
+        ("llama gqa", dict(query_pre_attn_norm="rsqrt_emb_per_head"), "llm has query_pre_attn_norm='rsqrt_emb_per"),
+        ("bloom 4 heads", dict(position="rope"), "llm has position='rope', but transformers' BLOOM has 'alibi'"),
+        (
+            "gemma3 window 5",
+            dict(final_logits_softcap=3.0),
+            "final_logits_softcap=3.0, but transformers' Gemma 3 has None",
+        ),
+    ],
 )
-def test_writing_is_refused_by_name(name, family, tmp_path):
-    with pytest.raises(CheckpointError, match=f"{family} is read, but not written yet"):
-        hf.save_hf(tmp_path / "w", {"llm": hf_decoders.reference(name)[2]})
+def test_models_that_transformers_has_not_are_not_written(name, change, message, tmp_path):
+    llm = None if change is None else {**hf_decoders.CASES[name], **change}
+    with pytest.raises(CheckpointError, match=message):
+        hf.save_hf(tmp_path / "w", {"llm": hf_decoders.reference(name)[2]}, llm=llm)
     assert not (tmp_path / "w").exists()

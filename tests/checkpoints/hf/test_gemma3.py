@@ -13,7 +13,9 @@ import transformers
 from paligemma_med.checkpoints import CheckpointError, hf, lazy
 from paligemma_med.models import vlm
 from paligemma_med.models.leaves import flatten_tree
+from tests.checkpoints.hf import folders
 from tests.checkpoints.hf.folders import edit_config
+from tests.checkpoints.trees import assert_same
 from tests.models.test_towers import randomise
 
 TOLERANCE = 1e-5
@@ -76,7 +78,7 @@ def batch():
     return image, text, np.array(BEFORE, np.int32)
 
 
-def their_logits():
+def their_logits(model):
     """float[2, T, V] at the text's tokens."""
     image, text, at = batch()
     rows, where = [], []
@@ -85,16 +87,16 @@ def their_logits():
         where.append([i for i in range(len(row) + 4) if not n <= i < n + 4])
     ids = torch.tensor(rows)
     with torch.no_grad():
-        logits = theirs()(
+        logits = model(
             input_ids=ids,
             attention_mask=torch.tensor([[1] * (len(r) - p) + [0] * p for r, p in zip(rows, PADS, strict=True)]),
             token_type_ids=(ids == IMAGE).long(),
             pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)),
-        ).logits.numpy()
+        ).logits
     # What predicts the token after the image is the image's last token.
     for row, n in zip(where, at, strict=True):
         row[n - 1] += 4
-    return np.stack([x[w] for x, w in zip(logits, where, strict=True)])
+    return torch.stack([x[w] for x, w in zip(logits, where, strict=True)])
 
 
 def test_logits_are_those_of_transformers(folder):
@@ -106,7 +108,7 @@ def test_logits_are_those_of_transformers(folder):
     params = lazy.read_all(opened)
     got = model.apply({"params": params}, image, text, np.ones_like(text), image_at=at)[0]
     valid = np.arange(text.shape[1]) < text.shape[1] - np.array(PADS)[:, None]
-    want = their_logits()[..., :IMAGE]
+    want = their_logits(theirs())[..., :IMAGE].numpy()
     scale = float(np.abs(want).max())
     assert 1 < scale < 10
     np.testing.assert_allclose(np.asarray(got)[valid], want[valid], rtol=0, atol=TOLERANCE * scale)
@@ -144,6 +146,41 @@ def test_decoding_gives_transformers_greedy_answer(folder):
         got.append(int(jnp.argmax(logits[0, 0])))
         logits, cache = step(cache, jnp.full((1, 1), got[-1]))
     assert got == want
+
+
+def test_what_is_written_is_transformers_model(folder, tmp_path):
+    """Its own class loads it: every tensor to the bit but for the 64 rows behind the vocabulary, and the logits."""
+    opened, model = hf.open_hf(folder), hf.model_config(folder)
+    hf.save_hf(tmp_path / "w", opened, **{k: model[k] for k in ("img", "llm", "connector")})
+    assert_same(hf.open_hf(tmp_path / "w"), opened)
+    assert hf.model_config(tmp_path / "w") == model
+    loaded, notes = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "w", output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(loaded) is type(theirs()) and not any(notes.values())
+    got, want = (m.state_dict() for m in (loaded, theirs()))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(x[:IMAGE], want[n][:IMAGE]) for n, x in got.items())
+    table = got["model.language_model.embed_tokens.weight"]
+    assert table.shape[0] == IMAGE + 64 and torch.equal(table[IMAGE:], table[:1].expand(64, -1))
+    assert torch.equal(their_logits(loaded)[..., :IMAGE], their_logits(theirs())[..., :IMAGE])
+    # The names of Google's own files, which every version of transformers reads; 5.24 leaves out "vision_model".
+    names = {n.replace("vision_tower.vision_model.", "vision_tower.") for n in folders.tensors_of(tmp_path / "w")}
+    assert names == {*folders.tensors_of(folder)}
+
+
+def test_models_that_it_is_not_are_not_written(folder, tmp_path):
+    opened, model = hf.open_hf(folder), hf.model_config(folder)
+    for kw, message in (
+        (dict(connector=dict(model["connector"], factor=3)), "64 tokens are no square whose side 3 divides"),
+        (
+            dict(connector=dict(model["connector"], reduce="none")),
+            "reduce='none', but transformers' Gemma 3 has 'pool'",
+        ),
+        (dict(img=dict(model["img"], gelu="exact")), "img has gelu='exact', but transformers' SigLIP has 'tanh'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            hf.save_hf(tmp_path / "w", opened, **{**{k: model[k] for k in ("img", "llm", "connector")}, **kw})
 
 
 def test_older_files_say_the_same(folder, tmp_path):
