@@ -38,7 +38,7 @@ def convert(
     part: str | None = None,
     overwrite: bool = False,
     base_model: str | None = None,
-    key_style: str = "4.52",
+    key_style: str | None = None,
     base: str | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -182,5 +182,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
-    flags.DEFINE_enum("key_style", "4.52", peft.KEY_STYLES, "--to=peft: transformers that names are from.")
+    flags.DEFINE_enum("key_style", None, peft.KEY_STYLES, "--to=peft: transformers that names are from.")
     app.run(main, flags_parser=command_line.parse_flags)

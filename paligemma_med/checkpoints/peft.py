@@ -32,7 +32,10 @@ WEIGHTS = "adapter_model.safetensors"
 # Versions of transformers whose module names can be written, for every model.
 KEY_STYLES = sorted({style for family in families.FAMILIES.values() for style in family.STYLES})
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# A state_dict as such, which MiniGPT-v2 and PeFoMed save, has the adapter's name as well.
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+# timm's, and BLIP-2's in transformers: one layer for queries, keys and values.
+_FUSED = re.compile(r"(?:.*\.)?(?:attn|self_attn)\.qkv")
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -72,7 +75,13 @@ def load_adapter(folder: os.PathLike | str, *, allow_nonfinite: bool = False) ->
             )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}")
     tensors = _read_tensors(path)
-    family = families.of_modules([match[1] for key in tensors if (match := _KEY.fullmatch(key))])
+    names = [match[1] for key in tensors if (match := _KEY.fullmatch(key))]
+    if fused := next(filter(_FUSED.fullmatch, names), None):
+        raise CheckpointError(
+            f"{path}: {fused} is one layer for queries, keys and values, which have one A there and each its own here: "
+            "train the adapter on the tower of transformers' ViTModel"
+        )
+    family = families.of_modules(names)
     modules = _modules_in(path, tensors, family)
     _check_complete(path, config, modules, family)
     if not allow_nonfinite:
@@ -154,30 +163,47 @@ def _check_complete(path, config, modules, family):
         if not peft_config.is_targeted(config, m["name"])
         for f in "AB"
     ]
-    depth, prefixes = {}, {}  # for each part that has adapters
+    depth = {}  # of each part that has adapters
     module_of = families.modules_of(family)
-    for (target, layer), module in modules.items():
+    for target, layer in modules:
         part = module_of[target].partition(".")[0]
         depth[part] = max(depth.get(part, 0), layer or 0)
-        rest = family.canonical(module["name"]).removeprefix(part)
-        prefixes[part] = module["name"].removesuffix(rest)
-    # A part without any adapter may be named in every style that the other parts allow.
-    styles = [s for s in family.STYLES.values() if prefixes.items() <= s.items()] or [
-        {**s, **prefixes} for s in family.STYLES.values()
-    ]
+    names_of = _namings(modules, family)
     for module, target in _targets(family).items():
-        part, _, rest = module.partition(".")
+        part = module.partition(".")[0]
         layers = range(depth.get(part, 0) + 1) if target.stacked else [None]
         for layer in layers:
             if (target, layer) in modules:
                 continue
-            names = [f"{s[part]}.{rest}".replace("{i}", str(layer)) for s in styles]
+            names = [named(module.replace("{i}", str(layer))) for named in names_of]
             if all(peft_config.is_targeted(config, n) for n in names):
-                shown = names[0]
-                if part not in depth:
-                    shown = f"{styles[0][part]}.{rest}".replace("{i}", "*")
+                shown = names[0] if part in depth else names_of[0](module.replace("{i}", "*"))
                 problems += [f"{_key(shown, f)}: missing, target_modules matches it" for f in "AB"]
     raise_all(problems, path, 2 * len(modules))
+
+
+def _namings(modules, family):
+    """Functions from canonical to whole names: the ways in which the file may name modules that it doesn't have. A part
+    without any adapter may be named in every style that the other parts allow."""
+    found = {module["name"]: family.canonical(module["name"]) for module in modules.values()}
+    out = []
+    for style in family.STYLES:
+        ends = {name: families.in_style(family, canonical, style) for name, canonical in found.items()}
+        starts = {name.removesuffix(end) for name, end in ends.items()}
+        if len(starts) == 1 and all(map(str.endswith, ends, ends.values())):
+            out.append(lambda name, style=style, start=starts.pop(): start + families.in_style(family, name, style))
+    if out:
+        return out
+    prefixes = {}  # of each part
+    for name, canonical in found.items():
+        part = canonical.partition(".")[0]
+        prefixes[part] = name.removesuffix(canonical.removeprefix(part))
+
+    def named(name, style):
+        part, _, rest = name.partition(".")
+        return f"{prefixes[part]}.{rest}" if part in prefixes else families.in_style(family, name, style)
+
+    return [functools.partial(named, style=style) for style in family.STYLES]
 
 
 def _by_target(modules, family):
@@ -242,7 +268,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     dtype: str | None = None,
-    key_style: str = "4.52",
+    key_style: str | None = None,
     model_type: str = "paligemma",
     overwrite: bool = False,
 ) -> None:
@@ -253,15 +279,18 @@ def save_adapter(
       adapter: what to write.
       base_model: name or path of the Hugging Face model it belongs to, for base_model_name_or_path.
       dtype: floats are cast to it ("float32", "bfloat16", …); None leaves them.
-      key_style: the version of transformers whose module names are used, one of KEY_STYLES. What
-        `PeftModel.from_pretrained` can load, tried with random adapters everywhere in both towers,
-        transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns about missing keys and continues
-        without them):
+      key_style: the version of transformers whose module names are used, one of KEY_STYLES; None: 4.52, or the newest
+        of a model that had no names of its own then. What `PeftModel.from_pretrained` can load of PaliGemma, tried with
+        random adapters everywhere in both towers, transformers 4.51 to 5.23 and PEFT 0.15 to 0.21 ("-": it warns about
+        missing keys and continues without them):
 
           style   transformers < 4.52   4.52 to 5.0   5.8 and later
           "4.41"  any PEFT              PEFT >= 0.16  PEFT >= 0.20, but not the projector
           "4.52"  -                     any PEFT      PEFT >= 0.20
           "5"     -                     -             any PEFT
+
+        Gemma 3 is named alike. A ViTModel has other names from 5 on, and then takes no others. Those of LLaMA and BLOOM
+        never changed.
 
       model_type: the Hugging Face model's, a key of `hf.families.FAMILIES`.
       overwrite: replace an older adapter there.
@@ -273,12 +302,20 @@ def save_adapter(
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is False, or it isn't an adapter.
-      CheckpointError: the adapter is empty, or key_style is unknown.
+      CheckpointError: the adapter is empty, or adapts what is no module of that model; or key_style is unknown.
     """
     folder = os.path.expanduser(os.fspath(folder))
     family = families.FAMILIES[model_type]
-    if key_style not in family.STYLES:
-        raise CheckpointError(f"key_style is {key_style!r}; expected one of {sorted(family.STYLES)}")
+    if key_style not in (None, *KEY_STYLES):
+        raise CheckpointError(f"key_style is {key_style!r}; expected one of {KEY_STYLES}")
+    modules = families.modules_of(family)
+    if strange := [t.name for t in adapter.specs if t not in modules]:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise CheckpointError(
+            f"the adapter has factors of {strange[0]}{more}, which is no linear layer by itself in transformers' "
+            f"{family.NAME}: merge them into the weights (--merge)"
+        )
+    style = _default_style(family) if key_style is None else families.style_of(family, key_style)
     if not adapter.specs or set(adapter.specs) != set(adapter.factors):
         raise CheckpointError(
             f"the adapter has {len(adapter.specs)} specs and {len(adapter.factors)} pairs of "
@@ -290,7 +327,7 @@ def save_adapter(
     tensors = {}
     for target in specs:
         a, b = adapter.factors[target]
-        module_in_style = families.in_style(family, families.modules_of(family)[target], key_style)
+        module_in_style = families.in_style(family, modules[target], style)
         for layer in range(len(a)):
             module = module_in_style.replace("{i}", str(layer))
             for factor, x in (("A", a), ("B", b)):
@@ -302,3 +339,7 @@ def save_adapter(
             f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _default_style(family):
+    return "4.52" if "4.52" in family.STYLES else families.style_of(family, KEY_STYLES[-1])

@@ -24,11 +24,11 @@ _MOST_NAMES = 10_000  # of one field: each is compared with each module, of whic
 _ALL_LINEAR = "all-linear"
 _ENDS_IN = r"(.*\.)?({})$"  # how keys of rank_pattern and alpha_pattern match
 
-# Fields that don't affect what a trained adapter computes.
+# Fields that don't affect what a trained adapter computes; merge_weights is PEFT 0.2's.
 _IDLE = frozenset(
     """
     auto_mapping base_model_name_or_path revision inference_mode task_type peft_version
-    runtime_config megatron_config megatron_core ensure_weight_tying qalora_group_size
+    runtime_config megatron_config megatron_core merge_weights ensure_weight_tying qalora_group_size
     loftq_config eva_config corda_config lora_ga_config
     """.split()
 )
@@ -226,6 +226,12 @@ def _ends(family):
             names[part] = sorted({style[part].rpartition(".")[2] for style in family.STYLES.values()})
     ends = {}
     for target, (part, rest) in modules.items():
-        rest = re.escape(rest).replace(re.escape("{i}"), r"\d+")
+        if hasattr(family, "in_style"):
+            styled = {families.in_style(family, f"{part}.{rest}", style) for style in family.STYLES}
+            rests = sorted(name.partition(".")[2] for name in styled)
+        else:
+            rests = [rest]
+        rests = [re.escape(rest).replace(re.escape("{i}"), r"\d+") for rest in rests]
+        rest = rests[0] if len(rests) == 1 else f"({'|'.join(rests)})"
         ends[target] = rf"({'|'.join(names[part])})\.{rest}" if part in names else rest
     return ends

@@ -1,4 +1,4 @@
-"""Random adapters for the random tiny PaliGemmas of tests/models/hf.py."""
+"""Random adapters for tiny random models, such as the PaliGemmas of tests/models/hf.py."""
 
 import json
 
@@ -26,7 +26,11 @@ MIXED = [
 
 def random_adapter(name, rules=ALL, seed=0, dtype=np.float32):
     """An adapter for case `name` in which neither factor is 0; it moves logits by about 1."""
-    flat = flatten_tree(hf.reference(name)[3])
+    return random_on(flatten_tree(hf.reference(name)[3]), rules, seed, dtype)
+
+
+def random_on(flat, rules, seed=0, dtype=np.float32):
+    """The same for any model's parameters {path: array}."""
     specs = lora_targets.resolve(rules, flat)
     factors = {}
     for target, spec in specs.items():

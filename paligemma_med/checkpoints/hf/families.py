@@ -27,7 +27,8 @@ class Family(Protocol):
         former unless `table` has a row for it.
       PADDING: how many rows are appended to our table when it is written, as copies of the first.
       BUFFERS: regexes of canonical names that hold nothing learned.
-      STYLES: {version of transformers: {first word of canonical names: what that version has instead}}.
+      STYLES: {version of transformers: {first word of canonical names: what that version has instead}}. A family that
+        renamed more has a function in_style(canonical name, style), too.
       PUBLISHED: which of STYLES is written.
     """
 
@@ -153,5 +154,16 @@ def modules_of(family: Family) -> dict[lora_targets.Target, str]:
 
 def in_style(family: Family, name: str, style: str) -> str:
     """A canonical name as versions of transformers from `style` on write it."""
+    if rename := getattr(family, "in_style", None):  # for those that renamed more than the first word
+        return rename(name, style)
     first, dot, rest = name.partition(".")
     return f"{family.STYLES[style].get(first, first)}{dot}{rest}"
+
+
+def style_of(family: Family, version: str) -> str:
+    """The style of a family that a version of transformers has: its newest that isn't newer."""
+
+    def number(style):
+        return [int(n) for n in style.split(".")]
+
+    return max((s for s in family.STYLES if number(s) <= number(version)), key=number)
