@@ -186,12 +186,16 @@ def _namings(modules, family):
     """Functions from canonical to whole names: the ways in which the file may name modules that it doesn't have. A part
     without any adapter may be named in every style that the other parts allow."""
     found = {module["name"]: family.canonical(module["name"]) for module in modules.values()}
+
+    def prefixed(name, style, start):
+        return start + families.in_style(family, name, style)
+
     out = []
     for style in family.STYLES:
         ends = {name: families.in_style(family, canonical, style) for name, canonical in found.items()}
-        starts = {name.removesuffix(end) for name, end in ends.items()}
-        if len(starts) == 1 and all(map(str.endswith, ends, ends.values())):
-            out.append(lambda name, style=style, start=starts.pop(): start + families.in_style(family, name, style))
+        start, *others = {name.removesuffix(end) for name, end in ends.items()}
+        if not others and all(map(str.endswith, ends, ends.values())):
+            out.append(functools.partial(prefixed, style=style, start=start))
     if out:
         return out
     prefixes = {}  # of each part

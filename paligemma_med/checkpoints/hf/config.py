@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from paligemma_med.checkpoints.errors import CheckpointError
@@ -129,6 +129,16 @@ def check_agrees(part: str, given: Mapping[str, Any], sizes: Mapping[str, Any]) 
         value = tuple(value) if isinstance(value, list) else value
         if value != n:
             raise CheckpointError(f"{part} says {key}={value!r}, but the weights have {n!r}")
+
+
+def read_only(name: str) -> Callable[..., dict[str, Any]]:
+    """The `make_config` of a family that is read but not written: it raises CheckpointError, whatever the model."""
+
+    def make_config(*args) -> dict[str, Any]:
+        del args
+        raise CheckpointError(f"{name} is read, but not written yet")
+
+    return make_config
 
 
 def no_processor(sizes: Sizes) -> None:
