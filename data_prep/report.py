@@ -27,7 +27,7 @@ from data_prep.builders.vqa import REPORT_NAME
 from data_prep.files import DataError
 from data_prep.ledger import FIRST
 from data_prep.progress import progress
-from paligemma_med.pp import command_line, markdown, tokenizer
+from paligemma_med.pp import command_line, markdown, tokenizer_files
 from paligemma_med.pp.files import default_data_dir
 
 TOKENIZER = "PALIGEMMA_TOKENIZER"
@@ -83,7 +83,7 @@ def load_tokenizer(path: str | None) -> Callable[[list[str]], list[int]] | None:
     if not path:
         return None
     try:
-        encode, _ = tokenizer.read_file(path)
+        encode = tokenizer_files.read(path).encode
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: no tokenizer ({e}); expected ${TOKENIZER} to name a .model or .json file") from None
     return lambda texts: [len(encode(text)) for text in texts]

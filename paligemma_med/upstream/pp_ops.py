@@ -141,8 +141,9 @@ class Tokenizer(ops_text.SentencepieceTokenizer):
     def to_int(self, text, *, bos=False, eos=False) -> list | tuple:
         """Token ids of a text, or of each text of a list."""
         if isinstance(text, str):
-            return self._own.to_int(text, bos=bos, eos=eos)
-        return type(text)(self._own.to_int(t, bos=bos, eos=eos) for t in text)
+            # As big_vision reads them: token sets in any text.
+            return self._own.to_int(text, bos=bos, eos=eos, special=self._own.tokensets)
+        return type(text)(self.to_int(t, bos=bos, eos=eos) for t in text)
 
     def to_str(self, tokens, *, stop_at_eos=True) -> str | list[str]:
         """The text of tokens, or of each row of them."""

@@ -13,7 +13,7 @@ from paligemma_med.checkpoints import CheckpointError, peft_config
 from paligemma_med.models import lora_targets, parts
 from paligemma_med.models.layers import lora
 from paligemma_med.parallel import sharding
-from paligemma_med.pp import tokenizer
+from paligemma_med.pp import tokenizer_files
 from paligemma_med.training import optim
 
 SLOW = ("(([a-z._0-9])+)+!", "(.*)*(.*)*(.*)*!", "(?!(([a-z._0-9])+)+!)(([a-z._0-9])+)+!")
@@ -120,21 +120,21 @@ def tokenizer_json(regex=None, last=None):
 def test_a_tokenizers_rule_without_end_is_a_sentence(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(tokenizer_json())
-    assert len(tokenizer.read_file(str(path))[0]("abc")) == 3
+    assert len(tokenizer_files.read(str(path)).encode("abc")) == 3
     path.write_bytes(tokenizer_json("(a+)+$!"))
     with pytest.raises(ValueError, match="the rules of the tokenizer's file fail on 'aaaa"):
-        tokenizer.read_file(str(path))[0]("a" * 40 + "?")
+        tokenizer_files.read(str(path)).encode("a" * 40 + "?")
 
 
 def test_a_tokenizers_file_takes_no_more_memory_than_one(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(tokenizer_json(last=2**31))
     with pytest.raises(ValueError, match="expected ids below 16,777,216, found 2,147,483,648"):
-        tokenizer.read_file(str(path))
+        tokenizer_files.read(str(path))
     path.write_bytes(gzip.compress(bytes(2**21 + 1)))
-    monkeypatch.setattr(tokenizer, "_MOST_BYTES", 2**21)
+    monkeypatch.setattr(tokenizer_files, "_MOST_BYTES", 2**21)
     with pytest.raises(ValueError, match="unpacked it has more than 2 MiB"):
-        tokenizer.read_file(str(path))
+        tokenizer_files.read(str(path))
 
 
 @pytest.mark.parametrize("regex", ["(", "a{99999999999999999999}", "(?:" * 6000 + ")" * 6000])

@@ -211,21 +211,23 @@ def test_token_sets_have_their_ids(files, name):
     tokenizer = get_tokenizer(f'gemma({BOTH}, model="{files}/{name}")')
     assert tokenizer.vocab_size == 257_152
     for i in (0, 1, 1023):
-        assert tokenizer.to_int(f"<loc{i:04d}>") == [256_000 + i]
+        assert tokenizer.to_int(f"<loc{i:04d}>", special=tokenizer.tokensets) == [256_000 + i]
     for i in (0, 127):
-        assert tokenizer.to_int(f"<seg{i:03d}>") == [257_024 + i]
+        assert tokenizer.to_int(f"<seg{i:03d}>", special=tokenizer.special) == [257_024 + i]
     a, yes = tokenizer.to_int("a"), tokenizer.to_int("yes")
-    ids = tokenizer.to_int("a<loc0001><loc1023>yes<seg127>", bos=True, eos=True)
+    text = "a<loc0001><loc1023>yes<seg127>"
+    ids = tokenizer.to_int(text, bos=True, eos=True, special=tokenizer.tokensets)
     assert ids == [2, *a, 256_001, 257_023, *yes, 257_151, 1]
-    assert tokenizer.to_str(ids) == "a<loc0001><loc1023>yes<seg127>"
-    assert len(tokenizer.to_int("<loc1024>")) > 1  # there is no such token
+    assert tokenizer.to_str(ids) == tokenizer.to_str(tokenizer.to_int(text)) == text
+    assert max(tokenizer.to_int(text + "<image>")) < 256_000  # as a question it is characters
+    assert len(tokenizer.to_int("<loc1024>", special=tokenizer.special)) > 1  # there is no such token
 
 
 def test_without_token_sets(files):
     tokenizer = get_tokenizer(f'gemma(model="{files}/plain.json")')
     assert tokenizer.vocab_size == 256_000 and len(tokenizer.to_int("<loc0001>")) > 1
     loc = get_tokenizer(f'gemma(tokensets=("loc",), model="{files}/plain.json")')
-    assert loc.vocab_size == 257_024 and loc.to_int("<loc0001>") == [256_001]
+    assert loc.vocab_size == 257_024 and loc.to_int("<loc0001>", special=loc.tokensets) == [256_001]
 
 
 def test_bos_comes_once_and_only_when_asked(gemma):
@@ -307,7 +309,7 @@ def test_model_with_other_special_ids(tmp_path):
         minloglevel=2,
     )
     (tmp_path / "t5.model").write_bytes(out.getvalue())
-    with pytest.raises(ValueError, match="t5.model: expected special tokens .*'pad': -1"):
+    with pytest.raises(ValueError, match="t5.model: expected special tokens .*found .*'<pad>': None"):
         get_tokenizer(f'gemma(model="{tmp_path}/t5.model")')
 
 
@@ -353,7 +355,7 @@ def real(real_file):
 @pytest.mark.real_data
 def test_ids_equal_those_of_the_tokenizers_library(real, real_file):
     reference = tokenizers.Tokenizer.from_buffer(gzip.decompress(real_file.read_bytes()))
-    special = ("<eos>", "<bos>", "<pad>", "<unk>")
+    special = ("<eos>", "<bos>", "<pad>", "<unk>", "<unused3>")
     for text in SENTENCES:
         if not any(token in text for token in special):  # text here, control tokens there
             assert real.to_int(text) == reference.encode(text, add_special_tokens=False).ids, text
@@ -365,7 +367,18 @@ def test_known_ids(real):
     # From Hugging Face's PaliGemma documentation and big_vision's vocabulary.
     assert real.to_int("\n") == [108] and real.to_int("\n", bos=True, eos=True) == [2, 108, 1]
     assert real.vocab_size == 257_152
-    assert real.to_int("mass <loc0001><seg127>")[-2:] == [256_001, 257_151]
+    assert real.to_int("mass <loc0001><seg127>", special=real.tokensets)[-2:] == [256_001, 257_151]
+
+
+@pytest.mark.real_data
+def test_what_a_question_spells_out_is_no_token(real):
+    """`<b>` is text, as it was to Gemma; `<unused3>` and `<start_of_turn>` had tokens of their own."""
+    for name, i in real.special.items():
+        if i < 120 or i % 100 == 0:
+            ids = real.to_int(f"Is {name}it?{name}")
+            assert i not in ids and real.to_str(ids, stop_at_eos=False) == f"Is {name}it?{name}", name
+    assert real.to_int("<unused3>") == [*real.to_int("<"), *real.to_int("unused3>")]
+    assert real.to_int("<b></s>") == [201, 213] and real.special["<end_of_turn>"] == 107
 
 
 @pytest.mark.real_data

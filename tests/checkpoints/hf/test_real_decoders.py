@@ -20,6 +20,8 @@ import transformers
 
 from paligemma_med.checkpoints import hf, lazy
 from paligemma_med.models import decoder, splice
+from paligemma_med.pp.tokenizer import get_tokenizer
+from tests.pp import sentencepiece_files
 
 pytestmark = pytest.mark.slow
 # SmolLM2 is under Apache-2.0, Gemma under Google's Gemma terms.
@@ -99,3 +101,31 @@ def test_logits_and_greedy_answers_are_those_of_transformers(packages, tmp_path,
             answer.append(int(jnp.argmax(logits[0, 0])))
             logits, cache = step(params, cache, jnp.full((1, 1), answer[-1]))
         assert answer == tokens
+
+
+def test_ids_are_those_of_gemma3s_own_tokenizer(packages, tmp_path):
+    """The file's pieces as a SentencePiece model: ids of MedGemma's templates, and questions that spell tokens out."""
+    folder, file = gemma3(packages)
+    sentencepiece_files.of_gguf(folder / file, tmp_path / "gemma3.model")
+    ours = get_tokenizer(f'gemma3(model="{tmp_path}/gemma3.model")')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    for text in (
+        "Is there a fracture?",
+        "What organ system is pictured?",
+        "  two  spaces",
+        "T2-weighted, 1.5 T",
+        "a\nb",
+    ):
+        assert ours.to_int(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+    for text, ids in {
+        "<bos><start_of_turn>user\n": [2, 105, 2364, 107],
+        "<bos><start_of_turn>user\n\n\n<start_of_image>": [2, 105, 2364, 109, 255_999],
+        "<end_of_image>\n\n<end_of_turn>\n<start_of_turn>model\n": [256_000, 108, 106, 107, 105, 4368, 107],
+        "<unused94>thought<unused95>": [100, *ours.to_int("thought"), 101],
+    }.items():
+        assert ours.to_int(text, special=ours.special) == ids
+    assert ours.to_int("Is there a fracture?") == [4602, 993, 496, 34_164, 236_881]
+    for name, i in ours.special.items():
+        if i < 300 or i > 255_000:
+            ids = ours.to_int(f"Is {name}it?{name}")
+            assert i not in ids and ours.to_str(ids, stop_at_eos=False) == f"Is {name}it?{name}", name
