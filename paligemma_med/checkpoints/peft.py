@@ -310,7 +310,7 @@ def save_adapter(
     """
     folder = os.path.expanduser(os.fspath(folder))
     family = families.FAMILIES[model_type]
-    if key_style not in (None, *KEY_STYLES):
+    if key_style not in (None, *family.STYLES, *KEY_STYLES):
         raise CheckpointError(f"key_style is {key_style!r}; expected one of {KEY_STYLES}")
     modules = families.modules_of(family)
     if strange := [t.name for t in adapter.specs if t not in modules]:
