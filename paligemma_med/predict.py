@@ -46,12 +46,12 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
     batch = decode.batch_of(rows)
     with sharding.rules(config, mesh), notes.stage("compiling the program, and answering"):
         tokens, logprobs = decode.generate(
-            model, params, batch, eos_token=tok.eos_token, **{"max_new_tokens": 64, **decoding}
+            model, params, batch, eos_token=tok.stop_tokens, **{"max_new_tokens": 64, **decoding}
         )
         tokens, logprobs = distributed.to_host((tokens, logprobs))
     out = []
     for i, question in enumerate(questions):
-        prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist())
+        prompt = tok.to_str(batch["text"][i][batch["mask_input"][i] > 0].tolist(), stop_at_eos=False)
         answers = [
             dict(answer=tok.to_str(t.tolist()), logprob=float(np.sum(p)))
             for t, p in zip(tokens[i], logprobs[i], strict=True)

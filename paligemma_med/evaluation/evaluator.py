@@ -169,7 +169,7 @@ class Evaluator:
         # A question's own number, so that its samples are the same in any split, slice and batch.
         ids = np.zeros(batch["text"].shape[0], np.uint32)
         ids[: len(rows)] = [zlib.crc32(str(row["question_id"]).encode()) for row in rows]
-        kw = {"eos_token": self.tokenizer.eos_token, **self.pred_kw}
+        kw = {"eos_token": self.tokenizer.stop_tokens, **self.pred_kw}
         with self._first_batch(len(rows)):
             tokens, logprobs = decode.generate(self.model, params, {**batch, "row_id": ids}, **kw)
             tokens, logprobs = (x[: len(rows)] for x in distributed.to_host((tokens, logprobs)))

@@ -32,12 +32,13 @@ from paligemma_med import decode
 from paligemma_med.evaluation import controls as controls_lib
 from paligemma_med.evaluation import evaluator, questions
 from paligemma_med.metrics import scoring
+from paligemma_med.metrics.answers import without_thought
 from paligemma_med.parallel import distributed
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp import rows as row_keys
 
 NEEDED = (*row_keys.NEEDED, "image_id")
-_TEXT = ("text", "mask_ar", "mask_input")
+_TEXT = ("text", "mask_ar", "mask_input", "image_at")  # the last where the image isn't in front
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -119,7 +120,7 @@ class Evaluator(evaluator.Evaluator):
         with self.progress("reading", self.total) as progress:
             for batch, source in self.inputs:
                 questions.check(batch, source)
-                place = {k: evaluator.Placement(batch[k]) for k in ("image", *_TEXT)}
+                place = {k: evaluator.Placement(batch[k]) for k in ("image", *_TEXT) if k in batch}
                 size = batch["text"].shape[0]
                 pixels = distributed.to_host(batch["image"])
                 for i, line in enumerate(self.lines(batch, source, pixels)):
@@ -184,7 +185,7 @@ class Evaluator(evaluator.Evaluator):
                     text = {k: place[k].put(x[fill]) for k, x in text.items()}
                     answers = self.ask(params, {**batch, **text}, lines)
                 for i, line in enumerate(lines):
-                    first = answers[i]["predictions"][0]
+                    first = without_thought(answers[i]["predictions"][0])
                     if who == "model":
                         out[i][t] |= {**answers[i], "prompt": prompts[i], "tokens_cut": cut[i]}
                         answer = first
@@ -200,6 +201,6 @@ class Evaluator(evaluator.Evaluator):
     def _prompts(self, lines, history):
         """(key → int32[rows, T], the prompts as texts, tokens that each lost)."""
         rows = [self._prompt_fn({**line, "history": h}) for line, h in zip(lines, history)]
-        arrays = {k: np.stack([row[k] for row in rows]) for k in _TEXT}
+        arrays = {k: np.stack([row[k] for row in rows]) for k in _TEXT if k in rows[0]}
         texts = [self.tokenizer.to_str(row["text"][row["mask_input"] > 0], stop_at_eos=False) for row in rows]
         return arrays, texts, [int(row.get("_truncated", 0)) for row in rows]

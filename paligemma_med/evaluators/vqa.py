@@ -34,6 +34,7 @@ class Evaluator(evaluator.Evaluator):
         `choices`; it must have `answer_letter`, too.
       options: "letter" or "text": what of each choice is scored as a continuation of the prompt; ""
         scores nothing.
+      answer_prefix: what training put before an answer, such as a blank; options are scored with it.
       shuffle_seed: of the images' permutation.
       noise_seed: of noise_image.
 
@@ -44,6 +45,7 @@ class Evaluator(evaluator.Evaluator):
     controls: Sequence[str] = CONTROLS
     choices: Sequence[str] = ()
     options: str = ""
+    answer_prefix: str = ""
     shuffle_seed: int = 0
     noise_seed: int = 0
 
@@ -86,6 +88,7 @@ class Evaluator(evaluator.Evaluator):
             texts = [row["choices"] for row in rows]
             if self.options == "letter":
                 texts = [[protocols.letter_of(i) for i in range(len(x))] for x in texts]
+            texts = [[self.answer_prefix + text for text in row] for row in texts]
             scores = decode.score_choices(self.model, params, batch, texts, self.tokenizer)
             for answer, logprobs, lengths in zip(out, *scores):
                 answer["option_logprobs"] = [round(x, 6) for x in logprobs]

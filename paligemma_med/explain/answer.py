@@ -21,7 +21,6 @@ from paligemma_med.saliency import capture, checks, occlusion, report, sequence
 from paligemma_med.saliency.methods import KINDS, METHODS
 
 CONTROLS = {"blank": "Nothing (mid-grey)", "shuffled": "Its own patches, shuffled"}
-_SPECIAL = {0: "‹pad›", 1: "‹end›", 2: "‹start›"}
 
 
 class Loaded(NamedTuple):
@@ -135,7 +134,7 @@ def explain(
         answer=answer,
         prompt=[piece(tok, t) for t in prompt["prompt_ids"]],
         tokens=[piece(tok, t) for t in answer_ids[:length]],
-        ended=int(answer_ids[length - 1]) == tok.eos_token,
+        ended=int(answer_ids[length - 1]) in tok.stop_tokens,
         others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays.rivals)],
         picture=image if stretched else _pixels(seen),
         seen=_pixels(seen),
@@ -186,11 +185,11 @@ def words(name) -> str:
 def piece(tokenizer, token) -> str:
     """A token as visible text: specials in ‹ ›, line breaks as ↵, bytes by number."""
     token = int(token)
-    if token in _SPECIAL:
-        return _SPECIAL[token]
-    text = tokenizer.to_str([token], stop_at_eos=False)
+    if token in tokenizer.stop_tokens:
+        return "‹end›"
+    text = tokenizer.to_piece(token)
     if not text or "\ufffd" in text:
-        return f"‹{token}›"
+        return {tokenizer.bos_token: "‹start›", tokenizer.pad_token: "‹pad›"}.get(token, f"‹{token}›")
     return text.replace("\n", "↵")
 
 
@@ -241,7 +240,7 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
                 loaded.model,
                 loaded.params,
                 decode.batch_of([{**row, "image": image} for image in images]),
-                eos_token=tok.eos_token,
+                eos_token=tok.stop_tokens,
                 max_new_tokens=max_new_tokens,
                 **kw,
             )
@@ -267,6 +266,6 @@ def _about(loaded, made, answer_ids, num_samples, temperature, seed):
         ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
         ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
     ]
-    if loaded.tokenizer.eos_token not in np.asarray(answer_ids):
+    if not np.isin(answer_ids, loaded.tokenizer.stop_tokens).any():
         out.append(("Cut off", f"the answer had not ended after {len(answer_ids)} tokens"))
     return out

@@ -11,6 +11,12 @@ _UNSPACED = re.compile(
 )
 
 
+def without_thought(text) -> str:
+    """The answer that follows what MedGemma 1.5 may think first, between `<unused94>` and `<unused95>`; a thought that
+    doesn't end has none."""
+    return re.sub(r"\A\s*<unused94>.*?(?:<unused95>\s*|\Z)", "", text, flags=re.DOTALL)
+
+
 def strict(text) -> str:
     """Lower case, no surrounding blanks."""
     return text.strip().lower()

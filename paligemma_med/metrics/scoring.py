@@ -68,8 +68,8 @@ def _scores(prediction, answer):
 
 
 def score(prediction, answer) -> dict[str, bool]:
-    """{figure: bool} for the three figures."""
-    return dict(zip(_FORMS, _scores(prediction, answer)))
+    """{figure: bool} for the three figures, without a thought before the prediction."""
+    return dict(zip(_FORMS, _scores(answers.without_thought(prediction), answer)))
 
 
 def correct(prediction, answer, prefix="") -> dict[str, bool]:
@@ -78,10 +78,10 @@ def correct(prediction, answer, prefix="") -> dict[str, bool]:
 
 
 def texts(row, who) -> list[str]:
-    """The answers of the model or a control to a question: a list of strings, one per sample."""
-    if who == "model":
-        return row["predictions"]
-    return [row[f"{who}_prediction"]] if who in TEXT_CONTROLS else row[f"{who}_predictions"]
+    """The answers of the model or a control to a question: a list of strings, one per sample, without thoughts."""
+    if who in TEXT_CONTROLS:
+        return [row[f"{who}_prediction"]]
+    return [answers.without_thought(x) for x in row["predictions" if who == "model" else f"{who}_predictions"]]
 
 
 def controls_of(rows) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ their silent failures are made visible: `tolen` records how many tokens it cut o
 refuses to put an answer into a prompt for decoding.
 """
 
+import re
 import string
 from collections.abc import Callable
 
@@ -77,6 +78,36 @@ def lower() -> Callable:
     return fn
 
 
+@register("strip")
+@on_key("text")
+def strip() -> Callable:
+    """Takes blanks and line breaks off both ends of a string: at the edge of a question they would merge with those of
+    a template into other tokens."""
+
+    def fn(text, rng):
+        del rng
+        return _as_str(text, "the value").strip()
+
+    return fn
+
+
+@register("blip_text")
+@on_key("text")
+def blip_text(max_words=50) -> Callable:
+    """The form in which BLIP, and MiniGPT-4 and PeFoMed after it, train on texts: lower case, `. ! " ( ) * # : ; ~` and
+    runs of white space as one blank, at most `max_words` words (as LAVIS' BlipCaptionProcessor)."""
+    if not isinstance(max_words, int) or max_words < 1:
+        raise ValueError(f"max_words must be a whole number, 1 or more, found {max_words!r}")
+
+    def fn(text, rng):
+        del rng
+        text = re.sub(r'[.!"()*#:;~]', " ", _as_str(text, "the value").lower())
+        text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+        return " ".join(text.split(" ")[:max_words])
+
+    return fn
+
+
 @register("strjoin")
 @on_key()
 def strjoin(glue, axis=None) -> Callable:
@@ -140,6 +171,11 @@ def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, i
         if pad_key is not None:
             value = np.asarray(get(data, pad_key)).ravel()[0]
         data[target], cut = _to_length(array, length, sticky_end, value)
+        if cut and int(data.get("image_at", 0)) > length:
+            raise ValueError(
+                f"the image stands behind {data['image_at']} tokens of text, but the text is cut to {length}: raise "
+                "this length (text_len in configs)"
+            )
         _record_cut(data, cut)
         return data
 
@@ -147,7 +183,7 @@ def tolen(length, *, sticky_end=False, pad_value=None, pad_key=None, key=None, i
 
 
 @register("tok")
-def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=None, outkey=None) -> Op:
+def tok(model, length=None, *, bos="no", eos="no", special="no", text=None, key=None, inkey=None, outkey=None) -> Op:
     """Tokenises the string under a key, or the constant `text`, into int32[n].
 
     Args:
@@ -155,6 +191,9 @@ def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=No
         length: if given, cut or pad (with the pad token) to this many tokens, see `tolen`.
         bos: "yes" puts BOS first.
         eos: "yes" puts EOS last; "sticky" keeps it there even when the tokens are cut.
+        special: what a name like "<start_of_turn>" in the string is. "no": characters like others; "yes", for the
+            constant `text` only: the tokenizer's token of that name; "tokensets": its "<loc0000>"… and "<seg000>"…,
+            for answers that are boxes.
         text: constant to tokenise in place of a key's value; `outkey` or `key` says where to.
         key, inkey, outkey: where the string is and where the tokens go; no default.
     """
@@ -162,13 +201,18 @@ def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=No
         raise ValueError(f"bos must be 'no' or 'yes', found {bos!r}")
     if eos not in ("no", "yes", "sticky"):
         raise ValueError(f"eos must be 'no', 'yes' or 'sticky', found {eos!r}")
+    if special not in ("no", "yes", "tokensets"):
+        raise ValueError(f"special must be 'no', 'yes' or 'tokensets', found {special!r}")
+    if special == "yes" and text is None:
+        raise ValueError("special='yes' is for a constant text=…: a question could end its turn")
     if text is not None and inkey is not None:
         raise ValueError("takes either text= or inkey=, not both")
     source, target = resolve_keys(key, inkey or (outkey if text is not None else None), outkey)
     tokenizer = get_tokenizer(model)
+    names = () if special == "no" else tokenizer.special if special == "yes" else tokenizer.tokensets
 
     def tokens_of(string_):
-        ids = tokenizer.to_int(string_, bos=bos == "yes", eos=eos != "no")
+        ids = tokenizer.to_int(string_, bos=bos == "yes", eos=eos != "no", special=names)
         ids = np.asarray(ids, np.int32)
         return _to_length(ids, length, eos == "sticky", tokenizer.pad_token)
 
@@ -188,13 +232,15 @@ def tok(model, length=None, *, bos="no", eos="no", text=None, key=None, inkey=No
 
 
 @register("masked_concat")
-def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks) -> Op:
+def masked_concat(keys, outkey="text", *, allow_suffix=False, image_after=None, **masks) -> Op:
     """Joins token arrays and makes masks that are constant on each of them.
 
     Args:
         keys: keys of 1-D token arrays, in order.
         outkey: where the joined int32[n] goes (may be one of `keys`).
         allow_suffix: see below.
+        image_after: one of `keys`, behind whose tokens the model reads the image: `data["image_at"]` (int32) says how
+            many tokens stand before it. Without it the image is in front.
         **masks: name=[one number a key]; each gives `data[name]`, int32[n].
 
     A string with `mask_input` is a prompt for decoding. If `suffix` is among its keys and holds
@@ -205,6 +251,8 @@ def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks) -> Op:
     for name, values in masks.items():
         if len(values) != len(keys):
             raise ValueError(f"{name} has {len(values)} values for {len(keys)} keys {list(keys)}")
+    if image_after is not None and list(keys).count(image_after) != 1:
+        raise ValueError(f"image_after={image_after!r} must be one of the keys {list(keys)}, once")
 
     def op(data, rng):
         del rng
@@ -220,6 +268,8 @@ def masked_concat(keys, outkey="text", *, allow_suffix=False, **masks) -> Op:
             )
         sizes = [len(part) for part in parts]
         data[outkey] = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        if image_after is not None:
+            data["image_at"] = np.int32(sum(sizes[: list(keys).index(image_after) + 1]))
         for name, values in masks.items():
             data[name] = np.repeat(np.asarray(values, np.int32), sizes)
         return data

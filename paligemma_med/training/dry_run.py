@@ -95,6 +95,8 @@ def abstract_batch(config, size, where=None) -> dict[str, jax.ShapeDtypeStruct]:
     """{key: jax.ShapeDtypeStruct} of a training batch of `size` rows."""
     shapes = {"image": ((size, config.res, config.res, 3), "float32")}
     shapes |= {k: ((size, config.text_len + 1), "int32") for k in ("text", "mask_ar", "mask_loss")}
+    if "image_after=" in str(config.input):  # its pp strings say where in the text the image is
+        shapes["image_at"] = ((size,), "int32")
     return {k: jax.ShapeDtypeStruct(*x, sharding=where) for k, x in shapes.items()}
 
 

@@ -72,7 +72,7 @@ def answer_with(monkeypatch, answer, samples=1):
         for row, sample in np.ndindex(tokens.shape[:2]):
             prompt = TOKENIZER.to_str(batch["text"][row][batch["mask_input"][row] == 1])
             said = answer(prompt, round(float(batch["image"][row].mean()), 3), sample)
-            ids = [*TOKENIZER.to_int(said), eos_token][:max_new_tokens]
+            ids = [*TOKENIZER.to_int(said), eos_token[0]][:max_new_tokens]
             tokens[row, sample, : len(ids)] = ids
         return tokens, np.where(tokens > 0, -0.5, 0).astype(np.float32)
 

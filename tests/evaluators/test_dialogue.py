@@ -91,7 +91,7 @@ def answer_with(monkeypatch, answer, samples=1, dies_at=None):
             prompt = TOKENIZER.to_str(batch["text"][i][batch["mask_input"][i] == 1])
             prompts[-1].append(prompt)
             said = answer(prompt, round(float(batch["zimg"][i].mean()), 3), sample)
-            ids = [*TOKENIZER.to_int(said), eos_token][:max_new_tokens]
+            ids = [*TOKENIZER.to_int(said), eos_token[0]][:max_new_tokens]
             tokens[i, sample, : len(ids)] = ids
         return tokens, np.where(tokens > 0, -0.5, 0).astype(np.float32)
 

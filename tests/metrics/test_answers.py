@@ -66,3 +66,17 @@ def test_characters_of_scripts_without_blanks_stand_alone():
     assert answers.spaced("左肺").split() == ["左", "肺"] and answers.spaced("ปอด").split() == ["ป", "อ", "ด"]
     for text in ("left lung, 3.5 cm", "café – β-blocker", "сердце", "폐 결절"):
         assert answers.spaced(text) == text
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<unused94>thought\nIt is a lung.<unused95>Yes", "Yes"),
+        ("\n<unused94>a<unused95>\n no <unused94>", "no <unused94>"),
+        ("<unused94>it goes on", ""),
+        ("yes <unused94>a<unused95>", "yes <unused94>a<unused95>"),
+        ("", ""),
+    ],
+)
+def test_an_answer_without_the_thought_before_it(text, answer):
+    assert answers.without_thought(text) == answer

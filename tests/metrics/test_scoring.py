@@ -282,3 +282,10 @@ def test_bleu_of_counts_is_that_of_the_corpus(pairs):
     rows, counts = text_metrics.bleu_counts(said, true)
     assert text_metrics.bleu_of_counts(counts) == text_metrics.corpus_bleu(said, true)
     assert rows.tolist() == text_metrics.sentence_bleu(said, true).tolist()
+
+
+def test_thoughts_are_not_scored():
+    said = "<unused94>No, or rather<unused95> Yes."
+    assert scoring.score(said, "yes")["acc"] and not scoring.score(said, "no")["acc"]
+    assert scoring.texts(dict(predictions=[said, "no"]), "model") == ["Yes.", "no"]
+    assert scoring.texts(dict(blank_image_predictions=[said]), "blank_image") == ["Yes."]

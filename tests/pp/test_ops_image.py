@@ -260,13 +260,18 @@ def test_decode_arguments():
 # resize
 
 
-def reference(image, height, width, antialias):
-    """The definition, pixel by pixel: a weighted mean under a triangle around each centre."""
+def cubic(x):
+    """R. Keys, IEEE TASSP 29 (1981), with a = -1/2."""
+    return (1.5 * x - 2.5) * x * x + 1 if x < 1 else ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+
+
+def reference(image, height, width, antialias, kernel):
+    """The definition, pixel by pixel: a weighted mean under a kernel around each centre."""
 
     def weight(i, out, size_in, size_out):
         scale = size_in / size_out
         radius = max(1.0, scale) if antialias else 1.0
-        return max(0.0, 1 - abs((i + 0.5) - (out + 0.5) * scale) / radius)
+        return kernel(abs((i + 0.5) - (out + 0.5) * scale) / radius)
 
     h, w, c = image.shape
     result = np.zeros((height, width, c))
@@ -287,15 +292,17 @@ sides = st.integers(1, 9)
 
 
 @settings(max_examples=60, deadline=None)
-@given(sides, sides, sides, sides, st.booleans(), st.integers(0, 9))
-def test_resize_follows_the_definition(h, w, height, width, antialias, seed):
-    image = picture(h, w, seed)
-    exact = reference(image.astype(float), height, width, antialias)
-    out = resize_image(image.astype(np.float32), height, width, antialias=antialias)
+@given(sides, sides, sides, sides, st.booleans(), st.booleans(), st.integers(0, 9))
+def test_resize_follows_the_definition(h, w, height, width, antialias, smooth, seed):
+    image, method = picture(h, w, seed), "bicubic" if smooth else "bilinear"
+    exact = reference(image.astype(float), height, width, antialias, cubic if smooth else lambda x: max(0.0, 1 - x))
+    out = resize_image(image.astype(np.float32), height, width, antialias=antialias, method=method)
     np.testing.assert_allclose(out, exact, atol=1e-3)
-    cut = resize_image(image, height, width, antialias=antialias)
+    cut = resize_image(image, height, width, antialias=antialias, method=method)
     assert cut.dtype == np.uint8
-    if antialias:  # PIL's, which rounds after each axis
+    if smooth:  # it overshoots, and PIL cuts that off after each axis
+        pass
+    elif antialias:  # PIL's, which rounds after each axis
         assert np.abs(cut - exact).max() <= 1.01
         assert np.abs(cut - np.floor(exact + 1e-3)).max() <= 2
     else:  # the fraction is cut off

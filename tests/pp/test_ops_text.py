@@ -201,6 +201,11 @@ def test_tok_length(source):
         ("tok('tiny', text='x', inkey='a', outkey='b')", "either text= or inkey="),
         ("tok('tinny', key='a')", "unknown tokenizer"),
         ("masked_concat(['a', 'b'], mask_ar=[0])", "mask_ar has 1 values for 2 keys"),
+        ("masked_concat(['a', 'b'], image_after='c')", r"image_after='c' must be one of the keys \['a', 'b'\], once"),
+        ("masked_concat(['a', 'a'], image_after='a')", "image_after='a' must be one of the keys"),
+        ("tok('tiny', key='a', special='yes')", "special='yes' is for a constant"),
+        ("tok('tiny', key='a', special=True)", "special must be 'no', 'yes' or 'tokensets', found True"),
+        ("blip_text(0)", "max_words must be a whole number, 1 or more, found 0"),
     ],
 )
 def test_mistakes_in_arguments(pp, message):
@@ -230,3 +235,38 @@ def test_masked_concat_may_write_over_its_input():
         {"a": np.array([1, 2]), "b": np.array([3])}
     )
     assert out["a"].tolist() == [1, 2, 3] and out["m"].tolist() == [5, 5, 6]
+
+
+def test_where_the_image_stands():
+    pp = "masked_concat(['a', 'b', 'c'], m=[1, 1, 1], image_after='b')|tolen({}, pad_value=0, key='text')"
+    data = dict(a=np.arange(3), b=np.arange(2), c=np.arange(4))
+    out = get_preprocess_fn(pp.format(5))(data)
+    assert out["image_at"] == 5 and out["image_at"].dtype == np.int32 and out["text"].tolist() == [0, 1, 2, 0, 1]
+    assert "image_at" not in get_preprocess_fn("masked_concat(['a'], m=[1])")(data)
+    with pytest.raises(ValueError, match="the image stands behind 5 tokens of text, but the text is cut to 4"):
+        get_preprocess_fn(pp.format(4))(data)
+
+
+def test_special_tokens_are_those_of_constants():
+    text = "x</s>"  # so it is called in tiny's file
+    fn = get_preprocess_fn(f"tok('tiny', text='{text}', special='yes', key='a')|tok('tiny', key='b')")
+    out = fn({"b": text})
+    tiny = get_tokenizer("tiny")
+    assert out["a"].tolist() == [*tiny.to_int("x"), tiny.eos_token]
+    assert out["b"].tolist() == tiny.to_int(text) and tiny.to_str(out["b"]) == text
+
+
+def test_strip():
+    assert get_preprocess_fn("strip(inkey='a', outkey='b')")({"a": " \n a b\n"}) == {"a": " \n a b\n", "b": "a b"}
+
+
+def test_blip_text():
+    """Expected texts are worked out by hand from LAVIS' rules."""
+    fn = get_preprocess_fn("blip_text(4, key='a')")
+    for text, expected in [
+        ("Is it (the LUNG)?", "is it the lung"),
+        ("a.b: c~d;  e f", "a b c d"),
+        ("What's 50%-wide?\n", "what's 50%-wide?"),
+        ("  one\n\ntwo  ", "one two"),
+    ]:
+        assert fn({"a": text})["a"].replace("lung ?", "lung") == expected, text

@@ -83,9 +83,9 @@ def test_data_without_boxes_is_refused():
 
 def test_eos_does_not_count():
     maps = np.arange(3.0)[:, None, None] * np.ones((3, 2, 2))
-    assert measure.of_answer(maps, [7, 8, 1], 1)[0, 0] == 0.5
-    assert measure.of_answer(maps, [7, 8, 9], 1)[0, 0] == 1  # cut off before it
-    assert measure.of_answer(maps[2:], [1], 1)[0, 0] == 2
+    assert measure.of_answer(maps, [7, 8, 1], (1,))[0, 0] == 0.5
+    assert measure.of_answer(maps, [7, 8, 9], (1,))[0, 0] == 1  # cut off before it
+    assert measure.of_answer(maps[2:], [1], (1,))[0, 0] == 2
 
 
 def test_curves_by_hand():
@@ -163,7 +163,7 @@ class FakeSubject:
     """Answers "Heart" with two tokens; the image's brightness in one patch decides all."""
 
     model = params = None
-    tok = types.SimpleNamespace(eos_token=1)
+    tok = types.SimpleNamespace(stop_tokens=(1,))
     asked = 0
 
     def ask(self, image, question):

@@ -40,10 +40,10 @@ def maps_of(model, params, seq, score, *, fill="blur") -> dict:
     return {name: raw.response_to_image(found[name], seq.grid) for name in METHODS}
 
 
-def of_answer(maps, tokens, eos_token) -> np.ndarray:
+def of_answer(maps, tokens, stop_tokens) -> np.ndarray:
     """float[R, h, w] → float[h, w]: the mean over the answer's tokens. EOS, which names nothing, only counts
     if there is nothing else."""
-    kept = len(tokens) - (len(tokens) > 1 and int(tokens[-1]) == eos_token)
+    kept = len(tokens) - (len(tokens) > 1 and int(tokens[-1]) in stop_tokens)
     return np.asarray(maps[:kept], np.float64).mean(0)
 
 
@@ -125,7 +125,7 @@ class Subject:
             self.model,
             self.params,
             decode.batch_of([row]),
-            eos_token=self.tok.eos_token,
+            eos_token=self.tok.stop_tokens,
             max_new_tokens=max_new_tokens,
         )
         tokens = distributed.to_host(tokens)[0, 0]
@@ -150,7 +150,7 @@ class Subject:
             params = self._noise
         score = score or occlusion.scorer(self.model, params, seq)
         found = maps_of(self.model, params, seq, score, fill=fill)
-        return {k: of_answer(x, seq.tokens, self.tok.eos_token) for k, x in found.items()}
+        return {k: of_answer(x, seq.tokens, self.tok.stop_tokens) for k, x in found.items()}
 
 
 def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed) -> dict:

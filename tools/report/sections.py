@@ -383,9 +383,7 @@ def _unmoved(e):
     for who in scoring.IMAGE_CONTROLS:
         if who not in e.controls:
             continue
-        same = [
-            answers.normalise(scoring.texts(row, who)[0]) == answers.normalise(row["predictions"][0]) for row in e.rows
-        ]
+        same = [len({answers.normalise(scoring.texts(row, name)[0]) for name in (who, "model")}) == 1 for row in e.rows]
         right = [s and r for s, r in zip(same, _first(e))]
         shares = (f"{100 * np.mean(x):.1f}" for x in (same, right))
         rows.append([figures.title_of(who), *shares])
