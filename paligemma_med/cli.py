@@ -219,6 +219,8 @@ def define_weight_flags() -> None:
 def with_weight_flags(config):
     """The config, or a copy with what those flags say."""
     given = {key: flags.FLAGS[key].value for key in ("base", "resample_posemb", "allow_nonfinite")}
+    if config.get("resample_posemb"):
+        given.pop("resample_posemb")  # the config says by which method
     if not any(given.values()):
         return config
     config = config.copy_and_resolve_references()

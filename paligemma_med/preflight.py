@@ -23,7 +23,7 @@ def check(setup: TrainingSetup) -> None:
     if config.get("predict_pp"):
         _build_pp(config.predict_pp, "config.predict_pp")
     if config.get("model_init"):
-        kw = dict(leaves=setup.leaves, may_be_moved=True, **weights.reading(config))
+        kw = dict(leaves=setup.leaves, may_be_moved=True, may_begin_afresh=True, **weights.reading(config))
         weights.load_host_params(config.model_init, setup.abstract, **kw)
 
 

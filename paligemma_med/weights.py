@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.checkpoints import bv, fingerprint, finite, npz, workdir
+from paligemma_med.checkpoints import bv, compose, fingerprint, finite, fit, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted
@@ -64,7 +64,12 @@ def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     config, base, adapter = setup.config, {}, {}
     if config.get("model_init"):
         base = load_host_params(
-            config.model_init, setup.abstract, leaves=setup.leaves, may_be_moved=True, **reading(config)
+            config.model_init,
+            setup.abstract,
+            leaves=setup.leaves,
+            may_be_moved=True,
+            may_begin_afresh=True,
+            **reading(config),
         )
         if any(map(lora.is_factor, base)):
             _check_scales(config, setup.model, config.model_init)
@@ -219,21 +224,31 @@ def reading(config) -> dict[str, Any]:
 
 
 def load_host_params(
-    spec, abstract, resample_posemb=False, leaves=None, *, base=None, may_be_moved=False, allow_nonfinite=False
+    spec,
+    abstract,
+    resample_posemb=False,
+    leaves=None,
+    *,
+    base=None,
+    may_be_moved=False,
+    may_begin_afresh=False,
+    allow_nonfinite=False,
 ) -> dict[str, Any]:
     """Weights of any form that `checkpoints.open_init` takes, fitted to the model, on the host.
 
     Factors of adapters may be missing, but only all of them together.
 
     Args:
-      resample_posemb: resample position embeddings of another resolution.
+      resample_posemb: resample position embeddings of another resolution; by which of `fit.RESAMPLING`, True: the
+        first.
       leaves: the model's table of leaves; by default PaliGemma's.
       base: where the weights are that a run started from, if they aren't where its config.json says.
       may_be_moved: whether `base` stands for `spec` itself, too, if there is nothing at `spec`.
+      may_begin_afresh: whether sources of parts may lack what leads from one to the other (`compose.afresh`).
       allow_nonfinite: whether weights may be NaN or infinite.
 
     Returns:
-      {name: array, which may still be in its file}.
+      {name: array, which may still be in its file}, without what begins afresh.
 
     Raises:
       checkpoints.CheckpointError: the weights don't fit the model.
@@ -241,13 +256,18 @@ def load_host_params(
     if isinstance(spec, ml_collections.ConfigDict):
         spec = spec.to_dict()
     loaded = checkpoints.open_init(spec, base=base, may_be_moved=may_be_moved, allow_nonfinite=allow_nonfinite)
+    loaded = compose.for_model(flatten_tree(loaded), abstract)
     if not resample_posemb:
-        _check_resolution(spec, flatten_tree(loaded), abstract, leaves or parts.LEAVES)
+        _check_resolution(spec, loaded, abstract, leaves or parts.LEAVES)
     expected = abstract
-    if not any(map(lora.is_factor, flatten_tree(loaded))):
+    if not any(map(lora.is_factor, loaded)):
         expected = {n: x for n, x in abstract.items() if not lora.is_factor(n)}
+    if may_begin_afresh and (several := compose.parts_of(spec)):
+        fresh = {*compose.afresh(loaded, expected, several)}
+        loaded, expected = ({n: x for n, x in flat.items() if n not in fresh} for flat in (loaded, expected))
+    method = resample_posemb if isinstance(resample_posemb, str) else fit.RESAMPLING[0]
     try:
-        fitted = checkpoints.match_params(loaded, unflatten_tree(expected))
+        fitted = checkpoints.match_params(unflatten_tree(loaded), unflatten_tree(expected), resampling=method)
     except npz.CheckpointError as e:
         raise npz.CheckpointError(f"{spec}: {e}") from None
     return flatten_tree(fitted)

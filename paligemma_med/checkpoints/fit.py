@@ -20,7 +20,11 @@ from paligemma_med.models.leaves import flatten_tree, stack_of, unflatten_tree
 _BLOCK = stack_of(leaf for path, leaf in parts.LEAVES.items() if path.startswith("img/")).rpartition("/")[2]
 
 
-def match_params(params: Mapping, expected: Mapping) -> dict:
+# How position embeddings are resampled.
+RESAMPLING = ("linear", "bicubic")
+
+
+def match_params(params: Mapping, expected: Mapping, *, resampling: str = RESAMPLING[0]) -> dict:
     """Fits loaded weights to the tree a model expects, or lists everything that doesn't fit.
 
     Position embeddings of another length are resampled, and the image tower's layers are stacked or unrolled like
@@ -29,6 +33,7 @@ def match_params(params: Mapping, expected: Mapping) -> dict:
     Args:
       params: nested dict of arrays or `lazy.Lazy`.
       expected: nested dict whose leaves have a `.shape` (arrays, or `jax.ShapeDtypeStruct`).
+      resampling: as in `resample_posemb`.
 
     Returns:
       A new nested dict with the keys of `expected`.
@@ -51,7 +56,7 @@ def match_params(params: Mapping, expected: Mapping) -> dict:
         found = tuple(np.shape(leaf))
         if _is_positions(key) and _differ_in_length(found, shape):
             try:
-                leaf = resample_posemb(leaf, shape[1])
+                leaf = resample_posemb(leaf, shape[1], method=resampling)
                 found = leaf.shape
             except CheckpointError as e:
                 problems.append(f"{key}: {e}")
@@ -142,24 +147,44 @@ def _differ_in_length(found: tuple, shape: tuple) -> bool:
     return len(found) == len(shape) == 3 and found[0] == shape[0] == 1 and found[1] != shape[1] and found[2] == shape[2]
 
 
-def resample_posemb(old, new_n: int) -> np.ndarray:
-    """Resamples learned position embeddings [1, N, D] to [1, new_n, D]; N, new_n are squares.
+def resample_posemb(old, new_n: int, *, method: str = RESAMPLING[0]) -> np.ndarray:
+    """Resamples learned position embeddings [1, N, D] to [1, new_n, D]; N, new_n are squares, or both squares plus one:
+    then the first is a class token's, which stays as it is.
 
-    Linear interpolation over the square grid with the corner points kept, as big_vision does with
-    `scipy.ndimage.zoom(order=1)`. Computed in float32, returned in the dtype of `old`; Lazy if
-    `old` is.
+    Args:
+      method: "linear": over the square grid with the corner points kept, as big_vision does with
+        `scipy.ndimage.zoom(order=1)`; "bicubic": as PyTorch's `interpolate(align_corners=False)` does, with which
+        EVA's tower is brought to 448 px (LAVIS, models/eva_vit.py).
+
+    Returns:
+      Computed in float32, in the dtype of `old`; Lazy if `old` is.
+
+    Raises:
+      CheckpointError: they aren't embeddings of a square grid.
     """
     old = old if isinstance(old, Lazy) else np.asarray(old)
     if old.ndim != 3 or old.shape[0] != 1:
         raise CheckpointError(f"position embeddings: expected shape (1, N, D), found {old.shape}")
+    if method not in RESAMPLING:
+        raise ValueError(f"resampling is {method!r}; expected one of {RESAMPLING}")
     if old.shape[1] == new_n:
         return old
-    side_old, side_new = math.isqrt(old.shape[1]), math.isqrt(max(new_n, 0))
-    if side_old**2 != old.shape[1] or side_new**2 != new_n or not side_old or not side_new:
+    first = int(_has_class_token(old.shape[1]) and _has_class_token(new_n))
+    side_old, side_new = math.isqrt(old.shape[1] - first), math.isqrt(max(new_n - first, 0))
+    if side_old**2 + first != old.shape[1] or side_new**2 + first != new_n or not side_old or not side_new:
         raise CheckpointError(
             f"position embeddings: can only resample square grids, found {old.shape[1]} positions and {new_n} expected"
         )
-    return lazy.derive(old, (1, new_n, old.shape[2]), lambda x: _zoom(x, side_old, side_new))
+    zoom = _zoom if method == "linear" else _bicubic
+
+    def resample(x):
+        return np.concatenate([x[:, :first], zoom(x[:, first:], side_old, side_new)], axis=1)
+
+    return lazy.derive(old, (1, new_n, old.shape[2]), resample)
+
+
+def _has_class_token(count):
+    return count > 1 and math.isqrt(count) ** 2 != count and math.isqrt(count - 1) ** 2 == count - 1
 
 
 def _zoom(old: np.ndarray, side_old: int, side_new: int) -> np.ndarray:
@@ -169,6 +194,21 @@ def _zoom(old: np.ndarray, side_old: int, side_new: int) -> np.ndarray:
     scale = side_new / side_old
     # mode="nearest": with the default, a corner that rounds to just outside the grid would read 0.
     grid = scipy.ndimage.zoom(grid, (scale, scale, 1), order=1, mode="nearest")
+    return grid.reshape(1, side_new**2, -1).astype(old.dtype)
+
+
+def _bicubic(old: np.ndarray, side_old: int, side_new: int) -> np.ndarray:
+    """Cubic convolution with PyTorch's coefficient, which no resampling of scipy or JAX has; edges are repeated."""
+    at = (np.arange(side_new) + 0.5) * side_old / side_new - 0.5
+    taps = np.floor(at).astype(int)[:, None] + np.arange(-1, 3)
+    t, a = np.abs(at[:, None] - taps), -0.75
+    near = ((a + 2) * t - (a + 3)) * t**2 + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    weights = np.zeros((side_new, side_old), np.float32)
+    rows = np.arange(side_new)[:, None]
+    np.add.at(weights, (rows, taps.clip(0, side_old - 1)), np.where(t <= 1, near, far))
+    grid = old.astype(np.float32).reshape(side_old, side_old, -1)
+    grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid, optimize=True)
     return grid.reshape(1, side_new**2, -1).astype(old.dtype)
 
 

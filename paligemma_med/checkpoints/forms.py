@@ -10,20 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_med.checkpoints import bv, finite, hf, lazy, npz, peft
+from paligemma_med.checkpoints import bv, compose, finite, hf, lazy, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.fit import stack_layers
-from paligemma_med.models import parts
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
-_PARTS = frozenset(path.partition("/")[0] for path in parts.LEAVES)
-_NEEDED = ("img", "llm")  # of these
 ADAPTERS = {"peft": peft}
 _MOVED = "; if they were moved, --base=PATH says where they are now"
 
 _FORMS = (
-    "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face PaliGemma directory, "
+    "a big_vision file 'x.npz' or a part of one 'x.npz:img', a Hugging Face directory, a file of safetensors, "
     "an Orbax checkpoint, a workdir of this project (or one 'workdir@step' of its checkpoints), or "
     "a training checkpoint of big_vision's (folder, prefix 'x/checkpoint.bv' or workdir)"
 )
@@ -59,7 +56,8 @@ def kind_of(spec: os.PathLike | str) -> str:
             return "big_vision"
         if any(e.endswith((".bin", ".pt", ".pth")) for e in entries):
             raise CheckpointError(
-                f"{spec} holds PyTorch pickles, which are never read: save it with safe_serialization=True"
+                f"{spec} holds PyTorch pickles, which are never read: save it with safe_serialization=True, or make "
+                "safetensors of them with tools.torch_to_safetensors"
             )
         raise CheckpointError(f"{spec} is a folder without weights: expected {_FORMS}")
     if "@" in spec:
@@ -70,6 +68,8 @@ def kind_of(spec: os.PathLike | str) -> str:
     path, _ = npz.split_spec(spec)
     if path.lower().endswith(".npz"):
         return "npz"
+    if spec.endswith(".safetensors") and os.path.isfile(spec):
+        return "hf"
     if bv.find(spec):
         return "big_vision"
     if not os.path.exists(path):
@@ -87,8 +87,9 @@ def open_params(
     """Opens weights of any form: a nested dict with big_vision's names.
 
     Args:
-      spec: "x.npz", "x.npz:img", a Hugging Face PaliGemma directory, an Orbax checkpoint, a workdir
-        or "workdir@step", or a big_vision training checkpoint, as for `bv.find`.
+      spec: "x.npz", "x.npz:img", a Hugging Face directory or a file of safetensors (`hf.open_hf`), an Orbax
+        checkpoint, a workdir or "workdir@step", or a big_vision training checkpoint, as for `bv.find`; or several
+        sources, "img=a,connector=b,llm=c".
       base: of a workdir: where the weights that it started from are, if they aren't where its config.json says.
       allow_nonfinite: whether weights may be NaN or infinite.
       runs: folders of the runs that started from this one.
@@ -103,7 +104,10 @@ def open_params(
       CheckpointError: it is none of the accepted forms, or is damaged; a leaf isn't of floats. Numbers that aren't
         finite show when a leaf is read.
     """
-    spec = os.path.expanduser(os.fspath(spec))
+    spec = os.fspath(spec)
+    if several := compose.parts_of(spec):
+        return compose.open_parts(several, lambda path: open_params(path, allow_nonfinite=allow_nonfinite, runs=runs))
+    spec = os.path.expanduser(spec)
     kind = kind_of(spec)
     if kind == "workdir":
         return _open_run(spec, base, allow_nonfinite, runs)
@@ -150,25 +154,27 @@ def load_params(spec: os.PathLike | str, **kw) -> dict[str, Any]:
 def open_init(
     spec: os.PathLike | str | Mapping[str, str], *, base: str | None = None, may_be_moved: bool = False, **kw
 ) -> dict[str, Any]:
-    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec.
+    """`config.model_init`: one spec for `open_params`, or a mapping img=spec, llm=spec, perhaps connector=spec.
+
+    A source may hold other parts besides the one that it is named for.
 
     Args:
       base: as for `open_params`.
       may_be_moved: whether `base` stands for `spec` itself, too, if there is nothing at `spec`.
     """
     if not isinstance(spec, str | os.PathLike | Mapping):
-        raise ValueError(f"model_init is {spec!r}: expected a path, or {' and '.join(_NEEDED)}")
-    if not isinstance(spec, Mapping):
-        try:
-            return open_params(spec, base=base, **kw)
-        except FileNotFoundError as e:
-            if base is None or not may_be_moved:
-                is_told = not may_be_moved or _MOVED in str(e)  # by the run that this one started from
-                raise FileNotFoundError(f"{e}{'' if is_told else _MOVED}") from None
-        return open_params(base, **kw)
-    if not {*_NEEDED} <= set(spec) <= _PARTS:
-        raise ValueError(f"model_init has the keys {sorted(spec)}: expected a path, or {' and '.join(_NEEDED)}")
-    return {part: open_params(path, **kw) for part, path in spec.items()}
+        raise ValueError(
+            f"model_init is {spec!r}: expected a path, or a path for each of {' and '.join(compose.PARTS)}"
+        )
+    if several := compose.parts_of(spec):
+        return compose.open_parts(several, lambda path: open_params(path, **kw))
+    try:
+        return open_params(spec, base=base, **kw)
+    except FileNotFoundError as e:
+        if base is None or not may_be_moved:
+            is_told = not may_be_moved or _MOVED in str(e)  # by the run that this one started from
+            raise FileNotFoundError(f"{e}{'' if is_told else _MOVED}") from None
+    return open_params(base, **kw)
 
 
 def load_init(spec: os.PathLike | str | Mapping[str, str], **kw) -> dict[str, Any]:

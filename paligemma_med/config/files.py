@@ -5,7 +5,7 @@ import os
 
 import ml_collections
 
-from paligemma_med.checkpoints import bv, npz, workdir
+from paligemma_med.checkpoints import bv, compose, npz, workdir
 
 
 def to_json(config) -> str:
@@ -24,7 +24,10 @@ def to_json(config) -> str:
 
 
 def absolute(spec) -> str:
-    """A spec of weights ("w.npz:img", a run's workdir) with an absolute path, and of a run with its step."""
+    """A spec of weights ("w.npz:img", a run's workdir, "img=a,llm=b") with absolute paths, and of runs with their
+    steps."""
+    if several := compose.parts_of(spec):
+        return ",".join(f"{part}={absolute(path)}" for part, path in several.items())
     path, part = npz.split_spec(spec)
     path = os.path.abspath(os.path.expanduser(path))
     return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")

@@ -145,7 +145,7 @@ _CONFIG = {
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
     "base": _TEXT,
     "allow_nonfinite": _YES_NO,
-    "resample_posemb": _YES_NO,
+    "resample_posemb": _either(_YES_NO, _one_of(["bicubic"])),
     "input": _SECTION,
     **{f"total_{unit}": _POSITIVE for unit in ("steps", "epochs", "examples")},
     "optax_name": _TEXT,

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scipy.ndimage
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,28 @@ def test_resampling_keeps_the_dtype_and_refuses_other_grids():
     for shape, new in [((1, 15, 3), 16), ((1, 16, 3), 15), ((1, 16, 3), 0), ((16, 3), 4)]:
         with pytest.raises(CheckpointError, match="position embeddings"):
             fit.resample_posemb(np.ones(shape), new)
+
+
+@pytest.mark.parametrize("method", fit.RESAMPLING)
+def test_a_class_tokens_row_stays(method):
+    """EVA's 224 px to 448, and BiomedCLIP's."""
+    emb = np.random.default_rng(0).normal(size=(1, 17, 3)).astype(np.float32)
+    got = fit.resample_posemb(emb, 65, method=method)
+    np.testing.assert_array_equal(got[:, 0], emb[:, 0])
+    np.testing.assert_array_equal(got[:, 1:], fit.resample_posemb(emb[:, 1:], 64, method=method))
+    for new in (64, 66, 1):  # a tower without a class token, and no square
+        with pytest.raises(CheckpointError, match="can only resample square grids"):
+            fit.resample_posemb(emb, new, method=method)
+
+
+@pytest.mark.parametrize("old, new", [(16, 32), (16, 24), (5, 3), (3, 7), (1, 4), (2, 1)])
+def test_bicubic_resampling_is_torchs(old, new):
+    emb = np.random.default_rng(old).normal(size=(1, old * old, 4)).astype(np.float32)
+    grid = torch.tensor(emb.reshape(1, old, old, 4).transpose(0, 3, 1, 2))
+    want = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    want = want.numpy().transpose(0, 2, 3, 1).reshape(1, new * new, 4)
+    np.testing.assert_allclose(fit.resample_posemb(emb, new * new, method="bicubic"), want, rtol=0, atol=1e-5)
+    assert fit.resample_posemb(emb.astype(BF16), new * new, method="bicubic").dtype == BF16
 
 
 # --- stacking -------------------------------------------------------------------------------------

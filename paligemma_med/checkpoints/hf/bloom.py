@@ -15,6 +15,7 @@ NAME = "BLOOM"
 _DECODER = "transformer"
 STYLES, PUBLISHED, PADDING = {"4.41": {_DECODER: _DECODER}}, "4.41", 0
 BUFFERS = ()
+UNREAD = ()
 EMBEDDING, HEAD = f"{_DECODER}.word_embeddings.weight", "lm_head.weight"
 # Keys missing in a config.json have their class' default; these are transformers 5.24's.
 DEFAULTS = dict(vocab_size=250_880, hidden_size=64, n_layer=2, n_head=8, layer_norm_epsilon=1e-5)

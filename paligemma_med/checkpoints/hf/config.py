@@ -12,10 +12,10 @@ from paligemma_med.pp import json_text
 
 class Described(NamedTuple):
     """What a config.json says about the model: arguments of `vlm.Model`, and the sizes of the tensors in the files.
-    img is None for a language model by itself."""
+    img is None for a language model by itself, llm for an image tower."""
 
     img: dict[str, Any] | None
-    llm: dict[str, Any]
+    llm: dict[str, Any] | None
     sizes: Sizes
     connector: dict[str, Any] | None = None
     image_ar: str = "prefix"
@@ -24,7 +24,8 @@ class Described(NamedTuple):
     def model(self) -> dict[str, Any]:
         """The arguments of `vlm.Model`; defaults are left out."""
         between = dict(connector=self.connector, image_ar=self.image_ar) if self.connector else {}
-        return dict(llm=self.llm) if self.img is None else dict(img=self.img, llm=self.llm, **between)
+        there = {name: part for name, part in (("img", self.img), ("llm", self.llm)) if part is not None}
+        return {**there, **between}
 
 
 class Section(Mapping):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from paligemma_med.checkpoints.errors import CheckpointError
-from paligemma_med.checkpoints.hf import bloom, gemma3, gemma3_text, llama, paligemma
+from paligemma_med.checkpoints.hf import bloom, gemma3, gemma3_text, llama, paligemma, vit
 from paligemma_med.checkpoints.hf.config import Described
 from paligemma_med.checkpoints.hf.layout import Row, Sizes
 from paligemma_med.models import decoder, lora_targets
@@ -27,6 +27,7 @@ class Family(Protocol):
         former unless `table` has a row for it.
       PADDING: how many rows are appended to our table when it is written, as copies of the first.
       BUFFERS: regexes of canonical names that hold nothing learned.
+      UNREAD: regexes of those that ours has no place for, though they are learned.
       STYLES: {version of transformers: {first word of canonical names: what that version has instead}}. A family that
         renamed more has a function in_style(canonical name, style), too.
       PUBLISHED: which of STYLES is written.
@@ -38,6 +39,7 @@ class Family(Protocol):
     HEAD: str
     PADDING: int
     BUFFERS: tuple[str, ...]
+    UNREAD: tuple[str, ...]
     STYLES: Mapping[str, Mapping[str, str]]
     PUBLISHED: str
 
@@ -71,7 +73,9 @@ class Family(Protocol):
         model that reads no images."""
 
 
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (paligemma, gemma3, gemma3_text, llama, bloom)}
+FAMILIES: dict[str, Family] = {
+    family.MODEL_TYPE: family for family in (paligemma, gemma3, gemma3_text, llama, bloom, vit)
+}
 
 
 def of_config(whole: Mapping[str, Any], path: str) -> Family:

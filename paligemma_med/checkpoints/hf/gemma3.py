@@ -22,6 +22,7 @@ BUFFERS = (
     *paligemma.BUFFERS,
     r"language_model\.rotary_emb\w*\.\w*inv_freq",
 )
+UNREAD = ()
 EMBEDDING, HEAD = paligemma.EMBEDDING, paligemma.HEAD
 canonical = paligemma.canonical
 

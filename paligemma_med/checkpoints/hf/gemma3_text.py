@@ -10,6 +10,7 @@ MODEL_TYPE = "gemma3_text"
 NAME = "Gemma 3 (text)"
 STYLES, PUBLISHED, PADDING = llama.STYLES, llama.PUBLISHED, 0
 BUFFERS = (*llama.BUFFERS, r"model\.rotary_emb\w*\.\w*inv_freq")
+UNREAD = ()
 EMBEDDING, HEAD = llama.EMBEDDING, llama.HEAD
 canonical = llama.canonical
 make_processor = config.no_processor

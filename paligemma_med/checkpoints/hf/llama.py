@@ -12,6 +12,7 @@ NAME = "LLaMA"
 _DECODER = "model"
 STYLES, PUBLISHED, PADDING = {"4.41": {_DECODER: _DECODER}}, "4.41", 0
 BUFFERS = tuple(rf"{_DECODER}\.{buffer}" for buffer in gemma.BUFFERS)
+UNREAD = ()
 EMBEDDING, HEAD = f"{_DECODER}.{gemma.EMBEDDING}", gemma.HEAD
 # Keys missing in a config.json have their class' default; these are transformers 5.24's.
 DEFAULTS = dict(

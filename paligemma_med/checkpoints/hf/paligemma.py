@@ -42,6 +42,7 @@ BUFFERS = tuple(
     for module, buffers in ((_TOWER, siglip.BUFFERS), (_DECODER, gemma.BUFFERS))
     for buffer in buffers
 )
+UNREAD = ()
 EMBEDDING, HEAD = f"{_DECODER}.{gemma.EMBEDDING}", gemma.HEAD
 PADDING = 64  # rows of the embedding after ours, as in Google's files: the first is the image token
 

@@ -49,12 +49,14 @@ class Tensor(NamedTuple):
 
 
 def open_all(folder: str) -> list[Tensor]:
-    """All tensors of a directory, in one file or in several with an index.
+    """All tensors of a directory, in one file or in several with an index; or of one file.
 
     Raises:
       FileNotFoundError: no weights, or one of their files is missing.
       CheckpointError: a file is damaged, or the index and the files have different tensors.
     """
+    if os.path.isfile(folder):
+        return _open_file(folder)
     names, indexed = _files(folder)
     tensors = [tensor for name in names for tensor in _open_file(os.path.join(folder, name))]
     found = {tensor.name for tensor in tensors}

@@ -30,6 +30,7 @@ class Toy:
     HEAD: str = "lm_head.weight"
     PADDING: int = 0
     BUFFERS: tuple = ()
+    UNREAD: tuple = ()
     PUBLISHED: str = "1"
 
     STYLES = {
