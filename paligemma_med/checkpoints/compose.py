@@ -39,7 +39,7 @@ def parts_of(spec: Any) -> Mapping[str, str] | None:
         return None
     if not {*_NEEDED} <= {*spec} <= {*PARTS}:
         raise ValueError(
-            f"model_init has keys {sorted(spec)}: expected a path, or {' and '.join(_NEEDED)} (and perhaps connector)"
+            f"model_init has the keys {sorted(spec)}: expected a path, or {' and '.join(_NEEDED)} (connector too)"
         )
     return spec
 
