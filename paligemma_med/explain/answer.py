@@ -109,6 +109,7 @@ def explain(
     answer_ids, answer = answers[0]
     texts = dict(zip(images, (text for _, text in answers)))
     prompt = sequence.prompt_of(row)
+    batch_size = report.batch_size_for(loaded.params)
     arrays, score = report.measure(
         loaded.model,
         loaded.params,
@@ -117,11 +118,12 @@ def explain(
         **prompt,
         methods=methods,
         fill=fill,
+        batch_size=batch_size,
         stage=notes.stage,
     )
     names = [name for name in images if name != "image"]
     # In batches of occlusion's size, whose program is compiled already.
-    size = report.BATCH if "occlusion" in methods else len(names)
+    size = batch_size if "occlusion" in methods else len(names)
     with notes.stage("asking again about other images"):
         others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))

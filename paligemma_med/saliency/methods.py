@@ -36,16 +36,16 @@ class Method(NamedTuple):
     Attributes:
       kinds: {name: Kind} of its maps.
       maps: `Passes` → its maps, whose `method` is one of `kinds`; tools.eval_saliency measures the
-        first of each kind.
+        first of each kind. If it takes long, it calls its `progress` with how many parts are done, and of how many.
     """
 
     kinds: dict[str, Kind]
-    maps: Callable[[Passes], list[Map]]
+    maps: Callable[..., list[Map]]
 
 
-def _raw(passes: Passes) -> list[Map]:
+def _raw(passes: Passes, progress=None) -> list[Map]:
     # A report always has raw attention, by layer and head: `Arrays.raw`.
-    del passes
+    del passes, progress
     return []
 
 
@@ -55,24 +55,33 @@ def _with_tower(name, variant, row, pixels, patches):
     return [Map(name, variant, row), Map(f"{name}_siglip", variant, carried)]
 
 
-def _rollout(passes: Passes) -> list[Map]:
+def _rollout(passes: Passes, progress=None) -> list[Map]:
+    del progress  # one pass, which raw attention comes from as well
     _, rolled, _, _ = passes.attention
     found = (_with_tower("rollout", v, *pair, passes.seq.patches) for v, pair in rolled.items())
     return [m for pair in found for m in pair]
 
 
-def _relevancy(passes: Passes) -> list[Map]:
+def _relevancy(passes: Passes, progress=None) -> list[Map]:
     seq = passes.seq
     # Without the 1 that each row starts from, which would dominate the rest.
-    found = relevancy.relevancy(passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False)
+    found = relevancy.relevancy(
+        passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False, progress=progress
+    )
     return _with_tower("relevancy", "", found.rows[:, : seq.response.stop], found.patches, seq.patches)
 
 
-def _occlusion(passes: Passes) -> list[Map]:
+def _occlusion(passes: Passes, progress=None) -> list[Map]:
     """Each patch gets the value of its cell."""
     seq, cell = passes.seq, passes.cell
     drops = occlusion.occlusion(
-        passes.score, seq.batch["image"][0], seq.grid, cell=cell, fill=passes.fill, batch_size=passes.batch_size
+        passes.score,
+        seq.batch["image"][0],
+        seq.grid,
+        cell=cell,
+        fill=passes.fill,
+        batch_size=passes.batch_size,
+        progress=progress,
     )
     drops = drops.repeat(cell, axis=1).repeat(cell, axis=2)[:, : seq.grid[0], : seq.grid[1]]
     return [Map("occlusion", "", drops.reshape(len(drops), -1))]

@@ -28,7 +28,7 @@ from paligemma_med.saliency import trace
 FILLS = ("blur", "mean", "blank", "inpaint")
 
 
-def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32) -> np.ndarray:
+def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32, progress=None) -> np.ndarray:
     """Drop of each response token's log-probability when a cell of the image is replaced.
 
       map[r, y, x] = log p(token r | image) - log p(token r | image with cell (y, x) replaced)
@@ -42,6 +42,7 @@ def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32) -> np.n
       cell: side of an occluded square in patches; it may be cut at the right and lower edge.
       fill: one of FILLS; see `fill_image`.
       batch_size: images in a pass; the last pass is filled up to as many.
+      progress: see `in_batches`.
 
     Returns:
       float32[R, h, w]; h and w are the grid's rows and columns divided by `cell`, rounded up.
@@ -59,7 +60,7 @@ def occlusion(score, image, grid, *, cell=1, fill="blur", batch_size=32) -> np.n
             for column in columns:
                 yield replace(image, row[:, None] & column, fill, patch, filling=filling)
 
-    scores = in_batches(score, images(), batch_size)
+    scores = in_batches(score, images(), batch_size, 1 + len(rows) * len(columns), progress)
     return (scores[0] - scores[1:]).T.reshape(-1, len(rows), len(columns))
 
 
@@ -182,9 +183,9 @@ def _membrane(image, mask):
 # --- The model ---
 
 
-def in_batches(score, images, batch_size) -> np.ndarray:
+def in_batches(score, images, batch_size, total=None, progress=None) -> np.ndarray:
     """float32[N, R]: scores of an iterable of N images float32[H, W, 3], `batch_size` at a time, and never
-    more than one batch in memory."""
+    more than one batch in memory. `progress` is called after each batch with how many images are done, and `total`."""
     scores, waiting = [], []
 
     def flush():
@@ -192,6 +193,8 @@ def in_batches(score, images, batch_size) -> np.ndarray:
         full = waiting + [waiting[-1]] * (batch_size - len(waiting))
         scores.append(np.asarray(score(np.stack(full)))[: len(waiting)])
         waiting.clear()
+        if progress is not None:
+            progress(sum(map(len, scores)), total)
 
     for image in images:
         waiting.append(np.asarray(image, np.float32))

@@ -17,7 +17,9 @@ Axis letters: L layers, N heads, S positions, P patches, T text positions, P + T
 (`trace`), R tokens, V vocabulary.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,6 +30,8 @@ from paligemma_med.models import lean, vlm
 from paligemma_med.saliency import trace
 
 SCORES = ("logit", "logprob")
+TOGETHER = 4  # tokens in a backward pass, at most
+_HELD = 2**30  # bytes that a backward pass may hold of fused attention
 
 
 class Relevancy(NamedTuple):
@@ -38,12 +42,15 @@ class Relevancy(NamedTuple):
     patches: np.ndarray
 
 
-def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True) -> Relevancy:
+def relevancy(
+    model, params, batch, queries, tokens, *, score="logit", own=True, together=None, progress=None
+) -> Relevancy:
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
-    One forward pass, and for each token one backward pass down to the probabilities of all layers.
-    Heads are fused layer by layer: at 448 px and the shapes of the 3B model in float32, temporary
-    memory is 1.4 GiB instead of 8.3.
+    One forward pass, and backward passes down to the probabilities of all layers, each for a few tokens, which share
+    what a backward pass computes again of the forward pass: on a CPU a third less time than one by one. Heads are
+    fused layer by layer: at 448 px and the shapes of the 3B model in float32, one token's temporary memory is 1.4 GiB
+    instead of 8.3.
 
     A row starts as a 1 at its own query, to which attention adds. Rows don't sum to 1; only ratios
     within a row have a meaning.
@@ -59,6 +66,8 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
         "logprob" counts only what speaks more for the token than for its rivals, but its gradient
         shrinks with 1 - p, and near p = 1 only paths through a single layer are left.
       own: False leaves out the 1 that a row starts with.
+      together: tokens in a backward pass; by default up to TOGETHER, as memory allows.
+      progress: called after each backward pass with how many of the tokens are done, and R.
 
     Returns:
       `Relevancy`.
@@ -71,21 +80,34 @@ def relevancy(model, params, batch, queries, tokens, *, score="logit", own=True)
         raise ValueError(f"score is {score!r}; expected one of {SCORES}.")
     arrays = trace.inputs(batch)
     queries, tokens = (np.asarray(x, np.int32).reshape(-1) for x in (queries, tokens))
-    if not queries.size or queries.size != tokens.size:
+    count = queries.size
+    if not count or count != tokens.size:
         raise ValueError(f"{queries.size} queries and {tokens.size} tokens; expected as many.")
     queries = trace.of(model, arrays).check_queries(queries)
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {model.vocab_size}.")
-    padded = (trace.padded(x) for x in (queries, tokens))
-    out = _relevancy(_lean(model), params, arrays, *padded, queries.size, score=score, own=own)
-    return Relevancy(*(x[: queries.size] for x in jax.device_get(out)))
+    queries, tokens = (trace.padded(x) for x in (queries, tokens))
+    model, found = _lean(model), []
+    pull = _forward(model, params, arrays, queries, tokens, score=score)
+    for chosen in _chunks(count, together or _together(model, arrays)):
+        rows = _backward(model, params, pull, arrays, queries, chosen, own=own)
+        found.append(jax.device_get(rows))
+        if progress is not None:
+            progress(min(count, int(chosen[-1]) + 1), count)
+    return Relevancy(*(np.concatenate(x)[:count] for x in zip(*found)))
 
 
-def lower(model, params, batch, count) -> jax.stages.Lowered:
-    """The program for `count` tokens, lowered by `jax.jit` from arrays or their shapes, so that
-    tools/bench/saliency_memory.py can ask how much memory it takes."""
+def lower(model, params, batch, count, together=None) -> jax.stages.Lowered:
+    """One program that does what `relevancy` does for its first tokens of `count`, lowered by `jax.jit` from arrays or
+    their shapes, so that tools/bench/saliency_memory.py can ask how much memory it takes."""
     tokens = jax.ShapeDtypeStruct((count + -count % trace.MULTIPLE,), jnp.int32)
-    return _relevancy.lower(_lean(model), params, batch, tokens, tokens, count, score="logit", own=True)
+    model, chosen = _lean(model), next(_chunks(count, together or _together(model, batch)))
+
+    def both(params, arrays, queries, tokens):
+        pull = _forward(model, params, arrays, queries, tokens, score="logit")
+        return _backward(model, params, pull, arrays, queries, chosen, own=True)
+
+    return lean.jit(both).lower(params, batch, tokens, tokens)
 
 
 def _lean(model):
@@ -95,35 +117,71 @@ def _lean(model):
     return model.clone(img={**model.img, **how}, llm={**model.llm, **how})
 
 
-@functools.partial(lean.jit, static_argnames=("model", "score", "own"))
-def _relevancy(model, params, batch, queries, tokens, count, *, score, own):
-    """`relevancy` of the first `count` tokens; the other rows are 0, and cost no backward pass."""
+def _sizes(model, batch):
+    """{part: shape of its layers' fused attention}."""
     example = trace.of(model, batch)
-    patches, length = example.patches, example.layout.length
+    lengths = {"img": example.patches, "llm": example.layout.length}
+    return {name: (model.parts[name].depth, 1, n, n) for name, n in lengths.items()}
+
+
+def _together(model, batch):
+    """How many tokens to follow in one backward pass, which holds the fused attention of all layers for each."""
+    held = sum(4 * math.prod(shape) for shape in _sizes(model, batch).values())
+    return max(1, min(TOGETHER, _HELD // held))
+
+
+def _chunks(count, size):
+    """Yields int32[size] numbers of tokens below `count`; the last is filled up by repeating the last token. A size
+    that is larger than `count` is the next power of two, so that few programs are compiled."""
+    size = min(size, 1 << (count - 1).bit_length())
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """Stands for a leaf of the parameters."""
+
+    number: int
+
+
+@functools.partial(lean.jit, static_argnames=("model", "score"))
+def _forward(model, params, batch, queries, tokens, *, score):
+    """The forward pass: a function from weights of the tokens' scores, float32[R], to their gradient with respect to
+    the slots, which is each layer's Ā (`capture.weigh`). It holds `_Weight` in place of weights, which as results of a
+    program would be copies."""
+    example = trace.of(model, batch)
 
     def scores(slots):
-        """float32[R], whose gradient with respect to the slots is each layer's Ā (`capture.weigh`)."""
         variables = {"params": params, "perturbations": vlm.perturbations(model, **slots)}
         logits, _ = model.apply(variables, **batch, logit_positions=(example.predicted(queries) - 1)[None])
         if score == "logprob":
             logits = jax.nn.log_softmax(logits, axis=-1)
         return jnp.take_along_axis(logits[0], tokens[:, None], axis=-1)[:, 0]
 
-    sizes = {"img": patches, "llm": length}
-    slots = {name: jnp.zeros((model.parts[name].depth, 1, n, n), jnp.float32) for name, n in sizes.items()}
-    _, pull = jax.vjp(scores, slots)
+    slots = {name: jnp.zeros(shape, jnp.float32) for name, shape in _sizes(model, batch).items()}
+    weights = {id(x): _Weight(i) for i, x in enumerate(jax.tree.leaves(params))}
+    return jax.tree.map(lambda x: weights.get(id(x), x), jax.vjp(scores, slots)[1])
 
-    def one(i, out):
-        (weights,) = pull(jax.nn.one_hot(i, len(tokens), dtype=jnp.float32))
-        start = jax.nn.one_hot(queries[i], length, dtype=jnp.float32)
+
+@functools.partial(lean.jit, static_argnames=("model", "own"))
+def _backward(model, params, pull, batch, queries, chosen, *, own):
+    """(rows float32[k, P + T], patches float32[k, P]) of the tokens with the numbers int32[k]; pull of `_forward`."""
+    example = trace.of(model, batch)
+    weights = jax.tree.leaves(params)
+    pull = jax.tree.map(
+        lambda x: weights[x.number] if isinstance(x, _Weight) else x, pull, is_leaf=lambda x: isinstance(x, _Weight)
+    )
+
+    def one(i):
+        (weights,) = pull(jax.nn.one_hot(i, len(queries), dtype=jnp.float32))
+        start = jax.nn.one_hot(queries[i], example.layout.length, dtype=jnp.float32)
         row = carry_down(start, weights["llm"][:, 0])
         row = example.map(row if own else row - start, rule="relevancy")
-        image = carry_down(row[:patches], weights["img"][:, 0])
-        return out[0].at[i].set(row), out[1].at[i].set(image)
+        return row, carry_down(row[: example.patches], weights["img"][:, 0])
 
-    columns = patches + example.layout.num_text
-    empty = tuple(jnp.zeros((len(tokens), n), jnp.float32) for n in (columns, patches))
-    return jax.lax.fori_loop(0, count, one, empty)
+    return jax.vmap(one)(chosen)
 
 
 def carry_down(row, weights) -> jnp.ndarray:

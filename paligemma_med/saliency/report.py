@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from paligemma_med.models import lean
 from paligemma_med.saliency import occlusion, raw, sequence
 from paligemma_med.saliency.methods import METHODS
 from paligemma_med.saliency.passes import ROLLOUTS, Map, Passes
@@ -20,6 +22,7 @@ from paligemma_med.saliency.passes import ROLLOUTS, Map, Passes
 CELLS = 8  # occluded cells along the longer side, at most
 REGIONS = 4  # lines of the coarse grid whose rectangles are occluded
 BATCH = 32  # images in a pass of occlusion
+SLOW_BATCH = 8  # where a pass of so many takes minutes, and progress should be told now and then
 
 
 class Regions(NamedTuple):
@@ -86,7 +89,7 @@ def measure(
     methods=tuple(METHODS),
     fill="blur",
     batch_size=BATCH,
-    stage=contextlib.nullcontext,
+    stage=lambda doing: contextlib.nullcontext(),
 ) -> tuple[Arrays, Callable]:
     """The arrays of one answer.
 
@@ -98,7 +101,8 @@ def measure(
       fill: of occluded cells, see `occlusion.fill_image`.
       batch_size: images in a pass of occlusion.
       stage: gives a context for each of its parts, from a phrase such as "computing maps by rollout"; for a caller
-        that says what is being done.
+        that says what is being done. Its value, if it isn't None, is called with how many equal parts are done, and
+        of how many.
 
     Returns:
       (`Arrays`, score); score gives the answer's log-probabilities on other images (`occlusion.scorer`).
@@ -128,11 +132,11 @@ def measure(
     occluded, maps, regions = "occlusion" in methods, [], None
     for name in METHODS:
         if name in methods:
-            with stage(f"computing maps by {name}"):
-                maps += METHODS[name].maps(passes)
+            with stage(f"computing maps by {name}") as progress:
+                maps += METHODS[name].maps(passes, progress)
     if occluded:
-        with stage("asking again with rectangles of the image replaced"):
-            regions = _regions(score, seq.batch["image"][0], seq.grid, fill, batch_size)
+        with stage("asking again with rectangles of the image replaced") as progress:
+            regions = _regions(score, seq.batch["image"][0], seq.grid, fill, batch_size, progress)
     return Arrays(
         grid=seq.grid,
         logprobs=logprobs,
@@ -145,6 +149,12 @@ def measure(
     ), score
 
 
+def batch_size_for(params) -> int:
+    """Images in a pass of occlusion with these parameters."""
+    slow = jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) > lean.LARGE
+    return SLOW_BATCH if slow else BATCH
+
+
 def boxes(grid, lines=REGIONS) -> np.ndarray:
     """int[M, 4]: all rectangles of a coarse grid of at most `lines` × `lines` cells, y0 x0 y1 x1 in patches."""
     edges = [sorted({round(i * n / lines) for i in range(lines + 1)}) for n in grid]
@@ -152,7 +162,7 @@ def boxes(grid, lines=REGIONS) -> np.ndarray:
     return np.array([(y0, x0, y1, x1) for y0, y1 in spans[0] for x0, x1 in spans[1]])
 
 
-def _regions(score, image, grid, fill, batch_size):
+def _regions(score, image, grid, fill, batch_size, progress):
     """The answer's log-probabilities with each rectangle replaced."""
     found = boxes(grid)
     patch = image.shape[0] // grid[0], image.shape[1] // grid[1]
@@ -164,4 +174,4 @@ def _regions(score, image, grid, fill, batch_size):
             mask[y0 * patch[0] : y1 * patch[0], x0 * patch[1] : x1 * patch[1]] = True
             yield replaced(mask)
 
-    return Regions(fill, found, occlusion.in_batches(score, images(), batch_size))
+    return Regions(fill, found, occlusion.in_batches(score, images(), batch_size, len(found), progress))

@@ -119,10 +119,28 @@ def test_tokens_are_explained_each_for_itself_and_differ():
         alone = relevancy.relevancy(ours, params, batch, queries[i : i + 1], tokens[i : i + 1])
         for a, b in zip(alone, together):
             assert_close(a[0], b[i], units=32)
+    # Five tokens at once, in fours, and in twos.
+    for size, steps in ((8, [5]), (None, [4, 5]), (2, [2, 4, 5])):
+        told = []
+        kw = dict(together=size, progress=lambda done, of, told=told: told.append((done, of)))
+        again = relevancy.relevancy(ours, params, batch, queries, tokens, **kw)
+        assert told == [(done, 5) for done in steps]
+        for a, b in zip(again, together):
+            assert_close(a, b, units=32)
     # The class explained decides: another token at the same place has another map.
     other = relevancy.relevancy(ours, params, batch, queries, (tokens + 1) % 61)
     for a, b in zip(other.patches, together.patches):
         assert np.corrcoef(a, b)[0, 1] < 0.99
+
+
+def test_between_passes_no_copy_of_the_weights_is_held():
+    """A forward pass hands the backward passes what they need of it: layers' inputs, and no weight."""
+    ours, params, batch, _, queries, tokens = setup("gemma2_emb_per_head")
+    arrays = {k: batch[k] for k in ("image", "text", "mask_ar")}
+    pull = relevancy._forward(relevancy._lean(ours), params, arrays, queries, tokens, score="logit")
+    held = {np.asarray(x).tobytes() for x in jax.tree.leaves(pull)}
+    kernels = [x for x in jax.tree.leaves(params) if x.ndim > 2]
+    assert len(kernels) > 10 and not held & {np.asarray(x).tobytes() for x in kernels}
 
 
 def test_how_layers_are_run_in_training_changes_nothing():
