@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_med.checkpoints import bv, compose, finite, hf, lazy, npz, peft
+from paligemma_med.checkpoints import bv, compose, finite, gm, hf, lazy, minigpt, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.fit import stack_layers
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 ADAPTERS = {"peft": peft}
+_READ_ONLY = (minigpt,)  # adapters that no one writes any more
 _MOVED = "; if they were moved, --base=PATH says where they are now"
 
 _FORMS = (
@@ -119,6 +120,7 @@ def open_params(
         from paligemma_med.checkpoints import orbax
 
         found = orbax.open_orbax(spec)
+        found = gm.from_gm(found, spec) if gm.is_gm(found) else found
     else:
         found = bv.open_bv(spec)
     return stack_layers(finite.checked(found, spec, allow_nonfinite))
@@ -236,11 +238,11 @@ def _fitting(params, dtype):
 
 
 def _adapter_form(path):
-    return next((form for form in ADAPTERS.values() if form.is_adapter(path)), None)
+    return next((form for form in (*ADAPTERS.values(), *_READ_ONLY) if form.is_adapter(path)), None)
 
 
 def load_adapter(path: os.PathLike | str, *, allow_nonfinite: bool = False) -> Adapter:
-    """Reads an adapter in any of the forms in `ADAPTERS`.
+    """Reads an adapter in any of the forms in `ADAPTERS`, or one in a checkpoint of MiniGPT-v2's or PeFoMed's.
 
     Args:
       allow_nonfinite: whether factors may be NaN or infinite.

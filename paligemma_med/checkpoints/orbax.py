@@ -85,7 +85,7 @@ def save_orbax(
             raise
         except Exception as e:  # Orbax and TensorStore raise generic errors
             raise CheckpointError(f"{folder} can't be written (Orbax says: {first_line(e)}); is the disk full?") from e
-        if _shapes(_metadata(inner)) != _shapes(flat):
+        if _shapes(flatten_tree(_metadata(inner))) != _shapes(flat):
             raise CheckpointError(f"{folder}: what lies there is not what was written; is the disk sound?")
         for name in os.listdir(inner):
             os.rename(os.path.join(inner, name), os.path.join(new, name))
@@ -119,33 +119,48 @@ def open_orbax(folder: os.PathLike | str) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no checkpoint {folder}")
     flat = {}
-    for key, leaf in _metadata(folder).items():
+    for keys, leaf in _by_keys(_metadata(folder)).items():
+        key = "/".join(map(str, keys))
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             raise CheckpointError(f"{folder}: {key} is not an array")
-        flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, key, leaf))
+        flat[key] = Lazy(leaf.shape, leaf.dtype, functools.partial(_read, folder, keys, leaf))
     if any(key.startswith("params/") for key in flat):
         flat = {k[len("params/") :]: v for k, v in flat.items() if k.startswith("params/")}
     return unflatten_tree(flat)
 
 
 def _metadata(folder):
-    """{path: what Orbax says of the leaf}."""
+    """The tree with what Orbax says of each leaf."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            return flatten_tree(checkpointer.metadata(plain_path(folder)).item_metadata.tree)
+            tree = checkpointer.metadata(plain_path(folder)).item_metadata.tree
     except Exception as e:  # Orbax and TensorStore raise generic errors
         raise _unreadable(folder, e) from e
+    if not isinstance(tree, Mapping):
+        raise _unreadable(folder, TypeError(f"expected a nested dict of arrays, found {type(tree).__name__}"))
+    return tree
+
+
+def _by_keys(tree, before=()):
+    """{keys on the way to it: leaf}. Keys may have slashes: those of Gemma's own checkpoints do."""
+    out = {}
+    for key, child in tree.items():
+        out |= _by_keys(child, (*before, key)) if isinstance(child, Mapping) else {(*before, key): child}
+    return out
 
 
 def _shapes(flat):
     return {key: tuple(leaf.shape) for key, leaf in flat.items()}
 
 
-def _read(folder, key, leaf):
-    lazy.check_room(f"{folder}: {key}", leaf.shape, leaf.dtype)
+def _read(folder, keys, leaf):
+    where = f"{folder}: {'/'.join(map(str, keys))}"
+    lazy.check_room(where, leaf.shape, leaf.dtype)
 
     def only(value):
-        return unflatten_tree({key: value})
+        for key in reversed(keys):
+            value = {key: value}
+        return value
 
     args = ocp.args.PyTreeRestore(
         item=only(0),
@@ -156,8 +171,8 @@ def _read(folder, key, leaf):
         with ocp.PyTreeCheckpointer() as checkpointer:
             out = checkpointer.restore(plain_path(folder), args=args)
     except Exception as e:
-        raise _unreadable(f"{folder}: {key}", e) from e
-    return flatten_tree(out)[key]
+        raise _unreadable(where, e) from e
+    return _by_keys(out)[keys]
 
 
 def _unreadable(what, error):

@@ -74,7 +74,11 @@ def load_adapter(folder: os.PathLike | str, *, allow_nonfinite: bool = False) ->
                 "with safe_serialization=True"
             )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}{hint}")
-    tensors = _read_tensors(path)
+    return of_tensors(path, config, _read_tensors(path), allow_nonfinite=allow_nonfinite)
+
+
+def of_tensors(path: str, config: dict, tensors: dict[str, np.ndarray], *, allow_nonfinite: bool = False) -> Adapter:
+    """The adapter of factors under PEFT's names, scaled as `config` says (`peft_config.read`). path: for messages."""
     names = [match[1] for key in tensors if (match := _KEY.fullmatch(key))]
     if fused := next(filter(_FUSED.fullmatch, names), None):
         raise CheckpointError(
