@@ -269,7 +269,7 @@ def test_images_have_one_opener():
 
 # What the families of parts call their own: others ask the tables of leaves and the presets.
 FAMILY_NAMES = re.compile("MultiHeadDotProductAttention|q_einsum|kv_einsum|gating_einsum|encoderblock|So400m|gemma_2b")
-MAY_NAME = ("paligemma_med/models/", "paligemma_med/checkpoints/hf/", "configs/")
+MAY_NAME = ("paligemma_med/models/", "paligemma_med/checkpoints/hf/", "paligemma_med/checkpoints/gm.py", "configs/")
 
 
 def family_names(path, source):
