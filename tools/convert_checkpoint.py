@@ -18,7 +18,8 @@ import tqdm
 from absl import app, flags
 
 from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, adapter, bv, forms, hf, peft
+from paligemma_med.checkpoints import CheckpointError, adapter, bv, forms, hf, in_parts, peft, workdir
+from paligemma_med.checkpoints.hf import families
 from paligemma_med.cli import command
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
@@ -47,14 +48,15 @@ def convert(
     Args:
       src: anything `checkpoints.open_params` takes.
       dst: file or folder to write.
-      to: one of FORMS; forms of adapters write only those, "big_vision" a run's whole state.
+      to: one of FORMS; forms of adapters write only those, "big_vision" a run's whole state. A model that transformers
+        has no class for is written as its parts by "hf" (`checkpoints.in_parts`).
       dtype: what floats are cast to; None keeps each as it is.
       merge: merge adapters into the weights that they adapt.
       adapter_dir: an adapter that is added to the weights of `src` first.
       part: "img" or "llm", to write only that part.
       overwrite: replace what is at `dst`, if it has the same form.
       base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
-      key_style: for a PEFT adapter, as in `peft.save_adapter`.
+      key_style: of a PEFT adapter, as in `peft.save_adapter`.
       base, allow_nonfinite: as in `checkpoints.open_params`.
 
     Raises:
@@ -73,16 +75,22 @@ def convert(
         return
     params = checkpoints.open_params(src, base=base, allow_nonfinite=allow_nonfinite)
     model, rules = _model_of(src)
+    plain = [name for name in flatten_tree(params) if not lora.is_factor(name)]
+    family = families.of_model(plain, model.get("llm"))
     specs = {}
     if adapter_dir:
         params, specs = adapter.insert_adapter(params, forms.load_adapter(adapter_dir, allow_nonfinite=allow_nonfinite))
-    elif merge or to in forms.ADAPTERS:
+    elif merge or to in forms.ADAPTERS or (to == "hf" and family is None and rules):
         specs = _specs_of(src, params, rules)
+    peft_kw = dict(base_model=base_model, key_style=key_style)
     if to in forms.ADAPTERS:
-        rules = adapter.rules_of(adapter.Adapter(specs, {}))
-        kw = dict(base_model=base_model, key_style=key_style) if to == "peft" else {}
-        found = adapter.extract_adapter(rules, params)
-        forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
+        found = adapter.extract_adapter(adapter.rules_of(adapter.Adapter(specs, {})), params)
+        if family is None:
+            part_families = families.of_parts(plain, model.get("llm"))
+            in_parts.save_adapter(dst, found, part_families, dtype=dtype, overwrite=overwrite, **peft_kw)
+        else:
+            kw = dict(peft_kw, model_type=family.MODEL_TYPE) if to == "peft" else {}
+            forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
         return
     if merge:
         params = adapter.merge(params, specs)
@@ -91,8 +99,14 @@ def convert(
             raise CheckpointError(f"{src} has no part {part!r}, only {sorted(params)}")
         params = {part: params[part]}
     with _bar(flatten_tree(params), to) as bar:
-        img, llm = model
-        forms.save_params(dst, params, to, img=img, llm=llm, dtype=dtype, overwrite=overwrite, progress=bar.update)
+        kw = dict(model, dtype=dtype, overwrite=overwrite, progress=bar.update)
+        if to == "hf" and family is None:
+            own = _own_leaves(src)
+            if merge:
+                own = own if own is None else {*own, *(target.param for target in specs)}
+            in_parts.save(dst, params, specs=None if merge else specs, own=own, **peft_kw, **kw)
+        else:
+            forms.save_params(dst, params, to, **kw)
 
 
 def _to_big_vision(src, dst, dtype, overwrite, reading):
@@ -117,23 +131,35 @@ def _bar(flat, to):
 
 
 def _model_of(src):
-    """((img, llm), config.lora) if the source records them; None means unknown."""
-    kind = checkpoints.kind_of(src)
-    if kind == "hf":
-        model = hf.model_config(os.path.expanduser(src))
-        return (model.get("img"), model["llm"]), None
-    if kind == "workdir":
-        from paligemma_med.checkpoints import workdir
-
+    """({"img": …, "llm": …, "connector": …}, config.lora), as far as the source records them."""
+    kind, config = checkpoints.kind_of(src), {}
+    if kind == "hf" and os.path.exists(os.path.join(os.path.expanduser(src), "config.json")):
+        config = dict(model=hf.model_config(os.path.expanduser(src)))
+    elif kind == "workdir":
         config = workdir.read_config(workdir.split_spec(src)[0])
     elif kind == "big_vision":
         config = bv.read_config(src)
-    else:
-        config = {}
     model = config.get("model")
     if model is None:
-        return (None, None), None
-    return (model.get("img") or {}, model.get("llm") or {}), config.get("lora")
+        return {}, None
+    found = {name: model.get(name) for name in ("img", "llm", "connector")}
+    if kind != "hf":
+        found |= {name: found[name] or {} for name in ("img", "llm")}
+    return found, config.get("lora")
+
+
+def _own_leaves(src):
+    """Names of the leaves that a run has of its own: all others are its sources'. None if the source is no run."""
+    if not isinstance(src, str | os.PathLike) or checkpoints.kind_of(src) != "workdir":
+        return None
+    config, own = workdir.open_leaves(os.fspath(src))
+    init = config.get("model_init")
+    for one in init.values() if isinstance(init, dict) else [init]:
+        try:
+            own = {*own, *(_own_leaves(one) or ())}
+        except (FileNotFoundError, CheckpointError):  # moved; where `base` is, is no run's
+            continue
+    return {*own}
 
 
 def _specs_of(src, params, rules):

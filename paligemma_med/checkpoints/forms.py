@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_med.checkpoints import bv, compose, finite, gm, hf, lazy, minigpt, npz, peft
+from paligemma_med.checkpoints import bv, compose, finite, gm, hf, in_parts, lazy, minigpt, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.fit import stack_layers
@@ -191,6 +191,7 @@ def save_params(
     *,
     img: Mapping[str, Any] | None = None,
     llm: Mapping[str, Any] | None = None,
+    connector: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -201,7 +202,7 @@ def save_params(
       path: file or folder to write.
       params: nested mapping of arrays or `lazy.Lazy`, without adapters for "hf".
       form: "npz" (big_vision's), "hf" or "orbax".
-      img, llm: the model's config dicts, which "hf" needs if the shapes don't determine everything.
+      img, llm, connector: the model's config dicts, which "hf" needs if the shapes don't determine everything.
       dtype: floating leaves are cast to this; None keeps each as it is.
       overwrite: replace a folder of that form; a file is always replaced.
       progress: called with the number of bytes (of `params`, before the cast) just written.
@@ -215,7 +216,8 @@ def save_params(
     if form == "npz":
         npz.save_npz(path, params, dtype=dtype, progress=progress)
     elif form == "hf":
-        hf.save_hf(path, params, img=img, llm=llm, dtype=dtype, overwrite=overwrite, progress=progress)
+        model = dict(img=img, llm=llm, connector=connector)
+        hf.save_hf(path, params, **model, dtype=dtype, overwrite=overwrite, progress=progress)
     elif form == "orbax":
         from paligemma_med.checkpoints import orbax
 
@@ -252,6 +254,8 @@ def load_adapter(path: os.PathLike | str, *, allow_nonfinite: bool = False) -> A
       CheckpointError: it is damaged, or the model can't represent it.
     """
     path = os.path.expanduser(os.fspath(path))
+    if in_parts.is_adapter(path) and not peft.is_adapter(path):
+        return in_parts.load_adapter(path, allow_nonfinite=allow_nonfinite)
     form = _adapter_form(path) or peft  # whose error says what is missing
     return form.load_adapter(path, allow_nonfinite=allow_nonfinite)
 

@@ -185,7 +185,7 @@ def make(
     end_of = _ends(family)
     return dict(
         peft_type="LORA",
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if family.EMBEDDING else None,  # a tower by itself generates nothing
         base_model_name_or_path=base_model,
         inference_mode=True,
         r=rank,

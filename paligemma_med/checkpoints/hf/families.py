@@ -105,13 +105,24 @@ def of_model(paths: Collection[str], llm: Mapping[str, Any] | None = None) -> Fa
       llm: our dict of the decoder, which tells those apart that have leaves of the same names; or None.
     """
     text = language_model_of(paths, llm)
+    parts = {path.partition("/")[0] for path in paths}
+    if parts == {"img"} and "img/head/kernel" not in paths:
+        return of_parts(paths).get("img") or of_paths(paths)
     if text is None:
         return of_paths(paths)
-    parts = {path.partition("/")[0] for path in paths}
     if parts == {"llm"}:
         return text
     is_whole = text is gemma3_text and "connector/norm/scale" in paths and "img/cls" not in paths
     return gemma3 if is_whole else None
+
+
+def of_parts(paths: Collection[str], llm: Mapping[str, Any] | None = None) -> dict[str, Family]:
+    """{"llm": family of the decoder by itself, "img": family of the tower}, those that there are of a model with these
+    leaves; arguments are those of `of_model`."""
+    attention = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0"
+    tower = vit if {"img/cls", f"{attention}/key/bias"} <= {*paths} else None
+    found = dict(img=tower, llm=language_model_of(paths, llm))
+    return {part: family for part, family in found.items() if family is not None}
 
 
 def language_model_of(paths: Collection[str], llm: Mapping[str, Any] | None = None) -> Family | None:

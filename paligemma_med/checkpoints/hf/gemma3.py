@@ -67,9 +67,16 @@ def table(paths: Collection[str]) -> tuple[Row, ...]:
     """All rows of a model that has leaves with these paths."""
     return (
         *siglip.rows(paths, _TOWER),
+        *projector_rows(),
+        *decoder_rows(paths, _DECODER),
+    )
+
+
+def projector_rows() -> tuple[Row, ...]:
+    """The rows of what is between tower and decoder."""
+    return (
         Row(f"{_PROJECTOR}.mm_soft_emb_norm.weight", "D", "connector/norm/scale"),
         Row(f"{_PROJECTOR}.mm_input_projection_weight", "W E", "connector/proj/kernel"),
-        *decoder_rows(paths, _DECODER),
     )
 
 

@@ -4,17 +4,19 @@ Canonical names are those of files, which transformers 5 still writes; its modul
 have others.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.hf import config, siglip, towers
-from paligemma_med.checkpoints.hf.layout import Row
+from paligemma_med.checkpoints.hf.layout import Row, Sizes
+from paligemma_med.models import vit
 
 MODEL_TYPE = "vit"
 NAME = "ViT"
-STYLES, PUBLISHED, PADDING = {"4.41": {"encoder": "encoder"}}, "4.41", 0
+STYLES, PUBLISHED, PADDING = {"4.41": {}, "5": {}}, "4.41", 0
 BUFFERS = ()
 UNREAD = (r"pooler\..*", r"classifier\..*")
 EMBEDDING, HEAD = "", ""
@@ -63,6 +65,19 @@ def canonical(name: str) -> str:
     return f"encoder.layer.{layer}.{rest}"
 
 
+def in_style(name: str, style: str) -> str:
+    """A canonical name as the modules of versions of transformers from `style` on have it."""
+    match = re.fullmatch(r"encoder\.layer\.([^.]+)\.(.+)", name)
+    if style == "4.41" or not match:
+        return name
+    layer, rest = match.groups()
+    for new, old in _MODULES.items():
+        if rest == old or rest.startswith(f"{old}."):
+            rest = new + rest.removeprefix(old)
+            break
+    return f"layers.{layer}.{rest}"
+
+
 def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     """The tower of a config.json. Its pixels' mean and deviation aren't in that file.
 
@@ -88,4 +103,47 @@ def describe(whole: Mapping[str, Any], path: str) -> config.Described:
     return config.Described(img, None, dict(img=size))
 
 
-make_config = config.read_only(NAME)
+make_processor = config.no_processor
+
+
+def make_config(
+    sizes: Sizes,
+    paths: Collection[str],
+    img: Mapping[str, Any] | None,
+    llm: Mapping[str, Any] | None,
+    connector: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The config.json of a tower; arguments and errors are `families.Family.make_config`'s."""
+    del paths, llm, connector
+    size = sizes["img"]
+    if img is None:
+        raise CheckpointError(
+            "an image tower's activation and eps are not among its weights: say them with img=dict(…)"
+        )
+    made = vit.Model(**{**img, "num_classes": None})
+    side, eps = math.isqrt(size["T"] - 1), made.norm_eps
+    config.check_agrees("img", img, dict(width=size["D"], depth=size["L"], mlp_dim=size["F"], num_heads=size["N"]))
+    if made.final_norm != eps or not made.key_bias:
+        raise CheckpointError(
+            f"transformers' {NAME} has biases of keys and a last norm with the others' eps ({eps}): this tower has "
+            f"final_norm={made.final_norm} and key_bias={made.key_bias}"
+        )
+    if size["Y"] != size["X"] or side**2 + 1 != size["T"]:
+        raise CheckpointError(
+            f"expected square patches on a square grid, and a class token: found patches of {size['Y']}×"
+            f"{size['X']} px, {size['T']} positions"
+        )
+    return dict(
+        architectures=["ViTModel"],
+        model_type=MODEL_TYPE,
+        hidden_size=size["D"],
+        intermediate_size=size["F"],
+        num_hidden_layers=size["L"],
+        num_attention_heads=size["N"],
+        num_channels=size["C"],
+        image_size=side * size["Y"],
+        patch_size=size["Y"],
+        layer_norm_eps=eps,
+        hidden_act={ours: theirs for theirs, ours in GELUS.items()}[made.gelu],
+        qkv_bias=True,
+    )

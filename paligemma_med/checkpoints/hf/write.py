@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from paligemma_med.checkpoints.errors import CheckpointError, raise_all
 from paligemma_med.checkpoints.fit import stack_layers
 from paligemma_med.checkpoints.hf import families, tensors
 from paligemma_med.checkpoints.hf.config import write_json
-from paligemma_med.checkpoints.hf.layout import Row, by_path, measure, relayout, shape
+from paligemma_med.checkpoints.hf.layout import Row, Sizes, by_path, measure, relayout, shape
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -46,7 +46,8 @@ def save_hf(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a directory that transformers' `from_pretrained` loads: PaliGemmaForConditionalGeneration's,
-    Gemma3ForConditionalGeneration's, or that of a language model by itself (Gemma3-, Llama- or BloomForCausalLM).
+    Gemma3ForConditionalGeneration's, or that of a language model or an image tower by itself (Gemma3ForCausalLM,
+    LlamaForCausalLM, BloomForCausalLM, ViTModel).
 
     Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3, 4.57.1, 5.0.0, 5.8.0
     and 5.23.0 were tried. (All between the first and the last of them leave out Gemma 2's soft-cap of the output,
@@ -80,20 +81,21 @@ def save_hf(
     family, rows = _table_of(flat, llm)
     sizes = measure({path: tuple(np.shape(flat[path])) for path in by_path(rows)})
     config = family.make_config(sizes, flat.keys(), img, llm, connector)
-    plan = _plan(family, flat, rows, sizes, dtype)
-    config["torch_dtype"] = str(_widest({t.dtype for t in plan}))
-    shards = _shards(plan, max_shard_bytes)
+    planned = _plan(family, flat, rows, sizes, dtype)
+    config["torch_dtype"] = str(_widest({t.dtype for t in planned}))
+    shards = _shards(planned, max_shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [tensors.SINGLE]
     replaces = (tensors.SINGLE, tensors.INDEX) if overwrite else None
     with files.whole_folder(folder, replaces=replaces) as new:
         write_json(os.path.join(new, "config.json"), config)
-        tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(os.path.join(new, "generation_config.json"), tokens)
+        tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
+        if tokens:
+            write_json(os.path.join(new, "generation_config.json"), tokens)
         if processor := family.make_processor(sizes):
             write_json(os.path.join(new, "preprocessor_config.json"), processor)
         if len(shards) > 1:
-            total = sum(t.nbytes for t in plan)
+            total = sum(t.nbytes for t in planned)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_json(os.path.join(new, tensors.INDEX), index)
@@ -130,7 +132,28 @@ def _table_of(flat, llm):
 
 
 def _plan(family, flat, rows, sizes, dtype):
-    """All tensors in the order they are written: our parameters one after the other."""
+    """`plan` under the names that the family publishes."""
+    rows = [row._replace(name=families.in_style(family, row.name, family.PUBLISHED)) for row in rows]
+    embedding = families.in_style(family, family.EMBEDDING, family.PUBLISHED)
+    return plan(rows, flat, sizes, dtype, padding={embedding: family.PADDING})
+
+
+def plan(
+    rows: Iterable[Row],
+    flat: Mapping[str, Any],
+    sizes: Sizes,
+    dtype: np.dtype | None,
+    *,
+    padding: Mapping[str, int] | None = None,
+) -> list[Planned]:
+    """All tensors in the order they are written: our parameters one after the other.
+
+    Args:
+      rows: with the names to write.
+      flat: {path: array}.
+      dtype: of all; None keeps each as it is.
+      padding: {name: rows to append}.
+    """
     out = []
     for path, group in sorted(by_path(rows).items()):
         size, leaf = sizes[group[0].part], group[0].leaf
@@ -138,16 +161,15 @@ def _plan(family, flat, rows, sizes, dtype):
         for i in range(size["L"]) if leaf.stacked else (None,):
             for row in group:
                 length, *rest = shape(row.theirs, size)
-                padding = family.PADDING if row.name == family.EMBEDDING else 0
-                name = families.in_style(family, row.name_in(i), family.PUBLISHED)
+                more = (padding or {}).get(row.name, 0)
                 at = tuple(n for n in (i, row.index) if n is not None)
-                out.append(_Planned(name, kind, (length + padding, *rest), row, at, padding))
+                out.append(Planned(row.name_in(i), kind, (length + more, *rest), row, at, more))
     return out
 
 
-def _shards(plan, most):
+def _shards(planned, most):
     out, used = [[]], 0
-    for tensor in plan:
+    for tensor in planned:
         if out[-1] and used + tensor.nbytes > most:
             out.append([])
             used = 0
@@ -171,12 +193,13 @@ def _write_shards(folder, names, shards, flat, sizes, progress):
                 if tensor.row.path != path:
                     leaf = None  # first free the previous one
                     leaf, path = np.asarray(flat[tensor.row.path]), tensor.row.path
-                _write_tensor(f, tensor, leaf[tensor.at], sizes[tensor.row.part])
+                write_tensor(f, tensor, leaf[tensor.at], sizes[tensor.row.part])
                 if progress:
                     progress(leaf[tensor.at].nbytes)
 
 
-def _write_tensor(f, tensor, x, size):
+def write_tensor(f: BinaryIO, tensor: Planned, x: np.ndarray, size: Mapping[str, int]) -> None:
+    """Appends the bytes of a tensor, made of the piece of our array that it is of."""
     x = relayout(x, tensor.row.ours, tensor.row.theirs, size)
     pieces = [x]
     if tensor.padding:
