@@ -17,7 +17,7 @@ from paligemma_med.checkpoints.fit import stack_layers
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 ADAPTERS = {"peft": peft}
-_READ_ONLY = (minigpt,)  # adapters that no one writes any more
+_READ_ONLY = (in_parts, minigpt)  # folders of several adapters, and those that no one writes any more
 _MOVED = "; if they were moved, --base=PATH says where they are now"
 
 _FORMS = (
@@ -254,8 +254,6 @@ def load_adapter(path: os.PathLike | str, *, allow_nonfinite: bool = False) -> A
       CheckpointError: it is damaged, or the model can't represent it.
     """
     path = os.path.expanduser(os.fspath(path))
-    if in_parts.is_adapter(path) and not peft.is_adapter(path):
-        return in_parts.load_adapter(path, allow_nonfinite=allow_nonfinite)
     form = _adapter_form(path) or peft  # whose error says what is missing
     return form.load_adapter(path, allow_nonfinite=allow_nonfinite)
 

@@ -26,6 +26,7 @@ from paligemma_med.checkpoints.hf.layout import measure
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
+NAME = "model's parts'"
 CONNECTOR = "connector.safetensors"
 FOLDERS = {"llm": "decoder", "img": "tower"}
 
