@@ -167,7 +167,7 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
       checkpoints.CheckpointError: the weights or the adapters don't fit the config. ValueError: a mistake in it.
     """
     config = config.copy_and_resolve_references()
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():  # it may have been a dict
         config.model_init = checkpoint
         if not config.get("lora") and not config.get("adapter_init") and _rules_of_run(checkpoint):
             config.lora = _rules_of_run(checkpoint)
