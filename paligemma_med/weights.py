@@ -45,6 +45,13 @@ def initial_params(setup: Setup) -> tuple[dict[str, jax.Array], set[str]]:
             f"config.frozen_dtype={setup.config.frozen_dtype!r} quantises weights that config.model_init "
             f"gives, but it gives none for {missing}: set it, or train them."
         )
+    if compose.parts_of(setup.config.get("model_init")):
+        trained = {*setup.trained_names}
+        if frozen := next((n for n in random if n not in trained and not lora.is_factor(n)), None):
+            raise ValueError(
+                f"config.schedule freezes {frozen}, for which config.model_init names no source that has it: train it, "
+                "or name one (model_init.connector)."
+            )
     params = place_params({**base, **adapter}, setup)
     if random:
         params |= _random_params(setup, random)

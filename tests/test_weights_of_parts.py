@@ -18,6 +18,7 @@ from tests import tiny
 from tests.checkpoints.hf import test_originals as originals
 from tests.models import test_connectors as connectors
 from tests.models import test_towers as towers
+from tools.convert_checkpoint import convert
 
 F32 = np.dtype("float32")
 WIDTH, VOCAB, RANK = 32, 1024, 2
@@ -196,3 +197,30 @@ def test_torch_gives_the_same_features(sources):
     with torch.no_grad():
         want = towers.theirs_of("vit")(towers.torch_pixels(), output_hidden_states=True).hidden_states[2].numpy()[:, 1:]
     np.testing.assert_allclose(ours, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_parts_are_converted_to_one_file(sources, tmp_path):
+    """Fitted to a config's model; without one, the heads of a tower that doesn't say them are asked for."""
+    spec, file = f"img={sources}/vit,llm={sources}/llama,connector={sources}/proj.safetensors", str(tmp_path / "w.npz")
+    with pytest.raises(checkpoints.CheckpointError, match="are parts of a model: say of which with --config"):
+        convert(spec, file, "npz")
+    convert(spec, file, "npz", config=config())
+    *_, direct = weights.load(config(), spec)
+    *_, back = weights.load(config(), file)
+    tiny.assert_trees_equal(direct, back)
+    with pytest.raises(checkpoints.CheckpointError, match="doesn't say how many heads connector/layers/block_0/self"):
+        convert(f"{sources}/lavis.safetensors", str(tmp_path / "q.npz"), "npz")
+    setup, params, _ = start(sources)
+    run = str(tmp_path / "run")
+    tiny.write_workdir(run, setup.config, {n: np.asarray(params[n]) for n in setup.trained_names})
+    convert(run, str(tmp_path / "merged.npz"), "npz", merge=True)
+    *_, merged = weights.load(config(), str(tmp_path / "merged.npz"))
+    assert "lora_a" not in str(flatten_tree(merged).keys())
+    assert flatten_tree(merged)["img/cls"].shape == (1, 1, 24)
+
+
+def test_what_begins_afresh_is_trained(sources):
+    c = config(model_init=dict(img=f"{sources}/vit", llm=f"{sources}/llama"))
+    c.schedule = [("llm/final_norm/scale", dict(decay_type="constant")), (".*", None)]
+    with pytest.raises(ValueError, match="config.schedule freezes img/head/.*, for which config.model_init names no"):
+        weights.initial_params(TrainingSetup.without_data(c))

@@ -4,10 +4,12 @@
     python -m tools.convert_checkpoint out/stage2 out/adapter --to=peft
     python -m tools.convert_checkpoint out/stage2 out/merged --to=hf --merge
     python -m tools.convert_checkpoint out/stage2 out/bv --to=big_vision
+    python -m tools.convert_checkpoint img=vit,connector=x.safetensors,llm=llama out/w.npz --to=npz --config=my.py
 
-The source is an npz file, a Hugging Face or Orbax folder, a workdir, or one of big_vision's training
-checkpoints. --to=big_vision turns a workdir into such a checkpoint, from which big_vision's trainer resumes
-the run. Weights are copied one parameter at a time, and the result appears whole or not at all.
+The source is an npz file, a Hugging Face or Orbax folder, a file of safetensors, a workdir, or one of big_vision's
+training checkpoints; or several of them, of whose parts the model of --config is made. --to=big_vision turns a workdir
+into such a checkpoint, from which big_vision's trainer resumes the run. Weights are copied one parameter at a time, and
+the result appears whole or not at all.
 """
 
 import os
@@ -16,13 +18,15 @@ import sys
 import jax
 import tqdm
 from absl import app, flags
+from ml_collections import config_flags
 
-from paligemma_med import checkpoints
-from paligemma_med.checkpoints import CheckpointError, adapter, bv, forms, hf, in_parts, peft, workdir
-from paligemma_med.checkpoints.hf import families
-from paligemma_med.cli import command
+from paligemma_med import checkpoints, cli
+from paligemma_med.checkpoints import CheckpointError, adapter, bv, compose, forms, hf, in_parts, peft, workdir
+from paligemma_med.checkpoints.hf import families, originals
+from paligemma_med.config import files as config_files
+from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
-from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import command_line
 
 FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
@@ -42,6 +46,7 @@ def convert(
     key_style: str | None = None,
     base: str | None = None,
     allow_nonfinite: bool = False,
+    config=None,
 ) -> None:
     """Reads weights and writes them in another form.
 
@@ -58,6 +63,7 @@ def convert(
       base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
       key_style: of a PEFT adapter, as in `peft.save_adapter`.
       base, allow_nonfinite: as in `checkpoints.open_params`.
+      config: ConfigDict of an experiment, to whose model the weights are fitted; several sources need one.
 
     Raises:
       FileNotFoundError, FileExistsError, CheckpointError: one sentence about what is wrong.
@@ -73,8 +79,8 @@ def convert(
             raise CheckpointError("--to=big_vision writes a run as it is: no --merge, no --adapter")
         _to_big_vision(src, dst, dtype, overwrite, dict(base=base, allow_nonfinite=allow_nonfinite))
         return
-    params = checkpoints.open_params(src, base=base, allow_nonfinite=allow_nonfinite)
-    model, rules = _model_of(src)
+    params = _open(src, config, dict(base=base, allow_nonfinite=allow_nonfinite))
+    model, rules = _model_of(src, config)
     plain = [name for name in flatten_tree(params) if not lora.is_factor(name)]
     family = families.of_model(plain, model.get("llm"))
     specs = {}
@@ -109,6 +115,34 @@ def convert(
             forms.save_params(dst, params, to, **kw)
 
 
+def _open(src, config, reading):
+    """The tree of `src`, fitted to the model of `config`; without one as it is, unless it is a run that began with
+    parts of several systems."""
+    if config is None:
+        if compose.parts_of(src):
+            raise CheckpointError(f"{src} are parts of a model: say of which with --config")
+        run = _config_of_run(src) if checkpoints.kind_of(src) == "workdir" else {}
+        if not compose.parts_of(run.get("model_init")):
+            return _with_heads(src, checkpoints.open_params(src, **reading))
+        config = config_files.from_json(run)
+    from paligemma_med import experiment, weights  # here, since few need them
+
+    abstract = experiment.abstract_params(config, experiment.make_model(config))
+    return unflatten_tree(weights.load_host_params(src, abstract, **{**weights.reading(config), **reading}))
+
+
+def _with_heads(src, params):
+    """The tree. CheckpointError if its source doesn't say into how many heads its kernels are cut."""
+    for name, leaf in flatten_tree(params).items():
+        if "NH" in (axes := parts.LEAVES[name].axes if name in parts.LEAVES else "") and len(leaf.shape) < len(axes):
+            raise CheckpointError(f"{src} doesn't say how many heads {name} has: say of which model with --config")
+    return params
+
+
+def _config_of_run(src):
+    return workdir.read_config(workdir.split_spec(src)[0])
+
+
 def _to_big_vision(src, dst, dtype, overwrite, reading):
     if checkpoints.kind_of(src) != "workdir":
         raise CheckpointError(
@@ -130,13 +164,14 @@ def _bar(flat, to):
     return tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"--to={to}", mininterval=every)
 
 
-def _model_of(src):
-    """({"img": …, "llm": …, "connector": …}, config.lora), as far as the source records them."""
-    kind, config = checkpoints.kind_of(src), {}
-    if kind == "hf" and os.path.exists(os.path.join(os.path.expanduser(src), "config.json")):
+def _model_of(src, config):
+    """({"img": …, "llm": …, "connector": …}, config.lora), as far as the source or `config` records them."""
+    kind = checkpoints.kind_of(src) if config is None else "config"
+    config = {} if config is None else config.to_dict()
+    if kind == "hf" and not originals.is_one(os.path.expanduser(src)):
         config = dict(model=hf.model_config(os.path.expanduser(src)))
     elif kind == "workdir":
-        config = workdir.read_config(workdir.split_spec(src)[0])
+        config = _config_of_run(src)
     elif kind == "big_vision":
         config = bv.read_config(src)
     model = config.get("model")
@@ -150,7 +185,7 @@ def _model_of(src):
 
 def _own_leaves(src):
     """Names of the leaves that a run has of its own: all others are its sources'. None if the source is no run."""
-    if not isinstance(src, str | os.PathLike) or checkpoints.kind_of(src) != "workdir":
+    if not isinstance(src, str | os.PathLike) or compose.parts_of(src) or checkpoints.kind_of(src) != "workdir":
         return None
     config, own = workdir.open_leaves(os.fspath(src))
     init = config.get("model_init")
@@ -174,7 +209,7 @@ def _specs_of(src, params, rules):
     return adapter.resolve(rules, params)
 
 
-@command
+@cli.command
 def main(argv) -> None:
     if len(argv) != 3:
         raise app.UsageError(f"Give SRC and DST; found {argv[1:]}.")
@@ -193,6 +228,7 @@ def main(argv) -> None:
         key_style=v.key_style,
         base=v.base,
         allow_nonfinite=v.allow_nonfinite,
+        config=v.config,
     )
     print(f"Wrote {argv[2]}.")
 
@@ -206,7 +242,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
     command_line.define_path("base", None, "Where the weights are that the run SRC started from, if they were moved.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
+    config_flags.DEFINE_config_file("config", None, "Experiment to whose model the weights are fitted.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
     flags.DEFINE_enum("key_style", None, peft.KEY_STYLES, "--to=peft: transformers that names are from.")
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

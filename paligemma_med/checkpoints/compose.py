@@ -25,7 +25,8 @@ _BETWEEN, _HEAD = "connector/proj/", "img/head/"
 
 
 def parts_of(spec: Any) -> Mapping[str, str] | None:
-    """{part: source} of a mapping or of its text, "img=a,connector=b,llm=c"; None if `spec` is another.
+    """{part: source} of a mapping, a section of a config or its text, "img=a,connector=b,llm=c"; None if `spec` is
+    another.
 
     Raises:
       ValueError: unknown parts, or not all that are needed.
@@ -35,6 +36,7 @@ def parts_of(spec: Any) -> Mapping[str, str] | None:
         if len({part for part, _ in found}) < len(found):
             raise ValueError(f"{spec} names a part twice")
         spec = dict(found)
+    spec = spec.to_dict() if hasattr(spec, "to_dict") else spec
     if not isinstance(spec, Mapping):
         return None
     if not {*_NEEDED} <= {*spec} <= {*PARTS}:
