@@ -25,7 +25,7 @@ from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.leaves import flatten_tree
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import chips, distributed, sharding
 from paligemma_med.pp import tokenizer
 from paligemma_med.pp.files import path_inside
 
@@ -52,10 +52,10 @@ def _check_attention(config):
     towers = {f"config.model.{k}": config.model[k] for k in parts.FAMILIES if k in config.model}
     sections = {"config": config, **towers}
     for where, section in sections.items():
-        if section.get("attn_impl") == "cudnn" and jax.default_backend() != "gpu":
+        if section.get("attn_impl") == "cudnn" and chips.backend() != "gpu":
             raise ValueError(
                 f"{where}.attn_impl is 'cudnn', which needs an NVIDIA GPU, but the devices here "
-                f"are {jax.default_backend()}: set it to 'xla'."
+                f"are {chips.backend()}: set it to 'xla'."
             )
 
 

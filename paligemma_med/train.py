@@ -18,7 +18,7 @@ from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import eval_names
 from paligemma_med.config import values as config_values
 from paligemma_med.models import flops
-from paligemma_med.parallel import compilation_cache, distributed, ending, notes, sharding
+from paligemma_med.parallel import chips, compilation_cache, distributed, ending, notes, sharding
 from paligemma_med.pp import command_line
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import (
@@ -256,6 +256,21 @@ class Run:
                 keep.check_metric(self.config, name, metrics)
 
 
+def _forecast(config, values):
+    """--dry_run and --find_batch_size, for this machine's devices or for --chip."""
+    chip = None
+    if values.chip is not None:
+        jax.config.update("jax_platforms", "cpu")  # or JAX would look for such chips here
+        chip = chips.find(values.chip)
+    with chip.target() if chip else contextlib.nullcontext():
+        if values.dry_run:
+            dry_run.dry_run(config, values.hbm_gib)
+            return
+        if values.hbm_gib is None and chip is None:
+            raise ValueError("--find_batch_size needs --hbm_gib=…, the memory of a device in GiB, or --chip=….")
+        find_batch_size.find_batch_size(config, values.hbm_gib or chip.memory / 2**30)
+
+
 # Metrics of a step that only Soundness reads.
 _INTERNAL = ("lost", "finite")
 
@@ -270,12 +285,10 @@ def main(argv) -> None:
     values = flags.FLAGS
     distributed.start_from_flags()
     config = cli.with_weight_flags(values.config)
-    if values.find_batch_size:
-        if values.hbm_gib is None:
-            raise ValueError("--find_batch_size needs --hbm_gib=…, the memory of a device in GiB.")
-        find_batch_size.find_batch_size(config, values.hbm_gib)
-    elif values.dry_run:
-        dry_run.dry_run(config, values.hbm_gib)
+    if values.find_batch_size or values.dry_run:
+        _forecast(config, values)
+    elif values.chip is not None:
+        raise ValueError("--chip is for --dry_run and --find_batch_size alone: give one of them, or leave it out.")
     elif values.hbm_gib is not None:
         raise ValueError("--hbm_gib is for --dry_run and --find_batch_size alone: give one of them, or leave it out.")
     elif values.workdir is None:
@@ -291,6 +304,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("profile", None, "Trace these steps, as first:last, to <workdir>/profile.")
     flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and FLOPs, stop.")
     flags.DEFINE_bool("find_batch_size", False, "How many examples at a time fit in --hbm_gib.")
+    flags.DEFINE_string(
+        "chip", None, "--dry_run, --find_batch_size: compile for this chip, not for what is here: h200, v5e:4x4, …"
+    )
     flags.DEFINE_float("hbm_gib", None, "--dry_run: memory of a device; an error if too small.")
     cli.define_weight_flags()
     flags.mark_flag_as_required("config")

@@ -4,6 +4,7 @@ A release of JAX may move such a name at any time. Each function then falls back
 its docstring states, and the programs keep running.
 """
 
+import contextlib
 import os
 
 
@@ -48,3 +49,39 @@ def is_whole_cache_entry(packed) -> bool:
     except Exception:  # from zlib, zstandard or Python's own zstd, whichever JAX compressed with
         return False
     return True
+
+
+@contextlib.contextmanager
+def answers_for_gpu(capability, cudnn):
+    """Within it JAX's cuDNN attention is traced for a GPU that isn't here: its questions to the local device and
+    library are answered.
+
+    The fallback is no answer: tracing attn_impl="cudnn" then fails in one sentence.
+
+    Args:
+      capability: (major, minor) of the GPU. cudnn: (major, minor, patch) of the library.
+    """
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+    except ImportError:
+        yield
+        return
+    major, minor, patch = cudnn
+    answers = {
+        "check_cudnn_version": lambda: major * 10_000 + minor * 100 + patch,
+        "check_compute_capability": lambda text: capability >= _capability(text),
+        "is_cuda_compute_capability_equal": lambda text: capability == _capability(text),
+    }
+    before = {name: getattr(fused, name) for name in answers if hasattr(fused, name)}
+    try:
+        for name in before:
+            setattr(fused, name, answers[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(fused, name, value)
+
+
+def _capability(text):
+    """ "9.0" → (9, 0)."""
+    return tuple(map(int, text.split(".")))

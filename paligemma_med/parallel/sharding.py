@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from paligemma_med.models import lora_targets, regexes
 from paligemma_med.models.layers import activations, lora
 from paligemma_med.models.leaves import Leaf
+from paligemma_med.parallel import chips
 
 DATA_AXIS = "data"
 
@@ -37,11 +38,12 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of `config.mesh`: (axis name, size) pairs; one size may be -1 (the remaining devices).
 
-    devices: the devices to use; by default all devices of all processes.
+    devices: the devices to use; by default those of `chips.target`, or all devices of all processes.
     ValueError: duplicate names, a size that isn't a positive integer, or a product that isn't the
     number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    if devices is None:
+        devices = chips.target().devices if chips.target() else jax.devices()
     shown = [(str(name), size) for name, size in spec]
     names = [name for name, _ in shown]
     sizes = [size for _, size in shown]

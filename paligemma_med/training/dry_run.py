@@ -1,9 +1,8 @@
 """What a training run would need, without running it: the train step is compiled on abstract arrays.
 
 No data and no weights are read (except for config.adapter_init without config.lora, whose ranks are needed). All
-figures are per device of the config's mesh, which consists of this machine's devices; to see how a config divides
-over more of them, simulate them on a CPU:
-JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8.
+figures are per device of the config's mesh, which consists of this machine's devices, or of chips that aren't here
+(`parallel.chips`), for which the step is then compiled.
 
 "temporary" holds only for the kind of device that the step was compiled for. A CPU multiplies in float32,
 for which XLA allocates casts of bfloat16 weights, which a GPU or TPU doesn't need. So on a CPU a bfloat16
@@ -24,7 +23,7 @@ from jax.extend import core
 from paligemma_med import quantise, weights
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.models import flops
-from paligemma_med.parallel import notes, sharding
+from paligemma_med.parallel import chips, notes, sharding
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import describe
 from paligemma_med.training import state as states
@@ -81,11 +80,11 @@ def trace_step(setup: TrainingSetup) -> Traced:
 
 
 def compile_step(setup: TrainingSetup) -> Step:
-    """The result of `trace_step`, compiled for this machine's devices."""
+    """The result of `trace_step`, compiled for `chips.target`."""
     started = time.monotonic()
     t = trace_step(setup)
     with sharding.rules(setup.config, setup.mesh):
-        compiled = t.traced.lower().compile()
+        compiled = chips.compile_for_target(t.traced.lower())
         seconds = time.monotonic() - started
         activations = saved_bytes(setup, t.state)
     return Step(setup, compiled, t.state, t.batch, activations, seconds)
@@ -192,7 +191,7 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
     """Prints what training `config` would need; reads no weights and no data.
 
     Args:
-      hbm_gib: memory of a device, in GiB. On a CPU it means that of a GPU or TPU.
+      hbm_gib: memory of a device, in GiB; by default that of `chips.target`. On a CPU it means that of a GPU or TPU.
 
     Returns:
       The printed figures: {what: GiB on one device}, "peak" among them, and "peak_elsewhere" if that
@@ -203,6 +202,8 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
       ValueError: the config can't train, or doesn't fit in hbm_gib.
     """
     setup = TrainingSetup.without_data(config)
+    if hbm_gib is None and chips.target():
+        hbm_gib = chips.target().memory / 2**30
     print(describe.parameters(setup), flush=True)
     with notes.stage("compiling the train step"):
         step = compile_step(setup)
@@ -306,10 +307,10 @@ def check_fit(parts, hbm_gib, setup, least=0) -> None:
     of = " of a GPU or TPU" if setup.mesh.devices.flat[0].platform == "cpu" else ""
     peak = max(sum(parts.values()), least) / 2**30
     if peak <= hbm_gib:
-        print(f"Fits: {peak:.2f} of {hbm_gib:g} GiB{of}.")
+        print(f"Fits: {peak:.2f} of {hbm_gib:.4g} GiB{of}.")
         return
     largest = max(parts, key=parts.get)
     raise ValueError(
-        f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:g}{of}. Its "
+        f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:.4g}{of}. Its "
         f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {_advice(largest, setup)}."
     )

@@ -64,7 +64,7 @@ def find_batch_size(config, hbm_gib) -> dict:
         dry_run.check_fit(known[1, steps_of(1)], hbm_gib, setup)
     out = dict(rows=rows, peaks={n: peak(n, k) for n, k in sorted(known)})
     where = f"each of {shards} devices" if shards > 1 else "the device"
-    print(f"Fits into {hbm_gib:g} GiB: {rows} at a time on {where}, {out['peaks'][rows]:.2f} GiB.")
+    print(f"Fits into {hbm_gib:.4g} GiB: {rows} at a time on {where}, {out['peaks'][rows]:.2f} GiB.")
     if not accumulates:
         print(f"As one batch: --config.input.batch_size={rows * shards}")
     # Equal parts only; since accumulating also needs memory, the largest may not fit after all.
