@@ -106,7 +106,7 @@ def explain(
 
     with notes.stage("compiling the programs, and answering"):
         answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
-    answer_ids, answer = answers[0]
+    answer_ids, answer = sequence.ended(answers[0][0], tok.stop_tokens), answers[0][1]
     texts = dict(zip(images, (text for _, text in answers)))
     prompt = sequence.prompt_of(row)
     batch_size = report.batch_size_for(loaded.params)
@@ -128,15 +128,14 @@ def explain(
         others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))
 
-    length = len(arrays.logprobs)
     out = report.Report(
         **vars(arrays),
         title=title,
         question=question,
         answer=answer,
         prompt=[piece(tok, t) for t in prompt["prompt_ids"]],
-        tokens=[piece(tok, t) for t in answer_ids[:length]],
-        ended=int(answer_ids[length - 1]) in tok.stop_tokens,
+        tokens=[piece(tok, t) for t in answer_ids],
+        ended=int(answer_ids[-1]) in tok.stop_tokens,
         others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays.rivals)],
         picture=image if stretched else _pixels(seen),
         seen=_pixels(seen),
@@ -147,6 +146,7 @@ def explain(
         mask=None
         if mask is None
         else report.Masked(fill, _pixels(images["masked"]), others["masked"], texts["masked"]),
+        causal=bool(np.any(prompt["mask_ar"])),
     )
     raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in CONTROLS})]
     return dataclasses.replace(
@@ -259,15 +259,30 @@ def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens
 
 def _about(loaded, made, answer_ids, num_samples, temperature, seed):
     (height, width), (rows, columns) = made.seen.shape[:2], made.grid
+    image = f"{width} × {height} px as the model sees it, {rows} × {columns} patches"
+    if (read := vlm.num_image_tokens(loaded.model, made.seen)) != rows * columns:
+        image += f", of which the language model reads {read} tokens"
     # No date and no duration, so that the same command writes the same bytes.
     out = [
         ("Weights", loaded.weights),
-        ("Image", f"{width} × {height} px as the model sees it, {rows} × {columns} patches"),
+        ("Image", image),
         ("Language model", f"{made.raw.shape[0]} layers of {made.raw.shape[1]} heads"),
         ("Answer", "most probable token at each place (greedy)"),
         ("Samples", f"{num_samples} at temperature {temperature:g}, seed {seed}"),
         ("Software", f"paligemma_med {paligemma_med.__version__}, jax {jax.__version__}"),
     ]
-    if not np.isin(answer_ids, loaded.tokenizer.stop_tokens).any():
+    if constants := _on_constants(made):
+        out.append(("On learned constants, not in the maps", constants))
+    if not made.ended:
         out.append(("Cut off", f"the answer had not ended after {len(answer_ids)} tokens"))
     return out
+
+
+def _on_constants(made):
+    """The largest share of a map that is on learned constants, by kinds of maps; "" if the model has none."""
+    tokens = page.content(made)
+    found = {} if made.raw_constants is None else {"raw": made.raw_constants.mean((0, 1))}
+    for m in made.maps:
+        if m.constants is not None:
+            found.setdefault(m.method, m.constants)
+    return ", ".join(f"{KINDS[k].title.lower()} {page.share(float(x[tokens].mean()))}" for k, x in found.items())

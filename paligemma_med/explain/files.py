@@ -20,11 +20,17 @@ def write_page(made, path) -> None:
 
 
 def write_npz(made, path) -> None:
-    """Writes all arrays of a report, exactly: raw, mass, logprobs, grid, <method> or <method>_<variant>, …,
+    """Writes all arrays of a report, exactly: raw, mass, logprobs, grid, <method> or <method>_<variant>, …, what of
+    their rows is on learned constants as raw_on_constants, <method>_<variant>_on_constants, …,
     and `texts`, JSON as UTF-8 bytes in an array (no pickle)."""
     arrays = {k: np.asarray(getattr(made, k)) for k in ("raw", "mass", "logprobs", "grid", "picture", "seen")}
     for m in made.maps:
-        arrays[slug("_".join(filter(None, (m.method, m.variant))))] = np.asarray(m.values)
+        name = slug("_".join(filter(None, (m.method, m.variant))))
+        arrays[name] = np.asarray(m.values)
+        if m.constants is not None:
+            arrays[f"{name}_on_constants"] = np.asarray(m.constants)
+    if made.raw_constants is not None:
+        arrays["raw_on_constants"] = np.asarray(made.raw_constants)
     for key in ("boxes", "logprobs") if made.regions else ():
         arrays[f"regions_{key}"] = np.asarray(getattr(made.regions, key))
     if made.mask:

@@ -26,6 +26,7 @@
   }
 
   const raw = unpack(data.raw), mass = unpack(data.mass);
+  const rawConstants = data.raw_constants && unpack(data.raw_constants);
   const maps = data.maps.map(m => ({ ...m, size: m.values.shape[1], values: unpack(m.values) }));
 
   // --- What is shown ---
@@ -72,6 +73,17 @@
     const rows = [...tokens].map(row), out = new Float32Array(rows[0].length);
     for (const x of rows) for (let s = 0; s < out.length; s++) out[s] += x[s] / (signed() ? 1 : rows.length);
     return out;
+  }
+
+  // What of the chosen tokens' rows ends on learned constants, by which the image's columns were scaled up; or null.
+  function onConstants(tokens) {
+    const mean = x => x.reduce((a, b) => a + b, 0) / x.length;
+    if (state.method !== "raw") {
+      const m = maps.find(m => m.method === state.method && m.variant === state.variant);
+      return m.constants && mean([...tokens].map(r => m.constants[r]));
+    }
+    if (!rawConstants || state.fuse !== "mean") return null;
+    return mean([...tokens].flatMap(r => places(state.layer, L).flatMap(l => places(state.head, N).map(n => rawConstants[(l * N + n) * R + r]))));
   }
 
   const sum = (x, from, to) => { let t = 0; for (let i = from; i < to; i++) t += x[i]; return t; };
@@ -223,6 +235,8 @@
       text += `The strongest ${many === 1 ? "patch holds" : many + " of " + P + " patches hold"} ${percent(sum(sorted, 0, many) / whole)} of what falls on the image.`;
       if (x.length === S && data.shares.includes(state.method)) {
         const all = sum(x, 0, S);
+        const constants = onConstants(chosenTokens());
+        if (constants !== null) text += ` ${percent(constants / whole)} of what falls on the image ends on learned constants (queries or a class token), which are no place in it: the map shows the rest, scaled up.`;
         text += ` Image ${percent(whole / all)}, prompt ${percent(sum(x, P, P + Q) / all)}, answer so far ${percent(sum(x, P + Q, S) / all)}.`;
       }
     }

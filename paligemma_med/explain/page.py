@@ -116,6 +116,8 @@ def check(report) -> None:
     s = patches + prompt + r
     raw = np.shape(report.raw)
     expected = {"raw": raw[:2] + (r, s), "mass": raw[:2] + (r, 3), "logprobs": (r,)}
+    if report.raw_constants is not None:
+        expected["raw_constants"] = raw[:2] + (r,)
     for name, shape in expected.items():
         if np.shape(getattr(report, name)) != shape:
             raise ValueError(f"{name} has shape {np.shape(getattr(report, name))}; expected {shape}.")
@@ -126,6 +128,8 @@ def check(report) -> None:
             raise ValueError(f"a map is of {m.method!r}; expected one of {sorted(KINDS)}.")
         if np.shape(m.values) not in ((r, patches), (r, s)):
             raise ValueError(f"the map {name} has shape {np.shape(m.values)}; expected {(r, patches)} or {(r, s)}.")
+        if m.constants is not None and np.shape(m.constants) != (r,):
+            raise ValueError(f"the map {name} has constants of shape {np.shape(m.constants)}; expected {(r,)}.")
         arrays[name] = m.values
     if report.regions:
         arrays["regions"] = report.regions.logprobs
@@ -150,7 +154,15 @@ def data_of(report) -> dict:
         layers=raw.shape[0],
         heads=raw.shape[1],
         mass=pack(report.mass),
-        maps=[{**m._asdict(), "values": pack(m.values)} for m in report.maps],
+        raw_constants=None if report.raw_constants is None else pack(report.raw_constants),
+        maps=[
+            {
+                **m._asdict(),
+                "values": pack(m.values),
+                "constants": None if m.constants is None else _floats(m.constants),
+            }
+            for m in report.maps
+        ],
         methods={k: [kind.title, kind.says] for k, kind in KINDS.items()},
         signed=[k for k, kind in KINDS.items() if kind.signed],
         shares=[k for k, kind in KINDS.items() if kind.shares],
@@ -242,6 +254,7 @@ def _texts(report):
             for t, p, others in zip(clean(report.tokens), logprobs, clean(report.others), strict=True)
         ],
         mass=np.asarray(report.mass, np.float64).mean((1, 2)),
+        causal=report.causal,
         agreement=_agreement(out["samples"], out["answer"]),
         samples=_counted(out["samples"]),
         mask=mask

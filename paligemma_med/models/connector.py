@@ -57,6 +57,15 @@ class Connector(Protocol):
           constants.
         """
 
+    @staticmethod
+    def slots(kw: dict, patches: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of its layers' attention for one example, fused over heads, by the modules that compute it: slots of
+        `vlm.perturbations`. Empty for a connector without attention."""
+
+    @staticmethod
+    def weighted(slots: dict) -> dict:
+        """What `to_cells` reads under "relevancy", from the gradients with respect to the slots."""
+
 
 # The values of config.model.connector.kind.
 KINDS: dict[str, type] = {"projector": projector.Projector, "qformer": qformer.QFormer}
@@ -79,6 +88,18 @@ def tokens(kw, patches: int) -> int:
     """Q, the number of image tokens that the language model reads, for P of the tower."""
     kind = kind_of(kw)
     return patches if kind is None else kind.tokens(kw, patches)
+
+
+def slots(kw, patches: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a connector's attention for P tokens of the tower; see `Connector`."""
+    kind = kind_of(kw)
+    return {} if kind is None else kind.slots(kw, patches)
+
+
+def weighted(kw, gradients: dict) -> dict:
+    """`to_cells`' dict for "relevancy"; see `Connector`."""
+    kind = kind_of(kw)
+    return {} if kind is None else kind.weighted(gradients)
 
 
 def to_cells(kw, shares, out=None, *, rule="raw") -> jax.Array:

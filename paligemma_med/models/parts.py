@@ -52,7 +52,14 @@ class Part(Protocol):
 
 
 class Tower(Part, Protocol):
-    """An image tower. Its family's `Model` also takes `num_classes`, the width of the tokens."""
+    """An image tower. Its family's `Model` also takes `num_classes`, the width of the tokens.
+
+    Attributes:
+      class_tokens: how many tokens stand in front of the patches in its layers, and how many of them it returns in
+        front of the patches.
+    """
+
+    class_tokens: tuple[int, int]
 
     def __call__(self, image, *, train=False, capture_attention=False):
         """float[B, height, width, 3] in [-1, 1] → (float[B, tokens, num_classes], out-dict)."""

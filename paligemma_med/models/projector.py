@@ -88,6 +88,17 @@ class Projector(nn.Module):
         return patches // factor ** (2 if reduce == "pool" else 1)
 
     @staticmethod
+    def slots(kw: dict, patches: int) -> dict[str, tuple[int, ...]]:
+        """None: there is no attention."""
+        del kw, patches
+        return {}
+
+    @staticmethod
+    def weighted(slots: dict) -> dict:
+        """Nothing."""
+        return slots
+
+    @staticmethod
     def to_cells(kw: dict, shares, out: dict, rule: str) -> jax.Array:
         """float[…, Q] → float[…, P]: a token's share in equal parts to those that it was made of."""
         reduce, factor = kw.get("reduce", "none"), kw.get("factor", 1)

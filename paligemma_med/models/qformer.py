@@ -15,8 +15,19 @@ import jax.numpy as jnp
 
 from paligemma_med.models import leaves
 from paligemma_med.models.layers import attention, lora, norms, stack
+from paligemma_med.models.layers.capture import perturbation
 
 _EPS = 1e-12  # BERT's
+
+
+# The modules with attention, in the order of a pair of layers.
+_CROSS = "layers/block_0/cross"
+_MODULES = ("layers/block_0/self", _CROSS, "layers/block_1/self")
+
+
+def _in_order(first, cross, second):
+    """The call's dict from the attention of pairs of layers, [layers / 2, …] each."""
+    return {"self": jnp.stack([first, second], 1).reshape(-1, *first.shape[1:]), "cross": cross}
 
 
 def _dense(path, letters, inputs, **kw):
@@ -59,7 +70,7 @@ class _Attention(nn.Module):
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         q = lora.Dense(heads, name="query", **self.kw)(x)
         k, v = (lora.Dense(heads, name=name, **self.kw)(keys) for name in ("key", "value"))
-        y, probs = attention.attend(q, k, v, scale=heads[1] ** -0.5, capture=self.capture)
+        y, probs = attention.attend(q, k, v, scale=heads[1] ** -0.5, capture=self.capture, perturb=perturbation(self))
         return lora.Dense(x.shape[-1], inputs=2, name="out", **self.kw)(y), probs
 
 
@@ -147,8 +158,7 @@ class QFormer(nn.Module):
         y, probs = pairs(self.mlp_dim, self.num_heads, capture_attention, kw, name="layers")(y, x)
         out = {}
         if capture_attention:
-            first, cross, second = probs
-            out = {"self": jnp.stack([first, second], 1).reshape(-1, *first.shape[1:]), "cross": cross}
+            out = _in_order(*probs)
         return lora.Dense(self.width, name="proj", **kw)(y), out
 
     @staticmethod
@@ -157,8 +167,20 @@ class QFormer(nn.Module):
         return kw.get("queries", QFormer.queries)
 
     @staticmethod
+    def slots(kw: dict, patches: int) -> dict[str, tuple[int, ...]]:
+        """Shapes [layers / 2, 1, Q, ·] of the attention of one example, by the modules that compute it."""
+        pairs, queries = kw.get("depth", QFormer.depth) // 2, kw.get("queries", QFormer.queries)
+        return {name: (pairs, 1, queries, patches if name == _CROSS else queries) for name in _MODULES}
+
+    @staticmethod
+    def weighted(slots: dict) -> dict:
+        """Arrays of `slots` → {"self": float32[layers, 1, 1, Q, Q], "cross": float32[layers / 2, 1, 1, Q, P]}."""
+        return _in_order(*(slots[name][:, :, None] for name in _MODULES))
+
+    @staticmethod
     def to_cells(kw: dict, shares, out: dict, rule: str) -> jax.Array:
-        """float[…, Q] → float[…, P of the tower], its class token included if it gave one.
+        """float[…, Q] → float[…, P of the tower], its class token included if it gave one; out is the call's dict for
+        one example, without its axis.
 
         From the last layer down, by the mean of heads: the shares go half through a layer's attention and half past it
         (rollout), or are added to what comes through (relevancy); what crosses goes to the image, what is left in the

@@ -281,6 +281,11 @@ class _Model(nn.Module):
         """Where a layer's attention looks for the perturbation of its probabilities."""
         return "Transformer/encoderblock/MultiHeadDotProductAttention_0/probs"
 
+    @property
+    def class_tokens(self) -> tuple[int, int]:
+        """How many tokens stand in front of the patches in its layers, and how many of them are returned."""
+        return int(self.cls), int(self.cls and self.keep_cls)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of that many pixels."""
         return height // self.patch_size[0], width // self.patch_size[1]

@@ -229,7 +229,7 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def perturbations(model: Model, *, img=None, llm=None) -> dict:
+def perturbations(model: Model, *, img=None, llm=None, connector=None) -> dict:
     """The collection of arrays that are added to the attention's probabilities of all layers.
 
     Zeros change nothing; the gradient with respect to them is that with respect to the probabilities:
@@ -239,10 +239,13 @@ def perturbations(model: Model, *, img=None, llm=None) -> dict:
     Args:
       img: float32[layers, B, heads, patches, patches], or None. Without the axis of heads, gradients are
         weighted and fused (`capture.weigh`).
-      llm: float32[layers, B, heads, S, S], likewise, or None.
+      llm: float32[layers, B, heads, S, S], likewise, or None. A class token is one of the patches here.
+      connector: {module: array}, with keys and shapes as of `connector.slots`.
     """
     arrays = {name: x for name, x in dict(img=img, llm=llm).items() if x is not None}
-    return leaves.unflatten_tree({f"{name}/{model.parts[name].probs_path}": x for name, x in arrays.items()})
+    arrays = {f"{name}/{model.parts[name].probs_path}": x for name, x in arrays.items()}
+    arrays |= {f"connector/{name}/probs": x for name, x in (connector or {}).items()}
+    return leaves.unflatten_tree(arrays)
 
 
 def patch_grid(model: Model, image) -> tuple[int, int]:

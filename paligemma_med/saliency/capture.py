@@ -29,8 +29,8 @@ class Attention(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """rows float32[L, N, R, P + T]; rollout float32[R, P + T]; img_rollout float32[P, P]; mass
-    float32[L, N, R, 3] on image, prompt and answer; logprobs float32[R]."""
+    """rows float32[L, N, R, P + T]; rollout float32[R, P + T]; img_rollout float32[P, P], class tokens of the tower
+    included; mass float32[L, N, R, 3] on image, prompt and answer; logprobs float32[R]."""
 
     rows: np.ndarray
     rollout: np.ndarray
@@ -142,5 +142,5 @@ def stream(model, params, batch, queries, *, fuse="mean", discard=0.0, start_lay
     state, rows = out["llm/attn"]
     rollout.check_start_layer(start_layer, len(rows))
     logprobs = token_logprobs(logits, batch["text"][:, tokens])[0]
-    rolled = example.map(state["rolled"][queries], out, rule="rollout")
-    return example.map(rows, out, rule="raw"), rolled, out["img/attn"][0]["rolled"], logprobs
+    rolled = example.map(state["rolled"][queries], out, rule="rollout").values
+    return example.map(rows, out, rule="raw").values, rolled, out["img/attn"][0]["rolled"], logprobs

@@ -49,16 +49,14 @@ def _raw(passes: Passes, progress=None) -> list[Map]:
     return []
 
 
-def _with_tower(name, variant, row, pixels, patches):
+def _with_tower(name, variant, row, carried):
     """The map `name`, and the same map carried on through the image tower."""
-    carried = np.concatenate([pixels, row[:, patches:]], axis=1)
-    return [Map(name, variant, row), Map(f"{name}_siglip", variant, carried)]
+    return [Map(name, variant, *row), Map(f"{name}_siglip", variant, *carried)]
 
 
 def _rollout(passes: Passes, progress=None) -> list[Map]:
     del progress  # one pass, which raw attention comes from as well
-    _, rolled, _, _ = passes.attention
-    found = (_with_tower("rollout", v, *pair, passes.seq.patches) for v, pair in rolled.items())
+    found = (_with_tower("rollout", v, *pair) for v, pair in passes.attention.rollouts.items())
     return [m for pair in found for m in pair]
 
 
@@ -68,7 +66,9 @@ def _relevancy(passes: Passes, progress=None) -> list[Map]:
     found = relevancy.relevancy(
         passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False, progress=progress
     )
-    return _with_tower("relevancy", "", found.rows[:, : seq.response.stop], found.patches, seq.patches)
+    rows = found.rows[:, : seq.response.stop]
+    carried = np.concatenate([found.patches, rows[:, seq.patches :]], axis=1)
+    return _with_tower("relevancy", "", (rows,), (carried,))
 
 
 def _occlusion(passes: Passes, progress=None) -> list[Map]:

@@ -34,6 +34,24 @@ class Map(NamedTuple):
     method: str
     variant: str
     values: np.ndarray  # float32[R, C], or float32[R, P] of the image alone
+    constants: np.ndarray | None = None  # float32[R] of each row on learned constants, by which it was scaled (`trace`)
+
+
+class Attention(NamedTuple):
+    """What one pass without gradients gives; shares have no padding, and `trace.Shares` says what their constants are.
+
+    Attributes:
+      raw: `trace.Shares` of float32[L, N, R, C], constants float32[L, N, R].
+      rollouts: {variant: (`trace.Shares` of float32[R, C], the same carried on through the image tower)}, constants
+        float32[R].
+      logprobs: float32[R] of the answer's tokens.
+      rivals: (tokens int32[R, K], their probabilities float32[R, K]).
+    """
+
+    raw: trace.Shares
+    rollouts: dict[str, tuple[trace.Shares, trace.Shares]]
+    logprobs: np.ndarray
+    rivals: tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +77,20 @@ class Passes:
     batch_size: int = 32
 
     @functools.cached_property
-    def attention(self) -> tuple:
-        """One pass without gradients: (raw attention float32[L, N, R, C], {variant: (rollout
-        float32[R, C], carried on through the image tower float32[R, P])}, log-probabilities
-        float32[R], (rivals int32[R, K], their probabilities float32[R, K]))."""
+    def attention(self) -> Attention:
+        """One pass without gradients."""
         seq, count = self.seq, len(self.seq.queries)
         arrays, queries = trace.inputs(seq.batch), trace.padded(seq.queries)
         found = _streamed(self.model, self.params, arrays, queries, tuple(self.variants))
         rows, rolled, *rest = jax.device_get(found)
         logprobs, tokens, p = (x[:count] for x in rest)
-        end = seq.response.stop  # padding follows
+
+        def cut(shares, end=seq.response.stop):  # padding follows
+            values, constants = shares
+            return trace.Shares(values[..., :count, :end], None if constants is None else constants[..., :count])
+
         # In the order of `variants`, which jit doesn't keep.
-        rolled = {v: (rolled[v][0][:count, :end], rolled[v][1][:count]) for v in self.variants}
-        return rows[:, :, :count, :end], rolled, logprobs, (tokens, p)
+        return Attention(cut(rows), {v: tuple(map(cut, rolled[v])) for v in self.variants}, logprobs, (tokens, p))
 
 
 class _Folds:
@@ -108,8 +127,12 @@ def _streamed(model, params, arrays, queries, variants):
     states, rows = out["llm/attn"]
     rolled = {}
     for variant, of_llm, of_img in zip(variants, states, out["img/attn"][0]):
-        row = example.map(of_llm["rolled"][queries], out, rule="rollout")
-        rolled[variant] = row, rollout.to_patches(row[:, : example.patches], of_img["rolled"])
+        row = of_llm["rolled"][queries]
+        through = functools.partial(rollout.to_patches, img_rollout=of_img["rolled"])
+        rolled[variant] = (
+            example.map(row, out, rule="rollout"),
+            example.map(row, out, rule="rollout", through=through),
+        )
     logprobs = token_logprobs(logits[0], arrays["text"][0, tokens])
     top, rivals = jax.lax.top_k(jax.nn.log_softmax(logits[0]), min(RIVALS, logits.shape[-1]))
     return example.map(rows, out, rule="raw"), rolled, logprobs, rivals, jnp.exp(top)

@@ -11,7 +11,8 @@ that speak against the token count as 0; rollout counts all of them as speaking 
 Without cross-attention between modalities (the paper's eq. 8 and 9) the whole model is one stack:
 the image tower's layers mix patches, the language model's the image tokens, the prompt and the
 answer. So the tower's R continues the same product: patches = R_llm[query, image] · R_img, through
-the connector if there is one.
+the connector if there is one. A connector's cross-attention, from learned queries to the image, is a layer whose keys
+are the tower's tokens: what it adds to them comes from the queries, which keep theirs.
 
 Axis letters: L layers, N heads, S positions, P patches, T text positions, P + T columns of a map
 (`trace`), R tokens, V vocabulary.
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_med.models import connector as connectors
 from paligemma_med.models import lean, vlm
 from paligemma_med.saliency import trace
 
@@ -120,7 +122,7 @@ def _lean(model):
 def _sizes(model, batch):
     """{part: shape of its layers' fused attention}."""
     example = trace.of(model, batch)
-    lengths = {"img": example.patches, "llm": example.layout.length}
+    lengths = {"img": example.tower_tokens, "llm": example.layout.length}
     return {name: (model.parts[name].depth, 1, n, n) for name, n in lengths.items()}
 
 
@@ -161,6 +163,7 @@ def _forward(model, params, batch, queries, tokens, *, score):
         return jnp.take_along_axis(logits[0], tokens[:, None], axis=-1)[:, 0]
 
     slots = {name: jnp.zeros(shape, jnp.float32) for name, shape in _sizes(model, batch).items()}
+    slots["connector"] = {name: jnp.zeros(shape, jnp.float32) for name, shape in example.slots.items()}
     weights = {id(x): _Weight(i) for i, x in enumerate(jax.tree.leaves(params))}
     return jax.tree.map(lambda x: weights.get(id(x), x), jax.vjp(scores, slots)[1])
 
@@ -178,8 +181,11 @@ def _backward(model, params, pull, batch, queries, chosen, *, own):
         (weights,) = pull(jax.nn.one_hot(i, len(queries), dtype=jnp.float32))
         start = jax.nn.one_hot(queries[i], example.layout.length, dtype=jnp.float32)
         row = carry_down(start, weights["llm"][:, 0])
-        row = example.map(row if own else row - start, rule="relevancy")
-        return row, carry_down(row[: example.patches], weights["img"][:, 0])
+        row = row if own else row - start
+        between = connectors.weighted(model.connector, weights["connector"])
+        kw = dict(out={f"connector/{k}": x for k, x in between.items()}, rule="relevancy")
+        image = example.map(row, through=lambda x: carry_down(x, weights["img"][:, 0]), **kw)
+        return example.map(row, **kw).values, image.values[: example.patches]
 
     return jax.vmap(one)(chosen)
 

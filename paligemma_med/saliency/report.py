@@ -55,6 +55,7 @@ class Arrays:
     maps: list[Map]
     occlusion: dict | None  # dict(fill, cell): how the maps of "occlusion" were made
     regions: Regions | None
+    raw_constants: np.ndarray | None = None  # float32[L, N, R] of raw attention on learned constants (`trace`)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class Report(Arrays):
     samples: list[dict]  # answer, logprob
     controls: list[dict]  # name, answer to another image, logprob of the report's answer there
     mask: Masked | None
+    causal: bool = False  # a token of the prompt sees only what stands before it
     flags: list[dict] = dataclasses.field(default_factory=list)  # name, says
     about: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, value
 
@@ -128,7 +130,7 @@ def measure(
         batch_size=batch_size,
     )
     with stage("compiling the pass for attention, and computing it"):
-        rows, _, logprobs, rivals = passes.attention
+        (rows, constants), _, logprobs, rivals = passes.attention
     occluded, maps, regions = "occlusion" in methods, [], None
     for name in METHODS:
         if name in methods:
@@ -142,6 +144,7 @@ def measure(
         logprobs=logprobs,
         rivals=rivals,
         raw=rows,
+        raw_constants=constants,
         mass=raw.mass(rows, seq.patches, seq.prompt),
         maps=maps,
         occlusion=dict(fill=fill, cell=cell) if occluded else None,

@@ -85,7 +85,7 @@ def to_patches(cells, img_rollout) -> jnp.ndarray:
     """Carries shares of the image tower's tokens through the tower to the patches of pixels.
 
     Args:
-      cells: float[..., P] shares of the tower's tokens: the first columns of a map.
+      cells: float[..., P] shares of the tower's tokens, class tokens included.
       img_rollout: float[P, P], `rollout` of the tower.
 
     Returns:

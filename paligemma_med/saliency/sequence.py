@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from paligemma_med.decode import PAD_TOKEN
 from paligemma_med.saliency import trace
 
 
@@ -54,13 +53,21 @@ def prompt_of(row) -> dict:
     )
 
 
+def ended(answer_ids, stop_tokens) -> np.ndarray:
+    """int32[…] an answer as `decode.generate` returns it, up to and with its first stop token; what follows that is
+    padding, and an answer without one has none."""
+    answer = np.asarray(answer_ids, np.int32).reshape(-1)
+    ends = np.flatnonzero(np.isin(answer, stop_tokens))
+    return answer[: ends[0] + 1] if ends.size else answer
+
+
 def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_to=None) -> Sequence:
-    """Puts a prompt and an answer, as `decode.generate` reads and writes them, into one sequence.
+    """Puts a prompt and an answer into one sequence.
 
     Args:
       model: `vlm.Model`, which knows where everything stands.
       prompt_ids: int[…] the prompt's tokens, without padding.
-      answer_ids: int[…] the answer's tokens; padding (0) at the end is dropped, EOS is a token.
+      answer_ids: int[…] the answer's tokens without padding (`ended`); what ends it is one of them.
       image: float[H, W, 3] in [-1, 1].
       mask_ar: of the prompt, an int or int[…] for each token: 0 where it is bidirectional, 1 where
         it is causal; see `splice.make_attn_mask`.
@@ -75,7 +82,6 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image has shape {image.shape}; expected [height, width, 3].")
     prompt, answer = (np.asarray(x, np.int32).reshape(-1) for x in (prompt_ids, answer_ids))
-    answer = answer[: np.max(np.flatnonzero(answer != PAD_TOKEN), initial=-1) + 1]
     for name, x in (("prompt", prompt), ("answer", answer)):
         if not x.size:
             raise ValueError(f"The {name} has no tokens; expected at least one.")

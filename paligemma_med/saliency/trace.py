@@ -10,7 +10,9 @@ R tokens of the answer.
 """
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +23,14 @@ MULTIPLE = 8  # R is padded to multiples of it, so that few programs are compile
 INPUTS = ("image", "text", "mask_ar", "image_at")
 
 
+class Shares(NamedTuple):
+    """Maps float32[…, P + T], and what of their rows is on learned constants, float32[…], or None if the model has
+    none there."""
+
+    values: jax.Array
+    constants: jax.Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """Maps one example's positions to patches and text; usable inside jitted functions and outside.
@@ -29,30 +39,58 @@ class Trace:
       grid: (rows, columns) of patches.
       layout: `splice.Layout` of its one row.
       connector: config of the model's connector, or None.
+      class_tokens: of the tower (`parts.Tower`).
     """
 
     grid: tuple[int, int]
     layout: splice.Layout
     connector: dict | None = None
+    class_tokens: tuple[int, int] = (0, 0)
 
     @property
     def patches(self) -> int:
         """P."""
         return self.grid[0] * self.grid[1]
 
-    def map(self, rows, out=None, *, rule) -> jnp.ndarray:
-        """Shares of positions float[…, S] → float[…, P + T].
+    @property
+    def tower_tokens(self) -> int:
+        """How many tokens the tower's layers have: P and class tokens, which are in front."""
+        return self.class_tokens[0] + self.patches
+
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the connector's attention (`connector.slots`)."""
+        return connectors.slots(self.connector, self.class_tokens[1] + self.patches)
+
+    def map(self, rows, out=None, *, rule, through=None) -> Shares:
+        """Shares of positions float[…, S] → `Shares`.
+
+        What a query transformer's learned queries or a class token's learned embedding hold of a share is of no place
+        in the image. Under "raw" and "rollout" the image's columns are scaled by what is left, so that rows keep their
+        sum. Relevancy, whose rows have no sum to keep, leaves it out.
 
         Args:
-          out: the model's out-dict of a pass with its attention captured.
+          out: the connector's attention {"connector/…": float[layers, 1, …]}, as a model's out-dict has it.
           rule: one of `connector.RULES`: how a connector's own attention is followed.
+          through: carries shares float[…, tower_tokens] on through the image tower.
         """
-        if self.layout.image_at is None and self.connector is None:
-            return rows
-        of_connector = {k.removeprefix("connector/"): v for k, v in (out or {}).items() if k.startswith("connector/")}
-        cells = connectors.to_cells(self.connector, self.layout.of_image(rows), of_connector, rule=rule)
-        text = self.layout.slot(jnp.arange(self.layout.num_text)[None])[0]
-        return jnp.concatenate([cells, jnp.take(rows, text, axis=-1)], axis=-1)
+        of_image = self.layout.of_image(rows)
+        of_connector = {
+            k.removeprefix("connector/"): v[:, 0] for k, v in (out or {}).items() if k.startswith("connector/")
+        }
+        tokens = connectors.to_cells(self.connector, of_image, of_connector, rule=rule)
+        if dropped := self.class_tokens[0] - self.class_tokens[1]:
+            tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(dropped, 0)])
+        tokens = tokens if through is None else through(tokens)
+        cells, constants = tokens[..., self.class_tokens[0] :], None
+        if (self.class_tokens[0] or self.slots) and rule != "relevancy":
+            total, left = jnp.sum(of_image, axis=-1), jnp.sum(cells, axis=-1)
+            constants = jnp.maximum(total - left, 0.0)
+            cells = cells * jnp.where(left > 0, total / jnp.where(left > 0, left, 1.0), 0.0)[..., None]
+        text = rows[..., self.layout.num_image :]
+        if self.layout.image_at is not None:
+            text = jnp.take(rows, self.layout.slot(jnp.arange(self.layout.num_text)[None])[0], axis=-1)
+        return Shares(jnp.concatenate([cells, text], axis=-1), constants)
 
     def predicted(self, queries) -> jnp.ndarray:
         """Tokens of the text, int[R], that positions int[R] of the sequence predict."""
@@ -79,7 +117,9 @@ class Trace:
 
 def of(model, batch) -> Trace:
     """`Trace` of a batch of one: image float[1, H, W, 3], text int[1, T], perhaps image_at int[1]."""
-    return Trace(vlm.patch_grid(model, batch["image"]), vlm.layout_of(model, batch), model.connector)
+    tower = model.parts["img"]
+    grid = vlm.patch_grid(model, batch["image"])
+    return Trace(grid, vlm.layout_of(model, batch), model.connector, tower.class_tokens)
 
 
 def inputs(batch) -> dict:

@@ -48,6 +48,7 @@ class Tower(nn.Module):
 
     num_heads = 1
     probs_path = ""
+    class_tokens = (0, 0)
 
     @property
     def leaves(self):

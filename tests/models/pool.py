@@ -38,6 +38,14 @@ class Pool(nn.Module):
         return patches // kw["factor"] ** 2
 
     @staticmethod
+    def slots(kw, patches):
+        return {}
+
+    @staticmethod
+    def weighted(slots):
+        return {}
+
+    @staticmethod
     def to_cells(kw, shares, out, rule):
         n, factor = math.isqrt(shares.shape[-1]), kw["factor"]
         x = jnp.asarray(shares).reshape(*shares.shape[:-1], n, 1, n, 1) / factor**2

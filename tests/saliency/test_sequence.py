@@ -11,7 +11,7 @@ IMAGE = np.zeros((32, 48, 3))
 
 
 def test_parts_and_queries():
-    seq = sequence.make(MODEL, [2, 7, 8], [30, 31, 1, 0, 0], IMAGE, pad_to=9)
+    seq = sequence.make(MODEL, [2, 7, 8], [30, 31, 1], IMAGE, pad_to=9)
     assert (seq.grid, seq.patches) == ((2, 3), 6)
     assert (seq.prompt, seq.response) == (slice(6, 9), slice(9, 12))
     np.testing.assert_array_equal(seq.queries, [8, 9, 10])  # the last of the prompt predicts 30
@@ -25,6 +25,18 @@ def test_parts_and_queries():
     np.testing.assert_array_equal(following, seq.tokens)
 
 
+def test_an_answer_ends_with_its_first_stop_token():
+    """Whatever follows is padding; 0 is a token like others ("!" for LLaMA 3)."""
+    for tokens, stops, want in (
+        ([30, 31, 1, 0, 0], (1,), [30, 31, 1]),
+        ([30, 0, 7, 0, 0], (1, 7), [30, 0, 7]),
+        ([1, 0, 0], (1, 7), [1]),
+        ([30, 0], (1, 7), [30, 0]),
+    ):
+        assert sequence.ended(tokens, stops).tolist() == want
+    assert sequence.make(MODEL, [2, 7], [30, 0], IMAGE).tokens.tolist() == [30, 0]
+
+
 def test_padding_by_default_is_to_sixteens():
     for answer, length in ((1, 16), (13, 16), (14, 32)):
         seq = sequence.make(MODEL, [2, 3, 4], [5] * answer, IMAGE)
@@ -35,7 +47,7 @@ def test_padding_by_default_is_to_sixteens():
     "prompt,answer,image,pad_to,message",
     [
         ([], [3], IMAGE, None, "The prompt has no tokens"),
-        ([3], [0, 0], IMAGE, None, "The answer has no tokens"),
+        ([3], [], IMAGE, None, "The answer has no tokens"),
         ([3], [3], IMAGE[None], None, r"image has shape \(1, 32, 48, 3\)"),
         ([3, 3], [3, 3], IMAGE, 3, "Prompt and answer are 4 tokens; pad_to=3 is less"),
     ],

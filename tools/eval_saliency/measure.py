@@ -32,7 +32,7 @@ def maps_of(model, params, seq, score, *, fill="blur") -> dict:
     """
     first = dict([next(iter(ROLLOUTS.items()))])
     passes = Passes(capture.capturable(model), params, seq, score, variants=first, fill=fill)
-    rows = passes.attention[0]
+    rows = passes.attention.raw.values
     found = {"raw_last": raw.raw(rows, layers=-1), "raw_mean": raw.raw(rows)}
     for method in BY_NAME.values():
         for m in method.maps(passes):
@@ -128,9 +128,9 @@ class Subject:
             eos_token=self.tok.stop_tokens,
             max_new_tokens=max_new_tokens,
         )
-        tokens = distributed.to_host(tokens)[0, 0]
+        tokens = sequence.ended(distributed.to_host(tokens)[0, 0], self.tok.stop_tokens)
         prompt = sequence.prompt_of(row)
-        length = len(prompt["prompt_ids"]) + np.count_nonzero(tokens)
+        length = len(prompt["prompt_ids"]) + len(tokens)
         padded = -(-length // _PAD) * _PAD
         seq = sequence.make(self.model, answer_ids=tokens, image=row["image"], pad_to=padded, **prompt)
         return seq, self.tok.to_str(tokens.tolist())
