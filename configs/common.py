@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from configs import common_prompts
+from configs.common_prompts import op as _op
 from paligemma_med.config import arguments
 from paligemma_med.pp import rows
 
@@ -94,57 +96,72 @@ def _is_literal(text):
     return True
 
 
-def _op(name, *args, **kw):
-    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kw.items()]
-    return f"{name}({', '.join(parts)})"
-
-
-def image_pp(res, augment=()) -> list[str]:
-    """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` comes before resize."""
+def image_pp(res, augment=(), method="bilinear") -> list[str]:
+    """Ops from encoded bytes to float32[res, res, 3] in [-1, 1]; `augment` comes before resize, whose `method` is."""
     # By default big_vision decodes JPEG faster, but up to 8 grey levels off.
-    size = _op("resize", res, antialias=True)
+    size = _op("resize", res, antialias=True, **({} if method == "bilinear" else dict(method=method)))
     return ["decode(precise=True)", *augment, size, _op("value_range", -1, 1)]
 
 
-def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer") -> str:
+def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer", resize="bilinear") -> str:
     """The pp string of a training set of questions and answers; `answer` is the key of the latter.
 
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
-    the model reads, since it predicts the next token.
+    the model reads, since it predicts the next token; and image_at int32 if the image isn't in front.
+
+    Args:
+      prompt: PaliGemma's, as from `prompt_for`, or a `common_prompts.Prompt`.
+      resize: the method of `image_pp`.
     """
-    return "|".join(
-        [
-            *image_pp(res, augment),
+    if isinstance(prompt, common_prompts.Prompt):
+        texts = common_prompts.to_ops(prompt, tokenizer, answer)
+    else:
+        texts = [
             _op("strfmt", prompt, outkey="prefix"),
             _op("copy", inkey=answer, outkey="suffix"),
             _op("tok", model=tokenizer, key="prefix", bos="yes"),
             _op("tok", model=tokenizer, key="suffix", eos="yes"),
             _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
             _op("masked_concat", ["prefix", "septok", "suffix"], outkey="text", mask_ar=[0, 0, 1], mask_loss=[0, 0, 1]),
+        ]
+    return "|".join(
+        [
+            *image_pp(res, augment, resize),
+            *texts,
             _op("tolen", text_len + 1, pad_value=0, key="text"),
             _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
             _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
-            _op("keep", "image", "text", "mask_ar", "mask_loss"),
+            _op("keep", "image", "text", "mask_ar", "mask_loss", *_place(prompt)),
         ]
     )
 
 
-def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer") -> str:
+def _place(prompt):
+    return ("image_at",) if isinstance(prompt, common_prompts.Prompt) and prompt.before else ()
+
+
+def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="answer", resize="bilinear") -> str:
     """The pp string of an evaluation set: only the prompt, and `keep` for the evaluator, to which the truth
     is called "answer" whatever its key in the data.
 
-    Gives image as above, and text, mask_ar, mask_input int32[text_len].
+    Gives image as above, and text, mask_ar, mask_input int32[text_len]. Arguments as of `train_pp`.
     """
-    return "|".join(
-        [
-            *image_pp(res),
+    if isinstance(prompt, common_prompts.Prompt):
+        texts = common_prompts.to_ops(prompt, tokenizer)
+    else:
+        texts = [
             _op("strfmt", prompt, outkey="prefix"),
             _op("tok", model=tokenizer, key="prefix", bos="yes"),
             _op("tok", model=tokenizer, key="septok", text=SEPARATOR),
             _op("masked_concat", ["prefix", "septok"], outkey="text", mask_ar=[0, 0], mask_input=[1, 1]),
+        ]
+    return "|".join(
+        [
+            *image_pp(res, method=resize),
+            *texts,
             *_prompt_lengths(text_len),
             *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
-            _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
+            _op("keep", "image", "text", "mask_ar", "mask_input", *_place(prompt), *keep),
         ]
     )
 
@@ -169,6 +186,7 @@ def vqa_eval(
     answer="answer",
     samples=1,
     temperature=None,
+    resize="bilinear",
     **kw,
 ) -> dict[str, Any]:
     """A section of config.evals: exact match on a split of the data set `name`, with its controls.
@@ -184,7 +202,7 @@ def vqa_eval(
         data=dataset(name, split, data_dir),
         train_data=dataset(name, train_split, data_dir),
         **(dict(train_answer=answer) if answer != "answer" else {}),
-        pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer),
+        pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer, resize),
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens, num_samples=samples, temperature=temperature),
         **kw,
@@ -223,8 +241,11 @@ def dialogue_eval(
     """Dialogues of several `turns` on one image; each turn's prompt contains the previous questions and
     answers. See `paligemma_med.evaluators.dialogue`.
 
-    Arguments as of `vqa_eval`; text_len is for the whole prompt, history included.
+    Arguments as of `vqa_eval`; text_len is for the whole prompt, history included. Only PaliGemma's prompts: other
+    systems' templates for several turns aren't written down here.
     """
+    if isinstance(prompt, common_prompts.Prompt):
+        raise ValueError("dialogue_eval has PaliGemma's prompts only.")
     section = vqa_eval(
         c,
         name,
@@ -300,6 +321,8 @@ def multiple_choice_eval(
     """
     if options is None:
         options = "letter" if answer == rows.ANSWER_LETTER else "text"
+    if prefix := getattr(kw.get("prompt"), "answer_prefix", ""):
+        kw["answer_prefix"] = prefix
     return vqa_eval(
         c,
         name,

@@ -25,6 +25,7 @@ from paligemma_med.training import describe, optim
 
 FOLDER = pathlib.Path(common.__file__).parent
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith(("__", "common")))
+SYSTEMS = ("bloom_qformer", "llama_clip", "medgemma_4b", "pefomed")
 STAGE2 = [n for n in NAMES if n.startswith("stage2_")]
 ANSWER = "zygomatic zebra"
 
@@ -52,8 +53,10 @@ def row(**kw):
 
 
 def pp(text):
-    """The function of a pp string, with the shipped tokenizer instead of Gemma's file."""
-    return get_preprocess_fn(text.replace(repr(common.GEMMA), "'tiny'"))
+    """The function of a pp string, with the shipped tokenizer instead of one that needs a file."""
+    for spec in (common.GEMMA, "gemma3", "llama", "bpe", "bpe(size=250880)"):
+        text = text.replace(repr(spec), "'tiny'")
+    return get_preprocess_fn(text)
 
 
 # --- Every config ---
@@ -83,12 +86,13 @@ def test_pp_strings_give_what_the_model_reads(name):
     assert np.abs(out["image"]).max() <= 1
     for key in ("text", "mask_ar", "mask_loss"):
         assert out[key].shape == (c.text_len + 1,)
-    trained_on = out["text"][(out["mask_ar"] == 0)].tolist()
+    trained_on, place = out["text"][: out["mask_loss"].argmax()].tolist(), out.get("image_at")
     strings = [s.pp_fn for s in (c.evals or {}).values()] + [c.get("predict_pp") or ""]
     for text in filter(None, strings):
         out = pp(text)(row(answer="yes"))
         assert out["image"].shape == (c.res, c.res, 3)
         assert out["text"][out["mask_input"] > 0].tolist() == trained_on, "another prompt"
+        assert out.get("image_at") == place
     assert strings[-1], "predict needs predict_pp"
 
 
@@ -323,6 +327,8 @@ def texts_of(path):
 def test_the_words_of_the_prompt_stand_in_one_file():
     files = {p.stem for p in FOLDER.glob("*.py") if any("{question}" in t or "answer en" in t for t in texts_of(p))}
     assert files == {"common"}
+    others = {p.stem for p in FOLDER.glob("*.py") if any("{asked}" in t or "{said}" in t for t in texts_of(p))}
+    assert others == {"common_prompts"}
     assert common.prompt_for() == common.PROMPT == "answer en {question}"
     assert common.prompt_for("") == "answer {question}"
     assert common.prompt_for("zh", options=True).startswith("answer zh {question} A: {choice_a} B: ")
@@ -335,7 +341,7 @@ def test_a_config_is_plain_assignments_and_imports_no_experiment(name):
     imported = {
         a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "configs" for a in n.names
     }
-    assert imported <= {"common", "common_3b", "tiny_base"}
+    assert imported <= {"common", "common_3b", "common_prompts", "common_systems", "tiny_base"}
 
 
 # --- The prompt in a row ---

@@ -1,0 +1,48 @@
+"""System 002 (arXiv 2504.05575): BiomedCLIP's tower and LLaMA-3 8B, adapted together.
+
+    export BPE_TOKENIZER=/weights/Meta-Llama-3-8B/tokenizer.json
+    python -m paligemma_med.train --workdir=out/llama1 \\
+        --config=configs/llama_clip.py:stage=1,img=/weights/BiomedCLIP,llm=/weights/Meta-Llama-3-8B
+    python -m paligemma_med.train --workdir=out/llama2 --config=configs/llama_clip.py:stage=2,init=out/llama1
+
+From the paper's abstract, all that was to be had: the two parts, LoRA, two stages, "separate fine-tuning of image and
+text encoders" before the joint one. Everything else is not from the paper:
+
+features   patches of block 11 of 12, without norm and class token, as LLaVA-Med reads BiomedCLIP
+connector  "linear" (default), 768 to 4096; "mlp": two layers with a GELU between, as LLaVA-1.5's
+LoRA       rank 16, alpha 32, dropout .05: q, k, v, output of the tower in stage 1, of the decoder, too, in stage 2
+stages     1: connector and the tower's adapters; 2: connector and all adapters
+schedule   cosine with 3 % warm-up, 2e-4 and 1e-4, 1 and 3 epochs, 64 examples
+prompt     BOS, image, "{question}\\nAnswer:", " {answer}", EOS; base weights, no chat template
+images     224 px, bicubic, which the tower was trained with; not cut to a square
+data       SLAKE. The paper has OmniMedVQA as open questions, for which there is no builder here
+
+Arguments: stage, link (linear or mlp), and those in configs/common_systems.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common_prompts, common_systems
+
+_LR, _EPOCHS = {1: 2e-4, 2: 1e-4}, {1: 1.0, 2: 3.0}
+_TOWER, _DECODER = "img/.*MultiHeadDotProductAttention_0/.*", "llm/layers/attn/.*"
+_LINKS = {"linear": None, "mlp": dict(kind="projector", hidden=4096)}
+
+
+def get_config(arg=None) -> ConfigDict:
+    args = common_systems.parse_arg(arg, stage=1, link="linear", micro=8, accum=8)
+    if args.stage not in _LR:
+        raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
+    if args.link not in _LINKS:
+        raise ValueError(f"Config argument link={args.link!r}: expected one of {sorted(_LINKS)}.")
+    c = common_systems.make(args, "llama_clip", "bpe", res=224, text_len=96)
+    if args.link == "mlp":
+        c.model.connector = _LINKS["mlp"] | (dict(hidden=32) if args.tiny else {})
+    common_systems.texts(c, args, common_prompts.llama_clip(), resize="bicubic")
+    adapted = [_TOWER] if args.stage == 1 else [_TOWER, _DECODER]
+    c.lora = common_systems.lora(args, *adapted, rank=16, alpha=32, dropout=0.05)
+    c.grad_clip_norm = 1.0
+    trained = "img/head/.*" if args.link == "linear" else "connector/.*"
+    lr, epochs = _LR[args.stage], _EPOCHS[args.stage]
+    common_systems.recipe(c, args, lr=lr, epochs=epochs, decay="cosine", trained=trained)
+    return c

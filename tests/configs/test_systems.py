@@ -1,0 +1,205 @@
+"""The other systems' configs: a tiny model of each trains, is evaluated, and answers; their prompts and what they train
+at the true size."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from configs import common_prompts, common_systems
+from paligemma_med import checkpoints, evaluate, predict, train
+from paligemma_med.config import files as config_files
+from paligemma_med.input_pipeline import open_source
+from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.pp import get_preprocess_fn
+from paligemma_med.pp.tokenizer import get_tokenizer
+from paligemma_med.setup import TrainingSetup
+from tests.pp import sentencepiece_files
+
+# A preset's config, with arguments that take its further paths.
+RUNS = {
+    "medgemma_4b": "version=1.0,micro=8,accum=2",
+    "llama_clip": "stage=2,micro=8,accum=1",
+    "bloom_qformer": "stage=2,micro=8,accum=1",
+    "pefomed": "stage=2,micro=8,accum=1",
+}
+QUESTION = "Is there a fracture?"
+
+
+def get_config(name, arg=None):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tiny_data, tmp_path_factory):
+    """(name, config, workdir) of three steps of training."""
+    name, folder = request.param, str(tmp_path_factory.mktemp("runs") / request.param)
+    c = get_config(name, f"tiny,{RUNS[name]},data=phantom,data_dir={tiny_data},max_new_tokens=4")
+    for key in {"total_epochs", "total_steps"} & {*c}:
+        del c[key]
+    c.total_steps, c.log_training_steps = 3, 1
+    c.schedule = [(rule, value and {"decay_type": "constant"}) for rule, value in c.schedule]
+    c.lr, c.compilation_cache = 1e-2, False
+    section = c.evals.phantom_validate
+    section.data.split, section.batch_size, section.controls = "validate[:3]", 8, ("echo", "shuffled_images")
+    evals, c.evals = c.evals, {}
+    train.train(c, folder)
+    c.evals = evals
+    return name, c, folder
+
+
+def test_it_trains_is_evaluated_and_answers(run, tiny_data, tmp_path):
+    name, c, folder = run
+    steps = [json.loads(line) for line in open(f"{folder}/metrics.jsonl", encoding="utf-8")]
+    losses = [step["training_loss"] for step in steps]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    trained = TrainingSetup.without_data(c).trained_names
+    found = flatten_tree(checkpoints.load_params(folder))
+    assert {*trained} <= {*found} and any("lora_a" in n for n in trained)
+
+    again = config_files.from_json(checkpoints.workdir.read_config(folder))
+    again.evals = c.evals
+    results = evaluate.evaluate(again, folder, str(tmp_path))
+    assert results["phantom_validate"]["n"] == 3
+    rows = [json.loads(line) for line in open(tmp_path / "eval/phantom_validate/predictions.jsonl", encoding="utf-8")]
+    image = next(iter(open_source(dict(name="phantom", split="validate", data_dir=str(tiny_data)))))["image"]
+    first = predict.predict(again, folder, image, [rows[0]["question"], QUESTION], max_new_tokens=4)
+    assert [r["question"] for r in first] == [rows[0]["question"], QUESTION]
+    assert first[0]["prompt"] == rows[0]["prompt"] and rows[0]["question"].lower()[:10] in rows[0]["prompt"].lower()
+    # The same answer, whatever the batch, the bucket and what else is asked.
+    assert first[0]["answers"][0]["answer"] == rows[0]["predictions"][0]
+    assert first[0]["answers"][0]["logprob"] == pytest.approx(sum(rows[0]["logprobs"]), abs=1e-3)
+
+
+# --- Prompts ---
+
+ROW = dict(question=f" {QUESTION}\n", answer="Yes.", image=np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    """Its spec."""
+    pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    file = tmp_path_factory.mktemp("tokenizers") / "gemma3.model"
+    sentencepiece_files.gemma3(file)
+    return f"gemma3(model={str(file)!r})"
+
+
+def made(prompt, spec, answer="answer"):
+    """(tokens of a prompt, image_at, tokens that are learnt) of a row."""
+    ops = common_prompts.to_ops(prompt, spec, answer)
+    out = get_preprocess_fn("|".join(ops))(ROW)
+    asked = get_preprocess_fn("|".join(common_prompts.to_ops(prompt, spec)))(ROW)
+    text, learnt = out["text"], out["mask_loss"] > 0
+    assert asked["text"].tolist() == text[: len(asked["text"])].tolist() and asked["mask_input"].all()
+    assert asked.get("image_at") == out.get("image_at") and out["mask_ar"].all() and asked["mask_ar"].all()
+    return asked["text"].tolist(), out.get("image_at"), text[learnt].tolist()
+
+
+def test_medgemmas_prompts_have_the_ids_of_its_own_processor(gemma3):
+    """Of one question through Hugging Face's template (composable.md 8), by a tokenizer with Gemma 3's ids."""
+    asked, ends = [4602, 993, 496, 34_164, 236_881], [106, 107, 105, 4368, 107]
+    yes = [*get_tokenizer(gemma3).to_int("Yes."), 106]
+    old = [2, 105, 2364, 107, *asked, 108, 255_999, 256_000, 108, *ends]
+    assert made(common_prompts.medgemma("1.0"), gemma3) == (old, 11, yes)
+    new = [2, 105, 2364, 109, 255_999, 256_000, 108, *asked, *ends]
+    assert made(common_prompts.medgemma("1.5"), gemma3) == (new, 5, yes)
+    # As in Google's notebook: all but the image's tokens, of which this is the one in the text.
+    learnt = made(common_prompts.medgemma("1.5", learns_all=True), gemma3)[2]
+    assert learnt == [token for token in [*new, *yes] if token != 255_999]
+    system = made(common_prompts.medgemma("1.0", system="user {x}"), gemma3)[0]
+    assert (
+        get_tokenizer(gemma3)
+        .to_str(system, stop_at_eos=False)
+        .startswith(f"<start_of_turn>user\nuser {{x}}\n\n{QUESTION}")
+    )
+    with pytest.raises(ValueError, match="version='2': expected '1.0' or '1.5'"):
+        get_config("medgemma_4b", "version='2'")
+    with pytest.raises(ValueError, match="MedGemma 1.5 has no system prompt"):
+        get_config("medgemma_4b", "system=You are a radiologist.")
+
+
+@pytest.mark.parametrize(
+    "prompt, before, after, answer",
+    [
+        (common_prompts.llama_clip(), "", f" {QUESTION}\n\nAnswer:", " Yes."),
+        (common_prompts.bloom_qformer(1), None, "", "Yes."),
+        (common_prompts.bloom_qformer(3), None, f"Question:  {QUESTION}\n Answer:", " Yes."),
+        (common_prompts.pefomed(), "[INST] <img>", "</img> [vqa] is there a fracture? [/INST]", "yes"),
+        (
+            common_prompts.pefomed("caption"),
+            "[INST] <img>",
+            "</img> [caption] briefly describe this image [/INST]",
+            "yes",
+        ),
+    ],
+    ids=["002", "003 stage 1", "003", "004", "004 stage 1"],
+)
+def test_prompts_of_the_papers_systems(prompt, before, after, answer):
+    tiny = get_tokenizer("tiny")
+    parts = [
+        tiny.to_int(x, bos=prompt.bos and i == 0) for i, x in enumerate(x for x in (before, after) if x is not None)
+    ]
+    at = None if before is None else len(parts[0])
+    assert made(prompt, "tiny") == (sum(parts, []), at, tiny.to_int(answer, eos=True))
+
+
+def test_pefomeds_evaluation_as_released_has_two_bos(tmp_path):
+    pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    sentencepiece_files.llama(tmp_path / "llama.model")
+    spec = f'llama(model="{tmp_path}/llama.model")'
+    ids, at, learnt = made(common_prompts.pefomed(as_released=True), spec)
+    llama = get_tokenizer(spec)
+    assert ids[:at] == [1, 1, *llama.to_int("[INST] <Img>")] and learnt == llama.to_int("Yes.", eos=True)
+    said = f"</Img> [vqa] Based on the image, respond to this question with a short answer:  {QUESTION}\n [/INST]"
+    assert ids[at:] == llama.to_int(said)
+    trained = get_config("pefomed", "strict_repro")
+    assert "<img>" in trained.input.pp and "<Img>" in trained.predict_pp and "<Img>" not in trained.input.pp
+
+
+def test_a_question_that_spells_tokens_out_is_text_in_every_prompt(gemma3):
+    said = "a<end_of_turn><start_of_image><eos>b"
+    for prompt in (common_prompts.medgemma("1.0"), common_prompts.llama_clip()):
+        fn = get_preprocess_fn("|".join(common_prompts.to_ops(prompt, gemma3, "answer")))
+        ids = {said: fn({**ROW, "question": said, "answer": said})["text"].tolist() for said in (said, "ab")}
+        for token in (1, 2, 105, 106, 255_999):
+            assert ids[said].count(token) == ids["ab"].count(token)
+
+
+# --- At the true size ---
+
+
+@pytest.mark.parametrize(
+    "name, arg, trained",
+    [
+        ("medgemma_4b", "", 38_497_792),
+        ("medgemma_4b", "projector", 38_497_792 + 2_950_272),
+        ("llama_clip", "stage=1", 1_081_344 + 3_149_824),
+        ("llama_clip", "stage=2", 1_081_344 + 3_149_824 + 13_631_488),
+        ("llama_clip", "stage=1,link=mlp", 1_081_344 + 768 * 4096 + 4096 + 4096 * 4096 + 4096),
+        ("bloom_qformer", "stage=3", 99_264_000 + 3_149_824 + 7_864_320),
+        ("pefomed", "", 56_627_200),
+    ],
+)
+def test_what_is_trained(name, arg, trained):
+    setup = TrainingSetup.without_data(get_config(name, arg))
+    assert sum(setup.abstract[n].size for n in setup.trained_names) == trained
+
+
+def test_weights_and_tokenizer_are_named_by_arguments():
+    c = get_config("bloom_qformer", "img=/a,llm=/b,tokenizer=/t.json")
+    assert c.model_init.to_dict() == dict(img="/a", llm="/b")
+    assert c.tokenizer == "bpe(model='/t.json', size=250880)" and repr(c.tokenizer) in c.input.pp
+    assert get_config("pefomed", "init=/w").model_init == "/w"
+    with pytest.raises(ValueError, match="Give init=… .a whole model. or img=… .its parts., not both"):
+        get_config("pefomed", "init=/w,img=/a")
+    for name, stage in (("llama_clip", 3), ("bloom_qformer", 4), ("pefomed", 3)):
+        with pytest.raises(ValueError, match=f"Config argument stage={stage}: expected 1"):
+            get_config(name, f"stage={stage}")
+
+
+@pytest.mark.parametrize("name", common_systems.TINY)
+def test_papers_gaps_are_named(name):
+    doc = importlib.import_module(f"configs.{name}").__doc__
+    assert "ot from" in doc and "Arguments:" in doc
