@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs import common_prompts, common_systems
-from paligemma_med import checkpoints, evaluate, predict, train
+from paligemma_med import checkpoints, evaluate, experiment, predict, train
 from paligemma_med.config import files as config_files
 from paligemma_med.input_pipeline import open_source
-from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.setup import TrainingSetup
@@ -31,6 +31,15 @@ def get_config(name, arg=None):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+def random_weights(c, path):
+    """Writes weights of a config's model without adapters: drawing them in a JAX program takes as long as training."""
+    rng = np.random.default_rng(0)
+    abstract = experiment.abstract_params(c, experiment.make_model(c).clone(lora=()))
+    tree = unflatten_tree({n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()})
+    checkpoints.save_npz(path, tree)
+    return path
+
+
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tiny_data, tmp_path_factory):
     """(name, config, workdir) of three steps of training."""
@@ -40,7 +49,7 @@ def run(request, tiny_data, tmp_path_factory):
         del c[key]
     c.total_steps, c.log_training_steps = 3, 1
     c.schedule = [(rule, value and {"decay_type": "constant"}) for rule, value in c.schedule]
-    c.lr, c.compilation_cache = 1e-2, False
+    c.lr, c.model_init = 1e-2, random_weights(c, f"{folder}.npz")
     section = c.evals.phantom_validate
     section.data.split, section.batch_size, section.controls = "validate[:3]", 8, ("echo", "shuffled_images")
     evals, c.evals = c.evals, {}
