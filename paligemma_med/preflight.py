@@ -25,6 +25,7 @@ def check(setup: TrainingSetup) -> None:
     if config.get("model_init"):
         kw = dict(leaves=setup.leaves, may_be_moved=True, may_begin_afresh=True, **weights.reading(config))
         weights.load_host_params(config.model_init, setup.abstract, **kw)
+        weights.check_described(config.model_init, setup.model)
 
 
 def check_evals(setup: Setup) -> None:

@@ -5,6 +5,7 @@
 
 import gc
 import math
+import os
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.checkpoints import bv, compose, fingerprint, finite, fit, npz, workdir
+from paligemma_med.checkpoints import bv, compose, fingerprint, finite, fit, hf, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted
@@ -78,6 +79,7 @@ def initial_host_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
             may_begin_afresh=True,
             **reading(config),
         )
+        check_described(config.model_init, setup.model)
         if any(map(lora.is_factor, base)):
             _check_scales(config, setup.model, config.model_init)
     if config.get("adapter_init"):
@@ -181,6 +183,7 @@ def load(config, checkpoint) -> tuple[vlm.Model, Any, jax.sharding.Mesh, dict[st
     setup = Setup(config)
     config, model, tokenizer = setup.config, setup.model, setup.tokenizer
     host = load_host_params(checkpoint, setup.abstract, leaves=setup.leaves, **reading(config))
+    check_described(checkpoint, model)
     if any(map(lora.is_factor, host)):
         adapter, run_config = config.get("adapter_init"), _config_of_run(checkpoint)
         if adapter and run_config.get("adapter_init") != config_files.absolute(adapter):
@@ -278,6 +281,13 @@ def load_host_params(
     except npz.CheckpointError as e:
         raise npz.CheckpointError(f"{spec}: {e}") from None
     return flatten_tree(fitted)
+
+
+def check_described(spec, model) -> None:
+    """Raises CheckpointError if a config.json among the sources `spec` describes other arithmetic than the model's."""
+    for part, path in (compose.parts_of(spec) or {None: spec}).items():
+        if os.path.exists(path := os.path.expanduser(path)) and checkpoints.kind_of(path) == "hf":
+            hf.check_agrees(path, model, part)
 
 
 def _check_resolution(spec, loaded, abstract, leaves):

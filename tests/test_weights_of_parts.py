@@ -219,6 +219,28 @@ def test_parts_are_converted_to_one_file(sources, tmp_path):
     assert flatten_tree(merged)["img/cls"].shape == (1, 1, 24)
 
 
+@pytest.mark.parametrize(
+    "part, key, value, says",
+    [
+        ("llm", "norm_eps", 1e-6, "llama/config.json says norm_eps=1e-05, but config.model.llm has 1e-06"),
+        ("llm", "rope_theta", 5e5, "llama/config.json says rope_theta=10000.0, but config.model.llm has 500000.0"),
+        ("img", "gelu", "tanh", "vit/config.json says gelu='exact', but config.model.img has 'tanh'"),
+    ],
+)
+def test_what_shapes_do_not_show_is_compared(sources, part, key, value, says):
+    c = config(model_init=dict(img=f"{sources}/vit", llm=f"{sources}/llama"))
+    c.model[part][key] = value
+    with pytest.raises(checkpoints.CheckpointError, match=says):
+        weights.initial_params(TrainingSetup.without_data(c))
+
+
+def test_another_eps_of_a_tower_is_said(sources, caplog):
+    """ViTConfig's default of 1e-12 stands in files of towers that were trained with 1e-6."""
+    model = experiment.make_model(config(dict(TOWER, norm_eps=1e-12)))
+    weights.check_described(f"img={sources}/vit,llm={sources}/llama", model)
+    assert "vit/config.json says norm_eps=1e-06, but config.model.img has 1e-12, which is kept" in caplog.text
+
+
 def test_what_begins_afresh_is_trained(sources):
     c = config(model_init=dict(img=f"{sources}/vit", llm=f"{sources}/llama"))
     c.schedule = [("llm/final_norm/scale", dict(decay_type="constant")), (".*", None)]

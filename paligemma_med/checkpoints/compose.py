@@ -16,6 +16,8 @@ from absl import logging
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, listed
 from paligemma_med.models import parts
+from paligemma_med.models.layers import lora
+from paligemma_med.models.leaves import flatten_tree
 
 PARTS = tuple(dict.fromkeys(path.partition("/")[0] for path in parts.LEAVES))  # in the order of the computation
 _NEEDED = ("img", "llm")  # of these
@@ -50,7 +52,7 @@ def open_parts(spec: Mapping[str, str], open_one: Callable[[str], dict[str, Any]
     """{part: its tree}, of sources that hold the part alone or whole models.
 
     Raises:
-      CheckpointError: a source hasn't the part that it is named for.
+      CheckpointError: a source hasn't the part that it is named for, or has adapters.
     """
     out = {}
     for part, path in spec.items():
@@ -59,6 +61,11 @@ def open_parts(spec: Mapping[str, str], open_one: Callable[[str], dict[str, Any]
             if part not in tree:
                 raise CheckpointError(f"{path} has no {part!r}, only {' and '.join(sorted(tree))}")
             tree = tree[part]
+        if factor := next(filter(lora.is_factor, flatten_tree(tree)), None):
+            raise CheckpointError(
+                f"{path} has adapters, such as {factor}, and the sources of parts are weights alone: merge them first "
+                "(tools.convert_checkpoint --merge), or name the adapter as adapter_init"
+            )
         out[part] = tree
     return out
 

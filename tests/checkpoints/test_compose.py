@@ -54,6 +54,10 @@ def test_a_source_may_be_a_whole_model(tmp_path):
     npz.save_npz(tmp_path / "c.npz", dict(llm=tree(2)["llm"]))
     with pytest.raises(CheckpointError, match="c.npz has no 'img', only llm"):
         checkpoints.load_init(dict(img=f"{tmp_path}/c.npz", llm=f"{tmp_path}/b.npz"))
+    adapted = tree(2)["llm"] | {"q": {"lora_a": np.ones((2, 1), np.float32)}}
+    npz.save_npz(tmp_path / "c.npz", dict(llm=adapted))
+    with pytest.raises(CheckpointError, match="c.npz has adapters, such as q/lora_a, .* merge them first"):
+        checkpoints.load_init(dict(img=f"{tmp_path}/a.npz", llm=f"{tmp_path}/c.npz"))
 
 
 def test_heads_are_cut_as_the_model_has_them():

@@ -4,7 +4,7 @@
 `layout`, `config` and `tensors` are what these share; `read` and `write` are the same for all.
 """
 
-from paligemma_med.checkpoints.hf.read import model_config, open_hf
+from paligemma_med.checkpoints.hf.read import check_agrees, model_config, open_hf
 from paligemma_med.checkpoints.hf.write import save_hf
 
-__all__ = ["model_config", "open_hf", "save_hf"]
+__all__ = ["check_agrees", "model_config", "open_hf", "save_hf"]

@@ -110,13 +110,13 @@ def section(
     rope = values.get("rope_parameters")
     values = {**values, **(rope if isinstance(rope, Mapping) else {})}
     for name, value in fixed[kind].items():
-        if not _same(values.get(name, value), value):
+        if not same(values.get(name, value), value):
             name = name if key is None else f"{key}.{name}"
             raise CheckpointError(f"{path}: {name} is {values[name.split('.')[-1]]!r}, but this model has {value!r}")
     return Section({**defaults[kind], **values, "model_type": kind}, path)
 
 
-def _same(found, fixed):
+def same(found: Any, fixed: Any) -> bool:
     """Whether two values are the same; numbers count as float32, which files of other formats went through."""
     if isinstance(fixed, float) and isinstance(found, int | float) and not isinstance(found, bool):
         return abs(found - fixed) <= 1e-7 * abs(fixed)

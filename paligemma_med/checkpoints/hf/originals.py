@@ -17,7 +17,7 @@ import numpy as np
 
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, listed
-from paligemma_med.checkpoints.hf import assemble, config, families, qformer, tensors, towers
+from paligemma_med.checkpoints.hf import assemble, config, families, gemma3, qformer, tensors, towers
 from paligemma_med.checkpoints.hf.layout import Row, by_path
 from paligemma_med.models.leaves import unflatten_tree
 
@@ -95,6 +95,13 @@ _GROUPS = (
         _qformer_rows,
         qformer.TEXT,
     ),
+    _Group(
+        "Gemma 3's projector",
+        "connector",
+        "multi_modal_projector.mm_input_projection_weight",
+        r"multi_modal_projector\..*",
+        lambda names: gemma3.projector_rows(),
+    ),
     # In a file with a query transformer this is its last layer, and of the group before.
     *(
         _Group("the projection", "connector", f"{qformer.PROJECTION}{n}.weight", _PROJECTION, _projection_rows)
@@ -111,6 +118,7 @@ _RENAMED = tuple(
         (r"Qformer\.(?:bert\.)?", "qformer."),
         (r"(?:opt|t5|llm|llama)_proj\.|language_projection\.", f"{qformer.PROJECTION}."),
         (r"(?:base_model\.model\.)?(?:model\.)?mm_projector\.", f"{qformer.PROJECTION}."),
+        (r"model\.multi_modal_projector\.", "multi_modal_projector."),
     )
 )
 # A part by itself has its names without what is in front of them in a whole system: (such a name, what is missing).

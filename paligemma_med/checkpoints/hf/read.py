@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from paligemma_med.checkpoints.errors import CheckpointError
-from paligemma_med.checkpoints.hf import assemble, families, originals, tensors
+from paligemma_med.checkpoints.hf import assemble, config, families, originals, tensors
 from paligemma_med.checkpoints.hf.config import Described, read_json
 from paligemma_med.checkpoints.hf.layout import by_path
 from paligemma_med.checkpoints.lazy import Lazy
@@ -28,6 +28,39 @@ def model_config(folder: os.PathLike | str) -> dict[str, Any]:
       CheckpointError: it is of an unknown family, or needs something that our model doesn't compute.
     """
     return _describe(folder)[1].model
+
+
+def check_agrees(folder: os.PathLike | str, model: vlm.Model, part: str | None = None) -> None:
+    """Raises CheckpointError if a config.json says that `model` computes something else than the weights were made for,
+    in what shapes don't show: an eps, a base of RoPE, a window, a gate. A tower's other eps is only said on stderr.
+
+    Args:
+      folder: a Hugging Face directory; nothing is checked for one whose config.json tells nothing, and for PaliGemma.
+      part: "img", "llm" or "connector", to look at that alone.
+    """
+    if originals.is_one(os.fspath(folder)):
+        return
+    family, described = _describe(folder)
+    if family is families.FAMILIES["paligemma"]:
+        return
+    ours = model.parts
+    for name, section in described.model.items():
+        if part not in (None, name) or name not in ours:
+            continue
+        # A tower without a last norm gives what comes out of a middle layer.
+        cut = ("depth", "final_norm") if name == "img" and ours[name].final_norm is None else ()
+        for key, wanted in section.items():
+            found = getattr(ours[name], key, wanted)
+            found = found[0] if isinstance(found, tuple) and isinstance(wanted, int) else found
+            if not config.same(found, wanted) and key not in (*cut, "variant", "kind", "vocab_size"):
+                at = os.path.join(folder, "config.json")
+                says = f"{at} says {key}={wanted!r}, but config.model.{name} has {found!r}"
+                if name == "img" and key in ("norm_eps", "final_norm"):
+                    assemble.tell(
+                        f"{says}, which is kept"
+                    )  # transformers' default of 1e-12 is in files of other towers
+                else:
+                    raise CheckpointError(says)
 
 
 def _describe(folder):
