@@ -5,7 +5,8 @@ a leading axis under `Transformer/encoderblock`, and the linear projection into 
 tower's own `head`. There is no pooling: every patch is a token.
 
 Arguments make it the tower of CLIP models (BiomedCLIP) or of EVA-CLIP: a class token in front, which takes part and is
-dropped at the end or kept; exact GELU; keys without bias; another eps; no final norm. Whatever mean and deviation a
+dropped at the end or kept; exact or quick GELU; keys or patches without bias; another eps; a norm before the layers; no
+final norm. Whatever mean and deviation a
 tower wants its pixels to have, images come in [-1, 1]: the tower itself normalises, so that everybody else has one
 convention.
 
@@ -13,6 +14,7 @@ Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -49,7 +51,11 @@ TOWERS = {
     ),
 }
 DEFAULT_VARIANT = presets.DEFAULT["img"]["variant"]
-GELUS = ("tanh", "exact")
+GELUS = {
+    "tanh": nn.gelu,
+    "exact": functools.partial(nn.gelu, approximate=False),
+    "quick": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+}
 # Pixels are in [-1, 1] for every tower; this is the middle, which stands in for a missing image.
 MID_GREY = 0.0
 
@@ -57,9 +63,10 @@ MID_GREY = 0.0
 def _leaves():
     """All parameters that a tower can have, in the order of the computation."""
     yield leaves.Leaf("embedding/kernel", "YXCD", "YXC", role="patch")
-    yield leaves.Leaf("embedding/bias", "D", role="bias")
+    yield leaves.Leaf("embedding/bias", "D", role="bias", when="patch_bias")
     yield leaves.Leaf("cls", "11D", role="bias", when="cls")
     yield leaves.Leaf("pos_embedding", "1TD", role="positions")
+    yield from _norm("pre_norm", when="pre_norm")
     block = "Transformer/encoderblock"
     yield from _norm(f"{block}/LayerNorm_0", stacked=True)
     for name, letters, inputs in (
@@ -109,7 +116,7 @@ class MlpBlock(nn.Module):
     """Two dense layers with a GELU between. float[B, T, D] → float[B, T, D]."""
 
     mlp_dim: int
-    exact_gelu: bool
+    gelu: str
     dtype: str
     lora: tuple
     deterministic: bool
@@ -123,7 +130,7 @@ class MlpBlock(nn.Module):
             lora=self.lora,
             deterministic=self.deterministic,
         )
-        y = nn.gelu(lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x), approximate=not self.exact_gelu)
+        y = GELUS[self.gelu](lora.Dense(self.mlp_dim, name="Dense_0", **kw)(x))
         y = constrain(y, "act_batch", "act_len", "act_mlp")
         return lora.Dense(x.shape[-1], name="Dense_1", **kw)(y)
 
@@ -179,7 +186,7 @@ class EncoderBlock(nn.Module):
 
     mlp_dim: int
     num_heads: int
-    exact_gelu: bool
+    gelu: str
     key_bias: bool
     norm_eps: float
     dropout: float
@@ -201,7 +208,7 @@ class EncoderBlock(nn.Module):
         state, probs = fold_layer(self.capture, state, probs)
         x = constrain(x + drop(y), "act_batch", "act_len", "act_emb")
         y = nn.LayerNorm(self.norm_eps, dtype=self.dtype)(x)
-        y = MlpBlock(self.mlp_dim, self.exact_gelu, self.dtype, self.lora, self.deterministic)(y)
+        y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, self.lora, self.deterministic)(y)
         return (constrain(x + drop(y), "act_batch", "act_len", "act_emb"), state), probs
 
 
@@ -211,7 +218,7 @@ class Encoder(nn.Module):
     depth: int
     mlp_dim: int
     num_heads: int
-    exact_gelu: bool
+    gelu: str
     key_bias: bool
     norm_eps: float
     final_norm: float | None
@@ -230,7 +237,7 @@ class Encoder(nn.Module):
             name="encoderblock",
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
-            exact_gelu=self.exact_gelu,
+            gelu=self.gelu,
             key_bias=self.key_bias,
             norm_eps=self.norm_eps,
             dropout=self.dropout,
@@ -258,8 +265,10 @@ class _Model(nn.Module):
     cls: bool = False
     keep_cls: bool = False
     gelu: str = "tanh"
+    patch_bias: bool = True
     key_bias: bool = True
     norm_eps: float = 1e-6
+    pre_norm: float | None = None
     final_norm: float | None = 1e-6
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -308,6 +317,7 @@ class _Model(nn.Module):
             strides=self.patch_size,
             padding="VALID",
             name="embedding",
+            use_bias=self.patch_bias,
             dtype=self.dtype,
         )(image)
         x = x.reshape(x.shape[0], -1, self.width)
@@ -321,12 +331,14 @@ class _Model(nn.Module):
             jnp.float32,
         )
         x = constrain(x + pos.astype(x.dtype), "act_batch", "act_len", "act_emb")
+        if self.pre_norm is not None:
+            x = nn.LayerNorm(self.pre_norm, dtype=self.dtype, name="pre_norm")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x, probs = Encoder(
             depth=self.depth,
             mlp_dim=self.mlp_dim or 4 * self.width,
             num_heads=self.num_heads,
-            exact_gelu=self.gelu == "exact",
+            gelu=self.gelu,
             key_bias=self.key_bias,
             norm_eps=self.norm_eps,
             final_norm=self.final_norm,
@@ -365,11 +377,11 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
       num_classes: width of the `head` that projects each token; None leaves it out.
       variant: e.g. "So400m/14"; the keywords below override it.
       **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair); cls (a class token), keep_cls (it is the first
-        of the tokens returned; only for a connector), gelu ("tanh", "exact"), key_bias, norm_eps, final_norm (its eps;
-        None: no norm), mean and std (of the three colours of pixels in [0, 1]); dropout, scan (False
-        unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or a name in
-        jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over
-        paths that begin with "img/").
+        of the tokens returned; only for a connector), gelu (of GELUS), patch_bias, key_bias, norm_eps, pre_norm and
+        final_norm (before and after the layers: their eps; None: no norm), mean and std (of the three colours of pixels
+        in [0, 1]); dropout, scan (False unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or
+        a name in jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over paths that
+        begin with "img/").
 
     Returns:
       A module that maps float[B, height, width, 3] in [-1, 1] to (float[B, T, num_classes],
@@ -381,7 +393,7 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
         kw["patch_size"] = (kw["patch_size"],) * 2
     kw |= {name: tuple(kw[name]) for name in ("patch_size", "mean", "std") if kw.get(name) is not None}
     if kw.get("gelu", "tanh") not in GELUS:
-        raise ValueError(f"The image tower's gelu is {kw['gelu']!r}; expected one of {GELUS}.")
+        raise ValueError(f"The image tower's gelu is {kw['gelu']!r}; expected one of {tuple(GELUS)}.")
     if any(len(kw.get(name) or (0, 0, 0)) != 3 for name in ("mean", "std")) or ("mean" in kw) != ("std" in kw):
         raise ValueError("The image tower's mean and std are three numbers each, or neither is given.")
     if kw.get("keep_cls") and (num_classes or not kw.get("cls")):

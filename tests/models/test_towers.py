@@ -159,6 +159,60 @@ def test_evas_tower_without_biases_of_keys():
     assert float(abs(norm(1e-5) - norm(1e-6)).max()) > 100 * TOLERANCE
 
 
+def test_openais_tower():
+    """CLIP's, as LLaVA uses it: the layer before the last, without norm and class token. Its patches have no bias, a
+    norm is in front of the layers, and its GELU is the quick one."""
+    sizes = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40)
+    config = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=7, attn_implementation="eager")
+    theirs = randomise(transformers.CLIPVisionModel(config), 3)
+    state = {k.removeprefix("vision_model."): v.detach().numpy() for k, v in theirs.state_dict().items()}
+    model = vit.Model(
+        **{**SMALL, "depth": 2}, cls=True, gelu="quick", patch_bias=False, norm_eps=1e-5, pre_norm=1e-5, final_norm=None
+    )
+    qkv = {"query": "q", "key": "k", "value": "v"}
+
+    def layer(i):
+        names = {k.removeprefix(f"encoder.layers.{i}."): v for k, v in state.items()}
+        attn = {
+            ours: {
+                "kernel": names[f"self_attn.{short}_proj.weight"].T.reshape(24, 3, 8),
+                "bias": names[f"self_attn.{short}_proj.bias"].reshape(3, 8),
+            }
+            for ours, short in qkv.items()
+        }
+        attn["out"] = {
+            "kernel": names["self_attn.out_proj.weight"].T.reshape(3, 8, 24),
+            "bias": names["self_attn.out_proj.bias"],
+        }
+        return {
+            "MultiHeadDotProductAttention_0": attn,
+            **{
+                f"LayerNorm_{j}": {
+                    "scale": names[f"layer_norm{j + 1}.weight"],
+                    "bias": names[f"layer_norm{j + 1}.bias"],
+                }
+                for j in (0, 1)
+            },
+            "MlpBlock_0": {
+                f"Dense_{j}": {"kernel": names[f"mlp.fc{j + 1}.weight"].T, "bias": names[f"mlp.fc{j + 1}.bias"]}
+                for j in (0, 1)
+            },
+        }
+
+    params = {
+        "embedding": {"kernel": state["embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0)},
+        "cls": state["embeddings.class_embedding"].reshape(1, 1, 24),
+        "pos_embedding": state["embeddings.position_embedding.weight"][None],
+        "pre_norm": {"scale": state["pre_layrnorm.weight"], "bias": state["pre_layrnorm.bias"]},
+        "Transformer": {"encoderblock": stack([layer(i) for i in range(2)])},
+    }
+    assert {leaf.path for leaf in model.leaves} == {*flatten_tree(params)}
+    got = model.apply({"params": params}, PIXELS)[0]
+    with torch.no_grad():
+        want = theirs(torch_pixels(), output_hidden_states=True).hidden_states[2].numpy()
+    np.testing.assert_allclose(got, want[:, 1:], rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "variant, kw, count",
     [
@@ -178,7 +232,7 @@ def test_towers_have_the_published_size(variant, kw, count):
 @pytest.mark.parametrize(
     "kw, message",
     [
-        (dict(gelu="quick"), "gelu is 'quick'; expected one of"),
+        (dict(gelu="relu"), "gelu is 'relu'; expected one of"),
         (dict(mean=(0.5, 0.5, 0.5)), "mean and std are three numbers each, or neither"),
         (dict(mean=(0.5,), std=(0.5,)), "mean and std are three numbers each"),
         (dict(keep_cls=True), "keep_cls goes with cls=True and with a connector"),
