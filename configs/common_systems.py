@@ -42,7 +42,7 @@ TINY = {
     "bloom_qformer": dict(
         img=dict(**_IMG, **_CLIP, keep_cls=True),
         connector=dict(kind="qformer", queries=3, inner=16, depth=2, mlp_dim=24, num_heads=2),
-        llm=dict(**_LLM, **_BLOOM, num_kv_heads=4),
+        llm=dict(**_LLM, **_BLOOM, num_kv_heads=4, mlp_dim=256),
     ),
     "pefomed": dict(
         img=dict(**_IMG, **_CLIP, key_bias=False, final_norm=1e-5),

@@ -138,6 +138,11 @@ def translate(config, *, note=print) -> ConfigDict:
             f"config.frozen_dtype is {config.frozen_dtype!r}, but big_vision's trainer knows no "
             "quantised weights: set it to 'bfloat16'."
         )
+    if others := sorted({"connector", "image_ar"} & {*config.get("model", ())}):
+        raise ValueError(
+            f"config.model has {' and '.join(others)}, but big_vision's trainer has PaliGemma alone: use "
+            "paligemma_med.train."
+        )
     out = _pick(config, KEYS, "config", note)
     out["model_name"] = upstream.NAME
     out["pp_modules"] = PP_MODULES

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from configs import common_prompts, common_systems
-from paligemma_med import checkpoints, evaluate, experiment, predict, train
+from paligemma_med import checkpoints, evaluate, experiment, explain, predict, train
 from paligemma_med.config import files as config_files
+from paligemma_med.explain import files as explain_files
 from paligemma_med.input_pipeline import open_source
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import dry_run
 from tests.pp import sentencepiece_files
+from tools import convert_checkpoint
 
 # A preset's config, with arguments that take its further paths.
 RUNS = {
@@ -79,6 +82,32 @@ def test_it_trains_is_evaluated_and_answers(run, tiny_data, tmp_path):
     # The same answer, whatever the batch, the bucket and what else is asked.
     assert first[0]["answers"][0]["answer"] == rows[0]["predictions"][0]
     assert first[0]["answers"][0]["logprob"] == pytest.approx(sum(rows[0]["logprobs"]), abs=1e-3)
+
+
+def test_it_is_explained(run, tiny_data, tmp_path):
+    name, c, folder = run
+    loaded = explain.load(c, folder)
+    image = next(iter(open_source(dict(name="phantom", split="validate", data_dir=str(tiny_data)))))["image"]
+    kw = dict(num_samples=0, max_new_tokens=3, methods=("rollout",))
+    made, _ = explain.explain(loaded, image, QUESTION, title=name, **kw)
+    assert made.grid == (4, 4) and len(made.tokens) <= 3
+    for found in made.maps:
+        assert np.isfinite(found.values).all()
+    assert made.raw.shape[-1] >= 16 and made.raw[..., :16].sum() > 0
+    assert "fracture" in "".join(made.prompt)
+    explain_files.write_page(made, tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_it_is_converted(run, tmp_path):
+    name, c, folder = run
+    whole = name == "medgemma_4b"  # transformers has a class for it, and for the parts of the others
+    convert_checkpoint.convert(folder, str(tmp_path / "hf"), "hf", merge=whole)
+    found = {str(path.relative_to(tmp_path / "hf")) for path in tmp_path.rglob("*.safetensors")}
+    adapters = {f"{part}/adapter_model.safetensors" for part in ("decoder", "tower")}
+    if name != "llama_clip":  # its tower alone has adapters
+        adapters.remove("tower/adapter_model.safetensors")
+    assert found == ({"model.safetensors"} if whole else {"connector.safetensors", *adapters})
 
 
 # --- Prompts ---
@@ -194,6 +223,14 @@ def test_a_question_that_spells_tokens_out_is_text_in_every_prompt(gemma3):
 def test_what_is_trained(name, arg, trained):
     setup = TrainingSetup.without_data(get_config(name, arg))
     assert sum(setup.abstract[n].size for n in setup.trained_names) == trained
+
+
+def test_a_dry_runs_batch_is_that_of_training():
+    for name, arg in (("medgemma_4b", "tiny"), ("bloom_qformer", "tiny,stage=3")):
+        c = get_config(name, arg)
+        row = get_preprocess_fn(c.input.pp)({**ROW, "image": np.zeros((9, 9, 3), np.uint8)})
+        batch = dry_run.abstract_batch(c, 2)
+        assert {k: x.shape for k, x in batch.items()} == {k: (2, *np.shape(x)) for k, x in row.items() if k[0] != "_"}
 
 
 def test_weights_and_tokenizer_are_named_by_arguments():

@@ -193,6 +193,8 @@ def test_weights_and_what_is_frozen_go_to_load():
     assert quiet(config).model_load.resample_posemb
     with pytest.raises(ValueError, match="frozen_dtype is 'nf4'.*knows no quantised"):
         quiet(tiny.config(frozen_dtype="nf4"))
+    with pytest.raises(ValueError, match="config.model has image_ar, but big_vision's trainer has PaliGemma alone"):
+        quiet(tiny.config(model=dict(tiny.MODEL, image_ar="causal")))
     config.model_init, config.adapter_init = None, "out/adapter"
     with pytest.raises(ValueError, match="adapter_init is 'out/adapter'.*without a model_init"):
         translate(config)
