@@ -25,10 +25,13 @@ class Connector(Protocol):
     Attributes:
       leaves: its parameters, without adapters.
       LEAVES: all parameters that a connector of this kind can have.
+      READ_TOWER: folders of the kernels whose products read the tower's tokens; all others read what became of them, as
+        many as `tokens` says.
     """
 
     leaves: tuple[leaves.Leaf, ...]
     LEAVES: tuple[leaves.Leaf, ...]
+    READ_TOWER: tuple[str, ...]
 
     def __call__(self, x, *, train=False, capture_attention=False):
         """float[B, P, D] → (float[B, Q, E], dict: with capture_attention, what `to_cells` reads)."""

@@ -16,7 +16,7 @@ import math
 
 import jax
 
-from paligemma_med.models import lora_targets, vlm
+from paligemma_med.models import connector, lora_targets, vlm
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
 
@@ -67,7 +67,6 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     """
     sizes = _Sizes(model, res)
     logits = text_len if supervised_len is None else min(supervised_len, text_len)
-    tokens = sizes.tokens(text_len)
     trained = set(trained)
     lowest = min((sizes.place(n) for n in trained), default=math.inf)
     # Gradients count as passing through all stacked layers if any of them is trained (in the first, they
@@ -86,8 +85,11 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
             if loss_chunk and loss_chunk < logits:
                 recompute += once
         else:
-            once = 2 * x.size * tokens[part]
-            to_input = backward[part] if leaf.stacked else lowest < sizes.place(name)
+            once = 2 * x.size * sizes.rows(leaf, text_len)
+            if sizes.reads_tower(leaf):
+                to_input = lowest < sizes.beginning(part)
+            else:
+                to_input = backward[part] if leaf.stacked else lowest < sizes.place(name)
             # The input of an adapter's second factor comes from its first.
             to_input |= lora.is_factor(name) and name.endswith("b") and name[:-1] + "a" in trained
         weights += once * (1 + to_input + (name in trained))
@@ -95,8 +97,7 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
             recompute += once
 
     attention = 0
-    for part, score in sizes.scores().items():
-        once = score * tokens[part] ** 2
+    for part, once in sizes.attention(text_len).items():
         attention += once * (1 + 2 * backward[part])
         if backward[part]:
             # Scores are recomputed under every policy (models/layers/attention.py).
@@ -122,7 +123,12 @@ class _Sizes:
         self.leaves = lora_targets.leaf_by_name(table)
         self.policies = {name: getattr(part, "remat_policy", "none") for name, part in model.parts.items()}
         self._patches = math.prod(vlm.patch_grid(model, image))
+        cls = getattr(model.parts["img"], "cls", False)
+        self._positions = self._patches + bool(cls)
         self._image_tokens = vlm.num_image_tokens(model, image)
+        self._connector = connector.kind_of(model.connector)
+        keeps_cls = getattr(model.parts["img"], "keep_cls", False)
+        self._given = self._positions if keeps_cls else self._patches  # tokens that a connector reads
         self._logits = [leaf.path for leaf in table.values() if leaf.role == "table"][-1]
         self._places, self.stacks, self._last = {}, {}, {}
         for leaf in table.values():
@@ -138,35 +144,63 @@ class _Sizes:
         all later ones."""
         return self._places[_group(self.leaves[name])]
 
-    def tokens(self, text_len):
-        """{part: tokens that its products process}."""
-        return {"img": self._patches, "connector": self._image_tokens, "llm": self._image_tokens + text_len}
+    def beginning(self, part):
+        """Place of a part's first leaf in the order of the computation."""
+        return min(self.place(leaf.path) for leaf in self._table.values() if _part_of(leaf.path) == part)
+
+    def reads_tower(self, leaf):
+        """Whether a connector's product reads the tower's tokens, while others read what became of them."""
+        return _part_of(leaf.path) == "connector" and leaf.folder.partition("/")[2] in self._connector.READ_TOWER
+
+    def rows(self, leaf, text_len):
+        """Tokens that a leaf's product processes."""
+        part = _part_of(leaf.path)
+        if part == "llm":
+            return self.sequence(text_len)
+        if part == "connector":
+            return self._given if self.reads_tower(leaf) else self._image_tokens
+        return self._positions if leaf.stacked else self._patches
 
     def is_only_read(self, leaf):
         """Whether it is a table that embeds tokens while another one gives the logits."""
         return leaf.role == "table" and leaf.path != self._logits
 
-    def weights(self):
-        """({part: number of weights in its products}, number of weights in the vocabulary table)."""
-        weights, table = dict.fromkeys(self.policies, 0), 0
+    def sequence(self, text_len):
+        """Tokens that the decoder reads."""
+        return self._image_tokens + text_len
+
+    def products(self, text_len):
+        """{part: FLOPs of its products with weights in one pass}, without the vocabulary table."""
+        out = dict.fromkeys(self.policies, 0)
         for name, x in self.params.items():
             leaf = self.leaves[name]
-            if self.is_only_read(leaf):
-                continue
-            if leaf.role == "table":
-                table += x.size
-            elif leaf.inputs:
-                weights[_part_of(name)] += x.size
-        return weights, table
+            if leaf.inputs and leaf.role != "table":
+                out[_part_of(name)] += 2 * x.size * self.rows(leaf, text_len)
+        return out
 
-    def scores(self):
-        """{part: FLOPs of attention's two products for a query and a key, all layers together}."""
+    def table(self):
+        """Number of weights in the table that gives the logits."""
+        return self.params[self._logits].size
+
+    def attention(self, text_len):
+        """{part: FLOPs of attention's two products in one pass}."""
         out = dict.fromkeys(self.stacks, 0)
         for leaf in self._table.values():
-            if leaf.role == "product" and {*"NH"} <= {*leaf.inputs}:  # what projects the heads' outputs
-                size = dict(zip(leaf.axes, self.params[leaf.path].shape, strict=True))
-                out[_part_of(leaf.path)] += 4 * size.get("L", 1) * size["N"] * size["H"]
+            if once := self._per_pair(leaf):
+                keys = self._table.get(f"{leaf.folder.rpartition('/')[0]}/key/kernel", leaf)
+                out[_part_of(leaf.path)] += once * self.rows(leaf, text_len) * self.rows(keys, text_len)
         return out
+
+    def score(self):
+        """FLOPs of the decoder's attention for a query and a key, all layers together."""
+        return sum(map(self._per_pair, (leaf for leaf in self._table.values() if leaf.path.startswith("llm/"))))
+
+    def _per_pair(self, leaf):
+        """The same of one kernel that projects heads' outputs, or 0."""
+        if leaf.role != "product" or not {*"NH"} <= {*leaf.inputs}:
+            return 0
+        size = dict(zip(leaf.axes, self.params[leaf.path].shape, strict=True))
+        return 4 * size.get("L", 1) * size["N"] * size["H"]
 
     def is_recomputed(self, name):
         """Whether a stack's product is recomputed before its layer's backward pass."""
@@ -201,9 +235,8 @@ def count_pass(model, *, res, text_len, logits) -> Flops:
       Flops.
     """
     sizes = _Sizes(model, res)
-    tokens, (weights, table) = sizes.tokens(text_len), sizes.weights()
-    products = sum(2 * n * tokens[part] for part, n in weights.items()) + 2 * table * logits
-    return Flops(products, sum(once * tokens[part] ** 2 for part, once in sizes.scores().items()), 0)
+    products = sum(sizes.products(text_len).values()) + 2 * sizes.table() * logits
+    return Flops(products, sum(sizes.attention(text_len).values()), 0)
 
 
 def count_answers(model, *, res, prompt_len, samples, tokens) -> Flops:
@@ -220,12 +253,12 @@ def count_answers(model, *, res, prompt_len, samples, tokens) -> Flops:
     """
     prompt = count_pass(model, res=res, text_len=prompt_len, logits=1)
     sizes = _Sizes(model, res)
-    weights, table = sizes.weights()
-    steps = samples * (tokens - 1)
-    seen = sum(sizes.tokens(prompt_len)["llm"] + i for i in range(1, tokens)) * samples
+    # The products of one more token, and how many tokens are seen from all those that come after the first.
+    one = sizes.products(prompt_len + 1)["llm"] - sizes.products(prompt_len)["llm"]
+    seen = sum(sizes.sequence(prompt_len) + i for i in range(1, tokens)) * samples
     return Flops(
-        prompt.per_example_model + 2 * (weights["llm"] + table) * steps,
-        prompt.per_example_attention + sizes.scores()["llm"] * seen,
+        prompt.per_example_model + (one + 2 * sizes.table()) * samples * (tokens - 1),
+        prompt.per_example_attention + sizes.score() * seen,
         0,
     )
 

@@ -40,6 +40,7 @@ class Projector(nn.Module):
     """
 
     LEAVES = tuple(_leaves())
+    READ_TOWER = ()
 
     width: int
     dtype: str = "float32"

@@ -128,6 +128,8 @@ class QFormer(nn.Module):
     """
 
     LEAVES = tuple(_leaves())
+    READ_TOWER = tuple(f"layers/block_0/cross/{name}" for name in ("key", "value"))
+    remat_policy = "nothing_saveable"
 
     width: int
     dtype: str = "float32"
@@ -154,7 +156,7 @@ class QFormer(nn.Module):
         queries = self.param("queries", init, (1, self.queries, self.inner), jnp.float32)
         y = norms.LayerNorm(_EPS, name="input_norm")(queries.astype(self.dtype))
         y = jnp.broadcast_to(y, (x.shape[0], *y.shape[1:]))
-        pairs = stack.repeat(_Pair, self.depth // 2, True, "nothing_saveable")
+        pairs = stack.repeat(_Pair, self.depth // 2, True, self.remat_policy)
         y, probs = pairs(self.mlp_dim, self.num_heads, capture_attention, kw, name="layers")(y, x)
         out = {}
         if capture_attention:

@@ -99,6 +99,7 @@ class Pair(nn.Module):
     lora: tuple = ()
 
     LEAVES = (Leaf("both/kernel", "DE", "D"), Leaf("both/bias", "E", role="bias"))
+    READ_TOWER = ()
     leaves = LEAVES
 
     @staticmethod
