@@ -58,7 +58,7 @@ def convert(
       dtype: what floats are cast to; None keeps each as it is.
       merge: merge adapters into the weights that they adapt.
       adapter_dir: an adapter that is added to the weights of `src` first.
-      part: "img" or "llm", to write only that part.
+      part: "img", "connector" or "llm", to write only that part.
       overwrite: replace what is at `dst`, if it has the same form.
       base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
       key_style: of a PEFT adapter, as in `peft.save_adapter`.
@@ -239,7 +239,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", None, types, "Type of the weights written; default: as they are.")
     flags.DEFINE_bool("merge", False, "Merge adapters into the weights they adapt.")
     command_line.define_path("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
-    flags.DEFINE_enum("part", None, ("img", "llm"), "Write this part alone.")
+    flags.DEFINE_enum("part", None, compose.PARTS, "Write this part alone.")
     command_line.define_path("base", None, "Where the weights are that the run SRC started from, if they were moved.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
     config_flags.DEFINE_config_file("config", None, "Experiment to whose model the weights are fitted.")

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError, listed
+from paligemma_med.checkpoints.hf import assemble
 from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
@@ -100,6 +100,7 @@ def _middle_layer(flat, expected):
     depth = expected[stacked[0]].shape[0]
     for name in norms:
         flat.pop(name, None)
+    assemble.tell(f"The image tower gives what comes out of layer {depth}: later ones and its last norm are left out")
     for name in stacked:
         if name in flat and np.ndim(flat[name]) and (found := np.shape(flat[name]))[0] > depth:
             flat[name] = lazy.derive(flat[name], (depth, *found[1:]), lambda x: x[:depth])
@@ -128,17 +129,14 @@ def afresh(loaded: Mapping[str, Any], expected: Mapping[str, Any], spec: Mapping
     """
     between = [n for n in expected if n.startswith(("connector/", _HEAD))]
     missing = [n for n in between if n not in loaded]
-    if missing and len(missing) == len(between):
-        logging.warning("No source gives %s: trained from fresh weights.", listed(missing[:3]))
-    elif missing:
-        logging.warning("%s has no %s: trained from fresh weights.", spec.get("connector"), listed(missing))
+    where = spec.get("connector") or spec["img"]
+    if missing:
+        some = listed(missing[:3]) + (" and the rest between tower and language model" if len(missing) > 3 else "")
+        assemble.tell(f"{where} has no {some}: trained from fresh weights")
     other = [n for n in between if n in loaded and _is_of_another_width(n, loaded[n], expected[n])]
     if other:
-        logging.warning(
-            "%s was made for parts of other widths: trained from fresh weights are %s.",
-            spec.get("connector") or spec["img"],
-            listed(f"{n} {tuple(expected[n].shape)}, not {np.shape(loaded[n])}" for n in other),
-        )
+        shapes = listed(f"{n} {tuple(expected[n].shape)}, not {np.shape(loaded[n])}" for n in other)
+        assemble.tell(f"{where} was made for parts of other widths: trained from fresh weights are {shapes}")
     return missing + other
 
 

@@ -83,7 +83,7 @@ _GROUPS = (
     _Group(
         "BLIP-2's image tower",
         "img",
-        "vision_model.embeddings.class_embedding",
+        "vision_model.encoder.layers.0.self_attn.qkv.weight",
         r"vision_model\..*",
         lambda names: towers.rows(towers.BLIP2, key_bias=False),
     ),
@@ -124,7 +124,7 @@ _RENAMED = tuple(
 # A part by itself has its names without what is in front of them in a whole system: (such a name, what is missing).
 _ALONE = (
     ("blocks.0.attn.qkv.weight", "trunk."),
-    ("embeddings.class_embedding", "vision_model."),
+    ("encoder.layers.0.self_attn.qkv.weight", "vision_model."),
     ("encoder.layer.0.intermediate_query.dense.weight", "qformer."),
 )
 
@@ -166,7 +166,7 @@ def open_original(path: str) -> dict[str, Any]:
     groups = _groups_of(found)
     if not groups:
         raise CheckpointError(
-            f"{path} has no config.json, and {len(found)} tensors that are no part known here, such as "
+            f"{path} has {len(found)} tensors that are no part known here, such as "
             f"{listed(sorted(t.name for t in found.values())[:2])}: expected {_known()}"
         )
     heads, flat, unread = _heads(path), {}, {*found}

@@ -271,7 +271,7 @@ def test_files_that_are_refused(tmp_path):
     refused(
         lambda s: s.update({"pos_embed": np.ones((17, 24), F32)}), r"pos_embed has shape \(17, 24\), expected 3 axes"
     )
-    refused(lambda s: (s.clear(), s.update(x=np.ones(2, F32))), "1 tensors that are no part known here, such as x")
+    refused(lambda s: (s.clear(), s.update(x=np.ones(2, F32))), "has 1 tensors that are no part known here, such as x")
 
 
 # --- names and shapes of the original code, at the true size -------------------------------------------
@@ -370,3 +370,13 @@ def test_a_query_transformer_of_the_true_size(monkeypatch):
     assert {n: x.shape for n, x in got.items()} == {n: x.shape for n, x in flatten_tree(want).items()}
     # The text's layers have six tensors each.
     assert len(said) == 12 * 6 + 3 and all("_query" not in n for n in said)
+
+
+def test_clips_towers_are_refused_by_their_name(tmp_path):
+    """They have a norm before the first layer, and quick GELU: no model here computes that."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40, image_size=28, patch_size=7
+    )
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="config.json has model_type 'clip_vision_model': expected 'bloom' or"):
+        hf.open_hf(tmp_path)
