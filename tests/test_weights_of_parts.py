@@ -149,6 +149,7 @@ def test_a_query_transformer_of_another_tower(sources, caplog):
     abstract = experiment.abstract_params(c, experiment.make_model(c))
     spec = dict(img=f"{sources}/vit", connector=f"{sources}/lavis.safetensors", llm=f"{sources}/llama")
     host = weights.load_host_params(spec, abstract, may_begin_afresh=True)
+    assert all(isinstance(x, lazy.Lazy) for x in host.values())  # one leaf at a time, at any size
     cross = {f"connector/layers/block_0/cross/{n}/kernel" for n in ("key", "value")}
     assert abstract.keys() - host.keys() == cross | {"connector/proj/kernel", "connector/proj/bias"}
     assert "lavis.safetensors was made for parts of other widths: trained from fresh weights are" in caplog.text

@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from paligemma_med.checkpoints import CheckpointError, compose, hf, lazy
+from paligemma_med.checkpoints import CheckpointError, compose, fit, hf, lazy
 from paligemma_med.checkpoints.hf import originals, tensors
 from paligemma_med.models import qformer, vit
 from paligemma_med.models.leaves import flatten_tree
@@ -342,7 +342,7 @@ EVA |= {"norm.weight": (1408,), "norm.bias": (1408,), "head.weight": (1000, 1408
     ids=["open_clip", "EVA"],
 )
 def test_towers_of_the_true_size(monkeypatch, state, variant, kept, unread):
-    found, asked, said = [tensors.Tensor("w.safetensors", n, s, F32) for n, s in state.items()], set(), []
+    found, said = [tensors.Tensor("w.safetensors", n, s, F32) for n, s in state.items()], []
     monkeypatch.setattr(originals.tensors, "open_all", lambda path: found)
     monkeypatch.setattr(originals.assemble, "tell_unread", lambda where, names: said.extend(names))
     model = vit.Model(variant=variant)
@@ -351,6 +351,8 @@ def test_towers_of_the_true_size(monkeypatch, state, variant, kept, unread):
     opened = originals.open_original("w.safetensors")
     got = compose.for_model(flatten_tree(opened), flatten_tree(want))
     assert {n: x.shape for n, x in got.items()} == {n: x.shape for n, x in flatten_tree(want).items()}
+    larger = fit.resample_posemb(got["img/pos_embedding"], 32**2 + 1, method="bicubic")
+    assert larger.shape == (1, 1025, model.width)  # EVA's for MiniGPT-v2, at 448 px
     asked = {*state} - {*said}
     assert (len(asked), len(said)) == (kept, unread)
 
