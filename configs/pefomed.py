@@ -36,6 +36,7 @@ def get_config(arg=None) -> ConfigDict:
     args.data = args.data or _DATA[args.stage]
     args.micro, args.accum = args.micro or _SIZE[args.stage][0], args.accum or _SIZE[args.stage][1]
     c = common_systems.make(args, "pefomed", "llama", res=448, text_len=128)
+    c.resample_posemb = "bicubic"  # EVA's file is of 224 px, and MiniGPT-v2 brings it to 448 in this way
     task = "caption" if args.stage == 1 else "vqa"
     asked = common_prompts.pefomed(task, as_released=args.strict_repro)
     protocol = "open" if args.stage == 1 else "vqa"

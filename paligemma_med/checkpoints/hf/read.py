@@ -60,7 +60,7 @@ def check_agrees(folder: os.PathLike | str, model: vlm.Model, part: str | None =
                         f"{says}, which is kept"
                     )  # transformers' default of 1e-12 is in files of other towers
                 else:
-                    raise CheckpointError(says)
+                    raise CheckpointError(f"{says}: change the one that is wrong")
 
 
 def _describe(folder):

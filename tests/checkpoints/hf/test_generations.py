@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from paligemma_med.checkpoints import hf, lazy
+from paligemma_med.checkpoints import CheckpointError, hf, lazy
+from paligemma_med.models import presets, vlm
 from tests.checkpoints.hf.folders import rewrite, tensors_of
 from tests.checkpoints.hf.test_gemma3 import theirs
 from tests.checkpoints.trees import assert_same
@@ -77,3 +78,77 @@ def test_language_models(tmp_path, name, prefix):
         state |= {f"{first * prefix}layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32)}
     rewrite(tmp_path, state)
     assert_same(lazy.read_all(hf.open_hf(tmp_path)), {"llm": params})
+
+
+# What the config.json of the published weights say of arithmetic, by preset and part. Of MedGemma's the heads are the
+# class' defaults.
+PUBLISHED = {
+    ("medgemma_4b", None): dict(
+        model_type="gemma3",
+        image_token_index=262_144,
+        mm_tokens_per_image=256,
+        text_config=dict(
+            model_type="gemma3_text",
+            hidden_size=2560,
+            intermediate_size=10_240,
+            num_hidden_layers=34,
+            rope_scaling=dict(factor=8.0, rope_type="linear"),
+            sliding_window=1024,
+        ),
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=1152,
+            image_size=896,
+            intermediate_size=4304,
+            num_attention_heads=16,
+            num_hidden_layers=27,
+            patch_size=14,
+        ),
+    ),
+    ("llama_clip", "llm"): dict(
+        model_type="llama",
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        rope_scaling=None,
+        rope_theta=500_000.0,
+        tie_word_embeddings=False,
+        vocab_size=128_256,
+    ),
+    ("pefomed", "llm"): dict(
+        model_type="llama",
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_attention_heads=32,
+        num_hidden_layers=32,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        vocab_size=32_000,
+    ),
+    ("bloom_qformer", "llm"): dict(
+        model_type="bloom",
+        n_embed=4096,
+        n_layer=30,
+        num_attention_heads=32,
+        layer_norm_epsilon=1e-5,
+        apply_residual_connection_post_layernorm=False,
+        vocab_size=250_880,
+    ),
+    ("bloom_qformer", "img"): dict(model_type="vit", hidden_act="gelu", layer_norm_eps=1e-6),
+    ("llama_clip", "img"): dict(model_type="vit", hidden_act="gelu", layer_norm_eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("preset, part", PUBLISHED)
+def test_presets_are_what_published_configs_say(tmp_path, preset, part):
+    model, config = vlm.Model(**presets.PRESETS[preset]), PUBLISHED[preset, part]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hf.check_agrees(tmp_path, model, part)
+    if part == "llm":
+        key = {"llama": "rms_norm_eps", "bloom": "layer_norm_epsilon"}[config["model_type"]]
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: 1e-6}))
+        with pytest.raises(CheckpointError, match="says norm_eps=1e-06, but config.model.llm has 1e-05: change the"):
+            hf.check_agrees(tmp_path, model, part)
