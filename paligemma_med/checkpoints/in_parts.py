@@ -165,11 +165,14 @@ def _check_class(part, part_families, paths):
 
 
 def _save_connector(path, flat, rows, dtype, done):
-    leaves = {row.path: np.asarray(flat[row.path]) for row in rows}
-    sizes = measure({name: x.shape for name, x in leaves.items()})
-    plan = write.plan(rows, leaves, sizes, dtype)
+    sizes = measure({row.path: tuple(np.shape(flat[row.path])) for row in rows})
+    plan = write.plan(rows, flat, sizes, dtype)
     with open(path, "wb") as f:
         f.write(tensors.header((t.name, t.dtype, t.shape) for t in plan))
+        leaf, held = None, None
         for tensor in plan:
-            write.write_tensor(f, tensor, leaves[tensor.row.path][tensor.at], sizes[tensor.row.part])
-    done(sum(x.nbytes for x in leaves.values()))
+            if tensor.row.path != held:
+                leaf = None  # first free the one before
+                leaf, held = np.asarray(flat[tensor.row.path]), tensor.row.path
+                done(leaf.nbytes)
+            write.write_tensor(f, tensor, leaf[tensor.at], sizes[tensor.row.part])

@@ -70,6 +70,11 @@ class Model(nn.Module):
         head = llm.width if kind is None else None
         made = {"img": self._make("img", {"num_classes": head, **both}, kw)}
         if kind is not None:
+            if getattr(made["img"], "keep_cls", False) and not kind.READ_TOWER:
+                raise ValueError(
+                    f"The image tower's keep_cls goes with a connector that attends to all its tokens, which "
+                    f"{self.connector['kind']!r} doesn't."
+                )
             given = {k: v for k, v in self.connector.items() if k != "kind"}
             given = {"dtype": self.dtype, "lora": self.lora, **given}
             made["connector"] = kind(width=llm.width, **given, name="connector", **kw)

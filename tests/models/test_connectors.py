@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from paligemma_med.models import connector, projector, qformer
+from paligemma_med.models import connector, projector, qformer, vlm
 from paligemma_med.models.leaves import flatten_tree
 from tests.models.hf import stack
 from tests.models.test_decoder_families import TOLERANCE
@@ -89,6 +89,15 @@ def test_shares_go_back_to_what_a_token_was_made_of(kw):
     depends = np.abs(np.asarray(jac)).sum((1, 3)) > 0  # [Q, P]
     shares = np.eye(len(depends), dtype=np.float32)
     np.testing.assert_allclose(connector.to_cells(kw, shares), depends / depends.sum(1, keepdims=True), atol=1e-7)
+
+
+def test_a_class_token_is_no_patch():
+    kw = dict(img=dict(variant="mu/8", cls=True, keep_cls=True), llm=dict(variant="gemma_mu"))
+    with pytest.raises(
+        ValueError, match="keep_cls goes with a connector that attends to all its tokens, which 'projector' doesn't"
+    ):
+        vlm.Model(**kw, connector=dict(kind="projector")).leaves  # noqa: B018
+    assert vlm.Model(**kw, connector=dict(kind="qformer")).leaves
 
 
 # --- The query transformer ---
