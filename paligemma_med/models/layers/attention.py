@@ -72,23 +72,28 @@ def attend(
     if not capture and perturb is None:
         return _attend(q, k, v, mask, key_bias, scale, softcap), None
 
+    # Heads go in front of positions before the products, which then need no T × S array transposed: a CPU, which copies
+    # such arrays, holds one of them instead of three.
     groups = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    logits = _cap(logits * scale, softcap)
+    batch, length, heads, width = q.shape
+    q = jnp.moveaxis(q, 2, 1).reshape(batch, k.shape[2], groups * length, width)
+    k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    logits = _cap(_dot(q, jnp.swapaxes(k, -1, -2), 2) * scale, softcap)
+    if groups > 1:
+        logits = logits.reshape(batch, -1, groups, length, k.shape[2])
     if key_bias is not None:
-        logits += key_bias.reshape(-1, *logits.shape[1:3], 1, logits.shape[4])
+        logits += key_bias.reshape(-1, *logits.shape[1:-2], 1, logits.shape[-1])
     if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
+        logits = jnp.where(jnp.expand_dims(mask, range(1, logits.ndim - 2)), logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1)
     if perturb is not None and perturb.ndim == 3:
         probs = weigh(probs, perturb)
     elif perturb is not None:
         probs = probs + perturb.reshape(probs.shape)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs.astype(v.dtype), v)
-    out = out.reshape(*out.shape[:2], -1, out.shape[-1])
+    out = _dot(probs.astype(v.dtype).reshape(batch, -1, groups * length, v.shape[2]), v, 2).astype(v.dtype)
+    out = jnp.moveaxis(out.reshape(batch, heads, length, width), 1, 2)
     if capture:
-        return out, probs.reshape(probs.shape[0], -1, *probs.shape[3:])
+        return out, probs.reshape(batch, heads, *probs.shape[-2:])
     return out, None
 
 

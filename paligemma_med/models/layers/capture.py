@@ -37,7 +37,7 @@ def end_folds(capture, state, stacked) -> Any:
 
 @jax.custom_vjp
 def weigh(probs: jax.Array, slot: jax.Array) -> jax.Array:
-    """The probabilities float32[B, K, G, T, S], unchanged.
+    """The probabilities float32[B, …, T, S] of heads on one or two axes, unchanged.
 
     Only the gradient with respect to `slot`, float32[B, T, S], is special: for a figure y it is the mean
     over heads of max(probs · ∂y/∂probs, 0), attention weighted by its gradient (arXiv 2103.15679, eq. 5).
@@ -48,7 +48,7 @@ def weigh(probs: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def _weigh_bwd(probs, grads):
-    return grads, jnp.mean(jnp.maximum(probs * grads, 0), axis=(1, 2))
+    return grads, jnp.mean(jnp.maximum(probs * grads, 0), axis=tuple(range(1, probs.ndim - 2)))
 
 
 weigh.defvjp(lambda probs, slot: (probs, probs), _weigh_bwd)
