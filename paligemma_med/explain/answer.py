@@ -146,7 +146,7 @@ def explain(
         mask=None
         if mask is None
         else report.Masked(fill, _pixels(images["masked"]), others["masked"], texts["masked"]),
-        causal=bool(np.any(prompt["mask_ar"])),
+        causal=loaded.model.image_ar != "prefix" or bool(np.any(prompt["mask_ar"])),
     )
     raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in CONTROLS})]
     return dataclasses.replace(

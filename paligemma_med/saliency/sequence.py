@@ -66,7 +66,7 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
 
     Args:
       model: `vlm.Model`, which knows where everything stands.
-      prompt_ids: int[…] the prompt's tokens, without padding.
+      prompt_ids: int[…] the prompt's tokens, without padding; there may be none.
       answer_ids: int[…] the answer's tokens without padding (`ended`); what ends it is one of them.
       image: float[H, W, 3] in [-1, 1].
       mask_ar: of the prompt, an int or int[…] for each token: 0 where it is bidirectional, 1 where
@@ -75,16 +75,17 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
       pad_to: T. By default the next multiple of 16, so that few programs are compiled.
 
     Raises:
-      ValueError: no prompt, no answer, an image that isn't [H, W, 3] or that lies outside the prompt,
+      ValueError: no answer, an image that isn't [H, W, 3] or that lies outside the prompt,
         text longer than `pad_to`.
     """
     image = np.asarray(image, np.float32)
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image has shape {image.shape}; expected [height, width, 3].")
     prompt, answer = (np.asarray(x, np.int32).reshape(-1) for x in (prompt_ids, answer_ids))
-    for name, x in (("prompt", prompt), ("answer", answer)):
-        if not x.size:
-            raise ValueError(f"The {name} has no tokens; expected at least one.")
+    if not answer.size:
+        raise ValueError("The answer has no tokens; expected at least one.")
+    if not prompt.size and image_at is None:
+        image_at = 0  # the same place, but said, so that there are logits after the image
     if image_at is not None and not 0 <= image_at <= prompt.size:
         raise ValueError(f"image_at is {image_at}; expected 0 to {prompt.size}, the length of the prompt.")
     length = prompt.size + answer.size

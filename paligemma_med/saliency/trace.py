@@ -83,7 +83,9 @@ class Trace:
             tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(dropped, 0)])
         tokens = tokens if through is None else through(tokens)
         cells, constants = tokens[..., self.class_tokens[0] :], None
-        if (self.class_tokens[0] or self.slots) and rule != "relevancy":
+        # A class token that isn't read gets its first share within the tower.
+        held = self.slots or self.class_tokens[through is None]
+        if held and rule != "relevancy":
             total, left = jnp.sum(of_image, axis=-1), jnp.sum(cells, axis=-1)
             constants = jnp.maximum(total - left, 0.0)
             cells = cells * jnp.where(left > 0, total / jnp.where(left > 0, left, 1.0), 0.0)[..., None]
@@ -106,7 +108,9 @@ class Trace:
           ValueError: no positions, or others.
         """
         queries = np.asarray(queries, np.int32).reshape(-1)
-        known = np.asarray(self.layout.query(1 + np.arange(self.layout.num_text - last)[None]))[0]
+        # The first token is predicted only by an image that is known to be in front of it.
+        first = int(self.layout.image_at is None or self.layout.image_at[0] > 0)
+        known = np.asarray(self.layout.query(np.arange(first, self.layout.num_text + 1 - last)[None]))[0]
         if not queries.size or not np.isin(queries, known).all():
             expected = f"positions of the text{' but the last one' * last}, {known[0]} to {known[-1]}"
             if self.layout.image_at is not None:

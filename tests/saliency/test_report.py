@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_med import experiment
+from paligemma_med import decode, experiment
 from paligemma_med.explain import page
 from paligemma_med.models import paligemma
 from paligemma_med.saliency import (
@@ -64,6 +64,23 @@ def test_one_pass_gives_what_the_methods_give(setting, measured):
     own = np.eye(seq.batch["text"].shape[1] + p)[seq.queries]
     np.testing.assert_allclose(maps["relevancy", ""], (want.rows - own)[:, :end], **close)
     np.testing.assert_allclose(maps["relevancy_siglip", ""][:, :p], want.patches, **close)
+
+
+@pytest.mark.slow
+def test_without_a_prompt(setting):
+    """As decoding finds it, of the image alone."""
+    model, params, image = setting
+    got, score = report.measure(model, params, image, [], ANSWER)
+    empty = np.zeros((1, 4), np.int32)
+    batch = dict(image=image[None], text=empty, mask_ar=empty, mask_input=empty)
+    options = np.array([[ANSWER]])
+    sums, _ = decode.score_options(model, params, batch, options, np.ones_like(options, bool))
+    np.testing.assert_allclose(got.logprobs.sum(), sums[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(score(image[None])[0], got.logprobs, rtol=1e-4, atol=1e-5)
+    for m in got.maps:
+        if m.method.startswith("rollout"):
+            np.testing.assert_allclose(m.values.sum(-1), 1, rtol=1e-5)
+    assert (got.mass[..., 1] == 0).all()
 
 
 def test_occlusion_and_its_regions(setting, measured):

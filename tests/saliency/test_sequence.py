@@ -37,6 +37,12 @@ def test_an_answer_ends_with_its_first_stop_token():
     assert sequence.make(MODEL, [2, 7], [30, 0], IMAGE).tokens.tolist() == [30, 0]
 
 
+def test_without_a_prompt_the_image_predicts_the_answer():
+    seq = sequence.make(MODEL, [], [30, 31], IMAGE)
+    assert (seq.prompt, seq.response, seq.batch["image_at"].tolist()) == (slice(6, 6), slice(6, 8), [0])
+    assert seq.queries.tolist() == [5, 6] and seq.places.tolist() == [-1, 0] and seq.tokens.tolist() == [30, 31]
+
+
 def test_padding_by_default_is_to_sixteens():
     for answer, length in ((1, 16), (13, 16), (14, 32)):
         seq = sequence.make(MODEL, [2, 3, 4], [5] * answer, IMAGE)
@@ -46,7 +52,6 @@ def test_padding_by_default_is_to_sixteens():
 @pytest.mark.parametrize(
     "prompt,answer,image,pad_to,message",
     [
-        ([], [3], IMAGE, None, "The prompt has no tokens"),
         ([3], [], IMAGE, None, "The answer has no tokens"),
         ([3], [3], IMAGE[None], None, r"image has shape \(1, 32, 48, 3\)"),
         ([3, 3], [3, 3], IMAGE, 3, "Prompt and answer are 4 tokens; pad_to=3 is less"),
