@@ -359,6 +359,8 @@ class _Model(nn.Module):
                 "'rsqrt_head_dim' or 'rsqrt_emb_per_head'."
             )
         if self.embed_norm:
+            # XLA's compiler for GPUs (0.10.2) fails on a norm fused with what puts image and text together.
+            x = jax.lax.optimization_barrier(x)
             x = self.input_norm(x)
         is_local = None if local is None else (np.arange(self.depth) + 1) % self.window_every != 0
         block = stack.repeat(

@@ -90,8 +90,8 @@ def test_the_search_for_a_batch_size_compiles_for_the_chip(monkeypatch):
     assert set(seen) == {2}
 
 
-def program(chip, *more, env=None):
-    command = [sys.executable, "-m", "paligemma_med.train", "--config=configs/slake_mini.py", f"--chip={chip}", *more]
+def program(chip, *more, config="slake_mini", env=None):
+    command = [sys.executable, "-m", "paligemma_med.train", f"--config=configs/{config}.py", f"--chip={chip}", *more]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 
@@ -117,3 +117,13 @@ def test_compiles(chip, needs, device):
         return
     assert run.returncode == 0, run.stderr
     assert device in run.stdout and "Fits: " in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["medgemma_4b", "llama_clip", "bloom_qformer", "pefomed"])
+def test_steps_of_all_systems_compile_for_a_gpu(config):
+    """BLOOM's didn't: XLA 0.10.2 fails on its first norm where that is fused with what puts image and text together."""
+    pytest.importorskip("jax_cuda12_plugin")
+    run = program("h200", "--dry_run", "--config.input.batch_size=4", "--config.grad_accum_steps=1", config=config)
+    assert run.returncode == 0, run.stderr
+    assert "Fits: " in run.stdout
