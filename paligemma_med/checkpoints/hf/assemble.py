@@ -5,6 +5,7 @@ heads as one axis; `compose.for_model` cuts them as the model has them.
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -80,7 +81,7 @@ def tell_unread(where: str, names: Iterable[str]) -> None:
     """Says which of a file's tensors the model has no place for, once a process."""
     groups = {}
     for name in sorted(names):
-        groups.setdefault(name.partition(".")[0], []).append(name)
+        groups.setdefault(re.match(r"[^.]*(?:\.\d+)?", name)[0], []).append(name)
     shown = [x for first, g in groups.items() for x in (g if len(g) <= _FEW else [f"{first}.… ({len(g)} tensors)"])]
     if shown:
         tell(f"{where}: not read, since our models have no place for it: {', '.join(shown)}")

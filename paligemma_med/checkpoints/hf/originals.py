@@ -35,6 +35,7 @@ class _Group(NamedTuple):
       rows: from the file's canonical names to the rows.
       unread: regexes of names that our part has no place for.
       most: layers, at most.
+      more: from (path, our leaves, {canonical name: Tensor}, {letter: length}) to leaves that join or replace them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class _Group(NamedTuple):
     rows: Callable[[Iterable[str]], Iterable[Row]]
     unread: tuple[str, ...] = ()
     most: int = 10_000
+    more: Callable[..., dict[str, Any]] | None = None
 
 
 def _eva_rows(names):
@@ -59,6 +61,35 @@ def _qformer_rows(names):
 
 def _projection_rows(names):
     return qformer.projection_rows(hidden=f"{qformer.PROJECTION}.0.weight" in names)
+
+
+def _without_key_biases(path, flat, kept, size):
+    """The queries' biases, with which those of keys are looked at: they must be 0, since ours have none."""
+    del path
+    at = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/bias"
+    names = [f"{towers.BLIP2.layer.format(i=i)}.{towers.BLIP2.attention[0]}.bias" for i in range(size["L"])]
+
+    def look(x):
+        for name in names:
+            if assemble.read_piece(kept[name], 1, 3).any():
+                raise CheckpointError(
+                    f"{kept[name].path}: {kept[name].name} has biases of keys, which are 0 in BLIP-2's tower, and "
+                    "which ours doesn't have"
+                )
+        return x
+
+    leaf = flat[at]
+    return {at: lazy.derive(leaf, leaf.shape, look)}
+
+
+def _last_norm(path, flat, kept, size):
+    """A norm for a tower whose file has none."""
+    del kept
+    folder = "img/Transformer/encoder_norm"
+    if f"{folder}/scale" in flat:
+        return {}
+    assemble.tell(f"{path} has no ln_vision: the tower's last norm has scale 1 and bias 0, as MiniGPT-v2 creates it")
+    return {f"{folder}/scale": np.ones(size["D"], np.float32), f"{folder}/bias": np.zeros(size["D"], np.float32)}
 
 
 _TRUNK, _PROJECTION = r"trunk\..*", rf"{qformer.PROJECTION}\..*"
@@ -79,6 +110,7 @@ _GROUPS = (
         _eva_rows,
         (r"trunk\.(norm|fc_norm|head|lm_head)\..*", r"trunk\.mask_token", r"trunk\.(.*\.)?rel(ative)?_pos.*"),
         EVA_LAYERS,
+        _last_norm,
     ),
     _Group(
         "BLIP-2's image tower",
@@ -86,6 +118,7 @@ _GROUPS = (
         "vision_model.encoder.layers.0.self_attn.qkv.weight",
         r"vision_model\..*",
         lambda names: towers.rows(towers.BLIP2, key_bias=False),
+        more=_without_key_biases,
     ),
     _Group(
         "BLIP-2's query transformer",
@@ -183,10 +216,8 @@ def open_original(path: str) -> dict[str, Any]:
         one_axis = group.part not in heads
         flat |= {p: assemble.leaf(some, kept, size, one_axis=one_axis) for p, some in by_path(rows).items()}
         unread -= {*kept}
-        if group.mark.startswith("vision_model."):
-            flat |= _without_key_biases(flat, kept, size["L"])
-        if group.name.startswith("EVA"):
-            flat |= _last_norm(path, flat, size["D"])
+        if group.more:
+            flat |= group.more(path, flat, kept, size)
     assemble.tell_unread(path, (found[name].name for name in unread))
     return unflatten_tree(flat)
 
@@ -264,35 +295,6 @@ def _measure(path, group, kept, rows, depth, heads):
             elif len(letters) == 1 and not letters[0].isdigit():
                 size.setdefault(letters[0], n)
     return size
-
-
-# --- what a tower or a system's config.json has of its own ------------------------------------------
-
-
-def _without_key_biases(flat, kept, depth):
-    """The queries' biases, with which those of keys are looked at: they must be 0, since ours have none."""
-    at = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/bias"
-    names = [f"{towers.BLIP2.layer.format(i=i)}.{towers.BLIP2.attention[0]}.bias" for i in range(depth)]
-
-    def look(x):
-        for name in names:
-            if assemble.read_piece(kept[name], 1, 3).any():
-                raise CheckpointError(
-                    f"{kept[name].path}: {kept[name].name} has biases of keys, which are 0 in BLIP-2's tower, and "
-                    "which ours doesn't have"
-                )
-        return x
-
-    leaf = flat[at]
-    return {at: lazy.derive(leaf, leaf.shape, look)}
-
-
-def _last_norm(path, flat, width):
-    folder = "img/Transformer/encoder_norm"
-    if f"{folder}/scale" in flat:
-        return {}
-    assemble.tell(f"{path} has no ln_vision: the tower's last norm has scale 1 and bias 0, as MiniGPT-v2 creates it")
-    return {f"{folder}/scale": np.ones(width, np.float32), f"{folder}/bias": np.zeros(width, np.float32)}
 
 
 # What our parts compute without having an argument for it; defaults as transformers 5.24 has them.
