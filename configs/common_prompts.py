@@ -2,7 +2,7 @@
 
 A prompt is a list of parts. A part with a {field} is filled in from the row, and whatever is in it is plain text. A
 part without one is a constant: names of special tokens in it, such as <start_of_turn>, are tokens. Parts are tokenised
-one by one, in the words that weights were trained with; docs/systems.md has them in a table.
+one by one, in the words that weights were trained with; docs/prompts.md has them in a table.
 """
 
 import dataclasses
