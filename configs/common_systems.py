@@ -11,6 +11,7 @@ tokenizer
 data     the data set's name, with splits train and validate; data_dir: its folder, by default TFDS' own.
 rank, alpha, dropout, lr, epochs
          0 takes the system's; -1 for dropout, which may be 0.
+steps    if not 0, the number of steps in place of epochs.
 micro, accum
          examples in a micro-batch, and micro-batches in a step.
 max_new_tokens, samples
@@ -71,6 +72,7 @@ def parse_arg(arg, **more) -> ConfigDict:
             dropout=-1.0,
             lr=0.0,
             epochs=0.0,
+            steps=0,
             micro=4,
             accum=4,
             max_new_tokens=64,
@@ -138,11 +140,11 @@ def _init(args):
     return parts or common.path_or_none(args.init)
 
 
-def recipe(c, args, *, lr, wd=0.0, epochs, decay, warmup=0.03, trained) -> None:
+def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trained) -> None:
     """Learning rate, length and what is trained.
 
     Args:
-      lr, epochs: the system's, unless args has others.
+      lr, epochs, steps: the system's, unless args has others; epochs or steps.
       wd: weight decay, of kernels alone.
       decay: of the learning rate, "cosine", "linear" or "constant".
       warmup: share of all steps.
@@ -150,7 +152,10 @@ def recipe(c, args, *, lr, wd=0.0, epochs, decay, warmup=0.03, trained) -> None:
     """
     c.lr = args.lr or lr
     c.wd = wd * c.lr  # big_vision's: not multiplied by the learning rate again
-    c.total_epochs = args.epochs or epochs
+    if args.steps or not (args.epochs or epochs):
+        c.total_steps = args.steps or steps
+    else:
+        c.total_epochs = args.epochs or epochs
     schedule = dict(decay_type=decay, warmup_percent=warmup)
     c.schedule = [("|".join(filter(None, [trained, ".*/lora_[ab]"])), schedule), (".*", None)]
 

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from configs import common_prompts, common_systems
 
 _DATA = {1: "rocov2/caption", 2: "slake/en"}
-_STEPS, _WARMUP, _SIZE = {1: 5000, 2: 5000}, {1: 1000, 2: 100}, {1: (10, 10), 2: (4, 1)}
+_STEPS, _WARMUP, _SIZE = 5000, {1: 1000, 2: 100}, {1: (10, 10), 2: (4, 1)}
 
 
 def get_config(arg=None) -> ConfigDict:
@@ -43,10 +43,6 @@ def get_config(arg=None) -> ConfigDict:
     common_systems.texts(c, args, common_prompts.pefomed(task), asked=asked, resize="bicubic", protocol=protocol)
     c.lora = common_systems.lora(args, "llm/layers/attn/qkv_einsum/w:[qv]", rank=64, alpha=16, dropout=0.05)
     c.optax = dict(b2=0.999)
-    common_systems.recipe(c, args, lr=1e-5, wd=0.05, epochs=1.0, decay="cosine", trained="connector/proj/.*")
-    if not args.epochs:
-        del c.total_epochs
-        c.total_steps = _STEPS[args.stage]
-        c.schedule[0][1].pop("warmup_percent")
-        c.schedule[0][1]["warmup_steps"] = _WARMUP[args.stage]
+    length = dict(steps=_STEPS, warmup=_WARMUP[args.stage] / _STEPS)
+    common_systems.recipe(c, args, lr=1e-5, wd=0.05, **length, decay="cosine", trained="connector/proj/.*")
     return c

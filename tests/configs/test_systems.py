@@ -40,19 +40,16 @@ def random_weights(c, path):
     abstract = experiment.abstract_params(c, experiment.make_model(c).clone(lora=()))
     tree = unflatten_tree({n: rng.normal(0, 0.1, x.shape).astype(np.float32) for n, x in abstract.items()})
     checkpoints.save_npz(path, tree)
-    return path
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tiny_data, tmp_path_factory):
     """(name, config, workdir) of three steps of training."""
     name, folder = request.param, str(tmp_path_factory.mktemp("runs") / request.param)
-    c = get_config(name, f"tiny,{RUNS[name]},data=phantom,data_dir={tiny_data},max_new_tokens=4")
-    for key in {"total_epochs", "total_steps"} & {*c}:
-        del c[key]
-    c.total_steps, c.log_training_steps = 3, 1
-    c.schedule = [(rule, value and {"decay_type": "constant"}) for rule, value in c.schedule]
-    c.lr, c.model_init = 1e-2, random_weights(c, f"{folder}.npz")
+    where = f"data=phantom,data_dir={tiny_data}"
+    c = get_config(name, f"tiny,{RUNS[name]},{where},steps=3,lr=1e-2,max_new_tokens=4,init={folder}.npz")
+    c.log_training_steps = 1
+    random_weights(c, f"{folder}.npz")
     section = c.evals.phantom_validate
     section.data.split, section.batch_size, section.controls = "validate[:3]", 8, ("echo", "shuffled_images")
     evals, c.evals = c.evals, {}
