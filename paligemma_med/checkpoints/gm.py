@@ -1,12 +1,15 @@
 """Gemma 3 in the names of its own library's Orbax checkpoints (google-deepmind/gemma, gm/ckpts and gm/nn).
 
-Its transformer has our names but for layers that are unrolled, norms of queries and keys, and the transposed gate; its
-image tower is big_vision's ViT. `orbax` has opened the checkpoint; here leaves are renamed, and stay in their file.
+Its transformer has our names but for layers that are unrolled, or stacked by the kind of attention, norms of queries
+and keys, and the transposed gate; its image tower is big_vision's ViT. `orbax` has opened the checkpoint; here leaves
+are renamed, and stay in their file.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from paligemma_med.checkpoints import lazy
 from paligemma_med.checkpoints.errors import CheckpointError
@@ -30,11 +33,15 @@ _NAMES = tuple(
     )
 )
 _GATE = "llm/layers/mlp/gating_einsum"
+_KIND = re.compile(
+    r"stacked_layers/attention_type_(\d{1,3})/(.+)"
+)  # of n kinds, the i-th has layers i, i + n, i + 2n …
 
 
 def is_gm(tree: Mapping[str, Any]) -> bool:
     """Whether a tree has the names of such a checkpoint."""
-    return any(re.match(r"(?:transformer/)?layer_0/attn/", name) for name in flatten_tree(tree))
+    begin = re.compile(r"(?:transformer/)?(?:layer_0|stacked_layers/attention_type_0)/attn/")
+    return any(map(begin.match, flatten_tree(tree)))
 
 
 def from_gm(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -51,6 +58,7 @@ def from_gm(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
       CheckpointError: a leaf is unknown, or layers are missing.
     """
     flat = {name.removeprefix("transformer/"): leaf for name, leaf in flatten_tree(tree).items()}
+    flat = _in_order(flat, where)
     try:
         flat, out = flatten_tree(stack_layers(unflatten_tree(flat), name="layer")), {}
     except CheckpointError as e:
@@ -68,3 +76,35 @@ def from_gm(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         a, b, c, d = gate.shape
         out[_GATE] = lazy.derive(gate, (a, b, d, c), lambda x: x.swapaxes(-1, -2))
     return unflatten_tree(out)
+
+
+def _in_order(flat, where):
+    """The flat tree, with layers that are stacked by kind in their order, under "layer"."""
+    out, kinds = {}, {}
+    for name, leaf in flat.items():
+        if match := _KIND.fullmatch(name):
+            kinds.setdefault(f"layer/{match[2]}", {})[int(match[1])] = leaf
+        else:
+            out[name] = leaf
+    count = 1 + max((i for found in kinds.values() for i in found), default=0)
+    for name, found in kinds.items():
+        shapes = [found[i].shape for i in range(count) if i in found]
+        depth = sum(shape[0] if shape else 0 for shape in shapes)
+        lengths = [len(range(i, depth, count)) for i in range(count)]
+        if [shape[:1] for shape in shapes] != [(n,) for n in lengths] or len({shape[1:] for shape in shapes}) > 1:
+            raise CheckpointError(
+                f"{where}: {name.removeprefix('layer/')} has {', '.join(map(str, shapes))} in {len(shapes)} of {count} "
+                "kinds of layers; expected layers in turn, all of one shape"
+            )
+        out[name] = _in_turn(found, (depth, *shapes[0][1:]))
+    return out
+
+
+def _in_turn(kinds, shape):
+    def read():
+        out = np.empty(shape, kinds[0].dtype)
+        for i, leaf in kinds.items():
+            out[i :: len(kinds)] = np.asarray(leaf)
+        return out
+
+    return lazy.Lazy(shape, kinds[0].dtype, read)

@@ -1,4 +1,6 @@
-"""Checkpoints of Gemma's own library: nested and flat ones are read as our tree, leaf by leaf."""
+"""Checkpoints of Gemma's own library: nested, flat and stacked ones are read as our tree, leaf by leaf."""
+
+import re
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -75,8 +77,23 @@ def nested_form(tree):
     return unflatten_tree(out)
 
 
-@pytest.mark.parametrize("form", [flat_form, nested_form])
-def test_both_forms_are_read(ours, tmp_path, form):
+def stacked_form(tree):
+    """As `flat_form`, with layers of one kind on an axis in front: here of two kinds, which have two and one."""
+    out, kinds = {}, {}
+    for module, leaves in flat_form(tree).items():
+        if match := re.match(r"transformer/layer_(\d)/(.+)", module):
+            i = int(match[1])
+            for name, x in leaves.items():
+                kinds.setdefault(f"transformer/stacked_layers/attention_type_{i % 2}/{match[2]}", {}).setdefault(
+                    name, []
+                ).append(x)
+        else:
+            out[module] = leaves
+    return out | {module: {n: np.stack(x) for n, x in leaves.items()} for module, leaves in kinds.items()}
+
+
+@pytest.mark.parametrize("form", [flat_form, nested_form, stacked_form])
+def test_all_forms_are_read(ours, tmp_path, form):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "w", form(ours))
     opened = checkpoints.open_params(tmp_path / "w")
@@ -102,3 +119,10 @@ def test_what_is_no_such_checkpoint(ours):
     del tree["layer_1"]
     with pytest.raises(CheckpointError, match="^here: layer/.*layer 1 is missing"):
         gm.from_gm(tree, "here")
+    name, stacked = "attention_type_1/mlp/linear", {n: dict(x) for n, x in stacked_form(ours).items()}
+    stacked[f"transformer/stacked_layers/{name}"]["w"] = np.zeros((3, 22, 14), np.float32)
+    flat = {f"{module}/{n}": x for module, leaves in stacked.items() for n, x in leaves.items()}
+    with pytest.raises(
+        CheckpointError, match=r"^here: mlp/linear/w has \(2, 22, 14\), \(3, 22, 14\) in 2 of 2 kinds of"
+    ):
+        gm.from_gm(unflatten_tree(flat), "here")
