@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paligemma_med import decode
-from paligemma_med.saliency import capture, raw, rollout, sequence
+from paligemma_med.saliency import capture, raw, relevancy, rollout, sequence
 from tests.models import hf
 from tests.rounding import assert_close
 from tools.bench import saliency_memory
@@ -173,6 +173,17 @@ def test_streamed_never_holds_all_layers(optimised):
     assert found["all probabilities"] > 18 * layer
     assert found["float32"]["added"] < 2 * layer
     assert found["float32"]["added_by_page"] < 2 * layer
+
+
+@pytest.mark.slow
+def test_medgemmas_tower_is_captured_within_one_layers_memory(optimised):
+    """4096 patches, of which all layers' probabilities take 27 GiB."""
+    found = saliency_memory.added(896, 64, 8, None, None, "float32", "medgemma_4b")
+    layer = 16 * 4096**2 * 4 / 2**20
+    assert found["added"] < 1.05 * layer
+    assert found["added_by_page"] < layer + 6 * 4096**2 * 4 / 2**20  # and four rollouts with what they need
+    model, params, batch, _ = saliency_memory._abstract(896, 64, 8, None, None, "float32", "medgemma_4b")
+    assert all(x.shape[0] == 1 for x in batch.values()) and relevancy._together(model, batch) == 1
 
 
 @pytest.mark.slow

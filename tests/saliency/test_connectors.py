@@ -40,12 +40,18 @@ def model_of(name):
 
 @functools.cache
 def setting(name):
-    """(model, params, sequence); norms, biases, positions, class token and queries are random."""
+    """(model, params, sequence); norms, biases, positions, class token and queries are random. Queries and keys are
+    large, since by even attention all orders of layers come to the same."""
     model, (_, image_at, (h, w)) = model_of(name), CASES[name]
     rng = np.random.default_rng(0)
     arrays = jnp.zeros((1, h, w, 3)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *arrays))["params"]
-    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+    def made(path, x):
+        large = any(getattr(key, "key", "") in ("query", "key") for key in path)
+        return rng.normal(0, 1.5 if large else 0.3, x.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(made, shapes)
     image = rng.uniform(-1, 1, (h, w, 3))
     return model, params, sequence.make(model, PROMPT, ANSWER, image, mask_ar=1, image_at=image_at, pad_to=T)
 

@@ -91,7 +91,7 @@ PARTS = {
     "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
     "saliency_memory": (
         "saliency_memory",
-        dict(res=448, text_len=128, tokens=16, **_VARIANTS),
+        dict(res=448, text_len=128, tokens=16, preset=None, **_VARIANTS),
     ),
     "synthesis": (
         "synthesis_speed",
@@ -127,6 +127,7 @@ _TYPES = {
         manual_dir="The released folder, which the peer reads.",
         img="Variant of the image tower.",
         llm="Variant of the language model.",
+        preset="A name in models/presets.py, in place of --img and --llm.",
         model="Folder, .gguf file or name.",
         input="Source of captions.",
         out="Folder for the figures of each row.",

@@ -1,6 +1,7 @@
 """What streamed capture of attention adds to the memory of a forward pass, as compiled.
 
     python -m tools.bench saliency_memory --res=448
+    python -m tools.bench saliency_memory --preset=medgemma_4b --res=896
 
 Compiles three passes over one sequence and reads XLA's `memory_analysis`; nothing is allocated, so a
 laptop can ask about the 3B model. What a pass adds is its temporary and output bytes minus those of the
@@ -14,24 +15,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from paligemma_med.models import vlm
+from paligemma_med.models import lean, presets, vlm
 from paligemma_med.models.loss import token_logprobs
 from paligemma_med.saliency import capture, passes, relevancy, trace
 
 
-def run(res, text_len, tokens, img, llm, dtypes=("bfloat16", "float32"), gradients=True) -> dict:
+def run(res, text_len, tokens, img, llm, preset=None, dtypes=("bfloat16", "float32"), gradients=True) -> dict:
     """Figures in MiB.
 
     Args:
       res: pixels.
       text_len: T, prompt and answer.
       tokens: R, tokens of the answer.
-      img, llm: variants of the tower and of the language model.
+      img, llm: variants of the tower and of the language model. preset: in place of both, one of `presets.PRESETS`.
       dtypes: types of weights and activations.
       gradients: also compile relevancy.
     """
-    out = {dtype: added(res, text_len, tokens, img, llm, dtype) for dtype in dtypes}
-    model, params, batch, _ = _abstract(res, text_len, tokens, img, llm, "float32")
+    out = {dtype: added(res, text_len, tokens, img, llm, dtype, preset) for dtype in dtypes}
+    model, params, batch, _ = _abstract(res, text_len, tokens, img, llm, "float32", preset)
     *probs, _ = jax.eval_shape(functools.partial(capture.whole, model), params, batch)
     out["all probabilities"] = sum(4 * x.size for x in probs) / 2**20
     if gradients:
@@ -49,9 +50,12 @@ def added(*shapes, **kw) -> dict:
     return dict(without=without, streamed=streamed, added=streamed - without, added_by_page=page - without)
 
 
-def _abstract(res, text_len, tokens, img, llm, dtype):
-    """(model, params, batch, queries) without values."""
-    model = vlm.Model(img=dict(variant=img), llm=dict(variant=llm), dtype=dtype)
+def _abstract(res, text_len, tokens, img, llm, dtype, preset=None):
+    """(model, params, batch, queries) without values. The image of a causal model is somewhere in the text."""
+    if preset is not None and preset not in presets.PRESETS:
+        raise ValueError(f"preset is {preset!r}; expected one of {sorted(presets.PRESETS)}.")
+    parts = presets.PRESETS[preset] if preset else dict(img=dict(variant=img), llm=dict(variant=llm))
+    model = vlm.Model(**parts, dtype=dtype)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
         vlm.abstract_params(model, image_size=res),
@@ -59,10 +63,13 @@ def _abstract(res, text_len, tokens, img, llm, dtype):
     text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
     image = jax.ShapeDtypeStruct((1, res, res, 3), jnp.float32)
     queries = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    return model, params, dict(image=image, text=text, mask_ar=text), queries
+    batch = dict(image=image, text=text, mask_ar=text)
+    if model.image_ar != "prefix":
+        batch["image_at"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return model, params, batch, queries
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(lean.jit, static_argnums=0)
 def _plain(model, params, batch, queries):
     """The same log-probabilities without capture."""
     tokens = trace.of(model, batch).predicted(queries)
