@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from paligemma_med.models import presets, vlm
-from paligemma_med.saliency import capture, passes, relevancy, report, sequence, trace
+from paligemma_med.saliency import capture, occlusion, passes, relevancy, report, sanity, sequence, trace
 from paligemma_med.saliency.methods import KINDS
+from tools.eval_saliency import measure
 
 PROMPT, ANSWER, T = [5, 9, 2, 7], [11, 3, 12], 10
 _LLM = dict(width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=61)
@@ -247,6 +248,28 @@ def test_a_report(name):
             np.testing.assert_allclose(m.values.sum(-1), 1, rtol=1e-5)
         else:
             assert m.constants is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_eval_saliency_measures(name):
+    model, params, seq = setting(name)
+    found = measure.maps_of(model, params, seq, occlusion.scorer(model, params, seq))
+    assert set(found) == set(measure.METHODS)
+    for values in found.values():
+        assert values.shape == (len(ANSWER), *seq.grid) and np.isfinite(values).all() and np.ptp(values) > 0
+
+
+def test_weights_are_randomised_from_the_output_down():
+    """The query transformer's layers, in pairs, lie between the language model and the tower; no leaf is forgotten."""
+    model, params, _ = setting("bloom_qformer")
+    stages = sanity.stages(params, model.leaves)
+    assert list(dict.fromkeys(stage.split("/")[0] for stage in stages)) == ["llm", "connector", "img"]
+    between = [stage for stage in stages if stage.startswith("connector")]
+    assert between == ["connector/proj", "connector/layers/1", "connector/layers/0", "connector/embeddings"]
+    *_, (_, noise) = sanity.cascade(params, leaves=model.leaves)
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), params, noise)
+    assert not any(jax.tree.leaves(same))
 
 
 def test_shares_keep_their_sum_whatever_the_image_has():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from paligemma_med.models import paligemma
-from paligemma_med.saliency import occlusion, sequence
+from paligemma_med.saliency import occlusion, report, sequence
 from tests import tiny
 from tests.rounding import assert_close
 
@@ -112,3 +112,19 @@ def test_scores_are_those_of_the_whole_sequence():
         assert_close(found[:, r], logp[:, prompt + r - 1, token], units=32)
     assert found.shape == (3, 3)
     assert np.ptp(found, axis=0).min() > 0  # the images matter
+
+
+def test_batches_tell_how_far_they_are():
+    told = []
+    images = [np.full((2, 2, 3), i, np.float32) for i in range(5)]
+    got = occlusion.in_batches(lambda x: x[:, 0, 0], images, 2, 5, lambda *x: told.append(x))
+    assert told == [(2, 5), (4, 5), (5, 5)] and got[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_cpu_with_large_weights_has_smaller_batches(monkeypatch):
+    params = {"w": np.zeros(300, np.float32)}
+    assert report.batch_size_for(params) == report.BATCH
+    monkeypatch.setattr(report.lean, "LARGE", 1000)
+    assert report.batch_size_for(params) == report.SLOW_BATCH
+    monkeypatch.setattr(report.jax, "default_backend", lambda: "gpu")
+    assert report.batch_size_for(params) == report.BATCH
