@@ -152,6 +152,19 @@ def test_histories_and_accuracy_by_turn(monkeypatch, tmp_path):
     assert encoded == [["a", "c"]]
 
 
+def test_the_image_may_stand_amid_the_text(monkeypatch):
+    """Behind BOS, of a prompt whose pp says so."""
+    answer_with(monkeypatch, carried_on)
+    answer, seen = decode.generate, []
+    monkeypatch.setattr(
+        decode, "generate", lambda m, p, batch, **kw: seen.append(batch["image_at"]) or answer(m, p, batch, **kw)
+    )
+    pp = PP["prompt_pp"].replace("outkey='text', mask_ar", "outkey='text', image_after='bos', mask_ar")
+    inputs = [(batch | dict(image_at=np.ones(2, np.int32)), rows) for batch, rows in make_inputs()]
+    make_evaluator(inputs=inputs, prompt_pp=pp).run({})
+    assert len(seen) == 14 and all(x.tolist() == [1, 1] for x in seen)
+
+
 def test_images_are_encoded_once(monkeypatch):
     _, encoded = answer_with(monkeypatch, carried_on)
     rows = [row(i, "abcd"[i % 4], "organ") for i in range(24)]

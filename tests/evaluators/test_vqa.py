@@ -174,6 +174,14 @@ def test_samples(monkeypatch, tmp_path):
     assert calls[0]["kw"] == dict(temperature=0.7, seed=3)
 
 
+def test_a_thought_before_the_answer_is_kept_and_not_scored(monkeypatch, tmp_path):
+    answer_with(monkeypatch, lambda p, x, sample: f"<unused94>thought, no?<unused95>{look(p, x)}")
+    metrics = make_evaluator(controls=(), outdir=tmp_path, pred_kw=dict(max_new_tokens=96)).run({})
+    row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
+    assert row["predictions"] == ["<unused94>thought, no?<unused95>ct"] and row["correct"]
+    assert metrics["model/overall/acc"] == 1.0
+
+
 def test_random_numbers_belong_to_questions(monkeypatch):
     calls = answer_with(monkeypatch, look)
     make_evaluator(controls=()).run({})
@@ -345,8 +353,8 @@ def test_multiple_choice_with_a_model(tmp_path):
 
     inputs = list(make_inputs(choice_questions(), size=8))  # the last batch is not full
 
-    def run(options):
-        evaluator = vqa.Evaluator(model, "tiny", inputs=inputs, options=options, **kw)
+    def run(options, **more):
+        evaluator = vqa.Evaluator(model, "tiny", inputs=inputs, options=options, **kw, **more)
         return evaluator.run(params), results.read_rows(tmp_path / "predictions.jsonl")
 
     def score(texts):
@@ -371,6 +379,9 @@ def test_multiple_choice_with_a_model(tmp_path):
 
     _, letters = run("letter")
     for row, (a, _) in zip(letters, score(list("ABCD")), strict=True):
+        assert row["option_logprobs"] == pytest.approx(a, abs=1e-4)
+    _, letters = run("letter", answer_prefix=" ")
+    for row, (a, _) in zip(letters, score([" A", " B", " C", " D"]), strict=True):
         assert row["option_logprobs"] == pytest.approx(a, abs=1e-4)
     assert not [k for row in run("")[1] for k in row if "option" in k]
 

@@ -15,6 +15,7 @@ from paligemma_med import explain, predict
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import page
+from paligemma_med.pp.tokenizer import Tokenizer
 from paligemma_med.saliency import checks
 from paligemma_med.saliency.methods import KINDS
 from tests import chromium, tiny
@@ -282,6 +283,12 @@ def test_tokens_that_can_be_seen(run):
     assert explain.piece(tok, tok.to_int("\n")[0]) == "↵"
     byte = tok.to_int("é" if len(tok.to_int("é")) > 1 else "\u4e00")[-1]
     assert explain.piece(tok, byte) == f"‹{byte}›"
+    # LLaMA 3's token 0 is a character, and it has several ends; a token with a name is shown by it.
+    surfaces = [b"!", b"<s>", b"</s>", b"<end>", b"<turn>", b" a"]
+    names = {x.decode(): i for i, x in enumerate(surfaces[1:5], 1)}
+    ends = dict(pad_token=0, bos_token=1, eos_token=2, stops=[3], hidden=[1, 2])
+    other = Tokenizer(lambda text: [5] * len(text), surfaces, names, **ends)
+    assert [explain.piece(other, t) for t in range(6)] == ["!", "‹start›", "‹end›", "‹end›", "<turn>", " a"]
 
 
 def program(root, *args):
