@@ -173,6 +173,9 @@ def test_qformer():
     np.testing.assert_allclose(ours.apply({"params": params}, x)[0], got, rtol=0, atol=TOLERANCE)
     attentions = [*(found.attentions or ()), *(found.cross_attentions or ())]
     crossed = [a.numpy() for a in attentions if a.shape[-1] == 11]
+    own = [a.numpy() for a in attentions if a.shape[-1] == 5]
+    for ours_layer, theirs_layer in zip(out["self"], own, strict=True):
+        np.testing.assert_allclose(ours_layer, theirs_layer, rtol=0, atol=TOLERANCE)
     for ours_layer, theirs_layer in zip(out["cross"], crossed, strict=False):
         np.testing.assert_allclose(ours_layer, theirs_layer, rtol=0, atol=TOLERANCE)
 
