@@ -26,7 +26,7 @@ from paligemma_med.checkpoints.hf.layout import measure
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
-NAME = "model's parts'"
+NAME = peft.NAME
 CONNECTOR = "connector.safetensors"
 FOLDERS = {"llm": "decoder", "img": "tower"}
 
@@ -115,7 +115,7 @@ def save(
 
     Raises:
       FileExistsError: `folder` exists.
-      CheckpointError: a part can't be written in any way; or it has adapters, and other weights that a run trained.
+      CheckpointError: a part can't be written in any way; or it has adapters, and other leaves in `own`.
     """
     flat = flatten_tree(stack_layers(params))
     plain = {name: x for name, x in flat.items() if not lora.is_factor(name)}
@@ -132,8 +132,7 @@ def save(
         trained = sorted(name for name in rest if name.startswith(f"{part}/"))
         if trained and part in adapters:
             raise CheckpointError(
-                f"{trained[0]} was trained as well as adapters, which can't hold it: merge them into the weights "
-                "(--merge)"
+                f"{trained[0]} is the run's own, which its adapters can't hold: merge them into the weights (--merge)"
             )
         if trained:
             _check_class(part, part_families, plain)

@@ -167,7 +167,7 @@ def test_what_no_part_can_hold_is_said(tmp_path):
     kw, flat, made = tiny("llama_clip")
     params, specs = adapter.insert_adapter(unflatten_tree(flat), made)
     with pytest.raises(
-        CheckpointError, match=r"pos_embedding was trained as well as adapters, .* merge .*\(--merge\)$"
+        CheckpointError, match=r"pos_embedding is the run's own, which its adapters can't hold: .*\(--merge\)$"
     ):
         in_parts.save(tmp_path / "w", params, specs=specs, own=["img/pos_embedding"], **dicts(kw))
     with pytest.raises(

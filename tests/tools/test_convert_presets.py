@@ -86,7 +86,7 @@ def test_adapters_of_two_parts(tmp_path):
     )
     with workdir.Checkpoints(tmp_path / "more") as saved:
         saved.save(3, {"img/pos_embedding": flat["img/pos_embedding"] + 1}, {})
-    with pytest.raises(CheckpointError, match="img/pos_embedding was trained as well as adapters"):
+    with pytest.raises(CheckpointError, match="img/pos_embedding is the run's own, which its adapters can't hold"):
         convert(str(tmp_path / "more"), tmp_path / "x", "hf")
 
 
