@@ -103,9 +103,12 @@ def assert_logits(got, want, base):
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * scale)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n.startswith("gemma3") else []) for n in CASES]
-)
+def slow(*names):
+    """All cases, these with the marker."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in names else []) for n in CASES]
+
+
+@pytest.mark.parametrize("name", slow("gemma3 window 9", "llama mha"))
 def test_an_adapter_of_theirs_gives_its_logits_here(name, tmp_path):
     theirs(name).save_pretrained(tmp_path)
     made = peft.load_adapter(tmp_path)
@@ -113,7 +116,7 @@ def test_an_adapter_of_theirs_gives_its_logits_here(name, tmp_path):
     assert_logits(our_logits(name, made), their_logits(theirs(name)), base)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow("llama mha"))
 def test_an_adapter_of_ours_gives_its_logits_there(name, tmp_path):
     plain = hf_decoders.reference(name)
     made = adapters.random_on(flatten_tree({"llm": plain[2]}), CASES[name][1])

@@ -28,6 +28,11 @@ SCHEDULE = [(".*lora_[ab]|connector/.*|img/head/.*", dict(decay_type="constant")
 RULES = [("(img|connector)/.*|llm/layers/.*", dict(rank=2, alpha=4))]
 
 
+def quick(*names):
+    """All presets, all but these with the marker `slow`."""
+    return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in NAMES]
+
+
 def arguments(name):
     kw = {**presets.PRESETS[name], **TINY[name]}
     if "connector" in TINY[name]:
@@ -71,7 +76,7 @@ def spread(a, b):
 # --- Adapters ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick("bloom_qformer", "medgemma_4b"))
 def test_every_projection_can_be_adapted(name):
     """Of tower, connector and decoder at the true size; each factor has its projection's input or output."""
     rules = [(".*", dict(rank=1))]
@@ -194,9 +199,7 @@ def test_bfloat16_is_near(name):
     assert 0 < spread(found, logits(model, params)) < 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "bloom_qformer"), "bloom_qformer"]
-)
+@pytest.mark.parametrize("name", quick("bloom_qformer"))
 def test_a_run_is_worked_out(name):
     """In 4 bits, cut both ways, with adapters in tower and decoder: the table and the traced step of a dry run."""
     c = config_of(
