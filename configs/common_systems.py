@@ -140,7 +140,7 @@ def _init(args):
     return parts or common.path_or_none(args.init)
 
 
-def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trained) -> None:
+def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trained, adapters=".*/lora_[ab]") -> None:
     """Learning rate, length and what is trained.
 
     Args:
@@ -149,6 +149,7 @@ def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trai
       decay: of the learning rate, "cosine", "linear" or "constant".
       warmup: share of all steps.
       trained: regex of the trained leaves beside adapters, or "".
+      adapters: regex of the trained leaves of adapters.
     """
     c.lr = args.lr or lr
     c.wd = wd * c.lr  # big_vision's: not multiplied by the learning rate again
@@ -157,7 +158,7 @@ def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trai
     else:
         c.total_epochs = args.epochs or epochs
     schedule = dict(decay_type=decay, warmup_percent=warmup)
-    c.schedule = [("|".join(filter(None, [trained, ".*/lora_[ab]"])), schedule), (".*", None)]
+    c.schedule = [("|".join(filter(None, [trained, adapters])), schedule), (".*", None)]
 
 
 def lora(args, *rules, rank, alpha, dropout) -> list[tuple[str, dict | None]]:

@@ -39,10 +39,11 @@ def get_config(arg=None) -> ConfigDict:
     if args.link == "mlp":
         c.model.connector = _LINKS["mlp"] | (dict(hidden=32) if args.tiny else {})
     common_systems.texts(c, args, common_prompts.llama_clip(), resize="bicubic")
-    adapted = [_TOWER] if args.stage == 1 else [_TOWER, _DECODER]
-    c.lora = common_systems.lora(args, *adapted, rank=16, alpha=32, dropout=0.05)
+    c.lora = common_systems.lora(args, _TOWER, _DECODER, rank=16, alpha=32, dropout=0.05)
     c.grad_clip_norm = 1.0
     trained = "img/head/.*" if args.link == "linear" else "connector/.*"
     lr, epochs = _LR[args.stage], _EPOCHS[args.stage]
-    common_systems.recipe(c, args, lr=lr, epochs=epochs, decay="cosine", trained=trained)
+    # Stage 1 has the decoder's adapters, too, which change nothing before they are trained: stage 2 goes on from all.
+    adapters = "img/.*/lora_[ab]" if args.stage == 1 else ".*/lora_[ab]"
+    common_systems.recipe(c, args, lr=lr, epochs=epochs, decay="cosine", trained=trained, adapters=adapters)
     return c

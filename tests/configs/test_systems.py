@@ -222,6 +222,14 @@ def test_what_is_trained(name, arg, trained):
     assert sum(setup.abstract[n].size for n in setup.trained_names) == trained
 
 
+@pytest.mark.parametrize("name, stages", [("llama_clip", 2), ("bloom_qformer", 3), ("pefomed", 2)])
+def test_a_stage_has_the_leaves_of_the_one_before(name, stages):
+    """Weights that have some of a model's adapters are refused."""
+    of_stages = [TrainingSetup.without_data(get_config(name, f"tiny,stage={i + 1}")).abstract for i in range(stages)]
+    for later in of_stages[1:]:
+        assert {n: x.shape for n, x in later.items()} == {n: x.shape for n, x in of_stages[0].items()}
+
+
 def test_a_dry_runs_batch_is_that_of_training():
     for name, arg in (("medgemma_4b", "tiny"), ("bloom_qformer", "tiny,stage=3")):
         c = get_config(name, arg)
