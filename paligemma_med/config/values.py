@@ -16,9 +16,9 @@ import ml_collections
 
 from paligemma_med import checkpoints, quantise
 from paligemma_med.config import big_vision, durations, eval_names
-from paligemma_med.models import connector, parts, splice
+from paligemma_med.models import connector, decoder, parts, projector, splice, vit
 from paligemma_med.models import loss as losses
-from paligemma_med.models.layers import attention
+from paligemma_med.models.layers import attention, norms
 
 # Keys of a config. An unknown key is usually a typo, and is refused.
 KEYS = frozenset(
@@ -92,6 +92,10 @@ _SECTION = ("a dict", is_mapping)
 _YES_NO = ("True or False", lambda x: isinstance(x, bool))
 
 
+_COLOURS = (
+    "three numbers, of red, green and blue",
+    lambda x: isinstance(x, list | tuple) and len(x) == 3 and all(map(_is_number, x)),
+)
 _TEXTS = ("a list of texts", lambda x: isinstance(x, list | tuple) and all(isinstance(t, str) for t in x))
 
 
@@ -186,14 +190,28 @@ _PART = {
     "num_classes": _POSITIVE_WHOLE,
     "dropout": _SHARE,
     "scan": _YES_NO,
-    "post_norms": _YES_NO,
-    "attn_logits_softcap": _POSITIVE,
-    "final_logits_softcap": _POSITIVE,
+    **dict.fromkeys(("cls", "keep_cls", "patch_bias", "key_bias"), _YES_NO),  # of a tower
+    **dict.fromkeys(("norm_eps", "pre_norm", "final_norm"), _POSITIVE),
+    **dict.fromkeys(("mean", "std"), _COLOURS),
+    "gelu": _one_of(vit.GELUS),
+    **dict.fromkeys(("post_norms", "fused", "qk_norm", "embed_scale", "embed_norm", "tie"), _YES_NO),  # of a decoder
+    **dict.fromkeys(("attn_logits_softcap", "final_logits_softcap"), _POSITIVE),
+    **dict.fromkeys(("rope_theta", "rope_scale", "local_rope_theta"), _POSITIVE),
+    **dict.fromkeys(("window", "window_every"), _POSITIVE_WHOLE),
+    "norm": _one_of(norms.KINDS),
+    "act": _one_of(decoder.ACTIVATIONS),
+    "position": _one_of(decoder.POSITIONS),
     "dtype": _FLOAT_TYPE,
     "attn_impl": _one_of(attention.IMPLEMENTATIONS),
 }
-# Keys that say how the two towers are joined.
+# Keys that say how the two towers are joined, and those of the connector.
 _JOINED = {"connector": _SECTION, "image_ar": _one_of(splice.IMAGE_AR)}
+_CONNECTOR = {
+    "kind": _one_of(connector.KINDS),
+    "reduce": _one_of(projector.REDUCTIONS),
+    **dict.fromkeys(("norm", "bias"), _YES_NO),
+    **dict.fromkeys(("factor", "hidden", "queries", "inner", "depth", "mlp_dim", "num_heads"), _POSITIVE_WHOLE),
+}
 
 
 def _are_tokens(x):
@@ -250,9 +268,12 @@ def _check_model(model):
     check_keys(model, (*names, *names.values(), *_JOINED), "config.model")
     _check_values(model, _JOINED, "config.model")
     try:
-        connector.kind_of(model.get("connector"))
+        kind = connector.kind_of(model.get("connector"))
     except ValueError as e:
         raise ValueError(f"config.model.{e}") from None
+    if kind:
+        check_keys(model["connector"], connector.keys(kind), "config.model.connector")
+        _check_values(model["connector"], _CONNECTOR, "config.model.connector")
     for part, name in names.items():
         try:
             family = parts.family(part, model.get(name))

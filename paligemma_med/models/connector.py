@@ -8,6 +8,7 @@ Axis letters: B batch, P tokens of the tower, Q image tokens that the language m
 of the tower, E of the language model.
 """
 
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -85,6 +86,11 @@ def kind_of(kw) -> type | None:
     if not isinstance(kw.get("kind"), str) or kw["kind"] not in KINDS:
         raise ValueError(f"connector.kind is {kw.get('kind')!r}; expected one of {sorted(KINDS)}.")
     return KINDS[kw["kind"]]
+
+
+def keys(kind: type) -> frozenset[str]:
+    """The keys that config.model.connector can have for a kind."""
+    return frozenset(f.name for f in dataclasses.fields(kind)) - {"parent", "name", "width", "lora"} | {"kind"}
 
 
 def tokens(kw, patches: int) -> int:

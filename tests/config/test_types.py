@@ -10,6 +10,25 @@ from paligemma_med.models.layers import lora
 from tests import tiny
 
 PAIRS = (3, "x", [3], [("a",)], [("a", 1, 2)], [(1, 2)], {"a": 1}, [["a", b"x"]])
+CONNECTORS = (
+    *(dict(factor=x) for x in ("4", 0, 2.5, True)),
+    *(dict(reduce=x) for x in ("mean", 3, ["pool"])),
+    *({name: "no"} for name in ("norm", "bias")),
+    dict(hidden=-1),
+    dict(widht=3),
+)
+TOWERS = (
+    *({name: "no"} for name in ("cls", "keep_cls", "patch_bias", "key_bias")),
+    *({name: x} for name in ("norm_eps", "pre_norm", "final_norm") for x in ("1e-6", 0, True)),
+    *(dict(mean=x, std=[1.0] * 3) for x in (0.5, [0.5], ["a"] * 3)),
+    *(dict(gelu=x) for x in ("relu", 3, ["exact"])),
+)
+DECODERS = (
+    *({name: 1} for name in ("fused", "qk_norm", "embed_scale", "embed_norm", "tie")),
+    *({name: x} for name in ("rope_theta", "rope_scale", "local_rope_theta") for x in ("1e4", 0, float("nan"))),
+    *({name: x} for name in ("window", "window_every") for x in (0, 2.5, "8")),
+    *({name: x} for name in ("norm", "act", "position") for x in ("x", 3, ["rms"])),
+)
 WRONG = [
     *((key, value) for key in ("lora", "lr_mults", "wd_mults", "mesh", "sharding_strategy") for value in PAIRS),
     *(("sharding_rules", value) for value in PAIRS),
@@ -28,6 +47,9 @@ WRONG = [
     ("model", {"img": {}, "llm": dict(variant="gemma_mu", final_logits_softcap=True)}),
     ("model", {"img": {}, "llm": {}, "llm_model": ["x"]}),
     ("model", {"img": {}, "llm": {}, "connector": {"kind": ["x"]}}),
+    *(("model", {"img": {}, "llm": {}, "connector": dict(kind="projector") | kw}) for kw in CONNECTORS),
+    *(("model", {"img": dict(variant="mu/16") | kw, "llm": {}}) for kw in TOWERS),
+    *(("model", {"img": {}, "llm": dict(variant="gemma_mu") | kw}) for kw in DECODERS),
 ]
 IN_EVALS = [
     *(("controls", value) for value in ("echo", 3, [3], {"echo": 1})),

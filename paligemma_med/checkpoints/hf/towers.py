@@ -21,6 +21,9 @@ class Names(NamedTuple):
       attention: the linear layers of query, key and value, or the one that holds all three.
       biases: their biases, without that of keys if those have none; None: the linear layers' own.
       norm: the last norm.
+      cls_axes, position_axes: layouts of the class token and of the positions.
+      pre_norm: the norm in front of the layers, if there is one.
+      patch_bias: whether the patches' layer has a bias.
     """
 
     patches: str
@@ -33,6 +36,10 @@ class Names(NamedTuple):
     mlp: tuple[str, str]
     norm: str
     biases: tuple[str, ...] | None = None
+    cls_axes: str = "1 1 D"
+    position_axes: str = "1 T D"
+    pre_norm: str | None = None
+    patch_bias: bool = True
 
 
 HF_VIT = Names(
@@ -75,9 +82,12 @@ BLIP2 = Names(
 def rows(names: Names, *, key_bias: bool = True) -> Iterator[Row]:
     """The rows of a tower whose keys have a bias or none."""
     yield Row(f"{names.patches}.weight", "D C Y X", "img/embedding/kernel")
-    yield Row(f"{names.patches}.bias", "D", "img/embedding/bias")
-    yield Row(names.cls, "1 1 D", "img/cls")
-    yield Row(names.positions, "1 T D", "img/pos_embedding")
+    if names.patch_bias:
+        yield Row(f"{names.patches}.bias", "D", "img/embedding/bias")
+    yield Row(names.cls, names.cls_axes, "img/cls")
+    yield Row(names.positions, names.position_axes, "img/pos_embedding")
+    if names.pre_norm:
+        yield from norm(names.pre_norm, "img/pre_norm", bias=True)
     yield from _attention_rows(names, key_bias)
     yield from dense(f"{names.layer}.{names.out}", f"{_ATTENTION}/out")
     for j in (0, 1):
