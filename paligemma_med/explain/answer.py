@@ -220,8 +220,8 @@ def _patch(model, image):
 
 def _is_stretched(image, seen):
     """Is what the model sees the whole image, only resized? Then maps can lie on the image."""
-    small = ops_image.resize_image(image, *seen.shape[:2], antialias=True)
-    return float(np.abs(small - (seen + 1) * 127.5).mean()) < 2
+    small = (ops_image.resize_image(image, *seen.shape[:2], antialias=True, method=m) for m in ops_image.METHODS)
+    return any(float(np.abs(x - (seen + 1) * 127.5).mean()) < 2 for x in small)
 
 
 def _pixels(image):

@@ -44,7 +44,7 @@ def decode(channels=3, precise=True) -> Callable:
     return fn
 
 
-_METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @register("resize")
@@ -58,8 +58,8 @@ def resize(size, method="bilinear", antialias=False) -> Callable:
     which CLIP's towers were trained.
     """
     height, width = _two_sizes(size)
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {list(_METHODS)}, found {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, found {method!r}")
 
     def fn(image, rng):
         del rng
@@ -104,7 +104,7 @@ def resize_image(
     h, w, c = image.shape
     if antialias and image.dtype == np.uint8 and c in (1, 3):
         pil = Image.fromarray(image[..., 0] if c == 1 else image)
-        out = np.array(pil.resize((width, height), _METHODS[method]))
+        out = np.array(pil.resize((width, height), METHODS[method]))
         return out.reshape(height, width, c)
     rows, cols = _weights(h, height, antialias, method), _weights(w, width, antialias, method)
     out = np.asarray(image, np.float32)

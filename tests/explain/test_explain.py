@@ -14,7 +14,8 @@ import pytest
 from paligemma_med import explain, predict
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
-from paligemma_med.explain import page
+from paligemma_med.explain import answer, page
+from paligemma_med.pp import ops_image
 from paligemma_med.pp.tokenizer import Tokenizer
 from paligemma_med.saliency import checks
 from paligemma_med.saliency.methods import KINDS
@@ -275,6 +276,14 @@ def test_dicom_is_read_as_its_pixels(run):
     b, _ = explain.explain(loaded, np.repeat(pixels[..., :1], 3, axis=2), QUESTION, **kw)
     np.testing.assert_array_equal(a.raw, b.raw)
     assert "Jane" not in page.render(a)
+
+
+@pytest.mark.parametrize("method", ops_image.METHODS)
+def test_the_whole_image_is_shown_however_it_was_resized(method):
+    """Noise, in which the two methods differ the most."""
+    image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    seen = ops_image.resize_image(image, 32, 32, antialias=True, method=method) / 127.5 - 1
+    assert answer._is_stretched(image, seen) and not answer._is_stretched(image[:40], seen)
 
 
 def test_tokens_that_can_be_seen(run):

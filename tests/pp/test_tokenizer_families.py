@@ -7,6 +7,7 @@ import tokenizers
 
 from paligemma_med.pp.tokenizer import get_tokenizer
 from tests.pp import sentencepiece_files
+from tests.pp.test_tokenizer import gemma_json
 
 QUESTION = "Is there a fracture?"
 # What a question may hold; none of it may become a token with a meaning.
@@ -72,6 +73,16 @@ def test_ids_of_gemma3s_template(gemma3):
     assert constant("<end_of_turn>\n<start_of_turn>model\n") == ends
     assert gemma3.to_int("  two  spaces") == [138, 13_498, 138, 35_220]
     assert gemma3.vocab_size == 262_144
+
+
+def test_gemma3s_json_without_the_rows_that_hugging_face_adds(folder):
+    """Its place of an image, 262144, is no token of a text, and our models have no row for it."""
+    place = "<image_soft_token>"
+    (folder / "gemma3.json").write_bytes(gemma_json([place], n=262_144))
+    tokenizer = get_tokenizer(f'gemma3(model="{folder}/gemma3.json", eos="<eos>")')
+    assert tokenizer.vocab_size == 262_144 and place not in tokenizer.special and tokenizer.stop_tokens == (1,)
+    ids = tokenizer.to_int(f"yes{place}<eos>", bos=True, eos=True)
+    assert max(ids) < 262_144 and ids.count(1) == 1 and tokenizer.to_str(ids) == f"yes{place}<eos>"
 
 
 def test_what_ends_an_answer(gemma3, llama, llama3, bloom, folder):
