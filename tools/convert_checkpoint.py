@@ -8,7 +8,8 @@
 
 The source is an npz file, a Hugging Face or Orbax folder, a file of safetensors, a workdir, or one of big_vision's
 training checkpoints; or several of them, of whose parts the model of --config is made. --to=big_vision turns a workdir
-into such a checkpoint, from which big_vision's trainer resumes the run. Weights are copied one parameter at a time, and
+into such a checkpoint, from which big_vision's trainer resumes the run. A model that transformers has no class for
+becomes a folder of its parts with --to=hf (docs/weights.md). Weights are copied one parameter at a time, and
 the result appears whole or not at all.
 """
 
