@@ -101,6 +101,7 @@ def make(args, preset, tokenizer, *, res, text_len) -> ConfigDict:
     else:
         c.res, c.text_len, c.tokenizer = res, text_len, _with_file(tokenizer, args.tokenizer)
         c.dtype = c.frozen_dtype = "bfloat16"
+        c.attn_impl = "xla"  # "cudnn" on an NVIDIA GPU; BLOOM's ALiBi has no such kernel
     c.model = model
     if "final_norm" in c.model.img:  # None, of which the command line couldn't change the type
         c.model.img.final_norm = c.model.img.final_norm or config_dict.placeholder(float)

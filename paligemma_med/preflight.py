@@ -91,6 +91,11 @@ def _check_eval_row(config, name, section, model):
     needed = experiment.evaluator_module(section.type, f"config.evals.{name}").NEEDED
     what = f"config.evals.{name}.pp_fn"
     source = input_pipeline.open_source(section.data)
+    if len(source) < 2 and "shuffled_images" in (section.get("controls") or ()):
+        raise ValueError(
+            f"config.evals.{name}: there is one question in {source}, and no other whose image could be shown in its "
+            "place: leave 'shuffled_images' out of its controls, or take more questions."
+        )
     try:
         row = _build_pp(section.pp_fn, what)(source[0])
     except (ValueError, TypeError, KeyError) as e:

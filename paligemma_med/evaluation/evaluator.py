@@ -189,7 +189,8 @@ class Evaluator:
         if self._has_asked:
             return contextlib.nullcontext()
         self._has_asked = True
-        doing = f"compiling the program, and answering the first {count} questions"
+        what = "question" if count == 1 else f"{count} questions"
+        doing = f"compiling the program, and answering the first {what}"
         return notes.stage(doing, lambda text: distributed.is_main() and tqdm.tqdm.write(text, file=sys.stderr))
 
     def lines(self, batch, rows, pixels, choices=()) -> list[dict]:

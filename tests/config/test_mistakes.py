@@ -200,6 +200,18 @@ def test_mistakes(mistake, sentence, tiny_data, tmp_path):
     assert len(message.splitlines()) == 1
 
 
+def test_a_single_question_has_no_other_image(tiny_data, tmp_path):
+    """Told before training, not by the evaluation at its end."""
+    c = tiny.config(tiny_data)
+    c.evals.val.data.split = "validate[:1]"
+    c.evals.val.controls = ("echo", "shuffled_images")
+    message = told(c, str(tmp_path / "w"))
+    assert "config.evals.val: there is one question in" in message and len(message.splitlines()) == 1
+    c.evals.val.controls = ("echo",)
+    with pytest.raises(WeightsRead):
+        train.train(c, str(tmp_path / "w"))
+
+
 def test_the_config_without_mistakes_gets_to_its_weights(tiny_data, tmp_path):
     with pytest.raises(WeightsRead):
         train.train(tiny.config(tiny_data), str(tmp_path))
