@@ -263,7 +263,7 @@ def _forecast(config, values):
         jax.config.update("jax_platforms", "cpu")  # or JAX would look for such chips here
         chip = chips.find(values.chip)
     with chip.target() if chip else contextlib.nullcontext():
-        if values.dry_run:
+        if not values.find_batch_size:
             dry_run.dry_run(config, values.hbm_gib)
             return
         if values.hbm_gib is None and chip is None:

@@ -71,7 +71,7 @@ def run(module, args, **kw):
 class Tokenizer:
     """Says tokens as numbers."""
 
-    vocab_size, eos_token = 1024, 1
+    vocab_size, eos_token, stop_tokens = 1024, 1, (1,)
 
     def to_str(self, tokens, stop_at_eos=True):
         return " ".join(str(int(t)) for t in tokens)

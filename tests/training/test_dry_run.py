@@ -87,7 +87,9 @@ def test_fits_or_says_what_to_change(compiled, capsys):
 
 def test_hbm_gib_without_dry_run(monkeypatch):
     """It would be a run, when a look at what it takes was meant."""
-    values = types.SimpleNamespace(dry_run=False, find_batch_size=False, hbm_gib=24.0, workdir="w", config=None)
+    values = types.SimpleNamespace(
+        dry_run=False, find_batch_size=False, hbm_gib=24.0, workdir="w", config=None, chip=None
+    )
     monkeypatch.setattr(train.flags, "FLAGS", values)
     monkeypatch.setattr(train.distributed, "start_from_flags", lambda: None)
     monkeypatch.setattr(train.cli, "with_weight_flags", lambda config: config)

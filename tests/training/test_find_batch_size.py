@@ -116,7 +116,7 @@ def test_nothing_fits(compiled):
 
 
 def test_needs_a_size(monkeypatch):
-    values = types.SimpleNamespace(find_batch_size=True, dry_run=True, hbm_gib=None, config=None)
+    values = types.SimpleNamespace(find_batch_size=True, dry_run=True, hbm_gib=None, config=None, chip=None)
     monkeypatch.setattr(train.flags, "FLAGS", values)
     monkeypatch.setattr(train.distributed, "start_from_flags", lambda: None)
     monkeypatch.setattr(train.cli, "with_weight_flags", lambda config: config)

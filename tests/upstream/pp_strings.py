@@ -20,7 +20,8 @@ VARIANTS = {
 
 
 def config_strings(names=".*"):
-    """{pp string: where it stands first}, over configs whose name matches and their variants."""
+    """{pp string: where it stands first}, over configs whose name matches and their variants. Those of systems that
+    big_vision has no model for are left out: its trainer refuses them."""
     folder, found = pathlib.Path(common.__file__).parent, {}
     for path in sorted(folder.glob("*.py")):
         if path.stem.startswith(("__", "common")) or not re.fullmatch(names, path.stem):
@@ -28,6 +29,8 @@ def config_strings(names=".*"):
         module = importlib.import_module(f"configs.{path.stem}")
         for arg in (None, *VARIANTS.get(path.stem, ())):
             c = module.get_config(arg)
+            if c.model.get("connector") or c.model.get("image_ar", "prefix") != "prefix":
+                continue
             _collect(c.to_dict(), f"{path.stem}:{arg or ''}", found)
     return found
 
