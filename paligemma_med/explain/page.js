@@ -99,7 +99,7 @@
   }
   function number(v) {
     const a = Math.abs(v);
-    return a === 0 ? "0" : a >= 0.1 ? v.toFixed(2) : a >= 0.001 ? v.toPrecision(2) : v.toExponential(1);
+    return a === 0 ? "0" : a >= 1e4 ? v.toExponential(1) : a >= 0.1 ? v.toFixed(2) : a >= 0.001 ? v.toPrecision(2) : v.toExponential(1);
   }
   function percent(p) {
     if (p >= 0.995 && p < 1) return p < 0.9995 ? (100 * p).toFixed(1) + "\u00a0%" : "over 99.9\u00a0%";
