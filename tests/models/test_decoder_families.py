@@ -80,7 +80,8 @@ def test_token_by_token_equals_the_whole_pass(name, samples):
         prompt = tokens[row // samples, : LENGTHS[row // samples]]
         whole = np.concatenate([prompt, new[row]])[None].astype(np.int32)
         want = forward(model, params, whole, np.ones(whole.shape, bool))[0][0, len(prompt) - 1 :]
-        assert_close(got[row], want)
+        # Other products, in another order: 17 units without fused multiply-add (SSE4.2).
+        assert_close(got[row], want, units=64)
 
 
 @pytest.mark.parametrize("name", ["gemma3 window 5", "llama gqa", "bloom 6 heads"])
