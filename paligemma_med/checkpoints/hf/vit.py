@@ -33,7 +33,7 @@ DEFAULTS = dict(
     hidden_act="gelu",
 )
 FIXED = dict(qkv_bias=True)
-GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh"}
+GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "quick_gelu": "quick"}
 _MODULES = {
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",

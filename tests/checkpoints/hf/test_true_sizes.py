@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from paligemma_med.checkpoints.hf import families, layout, write
-from paligemma_med.models import presets, vlm
+from paligemma_med.checkpoints.hf import vit as hf_vit
+from paligemma_med.models import presets, vit, vlm
 from paligemma_med.models.leaves import flatten_tree
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -97,3 +98,11 @@ def test_biomedclips_tower():
     assert written == 2 * 85_798_656
     assert (config["image_size"], config["patch_size"], config["hidden_act"]) == (224, 16, "gelu")
     assert shapes["embeddings.position_embeddings"] == (1, 197, 768)
+
+
+def test_every_gelu_of_a_tower_has_the_name_of_what_computes_it():
+    assert {*hf_vit.GELUS.values()} == {*vit.GELUS}
+    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    for theirs, ours in hf_vit.GELUS.items():
+        want = transformers.activations.ACT2FN[theirs](torch.tensor(x)).numpy()
+        np.testing.assert_allclose(vit.GELUS[ours](x), want, rtol=0, atol=1e-5)
