@@ -58,6 +58,7 @@ def explain(
     question,
     *,
     title="image",
+    given="",
     mask=None,
     num_samples=5,
     temperature=1.0,
@@ -73,6 +74,7 @@ def explain(
       image: bytes of an image or DICOM file, or uint8[H, W, 3].
       question: str.
       title: the page's, such as the file's name.
+      given: the right answer as the page shows it, where there is one; the model isn't told.
       mask: optional bool[H, W], of the image's own size or as the model sees it: a region to replace
         by `fill`.
       num_samples, temperature, seed: for the answers sampled besides the greedy one; 0 for none.
@@ -131,6 +133,7 @@ def explain(
     out = report.Report(
         **vars(arrays),
         title=title,
+        given=given,
         question=question,
         answer=answer,
         prompt=[piece(tok, t) for t in prompt["prompt_ids"]],

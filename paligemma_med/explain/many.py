@@ -20,13 +20,13 @@ from paligemma_med.saliency import checks
 
 
 def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> int:
-    """A page for each (image, question), and index.html, worst first.
+    """A page for each (image, question), or (image, question, given answer), and index.html, worst first.
 
     An image that can't be read gets a line in the index and no page. If interrupted at any point, the
     same call resumes: finished rows are in `results.PART` until the index is written.
 
     Args:
-      folder, asked: image files below a folder, [(name, question)].
+      folder, asked: image files below a folder, [(name, question)]; the answer that a table gives may follow.
       out: folder for the pages.
       npz, png: also write these for each page.
       **kw: passed to `explain`.
@@ -41,18 +41,18 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
         png=png,
         config=config_files.to_json(loaded.config),
         software=paligemma_med.__version__,
-        asked=[(clean(name), clean(question)) for name, question in asked],
+        asked=[tuple(map(clean, one)) for one in asked],
     )
     rows = []
     with contextlib.closing(results.Part(out, identity)) as part:
-        for i, (name, question) in enumerate(asked):
+        for i, (name, question, *given) in enumerate(asked):
             content = _content(os.path.join(folder, name))
             sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
             (row,) = part.saved.get(("model", i), [{}])
             there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
             if row.get("sha256", "") != sha or not there:
                 stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")
-                row = _row(loaded, content, name, question, stem, npz=npz, png=png, **kw)
+                row = _row(loaded, content, name, question, "".join(given), stem, npz=npz, png=png, **kw)
                 row["sha256"] = sha
                 part.add("model", i, [row])
             rows.append(row)
@@ -76,11 +76,12 @@ def _content(path):
         return e
 
 
-def _row(loaded, content, name, question, stem, *, npz, png, **kw):
+def _row(loaded, content, name, question, given, stem, *, npz, png, **kw):
     """Writes the files of one question, named `stem` plus an ending; returns its row of the index."""
     row = dict(
         name=clean(name),
         question=clean(question),
+        given=clean(given),
         answer="",
         probability=None,
         flags=[],
@@ -92,7 +93,7 @@ def _row(loaded, content, name, question, stem, *, npz, png, **kw):
     try:
         if isinstance(content, OSError):
             raise content
-        made, raised = explain(loaded, content, question, title=name, **kw)
+        made, raised = explain(loaded, content, question, title=name, given=given, **kw)
     except (OSError, ValueError) as e:
         return row | dict(error=clean(getattr(e, "strerror", None) or str(e)))
     write_page(made, f"{stem}.html")

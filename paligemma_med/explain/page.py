@@ -53,8 +53,8 @@ def render_index(rows, title) -> str:
     """The index of many reports, in the order given.
 
     Args:
-      rows: list of dict(name, question, answer, probability float or None, flags list of dict(name,
-        says), thumb by `data_url` or None, href relative address or None, error str or None).
+      rows: list of dict(name, question, answer, given (the right answer or ""), probability float or None,
+        flags list of dict(name, says), thumb by `data_url` or None, href relative address or None, error str or None).
       title: the page's.
     """
     names = sorted({f["name"] for row in rows for f in row["flags"]})
@@ -236,7 +236,10 @@ def _texts(report):
     h, w = report.grid
     raw = np.shape(report.raw)
     out = clean(
-        {k: getattr(report, k) for k in ("title", "question", "answer", "prompt", "samples", "controls", "flags")}
+        {
+            k: getattr(report, k)
+            for k in ("title", "question", "answer", "given", "prompt", "samples", "controls", "flags")
+        }
     )
     return dict(
         **{k: v for k, v in out.items() if k not in ("tokens", "samples")},

@@ -13,8 +13,10 @@ def read_mask(path) -> np.ndarray:
     return images.read_file(path, "--mask").max(-1) > 127
 
 
-def read_questions(path, folder) -> list[tuple[str, str]]:
+def read_questions(path, folder) -> list[tuple[str, ...]]:
     """[(image's path below `folder`, question)] from a table with columns image and question, see `pp.tables`.
+
+    If it has a column answer, too: [(image's path, question, answer)].
 
     Raises:
       ValueError: a column is missing, a field is empty, or an image's path leaves the folder; names
@@ -31,7 +33,8 @@ def read_questions(path, folder) -> list[tuple[str, str]]:
             raise ValueError(f"{path} line {line}: image or question is empty.")
         if not _inside(folder, image):
             raise ValueError(f"{path} line {line}: {image!r} is not below {folder}.")
-        out.append((image, question))
+        given = [cell.strip() for column, cell in row.items() if column.lower() == "answer"]
+        out.append((image, question, *given))
     if not out:
         raise ValueError(f"{path}: no rows below its header.")
     return out

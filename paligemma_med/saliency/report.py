@@ -77,6 +77,7 @@ class Report(Arrays):
     causal: bool = False  # a token of the prompt sees only what stands before it
     flags: list[dict] = dataclasses.field(default_factory=list)  # name, says
     about: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, value
+    given: str = ""  # the right answer, where somebody has given one
 
 
 def measure(

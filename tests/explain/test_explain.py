@@ -163,8 +163,8 @@ def test_many(run, tmp_path, capsys):
     PIL.Image.fromarray(pixels).save(films / "a" / "film one.png")
     PIL.Image.fromarray(pixels[::-1]).save(films / hostile)
     (films / "broken.png").write_bytes(b"no image")
-    asked = [(n, QUESTION) for n in explain.images_in(films)]
-    assert [n for n, _ in asked] == [hostile, "a/film one.png", "broken.png"]
+    asked = [(n, QUESTION, "<i>left</i>") for n in explain.images_in(films)]
+    assert [n for n, *_ in asked] == [hostile, "a/film one.png", "broken.png"]
     failed = explain.explain_many(loaded, films, asked, str(tmp_path / "out"), mask=LEFT, **KW)
     assert failed == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -174,6 +174,9 @@ def test_many(run, tmp_path, capsys):
     ]
     index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<img src=x" not in index
+    shown = (tmp_path / "out" / "0002_film_one.html").read_text(encoding="utf-8")
+    assert "The answer given in the table: <b><bdi>&lt;i&gt;left&lt;/i&gt;</bdi>" in shown
+    assert index.count("given: <bdi>&lt;i&gt;left&lt;/i&gt;</bdi>") == 3
     rows = index.split("<tr")[2:]
     assert "No report." in rows[0] and "broken.png" in rows[0]
     assert 'href="0002_film_one.html"' in index
@@ -263,6 +266,8 @@ def test_question_files(tmp_path, text, message):
     assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
     path.write_text("\ufeffImage;Question\r\na/b.png;What, then?\r\n", encoding="utf-8", newline="")
     assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
+    path.write_text("image,Answer,question\na/b.png, no ,What?\n", encoding="utf-8")
+    assert explain.read_questions(path, tmp_path) == [("a/b.png", "What?", "no")]
 
 
 def test_dicom_is_read_as_its_pixels(run):

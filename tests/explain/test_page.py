@@ -70,6 +70,7 @@ def test_hostile_texts_are_inert_in_the_file():
         title=bad,
         question=bad,
         answer=bad,
+        given=bad,
         prompt=[bad] * 5,
         tokens=[bad] * 3,
         others=[[(bad, 0.5)]] * 3,
@@ -88,7 +89,9 @@ def test_hostile_texts_are_inert_in_the_file():
 
 
 def index_rows(text="film.png"):
-    row = dict(name=text, question=text, answer=text, probability=0.2, thumb=None, href=None, error=None, flags=[])
+    row = dict(
+        name=text, question=text, answer=text, given=text, probability=0.2, thumb=None, href=None, error=None, flags=[]
+    )
     flag = dict(name="Image ignored", says=text)
     thumb = page.data_url(np.full((20, 10, 3), 7, np.uint8), 96)
     return [
