@@ -83,11 +83,18 @@ _LESS_MEMORY = (
 )
 
 
+def is_out_of_memory(error) -> bool:
+    """Whether an error of JAX's or numpy's says that there is no more memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(" ".join(str(error).split())))
+    )
+
+
 def _of_machine(error):
     """One sentence on an error of JAX's or numpy's that a user can do something about: no more memory, or devices that
     aren't there. None for any other."""
     said = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(said)):
+    if is_out_of_memory(error):
         said = said.removeprefix("RESOURCE_EXHAUSTED: ") or "no more memory"
         said = _BYTES.sub(lambda m: f"{int(m[1]) / 2**30:.3g} GiB", said.split(". ")[0].rstrip(".")[:200])
         advice = f" {_LESS_MEMORY}" if "config" in flags.FLAGS else ""

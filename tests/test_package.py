@@ -17,7 +17,7 @@ from tests import environ
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ("paligemma_med", "configs", "data_prep", "tools")
-ENTRY_POINTS = ("train", "evaluate", "predict", "explain")
+ENTRY_POINTS = ("train", "evaluate", "predict", "ask", "explain")
 
 # Room of the library -> the rooms that it may import besides itself. One that isn't here may know
 # everybody but the programs.

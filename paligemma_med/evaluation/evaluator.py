@@ -8,7 +8,6 @@ first one writes them.
 
 import contextlib
 import dataclasses
-import io
 import pathlib
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import tqdm
 
 from paligemma_med import decode
 from paligemma_med.evaluation import controls as controls_lib
-from paligemma_med.evaluation import questions, results
+from paligemma_med.evaluation import progress, questions, results
 from paligemma_med.metrics import scoring
 from paligemma_med.parallel import distributed, notes
 from paligemma_med.pp.tokenizer import get_tokenizer
@@ -214,13 +213,8 @@ class Evaluator:
             row |= scoring.correct(text, row["answer"], f"{who}_")
 
     def progress(self, what, total) -> tqdm.tqdm:
-        """A progress bar on a terminal, a line now and then in a log; nothing in other processes."""
-        if not distributed.is_main():
-            return tqdm.tqdm(disable=True)
-        if sys.stderr.isatty():
-            return tqdm.tqdm(total=total, desc=what, unit="q", leave=False)
-        form = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left, {rate_fmt}"
-        return tqdm.tqdm(total=total, desc=what, unit="q", mininterval=30, bar_format=form, file=_Lines())
+        """`progress.bar`."""
+        return progress.bar(what, total)
 
     def _check_vocabulary(self):
         known, size = self.tokenizer.vocab_size, getattr(self.model, "vocab_size", None)
@@ -245,12 +239,3 @@ class Placement:
 
     def put(self, array) -> Any:
         return array if self._sharding is None else distributed.place(array, self._sharding)
-
-
-class _Lines(io.TextIOBase):
-    """A log file for tqdm: a line for each state, none drawn over."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-        return len(text)

@@ -1,0 +1,79 @@
+"""Asks every question of an own table, and keeps the answers as they come."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import paligemma_med
+from paligemma_med.ask.answering import Answerer, Question
+from paligemma_med.ask.sheet import Sheet
+from paligemma_med.checkpoints import fingerprint
+from paligemma_med.config import files as config_files
+from paligemma_med.evaluation import progress
+from paligemma_med.models.leaves import flatten_tree
+from paligemma_med.parallel import notes
+
+
+class Asked(NamedTuple):
+    """What came of a table.
+
+    Attributes:
+      path: of answers.csv.
+      rows: that it has; `failed` of them have an error, and `before` were there already.
+      images: that went through the image tower, in this start.
+      escaped: cells with an apostrophe in front, in this start.
+    """
+
+    path: pathlib.Path
+    rows: int
+    failed: int
+    before: int
+    images: int
+    escaped: int
+
+
+def questions_of(table, start=0) -> Iterator[Question]:
+    """The `Question`s of a `pp.own_table.OwnTable` from row `start` on, each read when it is its turn."""
+    for i in range(start, len(table)):
+        yield Question(table[i], lambda i=i: table.image_bytes(i), i)
+
+
+def identity_of(answerer: Answerer, table, path, **settings) -> dict[str, Any]:
+    """All that the answers to a table depend on, as JSON-able values."""
+    flat = flatten_tree(answerer.params)
+    names = sorted(flat)
+    with notes.stage("taking the weights' fingerprint"):
+        prints = fingerprint.of_leaves([flat[n] for n in names])
+    with open(path, "rb") as f:
+        sha = hashlib.file_digest(f, "sha256").hexdigest()
+    return dict(
+        table=sha,
+        weights=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest(),
+        config=config_files.to_json(answerer.config),
+        software=paligemma_med.__version__,
+        columns=list(table.columns),
+        **settings,
+    )
+
+
+def ask_table(answerer: Answerer, table, out, columns: Sequence[str], identity, **kw) -> Asked:
+    """Writes `out`/answers.csv: a line for each row of the table. Killed, the same call goes on.
+
+    Args:
+      table: a `pp.own_table.OwnTable`.
+      columns: of the table, that answers.csv keeps.
+      identity: from `identity_of`.
+      **kw: of `Sheet`.
+
+    Raises:
+      ValueError: answers.csv is of other questions.
+    """
+    with Sheet(out, columns, identity, **kw) as sheet:
+        before, total = sheet.done, len(table)
+        with progress.bar("ask", total, done=before) as bar:
+            for answered in answerer.answers(questions_of(table, before), total - before):
+                sheet.add((question.texts, answer) for question, answer in answered)
+                bar.update(len(answered))
+        return Asked(sheet.path, total, sheet.failed, before, answerer.encoded, sheet.escaped)
