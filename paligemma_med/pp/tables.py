@@ -2,14 +2,19 @@
 
 A spreadsheet set to a decimal comma writes semicolons, and cells hold line breaks, quotes, U+2028 and whatever else was
 typed. One reader for all tables from outside, so that a file which one program takes is taken by every other.
+`encoding_of` tells apart in what such a file is written: spreadsheets still save Windows-1252 and UTF-16.
 """
 
 import csv
+import io
 import itertools
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from paligemma_med.pp.files import is_lfs_pointer, lfs_message
 
 # Why a line is no row.
 OTHER_WIDTH = "another number of cells than the header"
@@ -37,6 +42,21 @@ def read(
     Raises:
       error: a column stands there twice, ignoring case; a quote is never closed.
     """
+    return layout(lines, where, quotes=quotes, error=error)[:2]
+
+
+class Layout(NamedTuple):
+    """What `layout` finds: columns and rows as `read` gives them, and the character between cells."""
+
+    columns: list[str]
+    rows: Iterator[tuple[int, dict[str, str] | str]]
+    delimiter: str
+
+
+def layout(
+    lines: Iterable[str], where: os.PathLike | str, *, quotes: bool = True, error: type[ValueError] = ValueError
+) -> Layout:
+    """Like `read`, for who will read single rows again, by `row`. No line behind a row is taken before it is given."""
     lines = iter(lines)
     before, delimiter, head = _head(lines)
     delimiter = delimiter or max(",;\t", key=re.sub(r'"[^"]*"?', "", head).count)
@@ -53,7 +73,13 @@ def read(
     small = [c.lower() for c in header if c]
     if again := [c for c in small if small.count(c) > 1]:
         raise error(f"{where} line {number}: the column {again[0]} stands there twice; expected once")
-    return header, ((line, x if isinstance(x, str) else _row(header, x)) for line, x in found)
+    return Layout(header, ((line, x if isinstance(x, str) else _row(header, x)) for line, x in found), delimiter)
+
+
+def row(text: str, columns: list[str], delimiter: str) -> dict[str, str]:
+    """The row that `text`, its lines and perhaps blank ones before them, was with `layout`, quotes meaning quotes."""
+    lines = io.StringIO(text, newline="")
+    return next(_row(columns, x) for x in csv.reader(lines, delimiter=delimiter, strict=True) if any(map(str.strip, x)))
 
 
 def _head(lines):
@@ -117,3 +143,69 @@ def read_file(path: os.PathLike | str, needed: Iterable[str] = ()) -> list[tuple
     if wrong := next(((line, why) for line, why in rows if isinstance(why, str)), None):
         raise ValueError(f"{path} line {wrong[0]}: {wrong[1]}.")
     return [(line, {names[c]: cell for c, cell in row.items()}) for line, row in rows]
+
+
+# --- Encodings ---
+
+_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+# What `encoding_of` gives, as one would call it.
+ENCODINGS = {"utf-8": "UTF-8", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252"}
+
+
+def encoding_of(path: os.PathLike | str) -> tuple[str, int]:
+    """(encoding, bytes of its mark at the file's beginning) of a text file: a key of `ENCODINGS`.
+
+    A byte-order mark decides; without one, NUL in every other byte of the beginning means UTF-16. What is UTF-8 to the
+    end is read as that. A file in which no letter outside ASCII is UTF-8 is Windows-1252, if it has none of the five
+    bytes that aren't defined there.
+
+    Raises:
+      ValueError: names the line: neither of these; both at once, as when two files were joined; NUL characters.
+      OSError: can't be read.
+    """
+    with open(path, "rb") as f:
+        start = f.read(4096)
+        if is_lfs_pointer(start):
+            raise ValueError(f"{path}: {lfs_message('a table')}")
+        found = [(mark, encoding) for mark, encoding in _MARKS if start.startswith(mark)]
+        mark, encoding = found[0] if found else (b"", _without_mark(start))
+        f.seek(len(mark))
+        if encoding != "utf-8":
+            return encoding, len(mark)
+        return _eight_bits(f, path, marked=bool(mark)), len(mark)
+
+
+def _without_mark(start):
+    if start.count(b"\0") * 4 < len(start):
+        return "utf-8"
+    return "utf-16-le" if start[1::2].count(b"\0") >= start[::2].count(b"\0") else "utf-16-be"
+
+
+def _eight_bits(f, path, marked):
+    """utf-8 or cp1252: line by line, so that a large file needs no memory, and the wrong line is known."""
+    first_utf8 = first_other = None
+    for number, line in enumerate(f, 1):
+        if b"\0" in line:
+            raise ValueError(f"{path} line {number}: NUL characters, so this is no text; expected a table.")
+        if line.isascii():
+            continue
+        try:
+            line.decode("utf-8")
+            first_utf8 = first_utf8 or number
+        except UnicodeDecodeError as e:
+            first_other = first_other or (number, e.start)
+            try:
+                line.decode("cp1252")
+            except UnicodeDecodeError:
+                raise ValueError(_neither(path, number, e.start)) from None
+        if first_other and (first_utf8 or marked):
+            other, at = first_other
+            said = "by the mark at its beginning" if marked else f"in line {first_utf8}"
+            raise ValueError(
+                f"{path} line {other}: byte {at + 1} is not UTF-8, which the file is {said}; save all of it as UTF-8."
+            )
+    return "cp1252" if first_other else "utf-8"
+
+
+def _neither(path, number, at):
+    return f"{path} line {number}: byte {at + 1} is neither UTF-8 nor Windows-1252; save the file as UTF-8."
