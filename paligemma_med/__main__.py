@@ -9,7 +9,7 @@ import pathlib
 import runpy
 import sys
 
-PROGRAMS = {name: f"paligemma_med.{name}" for name in ("train", "evaluate", "predict", "explain")}
+PROGRAMS = {name: f"paligemma_med.{name}" for name in ("train", "evaluate", "predict", "ask", "explain")}
 PROGRAMS |= {"build": "data_prep.build", "data_report": "data_prep.report"}
 PROGRAMS |= {name: f"data_prep.{name}" for name in ("curate", "convert_images")}
 PROGRAMS |= {

@@ -3,6 +3,7 @@
     python -m paligemma_med.evaluate --workdir=out/s1          (a run: its own config and weights)
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
     python -m paligemma_med.evaluate --workdir=out/s1 --config.evals.val.data.split='validate[:50]' --out=out/trial
+    python -m paligemma_med.evaluate --workdir=out/s1 --table=q.csv --images=films --out=out/measured   (an own table)
 
 Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
 the same command resumes after the last batch; evals that are finished for the same weights and settings
@@ -10,13 +11,14 @@ aren't run again. Of several processes (docs/clusters.md) the first one prints a
 """
 
 import os
+import sys
 
 from absl import app, flags
 
-from paligemma_med import cli, experiment, preflight, weights
+from paligemma_med import cli, experiment, preflight, table_eval, weights
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
-from paligemma_med.parallel import distributed, sharding
+from paligemma_med.parallel import distributed, notes, sharding
 from paligemma_med.pp import command_line
 from paligemma_med.setup import Setup
 
@@ -99,11 +101,39 @@ def main(argv) -> None:
         raise app.UsageError(
             "--config.… changes what the run is evaluated with: give --out, so that its own eval/ stays."
         )
+    if values.out is None and values.table:
+        raise app.UsageError("--table goes with --out, so that the run's own eval/ stays.")
     out = values.out or values.workdir
     if out is None:
         raise app.UsageError("--out is needed with --checkpoint.")
+    config = _with_table(config, values)
     controls = "all" if values.controls == ["all"] else values.controls
     evaluate(config, checkpoint, out, values.only, controls, values.resume)
+
+
+def _with_table(config, values):
+    """The config, or a copy whose only evaluation is that of --table."""
+    of_table = ("images", "columns", "split", "train_table", "max_new_tokens", "batch_size")
+    if not values.table:
+        if given := [k for k in of_table if values[k].present]:
+            raise app.UsageError(f"--{given[0]} goes with --table.")
+        return config
+    if values.only:
+        raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
+    kw = dict(images=values.images, columns=values.columns)
+    data = table_eval.data_of(values.table, split=values.split, **kw)
+    train_data = values.train_table and table_eval.data_of(values.train_table, **kw)
+    section = table_eval.section(
+        config, data, train_data, max_new_tokens=values.max_new_tokens, batch_size=values.batch_size
+    )
+    if not train_data:
+        notes.say(
+            "No majority answers, which are counted in training questions: --train_table names them.", file=sys.stderr
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.evals = {table_eval.name_of(values.table): section}
+    return config
 
 
 if __name__ == "__main__":
@@ -112,5 +142,12 @@ if __name__ == "__main__":
     command_line.define_path("out", None, "Where eval/ goes; default: the workdir.")
     flags.DEFINE_list("only", None, "Names of the evals to run; default: all.")
     flags.DEFINE_list("controls", ["all"], f"Some of {', '.join(scoring.CONTROLS)}, or all.")
+    command_line.define_path("table", None, "An own table to evaluate on, in place of config.evals (docs/own_data.md).")
+    command_line.define_path("images", None, "Folder that the table's images are in; default: the table's own.")
+    flags.DEFINE_string("columns", None, "Names of the table's columns, such as image=file,question=frage.")
+    flags.DEFINE_string("split", "all", "Which of the table's rows: all, test, 'validate[:50]', …")
+    command_line.define_path("train_table", None, "Table of training questions, in which majority answers are counted.")
+    flags.DEFINE_integer("max_new_tokens", 0, "Length of an answer to --table, at most; 0: as config.evals, or 64.")
+    flags.DEFINE_integer("batch_size", 0, "Questions of --table at a time; 0: as config.evals, or 32.")
     flags.DEFINE_bool("resume", True, "Resume an interrupted evaluation.")
     app.run(main, flags_parser=cli.parse_flags)

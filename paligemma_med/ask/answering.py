@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -265,4 +266,5 @@ def _content(read):
 def _told(error):
     """One line on an error; a file's name is in the row already."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    said = re.sub(r"^pp op '.*?': ", "", said)
     return " ".join(said.split()) or type(error).__name__

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import paligemma_med
@@ -40,40 +40,47 @@ def questions_of(table, start=0) -> Iterator[Question]:
         yield Question(table[i], lambda i=i: table.image_bytes(i), i)
 
 
-def identity_of(answerer: Answerer, table, path, **settings) -> dict[str, Any]:
+def identity_of(answerer: Answerer, table, **settings) -> dict[str, Any]:
     """All that the answers to a table depend on, as JSON-able values."""
     flat = flatten_tree(answerer.params)
     names = sorted(flat)
     with notes.stage("taking the weights' fingerprint"):
         prints = fingerprint.of_leaves([flat[n] for n in names])
-    with open(path, "rb") as f:
-        sha = hashlib.file_digest(f, "sha256").hexdigest()
     return dict(
-        table=sha,
+        table=table.digest,
         weights=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest(),
         config=config_files.to_json(answerer.config),
         software=paligemma_med.__version__,
-        columns=list(table.columns),
+        columns=table.own,
         **settings,
     )
 
 
-def ask_table(answerer: Answerer, table, out, columns: Sequence[str], identity, **kw) -> Asked:
+def ask_table(answerer: Answerer, table, out, identity, **kw) -> Asked:
     """Writes `out`/answers.csv: a line for each row of the table. Killed, the same call goes on.
 
     Args:
       table: a `pp.own_table.OwnTable`.
-      columns: of the table, that answers.csv keeps.
       identity: from `identity_of`.
       **kw: of `Sheet`.
 
     Raises:
       ValueError: answers.csv is of other questions.
     """
-    with Sheet(out, columns, identity, **kw) as sheet:
+    with Sheet(out, list(table.own.values()), identity, delimiter=table.delimiter, **kw) as sheet:
         before, total = sheet.done, len(table)
-        with progress.bar("ask", total, done=before) as bar:
-            for answered in answerer.answers(questions_of(table, before), total - before):
-                sheet.add((question.texts, answer) for question, answer in answered)
-                bar.update(len(answered))
+        if before < total:
+            _ask(answerer, table, sheet, progress.bar("ask", total, done=before))
         return Asked(sheet.path, total, sheet.failed, before, answerer.encoded, sheet.escaped)
+
+
+def _ask(answerer, table, sheet, bar):
+    """Asks what is left of a table."""
+    start = sheet.done
+    with bar:
+        for answered in answerer.answers(questions_of(table, start), len(table) - start):
+            sheet.add(
+                ({theirs: question.texts[ours] for ours, theirs in table.own.items()}, answer)
+                for question, answer in answered
+            )
+            bar.update(len(answered))

@@ -35,6 +35,7 @@ def open_table(
     images: os.PathLike | str | None = None,
     columns: str | Mapping[str, str] | None = None,
     needs: Sequence[str] = ("image", "question"),
+    missing_images: bool = False,
 ) -> "OwnTable":
     """A table that is ready to be read.
 
@@ -43,6 +44,7 @@ def open_table(
       images: the folder that the images' names begin in; by default the table's own.
       columns: names that the file has for others: "image=file,question=frage", or a dict.
       needs: columns that each row must fill.
+      missing_images: takes rows whose image isn't there, too; `image_bytes` then says why.
 
     Raises:
       ValueError: no such table, a column that it lacks, or not a single row that can be used.
@@ -57,13 +59,14 @@ def open_table(
         raise ValueError(
             f"images={folder}: no such folder; expected the one that the names of images in {path} begin in."
         )
-    return OwnTable(path, [Part(path, folder)], columns=columns, needs=needs)
+    return OwnTable(path, [Part(path, folder)], columns=columns, needs=needs, missing_images=missing_images)
 
 
 class OwnTable:
     """Rows by number: `len(table)`, `table[i]`. Picklable; threads may share it. Made by `open_table`.
 
     name: the file. columns: keys of every row. made: those that the table lacks.
+    own: {our name: its name there} of the columns that it has, in its order. delimiter: between its cells, or a comma.
     dropped: [(line, reason)] of rows that can't be used. read: rows with those. notes: sentences for the user.
     splits: names of the splits that the table gives, in the order in which they appear; none if it gives none.
     split_codes: int16[rows], number of a row's split among them, -1 where it gives none.
@@ -79,9 +82,10 @@ class OwnTable:
         *,
         columns: str | Mapping[str, str] | None = None,
         needs: Sequence[str] = ("image", "question"),
+        missing_images: bool = False,
     ):
         """Goes once through the files. Arguments and errors as of `open_table`."""
-        self.name, self.needs = name, tuple(needs)
+        self.name, self.needs, self.missing_images = name, tuple(needs), missing_images
         self._names = own_rows.names_of(columns)
         self.dropped: list[tuple[int | str, str]] = []
         self.notes: list[str] = []
@@ -156,6 +160,10 @@ class OwnTable:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return index % len(self)
+
+    @property
+    def delimiter(self) -> str:
+        return self._forms[0].delimiter or ","
 
     def line(self, index: int) -> int | str:
         """Where a row stands: its line, or its row in Excel and Parquet; of several files with the file's name."""
@@ -277,6 +285,7 @@ class _Scan:
         self.arrays = {name: array.array(code) for name, code in self.TYPES.items()}
         self.splits: dict[str, int] = {}
         self.given = set()  # columns with a text in some row
+        self.own: dict[str, str] = {}
         self.first_file = ""
 
     def run(self):
@@ -298,17 +307,13 @@ class _Scan:
         table = self.table
         row, entry = table._shaped(record)
         self.keys.update(row)
+        if not row.keys() <= self.own.keys():
+            names = {table._name(theirs): theirs for theirs in record}
+            self.own |= {ours: names.get(ours, ours) for ours in row if ours not in self.own}
         filled = [k for k in table.needs if k not in ("image", "question_id", "image_id", "answer_type")]
         if wrong := [k for k in filled if own_rows.is_blank(row.get(k, ""))]:
             raise ValueError(f"empty {wrong[0]}" if wrong[0] in row else f"no {wrong[0]}")
-        bytes_ = 0
-        if entry is None and table_forms.IMAGE in record:
-            raise ValueError("an empty image")
-        if entry is None:
-            if name := row.get("image", ""):
-                bytes_ = self.size_of(name)
-            elif "image" in table.needs:
-                raise ValueError("names no image" if "image" in row else "no image")
+        bytes_ = 0 if entry is not None else self._bytes(row, record)
         self.given.update(k for k, v in row.items() if v)
         row = own_rows.completed(row, entry, number)
         split = table._splits_of_parts[part] or own_rows.split_name(row.get("split", ""))
@@ -323,6 +328,20 @@ class _Scan:
         values = (begin, size, line, number, part, code, *keys)
         for name, value in zip(self.TYPES, values):
             self.arrays[name].append(value)
+
+    def _bytes(self, row, record):
+        """Bytes of the file of a row's image. ValueError: there is none."""
+        try:
+            if table_forms.IMAGE in record:
+                raise ValueError("an empty image")
+            if name := row.get("image", ""):
+                return self.size_of(name)
+            if "image" in self.table.needs:
+                raise ValueError("names no image" if "image" in row else "no image")
+        except ValueError:
+            if not self.table.missing_images:
+                raise
+        return 0
 
     def _size(self, part, name):
         """Bytes of an image's file. ValueError: why it can't be one."""
@@ -365,6 +384,7 @@ class _Scan:
         if any(table._splits_of_parts):
             keys.add("split")
         table.columns = tuple(sorted(keys - {""}))
+        table.own = {ours: theirs for ours, theirs in self.own.items() if ours in keys}
         table.notes += self._notes(made)
 
     def _refuse(self):

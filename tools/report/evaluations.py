@@ -55,7 +55,10 @@ class Evaluation:
     @property
     def data(self) -> dict:
         """dict(name=…, split=…) of the data set, as far as it is known."""
-        return self.about.get("data") or self.section.get("data") or self._data_by_name()
+        of_section = self.section.get("data") or {}
+        if str(of_section.get("name")).startswith("table:"):
+            return of_section  # which says where the images are
+        return self.about.get("data") or of_section or self._data_by_name()
 
     def _data_by_name(self):
         """Earlier versions keep no section of an evaluation that the command line renamed: where

@@ -1,0 +1,76 @@
+"""The evaluation of an own table, as a section of config.evals: what `evaluate --table` runs.
+
+A run knows how it is asked (config.predict_pp), and a table what is asked and what would be right; a section is both.
+"""
+
+import os
+import re
+from typing import Any
+
+from paligemma_med import input_pipeline
+from paligemma_med.config import files as config_files
+from paligemma_med.config import values as config_values
+from paligemma_med.pp import registry
+from paligemma_med.pp import rows as row_keys
+
+# Unless the config has evaluations of its own, which say how long its answers are and what fits.
+MAX_NEW_TOKENS, BATCH_SIZE = 64, 32
+
+
+def data_of(path, *, split="all", images=None, columns=None) -> dict[str, str]:
+    """A `data` section for an own table; paths are absolute, so that a report finds them from anywhere."""
+    data = dict(name=f"table:{config_files.absolute(path)}", split=split)
+    if images:
+        data["images"] = config_files.absolute(images)
+    return data | (dict(columns=columns) if columns else {})
+
+
+def name_of(path) -> str:
+    """The evaluation's name: the table's, as part of a path."""
+    stem = os.path.splitext(os.path.basename(os.fspath(path)))[0]
+    return re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_")[:60] or "table"
+
+
+def section(config, data, train_data=None, *, max_new_tokens=0, batch_size=0) -> dict[str, Any]:
+    """The section of config.evals that asks every question of a table, with controls.
+
+    Args:
+      config: ConfigDict of an experiment, for its prompt.
+      data: of `data_of`.
+      train_data: the same, where majority answers are counted; None: there are none.
+      max_new_tokens, batch_size: 0: those of the config's first evaluation of this kind, or the above.
+
+    Raises:
+      ValueError: the config has no prompt; the table has no answers, or can't be read.
+    """
+    if not config.get("predict_pp"):
+        raise ValueError("config has no predict_pp, which makes a prompt of a question.")
+    source = input_pipeline.open_source(data)
+    if missing := [k for k in row_keys.NEEDED if k not in source.features]:
+        raise ValueError(
+            f"{source} has no {missing[0]!r}, only {', '.join(source.features)}: there is nothing to compare answers "
+            f"with. `ask` answers without; --columns={missing[0]}=NAME says how the column is called."
+        )
+    own = next((s for s in _own(config) if s.get("type") == "vqa"), {})
+    texts = [k for k in source.features if k != "image"]
+    out = dict(
+        type="vqa",
+        data=dict(data),
+        pp_fn=keeping(config.predict_pp, texts),
+        batch_size=batch_size or own.get("batch_size") or BATCH_SIZE,
+        pred_kw=dict(max_new_tokens=max_new_tokens or own.get("pred_kw", {}).get("max_new_tokens") or MAX_NEW_TOKENS),
+    )
+    return out | (dict(train_data=dict(train_data)) if train_data else {})
+
+
+def keeping(pp, keys) -> str:
+    """A prediction's pp string that keeps these keys of a row as well, for the evaluator."""
+    *others, last = registry.split(pp)
+    name, kept, _ = registry.parse_call(last)
+    if name != "keep":
+        return pp  # it lets go of nothing
+    return "|".join([*others, f"keep({', '.join(map(repr, dict.fromkeys([*kept, *keys])))})"])
+
+
+def _own(config):
+    return [s for s in (config.get("evals") or {}).values() if not config_values.is_big_visions(s)]
