@@ -5,7 +5,8 @@ preprocessed by a pp string, batched, and put on the mesh ahead of their use. A 
 numbers that pp draws for them, only depend on the seed and the step: not on threads, worker processes, the
 number of JAX processes, or where a run was resumed.
 
-  sources     records on disk
+  sources     records on disk: TFDS; by other names table_source, jsonl_source
+  splits      those of an own table
   rows        one record through pp, several rows to a batch
   sets        what config.input draws from: one set, or several and their shares
   mixture     which of several data sets each example comes from

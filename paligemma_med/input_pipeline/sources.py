@@ -1,4 +1,5 @@
-"""Records on disk: one split of a TFDS data set, read in any order from array_record files.
+"""Records on disk: one split of a TFDS data set, read in any order from array_record files; or another kind of source,
+by its name.
 
 No TensorFlow is needed, and none of the builder's code: a data set describes itself on disk.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from paligemma_med.input_pipeline import jsonl_source, table_source
 from paligemma_med.input_pipeline.errors import InputError
 from paligemma_med.pp.files import default_data_dir, path_inside
 from paligemma_med.pp.tfds_files import check_feature_classes, open_built
@@ -137,7 +139,8 @@ class Source:
 
 
 def open_source(data: Mapping[str, Any]) -> Source:
-    """Opens `data = dict(name="slake/en", split="train[:512]", data_dir=...)`.
+    """Opens `data = dict(name="slake/en", split="train[:512]", data_dir=...)`; "table:PATH" and "hf:FOLDER" are own
+    tables (`table_source`), "bv:jsonl" is big_vision's reader (`jsonl_source`).
 
     The highest version built in data_dir (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets) is
     read, through its own description on disk: the builder's code isn't needed. `split` is TFDS's:
@@ -145,10 +148,15 @@ def open_source(data: Mapping[str, Any]) -> Source:
     InputError: not built (with the command that builds it), no such split, empty, files missing.
     """
     data = dict(data)
-    if str(data.get("name")).startswith("bv:"):
+    kind, colon, what = str(data.get("name")).partition(":")
+    if colon and kind in ("table", "hf"):
+        return table_source.open_table_source(data)
+    if colon and kind == "bv" and what == "jsonl":
+        return jsonl_source.open_jsonl(data)
+    if colon:
         raise InputError(
-            f"data.name={data['name']!r} is a reader of big_vision's own, which isn't here: make a TFDS set of "
-            "those rows (a builder in data_prep/datasets), and give its name and split"
+            f"data.name={data['name']!r}: no such kind of data; expected a TFDS set like 'slake/en', 'table:PATH', "
+            "'hf:FOLDER' or 'bv:jsonl'"
         )
     unknown = sorted(set(data) - {"name", "split", "data_dir"})
     missing = sorted({"name", "split"} - set(data))

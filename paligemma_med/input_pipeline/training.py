@@ -309,13 +309,18 @@ def _state(
         "next_step": int(start_step),
         "seed": int(seed),
         "batch_size": batch_size,
-        "sets": {name: [source.split, len(source)] for name, source in sets.sources.items()},
+        "sets": {name: _what(source) for name, source in sets.sources.items()},
     }
     if sets.phases:
         state["mixture"] = [[start, shares] for start, shares in sets.phases]
         if len(sets.phases) > 1:  # Without annealing, a longer run begins as a shorter one does.
             state["total_steps"] = int(total_steps)
     return state
+
+
+def _what(source: Any) -> list[Any]:
+    """What batches depend on in a data set: of an own table, which anyone may edit, its digest, too."""
+    return [source.split, len(source), *([source.digest()] if hasattr(source, "digest") else [])]
 
 
 def _check_state(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ Each uses the first sample of every question. Suffixes:
 _low, _high       95 % interval: for acc, Wilson's, for independent questions; for the others one that
                   keeps questions on one image together, Wilson's for shares of questions, the
                   bootstrap for means. Totals, such as bleu, have none.
-_cluster_low, _cluster_high   for acc: the same, with questions on one image kept together
+_cluster_low, _cluster_high   for acc: the same, with questions on one image (or of one patient) kept together
 _mean, _sd        with several samples: mean over the runs, and their standard deviation; run i is
                   sample i of every question
 _mean_low, _mean_high   95 % interval of that mean, with questions on one image kept together; for
@@ -118,7 +118,9 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, f
     clusters = np.array([cluster(row) for row in rows])
     tables = {who: _values(rows, who, protocol) for who in columns}
     compared = {who: _compared(rows, who, protocol) for who in columns}
-    metrics = {"n": len(rows), "images": len({*clusters})}
+    metrics = {"n": len(rows), "images": len({_image(row) for row in rows})}
+    if any(row.get("patient_id") for row in rows):
+        metrics["patients"] = len({*clusters})
     for group, inside in members.items():
         if group != "overall":
             metrics[f"n/{group}"] = len(inside)
@@ -137,7 +139,14 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, f
 
 
 def cluster(row) -> str:
-    """The key that questions on one image share: the image's digest, else its id."""
+    """The key that questions share which aren't independent: the patient, where one is named; else the image's digest,
+    else its id."""
+    if patient := row.get("patient_id"):
+        return f"patient {patient}"
+    return _image(row)
+
+
+def _image(row):
     return str(row.get("image_key") or row.get("image_id") or row["question_id"])
 
 

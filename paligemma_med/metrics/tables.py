@@ -96,7 +96,8 @@ def format_table(metrics: Mapping[str, float]) -> str:
         if any(cells) and figure != "acc":
             title = f"{group.rpartition('/')[2]}, {title.removeprefix('exact match, ')}"
             table.append([title, *cells, f"{groups[group]:,}"])
-    notes = f"In brackets 95 %, by {metrics['images']:,} images."
+    units = "patients" if "patients" in metrics else "images"
+    notes = f"In brackets 95 %, by {metrics[units]:,} {units}."
     if any(k.endswith("_sd") for k in metrics):
         notes += " ±: standard deviation over runs."
     if truncated := metrics.get("truncated"):

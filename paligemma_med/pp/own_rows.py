@@ -73,14 +73,14 @@ def choices_of(row: Mapping[str, str]) -> list[str]:
     return found
 
 
-def completed(row, entry, number):
+def completed(row, entry, number, prefix=""):
     """A row with what it lacks: question_id, image_id, answer_type, and of a choice its letter and text."""
     row = dict(row)
     row.setdefault("image", "")
     row.setdefault("question", "")
     row.setdefault("answer", "")
     row["question_id"] = row.get("question_id") or f"row{number}"
-    row["image_id"] = row.get("image_id") or _image_id(row["image"], entry) or f"row{number}"
+    row["image_id"] = row.get("image_id") or _image_id(row["image"], entry, prefix) or f"row{number}"
     choices = choices_of(row)
     if choices and row["answer"]:
         row = _lettered(row, choices)
@@ -89,11 +89,11 @@ def completed(row, entry, number):
     return row
 
 
-def _image_id(name, entry):
+def _image_id(name, entry, prefix):
     if entry is not None:
         return entry[0]
     parts = [p for p in name.replace("\\", "/").split("/") if p not in ("", ".")]
-    return "/".join(parts)
+    return prefix + "/".join(parts) if parts else ""
 
 
 def _lettered(row, choices):

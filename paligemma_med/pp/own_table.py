@@ -90,6 +90,8 @@ class OwnTable:
         self.dropped: list[tuple[int | str, str]] = []
         self.notes: list[str] = []
         self._folders = [part.images for part in parts]
+        several = len(set(self._folders)) > 1  # images of two folders may have one name
+        self._prefixes = [f"{os.path.basename(x)}/" if several else "" for x in self._folders]
         self._labels = [part.path if isinstance(part.path, str) else part.path[0] for part in parts]
         self._splits_of_parts = [own_rows.split_name(part.split) for part in parts]
         self._forms = [self._open(part) for part in parts]
@@ -202,7 +204,7 @@ class OwnTable:
         try:
             record = self._forms[part].at(int(self._begin[index]), int(self._size[index]))
             row, entry = self._shaped(record)
-            row = own_rows.completed(row, entry, int(self._number[index]))
+            row = own_rows.completed(row, entry, int(self._number[index]), self._prefixes[part])
         except (ValueError, KeyError, StopIteration, OSError) as e:
             where = f"{self.name} line {self.line(index)}"
             raise ValueError(
@@ -315,7 +317,7 @@ class _Scan:
             raise ValueError(f"empty {wrong[0]}" if wrong[0] in row else f"no {wrong[0]}")
         bytes_ = 0 if entry is not None else self._bytes(row, record)
         self.given.update(k for k, v in row.items() if v)
-        row = own_rows.completed(row, entry, number)
+        row = own_rows.completed(row, entry, number, table._prefixes[part])
         split = table._splits_of_parts[part] or own_rows.split_name(row.get("split", ""))
         code = self.splits.setdefault(split, len(self.splits)) if split else -1
         patient = row.get("patient_id", "")

@@ -117,6 +117,16 @@ def test_one_sample_has_no_runs():
     assert not [k for k in found if k.endswith(("_mean", "_sd")) or "nonrobust" in k]
 
 
+def test_questions_of_one_patient_count_together():
+    rows = [row(i, "a", ["a" if i < 5 else "b"], image=str(i)) | {"patient_id": "xy"[i // 5]} for i in range(10)]
+    found = scoring.summarise(rows)
+    assert (found["images"], found["patients"]) == (10, 2)
+    same = scoring.summarise([row(i, "a", ["a" if i < 5 else "b"], image="xy"[i // 5]) for i in range(10)])
+    assert "patients" not in same
+    for end in ("low", "high"):
+        assert found[f"model/overall/acc_cluster_{end}"] == same[f"model/overall/acc_cluster_{end}"]
+
+
 def test_questions_on_one_image_count_together():
     """Ten questions on two images, all right on one and all wrong on the other: two independent
     answers, not ten."""
