@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 from paligemma_med import input_pipeline
-from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.pp import registry
 from paligemma_med.pp import rows as row_keys
@@ -19,10 +18,14 @@ MAX_NEW_TOKENS, BATCH_SIZE = 64, 32
 
 def data_of(path, *, split="all", images=None, columns=None) -> dict[str, str]:
     """A `data` section for an own table; paths are absolute, so that a report finds them from anywhere."""
-    data = dict(name=f"table:{config_files.absolute(path)}", split=split)
+    data = dict(name=f"table:{_absolute(path)}", split=split)
     if images:
-        data["images"] = config_files.absolute(images)
+        data["images"] = _absolute(images)
     return data | (dict(columns=columns) if columns else {})
+
+
+def _absolute(path):
+    return os.path.abspath(os.path.expanduser(os.fspath(path)))
 
 
 def name_of(path) -> str:
