@@ -122,7 +122,7 @@ def open_jsonl(data: Mapping[str, Any]) -> JsonlSource:
             f"data set bv:jsonl: download_keys={list(data['download_keys'])} would fetch files, and nothing is "
             "downloaded here: fetch them once, and name the files in fopen_keys"
         )
-    folders = dict(folders) if isinstance(folders, Mapping) else {k: "" for k in folders}
+    folders = dict(folders) if hasattr(folders, "items") else {k: "" for k in folders}  # a ConfigDict is no Mapping
     for path in (fname, *folders.values()):
         if _REMOTE.match(str(path)):
             raise InputError(f"data set bv:jsonl: {path} is not on this machine; copy it here, nothing is downloaded")

@@ -91,7 +91,7 @@ def open_table_source(data: Mapping[str, Any]) -> TableSource:
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(f"data.split_seed={seed!r}: expected a whole number")
     columns = data.get("columns")
-    columns = tuple(dict(columns).items()) if isinstance(columns, Mapping) else columns
+    columns = tuple(dict(columns).items()) if hasattr(columns, "items") else columns  # of a ConfigDict, too
     for key, value in (("images", data.get("images")), ("columns", columns)):
         if value is not None and not isinstance(value, str | os.PathLike | tuple):
             raise InputError(f"data.{key}={value!r:.100}: expected a text")
@@ -100,7 +100,7 @@ def open_table_source(data: Mapping[str, Any]) -> TableSource:
     images = os.path.abspath(os.path.expanduser(data["images"])) if data.get("images") else None
     try:
         table = _opened(kind, path, images, columns, needs, _stamp(path))
-        names, codes = _splits(table, seed, splits.shares_of(data.get("split_shares", splits.SHARES)))
+        names, codes = _splits(table, split, seed, splits.shares_of(data.get("split_shares", splits.SHARES)))
     except InputError:
         raise
     except (ValueError, OSError) as e:
@@ -131,8 +131,8 @@ def _opened(kind, path, images, columns, needs, stamp):
     return table
 
 
-def _splits(table, seed, shares):
-    if table.splits:
+def _splits(table, split, seed, shares):
+    if table.splits or all(re.match(r"\s*all\b", part) for part in split.split("+")):
         return table.splits, table.split_codes
     codes = _drawn(table, seed, shares)
     return splits.NAMES, codes

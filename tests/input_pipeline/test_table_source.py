@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -188,6 +189,7 @@ def test_big_visions_jsonl(tmp_path):
     source = input_pipeline.open_source(data)
     assert len(source) == 4 and source[0] == dict(rows(6)[1], id="0", image=png(0))
     assert [r["number"] for r in source.columns(["number"])] == [1, 2, 3, 4]
+    assert input_pipeline.open_source(ml_collections.ConfigDict(data))[0] == source[0]
     assert pickle.loads(pickle.dumps(source))[3]["image"] == png(2)
     expected, _ = batches(data, 4)
     assert_equal(batches(data, 2, start_step=2)[0], expected[2:])
