@@ -122,7 +122,14 @@ def _with_table(config, values):
         raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
     kw = dict(images=values.images, columns=values.columns)
     data = table_eval.data_of(values.table, split=values.split, **kw)
-    train_data = values.train_table and table_eval.data_of(values.train_table, **kw)
+    trained_on = table_eval.trained_on(config)
+    train_data = table_eval.data_of(values.train_table, **kw) if values.train_table else trained_on
+    if trained_on and table_eval.is_same_table(trained_on, data) and values.split == "all":
+        notes.say(
+            f"This run was trained on {values.table} (split {trained_on['split']}), whose rows are among those asked: "
+            "--split=test takes others.",
+            file=sys.stderr,
+        )
     section = table_eval.section(
         config, data, train_data, max_new_tokens=values.max_new_tokens, batch_size=values.batch_size
     )

@@ -66,6 +66,18 @@ def section(config, data, train_data=None, *, max_new_tokens=0, batch_size=0) ->
     return out | (dict(train_data=dict(train_data)) if train_data else {})
 
 
+def trained_on(config) -> dict[str, Any] | None:
+    """The `data` section of the own table that a run was trained on; None if it was on something else."""
+    data = (config.get("input") or {}).get("data") or {}
+    return data.to_dict() if str(data.get("name")).startswith("table:") else None
+
+
+def is_same_table(a, b) -> bool:
+    """Whether two `data` sections name one file."""
+    paths = [_absolute(x["name"].removeprefix("table:")) for x in (a, b)]
+    return os.path.realpath(paths[0]) == os.path.realpath(paths[1])
+
+
 def keeping(pp, keys) -> str:
     """A prediction's pp string that keeps these keys of a row as well, for the evaluator."""
     *others, last = registry.split(pp)

@@ -62,6 +62,16 @@ def test_what_the_config_says_about_its_own_evaluations_holds(own):
         table_eval.section(config, data_of(own))
 
 
+def test_a_run_that_was_trained_on_a_table_is_known(own):
+    assert table_eval.trained_on(tiny.config("x")) is None
+    c = own_data.get_config(f"tiny,train={own}/films/../q.csv")
+    found = table_eval.trained_on(c)
+    assert found["split"] == "train"
+    assert table_eval.is_same_table(found, data_of(own)) and not table_eval.is_same_table(
+        found, data_of(own, "bare.csv")
+    )
+
+
 def test_the_prompt_is_that_of_prediction():
     pp = tiny.config(evals={}).predict_pp
     *ops, last = registry.split(table_eval.keeping(pp, ("answer", "my column's")))
