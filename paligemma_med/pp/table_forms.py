@@ -214,6 +214,8 @@ def xlsx(path: os.PathLike | str) -> tuple[Spooled, list[str]]:
       ValueError: not a workbook, one that would unpack to more than 2 GiB, an empty sheet, a column twice.
     """
     openpyxl = package("openpyxl", path, "tables")
+    with open(path, "rb"):
+        pass  # what can't be opened is told by the system; of a damaged one zipfile raises OSError, too
     try:
         with zipfile.ZipFile(path) as z:
             size = sum(x.file_size for x in z.infolist())
@@ -226,7 +228,7 @@ def xlsx(path: os.PathLike | str) -> tuple[Spooled, list[str]]:
         number, header = next(rows, (1, ()))
     except ValueError as e:
         raise ValueError(f"{path}: {files.reason(e)}" if str(path) not in str(e) else str(e)) from None
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as e:  # of zipfile, XML and openpyxl, depending on what is wrong
         raise ValueError(f"{path}: no .xlsx workbook that openpyxl can read ({files.reason(e)}).") from None
@@ -313,8 +315,8 @@ def _parquet_records(pq, paths, image, keep):
     for number, path in enumerate(paths):
         file, line = _opened(pq, path), 0
         for group in range(file.metadata.num_row_groups):
-            size, place = _image_bytes(file.metadata.row_group(group), image), 0
             try:
+                size, place = _image_bytes(file.metadata.row_group(group), image), 0
                 for batch in file.iter_batches(64 if size else 1024, row_groups=[group], use_threads=False):
                     for record in batch.to_pylist():
                         line += 1

@@ -2,13 +2,17 @@
 own data section for JSON lines trains here."""
 
 import csv
+import importlib.util
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
 
 from configs import common
 from paligemma_med import evaluate, input_pipeline, train
+from paligemma_med.config import stand_ins
 from paligemma_med.evaluation.results import read_metrics
 from tests import tiny
 
@@ -89,6 +93,31 @@ def test_big_visions_data_section_trains(copied, tmp_path):
     c.input.pp = "|".join([image, 'strfmt("caption en", outkey="prefix")', _COMBINE])
     c.input.shuffle_buffer_size, c.input.cache_raw = 1000, True
     del c.evals
+    train.train(c, str(tmp_path / "w"))
+    rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.big_vision
+def test_the_real_forkme_trains(copied, tmp_path):
+    """Its own `training_data`, with the names of files and the tokenizer replaced."""
+    path = pathlib.Path(os.environ.get("BIG_VISION_DIR") or "/nowhere").expanduser()
+    path /= "big_vision/configs/proj/paligemma/transfers/forkme.py"
+    if not path.is_file():
+        pytest.skip("BIG_VISION_DIR is no checkout of big_vision")
+    with stand_ins.importable(path):
+        spec = importlib.util.spec_from_file_location("forkme", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        section = module.training_data(tiny.RES, tiny.TEXT_LEN)
+    c = tiny.config("/none", total_steps=3)
+    del c.input, c.evals
+    c.input = section
+    c.input.pp = c.input.pp.replace(repr(module.TOKENIZER), "'tiny'")
+    c.input.batch_size = 8
+    assert c.input.data.name == "bv:jsonl" and c.input.cache_raw
+    c.input.data.fname, c.input.data.fopen_keys = str(copied / "q.jsonl"), {"image": str(copied)}
     train.train(c, str(tmp_path / "w"))
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3]
