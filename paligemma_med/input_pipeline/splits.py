@@ -42,12 +42,11 @@ def image_keys(table: OwnTable) -> tuple[np.ndarray, bool]:
     doubtful = first[np.isin(sizes[first], values[counts > 1])]
     if sizes[doubtful].sum() > _READ:
         return keys, False
-    seen: dict[bytes, int] = {}
-    same = {}
-    for i in np.sort(doubtful):
-        digest = hashlib.blake2b(table.image_bytes(i), digest_size=16).digest()
-        if (other := seen.setdefault(digest, i)) != i:
-            same[int(keys[i])] = keys[other]
+    found: dict[bytes, list[int]] = {}
+    for i in doubtful:
+        found.setdefault(hashlib.blake2b(table.image_bytes(i), digest_size=16).digest(), []).append(int(keys[i]))
+    # The smallest stands for all, so that it doesn't depend on the order of rows.
+    same = {key: min(copies) for copies in found.values() if len(copies) > 1 for key in copies}
     if same:
         keys = keys.copy()
         inside = np.isin(keys, np.array(list(same), np.uint64))
@@ -79,7 +78,7 @@ def draw(table: OwnTable, seed: int, shares: Sequence[float]) -> tuple[np.ndarra
 
 def _joined(images, patients):
     """Rows that share an image or a patient get one number: the smallest key that is reached from row to row."""
-    groups = np.where(patients > 0, patients, images)
+    groups = images
     while True:
         before = groups
         for keys in (images, np.where(patients > 0, patients, images)):

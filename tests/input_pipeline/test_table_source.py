@@ -91,6 +91,9 @@ def test_copies_of_an_image_stay_on_one_side(tmp_path):
         (tmp_path / f"{i + 1}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
     found = members(data, "image_id")
     side = {image: split for split, images in found.items() for image in images}
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(40)[::-1]))
+    turned = members(dict(name=f"table:{tmp_path / 'r.jsonl'}"), "image_id")
+    assert side == {image: split for split, images in turned.items() for image in images}
     assert all(side[f"{i}.png"] == side[f"{i + 1}.png"] for i in range(0, 20, 2))
 
 
