@@ -17,7 +17,7 @@ from absl import app, flags
 from paligemma_med import cli
 from paligemma_med.ask import sheet as sheets
 from paligemma_med.ask.answering import Answerer
-from paligemma_med.ask.table import ask_table, identity_of
+from paligemma_med.ask.table import ask_table, check_images, identity_of
 from paligemma_med.parallel import distributed, ending
 from paligemma_med.pp import command_line, own_table
 
@@ -37,6 +37,7 @@ def main(argv) -> None:
         raise app.UsageError(f"--batch_size={values.batch_size}; expected 0 or more.")
     # A row whose image is missing has a line of its own, which says so.
     table = own_table.open_table(values.table, images=values.images, columns=values.columns, missing_images=True)
+    check_images(table)
     for sentence in table.summary():
         if not sentence.startswith(f"{table.name}: made up"):  # which nobody sees here
             print(sentence, file=sys.stderr)

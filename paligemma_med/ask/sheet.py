@@ -106,7 +106,7 @@ class Sheet:
         if differ := [key for key, x in self._identity.items() if then.get(key) != x]:
             what = _PARTS.get(differ[0], differ[0])
             raise ValueError(
-                f"{self.path} has answers to other questions, or of another model: {what} has changed since. Give "
+                f"{self.path} has answers to other questions, or of another model; changed since: {what}. Give "
                 "another --out, or --overwrite to ask all anew."
             )
         length = 0

@@ -40,6 +40,15 @@ def questions_of(table, start=0) -> Iterator[Question]:
         yield Question(table[i], lambda i=i: table.image_bytes(i), i)
 
 
+def check_images(table) -> None:
+    """Raises ValueError if not one of the image files that a table names is there: its folder is another."""
+    if not table.image_sizes.any() and (path := table.image_path(0)) is not None:
+        raise ValueError(
+            f"{table.name}: none of the images that it names is there; the first would be {path}. --images names the "
+            "folder that they are in."
+        )
+
+
 def identity_of(answerer: Answerer, table, **settings) -> dict[str, Any]:
     """All that the answers to a table depend on, as JSON-able values."""
     flat = flatten_tree(answerer.params)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from paligemma_med.ask.answering import Answerer
-from paligemma_med.ask.table import ask_table, identity_of, questions_of
+from paligemma_med.ask.table import ask_table, check_images, identity_of, questions_of
 from paligemma_med.pp import own_table
 from tests import tiny
 
@@ -54,6 +54,14 @@ def test_a_line_for_each_row(run, tmp_path):
     assert all("4.png: No such file" in r["error"] and not r["model_answer"] for r in rows[12:])
     assert all(float(r["logprob"]) < 0 and not r["error"] for r in rows[:12])
     assert [line for line, _ in table.dropped] == [17]
+
+
+def test_no_image_at_all_is_another_folder(run, tmp_path):
+    folder, _ = run
+    check_images(table_of(folder))
+    table = own_table.open_table(folder / "q.csv", images=tmp_path, columns="image=Bild", missing_images=True)
+    with pytest.raises(ValueError, match="none of the images that it names is there; the first would be .*0.png"):
+        check_images(table)
 
 
 def test_stopped_after_a_batch_it_goes_on(run, tmp_path, monkeypatch):
