@@ -47,6 +47,7 @@ def convert(
     key_style: str | None = None,
     base: str | None = None,
     allow_nonfinite: bool = False,
+    processor: str | None = None,
     config=None,
 ) -> None:
     """Reads weights and writes them in another form.
@@ -64,6 +65,7 @@ def convert(
       base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
       key_style: of a PEFT adapter, as in `peft.save_adapter`.
       base, allow_nonfinite: as in `checkpoints.open_params`.
+      processor: for "hf", a folder whose tokenizer and processor are copied, as in `hf.save_hf`.
       config: ConfigDict of an experiment, to whose model the weights are fitted; several sources need one.
 
     Raises:
@@ -73,6 +75,8 @@ def convert(
         raise CheckpointError(f"merged weights have no adapters left: give --merge or --to={to}")
     if part and to not in ("npz", "orbax"):
         raise CheckpointError(f"--to={to} writes whole models: --part is for npz and orbax")
+    if processor and to != "hf":
+        raise CheckpointError(f"--processor is for --to=hf: --to={to} has none")
     if not overwrite and os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists; pass --overwrite to replace it")
     if to == "big_vision":
@@ -108,12 +112,14 @@ def convert(
     with _bar(flatten_tree(params), to) as bar:
         kw = dict(model, dtype=dtype, overwrite=overwrite, progress=bar.update)
         if to == "hf" and family is None:
+            if processor:
+                raise CheckpointError("--processor is for models that transformers has a class for: these are parts")
             own = _own_leaves(src)
             if merge:
                 own = own if own is None else {*own, *(target.param for target in specs)}
             in_parts.save(dst, params, specs=None if merge else specs, own=own, **peft_kw, **kw)
         else:
-            forms.save_params(dst, params, to, **kw)
+            forms.save_params(dst, params, to, processor=processor, **kw)
 
 
 def _open(src, config, reading):
@@ -229,6 +235,7 @@ def main(argv) -> None:
         key_style=v.key_style,
         base=v.base,
         allow_nonfinite=v.allow_nonfinite,
+        processor=v.processor,
         config=v.config,
     )
     print(f"Wrote {argv[2]}.")
@@ -242,6 +249,7 @@ if __name__ == "__main__":
     command_line.define_path("adapter", None, "Folder of a PEFT adapter for the weights of SRC.")
     flags.DEFINE_enum("part", None, compose.PARTS, "Write this part alone.")
     command_line.define_path("base", None, "Where the weights are that the run SRC started from, if they were moved.")
+    command_line.define_path("processor", None, "--to=hf: folder whose tokenizer and processor are copied as they are.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
     config_flags.DEFINE_config_file("config", None, "Experiment to whose model the weights are fitted.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")

@@ -208,3 +208,20 @@ def test_jax_arrays_and_lazy_ones_are_counted_alike(made):
     opened = checkpoints.open_params(made[0] / "base.npz")
     read = jax.tree.map(np.asarray, opened)
     assert sum(x.nbytes for x in jax.tree.leaves(opened)) == sum(x.nbytes for x in jax.tree.leaves(read))
+
+
+def test_a_processor_is_copied_as_it_is(made, tmp_path):
+    theirs, base = tmp_path / "theirs", made[0] / "base.npz"
+    theirs.mkdir()
+    (theirs / "preprocessor_config.json").write_text('{"resample": 3}')
+    with pytest.raises(FileNotFoundError, match="theirs has no processor: expected tokenizer.json or"):
+        convert(base, tmp_path / "w", "hf", processor=theirs)
+    assert not (tmp_path / "w").exists()
+    (theirs / "tokenizer.json").write_text("{ }")
+    (theirs / "model.safetensors").write_text("not theirs")
+    convert(base, tmp_path / "w", "hf", processor=theirs)
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        assert (tmp_path / "w" / name).read_bytes() == (theirs / name).read_bytes()
+    assert_same(hf.open_hf(tmp_path / "w"), npz.open_npz(base))
+    with pytest.raises(CheckpointError, match="--processor is for --to=hf"):
+        convert(base, tmp_path / "w.npz", "npz", processor=theirs)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +17,20 @@ from paligemma_med.checkpoints.hf.config import write_json
 from paligemma_med.checkpoints.hf.layout import Row, Sizes, by_path, measure, relayout, shape
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree
+
+# Names of what a tokenizer and a processor consist of, in any version of transformers.
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Planned(NamedTuple):
@@ -43,6 +58,7 @@ def save_hf(
     dtype: str | None = None,
     max_shard_bytes: int = 2 * 2**30,
     overwrite: bool = False,
+    processor: os.PathLike | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a directory that transformers' `from_pretrained` loads: PaliGemmaForConditionalGeneration's,
@@ -67,13 +83,16 @@ def save_hf(
       dtype: what tensors are cast to; None keeps each as it is.
       max_shard_bytes: maximum size of each file.
       overwrite: replace an existing directory of this kind.
+      processor: a folder whose files of `PROCESSOR` are copied in as they are, in place of ours.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
       FileExistsError: `folder` exists.
+      FileNotFoundError: `processor` has no tokenizer.
       CheckpointError: the tree fits no known family, or `img` or `llm` contradict it.
     """
     folder, dtype = os.fspath(folder), lazy.dtype_of(dtype)
+    copied = [] if processor is None else _processor_files(processor)
     flat = {
         key: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         for key, leaf in flatten_tree(stack_layers(params)).items()
@@ -94,12 +113,23 @@ def save_hf(
             write_json(os.path.join(new, "generation_config.json"), tokens)
         if processor := family.make_processor(sizes):
             write_json(os.path.join(new, "preprocessor_config.json"), processor)
+        for path in copied:
+            shutil.copyfile(path, os.path.join(new, os.path.basename(path)))
         if len(shards) > 1:
             total = sum(t.nbytes for t in planned)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_json(os.path.join(new, tensors.INDEX), index)
         _write_shards(new, names, shards, flat, sizes, progress)
+
+
+def _processor_files(folder):
+    """Paths of a folder's files of `PROCESSOR`; FileNotFoundError without a tokenizer among them."""
+    folder = os.path.expanduser(os.fspath(folder))
+    found = [name for name in PROCESSOR if os.path.isfile(os.path.join(folder, name))]
+    if not {"tokenizer.json", "tokenizer.model"} & {*found}:
+        raise FileNotFoundError(f"{folder} has no processor: expected tokenizer.json or tokenizer.model, found {found}")
+    return [os.path.join(folder, name) for name in found]
 
 
 def _table_of(flat, llm):
