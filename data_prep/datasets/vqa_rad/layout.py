@@ -39,6 +39,10 @@ PUBLIC_KEYS = {
 }
 
 
+# The config of trainset.json and testset.json that leaves out what words a test question anew.
+NO_TEST_FRAMES = "trainset_no_test_frames"
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One kept question: the image's name in the store, and all text features by name."""
@@ -57,7 +61,7 @@ class Folder:
 
 
 def question_file(folder: pathlib.Path, layout: str) -> list[pathlib.Path]:
-    """The question files of a layout ("public", "trainset") in `folder`; empty if not all there."""
+    """The question files of a layout (a config's name) in `folder`; empty if not all there."""
     if layout == "public":
         named = [p for p in folder.glob("*.json") if re.search("vqa.?rad.*public", p.name, re.I)]
         return sorted(named, key=lambda p: (p.name != PUBLIC, p.name))[:1]
@@ -150,8 +154,8 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
     notes += found
     phrase = texts["phrase_type"].lower()
     features = {
-        # trainset and testset count from 1, the public file from 0; frames share a row's number.
-        "question_id": str(qid if layout == "public" else qid - 1) + ("_frame" if phrase == "frame" else ""),
+        # trainset and testset number their own 3,515 rows; nearly none has the public file's qid.
+        "question_id": str(qid) if layout == "public" else own_id(qid),
         "image_id": pathlib.PurePosixPath(texts["image_name"].replace("\\", "/")).stem,
         "question": texts["question"],
         "answer": texts["answer"],
@@ -161,6 +165,7 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
         "location": texts["image_organ"],
         "case_id": _case_id(str(row.get("image_case_url", ""))),
     }
+    features |= {"public_id": features["question_id"] if layout == "public" else "", "made_from": ""}
     for name, key in PUBLIC_KEYS.items():
         if layout == "public" and key not in row:
             notes.append(f"key {key} missing")
@@ -169,6 +174,11 @@ def _read_row(row: Any, where: str, layout: str) -> tuple[str, dict[str, str], l
         notes += found if features[name] else []
     features["question_relation"] = features["question_relation"].lower()
     return texts["image_name"], features, notes
+
+
+def own_id(qid: int | str) -> str:
+    """The question_id of a row of trainset.json or testset.json, which no one takes for the public file's qid."""
+    return f"trainset_{qid}"
 
 
 def _raw_rows(folder: pathlib.Path, layout: str) -> Iterable[tuple[str, str, Any]]:
@@ -213,7 +223,7 @@ def read_folder(
 
     Args:
       folder: see `check_folder`.
-      layout: "public" or "trainset".
+      layout: "public", "trainset" or NO_TEST_FRAMES.
       validate_fraction: share of train's images whose questions become `validate`; 0: none.
       seed: of that choice.
       allow_missing_images: drop and count questions whose image is missing or broken instead of stopping.
@@ -227,6 +237,10 @@ def read_folder(
         raise DataError(f"{folder}: the images not found; expected {EXPECTED}")
     store = image_store.open_store(where, by_name=True)
     read = [(split, *_read_row(row, place, layout)) for split, place, row in _raw_rows(folder, layout)]
+    if layout != "public":
+        _find_origins([(split, features) for split, _, features, _ in read])
+        _join_public(folder, [features for _, _, features, _ in read])
+    of_test = {features["question_id"] for split, _, features, _ in read if split == "test"}
     train_images = {features["image_id"] for split, _, features, _ in read if split == "train"}
     validate = validation_images(train_images, validate_fraction, seed)
     ledger = Ledger(SPLITS, ("content_type", "phrase_type", "location"))
@@ -243,12 +257,14 @@ def read_folder(
         ledger.read(split)
         if qid in ids:
             raise DataError(
-                f"{folder}: question id {qid} in {ids[qid]} and in {split}; expected each once "
-                "(ids are the public file's qid, which trainset.json counts from 1)"
+                f"{folder}: question id {qid} in {ids[qid]} and in {split}; expected each once (ids are the files' qid)"
             )
         ids[qid] = split
         if empty := [k for k in ("question", "answer") if not features[k]]:
             ledger.drop(split, f"no {' and no '.join(empty)}", qid)
+            continue
+        if layout == NO_TEST_FRAMES and split != "test" and features["made_from"] in of_test:
+            ledger.drop(split, "frame of a test question", qid)
             continue
         if image not in checked:
             if allow_missing_images and not store.has(image):
@@ -274,20 +290,64 @@ def read_folder(
         rows[split].append(Row(image, features))
     used = {features["image_id"] for _, _, features, _ in read}
     stems = {pathlib.PurePosixPath(n).stem for n in store.names() if n.lower().endswith(".jpg")}
+    frames = [features for _, _, features, _ in read if features["phrase_type"] == "frame"]
     report = {
         "folder": str(folder.resolve()),
         "layout": layout,
         **ledger.to_report(),
+        "rows_with_public_id": sum(bool(features["public_id"]) for _, _, features, _ in read),
+        "frames_of_unknown_origin": [f["question_id"] for f in frames if not f["made_from"]],
         "images_not_used": sorted(stems - used)[:100],
     }
     return Folder({s: r for s, r in rows.items() if r}, store, report)
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _find_origins(rows: Sequence[tuple[str, dict[str, str]]]) -> None:
+    """Sets `made_from` of each frame: the question_id of the row it words anew, of train or test.
+
+    A frame stands one behind its question in the files' common count, with the same image and answer; where
+    that row isn't such a one, "" stays.
+    """
+    by_id = {features["question_id"]: features for _, features in rows}
+    for _, frame in rows:
+        if frame["phrase_type"] != "frame":
+            continue
+        number = int(frame["question_id"].removeprefix(own_id("")))
+        before = by_id.get(own_id(number - 1))
+        if before and all(_plain(before[k]) == _plain(frame[k]) for k in ("image_id", "answer")):
+            frame["made_from"] = before["made_from"] or before["question_id"]
+
+
+def _join_public(folder: pathlib.Path, rows: Sequence[dict[str, str]]) -> None:
+    """Sets `public_id` of each row of trainset.json and testset.json that the public file has, if that lies in
+    `folder` too: found by image and question, of several equal ones in their order."""
+    if not question_file(folder, "public"):
+        return
+    places: dict[tuple[str, str], list[str]] = {}
+    for _, where, row in _raw_rows(folder, "public"):
+        _, features, _ = _read_row(row, where, "public")
+        places.setdefault((features["image_id"], _plain(features["question"])), []).append(features["question_id"])
+    for features in rows:
+        found = places.get((features["image_id"], _plain(features["question"])))
+        if found and features["phrase_type"] != "frame":
+            features["public_id"] = found.pop(0)
+
+
 def _note_members(ledger: Ledger, split: str, features: dict[str, str], digest: str) -> None:
     """Records images and cases in the ledger, which reports what splits share (here by design)."""
-    question = f"{digest} {' '.join(features['question'].lower().split())}"
+    question = f"{digest} {_plain(features['question'])}"
     ledger.member(split, "image", digest, features["image_id"])
     ledger.member(split, "question about the same image", question, features["question_id"])
+    # A frame stands with the question it was made of: the same image and answer in other words.
+    if features["public_id"] != features["question_id"]:
+        origin = features["made_from"] or features["question_id"]
+        ledger.member(split, "question and its frame", origin, features["question_id"])
+    if (answer := _plain(features["answer"])) not in ("yes", "no"):
+        ledger.member(split, "answer about the same image", f"{digest} {answer}", features["question_id"])
     if features["case_id"]:
         ledger.member(split, "case", features["case_id"], features["case_id"])
     if features["linked_id"]:
@@ -303,6 +363,20 @@ def describe(report: dict[str, Any]) -> Sequence[str]:
             f"{n} of {total} test images are in train: VQA-RAD splits questions, not images, so "
             "its test scores don't show how a model does on new images"
         )
+    if report["layout"] != "public":
+        pairs = report["shared"].get("question and its frame", {})
+        n = sum(pairs[p]["count"] for p in pairs if p.endswith("+test"))
+        if n:
+            lines.append(
+                f"{n} test questions stand in train or validate in other words, as a frame with the same image and "
+                f"answer: a test score here is partly recall; config {NO_TEST_FRAMES} leaves these frames out"
+            )
+        if joined := report["rows_with_public_id"]:
+            lines.append(f"{joined:,} rows have a public_id, the public file's qid, found by image and question")
+        else:
+            lines.append(f"no row has a public_id: {PUBLIC!r} isn't in the folder")
+    if origins := report["frames_of_unknown_origin"]:
+        lines.append(f"frames whose question wasn't found: {len(origins)} ({', '.join(origins[:10])})")
     if unused := report["images_not_used"]:
         lines.append(f"images that no question uses: {len(unused)} ({', '.join(unused[:10])})")
     return lines

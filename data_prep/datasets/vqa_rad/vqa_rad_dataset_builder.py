@@ -1,4 +1,4 @@
-"""VQA-RAD as a TFDS data set: configs `public` and `trainset`, from the released files.
+"""VQA-RAD as a TFDS data set: configs `public`, `trainset` and `trainset_no_test_frames`, from the released files.
 
 Test images are in train too, by design of its authors; the build reports how many.
 """
@@ -20,11 +20,15 @@ from data_prep.images import convert as images
 class Builder(VqaBuilder):
     """VQA-RAD. Needs the folder of the OSF download, or of trainset.json, as `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First version.",
+        "2.0.0": "Rows of trainset.json have ids of their own, public_id and made_from; frames of test questions told.",
+    }
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="public", description="The public JSON on OSF: 2,248 rows"),
         tfds.core.BuilderConfig(name="trainset", description="trainset.json and testset.json: 3,515 rows, with frames"),
+        tfds.core.BuilderConfig(name=layout.NO_TEST_FRAMES, description="The same without frames of test questions"),
     ]
     OPTIONS = {
         "validate_fraction": Option(0.1, "share of train's images that becomes validate"),
@@ -48,7 +52,7 @@ class Builder(VqaBuilder):
         return [*ledger.describe(report), *layout.describe(report)]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        names = ("content_type", "phrase_type", "location", "case_id", *layout.PUBLIC_KEYS)
+        names = ("content_type", "phrase_type", "location", "case_id", "public_id", "made_from", *layout.PUBLIC_KEYS)
         return self.dataset_info_from_configs(
             features=vqa_features(**{name: tfds.features.Text() for name in names}),
             homepage="https://osf.io/89kps",

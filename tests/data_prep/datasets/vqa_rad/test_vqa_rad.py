@@ -78,17 +78,25 @@ class Folder:
     def trainset(self):
         self.write_images("images")
         rows = {"train": [], "test": []}
-        for row in self.rows:
-            keep = {k: row[k] for k in layout.KEYS}
-            keep["qid"] = int(row["qid"]) + 1
+        number = 0  # the release counts the rows of both files, frames included; see `own`
+        for i, row in enumerate(self.rows):
+            number += 1
+            keep = {k: row[k] for k in layout.KEYS} | {"qid": number}
             test = row["phrase_type"].startswith("test")
             keep["phrase_type"] = row["phrase_type"].removeprefix("test_")
             rows["test" if test else "train"].append(keep)
-            if not test and keep["qid"] % 2:
-                rows["train"].append({**keep, "phrase_type": "frame", "question": "Any >1 of it? "})
+            if i % 2 == 0:
+                number += 1
+                frame = {"qid": number, "phrase_type": "frame", "question": f"Any >1 of {i}? "}
+                rows["train"].append(keep | frame)  # of test questions, too
         for split, split_rows in rows.items():
             self.write_rows(f"{split}set.json", split_rows)
         return self.root
+
+
+def own(i):
+    """The qid that row i of `Folder.rows` has in trainset.json or testset.json."""
+    return i + 1 + (i + 1) // 2
 
 
 @pytest.fixture
@@ -99,7 +107,7 @@ def rad(tmp_path):
 def one(rad, layout_name="public", **change):
     """Features and notes of row 5 with these changes."""
     rad.rows[5].update(change)
-    return features_of(rad, "5", layout_name)
+    return features_of(rad, "5" if layout_name == "public" else f"trainset_{own(5)}", layout_name)
 
 
 def features_of(rad, qid, layout_name="public"):
@@ -152,15 +160,51 @@ def test_both_layouts_agree_where_they_hold_the_same_rows(rad, tmp_path):
     rad.public()
     rad.trainset()
     made = build("vqa_rad", manual_dir=rad.root, data_dir=tmp_path / "d")
-    assert list(made) == ["vqa_rad/public", "vqa_rad/trainset"]
-    for split, frames in (("train", 9), ("validate", 1), ("test", 0)):
+    assert list(made) == ["vqa_rad/public", "vqa_rad/trainset", "vqa_rad/trainset_no_test_frames"]
+    for split, frames in (("train", 11), ("validate", 1), ("test", 0)):
         public, trainset = (read(tmp_path / "d", f"vqa_rad/{c}", split) for c in ("public", "trainset"))
         assert len(trainset) == len(public) + frames
+        joined = {x["public_id"].decode(): x for x in trainset.values() if x["public_id"]}
+        assert joined.keys() == public.keys()
+        assert not trainset.keys() & public.keys()  # nobody joins the two files' numbers by mistake
         for qid, found in public.items():
-            for key in ("image", "question", "answer", "phrase_type", "image_id", "content_type"):
-                assert trainset[qid][key] == found[key]
-        assert {trainset[q]["phrase_type"].decode() for q in trainset.keys() - public} <= {"frame"}
-    assert read(tmp_path / "d", "vqa_rad/trainset", "train")["18_frame"]["question"] == (b"Any >1 of it?")
+            for key in ("image", "question", "answer", "phrase_type", "image_id", "content_type", "public_id"):
+                assert joined[qid][key] == found[key]
+        assert {x["phrase_type"] for x in trainset.values() if not x["public_id"]} <= {b"frame"}
+    frame = read(tmp_path / "d", "vqa_rad/trainset", "train")[f"trainset_{own(18) + 1}"]
+    assert (frame["question"], frame["made_from"]) == (b"Any >1 of 18?", f"trainset_{own(18)}".encode())
+
+
+def test_frames_of_test_questions_are_told_and_can_be_left_out(rad, tmp_path):
+    folder = layout.read_folder(rad.trainset(), "trainset", validate_fraction=0)
+    shared = folder.report["shared"]["question and its frame"]
+    assert shared["train+test"]["count"] == 2  # of rows 20 and 22
+    assert any("2 test questions stand in train" in line for line in layout.describe(folder.report))
+    assert any("no row has a public_id" in line for line in layout.describe(folder.report))
+    without = layout.read_folder(rad.root, layout.NO_TEST_FRAMES, validate_fraction=0)
+    dropped = without.report["splits"]["train"]["dropped"]["frame of a test question"]
+    assert dropped["first"] == [f"trainset_{own(20) + 1}", f"trainset_{own(22) + 1}"]
+    assert without.report["shared"]["question and its frame"]["train+test"]["count"] == 0
+    assert len(without.rows["train"]) == len(folder.rows["train"]) - 2
+    assert without.rows["test"] == folder.rows["test"]
+
+
+def test_a_frame_whose_question_is_another_is_told(rad):
+    root = rad.trainset()
+    rows = json.loads((root / "trainset.json").read_text())
+    frame = next(r for r in rows if r["phrase_type"] == "frame")
+    frame["answer"] = "Something else"
+    rad.write_rows("trainset.json", rows)
+    report = layout.read_folder(root, "trainset").report
+    assert report["frames_of_unknown_origin"] == [f"trainset_{frame['qid']}"]
+
+
+def test_equal_questions_are_joined_in_their_order(rad):
+    rad.rows[7] |= dict(question=rad.rows[6]["question"], image_name=rad.rows[6]["image_name"])
+    rad.public()
+    rows = layout.read_folder(rad.trainset(), "trainset", validate_fraction=0).rows["train"]
+    joined = {r.features["question_id"]: r.features["public_id"] for r in rows}
+    assert [joined[f"trainset_{own(i)}"] for i in (6, 7)] == ["6", "7"]
 
 
 @pytest.mark.parametrize("layout_name", ["public", "trainset"])
