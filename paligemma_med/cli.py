@@ -52,7 +52,7 @@ def command(main) -> Callable:
                     raise
                 traceback.print_exc()
                 ending.leave(1)
-            ending.leave(f"error: {_shown(sentence)}")
+            ending.leave(f"error: {_shown(command_line.as_called(sentence))}")
 
     return run
 
@@ -145,7 +145,7 @@ def parse_flags(argv) -> list[str]:
     if is_changed_run(argv):
         # Where config_flags looks for the values of --config.key.
         sys.argv = argv = [argv[0], f"--config={_OF_RUN}:{_run_of(argv)}", *argv[1:]]
-    argv = [_located(a, before) for a, before in zip(argv, ["", *argv])]
+    argv = command_line.located(argv)
     try:
         with stand_ins.importable(_config_file(argv)):
             return flags.FLAGS(argv)
@@ -184,21 +184,6 @@ def _run_of(argv):
     checkpoint = os.path.expanduser(_value_of("checkpoint", argv) or "")
     found = [checkpoint, checkpoint.rpartition("@")[0]]
     return next((folder for folder in found if folder and os.path.isfile(os.path.join(folder, "config.json"))), None)
-
-
-def _located(argument, before):
-    """The argument --config=~/x.py with the home folder in place of ~, and configs/x.py with the installed file's
-    name, if the current folder has no such file; or what follows --config alone."""
-    flag, equals, value = argument.partition("=")
-    if flag in ("--config", "-config") and equals:
-        return f"{flag}={_located(value, '--config')}"
-    if before not in ("--config", "-config"):
-        return argument
-    path, colon, rest = os.path.expanduser(argument).partition(":")
-    shipped = os.path.join(os.path.dirname(os.path.dirname(__file__)), path)
-    if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(shipped):
-        path = shipped
-    return path + colon + rest
 
 
 def _config_file(argv):

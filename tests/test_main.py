@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from paligemma_med import __main__, cli
+from paligemma_med import __main__
+from paligemma_med.pp import command_line
 from tests import environ
 
 
 def test_every_program_exists():
-    for name, module in __main__.PROGRAMS.items():
+    for name, (module, _) in __main__.PROGRAMS.items():
         found = importlib.util.find_spec(module)
         assert found, name
         if found.submodule_search_locations:
@@ -23,7 +24,7 @@ def test_every_program_exists():
     [
         (["fit_scaling_law", "--help"], 1, "--d_scale"),  # absl's status
         (["tools.nosuch"], 1, "error: there is no program 'tools.nosuch'; expected one of train, "),
-        ([], 0, "programs: train, "),
+        ([], 0, "usage: paligemma_med PROGRAM"),
     ],
 )
 def test_a_folder_may_have_tools_and_configs_of_its_own(tmp_path, repo_root, argv, status, said):
@@ -50,7 +51,7 @@ def test_shipped_configs_are_found_in_any_folder(tmp_path, repo_root, monkeypatc
         (["--config=~/x.py:a"], [f"--config={tmp_path}/x.py:a"]),
         (["--config=configs/nosuch.py", "--config.lr=~"], ["--config=configs/nosuch.py", "--config.lr=~"]),
     ):
-        assert [cli._located(a, before) for a, before in zip(argv, ["", *argv])] == found
+        assert command_line.located(argv) == found
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.py").touch()
-    assert cli._located("configs/quickstart.py", "--config") == "configs/quickstart.py"
+    assert command_line.located(["--config=configs/quickstart.py"]) == ["--config=configs/quickstart.py"]

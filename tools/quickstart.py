@@ -179,7 +179,7 @@ def _as_model(metrics, control):
 
 
 def _announce(step, what, command):
-    print(f"\n[{step}/{STEPS}] {what}\n      as: {command}\n", flush=True)
+    print(f"\n[{step}/{STEPS}] {what}\n      as: {command_line.as_called(command)}\n", flush=True)
 
 
 def _finished(workdir, name):

@@ -1,4 +1,5 @@
-"""What the command lines of all programs have in common: paths as flags, --help, and output that any terminal takes.
+"""What the command lines of all programs have in common: where programs and configs are, paths as flags, --help, and
+output that any terminal takes.
 
 It lives in `pp` because the programs of `data_prep` may import no other package of the library; `paligemma_med.cli` has
 what those of a model share.
@@ -7,12 +8,47 @@ what those of a model share.
 import csv
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 
 _OURS = ("paligemma_med", "configs", "data_prep", "tools")
+
+# Module of a program -> how its user calls it; empty unless `paligemma_med PROGRAM` did.
+CALLED_AS: dict[str, str] = {}
+
+
+def programs_folder() -> str:
+    """The folder that has configs/, data_prep/ and tools/: that of the wheel, or the checkout."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    shipped = os.path.join(package, "_programs")
+    return shipped if os.path.isdir(shipped) else os.path.dirname(package)
+
+
+def as_called(text: str) -> str:
+    """A text in which `python -m tools.report` is `paligemma_med report`, if this program was called in that way."""
+    return re.sub(r"python -m ([\w.]*\w)", lambda m: CALLED_AS.get(m[1], m[0]), text)
+
+
+def located(argv: Sequence[str]) -> list[str]:
+    """The arguments with ~ in --config=~/x.py replaced, and configs/x.py by the installed file's name where the current
+    folder has no such file."""
+    return [_located(argument, before) for argument, before in zip(argv, ["", *argv])]
+
+
+def _located(argument, before):
+    flag, equals, value = argument.partition("=")
+    if flag in ("--config", "-config") and equals:
+        return f"{flag}={_located(value, '--config')}"
+    if before not in ("--config", "-config"):
+        return argument
+    path, colon, rest = os.path.expanduser(argument).partition(":")
+    shipped = os.path.join(programs_folder(), path)
+    if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(shipped):
+        path = shipped
+    return path + colon + rest
 
 
 class _Path(flags.ArgumentParser):
@@ -63,8 +99,10 @@ def prepare() -> None:
 
     A character that the terminal's encoding lacks (PYTHONIOENCODING=ascii) or that isn't in UTF-8 is printed as an
     escape, where Python would end the program. And --help lists all flags of the program, also those that it defines
-    through functions of other modules.
+    through functions of other modules, and names the program as it was called.
     """
+    program = sys.modules["__main__"]
+    program.__doc__ = as_called(program.__doc__ or "") or None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -77,4 +115,4 @@ def prepare() -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """For `app.run(main, flags_parser=…)` of a program without --config: absl's own parser, after `prepare`."""
     prepare()
-    return app.parse_flags_with_usage(argv)
+    return app.parse_flags_with_usage(located(argv))
