@@ -4,6 +4,8 @@
     python -m paligemma_med.evaluate --config=configs/x.py --checkpoint=w.npz --out=out/eval
     python -m paligemma_med.evaluate --workdir=out/s1 --config.evals.val.data.split='validate[:50]' --out=out/trial
     python -m paligemma_med.evaluate --workdir=out/s1 --table=q.csv --images=films --out=out/measured   (an own table)
+    python -m paligemma_med.evaluate --server=http://127.0.0.1:8000/v1 --model=NAME --config=configs/x.py --out=out/m
+                                              (a model behind a server, or with --table in place of --config)
 
 Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
 the same command resumes after the last batch; evals that are finished for the same weights and settings
@@ -20,6 +22,7 @@ from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
 from paligemma_med.parallel import distributed, notes, sharding
 from paligemma_med.pp import command_line
+from paligemma_med.served import program as served
 from paligemma_med.setup import Setup
 
 
@@ -91,10 +94,44 @@ def _set_controls(config, controls):
             section.controls = list(names)
 
 
+_OF_SERVER = ("model", "template", "send_images_to", "concurrency", "requests_per_minute", "timeout")
+
+
+def _evaluate_served(values):
+    """--server: the questions of --config or --table, and no weights of ours."""
+    if not (values.model and values.out):
+        raise app.UsageError("--server goes with --model and --out.")
+    if values.checkpoint or values.workdir:
+        raise app.UsageError("--server asks a model elsewhere: leave --checkpoint and --workdir out.")
+    if values.table:
+        kw = dict(images=values.images, columns=values.columns)
+        train = table_eval.data_of(values.train_table, **kw) if values.train_table else None
+        data = table_eval.data_of(values.table, split=values.split, **kw)
+        section = served.table_section(data, train, max_new_tokens=values.max_new_tokens)
+        sections = {table_eval.name_of(values.table): section}
+    elif values.config:
+        sections = _selected(values.config, values.only).get("evals") or {}
+    else:
+        raise app.UsageError("--server goes with --config or --table, which say what is asked.")
+    served.evaluate(
+        sections,
+        values.out,
+        server=values.server,
+        controls="all" if values.controls == ["all"] else values.controls,
+        resume=values.resume,
+        **{k: values[k].value for k in _OF_SERVER},
+    )
+
+
 @cli.command
 def main(argv) -> None:
     del argv
     values = flags.FLAGS
+    if values.server:
+        _evaluate_served(values)
+        return
+    if given := [k for k in _OF_SERVER if values[k].present]:
+        raise app.UsageError(f"--{given[0]} goes with --server.")
     distributed.start_from_flags(awaits_sigterm=False)
     config, checkpoint = cli.from_flags()
     if values.out is None and cli.is_changed_run():
@@ -156,5 +193,12 @@ if __name__ == "__main__":
     command_line.define_path("train_table", None, "Table of training questions, in which majority answers are counted.")
     flags.DEFINE_integer("max_new_tokens", 0, "Length of an answer to --table, at most; 0: as config.evals, or 64.")
     flags.DEFINE_integer("batch_size", 0, "Questions of --table at a time; 0: as config.evals, or 32.")
+    flags.DEFINE_string("server", None, "Address, …/v1, of an OpenAI-compatible server to ask in place of weights.")
+    flags.DEFINE_string("model", None, "The model that --server is asked for, as the server calls it.")
+    command_line.define_path("template", None, "How --server is asked: a JSON file (docs/evaluation.md).")
+    flags.DEFINE_string("send_images_to", None, "Host that images may be sent to, unless it is this machine.")
+    flags.DEFINE_integer("concurrency", 8, "Requests to --server under way at a time.")
+    flags.DEFINE_float("requests_per_minute", None, "At most so many requests to --server are begun.")
+    flags.DEFINE_float("timeout", 120.0, "Seconds from a request to --server to its reply's end.")
     flags.DEFINE_bool("resume", True, "Resume an interrupted evaluation.")
     app.run(main, flags_parser=cli.parse_flags)

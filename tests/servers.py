@@ -50,8 +50,11 @@ HOSTILE = (
 
 def fenced(messages):
     """{name: text} of what messages have between fences with a code, as judge and synthesis do."""
+    content = messages[-1]["content"]
+    if isinstance(content, list):  # with an image: nothing is fenced, and all of it is what is asked
+        return {part["type"]: part.get("text") or part["image_url"]["url"] for part in content}
     form = r"BEGIN (\w[\w ]*) ([0-9a-f]{16,24})\n(.*?)\nEND \1 \2"
-    return {name: text for name, _, text in re.findall(form, messages[-1]["content"], re.DOTALL)}
+    return {name: text for name, _, text in re.findall(form, content, re.DOTALL)}
 
 
 def name_of(texts):
@@ -138,7 +141,7 @@ class FakeModel(Server):
             self.keys.append(handler.headers["Authorization"])
         time.sleep(self._delay)
         content = self._rule(texts)
-        words = sum(len(m["content"].split()) for m in request["messages"])
+        words = sum(len(str(m["content"]).split()) for m in request["messages"])
         reply = completion(content, (words, len(content.split())), model=self._model)
         send(handler, 200, json.dumps(reply).encode())
 

@@ -134,8 +134,13 @@ class Images:
     def derangement(self, seed) -> dict[str, str]:
         """{key: key of the image to show instead}: each gets the next on a random ring, so that
         every image is used once and none stays in its place."""
-        if len(self.image_id) < 2:
-            raise ValueError("shuffling images between questions needs two different images.")
-        keys = sorted(self.image_id)
-        ring = np.random.default_rng(seed).permutation(len(keys))
-        return {keys[a]: keys[b] for a, b in zip(ring, np.roll(ring, 1))}
+        return derangement(self.image_id, seed)
+
+
+def derangement(keys, seed) -> dict[str, str]:
+    """See `Images.derangement`; ValueError for fewer than two keys."""
+    keys = sorted(set(keys))
+    if len(keys) < 2:
+        raise ValueError("shuffling images between questions needs two different images.")
+    ring = np.random.default_rng(seed).permutation(len(keys))
+    return {keys[a]: keys[b] for a, b in zip(ring, np.roll(ring, 1))}

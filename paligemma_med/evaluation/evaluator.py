@@ -76,8 +76,10 @@ class Evaluator:
     about: Callable[[Any], dict] | None = None
     resume: bool = dataclasses.field(default=True, init=False)
 
+    known_controls = scoring.CONTROLS  # of the class, in the order of the tables
+
     def __post_init__(self):
-        check_names("controls", self.controls, scoring.CONTROLS)
+        check_names("controls", self.controls, self.known_controls)
         check_names("protocol", [self.protocol], scoring.PROTOCOLS)
         if isinstance(self.tokenizer, str):
             self.tokenizer = get_tokenizer(self.tokenizer)
@@ -88,7 +90,7 @@ class Evaluator:
                 f"pred_kw has num_samples={samples} at temperature 0, which are all the "
                 "same answer and would pass for robust; set pred_kw.temperature."
             )
-        self.controls = tuple(c for c in scoring.CONTROLS if c in self.controls)
+        self.controls = tuple(c for c in self.known_controls if c in self.controls)
         lost = [c for c in self.controls if c.startswith("majority")]
         if self.train_data is None and lost:
             raise ValueError(f"the {lost[0]} control needs train_data, found None.")

@@ -52,7 +52,7 @@ def find_key(base_url: str, api_key: str | None = None) -> str:
     if key := api_key or os.environ.get("OPENAI_API_KEY"):
         _check_header("api_key" if api_key else "OPENAI_API_KEY", key)
         return key
-    if _is_loopback(host):
+    if is_loopback(host):
         return "none"
     raise ValueError(f"OPENAI_API_KEY is not set; expected a key for {host}.")
 
@@ -68,7 +68,7 @@ def _check_header(name, text):
             )
 
 
-def _is_loopback(host):
+def is_loopback(host):
     if host == "localhost":
         return True
     try:

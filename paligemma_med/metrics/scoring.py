@@ -52,6 +52,8 @@ TEXT_CONTROLS = ("majority", "majority_type", "echo")
 # The same model and prompts with other images: another question's, mid-grey, noise.
 IMAGE_CONTROLS = ("shuffled_images", "blank_image", "noise_image")
 CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
+# The same without any image, which only a model behind a server can be asked: ours takes one always.
+QUESTION_ONLY = "question_only"
 # Other ways of asking the same questions: see `dialogue`.
 HISTORIES = ("true_history", "single_turn")
 PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
@@ -86,7 +88,7 @@ def texts(row, who) -> list[str]:
 
 def controls_of(rows) -> tuple[str, ...]:
     """The controls in rows of predictions.jsonl, in the order of the tables."""
-    return tuple(c for c in (*CONTROLS, *HISTORIES) if rows and f"{c}_correct" in rows[0])
+    return tuple(c for c in (*CONTROLS, QUESTION_ONLY, *HISTORIES) if rows and f"{c}_correct" in rows[0])
 
 
 def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, float]:

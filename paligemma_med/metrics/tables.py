@@ -15,6 +15,7 @@ COLUMNS = {
     "shuffled_images": "images shuffled",
     "blank_image": "grey image",
     "noise_image": "noise image",
+    "question_only": "question only",
     "true_history": "true history",
     "single_turn": "single turn",
 }

@@ -19,6 +19,7 @@ STYLES = {
     "shuffled_images": ("#D55E00", "^"),
     "blank_image": ("#009E73", "v"),
     "noise_image": ("#56B4E9", "P"),
+    "question_only": ("#F0E442", "X"),
     "true_history": ("#009E73", "D"),
     "single_turn": ("#E69F00", "v"),
 }

@@ -380,7 +380,7 @@ def question_block(e, row, lookup) -> blocks.Question:
 def _unmoved(e):
     """Answers that don't change when the image is replaced, if that was run."""
     rows = []
-    for who in scoring.IMAGE_CONTROLS:
+    for who in (*scoring.IMAGE_CONTROLS, scoring.QUESTION_ONLY):
         if who not in e.controls:
             continue
         same = [len({answers.normalise(scoring.texts(row, name)[0]) for name in (who, "model")}) == 1 for row in e.rows]
