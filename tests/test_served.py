@@ -1,0 +1,166 @@
+"""A model behind a server, with known answers: figures by hand, faults, a kill, and what is refused."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from paligemma_med import table_eval
+from paligemma_med.evaluation import controls
+from paligemma_med.evaluation.results import read_metrics, read_rows
+from paligemma_med.judge import replies
+from paligemma_med.judge.server import ServerError
+from paligemma_med.served import evaluator, pictures, program, templates
+from tests import servers
+
+SHADES = (20, 60, 200, 240)
+
+
+def looks(texts):
+    """Says whether a picture of one shade is bright, wrongly for the brightest; and always "left"."""
+    if "side" in texts["text"]:
+        return "left"
+    if "image_url" not in texts:
+        return "nothing"
+    data = base64.b64decode(texts["image_url"].partition(",")[2])
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(float)
+    shade = round(pixels.mean())
+    if pixels.std() > 5:
+        return "noise"
+    return "grey" if shade == 128 else "yes" if 150 < shade < 230 else "no"
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "films").mkdir()
+    for shade in SHADES:
+        pixels = np.full((12, shade // 10 + 10, 3), shade, np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / "films" / f"{shade}.png")
+    lines = ["image,question,answer"]
+    for shade in SHADES:
+        lines += [f"{shade}.png,Is it bright?,{'yes' if shade > 128 else 'no'}", f"{shade}.png,Which side?,left"]
+    (tmp_path / "q.csv").write_text("\n".join(lines))
+    return table_eval.data_of(tmp_path / "q.csv", images=tmp_path / "films")
+
+
+def run(data, out, url, **kw):
+    kw = dict(model="some-model", server=url, controls="all", backoff=0.01) | kw
+    sections = {"own": program.table_section(data, data)}
+    return program.evaluate(sections, str(out), **kw)["own"]
+
+
+def test_figures_are_those_counted_by_hand_behind_a_faulty_proxy(data, tmp_path):
+    faults = [f for f in servers.FAULTS if f not in ("cut", "hostile", "timeout")]  # those that no answer comes of
+    with servers.FakeModel(looks) as model, servers.Proxy(model.url, faults, most=3) as proxy:
+        metrics = run(data, tmp_path / "out", proxy.url)
+        asked = len(model.requests)
+    assert any(entry["fault"] for entry in proxy.log)
+    folder = tmp_path / "out" / "eval" / "own"
+    rows = read_rows(folder / "predictions.jsonl")
+    keys = {row["image_key"]: shade for row, shade in zip(rows[::2], SHADES)}
+    other = controls.derangement(list(keys), 0)
+    said = {20: "no", 60: "no", 200: "yes", 240: "no"}
+    right = sum(said[keys[other[key]]] == ("yes" if shade > 128 else "no") for key, shade in keys.items())
+    acc = {who: metrics[f"{who}/overall/acc"] for who in ("model", *evaluator.Evaluator.known_controls)}
+    assert acc == dict(
+        model=7 / 8,
+        majority=(2 + 4) / 8,
+        majority_type=(2 + 4) / 8,
+        echo=0,
+        shuffled_images=(right + 4) / 8,
+        blank_image=4 / 8,
+        noise_image=4 / 8,
+        question_only=4 / 8,
+    )
+    assert rows[0]["question_only_predictions"] == ["nothing"] and rows[0]["blank_image_predictions"] == ["grey"]
+    assert rows[0]["noise_image_predictions"] == ["noise"] and rows[0]["unfinished"] == 0
+    _, about = read_metrics(folder / "metrics.json")
+    assert about["model"] == "some-model" and "127.0.0.1" not in json.dumps({**about, "command": ""})
+    costs = json.loads((folder / "served.json").read_text())
+    assert costs["replies"] <= asked and costs["faults"] and costs["prompt_tokens"] > 0
+    for request in model.requests:
+        assert "answer" not in request and request["temperature"] == 0
+
+
+def test_killed_at_any_reply_nothing_is_asked_twice_and_the_files_are_the_same(data, tmp_path, monkeypatch):
+    with servers.FakeModel(looks) as model:
+        run(data, tmp_path / "whole", model.url)
+        total = len(model.requests)
+        model.requests.clear()
+        add, kept = replies.Cache.add_many, []
+
+        def dies(cache, records):
+            add(cache, records)
+            kept.append(1)
+            if len(kept) in (3, 13, 30):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(replies.Cache, "add_many", dies)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                run(data, tmp_path / "cut", model.url, concurrency=1)
+        run(data, tmp_path / "cut", model.url, concurrency=1)
+        assert len(model.requests) == total
+        run(data, tmp_path / "cut", model.url)  # finished: not asked again
+        assert len(model.requests) == total
+    for name in ("metrics.json", "predictions.jsonl"):
+        whole, cut = ((tmp_path / x / "eval" / "own" / name).read_bytes() for x in ("whole", "cut"))
+        assert whole == cut
+
+
+def test_questions_without_an_answer_are_counted_and_only_they_are_asked_again(data, tmp_path):
+    with servers.FakeModel(looks) as model:
+        with servers.Proxy(model.url, ["500"], share=0.4, most=1) as proxy:
+            with pytest.raises(ServerError, match=r"of 8 questions \(model\) have no answer.*only these again"):
+                run(data, tmp_path / "out", proxy.url, max_faults=1, controls=[], concurrency=1)
+            before = len(model.requests)
+            run(data, tmp_path / "out", proxy.url, controls=[])  # at the same address or another
+        assert 0 < before < 8 and len(model.requests) == 8
+
+
+def test_samples_have_seeds_of_their_own(data, tmp_path):
+    section = program.table_section(data)
+    section["pred_kw"] |= dict(num_samples=3, temperature=0.7)
+    with servers.FakeModel(looks) as model:
+        program.evaluate({"own": section}, str(tmp_path), model="m", server=model.url, controls=[])
+    assert len({r["seed"] for r in model.requests}) == len(model.requests) == 24
+    assert len(read_rows(tmp_path / "eval" / "own" / "predictions.jsonl")[0]["predictions"]) == 3
+
+
+def test_images_leave_the_machine_only_for_the_host_that_is_named(data, tmp_path):
+    for allowed in (None, "other.example"):
+        with pytest.raises(ValueError, match="--send_images_to=api.example allows it"):
+            run(data, tmp_path, "https://api.example/v1", send_images_to=allowed)
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ('{"user": "{question} {answer}"}', "tell the model the answer"),
+        ('{"user": "{question} {colour}"}', "names {colour}"),
+        ('{"user": "Well?"}', "no {question}"),
+        ('{"user": "{question}", "image": "no"}', "before or after"),
+        ('{"user": "{question}", "prompt": ""}', "has the key 'prompt'"),
+        ('{"user": 3}', "expected a text"),
+        ("[]", "expected a template"),
+    ],
+)
+def test_a_wrong_template_is_refused(text, error, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=error):
+        templates.read(path).check(["question", "answer"])
+
+
+def test_a_template_fills_once_and_lists_choices():
+    template = templates.read()
+    row = dict(question="Is {answer} here?", answer="secret", choices=["left", "right"])
+    assert template.fill(row)[1].startswith("Is {answer} here?\nA. left\nB. right\n")
+
+
+def test_a_file_that_all_programs_read_alike_is_sent_as_it_is():
+    content = pictures.png(np.zeros((2, 3, 3), np.uint8))
+    assert pictures.own(content)[0] == content and pictures.data_url(content).startswith("data:image/png;base64,")
