@@ -9,6 +9,7 @@
                     model that scores the same here doesn't look.
   blank_image       the same, all images mid-grey.
   noise_image       the same, all images noise.
+  question_only     the same without any image; only a model behind a server is asked so (`served`).
 
 The first three cost nothing; each of the others costs a pass over the split. Their names are in
 `scoring`.

@@ -35,7 +35,7 @@ def overview(evaluations) -> blocks.Section:
                 f"{len(e.rows):,}",
                 "?" if images is None else f"{images:,}",
                 *(h[:12] for h in hashes.values()),
-                str(e.about.get("fingerprint") or "?")[:12],
+                str(e.about.get("fingerprint") or "")[:12] or str(e.about.get("model") or "?")[:60],
             ]
         )
     head = ["run", "evaluation", "split", "protocol", "questions", "images", "split hash"]
@@ -43,7 +43,7 @@ def overview(evaluations) -> blocks.Section:
     notes = [f"{e.label}: {e.about['command']}" for e in evaluations if isinstance(e.about.get("command"), str)]
     notes.append(
         "Equal split hashes: the same questions, images' ids and answers in the same order. "
-        "Weights: their fingerprint; ? where metrics.json doesn't say."
+        "Weights: their fingerprint, or the name of a model behind a server; ? where metrics.json doesn't say."
     )
     parts.append(blocks.Table(head, rows, "Evaluations", notes, left=4))
     return blocks.Section("What was evaluated", parts)
