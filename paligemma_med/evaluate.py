@@ -159,7 +159,7 @@ def _with_table(config, values):
         raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
     kw = dict(images=values.images, columns=values.columns)
     data = table_eval.data_of(values.table, split=values.split, **kw)
-    trained_on = table_eval.trained_on(config)
+    trained_on = table_eval.trained_on(config, data)
     train_data = table_eval.data_of(values.train_table, **kw) if values.train_table else trained_on
     if trained_on and table_eval.is_same_table(trained_on, data) and values.split == "all":
         notes.say(

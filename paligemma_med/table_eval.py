@@ -66,10 +66,18 @@ def section(config, data, train_data=None, *, max_new_tokens=0, batch_size=0) ->
     return out | (dict(train_data=dict(train_data)) if train_data else {})
 
 
-def trained_on(config) -> dict[str, Any] | None:
-    """The `data` section of the own table that a run was trained on; None if it was on something else."""
+def trained_on(config, asked=None) -> dict[str, Any] | None:
+    """The `data` section of the own table that a run was trained on; None if it was on something else.
+
+    If that is the table `asked` (a `data` section), its folder and names of columns are those given there.
+    """
     data = (config.get("input") or {}).get("data") or {}
-    return data.to_dict() if str(data.get("name")).startswith("table:") else None
+    if not str(data.get("name")).startswith("table:"):
+        return None
+    data = data.to_dict()
+    if asked and is_same_table(data, asked):
+        data |= {k: v for k, v in asked.items() if k != "split"}
+    return data
 
 
 def is_same_table(a, b) -> bool:

@@ -72,6 +72,15 @@ def test_a_run_that_was_trained_on_a_table_is_known(own):
     )
 
 
+def test_columns_said_when_asking_hold_for_the_same_table_in_training(own):
+    c = own_data.get_config(f"tiny,train={own / 'q.csv'}")  # without images= and columns=
+    asked = data_of(own, columns="image=Bild")
+    found = table_eval.trained_on(c, asked)
+    assert found == asked | {"split": found["split"]} and found["split"] != "all"
+    assert table_eval.section(c, asked, found)["train_data"] == found
+    assert "columns" not in table_eval.trained_on(c, data_of(own, "bare.csv", columns="image=Bild"))
+
+
 def test_the_prompt_is_that_of_prediction():
     pp = tiny.config(evals={}).predict_pp
     *ops, last = registry.split(table_eval.keeping(pp, ("answer", "my column's")))

@@ -58,7 +58,8 @@ def draw(table: OwnTable, seed: int, shares: Sequence[float]) -> tuple[np.ndarra
     """(int16[rows]: the number among NAMES of the split that each row is drawn into, a sentence about it).
 
     Patients, or images where no patient is named, are put in the order of a digest of the seed and their name, and this
-    order is cut by the shares: the same for any order of rows, and no patient or image is in two splits.
+    order is cut by the shares: the same for any order of rows, and no patient or image is in two splits. Of a small table,
+    each split that has a share gets one of them at least, as long as there are enough.
     """
     images, compared = image_keys(table)
     groups = _joined(images, table.patient_keys)
@@ -66,7 +67,7 @@ def draw(table: OwnTable, seed: int, shares: Sequence[float]) -> tuple[np.ndarra
     digests = np.array([own_rows.key_of(str(seed), str(key)) for key in unique], np.uint64)
     rank = np.empty(len(unique), np.int64)
     rank[np.argsort(digests, kind="stable")] = np.arange(len(unique))
-    ends = np.rint(np.cumsum(shares) / np.sum(shares) * len(unique))
+    ends = _ends(shares, len(unique))
     codes = np.searchsorted(ends, rank, side="right").astype(np.int16)[inverse]
     what = "patient_id" if table.patient_keys.any() else "image"
     parts = ", ".join(f"{name} {int((codes == i).sum()):,}" for i, name in enumerate(NAMES))
@@ -74,6 +75,16 @@ def draw(table: OwnTable, seed: int, shares: Sequence[float]) -> tuple[np.ndarra
     if not compared:
         said += " Copies of an image under two names were not looked for: too many files have the same size."
     return codes, said
+
+
+def _ends(shares, total):
+    """Where each split ends in the order of `total` groups."""
+    sizes = np.diff(np.rint(np.cumsum(shares) / np.sum(shares) * total), prepend=0)
+    for i, share in enumerate(shares):
+        if share and not sizes[i] and sizes.max() > 1:
+            sizes[np.argmax(sizes)] -= 1
+            sizes[i] = 1
+    return np.cumsum(sizes)
 
 
 def _joined(images, patients):

@@ -85,6 +85,14 @@ def test_drawn_splits_share_nothing_and_do_not_depend_on_the_order(tmp_path, cap
     assert members(data | {"split_seed": 1}, key) != found
 
 
+@pytest.mark.parametrize("images", [3, 4, 7])
+def test_no_drawn_split_of_a_small_table_is_empty(tmp_path, images):
+    found = members(write(tmp_path, rows(2 * images)), "image_id")
+    assert [len(x) for x in found.values()] == [2 * (images - 2), 2, 2]
+    ends = splits._ends((100, 0, 0), images)
+    assert list(ends) == [images] * 3  # a split without a share gets nothing
+
+
 def test_copies_of_an_image_stay_on_one_side(tmp_path):
     data = write(tmp_path, rows(40))
     for i in range(0, 20, 2):
