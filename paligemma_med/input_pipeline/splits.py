@@ -58,8 +58,8 @@ def draw(table: OwnTable, seed: int, shares: Sequence[float]) -> tuple[np.ndarra
     """(int16[rows]: the number among NAMES of the split that each row is drawn into, a sentence about it).
 
     Patients, or images where no patient is named, are put in the order of a digest of the seed and their name, and this
-    order is cut by the shares: the same for any order of rows, and no patient or image is in two splits. Of a small table,
-    each split that has a share gets one of them at least, as long as there are enough.
+    order is cut by the shares: the same for any order of rows, and no patient or image is in two splits. Of
+    a small table, each split that has a share gets one of them at least, as long as there are enough.
     """
     images, compared = image_keys(table)
     groups = _joined(images, table.patient_keys)
