@@ -55,3 +55,30 @@ def test_shipped_configs_are_found_in_any_folder(tmp_path, repo_root, monkeypatc
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.py").touch()
     assert command_line.located(["--config=configs/quickstart.py"]) == ["--config=configs/quickstart.py"]
+
+
+@pytest.fixture(scope="module")
+def packaged(repo_root):
+    """Paths in a wheel, as setup.py's build names them; nothing is built."""
+    code = (
+        "import setuptools, runpy, sys; sys.argv = ['setup.py', '--quiet', '--name']\n"
+        "made = setuptools.setup\n"
+        "def setup(**settings):\n"
+        "    build = made(**settings).get_command_obj('build_py'); build.ensure_finalized()\n"
+        "    import os; print(*(os.path.relpath(p, build.build_lib) for p in build.get_outputs(0)), sep='\\n')\n"
+        "setuptools.setup = setup; runpy.run_path('setup.py')"
+    )
+    pytest.importorskip("setuptools")
+    run = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split("\n")[1:]) - {""}  # before them stands the name
+
+
+def test_a_wheel_has_nothing_but_the_package_at_its_top(packaged, repo_root):
+    assert {path.split("/")[0] for path in packaged} == {"paligemma_med"}
+    below = {path.removeprefix("paligemma_med/_programs/") for path in packaged if "/_programs/" in path}
+    assert {"configs/quickstart.py", "tools/report/__main__.py", "data_prep/build.py"} <= below
+    assert not [path for path in below if path.startswith("tools/bench")]
+    assert "paligemma_med/py.typed" in packaged
+    in_checkout = {p.relative_to(repo_root).as_posix() for p in (repo_root / "configs").rglob("*.py")}
+    assert in_checkout <= below
