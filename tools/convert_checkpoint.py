@@ -29,6 +29,7 @@ from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import command_line
+from tools import model_card
 
 FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
 
@@ -100,7 +101,7 @@ def convert(
             part_families = families.of_parts(plain, model.get("llm"))
             in_parts.save_adapter(dst, found, part_families, dtype=dtype, overwrite=overwrite, **peft_kw)
         else:
-            kw = dict(peft_kw, model_type=family.MODEL_TYPE) if to == "peft" else {}
+            kw = dict(peft_kw, model_type=family.MODEL_TYPE, card=_card(src, to)) if to == "peft" else {}
             forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
         return
     if merge:
@@ -119,7 +120,8 @@ def convert(
                 own = own if own is None else {*own, *(target.param for target in specs)}
             in_parts.save(dst, params, specs=None if merge else specs, own=own, **peft_kw, **kw)
         else:
-            forms.save_params(dst, params, to, processor=processor, **kw)
+            card = _card(src, to) if to == "hf" else None
+            forms.save_params(dst, params, to, processor=processor, card=card, **kw)
 
 
 def _open(src, config, reading):
@@ -136,6 +138,13 @@ def _open(src, config, reading):
 
     abstract = experiment.abstract_params(config, experiment.make_model(config))
     return unflatten_tree(weights.load_host_params(src, abstract, **{**weights.reading(config), **reading}))
+
+
+def _card(src, to):
+    """The model card of an export of a run; None if the source is no run, of which nothing is known."""
+    if compose.parts_of(src) or checkpoints.kind_of(src) != "workdir":
+        return None
+    return model_card.make(src, to)
 
 
 def _with_heads(src, params):

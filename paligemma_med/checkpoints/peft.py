@@ -279,6 +279,7 @@ def save_adapter(
     key_style: str | None = None,
     model_type: str = "paligemma",
     overwrite: bool = False,
+    card: str | None = None,
 ) -> None:
     """Writes an adapter as a PEFT folder, which appears whole or not at all.
 
@@ -302,6 +303,7 @@ def save_adapter(
 
       model_type: the Hugging Face model's, a key of `hf.families.FAMILIES`.
       overwrite: replace an older adapter there.
+      card: text of README.md, the model card; None writes none.
 
     The config says how the adapter was trained: rank and alpha of most targets, and of the others in
     rank_pattern and alpha_pattern. PEFT has no per-module setting for two things: of different dropouts the
@@ -347,6 +349,8 @@ def save_adapter(
             f.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
         with open(os.path.join(temporary, CONFIG), "w", encoding="utf-8") as f:
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if card is not None:
+            files.write_text(os.path.join(temporary, "README.md"), card)
 
 
 def _default_style(family):

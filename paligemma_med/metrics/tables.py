@@ -1,6 +1,6 @@
 """Figures as text: titles of figures and columns, and the table that `evaluate` prints."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from paligemma_med.metrics import text_metrics
@@ -81,22 +81,26 @@ def group_of(figure: str, metrics: Mapping[str, float]) -> str:
     return "overall"
 
 
-def format_table(metrics: Mapping[str, float]) -> str:
+def format_table(metrics: Mapping[str, float], text: Callable[[str], str] = str) -> str:
     """Figures of `scoring.summarise` as a Markdown table: percent, and the 95 % interval in brackets, with
-    questions on one image kept together; for several runs the mean ± standard deviation."""
+    questions on one image kept together; for several runs the mean ± standard deviation.
+
+    Args:
+      text: applied to the names of groups, which are from a data set: `markdown.escape` for a page.
+    """
     columns = [who for who in COLUMNS if f"{who}/overall/acc" in metrics]
     groups = {"overall": metrics["n"]}
     groups |= {k.removeprefix("n/"): n for k, n in metrics.items() if k.startswith("n/")}
     table = [["exact match, %", *(COLUMNS[who] for who in columns), "n"]]
     for group, n in groups.items():
         title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
-        table.append([title, *(as_text(metrics, who, group, none="") for who in columns), f"{n:,}"])
+        table.append([text(title), *(as_text(metrics, who, group, none="") for who in columns), f"{n:,}"])
     for figure, title in FIGURES.items():
         group = group_of(figure, metrics)
         cells = [as_text(metrics, who, group, figure, none="") for who in columns]
         if any(cells) and figure != "acc":
             title = f"{group.rpartition('/')[2]}, {title.removeprefix('exact match, ')}"
-            table.append([title, *cells, f"{groups[group]:,}"])
+            table.append([text(title), *cells, f"{groups[group]:,}"])
     units = "patients" if "patients" in metrics else "images"
     notes = f"In brackets 95 %, by {metrics[units]:,} {units}."
     if any(k.endswith("_sd") for k in metrics):

@@ -3,6 +3,7 @@
 It lives in `pp` because data sets' reports may import no other package of the library.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,6 +45,15 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 def cell(value: Any) -> str:
     """One of the project's own texts as a cell, which a bar or a line break would end.
 
-    Texts from outside need more: see `tools.report.blocks.escape`.
+    Texts from outside need more: see `escape`.
     """
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def escape(text: Any) -> str:
+    """A text that Markdown shows as it is, on one line, also in a table's cell."""
+    text = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", str(text))
+    # Markdown blocks begin with these; a dot or minus within a line is harmless and stays readable.
+    text = re.sub(r"^(\s*)([-+=])", r"\1\\\2", text)
+    text = re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text)
+    return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ⏎ ", text.strip()) or " "

@@ -96,20 +96,20 @@ def to_markdown(title, sections, figures="figures") -> tuple:
 
     Images of questions are only in the HTML page.
     """
-    lines, files = [f"# {escape(title)}", ""], {}
+    lines, files = [f"# {markdown.escape(title)}", ""], {}
     for section in sections:
-        lines += ["#" * section.level + " " + escape(section.title), ""]
+        lines += ["#" * section.level + " " + markdown.escape(section.title), ""]
         for block in section.blocks:
             if block.kind == "text":
-                lines += [escape(block.text), ""]
+                lines += [markdown.escape(block.text), ""]
             elif block.kind == "warning":
-                lines += [f"> **Warning.** {escape(block.text)}", ""]
+                lines += [f"> **Warning.** {markdown.escape(block.text)}", ""]
             elif block.kind == "table":
                 lines += _table(block)
             elif block.kind == "figure":
                 name = f"{len(files) + 1:02d}.svg"
                 files[name] = block.svg
-                lines += [f"![{escape(block.alt)}]({figures}/{name})", "", escape(block.caption)]
+                lines += [f"![{markdown.escape(block.alt)}]({figures}/{name})", "", markdown.escape(block.caption)]
                 lines += [""]
             else:
                 lines += _question(block)
@@ -117,27 +117,20 @@ def to_markdown(title, sections, figures="figures") -> tuple:
 
 
 def _table(block):
-    lines = [f"**{escape(block.caption)}**", ""] if block.caption else []
-    rows = [[escape(cell) for cell in row] for row in [block.head, *block.rows]]
+    lines = [f"**{markdown.escape(block.caption)}**", ""] if block.caption else []
+    rows = [[markdown.escape(cell) for cell in row] for row in [block.head, *block.rows]]
     lines += [markdown.table(rows, block.left), ""]
     for note in block.notes:
-        lines += [escape(note), ""]
+        lines += [markdown.escape(note), ""]
     return lines
 
 
 def _question(block):
-    lines = [f"- **{escape(block.title)}**", f"  - prompt: {escape(block.prompt)}"]
-    lines += [f"  - truth: {escape(block.truth)}"]
+    lines = [f"- **{markdown.escape(block.title)}**", f"  - prompt: {markdown.escape(block.prompt)}"]
+    lines += [f"  - truth: {markdown.escape(block.truth)}"]
     for text, right, remark in block.answers:
         sign = {True: "right", False: "wrong", None: "answer"}[right]
-        lines.append(f"  - {sign}: {escape(page.shown(text))}" + (f" ({escape(remark)})" if remark else ""))
+        lines.append(
+            f"  - {sign}: {markdown.escape(page.shown(text))}" + (f" ({markdown.escape(remark)})" if remark else "")
+        )
     return [*lines, ""]
-
-
-def escape(text) -> str:
-    """A text that Markdown shows as it is, on one line, also in a table's cell."""
-    text = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", str(text))
-    # Markdown blocks begin with these; a dot or minus within a line is harmless and stays readable.
-    text = re.sub(r"^(\s*)([-+=])", r"\1\\\2", text)
-    text = re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text)
-    return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ⏎ ", text.strip()) or " "

@@ -32,6 +32,8 @@ PROCESSOR = (
     "generation_config.json",
 )
 
+CARD = "README.md"  # where the Hub looks for it
+
 
 class Planned(NamedTuple):
     """A tensor to be written."""
@@ -59,6 +61,7 @@ def save_hf(
     max_shard_bytes: int = 2 * 2**30,
     overwrite: bool = False,
     processor: os.PathLike | str | None = None,
+    card: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a directory that transformers' `from_pretrained` loads: PaliGemmaForConditionalGeneration's,
@@ -84,6 +87,7 @@ def save_hf(
       max_shard_bytes: maximum size of each file.
       overwrite: replace an existing directory of this kind.
       processor: a folder whose files of `PROCESSOR` are copied in as they are, in place of ours.
+      card: text of README.md, the model card; None writes none.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
@@ -115,6 +119,8 @@ def save_hf(
             write_json(os.path.join(new, "preprocessor_config.json"), processor)
         for path in copied:
             shutil.copyfile(path, os.path.join(new, os.path.basename(path)))
+        if card is not None:
+            files.write_text(os.path.join(new, CARD), card)
         if len(shards) > 1:
             total = sum(t.nbytes for t in planned)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
+from paligemma_med.pp import markdown
 from tests.tools.report.reports import HOSTILE, Page, report, row, rows, save
 from tests.tools.report.test_contamination import contaminated, write_sheet
 from tools.report import (
-    blocks,
     plots,
 )
 from tools.report.__main__ import check_installed, make, write
@@ -28,17 +28,17 @@ def test_hostile_texts_stay_texts(tmp_path):
         for key in [k for k in other if k.startswith(("majority", "shuffled"))]:
             del other[key]
     save(tmp_path / "a", made, command2=HOSTILE)
-    _, markdown, text, _ = report(tmp_path / "a")
+    _, as_markdown, text, _ = report(tmp_path / "a")
     page = Page(text)
     assert not {"script", "iframe", "object", "embed", "base", "form", "link"} & {*page.tags}
     # Anchors within the page, and images within it: nothing else is referred to.
     assert page.links and all(x.startswith(("#", "data:image/jpeg;base64,")) for x in page.links)
     assert "<script>alert(1)</script>" in page.text  # shown as it was said
     assert "default-src 'none'" in html.unescape(text)
-    assert not re.search(r"(?<!\\)<(script|img)", markdown)
-    assert not re.search(r"(?<!\\)\]\(http", markdown)
+    assert not re.search(r"(?<!\\)<(script|img)", as_markdown)
+    assert not re.search(r"(?<!\\)\]\(http", as_markdown)
     # Every line of every table has as many cells as its head.
-    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+    for block in re.findall(r"(?:^\|.*\n)+", as_markdown, re.MULTILINE):
         counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(counts) == 1
     assert "$x_$" in text  # no formula was made of it
@@ -57,10 +57,10 @@ def test_ids_in_plots_do_not_collide_and_follow_the_page(tmp_path):
 
 
 def test_markdown_escapes():
-    assert blocks.escape("a|b <i> *c* \n# d") == r"a\|b \<i\> \*c\* ⏎ \# d"
-    assert blocks.escape("- a") == r"\- a" and blocks.escape("1. a") == r"1\. a"
-    assert blocks.escape("---") == r"\---" and blocks.escape("1.5 cm") == "1.5 cm"
-    assert blocks.escape("") == " "
+    assert markdown.escape("a|b <i> *c* \n# d") == r"a\|b \<i\> \*c\* ⏎ \# d"
+    assert markdown.escape("- a") == r"\- a" and markdown.escape("1. a") == r"1\. a"
+    assert markdown.escape("---") == r"\---" and markdown.escape("1.5 cm") == "1.5 cm"
+    assert markdown.escape("") == " "
 
 
 # --- The program ---
