@@ -157,8 +157,8 @@ def test_a_wrong_template_is_refused(text, error, tmp_path):
 
 def test_a_template_fills_once_and_lists_choices():
     template = templates.read()
-    row = dict(question="Is {answer} here?", answer="secret", choices=["left", "right"])
-    assert template.fill(row)[1].startswith("Is {answer} here?\nA. left\nB. right\n")
+    row = dict(question="Is {answer} here?", answer="secret", choices=["left", "right", "up", "down", "none"])
+    assert template.fill(row)[1].startswith("Is {answer} here?\nA. left\nB. right\nC. up\nD. down\nE. none\n")
 
 
 def test_a_file_that_all_programs_read_alike_is_sent_as_it_is():

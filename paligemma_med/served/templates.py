@@ -45,7 +45,7 @@ class Template:
         """(system, user) for a row; what a row's text has in braces stays as it is."""
         values = {k: str(v) for k, v in row.items()}
         choices = row.get("choices") or ()
-        values["choices"] = "\n".join(f"{row_keys.LETTERS[i]}. {text}" for i, text in enumerate(choices))
+        values["choices"] = "\n".join(f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(choices))
         user = self.user_with_choices if choices else self.user
         return tuple(_PLACE.sub(lambda m: values[m[1]], text) for text in (self.system, user))
 
