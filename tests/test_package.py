@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "experiment": ("config", "evaluators", "input_pipeline", "evaluation", "pp", "models", "parallel", "checkpoints"),
     "weights": ("setup", "experiment", "config", "quantise", "models", "parallel", "checkpoints"),
     "judge": ("evaluation", "metrics", "pp", "files"),
-    "served": ("judge", "evaluation", "metrics", "pp", "files", "input_pipeline", "config"),
+    "served": ("judge", "evaluation", "metrics", "pp", "files", "input_pipeline", "config", "parallel"),
 }
 # TensorFlow Datasets is welcome: its reading and building of array_record needs no TensorFlow.
 # big_vision does, and is no package: `upstream`, which nobody imports, is the place for both.

@@ -23,6 +23,8 @@ import numpy as np
 from paligemma_med.evaluation import questions
 from paligemma_med.pp import rows as row_keys
 
+ONE_IMAGE = "All questions are about one image: there is no control with shuffled images."
+
 # --- Without a model ---
 
 

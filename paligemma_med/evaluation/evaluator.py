@@ -121,7 +121,7 @@ class Evaluator:
 
         Raises:
           ValueError: a row without a key it needs or with a key that leaks the answer, an empty
-            answer, no questions, fewer than two images to shuffle.
+            answer, no questions.
         """
         self._check_vocabulary()
         with notes.stage("taking the weights' fingerprint"):
@@ -136,7 +136,8 @@ class Evaluator:
                 rows = self.answered(params, part, folder)
         elif distributed.is_main():
             print(f"{self.outdir} is there for these weights.", file=sys.stderr, flush=True)
-        metrics = scoring.summarise(rows, self.protocol, self.columns, self.groups)
+        columns = [c for c in self.columns if c in scoring.controls_of(rows)]  # one image can't be shuffled
+        metrics = scoring.summarise(rows, self.protocol, columns, self.groups)
         if self.outdir:
             about = {
                 "protocol": self.protocol,

@@ -9,6 +9,7 @@ image of 448 px), since any image may be asked for next.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from paligemma_med import decode
 from paligemma_med.evaluation import controls as controls_lib
 from paligemma_med.evaluation import evaluator, questions
 from paligemma_med.metrics import protocols, scoring
-from paligemma_med.parallel import distributed
+from paligemma_med.parallel import distributed, notes
 from paligemma_med.pp import rows as row_keys
 
 # The default controls: one pass in addition to the model's own.
@@ -77,8 +78,10 @@ class Evaluator(evaluator.Evaluator):
                 progress.update(len(source))
         if not rows:
             raise ValueError("there are no questions to evaluate on.")
-        if images is not None:
+        if images is not None and len(images.image_id) > 1:
             self._shuffled(params, images, batches, part, len(rows))
+        elif images is not None:
+            notes.say(controls_lib.ONE_IMAGE, file=sys.stderr)
         return rows
 
     def ask(self, params, batch, rows) -> list[dict]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from paligemma_med.judge import client as judge_client
 from paligemma_med.judge import replies as replies_lib
 from paligemma_med.judge.server import ServerError
 from paligemma_med.metrics import scoring
+from paligemma_med.parallel import notes
 from paligemma_med.served import pictures, templates
 
 REPLIES, COSTS = "replies.jsonl", "served.json"
@@ -117,6 +119,9 @@ class Evaluator(evaluator.Evaluator):
         """Asks all questions with the images of a control, and adds the answers to the rows."""
         other = {}
         if who == "shuffled_images":
+            if len({row["image_key"] for row in rows}) < 2:
+                notes.say(controls_lib.ONE_IMAGE, file=sys.stderr)
+                return
             other = controls_lib.derangement([row["image_key"] for row in rows], self.shuffle_seed)
         requests, names, seeds = {}, [], {}
         for i, row in enumerate(rows):
