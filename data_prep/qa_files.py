@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import files
 from data_prep.files import DataError
 from data_prep.ledger import Ledger
-from paligemma_med.pp import json_text, tables
+from paligemma_med.pp import json_text, own_rows, tables
 
 # A line that opens a question or an answer: `Q: …`, `**Q:** …`, `**Q: …**`, `Q1. …`, `2. Q: …`.
 # Possessive quantifiers keep it fast on long lines of spaces.
@@ -75,7 +75,7 @@ class Pair:
 
 def answer_type(answer: str) -> str:
     """ "CLOSED" if the answer is yes or no and nothing else, else "OPEN"."""
-    return "CLOSED" if answer.strip().strip(".!").lower() in ("yes", "no") else "OPEN"
+    return "CLOSED" if own_rows.is_yes_no(answer) else "OPEN"
 
 
 def question_word(question: str) -> str:

@@ -101,8 +101,9 @@ def _evaluate_served(values):
     """--server: the questions of --config or --table, and no weights of ours."""
     if not (values.model and values.out):
         raise app.UsageError("--server goes with --model and --out.")
-    if values.checkpoint or values.workdir:
-        raise app.UsageError("--server asks a model elsewhere: leave --checkpoint and --workdir out.")
+    if given := [k for k in ("checkpoint", "workdir", "adapter", "base", "batch_size") if values[k].present]:
+        raise app.UsageError(f"--{given[0]} is for weights of ours, and --server asks a model elsewhere: leave it out.")
+    _check_table_flags(values)
     if values.table:
         kw = dict(images=values.images, columns=values.columns)
         train = table_eval.data_of(values.train_table, **kw) if values.train_table else None
@@ -148,15 +149,20 @@ def main(argv) -> None:
     evaluate(config, checkpoint, out, values.only, controls, values.resume)
 
 
+def _check_table_flags(values):
+    """Raises UsageError for a flag that would be ignored: those of --table without it, or --only with it."""
+    of_table = ("images", "columns", "split", "train_table", "max_new_tokens", "batch_size")
+    if values.table and values.only:
+        raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
+    if not values.table and (given := [k for k in of_table if values[k].present]):
+        raise app.UsageError(f"--{given[0]} goes with --table.")
+
+
 def _with_table(config, values):
     """The config, or a copy whose only evaluation is that of --table."""
-    of_table = ("images", "columns", "split", "train_table", "max_new_tokens", "batch_size")
+    _check_table_flags(values)
     if not values.table:
-        if given := [k for k in of_table if values[k].present]:
-            raise app.UsageError(f"--{given[0]} goes with --table.")
         return config
-    if values.only:
-        raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
     kw = dict(images=values.images, columns=values.columns)
     data = table_eval.data_of(values.table, split=values.split, **kw)
     trained_on = table_eval.trained_on(config, data)

@@ -5,10 +5,8 @@ Every program starts here (through `setup`), so that all agree on what a config 
 """
 
 import functools
-import hashlib
 import importlib
 import inspect
-import json
 import os
 import pkgutil
 import shlex
@@ -173,16 +171,13 @@ def about(section, checkpoint, params, data=None) -> dict:
       params: nested tree of the weights.
       data: what was opened, if not by this project's reader.
     """
-    flat = flatten_tree(params)
-    names = sorted(flat)
-    prints = fingerprint.of_leaves([flat[n] for n in names])
     data = data or input_pipeline.open_source(section["data"]).about()
     name = "/".join(filter(None, [data["name"], data.get("version")]))
     return dict(
         split=" ".join(filter(None, [name, data["split"]])),
         data=data,
         section=section,
-        fingerprint=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest()[:32],
+        fingerprint=fingerprint.of_params(params),
         versions=dict(paligemma_med=paligemma_med.__version__, jax=jax.__version__),
         checkpoint=checkpoint and config_files.absolute(checkpoint),
         command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),

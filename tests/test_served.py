@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import types
 
 import numpy as np
 import PIL.Image
 import pytest
+from absl import app
 
+from paligemma_med import evaluate as program_evaluate
 from paligemma_med import table_eval
 from paligemma_med.evaluation import controls
 from paligemma_med.evaluation.results import read_metrics, read_rows
@@ -119,6 +122,43 @@ def test_questions_without_an_answer_are_counted_and_only_they_are_asked_again(d
             before = len(model.requests)
             run(data, tmp_path / "out", proxy.url, controls=[])  # at the same address or another
         assert 0 < before < 8 and len(model.requests) == 8
+
+
+def test_questions_about_one_image_have_no_shuffled_control(data, tmp_path, capsys):
+    with servers.FakeModel(looks) as model:
+        metrics = run(data | dict(split="all[:2]"), tmp_path / "out", model.url)
+    assert controls.ONE_IMAGE in capsys.readouterr().err
+    assert "blank_image/overall/acc" in metrics and "shuffled_images/overall/acc" not in metrics
+
+
+def test_an_image_that_cannot_be_read_is_named_before_anything_is_asked(data, tmp_path):
+    (tmp_path / "films" / f"{SHADES[1]}.png").write_bytes(b"no image")
+    with servers.FakeModel(looks) as model:
+        with pytest.raises(ValueError, match="split all, question 'row3': not a readable image"):
+            run(data, tmp_path / "out", model.url)
+        assert not model.requests
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(table="q.csv", batch_size=4), "--batch_size is for weights of ours"),
+        (dict(workdir="w"), "--workdir is for weights of ours"),
+        (dict(images="films"), "--images goes with --table"),
+        (dict(table="q.csv", only=["a"]), "--only chooses among config.evals"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(given, said):
+    class Values:
+        """absl's flags, of which these are given."""
+
+        __getattr__ = staticmethod((dict(model="m", out="o") | given).get)
+
+        def __getitem__(self, name):
+            return types.SimpleNamespace(present=name in given, value=given.get(name))
+
+    with pytest.raises(app.UsageError, match=said):
+        program_evaluate._evaluate_served(Values())
 
 
 def test_samples_have_seeds_of_their_own(data, tmp_path):

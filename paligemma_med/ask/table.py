@@ -1,7 +1,5 @@
 """Asks every question of an own table, and keeps the answers as they come."""
 
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +10,6 @@ from paligemma_med.ask.sheet import Sheet
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.config import files as config_files
 from paligemma_med.evaluation import progress
-from paligemma_med.models.leaves import flatten_tree
 from paligemma_med.parallel import notes
 
 
@@ -51,13 +48,11 @@ def check_images(table) -> None:
 
 def identity_of(answerer: Answerer, table, **settings) -> dict[str, Any]:
     """All that the answers to a table depend on, as JSON-able values."""
-    flat = flatten_tree(answerer.params)
-    names = sorted(flat)
     with notes.stage("taking the weights' fingerprint"):
-        prints = fingerprint.of_leaves([flat[n] for n in names])
+        weights = fingerprint.of_params(answerer.params)
     return dict(
         table=table.digest,
-        weights=hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest(),
+        weights=weights,
         config=config_files.to_json(answerer.config),
         software=paligemma_med.__version__,
         columns=table.own,

@@ -10,6 +10,8 @@ beside the weights of a run that may just fit.
 """
 
 import functools
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from paligemma_med.models import lean
+from paligemma_med.models.leaves import flatten_tree
 
 # Odd numbers, one per dimension (and one for the total): a permutation changes the fingerprint too.
 _STRIDES = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)
@@ -46,6 +49,14 @@ def of_leaves(tree: Any) -> list[str]:
         is_own = np.array([x.is_fully_addressable for x in leaves], bool)[:, None]
         totals = np.where(is_own, totals, whole)
     return [f"{a:08x}{b:08x}" for a, b in totals.tolist()]
+
+
+def of_params(params: Any) -> str:
+    """A digest of all parameters (a nested tree) and their names, in 32 hexadecimal digits. Collective."""
+    flat = flatten_tree(params)
+    names = sorted(flat)
+    prints = of_leaves([flat[n] for n in names])
+    return hashlib.sha256(json.dumps([names, prints]).encode()).hexdigest()[:32]
 
 
 def temporary_bytes(leaf: jax.ShapeDtypeStruct) -> int:

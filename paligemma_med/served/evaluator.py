@@ -74,9 +74,8 @@ class Evaluator(evaluator.Evaluator):
         """See the base class."""
         rows, self._sizes = [], []
         for i in range(len(self.inputs)):
-            source = self.inputs[i]
-            rgb = pictures.own(source["image"])[1]
-            rows.append(self._line(source, rgb))
+            rgb = pictures.of_row(self.inputs, i)[1]
+            rows.append(self._line(self.inputs[i], rgb))
             self._sizes.append(rgb.shape[:2])
         if not rows:
             raise ValueError("there are no questions to evaluate on.")
@@ -190,12 +189,12 @@ class Evaluator(evaluator.Evaluator):
         if who == "noise_image":
             return pictures.noise(size, row["image_key"], self.noise_seed)
         if who == "shuffled_images":
-            return pictures.resized(pictures.own(self.inputs[self._first[key]]["image"])[1], size)
-        return pictures.own(self.inputs[index]["image"])[0]
+            return pictures.resized(pictures.of_row(self.inputs, self._first[key])[1], size)
+        return pictures.of_row(self.inputs, index)[0]
 
 
 def sent(source) -> tuple[int, int]:
     """(different images, their bytes) that the model's own pass sends."""
-    images = (pictures.own(source[i]["image"])[0] for i in range(len(source)))
+    images = (pictures.of_row(source, i)[0] for i in range(len(source)))
     found = {hashlib.sha256(image).digest(): len(image) for image in images}
     return len(found), sum(found.values())

@@ -18,6 +18,15 @@ def own(content: bytes) -> tuple[bytes, np.ndarray]:
     return (content if found.plain else png(found.rgb)), found.rgb
 
 
+def of_row(source, index: int) -> tuple[bytes, np.ndarray]:
+    """`own` of row `index` of a data source. ValueError names the question whose image can't be read."""
+    row = source[index]
+    try:
+        return own(row["image"])
+    except images.ImageError as e:
+        raise ValueError(f"{source}, question {row['question_id']!r}: {e}") from e
+
+
 def png(rgb: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rgb).save(out, "PNG")
