@@ -299,7 +299,9 @@ class Page:
         folder, found = self._folder / "downloads", []
 
         def arrived():
-            found[:] = [p for p in folder.iterdir() if p.suffix not in (".crdownload", ".tmp")]
+            # Chromium first makes an empty file of that name, to reserve it, and moves the whole one there.
+            done = (p for p in folder.iterdir() if p.suffix not in (".crdownload", ".tmp"))
+            found[:] = [p for p in done if p.stat().st_size]
             return found
 
         self._until(arrived, "a download", timeout)
