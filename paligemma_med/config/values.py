@@ -195,7 +195,9 @@ _PART = {
     **dict.fromkeys(("mean", "std"), _COLOURS),
     "gelu": _one_of(vit.GELUS),
     **dict.fromkeys(("post_norms", "fused", "qk_norm", "embed_scale", "embed_norm", "tie"), _YES_NO),  # of a decoder
-    **dict.fromkeys(("attn_logits_softcap", "final_logits_softcap"), _POSITIVE),
+    **dict.fromkeys(
+        ("attn_logits_softcap", "final_logits_softcap"), _NOT_NEGATIVE
+    ),  # 0: none, as big_vision's forkme.py has it
     **dict.fromkeys(("rope_theta", "rope_scale", "local_rope_theta"), _POSITIVE),
     **dict.fromkeys(("window", "window_every"), _POSITIVE_WHOLE),
     "norm": _one_of(norms.KINDS),

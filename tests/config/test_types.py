@@ -92,6 +92,16 @@ def test_of_an_evaluation(key, value):
     refused(config, rf"config.evals.val\.{key}")
 
 
+def test_a_soft_cap_of_zero_is_none_as_in_big_vision():
+    config = tiny.config()
+    with config.unlocked():
+        config.model = {"img": {}, "llm": dict(variant="gemma_mu", attn_logits_softcap=0.0, final_logits_softcap=0.0)}
+    config_values.checked(config)
+    config.model.llm.final_logits_softcap = -1.0
+    with pytest.raises(ValueError, match="final_logits_softcap is -1.0; expected a number, 0 or more"):
+        config_values.checked(config)
+
+
 @pytest.mark.parametrize("unit", durations.UNITS)
 @pytest.mark.parametrize("value", [1e308, 10**300, 2**31 * 100])
 def test_durations_that_no_counter_holds(unit, value):
