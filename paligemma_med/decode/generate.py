@@ -37,6 +37,7 @@ def generate(
     top_p=1.0,
     seed=0,
     eos_token=1,
+    whole_text=False,
 ) -> tuple[jax.Array, jax.Array]:
     """Continues prompts.
 
@@ -70,6 +71,8 @@ def generate(
         and top_p have no effect.
       seed: of the samples, an int in [0, 2**32).
       eos_token: ends a row; it is part of the tokens, and pad (0) follows it. Several of them: any one does.
+      whole_text: all T positions are read, where otherwise they are cut to a bucket around the longest prompt: so one
+        program does for prompts of any length.
 
     Returns:
       (tokens int32[B, R, M], logprobs float32[B, R, M]). A logprob is that of the token chosen
@@ -85,6 +88,7 @@ def generate(
     check_whole(1, **counts)
     check_whole(0, top_k=top_k, seed=seed)
     arrays, text_len = check_batch(batch, model)
+    text_len = arrays["text"].shape[1] if whole_text else text_len
     row_id = batch.get("row_id")
     row_id = np.arange(arrays["text"].shape[0]) if row_id is None else row_id
     arrays["row_id"] = row_id.astype(np.uint32)

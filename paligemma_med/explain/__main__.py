@@ -5,10 +5,12 @@
 
 Or many, with an index, worst first: --image_dir=films --questions=questions.csv --out=reports/
 (columns image and question; without --questions, each --question of each image). DICOM files are
-read too. With --config and --checkpoint instead of --workdir, weights of any form that
+read too. Or a page to ask on, at an address of this machine that is printed: --serve, with examples from
+--image_dir if given. With --config and --checkpoint instead of --workdir, weights of any form that
 `load_params` takes. --mask, --png, --npz: see below and docs/explain.md. Not for diagnosis.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -17,8 +19,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from paligemma_med import cli
-from paligemma_med.explain import page
+from paligemma_med import cli, files
+from paligemma_med.explain import asking, page, serve
 from paligemma_med.explain.answer import explain, load
 from paligemma_med.explain.files import write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many
@@ -45,6 +47,13 @@ def main(argv) -> None:
     distributed.start_from_flags(awaits_sigterm=False)
     if not ending.is_alone():
         raise app.UsageError("explain runs in one process.")
+    if values.serve:
+        _serve(values)
+        return
+    if values.keep is not None or values["port"].present:
+        raise app.UsageError("--port and --keep go with --serve.")
+    if values.out is None:
+        raise app.UsageError("Give --out.")
     if (values.image is None) == (values.image_dir is None):
         raise app.UsageError("Give --image or --image_dir.")
     if values.questions and values.image_dir is None:
@@ -100,6 +109,33 @@ def main(argv) -> None:
     print(f"Written to {values.out}")
 
 
+def _serve(values):
+    """The page to ask on; returns never, or with an error before it is ready."""
+    others = ("image", "question", "questions", "out", "mask", "png", "npz")
+    if given := [name for name in others if values[name].value is not None]:
+        raise app.UsageError(f"--{given[0]} doesn't go with --serve.")
+    examples = []
+    if values.image_dir is not None:
+        if not os.path.isdir(values.image_dir):
+            raise ValueError(f"--image_dir {values.image_dir}: no such folder.")
+        examples = [(name, os.path.join(values.image_dir, name)) for name in images_in(values.image_dir)]
+    config, checkpoint = cli.from_flags()
+    check_jinja()
+    serve.limit_pixels()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serve.Server(values.port, examples))  # a port that is taken is told at once
+        if values.keep is not None:
+            os.makedirs(values.keep, exist_ok=True)
+            stack.enter_context(files.sole_use(values.keep, "give another --keep"))
+        server.desk = asking.Desk(load(config, checkpoint), keep=values.keep, **{k: values[k].value for k in _OPTIONS})
+        try:
+            serve.run(server)
+        except KeyboardInterrupt:
+            kept = f"Answers and pages are in {values.keep}." if values.keep else "Nothing was kept."
+            print(f"\nEnded. {kept}")
+    ending.leave_at_once(0)  # a question may be under way
+
+
 _OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "fill")
 
 
@@ -108,12 +144,15 @@ if __name__ == "__main__":
     distributed.define_flags()
     command_line.define_path("image", None, "Image or DICOM file.")
     flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")
-    command_line.define_path("image_dir", None, "Folder of images, in place of --image.")
+    command_line.define_path("image_dir", None, "Folder of images, in place of --image; with --serve: examples.")
     command_line.define_path("questions", None, "CSV or TSV: columns image (below it) and question.")
-    command_line.define_path("out", None, "The page; with --image_dir a folder.", required=True)
+    command_line.define_path("out", None, "The page; with --image_dir a folder.")
     command_line.define_path("mask", None, "Image file, white where the image is to be replaced.")
     command_line.define_path("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")
     command_line.define_path("npz", None, "File for the exact arrays; with --image_dir: 1 for --out.")
+    flags.DEFINE_bool("serve", False, "A page to ask on, on this machine, in place of files.")
+    flags.DEFINE_integer("port", 8765, "With --serve: where the page is; 0 takes a free one.", 0, 65535)
+    command_line.define_path("keep", None, "With --serve: folder for answers.jsonl and the pages; none keeps nothing.")
     flags.DEFINE_list("methods", list(METHODS), f"Some of {', '.join(METHODS)}.")
     flags.DEFINE_enum("fill", "blur", list(occlusion.FILLS), "What stands in for what is occluded.")
     flags.DEFINE_integer("num_samples", 5, "Sampled answers beside the most probable one.")

@@ -35,6 +35,14 @@ class Loaded(NamedTuple):
     pp: Any
 
 
+class Answer(NamedTuple):
+    """An answer: its tokens up to the one that ends it int32[R], its text, their log-probabilities float32[R]."""
+
+    tokens: np.ndarray
+    text: str
+    logprobs: np.ndarray
+
+
 def load(config, checkpoint) -> Loaded:
     """`Loaded` from a config and weights in any form that `checkpoints.load_params` takes.
 
@@ -66,6 +74,8 @@ def explain(
     max_new_tokens=64,
     methods=tuple(METHODS),
     fill="blur",
+    fixed=False,
+    stage=notes.stage,
 ) -> tuple[report.Report, list[checks.Flag]]:
     """Answers a question about an image, and measures what the answer rests on.
 
@@ -80,6 +90,9 @@ def explain(
       num_samples, temperature, seed: for the answers sampled besides the greedy one; 0 for none.
       max_new_tokens: in an answer.
       methods, fill: as `report.measure` takes them.
+      fixed: the same programs for questions and answers of any length: slower for short ones, but only the first call
+        compiles.
+      stage: a context for each part of the work, as `report.measure` takes it.
 
     Returns:
       (`report.Report`, its raised flags: list of `checks.Flag`).
@@ -98,18 +111,19 @@ def explain(
         image = images_lib.to_rgb(image)
     row = loaded.pp({"image": image, "question": question})
     cut = int(row.get("_truncated", 0))
-    seen = np.asarray(row["image"], np.float32)
+    images = pictures(loaded, row)
+    seen = images["image"]
     stretched = _is_stretched(image, seen)
     patch = _patch(loaded.model, seen)
-    images = {"image": seen, "blank": decode.blank_image(seen.shape), "shuffled": checks.shuffled(seen, patch)}
     if mask is not None:
         mask = fit_mask(mask, image.shape, seen.shape, stretched)
         images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
 
-    with notes.stage("compiling the programs, and answering"):
-        answers, samples = _answers(loaded, row, list(images.values()), num_samples, temperature, seed, max_new_tokens)
-    answer_ids, answer = sequence.ended(answers[0][0], tok.stop_tokens), answers[0][1]
-    texts = dict(zip(images, (text for _, text in answers)))
+    with stage("compiling the programs, and answering"):
+        answers = greedy(loaded, row, list(images.values()), max_new_tokens, fixed=fixed)
+        samples = _samples(loaded, row, seen, num_samples, temperature, seed, max_new_tokens, fixed)
+    answer_ids, answer = answers[0].tokens, answers[0].text
+    texts = {name: a.text for name, a in zip(images, answers)}
     prompt = sequence.prompt_of(row)
     batch_size = report.batch_size_for(loaded.params)
     arrays, score = report.measure(
@@ -121,12 +135,14 @@ def explain(
         methods=methods,
         fill=fill,
         batch_size=batch_size,
-        stage=notes.stage,
+        stage=stage,
+        pad_to=-(-(len(row["text"]) + max_new_tokens) // 16) * 16 if fixed else None,
+        least=max_new_tokens if fixed else 0,
     )
     names = [name for name in images if name != "image"]
     # In batches of occlusion's size, whose program is compiled already.
     size = batch_size if "occlusion" in methods else len(names)
-    with notes.stage("asking again about other images"):
+    with stage("asking again about other images"):
         others = occlusion.in_batches(score, [images[name] for name in names], size)
     others = dict(zip(names, others))
 
@@ -232,32 +248,47 @@ def _pixels(image):
     return np.floor(np.clip((np.asarray(image) + 1) * 127.5, 0, 255) + 0.5).astype(np.uint8)
 
 
-def _answers(loaded, row, images, num_samples, temperature, seed, max_new_tokens):
-    """([(tokens, text)] of the most probable answer on each image, samples on the first).
+def pictures(loaded, row) -> dict[str, np.ndarray]:
+    """{"image", "blank", "shuffled": float32[H, W, 3]}: what the model is asked about, of a preprocessed row."""
+    seen = np.asarray(row["image"], np.float32)
+    patch = _patch(loaded.model, seen)
+    return {"image": seen, "blank": decode.blank_image(seen.shape), "shuffled": checks.shuffled(seen, patch)}
 
-    Greedy, as in `predict`: sampling from the single most probable token could give another answer
-    where two are equally probable.
+
+def greedy(loaded, row, images, max_new_tokens, *, fixed=False) -> list[Answer]:
+    """The most probable answer to a preprocessed row's prompt on each of `images`.
+
+    As in `predict`: sampling from the single most probable token could give another answer where two are equally
+    probable.
     """
+    tokens, logprobs = _draw(loaded, row, images, max_new_tokens, fixed)
+    stops, to_str = loaded.tokenizer.stop_tokens, loaded.tokenizer.to_str
+    found = [(sequence.ended(t[0], stops), to_str(t[0].tolist()), p[0]) for t, p in zip(tokens, logprobs)]
+    return [Answer(t, text, p[: len(t)]) for t, text, p in found]
 
-    def draw(images, **kw):
-        with sharding.rules(loaded.config, loaded.mesh):
-            found = decode.generate(
-                loaded.model,
-                loaded.params,
-                decode.batch_of([{**row, "image": image} for image in images]),
-                eos_token=tok.stop_tokens,
-                max_new_tokens=max_new_tokens,
-                **kw,
-            )
-        return distributed.to_host(found)
 
-    tok = loaded.tokenizer
-    tokens, _ = draw(images)
-    greedy = [(t[0], tok.to_str(t[0].tolist())) for t in tokens]
+def _samples(loaded, row, image, num_samples, temperature, seed, max_new_tokens, fixed):
+    """[dict(answer, logprob)] sampled on one image."""
     if not num_samples:
-        return greedy, []
-    tokens, logprobs = draw(images[:1], num_samples=num_samples, temperature=temperature, seed=seed)
-    return greedy, [dict(answer=tok.to_str(t.tolist()), logprob=float(p.sum())) for t, p in zip(tokens[0], logprobs[0])]
+        return []
+    kw = dict(num_samples=num_samples, temperature=temperature, seed=seed)
+    tokens, logprobs = _draw(loaded, row, [image], max_new_tokens, fixed, **kw)
+    to_str = loaded.tokenizer.to_str
+    return [dict(answer=to_str(t.tolist()), logprob=float(p.sum())) for t, p in zip(tokens[0], logprobs[0])]
+
+
+def _draw(loaded, row, images, max_new_tokens, fixed, **kw):
+    with sharding.rules(loaded.config, loaded.mesh):
+        found = decode.generate(
+            loaded.model,
+            loaded.params,
+            decode.batch_of([{**row, "image": image} for image in images]),
+            eos_token=loaded.tokenizer.stop_tokens,
+            max_new_tokens=max_new_tokens,
+            whole_text=fixed,
+            **kw,
+        )
+    return distributed.to_host(found)
 
 
 def _about(loaded, made, answer_ids, num_samples, temperature, seed):

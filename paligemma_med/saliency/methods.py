@@ -64,7 +64,7 @@ def _relevancy(passes: Passes, progress=None) -> list[Map]:
     seq = passes.seq
     # Without the 1 that each row starts from, which would dominate the rest.
     found = relevancy.relevancy(
-        passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False, progress=progress
+        passes.model, passes.params, seq.batch, seq.queries, seq.tokens, own=False, least=seq.least, progress=progress
     )
     rows = found.rows[:, : seq.response.stop]
     carried = np.concatenate([found.patches, rows[:, seq.patches :]], axis=1)

@@ -217,7 +217,7 @@ def scorer(model, params, seq) -> Callable:
       before r), teacher-forced in one pass.
     """
     inputs = {k: x for k, x in trace.inputs(seq.batch).items() if k != "image"}
-    places, tokens = trace.padded(seq.places), trace.padded(seq.tokens)
+    places, tokens = (trace.padded(x, seq.least) for x in (seq.places, seq.tokens))
 
     def score(images):
         out = _logprobs(model, params, jnp.asarray(images, jnp.float32), inputs, places[None], tokens)

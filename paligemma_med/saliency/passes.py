@@ -80,7 +80,7 @@ class Passes:
     def attention(self) -> Attention:
         """One pass without gradients."""
         seq, count = self.seq, len(self.seq.queries)
-        arrays, queries = trace.inputs(seq.batch), trace.padded(seq.queries)
+        arrays, queries = trace.inputs(seq.batch), trace.padded(seq.queries, seq.least)
         found = _streamed(self.model, self.params, arrays, queries, tuple(self.variants))
         rows, rolled, *rest = jax.device_get(found)
         logprobs, tokens, p = (x[:count] for x in rest)

@@ -45,7 +45,7 @@ class Relevancy(NamedTuple):
 
 
 def relevancy(
-    model, params, batch, queries, tokens, *, score="logit", own=True, together=None, progress=None
+    model, params, batch, queries, tokens, *, score="logit", own=True, together=None, least=0, progress=None
 ) -> Relevancy:
     """Relevancy of every position, and of every input patch, for each of R tokens.
 
@@ -69,6 +69,7 @@ def relevancy(
         shrinks with 1 - p, and near p = 1 only paths through a single layer are left.
       own: False leaves out the 1 that a row starts with.
       together: tokens in a backward pass; by default up to TOGETHER, as memory allows.
+      least: as of `sequence.Sequence`; the same programs then do for fewer tokens, too.
       progress: called after each backward pass with how many of the tokens are done, and R.
 
     Returns:
@@ -88,10 +89,10 @@ def relevancy(
     queries = trace.of(model, arrays).check_queries(queries)
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise ValueError(f"Tokens {tokens.tolist()} are not in the vocabulary of {model.vocab_size}.")
-    queries, tokens = (trace.padded(x) for x in (queries, tokens))
+    queries, tokens = (trace.padded(x, least) for x in (queries, tokens))
     model, found = _lean(model), []
     pull = _forward(model, params, arrays, queries, tokens, score=score)
-    for chosen in _chunks(count, together or _together(model, arrays)):
+    for chosen in _chunks(count, together or _together(model, arrays), least):
         rows = _backward(model, params, pull, arrays, queries, chosen, own=own)
         found.append(jax.device_get(rows))
         if progress is not None:
@@ -132,10 +133,10 @@ def _together(model, batch):
     return max(1, min(TOGETHER, _HELD // held))
 
 
-def _chunks(count, size):
+def _chunks(count, size, least=0):
     """Yields int32[size] numbers of tokens below `count`; the last is filled up by repeating the last token. A size
-    that is larger than `count` is the next power of two, so that few programs are compiled."""
-    size = min(size, 1 << (count - 1).bit_length())
+    that is larger than `count`, or `least`, is the next power of two, so that few programs are compiled."""
+    size = min(size, 1 << (max(count, least) - 1).bit_length())
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
 

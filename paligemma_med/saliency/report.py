@@ -92,6 +92,8 @@ def measure(
     methods=tuple(METHODS),
     fill="blur",
     batch_size=BATCH,
+    pad_to=None,
+    least=0,
     stage=lambda doing: contextlib.nullcontext(),
 ) -> tuple[Arrays, Callable]:
     """The arrays of one answer.
@@ -103,6 +105,7 @@ def measure(
       methods: some of METHODS; raw attention is always there.
       fill: of occluded cells, see `occlusion.fill_image`.
       batch_size: images in a pass of occlusion.
+      pad_to, least: as `sequence.make` takes them: given both, all answers up to these lengths have the same programs.
       stage: gives a context for each of its parts, from a phrase such as "computing maps by rollout"; for a caller
         that says what is being done. Its value, if it isn't None, is called with how many equal parts are done, and
         of how many.
@@ -117,7 +120,9 @@ def measure(
         raise ValueError(f"methods has {unknown}; expected some of {list(METHODS)}.")
     if fill not in occlusion.FILLS:
         raise ValueError(f"fill is {fill!r}; expected one of {list(occlusion.FILLS)}.")
-    seq = sequence.make(model, prompt_ids, answer_ids, image, mask_ar=mask_ar, image_at=image_at)
+    seq = sequence.make(
+        model, prompt_ids, answer_ids, image, mask_ar=mask_ar, image_at=image_at, pad_to=pad_to, least=least
+    )
     score = occlusion.scorer(model, params, seq)
     cell = -(-max(seq.grid) // CELLS)
     passes = Passes(

@@ -19,6 +19,7 @@ class Sequence:
       prompt: slice of a map's columns (see `trace`).
       response: slice of a map's columns, those of the answer's tokens.
       queries: int32[R] positions of the sequence that predict them.
+      least: rows that programs are made for, at least, whatever R is (`trace.padded`).
     """
 
     batch: dict
@@ -26,6 +27,7 @@ class Sequence:
     prompt: slice
     response: slice
     queries: np.ndarray
+    least: int = 0
 
     @property
     def patches(self) -> int:
@@ -61,7 +63,7 @@ def ended(answer_ids, stop_tokens) -> np.ndarray:
     return answer[: ends[0] + 1] if ends.size else answer
 
 
-def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_to=None) -> Sequence:
+def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_to=None, least=0) -> Sequence:
     """Puts a prompt and an answer into one sequence.
 
     Args:
@@ -73,6 +75,7 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
         it is causal; see `splice.make_attn_mask`.
       image_at: how many of the prompt's tokens come before the image; None: the image is in front.
       pad_to: T. By default the next multiple of 16, so that few programs are compiled.
+      least: of the `Sequence`.
 
     Raises:
       ValueError: no answer, an image that isn't [H, W, 3] or that lies outside the prompt,
@@ -107,4 +110,5 @@ def make(model, prompt_ids, answer_ids, image, *, mask_ar=0, image_at=None, pad_
         prompt=slice(example.patches, middle),
         response=slice(middle, end),
         queries=example.layout.query(np.arange(prompt.size, length)[None])[0].astype(np.int32),
+        least=least,
     )

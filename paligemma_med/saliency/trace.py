@@ -138,6 +138,7 @@ def inputs(batch) -> dict:
     return {k: np.asarray(batch[k]) for k in INPUTS if k in batch}
 
 
-def padded(x) -> np.ndarray:
-    """[R, …] with its last row repeated to fill up to a multiple of MULTIPLE."""
-    return np.pad(x, [(0, -len(x) % MULTIPLE)] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
+def padded(x, least=0) -> np.ndarray:
+    """[R, …] with its last row repeated to fill up to a multiple of MULTIPLE that is `least` or more."""
+    rows = -(-max(len(x), least) // MULTIPLE) * MULTIPLE
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
