@@ -26,7 +26,7 @@ BATCH, SLOW_BATCH = 32, 4  # questions; the latter with large weights on a CPU, 
 ENCODED = 8  # images in a pass of the tower
 KEPT = 2**29  # bytes of image tokens, on the host
 # Ops that make of an image another one, and read nothing else.
-_OF_IMAGES = ("decode", "resize", "value_range")
+_OF_IMAGES = ("window", "decode", "resize", "value_range")
 # What a prompt must not be made of, even if its template says so.
 _TRUTH = ("answer", "suffix", "answer_letter")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from paligemma_med.pp import windows
+
 Note = Callable[[str], None]
 
 
@@ -19,18 +21,20 @@ class DicomError(ValueError):
     """A DICOM file that can't be read; one sentence says why."""
 
 
-def show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
-    """0..1 of a grey image's first frame, float64.
+def show(ds: Any, values: np.ndarray, note: Note, frame: int = 0, chosen: windows.Window | None = None) -> np.ndarray:
+    """0..1 of a frame of a grey image, float64.
 
     Args:
       ds: the pydicom Dataset.
       values: as stored, of any shape, each that occurs once at least: where is no matter.
       note: called with a sentence for each thing that had to be passed over or assumed.
+      frame: whose functional groups count, from 0.
+      chosen: a window in place of the file's.
 
     Raises:
       DicomError: no value is a number.
     """
-    x = _modality(ds, values, note)
+    x = _modality(ds, values, note, frame)
     inside = np.isfinite(x)
     if not inside.any():
         raise DicomError("a DICOM file with pixel values that are not numbers")
@@ -38,7 +42,7 @@ def show(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
     if picture.any():
         inside = picture
 
-    y = _voi(ds, x, inside, note)
+    y = window(x, chosen.center, chosen.width) if chosen else _voi(ds, x, inside, note, frame)
     if y is None:
         bits = int(ds.get("BitsStored") or 16)
         if bits <= 8 and values.dtype.kind == "u" and np.array_equal(x, values):
@@ -82,6 +86,19 @@ def window(values: np.ndarray, center: float, width: float, kind: str = "LINEAR"
     if kind == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (x - center) / width, -700, 700)))
     raise DicomError(f"VOI LUT function {kind!r}; expected LINEAR, LINEAR_EXACT or SIGMOID")
+
+
+def is_in_hounsfield_units(ds: Any, frame: int = 0) -> bool:
+    """Whether a frame is a CT's, with a rescale that isn't said to be to other units.
+
+    A CT's secondary captures (8 bits, as a screen showed them) have none.
+    """
+    if str(ds.get("Modality") or "").strip().upper() != "CT":
+        return False
+    for item in _groups(ds, "PixelValueTransformationSequence", frame):
+        if _number(item, "RescaleIntercept") is not None:
+            return str(item.get("RescaleType") or "HU").strip().upper() == "HU"
+    return False
 
 
 def look_up(values: np.ndarray, descriptor: Any, data: Any, little: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +150,7 @@ def full_scale(table: np.ndarray, bits: int) -> int:
     return 2**bits - 1
 
 
-def _modality(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
+def _modality(ds: Any, values: np.ndarray, note: Note, frame: int) -> np.ndarray:
     """float64: the scanner's units, by table or by slope and intercept."""
     for item in _items(ds, "ModalityLUTSequence"):
         try:
@@ -141,7 +158,7 @@ def _modality(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
         except DicomError:
             note("its modality LUT is empty and was passed over")
     x = values.astype(np.float64)
-    for item in _groups(ds, "PixelValueTransformationSequence"):
+    for item in _groups(ds, "PixelValueTransformationSequence", frame):
         slope, intercept = _number(item, "RescaleSlope"), _number(item, "RescaleIntercept")
         if slope == 0 or (slope is not None and not math.isfinite(slope)):
             note("its rescale slope is 0 or no number and was taken as 1")
@@ -154,14 +171,14 @@ def _modality(ds: Any, values: np.ndarray, note: Note) -> np.ndarray:
     return x
 
 
-def _voi(ds: Any, x: np.ndarray, inside: np.ndarray, note: Note) -> np.ndarray | None:
+def _voi(ds: Any, x: np.ndarray, inside: np.ndarray, note: Note, frame: int) -> np.ndarray | None:
     """The first window that shows anything `inside`, else the first such VOI LUT, else None."""
     flat = x[inside].min() == x[inside].max()
 
     def shows(y: np.ndarray) -> bool:  # neither all black nor all white
         return flat or not (y[inside].max() < 0.5 / 255 or y[inside].min() >= 1 - 0.5 / 255)
 
-    for center, width, kind in _windows(ds):
+    for center, width, kind in _windows(ds, frame):
         try:
             y = window(x, center, width, kind)
         except DicomError:
@@ -170,7 +187,7 @@ def _voi(ds: Any, x: np.ndarray, inside: np.ndarray, note: Note) -> np.ndarray |
         if shows(y):
             return y
         note("a window that shows none of the picture's values was passed over")
-    for groups in _groups(ds, "FrameVOILUTSequence"):
+    for groups in _groups(ds, "FrameVOILUTSequence", frame):
         for item in _items(groups, "VOILUTSequence"):
             try:
                 found, table = _table(item, x, ds)
@@ -184,9 +201,9 @@ def _voi(ds: Any, x: np.ndarray, inside: np.ndarray, note: Note) -> np.ndarray |
     return None
 
 
-def _windows(ds: Any) -> Iterator[tuple[float, float, str]]:
-    """(centre, width, function) of every window: the first frame's, those for all frames, the file's."""
-    for item in _groups(ds, "FrameVOILUTSequence"):
+def _windows(ds: Any, frame: int) -> Iterator[tuple[float, float, str]]:
+    """(centre, width, function) of every window: the frame's, those for all frames, the file's."""
+    for item in _groups(ds, "FrameVOILUTSequence", frame):
         kind = str(item.get("VOILUTFunction") or "LINEAR").upper()
         for center, width in zip(_numbers(item, "WindowCenter"), _numbers(item, "WindowWidth")):
             yield center, width, kind
@@ -207,11 +224,11 @@ def _table(item: Any, values: np.ndarray, ds: Any) -> tuple[np.ndarray, np.ndarr
     return look_up(values, item.get("LUTDescriptor"), item.get("LUTData"), little)
 
 
-def _groups(ds: Any, name: str) -> Iterator[Any]:
-    """Where an element of the functional group `name` can stand: first frame, all frames, the file itself."""
-    for frames in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        for groups in _items(ds, frames)[:1]:
-            yield from _items(groups, name)
+def _groups(ds: Any, name: str, frame: int) -> Iterator[Any]:
+    """Where an element of the functional group `name` can stand: the frame, all frames, the file itself."""
+    own = _items(ds, "PerFrameFunctionalGroupsSequence")[frame : frame + 1]
+    for groups in own + _items(ds, "SharedFunctionalGroupsSequence")[:1]:
+        yield from _items(groups, name)
     yield ds
 
 

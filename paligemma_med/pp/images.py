@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from paligemma_med.pp import dicom, files
+from paligemma_med.pp import dicom, files, windows
 
 # Formats that PIL decodes itself. For others it starts outside programs (EPS runs Ghostscript), or
 # they are too rare to justify their attack surface on files from strangers.
@@ -52,7 +52,7 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def to_rgb(content: bytes) -> np.ndarray:
+def to_rgb(content: bytes, *, window: windows.Window | None = None) -> np.ndarray:
     """uint8[H, W, 3] of encoded bytes.
 
     Grey is repeated, palettes are looked up, CMYK is converted (Adobe's inverted JPEGs too). 16-bit
@@ -63,13 +63,13 @@ def to_rgb(content: bytes) -> np.ndarray:
     orientation is obeyed, as by viewers and Hugging Face (TensorFlow ignores it). DICOM: see
     `dicom.decode`.
 
-    What the decoder assumed is logged, each thing once a process.
+    What the decoder assumed is logged, each thing once a process. `window` is for DICOM alone.
 
     Raises:
       ImageError: not an image, damaged, cut off, more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or
         values of unknown range (floats, negative or above 65535).
     """
-    found = decode(content)
+    found = decode(content, window=window)
     for note in found.notes:
         _tell(note)
     return found.rgb
@@ -95,14 +95,14 @@ def _tell(note: str) -> None:
     logging.getLogger(__name__).warning("an image: %s (told once)", note)
 
 
-def decode(content: bytes) -> Decoded:
+def decode(content: bytes, *, frame: int = 0, window: windows.Window | None = None) -> Decoded:
     """Like `to_rgb`, and how the image was stored. The same for builds, training and programs, so that
     what one accepts no other refuses."""
     if files.is_lfs_pointer(content):
         raise ImageError(files.lfs_message("an image"))
     try:
         if dicom.is_dicom(content):
-            rgb, notes = dicom.decode(content)
+            rgb, notes = dicom.decode(content, frame=frame, window=window)
             return Decoded(rgb, False, notes)
         if content[:4] == b"\x89PNG":
             with open_image(content) as image:

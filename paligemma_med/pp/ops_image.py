@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from paligemma_med.pp import images
+from paligemma_med.pp import dicom, images, windows
 from paligemma_med.pp.registry import need_rng, on_key, register
 
 
@@ -40,6 +40,31 @@ def decode(channels=3, precise=True) -> Callable:
         if isinstance(image, (bytes, bytearray, memoryview)):
             return images.to_rgb(bytes(image))
         raise ValueError(f"expected encoded bytes or a uint8 array, found {type(image).__name__}: {image!r:.80}")
+
+    return fn
+
+
+@register("window")
+@on_key()
+def window(window, width=None) -> Callable:
+    """Decodes encoded DICOM with a window in place of its own; comes before `decode`, which leaves the result as it is.
+
+    `window("brain")`: a preset in Hounsfield units (`windows.PRESETS`), for CT alone; `window(40, 80)`: centre and
+    width in the file's own units. Other images, whose grey values mean nothing any more, go on to `decode` unchanged,
+    and DICOM that has no such units keeps its own window, of which a warning tells.
+    """
+    chosen = windows.parse(window if width is None else (window, width))
+    if chosen is None:
+        raise ValueError("expected a window's name, or its centre and width")
+
+    def fn(image, rng):
+        del rng
+        if isinstance(image, np.ndarray) and image.dtype == object and image.ndim == 0:
+            image = image.item()
+        if not isinstance(image, (bytes, bytearray, memoryview)):
+            raise ValueError(f"expected encoded bytes, found {type(image).__name__}; window comes before decode")
+        image = bytes(image)
+        return images.to_rgb(image, window=chosen) if dicom.is_dicom(image) else image
 
     return fn
 

@@ -18,7 +18,7 @@ def make(pixels, *, bits=16, kind="MONOCHROME2", preamble=True, syntax=ExplicitV
 
     Args:
       pixels: [H, W], [frames, H, W] or, for colours, [H, W, 3].
-      frame: bytes of the compressed frame, if `syntax` is a compressed one.
+      frame: bytes of the compressed frame, or a list of them, if `syntax` is a compressed one.
       **elements: values or DataElements, by keyword; None leaves one empty.
     """
     pixels = np.asarray(pixels)
@@ -49,7 +49,7 @@ def make(pixels, *, bits=16, kind="MONOCHROME2", preamble=True, syntax=ExplicitV
         ds.PixelData = data + b"\0" * (len(data) % 2)
         ds["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
     else:
-        ds.PixelData = encapsulate([frame])
+        ds.PixelData = encapsulate([frame] if isinstance(frame, bytes) else frame)
         ds["PixelData"].VR = "OB"
     out = io.BytesIO()
     ds.save_as(out, enforce_file_format=preamble)
