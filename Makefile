@@ -24,7 +24,7 @@ PYTEST = $(PY) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 PIP_INSTALL = $(PY) -m pip install --no-input --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-all lint format docs clean
 
 help:
 	@echo "make quickstart   install, then build data, train, evaluate and predict on embedded data"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all     the same with the slow tests"
 	@echo "make lint         ruff check and format check"
 	@echo "make format       let ruff rewrite the files"
+	@echo "make docs         install what makes the docs site, then make it in site/"
 	@echo "make clean        remove the environment and caches"
 
 quickstart: $(VENV)/.stamp-run
@@ -51,8 +52,12 @@ format: $(VENV)/.stamp-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# Reads the code, and imports none of it: the package itself isn't installed.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -68,3 +73,8 @@ $(VENV)/.stamp-run: pyproject.toml | $(PY)
 $(VENV)/.stamp-dev: pyproject.toml | $(PY)
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-run
+
+# What extra `docs` asks for.
+$(VENV)/.stamp-docs: pyproject.toml | $(PY)
+	$(PIP_INSTALL) $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@

@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FOLDERS = ("configs", "data_prep", "tools")
-LEFT_OUT = ("tools/bench", "tools/random_kills.py")  # they measure and test a checkout
+LEFT_OUT = ("tools/bench", "tools/random_kills.py", "tools/docs_site.py")  # of use in a checkout alone
 
 
 class BuildWithPrograms(build_py):

@@ -53,11 +53,11 @@ def score_choices(model, params, batch, choices, tokenizer, *, eos=True) -> tupl
 
     Args:
       model, params, batch: as for `decode.generate`.
-      choices: [question][option] texts, of the batch's first rows.
+      choices: a list of texts for each of the batch's first rows.
       tokenizer, eos: as for `encode_options`.
 
     Returns:
-      (logprobs, lengths), each [question][option]: sums over the option's tokens, and how many
+      (logprobs, lengths), both lists like `choices`: sums over an option's tokens, and how many
       tokens it has. The model's choice is the largest sum, or the largest mean (sum over length), under
       which long options lose less.
     """

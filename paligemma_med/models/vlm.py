@@ -32,7 +32,8 @@ class Model(nn.Module):
       lora: adapters, [(regex, dict(rank=…, …)), …] as for `lora.as_rules`.
       connector: dict(kind=…, …) of `connector.KINDS`; None: the tower's own head projects its tokens.
       image_ar: how image tokens see each other, one of `splice.IMAGE_AR`.
-      img_model, llm_model: names of the parts' families (`parts.FAMILIES`).
+      img_model: name of the tower's family (`parts.FAMILIES`).
+      llm_model: name of the language model's.
     """
 
     img: dict | None = None
