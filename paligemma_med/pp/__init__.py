@@ -4,7 +4,7 @@
 source into what the model reads. Nothing here imports TensorFlow, JAX or the model.
 """
 
-from paligemma_med.pp import ops_general, ops_image, ops_text  # noqa: F401  they register their ops
+from paligemma_med.pp import ops_boxes, ops_general, ops_image, ops_text  # noqa: F401  they register their ops
 from paligemma_med.pp.registry import PreprocessFn
 
 __all__ = ["get_preprocess_fn"]

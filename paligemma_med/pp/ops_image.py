@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma_med.pp import dicom, images, windows
-from paligemma_med.pp.registry import need_rng, on_key, register
+from paligemma_med.pp.registry import Op, get, need_rng, on_key, register, resolve_keys
 
 
 @register("decode")
@@ -172,7 +172,6 @@ def _weights(size_in: int, size_out: int, antialias: bool, method: str) -> np.nd
 
 
 @register("inception_crop")
-@on_key()
 def inception_crop(
     size=None,
     area_min=5,
@@ -181,14 +180,21 @@ def inception_crop(
     aspect_max=1.33,
     method="bilinear",
     antialias=False,
-) -> Callable:
+    *,
+    min_cover=0.5,
+    key=None,
+    inkey=None,
+    outkey=None,
+) -> Op:
     """Cuts out a random rectangle and, if `size` is given, resizes it. Needs an rng.
 
     Args:
-        size: as for `resize`; None leaves the cut-out as it is.
-        area_min, area_max: its area in percent of the image's, uniform.
-        aspect_min, aspect_max: its width over its height, log-uniform (defaults: TF's).
-        method, antialias: as for `resize`.
+      size: as for `resize`; None leaves the cut-out as it is.
+      area_min, area_max: its area in percent of the image's, uniform.
+      aspect_min, aspect_max: its width over its height, log-uniform (defaults: TF's).
+      method, antialias: as for `resize`.
+      min_cover: where the example has boxes (`objects`), they move with the image; a rectangle that leaves any of them
+        less than this share of its area is drawn again.
 
     A rectangle that doesn't fit is drawn again, up to ten times; then the whole image is taken. A small
     area_min can cut away the finding that the question is about: 50 or more is safer than 5.
@@ -197,25 +203,42 @@ def inception_crop(
         raise ValueError(f"expected 0 < area_min <= area_max <= 100, found {area_min}, {area_max}")
     if not 0 < aspect_min <= aspect_max:
         raise ValueError(f"expected 0 < aspect_min <= aspect_max, found {aspect_min}, {aspect_max}")
+    if not 0 < min_cover <= 1:
+        raise ValueError(f"expected 0 < min_cover <= 1, found {min_cover}")
+    source, target = resolve_keys(key, inkey, outkey, "image")
     to_size = None if size is None else resize(size, method, antialias, key="image")
 
-    def fn(image, rng):
-        rng, image = need_rng(rng), _check_image(image)
-        y, x, h, w = _random_box(image.shape[0], image.shape[1], rng)
+    def op(data, rng):
+        rng, image = need_rng(rng), _check_image(get(data, source))
+        boxes = data["objects"]["bbox"] if "objects" in data else np.zeros((0, 4), np.float32)
+        (y, x, h, w), boxes = _random_box(image.shape[0], image.shape[1], boxes, rng)
         image = image[y : y + h, x : x + w]
-        return image if to_size is None else to_size({"image": image}, rng)["image"]
+        data[target] = image if to_size is None else to_size({"image": image}, rng)["image"]
+        if len(boxes):
+            data["objects"] = data["objects"] | {"bbox": boxes}
+        return data
 
-    def _random_box(height, width, rng):
+    def _random_box(height, width, boxes, rng):
         for _ in range(10):
             area = height * width * rng.uniform(area_min, area_max) / 100
             aspect = np.exp(rng.uniform(np.log(aspect_min), np.log(aspect_max)))
             h, w = round(np.sqrt(area / aspect)), round(np.sqrt(area * aspect))
             if 0 < h <= height and 0 < w <= width:
                 y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)
-                return int(y), int(x), h, w
-        return 0, 0, height, width
+                moved, covers = _boxes_in(boxes, y / height, x / width, h / height, w / width)
+                if (covers >= min_cover).all():
+                    return (int(y), int(x), h, w), moved
+        return (0, 0, height, width), boxes
 
-    return fn
+    return op
+
+
+def _boxes_in(boxes, y, x, h, w):
+    """Boxes float32[n, 4] in shares of an image as shares of a part of it, and how much of the area of each is left."""
+    low, size = np.array([y, x], np.float64), np.array([h, w], np.float64)
+    corners = np.clip((boxes.reshape(-1, 2, 2) - low) / size, 0, 1)
+    left = np.prod(np.diff(corners, axis=1)[:, 0] * size, axis=1)
+    return corners.reshape(-1, 4).astype(np.float32), left / np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
 
 
 def _shift(image: np.ndarray, change) -> np.ndarray:

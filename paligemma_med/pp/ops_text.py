@@ -15,7 +15,7 @@ from paligemma_med.pp.registry import Op, get, on_key, register, resolve_keys
 from paligemma_med.pp.tokenizer import get_tokenizer
 
 
-def _as_str(value, what: str) -> str:
+def as_str(value, what: str) -> str:
     """The string that `value` is, or a ValueError. Bytes are read as UTF-8."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
@@ -29,14 +29,14 @@ def _as_str(value, what: str) -> str:
 def _show(value, key: str) -> str:
     """How `strfmt` writes a value: strings as they are, numbers, vectors as `[1 2 3]`."""
     if isinstance(value, (str, bytes)):
-        return _as_str(value, f"key {key!r}")
+        return as_str(value, f"key {key!r}")
     array = np.asarray(value)
     if array.dtype.kind in "biuf" and array.ndim == 0:
         return str(array.item())
     if array.dtype.kind in "biufU" and array.ndim == 1:
         return "[" + " ".join(str(v) for v in array.tolist()) + "]"
     if array.dtype.kind in "OSU" and array.ndim == 0:
-        return _as_str(array.item(), f"key {key!r}")
+        return as_str(array.item(), f"key {key!r}")
     raise ValueError(f"key {key!r} is neither a string, a number nor a vector: {value!r}")
 
 
@@ -72,8 +72,8 @@ def lower() -> Callable:
     def fn(text, rng):
         del rng
         if isinstance(text, (list, tuple)) or np.ndim(text) > 0:
-            return [_as_str(t, "each entry").lower() for t in text]
-        return _as_str(text, "the value").lower()
+            return [as_str(t, "each entry").lower() for t in text]
+        return as_str(text, "the value").lower()
 
     return fn
 
@@ -86,7 +86,7 @@ def strip() -> Callable:
 
     def fn(text, rng):
         del rng
-        return _as_str(text, "the value").strip()
+        return as_str(text, "the value").strip()
 
     return fn
 
@@ -101,7 +101,7 @@ def blip_text(max_words=50) -> Callable:
 
     def fn(text, rng):
         del rng
-        text = re.sub(r'[.!"()*#:;~]', " ", _as_str(text, "the value").lower())
+        text = re.sub(r'[.!"()*#:;~]', " ", as_str(text, "the value").lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         return " ".join(text.split(" ")[:max_words])
 
@@ -119,7 +119,7 @@ def strjoin(glue, axis=None) -> Callable:
         del rng
         if isinstance(texts, (str, bytes)):
             raise ValueError(f"expected a list of strings, found one string {texts!r}")
-        return glue.join(_as_str(t, "each entry") for t in np.asarray(texts, object).ravel())
+        return glue.join(as_str(t, "each entry") for t in np.asarray(texts, object).ravel())
 
     return fn
 
@@ -216,12 +216,12 @@ def tok(model, length=None, *, bos="no", eos="no", special="no", text=None, key=
         ids = np.asarray(ids, np.int32)
         return _to_length(ids, length, eos == "sticky", tokenizer.pad_token)
 
-    constant = None if text is None else tokens_of(_as_str(text, "text="))
+    constant = None if text is None else tokens_of(as_str(text, "text="))
 
     def op(data, rng):
         del rng
         if constant is None:
-            tokens, cut = tokens_of(_as_str(get(data, source), f"key {source!r}"))
+            tokens, cut = tokens_of(as_str(get(data, source), f"key {source!r}"))
         else:
             tokens, cut = constant
         data[target] = tokens

@@ -9,6 +9,7 @@
     bpe                                 a tokenizer.json of LLaMA 3, BLOOM, SmolLM2 or another byte-level one
     bpe(bos="<s>", eos="</s>", pad="<pad>", stop=("<|eot_id|>",), size=250880)
     tiny                                1,024 pieces, for models trained here
+    tiny(tokensets=("loc",))            the same with `<loc0000>`… from 1024: 2,048 tokens
 
 All but `tiny` take model="/path/to/file", a SentencePiece `.model`, a tokenizer.json or tokenizer.json.gz; without it,
 an environment variable names the file: PALIGEMMA_TOKENIZER, GEMMA3_TOKENIZER, LLAMA_TOKENIZER, BPE_TOKENIZER. A special
@@ -186,10 +187,13 @@ def get_tokenizer(spec: str) -> Tokenizer:
         FileNotFoundError: no file; says where to get it.
     """
     name, args, kwargs = registry.parse_call(spec)
-    if name == "tiny" and not args and not kwargs:
-        return _tiny()
+    if name == "tiny" and not args and not {*kwargs} - {"tokensets"}:
+        sets = kwargs.get("tokensets") or ()
+        return _tiny((sets,) if isinstance(sets, str) else tuple(sets))
     if name not in _READERS:
-        known = ", ".join(["tiny", 'gemma(tokensets=("loc","seg"), model="path")', *list(_READERS)[1:]])
+        known = ", ".join(
+            ["tiny", 'tiny(tokensets=("loc",))', 'gemma(tokensets=("loc","seg"), model="path")', *list(_READERS)[1:]]
+        )
         raise ValueError(f"unknown tokenizer {spec!r}; known: {known}")
     reader, names = _READERS[name]
     values = dict(zip(names, args)) | kwargs
@@ -205,7 +209,7 @@ def get_tokenizer(spec: str) -> Tokenizer:
 
 
 @functools.cache
-def _tiny() -> Tokenizer:
+def _tiny(tokensets: tuple[str, ...] = ()) -> Tokenizer:
     model = importlib.resources.files("paligemma_med.pp") / "tiny_tokenizer.model"
     found = tokenizer_files.read_sentencepiece(model.read_bytes())
     mark = tokenizer_files.SPACE
@@ -219,7 +223,9 @@ def _tiny() -> Tokenizer:
             ids += [*in_bytes, *found.encode(part)]
         return ids
 
-    return Tokenizer(encode, found.surfaces, found.special)
+    sets = _tokenset_ids(tokensets, first=len(found.surfaces))
+    surfaces = [*found.surfaces, *(token.encode() for token in sets)]
+    return Tokenizer(encode, surfaces, found.special, tokensets=sets)
 
 
 @functools.cache
@@ -324,14 +330,14 @@ def _id(special, name, path):
     return special[name]
 
 
-def _tokenset_ids(tokensets: tuple[str, ...]) -> dict[str, int]:
-    """Token -> id of the named sets, which must follow Gemma's pieces without a gap."""
+def _tokenset_ids(tokensets: tuple[str, ...], first: int = GEMMA_PIECES) -> dict[str, int]:
+    """Token -> id of the named sets, which must follow the `first` pieces, Gemma's or others, without a gap."""
     if unknown := [name for name in tokensets if name not in TOKENSETS]:
         raise ValueError(f"unknown token sets {unknown}; known: {list(TOKENSETS)}")
     if "seg" in tokensets and "loc" not in tokensets:
         raise ValueError('tokenset "seg" needs "loc" too: its ids follow those of "loc"')
     ids = {}
-    for name, (first, tokens) in TOKENSETS.items():
+    for name, (of_gemma, tokens) in TOKENSETS.items():
         if name in tokensets:
-            ids |= {token: first + i for i, token in enumerate(tokens)}
+            ids |= {token: of_gemma - GEMMA_PIECES + first + i for i, token in enumerate(tokens)}
     return ids

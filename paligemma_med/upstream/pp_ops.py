@@ -173,9 +173,9 @@ class Tokenizer(ops_text.SentencepieceTokenizer):
 
 
 @Registry.register("tokenizers.tiny")
-def get_tokenizer_tiny() -> Tokenizer:
+def get_tokenizer_tiny(tokensets=()) -> Tokenizer:
     """The tokenizer that ships with paligemma_med."""
-    return Tokenizer("tiny")
+    return Tokenizer(f"tiny(tokensets={tuple(tokensets)!r})")
 
 
 @Registry.register("tokenizers.gemma", replace=True)

@@ -87,3 +87,9 @@ def test_tokenizers_on_slake(run_python, real_data, tmp_path):
     gemma_model.write(gemma_json, model)
     out = run_python("-m", "tests.upstream.compare_ops", tmp_path / "texts.json", gemma_json, model)
     assert out.count(f"agree on {len(texts) + 1} texts, 257152 tokens") == 2
+
+
+@pytest.mark.big_vision
+@pytest.mark.slow
+def test_boxes_have_the_same_text(run_python):
+    assert "the same text for 502 boxes" in run_python("-m", "tests.upstream.compare_boxes")
