@@ -42,19 +42,12 @@ def objects(inkey="boxes", image="image") -> Op:
             raise ValueError(
                 f"key {inkey!r} has {len(labels)} labels and the boxes {pixels.tolist()}; expected one each"
             )
-        shares, which = boxes_lib.from_pixels(pixels, *_size(bytes(encoded)))
+        shares, which = boxes_lib.from_pixels(pixels, *images.size(bytes(encoded)))
         order = np.lexsort((shares[:, 1], shares[:, 0]))
         data[OBJECTS] = {"label": [labels[which[i]] for i in order], "bbox": shares[order]}
         return data
 
     return op
-
-
-def _size(encoded):
-    """(height, width) of an image as `decode` makes it."""
-    if images.plain_by_header(encoded):
-        return images.size(encoded)[::-1]
-    return images.to_rgb(encoded).shape[:2]  # turned by EXIF, or DICOM
 
 
 def _column(found, name, key):
