@@ -17,6 +17,7 @@ from paligemma_med.checkpoints import keep
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import eval_names
 from paligemma_med.config import values as config_values
+from paligemma_med.metrics import text_metrics
 from paligemma_med.models import flops
 from paligemma_med.parallel import chips, compilation_cache, distributed, ending, notes, sharding
 from paligemma_med.pp import command_line
@@ -86,7 +87,9 @@ class Run:
         self.total_steps = setup.total_steps
         self.log_every = setup.to_steps(config, "log_training", default=50)
         self.save_every = setup.to_steps(config, "ckpt", default=0)
-        self.best_evaluator, _ = eval_names.split_metric((config.get("keep_best") or {}).get("metric", ""), evaluators)
+        best = (config.get("keep_best") or {}).get("metric", "")
+        self.best_evaluator, _ = eval_names.split_metric(best, evaluators)
+        text_metrics.require(best)
         self.metrics, self.results = {}, {}  # the latest step's, on the devices; each evaluator's latest
 
         self.trace = profiling.Profile(profile, workdir, setup.total_steps)

@@ -14,7 +14,8 @@ figure   acc         equal after `answers.normalise`; the figure of the tables
          and by protocol:
          closed           llava_closed
          open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
-                          bleu (of the corpus), bleu_rows (mean over questions)
+                          bleu (of the corpus), bleu_rows (mean over questions); ROUGE and BLEU where the
+                          extra `text` is installed
         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name no
                           letter); if choices were scored, acc_likelihood and acc_likelihood_token
 
@@ -168,7 +169,7 @@ def _values(rows, who, protocol):
     if protocol == "closed":
         out["llava_closed"] = each(protocols.llava_med_closed)
     elif protocol == "open":
-        for metric in text_metrics.METRICS:
+        for metric in text_metrics.installed():
             out |= _text_metric(metric, pairs)
     elif protocol == "multiple_choice":
         out |= _choices(rows, samples, who)

@@ -2,7 +2,7 @@
 
 They are here because others report them. Their limits: an answer that echoes the question scores as
 well as the paper's model (reference/medm.md, 4), "no mass" is close to "mass", and a one-word answer is
-all or nothing. Compare them with the controls.
+all or nothing. Compare them with the controls. ROUGE and BLEU take packages of the extra `text`.
 
 Each function takes N predictions and N answers (one reference each) and returns one number per row. All
 are fractions, 0 to 1, except CIDEr, 0 to 10. `METRICS`, at the end, lists those that every evaluation
@@ -10,8 +10,12 @@ of open answers computes; `score` is for any list of answers.
 """
 
 import collections
+import functools
+import importlib
+import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ from paligemma_med.metrics import answers as forms
 from paligemma_med.metrics import protocols
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
+_PACKAGES = {"rouge_score": "ROUGE", "sacrebleu": "BLEU"}  # of the extra `text`: {module: what it computes}
 
 
 def score(predictions, answers, embed=None, meteor_too=False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -61,7 +66,7 @@ def corpus_bleu(predictions, answers) -> float:
       float, 0 to 1: sacrebleu's score / 100.
 
     Raises:
-      ValueError: no rows, lengths that differ, something that isn't a string.
+      ValueError: no rows, lengths that differ, something that isn't a string, or sacrebleu isn't installed.
     """
     predictions, answers = _texts(predictions, answers)
     return _bleu().corpus_score([*map(forms.spaced, predictions)], [[*map(forms.spaced, answers)]]).score / 100
@@ -99,8 +104,7 @@ def bleu_counts(predictions, answers) -> tuple[np.ndarray, np.ndarray]:
 
 def bleu_of_counts(counts) -> float:
     """`corpus_bleu` of rows, from the int[N, 10] of `bleu_counts`."""
-    from sacrebleu.metrics import BLEU
-
+    BLEU = _package("sacrebleu.metrics").BLEU
     *grams, predicted, wanted = np.sum(counts, axis=0).tolist()
     score = BLEU.compute_bleu(grams[:4], grams[4:], predicted, wanted, smooth_method="exp")
     return score.score / 100
@@ -112,9 +116,16 @@ def _sentences(predictions, answers):
 
 
 def _bleu(**settings):
-    from sacrebleu.metrics import BLEU
+    return _package("sacrebleu.metrics").BLEU(**settings)
 
-    return BLEU(**settings)
+
+def _package(module):
+    """A module of the extra `text`, or one sentence."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        name = module.partition(".")[0]
+        raise ValueError(f"{_PACKAGES[name]} comes with pip install 'paligemma_med[text]' ({e}).") from None
 
 
 def rouge(predictions, answers) -> dict[str, np.ndarray]:
@@ -132,8 +143,7 @@ def rouge(predictions, answers) -> dict[str, np.ndarray]:
     Raises:
       ValueError: as `corpus_bleu`.
     """
-    from rouge_score import rouge_scorer
-
+    rouge_scorer = _package("rouge_score.rouge_scorer")
     predictions, answers = _texts(predictions, answers)
     latin = rouge_scorer.RougeScorer(list(ROUGES), use_stemmer=True)
     other = rouge_scorer.RougeScorer(list(ROUGES), tokenizer=_Words())
@@ -320,12 +330,14 @@ class Metric(NamedTuple):
     totals: for a figure that isn't the mean of its rows, {name: function of int[M, K] → float}: the
       score then gives int[N, K] for this name, and the function the figure of any M rows.
     is_of_corpus: whether a row's number depends on the other rows.
+    package: module of the extra `text` that it needs.
     """
 
     titles: Mapping[str, str]
     score: Callable[[list[str], list[str]], Mapping[str, np.ndarray]]
     totals: Mapping[str, Callable[[np.ndarray], float]] = {}
     is_of_corpus: bool = False
+    package: str = ""
 
 
 def _of_pairs(name, function):
@@ -347,11 +359,12 @@ METRICS = (
         {"llava_recall": "LLaVA-Med's recall"},
         _of_pairs("llava_recall", lambda prediction, answer: protocols.llava_med_f1(prediction, answer)[2]),
     ),
-    Metric({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, rouge),
+    Metric({"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}, rouge, package="rouge_score"),
     Metric(
         {"bleu_rows": "BLEU, mean of questions", "bleu": "BLEU of the corpus"},
         _bleu_figures,
         totals={"bleu": bleu_of_counts},
+        package="sacrebleu",
     ),
     # Words are weighted by how rare they are among the answers to all questions.
     Metric(
@@ -363,3 +376,30 @@ METRICS = (
 # Figures that are means of numbers, not shares of questions.
 MEANS = tuple(name for metric in METRICS for name in metric.titles if name not in metric.totals)
 TOTALS = {name: total for metric in METRICS for name, total in metric.totals.items()}
+
+
+def installed() -> tuple[Metric, ...]:
+    """Those of METRICS whose package is installed. Says once which are left out."""
+    missing = lacking()
+    if missing:
+        _say_left_out(missing)
+    return tuple(metric for metric in METRICS if metric.package not in missing)
+
+
+def lacking() -> tuple[str, ...]:
+    """Modules of the extra `text` that aren't installed."""
+    return tuple(name for name in _PACKAGES if importlib.util.find_spec(name) is None)
+
+
+@functools.cache
+def _say_left_out(missing):
+    names = " and ".join(_PACKAGES[name] for name in missing)
+    print(f"Left out: {names}, which pip install 'paligemma_med[text]' adds.", file=sys.stderr, flush=True)
+
+
+def require(figure: str) -> None:
+    """Raises ValueError if a figure asked for by name, such as "val/model/overall/rouge1", can't be computed here."""
+    last = figure.rpartition("/")[2]
+    for metric in METRICS:
+        if metric.package in lacking() and any(last == name or last.startswith(f"{name}_") for name in metric.titles):
+            raise ValueError(f"{figure} needs {_PACKAGES[metric.package]}: pip install 'paligemma_med[text]'.")

@@ -8,13 +8,14 @@ import json
 import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_med.metrics import text_metrics
+from paligemma_med.metrics import scoring, text_metrics
 
 SAID = ["a mass in the left lung", "no", "The heart is enlarged.", "left", "two cysts, both benign"]
 TRUE = ["a large mass in the left lung", "yes", "the heart is not enlarged", "left", "a cyst"]
@@ -255,3 +256,44 @@ def test_meteor_equals_nltk(real_pairs):
     said, true = real_pairs
     expected = [meteor_score([text_metrics.tokens(a)], text_metrics.tokens(p)) for p, a in zip(said, true)]
     assert text_metrics.meteor(said, true) == pytest.approx(expected)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """As where the extra `text` isn't installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("rouge_score", "sacrebleu")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text_metrics._say_left_out.cache_clear()
+    yield
+    text_metrics._say_left_out.cache_clear()
+
+
+def test_without_the_extra_metrics_are_left_out_and_that_is_said(bare, capsys):
+    rows = [dict(question_id=str(i), answer=a, predictions=[p]) for i, (p, a) in enumerate(zip(SAID, TRUE))]
+    found = [scoring.summarise(rows, "open", controls=()) for _ in range(2)]
+    assert found[0] == found[1] and {"model/overall/f1", "model/overall/cider"} <= found[0].keys()
+    assert not [name for name in found[0] if "rouge" in name or "bleu" in name]
+    said = capsys.readouterr().err
+    assert said == "Left out: ROUGE and BLEU, which pip install 'paligemma_med[text]' adds.\n"
+
+
+@pytest.mark.parametrize("call", [text_metrics.rouge, text_metrics.sentence_bleu, text_metrics.score])
+def test_without_the_extra_what_asks_for_them_is_one_sentence(bare, call):
+    with pytest.raises(ValueError, match=r"comes with pip install 'paligemma_med\[text\]'"):
+        call(SAID, TRUE)
+
+
+def test_a_figure_asked_for_by_name(bare):
+    for name in ("val/model/overall/acc", "val/model/overall/f1_low", ""):
+        text_metrics.require(name)
+    for name in ("val/model/overall/rouge1", "val/model/overall/bleu_mean", "val/model/overall/rougeL_low"):
+        with pytest.raises(ValueError, match="needs (ROUGE|BLEU): pip install"):
+            text_metrics.require(name)
+
+
+def test_with_the_extra_all_are_there(capsys):
+    assert text_metrics.installed() == text_metrics.METRICS and text_metrics.lacking() == ()
+    text_metrics.require("val/model/overall/rouge1")
+    assert capsys.readouterr().err == ""

@@ -25,7 +25,7 @@ from tools.report import blocks, contamination, evaluations, paper, pictures, pl
 
 def check_installed() -> None:
     """Raises ValueError if a package of the extra `report` is missing, rather than an hour later."""
-    for name in ("jinja2", "matplotlib", "openpyxl"):
+    for name in ("jinja2", "matplotlib", "openpyxl", "rouge_score", "sacrebleu"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"tools.report needs {name}; pip install 'paligemma_med[report]'")
 

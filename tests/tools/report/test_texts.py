@@ -75,7 +75,7 @@ def test_written_files_are_whole_and_refer_to_each_other(tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().endswith("</html>")
 
 
-@pytest.mark.parametrize("name", ["jinja2", "matplotlib", "openpyxl"])
+@pytest.mark.parametrize("name", ["jinja2", "matplotlib", "openpyxl", "rouge_score", "sacrebleu"])
 def test_a_missing_extra_is_named(monkeypatch, name):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == name else find(x))
