@@ -20,6 +20,7 @@ PROGRAMS = {
     "explain": ("paligemma_med.explain", "a page on what an answer was read from"),
     "report": ("tools.report", "tables, plots and questions of evaluations, as Markdown and HTML"),
     "convert": ("tools.convert_checkpoint", "weights to big_vision, Hugging Face, PEFT, Orbax"),
+    "export_predictions": ("tools.export_predictions", "predictions in the formats of lmms-eval and VLMEvalKit"),
     "judge": ("tools.judge", "have a language model judge the answers of an evaluation"),
     "build": ("data_prep.build", "build a data set for TFDS from files on this machine"),
     "data_report": ("data_prep.report", "what built data sets contain"),

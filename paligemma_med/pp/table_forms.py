@@ -207,8 +207,9 @@ def _remove(path, process):
 # --- Excel ---
 
 
-def xlsx(path: os.PathLike | str) -> tuple[Spooled, list[str]]:
-    """(the first sheet of a workbook, what is to be said about it). Values of formulas are those last saved.
+def xlsx(path: os.PathLike | str, formulas: bool = False) -> tuple[Spooled, list[str]]:
+    """(the first sheet of a workbook, what is to be said about it). Values of formulas are those last saved; with
+    `formulas` such cells are the formula's text, which a program may have written without meaning one.
 
     Raises:
       ValueError: not a workbook, one that would unpack to more than 2 GiB, an empty sheet, a column twice.
@@ -221,7 +222,7 @@ def xlsx(path: os.PathLike | str) -> tuple[Spooled, list[str]]:
             size = sum(x.file_size for x in z.infolist())
         if size > _XLSX:
             raise ValueError(f"{path}: would unpack to {size:,} bytes; expected at most {_XLSX:,}.")
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        book = openpyxl.load_workbook(path, read_only=True, data_only=not formulas)
         names, sheet = book.sheetnames, book.worksheets[0]
         sheet.reset_dimensions()
         rows = ((i, cells) for i, cells in enumerate(sheet.iter_rows(values_only=True), 1) if any(map(_filled, cells)))
@@ -241,7 +242,7 @@ def xlsx(path: os.PathLike | str) -> tuple[Spooled, list[str]]:
         del keep
         try:
             for line, cells in rows:
-                cells = [as_text(c) for c in cells]
+                cells = [as_text(getattr(c, "text", c)) for c in cells]  # of an array formula, its text
                 if any(cells[len(header) :]):
                     yield line, tables.OTHER_WIDTH
                 else:  # Excel leaves out empty cells at the end

@@ -31,7 +31,7 @@ from tests.hostile import mutations
 from tests.models import hf as models
 from tools import fit_scaling_law
 from tools.report import __main__ as report
-from tools.report import contamination, evaluations
+from tools.report import evaluations, foreign, foreign_files
 from tools.review_qa import rows as review_rows
 from tools.synthesize_qa import sources as synthesis_sources
 from tools.synthesize_qa import templates as synthesis_templates
@@ -208,7 +208,15 @@ def test_summary_of_a_judge(tmp_path):
 @pytest.mark.parametrize("name, lines", [("a.json", False), ("a.jsonl", True)])
 def test_answers_of_others(tmp_path, name, lines):
     rows = [{"question": "Is it?", "answer": "yes", "prediction": "no", "image": "a.png"} for _ in range(3)]
-    check(lambda: contamination.read(tmp_path / name), tmp_path / name, rows, ValueError, lines=lines)
+    check(lambda: foreign_files.read(tmp_path / name), tmp_path / name, rows, ValueError, lines=lines)
+
+
+def test_samples_of_lmms_eval(tmp_path):
+    record = {"id": "q7", "answer_type": "closed", "modality": "ct"}
+    doc = {"question": "Is it?", "choices": ["a", "b"], "answer_letter": "B", "question_id": "q7"}
+    line = {"input": "Is it?", "target": "yes", "filtered_resps": [["no"]], "slake": record, "doc": doc}
+    rows = [{"doc_id": i, **line} for i in range(3)]
+    check(lambda: foreign.load(tmp_path / "a.jsonl", []), tmp_path / "a.jsonl", rows, ValueError, lines=True)
 
 
 PAIRS = [{k: ROWS[i][k] for k in ("question_id", "image_id", "question", "answer")} for i in range(3)]

@@ -14,7 +14,7 @@ from paligemma_med.judge import figures
 from paligemma_med.pp import tables
 from tests.hostile import mutations
 from tools import fit_scaling_law
-from tools.report import contamination
+from tools.report import foreign, foreign_files
 from tools.review_qa import verdicts
 from tools.synthesize_qa import sources as synthesis_sources
 
@@ -93,7 +93,12 @@ def test_questions_to_explain(tmp_path):
 
 def test_answers_of_others(tmp_path):
     good = "question,answer,prediction,image\n" + "Is it?,yes,no,a.png\n" * 3
-    check(tmp_path / "a.csv", good, lambda: contamination.read(tmp_path / "a.csv"))
+    check(tmp_path / "a.csv", good, lambda: foreign_files.read(tmp_path / "a.csv"))
+
+
+def test_a_table_of_vlmevalkit(tmp_path):
+    good = "index,question,A,B,answer,prediction\n" + "".join(f"{i},Is it?,x,y,A,b\n" for i in range(3))
+    check(tmp_path / "a.csv", good, lambda: foreign.load(tmp_path / "a.csv", []))
 
 
 def test_metrics_for_a_scaling_law(tmp_path):

@@ -1,7 +1,7 @@
 """Reports on evaluations, as Markdown and as one self-contained HTML page.
 
     python -m tools.report out/a out/b --out=out/report
-    python -m tools.report out/a --foreign=inference_results.xlsx
+    python -m tools.report out/a --foreign=inference_results.xlsx,20260806_102223_samples_slake.jsonl
 
 Reads eval/<name>/predictions.jsonl of each workdir, computes every figure again, and says where
 metrics.json differs. Writes report.md (with figures/) and report.html: the paper's tables with our
@@ -20,7 +20,8 @@ from absl import app, flags
 from paligemma_med import files
 from paligemma_med.cli import command
 from paligemma_med.pp import command_line
-from tools.report import blocks, contamination, evaluations, paper, pictures, plots, sections
+from tools.report import blocks, evaluations, paper, pictures, plots, sections
+from tools.report import foreign as foreign_lib
 
 
 def check_installed() -> None:
@@ -52,16 +53,17 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
     def lookup_of(e):
         return lookup(tuple((k, v) for k, v in sorted(e.data.items()) if isinstance(v, str)))
 
-    out = [sections.overview(found)] if found else []
+    others = [foreign_lib.load(path, found) for path in foreign]
+    everything = [*found, *(other.evaluation for other in others)]
+    out = [sections.overview(everything)] if everything else []
     if found:
         out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
     for a, b in _pairs(found, workdirs, compare):
         out.append(sections.compare(a, b))
     for e in found:
         out += sections.of_evaluation(e, lookup_of(e), num_questions)
-    for path in foreign:
-        title = f"Contamination: {pathlib.Path(path).name}"
-        out.append(contamination.section(title, contamination.read(path)))
+    for other in others:
+        out += foreign_lib.sections_of(other, lookup_of(other.evaluation), num_questions)
     return [*out, sections.about_measures()]
 
 
@@ -137,7 +139,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
     command_line.define_path("out", None, "Folder to write to; default: report/ in the first workdir.")
     command_line.define_paths("compare", None, "Two workdirs: the second against the first.")
-    command_line.define_paths("foreign", [], "Others' files of predictions: .xlsx, .csv, .json, .jsonl.")
+    command_line.define_paths("foreign", [], "Others' predictions: of lmms-eval, VLMEvalKit, or any table.")
     command_line.define_path("data_dir", None, "Where the data sets are built, for images.")
     flags.DEFINE_integer("questions", 8, "Questions to show of each kind.", lower_bound=0)
     flags.DEFINE_string("title", "Evaluation report", "Title of the report.")

@@ -6,98 +6,16 @@ Neither shows in an average of ROUGE; both show here.
 """
 
 import collections
-import pathlib
-import re
 
 import numpy as np
 
 from paligemma_med.metrics import answers, protocols, scoring, text_metrics
-from paligemma_med.pp import json_text, tables
 from tools.report import blocks
-
-# Columns of others' files, ignoring case: the authors' Excel sheet, their JSON, and common names.
-NAMES = {
-    "question": ("question", "prompt"),
-    "prediction": ("predicted_answer", "generated answer", "generated_answer", "prediction", "generation", "output"),
-    "answer": ("label", "answer", "ground_truth", "ground truth", "truth"),
-    "image": ("image id", "image_id", "image"),
-}
-_MAX_ROWS = 1_000_000
-
-
-def read(path) -> list[dict]:
-    """Rows of a foreign file of predictions.
-
-    Excel (.xlsx, first sheet), .csv, .jsonl, or .json as a list of objects or as pandas writes it
-    ({column: {row: value}}). Columns are found by name, see NAMES; the authors' files have "Image
-    ID", "Question", "Generated Answer", "Label", or question, predicted_answer, answer.
-
-    Returns:
-      [dict(question, prediction, answer, image)]; image is None if it can't be identified, as in the
-      authors' sheet, which has the address of a Python object instead.
-
-    Raises:
-      ValueError: another kind of file, an empty file, a missing column.
-    """
-    path = pathlib.Path(path)
-    table = _table(path)
-    if not table:
-        raise ValueError(f"{path} has no rows.")
-    columns = {str(key).strip().lower(): key for row in table[:100] for key in row}
-    where = {k: next((columns[n] for n in names if n in columns), None) for k, names in NAMES.items()}
-    for key, column in where.items():
-        if column is None and key != "image":
-            raise ValueError(
-                f"{path} has no column for the {key}: found {sorted(columns)}, expected one of {list(NAMES[key])}."
-            )
-    rows = []
-    for row in table:
-        values = {k: row.get(column) if column else None for k, column in where.items()}
-        if all(v is None for v in values.values()):
-            continue  # an empty line at the end of a sheet
-        image = values.pop("image")
-        known = image is not None and not re.match(r"<[\w.]+ image mode=.* at 0x", str(image))
-        texts = {k: "" if v is None else str(v) for k, v in values.items()}
-        rows.append({**texts, "image": str(image) if known else None})
-    if not rows:
-        raise ValueError(f"{path} has no rows.")
-    return rows
-
-
-def _table(path):
-    kind = path.suffix.lower()
-    if kind == ".xlsx":
-        return _excel(path)
-    if kind not in (".csv", ".json", ".jsonl"):
-        raise ValueError(f"{path}: expected a .xlsx, .csv, .json or .jsonl file.")
-    if kind == ".csv":
-        return [row for _, row in tables.read_file(path)]
-    if kind == ".jsonl":
-        found = [row for _, row in json_text.lines(path, "an object a line", root=dict, constants=True)]
-    else:
-        found = json_text.read(path, "a list of objects, or columns as pandas writes them", constants=True)
-    if isinstance(found, dict) and found and all(isinstance(v, dict) for v in found.values()):
-        keys = next(iter(found.values()))
-        found = [{c: column.get(key) for c, column in found.items()} for key in keys]
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError(f"{path}: expected a list of objects, or columns as pandas writes them.")
-    return found
-
-
-def _excel(path):
-    import openpyxl
-
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as e:  # a zip error, a KeyError, … depending on what is wrong
-        raise ValueError(f"{path} can't be read as an Excel file: {e}.") from None
-    lines = book.worksheets[0].iter_rows(values_only=True, max_row=_MAX_ROWS)
-    head = next(lines, None) or ()
-    return [{str(k): v for k, v in zip(head, line) if k is not None} for line in lines]
 
 
 def ours(evaluation) -> list:
-    """Rows of the same form from an evaluation's first answers, with the image's key."""
+    """Rows of `examine`, dict(question, prediction, answer, image), from an evaluation's first answers; image is its
+    key, or None if it isn't known."""
     return [
         dict(
             question=row["question"],

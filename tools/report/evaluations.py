@@ -33,7 +33,7 @@ class Evaluation:
     predictions.jsonl; metrics: made from them; stored: what metrics.json says; about: what it says
     about the run; section: of the config; config: the run's config.json, or {}; verdicts: parts of
     judge.json about these predictions, their "metrics" made anew from judgements.jsonl; problems:
-    sentences.
+    sentences; foreign: of which program these predictions are, if not of ours.
     """
 
     run: str
@@ -47,6 +47,7 @@ class Evaluation:
     config: dict
     verdicts: list
     problems: list
+    foreign: str = ""
 
     @property
     def label(self) -> str:
@@ -96,6 +97,8 @@ class Evaluation:
         how = "greedy" if not temperature else f"temperature {temperature:g}"
         if kw.get("beams", 1) > 1:
             how = f"beam search of {kw['beams']}"
+        if self.foreign:
+            how = f"decoded as {self.run} was"
         count = "1 answer" if self.samples == 1 else f"{self.samples} answers"
         name = self.about.get("protocol")
         return f"{count} a question, {how}" + (f", protocol {name}" if name else "")

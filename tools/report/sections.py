@@ -25,7 +25,7 @@ def overview(evaluations) -> blocks.Section:
             "prompt_hash": results.prompt_hash(e.rows),
         }
         split = e.about.get("split") or " ".join(str(e.data[k]) for k in ("name", "split") if e.data.get(k))
-        images = len(set(e.clusters)) if any(map(_has_image, e.rows)) else None
+        images = len(set(e.clusters)) if any(map(has_image, e.rows)) else None
         rows.append(
             [
                 e.run,
@@ -49,7 +49,8 @@ def overview(evaluations) -> blocks.Section:
     return blocks.Section("What was evaluated", parts)
 
 
-def _has_image(row):
+def has_image(row) -> bool:
+    """Whether it is known which image a question is about."""
     return bool(row.get("image_key") or row.get("image_id"))
 
 
@@ -85,19 +86,7 @@ def of_evaluation(e, lookup, num_questions=8) -> list[blocks.Section]:
       lookup: `pictures.Lookup` of its data set.
       num_questions: how many worst and how many least robust questions to show.
     """
-    top = [blocks.Warning(f"{problem}.") for problem in e.problems] + cut_short(e)
-    who = figures.who_of(e)
-    top += [
-        accuracy_table(e),
-        blocks.Figure(
-            plots.accuracies(f"accuracies {e.label}", e.metrics, who, e.rule),
-            f"{figures.RULES[e.rule].capitalize()}, with 95 % intervals; number of questions in brackets.",
-            f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in the table above.",
-        ),
-    ]
-    for block in (further_table(e), controls_table(e), judge_table(e)):
-        if block:
-            top.append(block)
+    top = [blocks.Warning(f"{problem}.") for problem in e.problems] + cut_short(e) + figures_of(e)
     out = [blocks.Section(e.label, top), reliability(e)]
     for title, rows, note in (
         ("Worst answers", worst(e, num_questions), _WORST),
@@ -115,6 +104,18 @@ def of_evaluation(e, lookup, num_questions=8) -> list[blocks.Section]:
     title = f"Does it look at the image? {e.label}"
     out.append(contamination.section(title, contamination.ours(e), 3, _unmoved(e)))
     return out
+
+
+def figures_of(e) -> list:
+    """Accuracies as a table and a plot, the other figures, the controls, and what judges said."""
+    who = figures.who_of(e)
+    plot = blocks.Figure(
+        plots.accuracies(f"accuracies {e.label}", e.metrics, who, e.rule),
+        f"{figures.RULES[e.rule].capitalize()}, with 95 % intervals; number of questions in brackets.",
+        f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in the table above.",
+    )
+    more = (further_table(e), controls_table(e), judge_table(e))
+    return [accuracy_table(e), plot, *filter(None, more)]
 
 
 def cut_short(e) -> list[str]:

@@ -1,14 +1,10 @@
 """tools.report: predictions that hold their own answers."""
 
-import json
-
 import openpyxl
 import pytest
 
 from tests.tools.report.reports import table, warnings
-from tools.report import (
-    contamination,
-)
+from tools.report import contamination, foreign
 from tools.report.__main__ import make
 
 # --- Contamination ---
@@ -38,7 +34,8 @@ def contaminated():
 
 def test_the_authors_layout_shows_their_contamination(tmp_path):
     write_sheet(tmp_path / "inference_results.xlsx", contaminated())
-    read = contamination.read(tmp_path / "inference_results.xlsx")
+    (e,) = [foreign.load(tmp_path / "inference_results.xlsx", []).evaluation]
+    read = contamination.ours(e)
     assert len(read) == 24 and read[0]["image"] is None
     found = contamination.examine(read)
     assert found["with_prompt"] == found["starts_with_prompt"] == 24
@@ -99,60 +96,3 @@ def test_an_echo_that_scores_as_well_is_said():
 def test_prompt_of(prediction, prompt):
     row = dict(question=" Is it there?", prediction=prediction)
     assert contamination.prompt_of(row) == prompt
-
-
-@pytest.mark.parametrize("kind", ["json", "pandas.json", "jsonl", "csv", "xlsx"])
-def test_foreign_files_of_every_kind_read_alike(tmp_path, kind):
-    lines = [
-        dict(image_id="1", question="q, 1", predicted_answer="a\n1", answer="b", rouge1=0.5),
-        dict(image_id="2", question="q 2", predicted_answer="", answer="d", rouge1=0.1),
-    ]
-    path = tmp_path / f"f.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps(lines))
-    elif kind == "pandas.json":
-        path.write_text(json.dumps({k: {"0": lines[0][k], "1": lines[1][k]} for k in lines[0]}))
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    elif kind == "csv":
-        path.write_text('image_id,question,predicted_answer,answer\n1,"q, 1","a\n1",b\n2,q 2,,d\n', newline="")
-    else:
-        book = openpyxl.Workbook()
-        book.active.append(list(lines[0]))
-        for line in lines:
-            book.active.append(list(line.values()))
-        book.save(path)
-    assert contamination.read(path) == [
-        dict(image="1", question="q, 1", prediction="a\n1", answer="b"),
-        dict(image="2", question="q 2", prediction="", answer="d"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["f.csv", "f.jsonl"])
-def test_foreign_files_of_spreadsheets_and_with_separators_in_their_texts(tmp_path, name):
-    said = "A lesion.\u2028No\x85effusion."
-    if name == "f.csv":
-        text = f"\ufeffquestion;predicted_answer;answer\r\nq, 1;{said};b\r\n"
-    else:
-        row = dict(question="q, 1", predicted_answer=said, answer="b")
-        text = json.dumps(row, ensure_ascii=False) + "\r\n"
-    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    assert contamination.read(tmp_path / name) == [dict(image=None, question="q, 1", prediction=said, answer="b")]
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.csv", "question,prediction,answer\na,b\n", "a.csv line 2: another number of cells"),
-        ("a.txt", "x", "expected a .xlsx, .csv, .json or .jsonl"),
-        ("a.json", "{", "not valid JSON"),
-        ("a.json", "[1]", "expected a list of objects"),
-        ("a.json", "[]", "has no rows"),
-        ("a.json", '[{"question": 1, "answer": 2}]', "no column for the prediction"),
-        ("a.xlsx", "no zip", "can't be read as an Excel file"),
-    ],
-)
-def test_foreign_files_that_cannot_be_read_say_why(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=said):
-        contamination.read(tmp_path / name)
