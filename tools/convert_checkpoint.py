@@ -13,6 +13,7 @@ becomes a folder of its parts with --to=hf (docs/weights.md). Weights are copied
 the result appears whole or not at all.
 """
 
+import functools
 import os
 import sys
 
@@ -23,13 +24,13 @@ from ml_collections import config_flags
 
 from paligemma_med import checkpoints, cli
 from paligemma_med.checkpoints import CheckpointError, adapter, bv, compose, forms, hf, in_parts, peft, workdir
-from paligemma_med.checkpoints.hf import families, originals
+from paligemma_med.checkpoints.hf import families, originals, paligemma
 from paligemma_med.config import files as config_files
 from paligemma_med.models import parts
 from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import command_line
-from tools import model_card
+from tools import model_card, processing
 
 FORMS = ("npz", "hf", *forms.ADAPTERS, "orbax", "big_vision")
 
@@ -120,8 +121,8 @@ def convert(
                 own = own if own is None else {*own, *(target.param for target in specs)}
             in_parts.save(dst, params, specs=None if merge else specs, own=own, **peft_kw, **kw)
         else:
-            card = _card(src, to) if to == "hf" else None
-            forms.save_params(dst, params, to, processor=processor, card=card, **kw)
+            beside = functools.partial(_beside, src, config, processor is None) if to == "hf" else None
+            forms.save_params(dst, params, to, processor=processor, beside=beside, **kw)
 
 
 def _open(src, config, reading):
@@ -140,11 +141,37 @@ def _open(src, config, reading):
     return unflatten_tree(weights.load_host_params(src, abstract, **{**weights.reading(config), **reading}))
 
 
+def _beside(src, config, has_none, theirs, processor):
+    """Files beside the weights of a model, for `hf.save_hf`: what of its processing `src` or `config` knows, unless
+    another processor is copied, and the card of a run."""
+    made, told = {}, []
+    if has_none and theirs["model_type"] == paligemma.MODEL_TYPE:
+        known = config.to_dict() if config is not None else _config_of_run(src) if _is_run(src) else None
+        side = processor["size"]["height"]
+        found = processing.of_config(known, side)
+        try:
+            made = processing.files(found, theirs, processor)
+        except CheckpointError as e:
+            found = found._replace(tokenizer=None, notes=(*found.notes, f"The tokenizer isn't written: {e}"))
+            made = processing.files(found, theirs, processor)
+        told = processing.told(found, side)
+        notes = found.notes
+    else:
+        notes = ("The tokenizer isn't written: it is that of the model's own page (--processor=DIR copies it).",)
+    for note in notes if has_none else ():
+        print(note, file=sys.stderr)
+    if _is_run(src):
+        made[model_card.NAME] = model_card.make(src, "hf", told or notes if has_none else ())
+    return made
+
+
+def _is_run(src):
+    return not compose.parts_of(src) and checkpoints.kind_of(src) == "workdir"
+
+
 def _card(src, to):
     """The model card of an export of a run; None if the source is no run, of which nothing is known."""
-    if compose.parts_of(src) or checkpoints.kind_of(src) != "workdir":
-        return None
-    return model_card.make(src, to)
+    return model_card.make(src, to) if _is_run(src) else None
 
 
 def _with_heads(src, params):

@@ -6,7 +6,7 @@ Everything in it is read from the run's folder, whose names come from data sets 
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paligemma_med
@@ -15,6 +15,7 @@ from paligemma_med.evaluation import results
 from paligemma_med.metrics import tables
 from paligemma_med.pp import markdown
 
+NAME = "README.md"  # where the Hub looks for it
 # Facts of a config, in the order of the table; the others are in the run's config.json.
 RECIPE = (
     *("total_steps", "total_epochs", "lr", "wd", "optax_name", "optax", "schedule", "grad_clip_norm"),
@@ -22,12 +23,13 @@ RECIPE = (
 )
 
 
-def make(src: os.PathLike | str, kind: str) -> str:
+def make(src: os.PathLike | str, kind: str, told: Sequence[str] = ()) -> str:
     """The card of an export of a run.
 
     Args:
       src: the workdir, or "workdir@step".
       kind: "hf" or "peft".
+      told: sentences on how images and questions are read.
 
     Returns:
       Markdown. An evaluation that can't be read is named in it, and on stderr.
@@ -54,6 +56,8 @@ def make(src: os.PathLike | str, kind: str) -> str:
         facts.append(("batch_size", batch["batch_size"]))
     facts += [(key, config[key]) for key in RECIPE if config.get(key) not in (None, "", [], {})]
     lines += [markdown.table([["setting", "value"], *([escape(k), escape(_plain(x))] for k, x in facts)], left=2), ""]
+    if told:
+        lines += ["## Images and questions", "", *(f"- {escape(sentence)}" for sentence in told), ""]
     lines += ["## Evaluation", ""]
     found = sorted(pathlib.Path(folder).glob(f"eval/*/{results.METRICS}"))
     for path in found:

@@ -195,7 +195,7 @@ def save_params(
     dtype: str | None = None,
     overwrite: bool = False,
     processor: str | None = None,
-    card: str | None = None,
+    beside: Callable | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes weights whole or not at all, one leaf in memory at a time.
@@ -207,7 +207,7 @@ def save_params(
       img, llm, connector: the model's config dicts, which "hf" needs if the shapes don't determine everything.
       dtype: floating leaves are cast to this; None keeps each as it is.
       overwrite: replace a folder of that form; a file is always replaced.
-      processor, card: as in `hf.save_hf`, for "hf".
+      processor, beside: as in `hf.save_hf`, for "hf".
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
@@ -220,7 +220,7 @@ def save_params(
         npz.save_npz(path, params, dtype=dtype, progress=progress)
     elif form == "hf":
         model = dict(img=img, llm=llm, connector=connector)
-        kw = dict(dtype=dtype, overwrite=overwrite, processor=processor, card=card, progress=progress)
+        kw = dict(dtype=dtype, overwrite=overwrite, processor=processor, beside=beside, progress=progress)
         hf.save_hf(path, params, **model, **kw)
     elif form == "orbax":
         from paligemma_med.checkpoints import orbax

@@ -186,32 +186,45 @@ def get_tokenizer(spec: str) -> Tokenizer:
         ValueError: unknown name, argument or token set, or a file of another tokenizer.
         FileNotFoundError: no file; says where to get it.
     """
+    name, path, values = _parsed(spec)
+    for key in values.keys() & {"tokensets", "stop"}:
+        value = values[key] or ()
+        values[key] = (value,) if isinstance(value, str) else tuple(value)
+    return _tiny(**values) if name == "tiny" else _READERS[name][0](path, **values)
+
+
+def file_of(spec: str) -> tuple[str, str]:
+    """(name, file) of the tokenizer that `spec` names; errors as of `get_tokenizer`, but the file isn't read."""
+    name, path, _ = _parsed(spec)
+    return name, path
+
+
+def _parsed(spec):
+    """(name, path of its file, its other arguments) of a spec."""
     name, args, kwargs = registry.parse_call(spec)
     if name == "tiny" and not args and not {*kwargs} - {"tokensets"}:
-        sets = kwargs.get("tokensets") or ()
-        return _tiny((sets,) if isinstance(sets, str) else tuple(sets))
+        return name, str(_TINY), kwargs
     if name not in _READERS:
         known = ", ".join(
             ["tiny", 'tiny(tokensets=("loc",))', 'gemma(tokensets=("loc","seg"), model="path")', *list(_READERS)[1:]]
         )
         raise ValueError(f"unknown tokenizer {spec!r}; known: {known}")
-    reader, names = _READERS[name]
+    _, names = _READERS[name]
     values = dict(zip(names, args)) | kwargs
     if len(args) > len(names) or {*values} - {*names} or len(values) < len(args) + len(kwargs):
         raise ValueError(f"{spec!r}: {name} takes {', '.join(f'{k}={v}' for k, v in names.items())} only")
     path = values.pop("model", None) or os.environ.get(_ENVS[name])
     if not path:
         raise FileNotFoundError(f"no tokenizer file is named. {_advice(name)}")
-    for key in values.keys() & {"tokensets", "stop"}:
-        value = values[key] or ()
-        values[key] = (value,) if isinstance(value, str) else tuple(value)
-    return reader(str(path), **values)
+    return name, str(path), values
+
+
+_TINY = importlib.resources.files("paligemma_med.pp") / "tiny_tokenizer.model"
 
 
 @functools.cache
 def _tiny(tokensets: tuple[str, ...] = ()) -> Tokenizer:
-    model = importlib.resources.files("paligemma_med.pp") / "tiny_tokenizer.model"
-    found = tokenizer_files.read_sentencepiece(model.read_bytes())
+    found = tokenizer_files.read_sentencepiece(_TINY.read_bytes())
     mark = tokenizer_files.SPACE
     # SentencePiece would turn its character for a space into a space: spell that character in bytes.
     in_bytes = [found.surfaces.index(bytes([b])) for b in mark.encode()]

@@ -10,8 +10,10 @@ import dataclasses
 import gzip
 import io
 import re
+import struct
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -74,7 +76,7 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
     except RuntimeError as e:
         raise ValueError(f"not a SentencePiece model ({len(data)} bytes): {e}") from e
     pieces = [model.id_to_piece(i) for i in range(size)]
-    markup = {pieces[i]: i for i in _user_defined(data) if _is_markup(pieces[i])}
+    markup = {pieces[i]: i for i in _user_defined(data) if is_markup(pieces[i])}
     special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)} | markup
     surfaces = [_surface(piece) for piece in pieces]
     if model.unk_id() >= 0:
@@ -82,9 +84,31 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
     return Vocabulary(_without(markup, model.encode), surfaces, special)
 
 
+class Piece(NamedTuple):
+    """A piece of a SentencePiece model: its text, its score, and its type by SentencePiece's number (1 is normal, 4
+    user-defined)."""
+
+    name: str
+    score: float
+    kind: int
+
+
+def parts_of_sentencepiece(data: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
+    """What SentencePiece's Python library doesn't tell of a serialised model: (pieces, trainer_spec, normalizer_spec),
+    the last two by the numbers of their fields in sentencepiece_model.proto."""
+    pieces, specs = [], {2: {}, 3: {}}
+    for field, value in _fields(memoryview(data)):
+        if field == 1:
+            found = dict(_fields(value))
+            score = struct.unpack("<f", found[2])[0] if 2 in found else 0.0
+            pieces.append(Piece(bytes(found.get(1, b"")).decode("utf-8"), score, found.get(3, 1)))
+        elif field in specs:
+            specs[field] = dict(_fields(value))
+    return pieces, specs[2], specs[3]
+
+
 def _user_defined(data):
-    """Ids of a SentencePiece model's user-defined pieces, which its Python library doesn't tell: field 1 of the file's
-    protocol buffer is a piece, whose field 3 is its type, 4 for these."""
+    """Ids of a SentencePiece model's user-defined pieces."""
     out, count = [], 0
     for field, value in _fields(memoryview(data)):
         if field == 1:
@@ -138,7 +162,7 @@ def _read_json(data: bytes) -> Vocabulary:
     if max(vocab.values(), default=0) >= _MOST_IDS:
         raise ValueError(f"expected ids below {_MOST_IDS:,}, found {max(vocab.values()):,}")
     added = model.get_added_tokens_decoder()
-    markup = {token.content: i for i, token in added.items() if not token.special and _is_markup(token.content)}
+    markup = {token.content: i for i, token in added.items() if not token.special and is_markup(token.content)}
     special = {token.content: i for i, token in added.items() if token.special} | markup
     is_bytes = model.decoder is not None and b'"ByteLevel"' in model.decoder.__getstate__()
     surfaces = [b""] * (1 + max(vocab.values(), default=-1))
@@ -160,7 +184,7 @@ def _read_json(data: bytes) -> Vocabulary:
     return Vocabulary(_without(markup, encode), surfaces, special)
 
 
-def _is_markup(piece):
+def is_markup(piece):
     """Whether a piece looks like a token with a meaning: `<…>` or `[…]`, but no HTML tag and no byte."""
     ends = (piece[:1], piece[-1:])
     return (

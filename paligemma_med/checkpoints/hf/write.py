@@ -32,8 +32,6 @@ PROCESSOR = (
     "generation_config.json",
 )
 
-CARD = "README.md"  # where the Hub looks for it
-
 
 class Planned(NamedTuple):
     """A tensor to be written."""
@@ -61,7 +59,7 @@ def save_hf(
     max_shard_bytes: int = 2 * 2**30,
     overwrite: bool = False,
     processor: os.PathLike | str | None = None,
-    card: str | None = None,
+    beside: Callable[[Mapping, Mapping | None], Mapping[str, Mapping | str]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a directory that transformers' `from_pretrained` loads: PaliGemmaForConditionalGeneration's,
@@ -71,7 +69,7 @@ def save_hf(
     Names are those of Google's pages, which every version of transformers reads: 4.51.3, 4.53.3, 4.57.1, 5.0.0, 5.8.0
     and 5.23.0 were tried. (All between the first and the last of them leave out Gemma 2's soft-cap of the output,
     which changes logits but no greedy answer.) One leaf is in memory at a time, and the folder appears whole or not at
-    all. It doesn't include the tokenizer, which is that of the model's own page. The image processor's settings are
+    all. It doesn't include the tokenizer, unless `beside` does. The image processor's settings are
     Google's but for bilinear resizing, by which it makes the same pixels as `pp` does.
 
     The embedding of a model with images gets 64 more rows, of which the first is the image token. They are copies of
@@ -87,7 +85,8 @@ def save_hf(
       max_shard_bytes: maximum size of each file.
       overwrite: replace an existing directory of this kind.
       processor: a folder whose files of `PROCESSOR` are copied in as they are, in place of ours.
-      card: text of README.md, the model card; None writes none.
+      beside: is given config.json and preprocessor_config.json (None: it has none), and gives further files, or
+        others in place of ours, as {name: what becomes JSON, or a text}.
       progress: called with the number of bytes (of `params`, before the cast) just written.
 
     Raises:
@@ -117,10 +116,11 @@ def save_hf(
             write_json(os.path.join(new, "generation_config.json"), tokens)
         if processor := family.make_processor(sizes):
             write_json(os.path.join(new, "preprocessor_config.json"), processor)
+        for name, content in (beside(config, processor) if beside else {}).items():
+            path = os.path.join(new, name)
+            files.write_text(path, content) if isinstance(content, str) else write_json(path, content)
         for path in copied:
             shutil.copyfile(path, os.path.join(new, os.path.basename(path)))
-        if card is not None:
-            files.write_text(os.path.join(new, CARD), card)
         if len(shards) > 1:
             total = sum(t.nbytes for t in planned)
             where = {t.name: name for name, shard in zip(names, shards) for t in shard}
