@@ -1,46 +1,7 @@
 """Which questions saliency is measured on: those whose answer names something with a box."""
 
-import re
-
+from data_prep.datasets.slake.grounding import named
 from paligemma_med.metrics import answers
-
-_PAIRS = ("kidney", "lung", "mandible", "temporal lobe", "eye", "ear", "parotid", "femoral head")
-# SLAKE's answers -> the names that its boxes use. Words with a wider or different meaning ("intestine",
-# "brain", "left lobe") are left out.
-NAMES = {
-    "large bowel": {"colon"},
-    "pleural effusion": {"effusion"},
-    "pulmonary mass": {"mass"},
-    "pulmonary nodule": {"nodule"},
-    "pulmonary infiltration": {"infiltrate"},
-    "infiltration": {"infiltrate"},
-    "brain tumor": {"brain enhancing tumor", "brain non-enhancing tumor"},
-    **{
-        form.format(name): {f"left {name}", f"right {name}"}
-        for name in _PAIRS
-        for form in ("{}", "{}s", "both {}", "both {}s")
-    },
-}
-
-
-def named(answer, labels) -> list:
-    """The labels that an answer names, as a sorted list.
-
-    The answer is cut at commas and "and"; ignoring case, each part must be a label of the image, or a
-    word of NAMES for one or both of a pair.
-
-    Args:
-      answer: str.
-      labels: labels of the image's boxes.
-
-    Returns:
-      Labels in lower case; [] unless every part has a box: if only a part has one, a map may rightly
-      point at another part.
-    """
-    there = {label.lower() for label in labels}
-    parts = [answers.normalise(p) for p in re.split(r",|\band\b", answers.normalise(answer))]
-    found = [there & ({part} | NAMES.get(part, set())) for part in parts if part]
-    return sorted(set().union(*found)) if found and all(found) else []
 
 
 def boxed_questions(source) -> list[dict]:

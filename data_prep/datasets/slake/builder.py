@@ -18,6 +18,10 @@ class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
     def _language(self) -> str:
         raise NotImplementedError
 
+    def _made_of(self, folder: layout.Folder) -> layout.Folder:
+        """The rows to build of those that were read."""
+        return folder
+
     @classmethod
     def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
         return layout.check_folder(folder)
@@ -31,7 +35,7 @@ class SlakeLayoutBuilder(VqaBuilder, skip_registration=True):
         return vqa_features(**{k: tfds.features.Text() for k in keys}, boxes=boxes_feature())
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = layout.read_folder(dl_manager.manual_dir, self._language, **self.options)
+        folder = self._made_of(layout.read_folder(dl_manager.manual_dir, self._language, **self.options))
         self.report = {"dataset": self.info.full_name, **folder.report}
         return {split: self._generate_examples(folder, split) for split in folder.rows}
 

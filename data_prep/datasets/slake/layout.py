@@ -30,10 +30,12 @@ EXPECTED = "train.json, validate.json (or validation.json), test.json and imgs/"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kept question. `image` is the image file, `features` all text features by name."""
+    """One kept question. `image` is the image file, `features` all text features by name, `boxes` those that this row
+    is about; None: all of the image's."""
 
     image: pathlib.Path
     features: dict[str, str]
+    boxes: list[dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _read_split(folder: pathlib.Path, split: str, language: str) -> tuple[list[R
     return rows, report, qids
 
 
-def _kept(rows: list[Row]) -> dict[str, Any]:
+def kept(rows: list[Row]) -> dict[str, Any]:
     """The part of a split's report that counts its rows."""
     asked = Counter((row.image, row.features["question"]) for row in rows)
     return {
@@ -259,7 +261,7 @@ def read_folder(folder: pathlib.Path | str, language: str, *, allow_missing_imag
         )
     digests, noted = _check_images(rows, splits, allow_missing_images)
     for split in rows:
-        splits[split] |= _kept(rows[split])
+        splits[split] |= kept(rows[split])
     shared = shared_images(rows, digests)
     if language != "all":
         for pair, ids in shared.items():
@@ -295,7 +297,8 @@ def examples(folder: Folder, split: str) -> Iterator[tuple[str, dict[str, Any]]]
     """Yields TFDS (key, example) pairs of one split, the image as `convert` stores it: nearly always as released."""
     for row in folder.rows[split]:
         content = convert.convert_checked(row.image.read_bytes(), str(row.image))
-        example = dict(row.features, image=content, boxes=folder.boxes[row.image])
+        boxes = folder.boxes[row.image] if row.boxes is None else row.boxes
+        example = dict(row.features, image=content, boxes=boxes)
         yield row.features["question_id"], example
 
 
@@ -311,6 +314,12 @@ def describe(report: dict[str, Any]) -> Sequence[str]:
             lines.append(f"  dropped, {reason}: {len(ids)} (qid {', '.join(ids[:10])})")
         if n := r["duplicate_questions_kept"]:
             lines.append(f"  asked twice about the same image, kept: {n}")
+    return [*lines, *describe_images(report)]
+
+
+def describe_images(report: dict[str, Any]) -> list[str]:
+    """What the report says of images, as lines of text."""
+    lines = []
     for note, images in report["images_noted"].items():
         lines.append(f"images noted, {note}: {len(images)} ({', '.join(images[:10])})")
     shared = report["images_shared"]

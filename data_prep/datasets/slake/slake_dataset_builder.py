@@ -1,22 +1,27 @@
-"""SLAKE 1.0 as a TFDS data set: configs `en`, `zh`, `all`, from the released folder.
+"""SLAKE 1.0 as a TFDS data set: configs `en`, `zh`, `all`, and, with boxes in the answers, `en_detect` and `en_ground`,
+from the released folder.
 
 Train within one language: over both, 142 of 180 test images are in train too.
 """
 
 import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from data_prep.builders.vqa import Option
-from data_prep.datasets.slake import layout
+from data_prep.datasets.slake import grounding, layout
 from data_prep.datasets.slake.builder import SlakeLayoutBuilder
 
 
 @dataclasses.dataclass
 class SlakeConfig(tfds.core.BuilderConfig):
-    """`language`: "en", "zh" or "all"."""
+    """`language`: "en", "zh" or "all". `kind`: "" for the questions, or a function of `grounding`."""
 
     language: str = "en"
+    kind: str = ""
 
 
 class Builder(SlakeLayoutBuilder):
@@ -28,6 +33,8 @@ class Builder(SlakeLayoutBuilder):
         SlakeConfig(name="en", language="en", description="English questions"),
         SlakeConfig(name="zh", language="zh", description="Chinese questions"),
         SlakeConfig(name="all", language="all", description="Both; splits share images"),
+        SlakeConfig(name="en_detect", kind="detect", description="'detect liver': its boxes; images split as in en"),
+        SlakeConfig(name="en_ground", kind="ground", description="English answers followed by boxes"),
     ]
     OPTIONS = {
         "allow_missing_images": Option(False, "leave out rows whose image is missing or broken"),
@@ -35,6 +42,22 @@ class Builder(SlakeLayoutBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Unpack SLAKE 1.0 (https://www.med-vqa.com/slake) and give the folder that holds " + layout.EXPECTED
     )
+
+    @classmethod
+    def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
+        """Those with boxes are built where they are asked for."""
+        del folder
+        return [config.name for config in cls.BUILDER_CONFIGS if not config.kind]
+
+    @classmethod
+    def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
+        if "made" in report:
+            return [*grounding.describe(report), *layout.describe_images(report)]
+        return layout.describe(report)
+
+    def _made_of(self, folder: layout.Folder) -> layout.Folder:
+        kind = self.builder_config.kind
+        return {"": lambda x: x, "detect": grounding.detect, "ground": grounding.ground}[kind](folder)
 
     @property
     def _language(self) -> str:
