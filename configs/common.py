@@ -21,7 +21,7 @@ GEMMA_VOCAB = 256_000 + 1024 + 128
 SEPARATOR = "\n"
 
 # What evaluators need to know about each question, in addition to the arrays.
-EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location")
+EVAL_KEYS = (*rows.KEYS, "content_type", "modality", "location", rows.ACCEPTED)
 
 
 # Settings of the training loop at their defaults, written out in every config because the command line

@@ -213,7 +213,7 @@ class Evaluator:
             else:
                 text = controls_lib.majority_of_type(self._majority, row)
             row[f"{who}_prediction"] = text
-            row |= scoring.correct(text, row["answer"], f"{who}_")
+            row |= scoring.correct(text, scoring.truths(row), f"{who}_")
 
     def progress(self, what, total) -> tqdm.tqdm:
         """`progress.bar`."""

@@ -104,7 +104,7 @@ class Evaluator(evaluator.Evaluator):
                 answers = self._hold(params, place, size, encode, some)
                 done = [line | answer for line, answer in zip(asked, answers, strict=True)]
                 for row in done:
-                    row |= scoring.correct(row["predictions"][0], row["answer"])
+                    row |= scoring.correct(row["predictions"][0], scoring.truths(row))
                 for who in self.controls:
                     self.add_text_control(who, done)
                 part.add("model", i, done)
@@ -192,7 +192,7 @@ class Evaluator(evaluator.Evaluator):
                     else:
                         new = dict(prompt=prompts[i], **answers[i])
                         new = {f"{who}_{k}": v for k, v in new.items() if k != "unfinished"}
-                        out[i][t] |= new | scoring.correct(first, line["answer"], f"{who}_")
+                        out[i][t] |= new | scoring.correct(first, scoring.truths(line), f"{who}_")
                         answer = line["answer"]
                     turn = self._history_fn({**line, "answer": answer})["text"]
                     history[who][i] = np.concatenate([history[who][i], turn])

@@ -102,7 +102,7 @@ class Evaluator(evaluator.Evaluator):
         """The rows of a batch, with answers and all controls but the shuffled one."""
         rows = [a | b for a, b in zip(asked, self.ask(params, batch, asked))]
         for row in rows:
-            row |= scoring.correct(row["predictions"][0], row["answer"])
+            row |= scoring.correct(row["predictions"][0], scoring.truths(row))
         where = evaluator.Placement(batch["image"])
         for who in self.controls:
             if who in scoring.TEXT_CONTROLS:
@@ -149,4 +149,4 @@ class Evaluator(evaluator.Evaluator):
         for row, answer in zip(rows, answers):
             answer = {k: v for k, v in answer.items() if k not in ("unfinished", "option_tokens")}
             row |= {f"{who}_{k}": v for k, v in answer.items()}
-            row |= scoring.correct(answer["predictions"][0], row["answer"], f"{who}_")
+            row |= scoring.correct(answer["predictions"][0], scoring.truths(row), f"{who}_")

@@ -71,8 +71,22 @@ def _scores(prediction, answer):
 
 
 def score(prediction, answer) -> dict[str, bool]:
-    """{figure: bool} for the three figures, without a thought before the prediction."""
-    return dict(zip(_FORMS, _scores(answers.without_thought(prediction), answer)))
+    """{figure: bool} for the three figures, without a thought before the prediction; `answer` is a text or several
+    (`truths`), of which one is enough."""
+    said = answers.without_thought(prediction)
+    each = [_scores(said, a) for a in ([answer] if isinstance(answer, str) else answer)]
+    return dict(zip(_FORMS, map(any, zip(*each))))
+
+
+def truths(row) -> tuple[str, ...]:
+    """What counts as right for a question: its answer, and the lines of `accepted_answers` where it has them."""
+    return tuple(dict.fromkeys((row["answer"], *filter(None, str(row.get(row_keys.ACCEPTED) or "").split("\n")))))
+
+
+def _nearest(prediction, row):
+    """The accepted answer that shares most with a prediction, the first of equals: what other figures compare with."""
+    right = truths(row)
+    return max(right, key=lambda a: protocols.token_f1(prediction, a)) if len(right) > 1 else row["answer"]
 
 
 def correct(prediction, answer, prefix="") -> dict[str, bool]:
@@ -160,12 +174,13 @@ def _values(rows, who, protocol):
     samples = [texts(row, who) for row in rows]
     if len(lengths := {len(x) for x in samples}) != 1:
         raise ValueError(f"questions have {sorted(lengths)} samples of {who}; expected as many for each.")
-    pairs = [[(text, row["answer"]) for text in x] for x, row in zip(samples, rows)]
+    pairs = [[(text, _nearest(text, row)) for text in x] for x, row in zip(samples, rows)]
 
     def each(function):
         return np.array([[function(*pair) for pair in x] for x in pairs], float)
 
-    out = dict(zip(_FORMS, np.moveaxis(each(_scores), -1, 0)))
+    right = [[[score(text, truths(row))[f] for f in _FORMS] for text in x] for x, row in zip(samples, rows)]
+    out = dict(zip(_FORMS, np.moveaxis(np.array(right, float), -1, 0)))
     if protocol == "closed":
         out["llava_closed"] = each(protocols.llava_med_closed)
     elif protocol == "open":

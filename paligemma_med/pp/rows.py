@@ -19,3 +19,6 @@ GROUPS = ("answer_type", "content_type", "modality", "location", "location_categ
 LETTERS = "ABCD"
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 ANSWER_LETTER = "answer_letter"
+
+# Where more than one answer counts as right: all of them, a line each, in a text of this key; else `answer` alone.
+ACCEPTED = "accepted_answers"

@@ -168,7 +168,7 @@ class Evaluator(evaluator.Evaluator):
             row["unfinished"] = sum(record["finish"] == "length" for record in records)
         if other:
             row[f"{who}_image_id"] = self.inputs[self._first[other[row["image_key"]]]].get("image_id")
-        row |= scoring.correct(row[f"{prefix}predictions"][0], row["answer"], prefix)
+        row |= scoring.correct(row[f"{prefix}predictions"][0], scoring.truths(row), prefix)
 
     def _text(self, row):
         return list(self.template.fill(row))

@@ -226,7 +226,7 @@ def _wrong_flags(rows):
     for row in rows:
         for who in ("model", *scoring.controls_of(rows)):
             prefix = "" if who == "model" else f"{who}_"
-            true = scoring.correct(scoring.texts(row, who)[0], row["answer"], prefix)
+            true = scoring.correct(scoring.texts(row, who)[0], scoring.truths(row), prefix)
             if any(row.get(key) != x for key, x in true.items()):
                 wrong.append(f"question {row['question_id']} ({who})")
     what = "marks in predictions.jsonl do NOT follow from its answers"

@@ -32,7 +32,8 @@ def forms(row, rule="acc", who="model") -> list:
 def hits(row, rule="acc", who="model") -> list:
     """Which of the answers to a question are right: list of bools."""
     if rule == "acc":
-        return [said == answers.normalise(row["answer"]) for said in forms(row, rule, who)]
+        right = {answers.normalise(text) for text in scoring.truths(row)}
+        return [said in right for said in forms(row, rule, who)]
     if rule == "acc_letter":
         return [said == row["answer_letter"] for said in forms(row, rule, who)]
     right = ord(row["answer_letter"]) - ord("A")
