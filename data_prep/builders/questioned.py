@@ -72,11 +72,11 @@ def drawn_split(key: str | bytes, validate: float, test: float, seed: int) -> st
     """The split of an image or article by a hash of seed and key alone: more data doesn't move what is there.
 
     Raises:
-      DataError: the shares aren't at least 0, and less than 1 together.
+      DataError: the shares aren't at least 0, and at most 1 together.
     """
-    if not (validate >= 0 and test >= 0 and validate + test < 1):
+    if not (validate >= 0 and test >= 0 and validate + test <= 1):
         raise DataError(
-            f"validate_fraction is {validate} and test_fraction {test}; expected at least 0, and less than 1 together"
+            f"validate_fraction is {validate} and test_fraction {test}; expected at least 0, and at most 1 together"
         )
     content = key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
     place = int.from_bytes(hashlib.sha256(f"{seed} ".encode() + content).digest()[:8]) / 2**64

@@ -80,11 +80,13 @@ def read(path: os.PathLike | str, needed: Collection[str] = row_keys.NEEDED) -> 
         for key, (expected, fits) in forms.items():
             if key in row and not fits(row[key]):
                 raise ValueError(f"{where}: {key} is {json_text.shown(row[key])}; expected {expected}.")
-            count = len(first.get(key, ())) if key != "choices" and isinstance(row.get(key), list) else None
+            # Questions may have different numbers of choices; `_check_choices` compares those with their numbers.
+            by_choice = key == "choices" or key.endswith(("option_logprobs", "option_tokens"))
+            count = len(first.get(key, ())) if not by_choice and isinstance(row.get(key), list) else None
             if count is not None and len(row[key]) != count:
                 what = f"{len(row[key])} {key.replace('_', ' ')}"
                 raise ValueError(f"{where}: {what}; expected {count} as in the first line.")
-        _check_choices(row, where)
+        _check_choices(row, where, forms)
     return rows
 
 
@@ -92,7 +94,7 @@ def _texts_of(who):
     return [f"{who}_prediction" if who in scoring.TEXT_CONTROLS else f"{who}_predictions"]
 
 
-def _check_choices(row, where):
+def _check_choices(row, where, forms):
     if "choices" not in row or "answer_letter" not in row:
         return
     number = len(row["choices"])
@@ -101,6 +103,6 @@ def _check_choices(row, where):
         raise ValueError(
             f"{where}: answer_letter is {row['answer_letter']!r:.40}; expected one of {', '.join(letters)}."
         )
-    for key in ("option_logprobs", "option_tokens"):
-        if key in row and len(row[key]) != number:
+    for key in forms:
+        if key.endswith(("option_logprobs", "option_tokens")) and len(row.get(key, row["choices"])) != number:
             raise ValueError(f"{where}: {key} has {len(row[key])} numbers; expected {number}, one a choice.")

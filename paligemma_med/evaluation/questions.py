@@ -79,7 +79,7 @@ def _choices(row, keys):
     letter = row[row_keys.ANSWER_LETTER].strip().upper()
     if letter not in letters or len(letter) != 1:
         raise ValueError(f"{where} has the answer_letter {row[row_keys.ANSWER_LETTER]!r}; expected one of {letters}.")
-    return {"choices": [row[k] for k in keys], row_keys.ANSWER_LETTER: letter}
+    return {"choices": row_keys.choices_there(row, keys, ord(letter) - ord("A")), row_keys.ANSWER_LETTER: letter}
 
 
 def _check_keys(row, keys, where):

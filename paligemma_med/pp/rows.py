@@ -22,3 +22,14 @@ ANSWER_LETTER = "answer_letter"
 
 # Where more than one answer counts as right: all of them, a line each, in a text of this key; else `answer` alone.
 ACCEPTED = "accepted_answers"
+
+
+def choices_there(row, keys, least=0) -> list[str]:
+    """The texts of a row's choices, without empty ones at the end: questions of one set may have two, three or four.
+
+    `least` is the number of one that is named, such as the answer's, and stays.
+    """
+    texts = [row[k] for k in keys]
+    while len(texts) > max(2, least + 1) and not texts[-1]:
+        texts.pop()
+    return texts

@@ -23,6 +23,7 @@ from paligemma_med.judge import replies as replies_lib
 from paligemma_med.judge.server import ServerError
 from paligemma_med.metrics import scoring
 from paligemma_med.parallel import notes
+from paligemma_med.pp import rows as row_keys
 from paligemma_med.served import pictures, templates
 
 REPLIES, COSTS = "replies.jsonl", "served.json"
@@ -110,7 +111,7 @@ class Evaluator(evaluator.Evaluator):
         more = {k: v for k, v in texts.items() if k not in line and k not in self.choices}
         line |= results_lib.plain(more, f"question {source['question_id']!r}")
         if self.choices:
-            line["choices"] = [source[k] for k in self.choices]
+            line["choices"] = row_keys.choices_there(source, self.choices)
         line["prompt"] = "\n".join(filter(None, self.template.fill(texts | line)))
         return line
 

@@ -8,6 +8,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from data_prep.build import build
+from data_prep.builders import questioned, row_file
 
 
 def image(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -40,3 +41,10 @@ def built(name: str, folder, data_dir, config: str | None = None, **options) -> 
     report = json.loads((place / "build_report.json").read_text())
     splits = [split for split, book in report["splits"].items() if book["rows_kept"]]
     return report, {split: read(place, split) for split in splits}
+
+
+def checked(found: questioned.Questions, folder, work_dir, **kw) -> tuple[dict, dict]:
+    """As `built`, of what a reader found, without writing records: {question_id: features} of all splits in one."""
+    rows, report = questioned.make_rows(found, folder, work_dir=work_dir, **kw)
+    texts = [row["features"] for writer in rows.values() for row in row_file.read_rows(writer.path)]
+    return report, {x["question_id"]: x for x in texts}
