@@ -1,0 +1,1 @@
+"""PathVQA: questions about pathology images from two textbooks and a digital library."""
