@@ -115,5 +115,5 @@ def get_config(arg=None) -> ConfigDict:
 
 def _table(args, path, split):
     """A `data` section. Without `train`, as for questions to a model as it is, there is nothing to open."""
-    data = dict(name=f"table:{path or 'train=…'}", split=split)
+    data = dict(name=f"table:{path}", split=split)
     return data | {k: args[k] for k in ("images", "columns") if args[k]}

@@ -85,8 +85,13 @@ def open_table_source(data: Mapping[str, Any]) -> TableSource:
     kind, _, path = name.partition(":")
     if unknown := sorted(set(data) - _KEYS):
         raise InputError(f"data set {name}: unknown keys {unknown}; expected some of {sorted(_KEYS)}")
-    if not isinstance(split, str) or not path:
-        raise InputError(f"data.name={name!r}, data.split={split!r}: expected a path after {kind}:, and a split's name")
+    if not path:
+        raise InputError(
+            f"data.name={name!r}: names no {'table' if kind == 'table' else 'folder'}; expected {kind}:PATH, which "
+            "configs/own_data.py has from its argument train=PATH"
+        )
+    if not isinstance(split, str):
+        raise InputError(f"data.name={name!r}, data.split={split!r}: expected a split's name")
     seed = data.get("split_seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(f"data.split_seed={seed!r}: expected a whole number")

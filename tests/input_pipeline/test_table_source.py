@@ -149,6 +149,7 @@ def test_slices_are_those_of_tfds(tmp_path):
         (dict(images="/nowhere"), "no such folder"),
         (dict(name="table:/nowhere.csv"), "/nowhere.csv: no such file"),
         (dict(name="hf:/nowhere"), "/nowhere: no such folder"),
+        (dict(name="table:"), "names no table; expected table:PATH"),
         (dict(name="bv:tfds"), "no such kind of data"),
     ],
 )
