@@ -100,9 +100,11 @@ def convert(
         found = adapter.extract_adapter(adapter.rules_of(adapter.Adapter(specs, {})), params)
         if family is None:
             part_families = families.of_parts(plain, model.get("llm"))
-            in_parts.save_adapter(dst, found, part_families, dtype=dtype, overwrite=overwrite, **peft_kw)
+            card = _card(src, "peft", base_model)
+            in_parts.save_adapter(dst, found, part_families, dtype=dtype, overwrite=overwrite, card=card, **peft_kw)
         else:
-            kw = dict(peft_kw, model_type=family.MODEL_TYPE, card=_card(src, to)) if to == "peft" else {}
+            card = _card(src, to, base_model)
+            kw = dict(peft_kw, model_type=family.MODEL_TYPE, card=card) if to == "peft" else {}
             forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
         return
     if merge:
@@ -119,7 +121,8 @@ def convert(
             own = _own_leaves(src)
             if merge:
                 own = own if own is None else {*own, *(target.param for target in specs)}
-            in_parts.save(dst, params, specs=None if merge else specs, own=own, **peft_kw, **kw)
+            card = _card(src, "parts", base_model)
+            in_parts.save(dst, params, specs=None if merge else specs, own=own, card=card, **peft_kw, **kw)
         else:
             beside = functools.partial(_beside, src, config, processor is None) if to == "hf" else None
             forms.save_params(dst, params, to, processor=processor, beside=beside, **kw)
@@ -169,9 +172,9 @@ def _is_run(src):
     return not compose.parts_of(src) and checkpoints.kind_of(src) == "workdir"
 
 
-def _card(src, to):
+def _card(src, kind, base_model):
     """The model card of an export of a run; None if the source is no run, of which nothing is known."""
-    return model_card.make(src, to) if _is_run(src) else None
+    return model_card.make(src, kind, base_model=base_model) if _is_run(src) else None
 
 
 def _with_heads(src, params):

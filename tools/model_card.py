@@ -3,6 +3,7 @@
 Everything in it is read from the run's folder, whose names come from data sets and outsiders: all are escaped.
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -23,13 +24,22 @@ RECIPE = (
 )
 
 
-def make(src: os.PathLike | str, kind: str, told: Sequence[str] = ()) -> str:
+# What an export is: (the Hub's name of the library that loads it, or None; in words).
+KINDS = {
+    "hf": ("transformers", "A vision-language model"),
+    "peft": ("peft", "A LoRA adapter of a vision-language model"),
+    "parts": (None, "Parts of a vision-language model"),
+}
+
+
+def make(src: os.PathLike | str, kind: str, told: Sequence[str] = (), base_model: str | None = None) -> str:
     """The card of an export of a run.
 
     Args:
       src: the workdir, or "workdir@step".
-      kind: "hf" or "peft".
+      kind: one of `KINDS`.
       told: sentences on how images and questions are read.
+      base_model: name of the model that an adapter is for.
 
     Returns:
       Markdown. An evaluation that can't be read is named in it, and on stderr.
@@ -38,10 +48,11 @@ def make(src: os.PathLike | str, kind: str, told: Sequence[str] = ()) -> str:
     folder, _ = workdir.split_spec(src)
     config = workdir.read_config(folder)
     escape = markdown.escape
-    library = {"hf": "transformers", "peft": "peft"}[kind]
-    what = {"hf": "A vision-language model", "peft": "A LoRA adapter of a vision-language model"}[kind]
+    library, what = KINDS[kind]
     lines = [
-        *("---", f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags: [medical]", "---", ""),
+        *("---", *([f"library_name: {library}"] if library else [])),
+        *([f"base_model: {json.dumps(base_model)}"] if base_model else []),  # a JSON text is a YAML text
+        *("pipeline_tag: image-text-to-text", "tags: [medical]", "---", ""),
         *(f"# {escape(os.path.basename(os.path.abspath(src)))}", ""),
         *(f"{what}, fine-tuned on medical questions about images.", ""),
         *("**For research. Not a medical device.** Its answers can be wrong: they are no basis for a diagnosis.", ""),
@@ -50,6 +61,11 @@ def make(src: os.PathLike | str, kind: str, told: Sequence[str] = ()) -> str:
     ]
     if config.get("adapter_init"):
         lines.append(f"- adapter that it began with: {escape(config['adapter_init'])}")
+    if kind == "parts":
+        lines.append(
+            "- only what the run changed is here: decoder/ and tower/ load in PEFT or transformers, on the models that "
+            "it began with; connector.safetensors lies between them and has no class there"
+        )
     lines += [f"- written by paligemma\\_med {escape(paligemma_med.__version__)}", "", "## Training", ""]
     facts = [("data", ", ".join(sorted(_names(config.get("input")))) or "not recorded")]
     if isinstance(batch := config.get("input"), Mapping) and "batch_size" in batch:

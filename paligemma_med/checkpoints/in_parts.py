@@ -27,6 +27,7 @@ from paligemma_med.models.layers import lora
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 
 NAME = peft.NAME
+CARD = "README.md"  # the model card, where the Hub looks for it
 CONNECTOR = "connector.safetensors"
 FOLDERS = {"llm": "decoder", "img": "tower"}
 
@@ -53,7 +54,7 @@ def save_adapter(folder: os.PathLike | str, adapter: Adapter, part_families: Map
     Args:
       folder: of one part it is a PEFT folder, of several it has one for each.
       part_families: `families.of_parts`.
-      **kw: arguments of `peft.save_adapter`; base_model is the language model's.
+      **kw: arguments of `peft.save_adapter`; base_model is the language model's, the card that of the whole folder.
 
     Raises:
       CheckpointError: something is adapted that PEFT can't express.
@@ -63,9 +64,12 @@ def save_adapter(folder: os.PathLike | str, adapter: Adapter, part_families: Map
         (part,) = found
         _save_one(folder, part, found[part], part_families, kw)
         return
+    card = kw.pop("card", None)
     with files.whole_folder(folder, replaces=tuple(FOLDERS.values()) if kw.pop("overwrite", False) else None) as new:
         for part, one in found.items():
             _save_one(os.path.join(new, FOLDERS[part]), part, one, part_families, kw)
+        if card is not None:
+            files.write_text(os.path.join(new, CARD), card)
 
 
 def _save_one(folder, part, adapter, part_families, kw):
@@ -97,6 +101,7 @@ def save(
     connector: Mapping[str, Any] | None = None,
     specs: Mapping | None = None,
     own: Collection[str] | None = None,
+    card: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -110,6 +115,7 @@ def save(
       img, llm, connector: the config dicts, for what shapes don't determine.
       specs: {Target: Spec} of the adapters in `params`.
       own: names of leaves that aren't as their source has them; None: all.
+      card: text of README.md, the model card; None writes none.
       dtype, overwrite, progress: as in `hf.save_hf`.
       **kw: base_model and key_style of `peft.save_adapter`.
 
@@ -148,6 +154,8 @@ def save(
             write.save_hf(os.path.join(new, FOLDERS[part]), tree, **args)
         if between:
             _save_connector(os.path.join(new, CONNECTOR), plain, between, lazy.dtype_of(dtype), done)
+        if card is not None:
+            files.write_text(os.path.join(new, CARD), card)
 
 
 def _check_class(part, part_families, paths):

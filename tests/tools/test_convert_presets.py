@@ -37,17 +37,21 @@ def test_a_model_in_parts(tmp_path):
     trained = [n for n in flat if n.startswith("connector/")]
     run, made, tree = run_of(tmp_path, kw, flat, rules, trained)
     convert(run, tmp_path / "hf", "hf", base_model="bigscience/bloomz-7b1")
-    assert {f.name for f in (tmp_path / "hf").iterdir()} == {"decoder", "connector.safetensors"}
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {"README.md", "decoder", "connector.safetensors"}
     adapters.assert_equal(peft.load_adapter(tmp_path / "hf" / "decoder"), made)
     config = json.loads((tmp_path / "hf" / "decoder" / peft.CONFIG).read_text())
     assert config["base_model_name_or_path"] == "bigscience/bloomz-7b1"
     read = compose.for_model(flatten_tree(forms.open_params(str(tmp_path / "hf" / "connector.safetensors"))), flat)
     assert all(np.array_equal(np.asarray(read[n]), tree[n]) for n in trained) and {*read} == {*trained}
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "bigscience/bloomz-7b1"\npipeline_tag')
+    assert "only what the run changed is here" in card and "The run's folder has no evaluation." in card
     convert(run, tmp_path / "peft", "peft")
+    assert "A LoRA adapter" in (tmp_path / "peft" / "README.md").read_text()
     adapters.assert_equal(peft.load_adapter(tmp_path / "peft"), made)
     # Merged, the decoder is whole; the tower is its source's and isn't written again.
     convert(run, tmp_path / "merged", "hf", merge=True)
-    assert {f.name for f in (tmp_path / "merged").iterdir()} == {"decoder", "connector.safetensors"}
+    assert {f.name for f in (tmp_path / "merged").iterdir()} == {"README.md", "decoder", "connector.safetensors"}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "decoder")
     merged, _ = adapter.insert_adapter(unflatten_tree(flat), made)
     merged = flatten_tree(adapter.merge(merged, made.specs))["llm/layers/attn/qkv/kernel"]
@@ -66,7 +70,8 @@ def test_adapters_of_two_parts(tmp_path):
     kw, flat, _ = test_in_parts.tiny("llama_clip")
     run, made, tree = run_of(tmp_path, kw, flat, test_in_parts.RULES["llama_clip"], ["img/head/kernel"])
     convert(run, tmp_path / "peft", "peft")
-    assert {f.name for f in (tmp_path / "peft").iterdir()} == {"decoder", "tower"}
+    assert {f.name for f in (tmp_path / "peft").iterdir()} == {"README.md", "decoder", "tower"}
+    assert (tmp_path / "peft" / "README.md").read_text().startswith("---\nlibrary_name: peft\npipeline_tag")
     adapters.assert_equal(forms.load_adapter(tmp_path / "peft"), made)
     convert(run, tmp_path / "hf", "hf")
     adapters.assert_equal(forms.load_adapter(tmp_path / "hf"), made)
