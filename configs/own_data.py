@@ -10,6 +10,7 @@ val       the table for evaluations. Without it a tenth or so of `train`, which 
           split, or drawn by patient, or else by image.
 images    the folder that the tables' images are in; default: the table's own.
 columns   how columns are called: columns="image=file,question=frage", in quotes.
+choose    what is shown of folders of slices and files of several frames: choose="slice=middle", in quotes.
 init      the weights to start from, of any form that model_init takes, or a run: stage=lora,init=out/stage1 goes on
           from stage 1.
 stage     1: the projection head alone. lora: LoRA in the attention of both towers. both: the two at once.
@@ -44,6 +45,7 @@ def get_config(arg=None) -> ConfigDict:
         val="",
         images="",
         columns="",
+        choose="",
         init="",
         stage="1",
         tiny=False,
@@ -66,7 +68,7 @@ def get_config(arg=None) -> ConfigDict:
         raise ValueError(f"Config argument stage={args.stage}: expected 1, lora or both.")
     if args.train and not args.init and not args.tiny:
         raise ValueError("Config argument init isn't given: expected weights or a run to start from, or tiny.")
-    if not args.train and (args.val or args.images or args.columns):
+    if not args.train and (args.val or args.images or args.columns or args.choose):
         raise ValueError("Config argument train isn't given: expected the table to train on.")
     c = ConfigDict()
     c.seed = args.seed
@@ -116,4 +118,4 @@ def get_config(arg=None) -> ConfigDict:
 def _table(args, path, split):
     """A `data` section. Without `train`, as for questions to a model as it is, there is nothing to open."""
     data = dict(name=f"table:{path}", split=split)
-    return data | {k: args[k] for k in ("images", "columns") if args[k]}
+    return data | {k: args[k] for k in ("images", "columns", "choose") if args[k]}

@@ -105,7 +105,7 @@ def _evaluate_served(values):
         raise app.UsageError(f"--{given[0]} is for weights of ours, and --server asks a model elsewhere: leave it out.")
     _check_table_flags(values)
     if values.table:
-        kw = dict(images=values.images, columns=values.columns)
+        kw = dict(images=values.images, columns=values.columns, choose=values.choose)
         train = table_eval.data_of(values.train_table, **kw) if values.train_table else None
         data = table_eval.data_of(values.table, split=values.split, **kw)
         section = served.table_section(data, train, max_new_tokens=values.max_new_tokens)
@@ -151,7 +151,7 @@ def main(argv) -> None:
 
 def _check_table_flags(values):
     """Raises UsageError for a flag that would be ignored: those of --table without it, or --only with it."""
-    of_table = ("images", "columns", "split", "train_table", "max_new_tokens", "batch_size")
+    of_table = ("images", "columns", "choose", "split", "train_table", "max_new_tokens", "batch_size")
     if values.table and values.only:
         raise app.UsageError("--only chooses among config.evals, of which --table runs none.")
     if not values.table and (given := [k for k in of_table if values[k].present]):
@@ -163,7 +163,7 @@ def _with_table(config, values):
     _check_table_flags(values)
     if not values.table:
         return config
-    kw = dict(images=values.images, columns=values.columns)
+    kw = dict(images=values.images, columns=values.columns, choose=values.choose)
     data = table_eval.data_of(values.table, split=values.split, **kw)
     trained_on = table_eval.trained_on(config, data)
     train_data = table_eval.data_of(values.train_table, **kw) if values.train_table else trained_on
@@ -195,6 +195,7 @@ if __name__ == "__main__":
     command_line.define_path("table", None, "An own table to evaluate on, in place of config.evals (docs/own_data.md).")
     command_line.define_path("images", None, "Folder that the table's images are in; default: the table's own.")
     flags.DEFINE_string("columns", None, "Names of the table's columns, such as image=file,question=frage.")
+    command_line.define_choose()
     flags.DEFINE_string("split", "all", "Which of the table's rows: all, test, 'validate[:50]', …")
     command_line.define_path("train_table", None, "Table of training questions, in which majority answers are counted.")
     flags.DEFINE_integer("max_new_tokens", 0, "Length of an answer to --table, at most; 0: as config.evals, or 64.")

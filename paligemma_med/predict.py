@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from paligemma_med import cli, decode, weights
 from paligemma_med.page import shown
 from paligemma_med.parallel import distributed, notes, sharding
-from paligemma_med.pp import command_line, get_preprocess_fn, images
+from paligemma_med.pp import command_line, get_preprocess_fn, image_cells
 
 
 def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
@@ -71,7 +71,7 @@ def main(argv) -> None:
         )
     if not values.question or not all(q.strip() for q in values.question):
         raise app.UsageError('--question is empty; expected a question such as --question="Any nodule?".')
-    image = images.read_file(values.image, "--image")  # before the weights, which take long
+    image = image_cells.read(values.image, "--image")  # before the weights, which take long
     config, checkpoint = cli.from_flags()
     decoding = {k: values[k].value for k in _DECODING}
     rows = predict(config, checkpoint, image, values.question, **decoding)
@@ -86,7 +86,9 @@ _DECODING = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "
 if __name__ == "__main__":
     cli.define_source_flags()
     distributed.define_flags()
-    command_line.define_path("image", None, "Image file: JPEG, PNG, TIFF, DICOM, … (docs/images.md).", required=True)
+    command_line.define_path(
+        "image", None, "Image file: JPEG, PNG, TIFF, DICOM, a folder of slices, … (docs/images.md).", required=True
+    )
     flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
     flags.DEFINE_integer("num_samples", 1, "Answers for each question.")

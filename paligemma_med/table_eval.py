@@ -16,12 +16,12 @@ from paligemma_med.pp import rows as row_keys
 MAX_NEW_TOKENS, BATCH_SIZE = 64, 32
 
 
-def data_of(path, *, split="all", images=None, columns=None) -> dict[str, str]:
+def data_of(path, *, split="all", images=None, columns=None, choose=None) -> dict[str, str]:
     """A `data` section for an own table; paths are absolute, so that a report finds them from anywhere."""
     data = dict(name=f"table:{_absolute(path)}", split=split)
     if images:
         data["images"] = _absolute(images)
-    return data | (dict(columns=columns) if columns else {})
+    return data | {k: v for k, v in dict(columns=columns, choose=choose).items() if v}
 
 
 def _absolute(path):

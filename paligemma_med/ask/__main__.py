@@ -4,8 +4,9 @@
     python -m paligemma_med.ask --config=configs/x.py --checkpoint=w.npz --table=q.xlsx --images=films --out=out/answers
 
 The table (.csv, .tsv, .jsonl, .parquet, .xlsx) has columns image, a path below --images, and question; other names are
-mapped by --columns=image=file,question=frage. DICOM files are read too. answers.csv keeps the table's columns and adds
-model_answer, logprob, note and error. Killed at any time, the same command goes on. Not for diagnosis.
+mapped by --columns=image=file,question=frage. DICOM files and folders of slices are read too. answers.csv keeps the
+table's columns and adds model_answer, logprob, note and error. Killed at any time, the same command goes on. Not for
+diagnosis.
 """
 
 import os
@@ -36,7 +37,9 @@ def main(argv) -> None:
     if values.batch_size < 0:
         raise app.UsageError(f"--batch_size={values.batch_size}; expected 0 or more.")
     # A row whose image is missing has a line of its own, which says so.
-    table = own_table.open_table(values.table, images=values.images, columns=values.columns, missing_images=True)
+    table = own_table.open_table(
+        values.table, images=values.images, columns=values.columns, missing_images=True, choose=values.choose
+    )
     check_images(table)
     for sentence in table.summary():
         if not sentence.startswith(f"{table.name}: made up"):  # which nobody sees here
@@ -44,7 +47,8 @@ def main(argv) -> None:
     config, checkpoint = cli.from_flags()
     decoding = {k: values[k].value for k in _DECODING}
     answerer = Answerer(config, checkpoint, batch_size=values.batch_size, **decoding)
-    identity = identity_of(answerer, table, images=values.images and os.path.abspath(values.images), settings=decoding)
+    settings = decoding | ({"choose": values.choose} if values.choose else {})
+    identity = identity_of(answerer, table, images=values.images and os.path.abspath(values.images), settings=settings)
     if values.overwrite:
         sheets.remove(values.out)
     done = ask_table(answerer, table, values.out, identity, raw=values.raw_cells)
@@ -67,7 +71,7 @@ def tell(done, values, table) -> None:
     print(f"Written to {done.path}")
     if "answer" in table.own:
         given = [f"--{k}={values[k].value}" for k in ("workdir", "checkpoint", "adapter") if values[k].value]
-        given += [a for a in sys.argv if a.startswith(("--config", "--images=", "--columns="))]
+        given += [a for a in sys.argv if a.startswith(("--config", "--images=", "--columns=", "--choose="))]
         command = [f"--table={values.table}", *given, f"--out={os.path.join(values.out, 'measured')}"]
         print(f"How many are right, with controls: python -m paligemma_med.evaluate {shlex.join(command)}")
 
@@ -78,6 +82,7 @@ if __name__ == "__main__":
     command_line.define_path("table", None, "Table of questions: .csv, .tsv, .jsonl, .parquet, .xlsx.", required=True)
     command_line.define_path("images", None, "Folder that the table's images are in; default: the table's own.")
     flags.DEFINE_string("columns", None, "Names of the table's columns, such as image=file,question=frage.")
+    command_line.define_choose()
     command_line.define_path("out", None, "Folder of answers.csv.", required=True)
     flags.DEFINE_integer("batch_size", 0, "Questions at a time; 0 chooses. Halved where memory doesn't suffice.")
     flags.DEFINE_bool("overwrite", False, "Delete the answers of an earlier start, and ask all anew.")

@@ -27,7 +27,7 @@ from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import images_in, read_mask, read_questions
 from paligemma_med.page import check_jinja, shown
 from paligemma_med.parallel import compilation_cache, distributed, ending
-from paligemma_med.pp import command_line, images
+from paligemma_med.pp import command_line, image_cells
 from paligemma_med.saliency import occlusion
 from paligemma_med.saliency.methods import METHODS
 
@@ -78,7 +78,7 @@ def main(argv) -> None:
             if values.questions
             else [(n, q) for n in images_in(values.image_dir) for q in values.question]
         )
-    image = values.image and images.read_file(values.image, "--image")
+    image = values.image and image_cells.read(values.image, "--image")
     mask = values.mask and read_mask(values.mask)
     config, checkpoint = cli.from_flags()
     check_jinja()

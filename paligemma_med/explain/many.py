@@ -16,6 +16,7 @@ from paligemma_med.explain.answer import explain
 from paligemma_med.explain.files import slug, write_npz, write_page, write_pngs
 from paligemma_med.files import whole_file
 from paligemma_med.page import clean, shown
+from paligemma_med.pp import image_cells
 from paligemma_med.saliency import checks
 
 
@@ -46,7 +47,7 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
     rows = []
     with contextlib.closing(results.Part(out, identity)) as part:
         for i, (name, question, *given) in enumerate(asked):
-            content = _content(os.path.join(folder, name))
+            content = _content(folder, name)
             sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
             (row,) = part.saved.get(("model", i), [{}])
             there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
@@ -68,11 +69,12 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
     return sum(row["error"] is not None for row in rows)
 
 
-def _content(path):
-    """The bytes of a file, or the error that reading it gave."""
+def _content(folder, cell):
+    """The bytes of an image, or the error that reading it gave."""
+    path = pathlib.Path(folder, cell)
     try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as e:
+        return path.read_bytes() if path.is_file() else image_cells.load(cell, folder)
+    except (OSError, ValueError) as e:
         return e
 
 
@@ -91,7 +93,7 @@ def _row(loaded, content, name, question, given, stem, *, npz, png, **kw):
         error=None,
     )
     try:
-        if isinstance(content, OSError):
+        if isinstance(content, Exception):
             raise content
         made, raised = explain(loaded, content, question, title=name, given=given, **kw)
     except (OSError, ValueError) as e:

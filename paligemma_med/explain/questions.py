@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from paligemma_med.pp import images, tables
+from paligemma_med.pp import image_cells, images, tables
 
 
 def read_mask(path) -> np.ndarray:
@@ -31,13 +31,24 @@ def read_questions(path, folder) -> list[tuple[str, ...]]:
         image, question = row["image"].strip(), row["question"].strip()
         if not image or not question:
             raise ValueError(f"{path} line {line}: image or question is empty.")
-        if not _inside(folder, image):
+        if not all(_inside(folder, part) for part in _names(image, f"{path} line {line}", folder)):
             raise ValueError(f"{path} line {line}: {image!r} is not below {folder}.")
         given = [cell.strip() for column, cell in row.items() if column.lower() == "answer"]
         out.append((image, question, *given))
     if not out:
         raise ValueError(f"{path}: no rows below its header.")
     return out
+
+
+def _names(cell, where, folder):
+    if os.path.isfile(os.path.join(folder, cell)):
+        return [cell]
+    try:
+        return image_cells.sources(cell, folder)
+    except image_cells.OutsideError:
+        return [os.pardir]
+    except ValueError as e:
+        raise ValueError(f"{where}: image {e}") from None
 
 
 def _inside(folder, name):

@@ -1,6 +1,5 @@
 """Splits of an own table: given or drawn here, slices of them, and what two of them have in common."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +43,7 @@ def image_keys(table: OwnTable) -> tuple[np.ndarray, bool]:
         return keys, False
     found: dict[bytes, list[int]] = {}
     for i in doubtful:
-        found.setdefault(hashlib.blake2b(table.image_bytes(i), digest_size=16).digest(), []).append(int(keys[i]))
+        found.setdefault(table.image_digest(i), []).append(int(keys[i]))
     # The smallest stands for all, so that it doesn't depend on the order of rows.
     same = {key: min(copies) for copies in found.values() if len(copies) > 1 for key in copies}
     if same:

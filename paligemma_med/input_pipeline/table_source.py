@@ -16,7 +16,7 @@ from paligemma_med.input_pipeline.errors import InputError
 from paligemma_med.parallel import notes
 from paligemma_med.pp import own_rows, own_table
 
-_KEYS = {"name", "split", "images", "columns", "split_seed", "split_shares", "needs"}
+_KEYS = {"name", "split", "images", "columns", "split_seed", "split_shares", "needs", "choose"}
 NEEDS = ("image", "question", "answer")
 
 
@@ -75,8 +75,9 @@ class TableSource:
 
 
 def open_table_source(data: Mapping[str, Any]) -> TableSource:
-    """Opens `dict(name="table:PATH" or "hf:FOLDER", split=…)`; besides: images=FOLDER, columns="image=file,…", and for
-    a table without splits split_seed=0 and split_shares="80/10/10".
+    """Opens `dict(name="table:PATH" or "hf:FOLDER", split=…)`; besides: images=FOLDER, columns="image=file,…",
+    choose="slice=middle" (of series, see `pp.image_cells`), and for a table without splits split_seed=0 and
+    split_shares="80/10/10".
 
     InputError: an unknown key, a table that can't be read or has no such split; see `pp.own_table.open_table`.
     """
@@ -97,14 +98,14 @@ def open_table_source(data: Mapping[str, Any]) -> TableSource:
         raise InputError(f"data.split_seed={seed!r}: expected a whole number")
     columns = data.get("columns")
     columns = tuple(dict(columns).items()) if hasattr(columns, "items") else columns  # of a ConfigDict, too
-    for key, value in (("images", data.get("images")), ("columns", columns)):
+    for key, value in (("images", data.get("images")), ("columns", columns), ("choose", data.get("choose"))):
         if value is not None and not isinstance(value, str | os.PathLike | tuple):
             raise InputError(f"data.{key}={value!r:.100}: expected a text")
     needs = tuple(data.get("needs", NEEDS))
     path = os.path.abspath(os.path.expanduser(path))
     images = os.path.abspath(os.path.expanduser(data["images"])) if data.get("images") else None
     try:
-        table = _opened(kind, path, images, columns, needs, _stamp(path))
+        table = _opened(kind, path, images, columns, needs, data.get("choose"), _stamp(path))
         names, codes = _splits(table, split, seed, splits.shares_of(data.get("split_shares", splits.SHARES)))
     except InputError:
         raise
@@ -121,16 +122,16 @@ def _stamp(path):
 
 
 @functools.lru_cache(maxsize=8)  # a run opens the same table for training, for evaluations, and to describe them
-def _opened(kind, path, images, columns, needs, stamp):
+def _opened(kind, path, images, columns, needs, choose, stamp):
     columns = dict(columns) if isinstance(columns, tuple) else columns
     if kind == "hf":
         parts = hf_parts(path, images)
         columns = {ours: theirs for theirs, ours in own_rows.names_of(columns).items()}
         if any(os.path.basename(str(part.path)) in _METADATA for part in parts):
             columns.setdefault("image", "file_name")
-        table = own_table.OwnTable(path, parts, columns=columns, needs=needs)
+        table = own_table.OwnTable(path, parts, columns=columns, needs=needs, choose=choose)
     else:
-        table = own_table.open_table(path, images=images, columns=columns, needs=needs)
+        table = own_table.open_table(path, images=images, columns=columns, needs=needs, choose=choose)
     for line in [*table.summary(), *splits.shared(table)]:
         notes.say(line, file=sys.stderr)
     return table

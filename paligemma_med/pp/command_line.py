@@ -94,6 +94,16 @@ def define_paths(name: str, default: Sequence[str] | None, help: str) -> None:
     flags.DEFINE(_Paths(), name, default, help, serializer=_PathsSerializer())
 
 
+def define_choose() -> None:
+    """Defines --choose, of programs that take an own table."""
+    flags.DEFINE_string(
+        "choose",
+        None,
+        "What is shown of folders of slices and files of several frames where the table doesn't say it, such as "
+        "'slice=middle' or 'montage=2x4|window=brain' (docs/images.md).",
+    )
+
+
 def prepare() -> None:
     """To be called before flags are parsed.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from paligemma_med.pp import dicom, files, windows
+from paligemma_med.pp import dicom, dicom_open, files, windows
 
 # Formats that PIL decodes itself. For others it starts outside programs (EPS runs Ghostscript), or
 # they are too rare to justify their attack surface on files from strangers.
@@ -71,7 +71,7 @@ def to_rgb(content: bytes, *, window: windows.Window | None = None) -> np.ndarra
     """
     found = decode(content, window=window)
     for note in found.notes:
-        _tell(note)
+        tell(note)
     return found.rgb
 
 
@@ -91,13 +91,14 @@ def read_file(path: str | os.PathLike, flag: str) -> np.ndarray:
 
 
 @functools.cache
-def _tell(note: str) -> None:
+def tell(note: str) -> None:
+    """Logs a note of `decode`, once a process."""
     logging.getLogger(__name__).warning("an image: %s (told once)", note)
 
 
 def decode(content: bytes, *, frame: int = 0, window: windows.Window | None = None) -> Decoded:
     """Like `to_rgb`, and how the image was stored. The same for builds, training and programs, so that
-    what one accepts no other refuses."""
+    what one accepts no other refuses. `frame`, from 0, and, of DICOM, a window may be chosen."""
     if files.is_lfs_pointer(content):
         raise ImageError(files.lfs_message("an image"))
     try:
@@ -108,6 +109,8 @@ def decode(content: bytes, *, frame: int = 0, window: windows.Window | None = No
             with open_image(content) as image:
                 image.verify()  # checksums, which decoding ignores; makes the image unusable
         with open_image(content) as image:
+            if frame:
+                _turn_to(image, frame)
             image.load()
             rgb, changed, notes = _pil_to_rgb(image)
             if (orientation := _orientation(image)) > 1:
@@ -125,6 +128,22 @@ def decode(content: bytes, *, frame: int = 0, window: windows.Window | None = No
         raise ImageError(f"not a readable image, {describe(content)}: {files.reason(e)}") from e
 
 
+def frames(content: bytes) -> int:
+    """How many frames or pages an encoded image has. ImageError: it can't be told."""
+    try:
+        if dicom.is_dicom(content):
+            count = dicom_open.header(content, ("NumberOfFrames",)).get("NumberOfFrames")
+            return max(int(count or 1), 1)
+        with open_image(content) as image:
+            return getattr(image, "n_frames", 1)
+    except dicom.DicomError as e:
+        raise ImageError(files.one_line(str(e))) from None
+    except ImageError:
+        raise
+    except Exception as e:
+        raise ImageError(f"not a readable image, {describe(content)}: {files.reason(e)}") from e
+
+
 def plain_by_header(content: bytes) -> bool:
     """True if the header alone shows that `decode(content).plain` is True of a whole file; quick."""
     try:
@@ -138,6 +157,12 @@ def plain_by_header(content: bytes) -> bool:
             return image.format == "JPEG" and _orientation(image) == 1
     except Exception:  # `decode` reports what is wrong
         return False
+
+
+def _turn_to(image: Image.Image, frame: int) -> None:
+    if not 0 <= frame < (count := getattr(image, "n_frames", 1)):
+        raise ImageError(f"no frame {frame + 1}; the image has {count}")
+    image.seek(frame)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from paligemma_med.pp import json_text, rows, table_forms
 
@@ -94,6 +94,11 @@ def _image_id(name, entry, prefix):
         return entry[0]
     parts = [p for p in name.replace("\\", "/").split("/") if p not in ("", ".")]
     return prefix + "/".join(parts) if parts else ""
+
+
+def image_key(names: str | Sequence[str], prefix: str = "") -> int:
+    """Equal for one image_id, or for the same files."""
+    return key_of(names) if isinstance(names, str) else key_of(*(_image_id(name, None, prefix) for name in names))
 
 
 def _lettered(row, choices):

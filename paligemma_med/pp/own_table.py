@@ -10,13 +10,12 @@ import functools
 import hashlib
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from paligemma_med.pp import files, own_rows, rows, table_forms, tables
+from paligemma_med.pp import files, image_cells, own_rows, rows, table_forms, tables
 
 _FIRST = 5  # lines that are named for each reason
 
@@ -36,6 +35,7 @@ def open_table(
     columns: str | Mapping[str, str] | None = None,
     needs: Sequence[str] = ("image", "question"),
     missing_images: bool = False,
+    choose: str | None = None,
 ) -> "OwnTable":
     """A table that is ready to be read.
 
@@ -45,6 +45,8 @@ def open_table(
       columns: names that the file has for others: "image=file,question=frage", or a dict.
       needs: columns that each row must fill.
       missing_images: takes rows whose image isn't there, too; `image_bytes` then says why.
+      choose: what is shown of folders of slices and of files of several frames where a cell doesn't say it:
+        "slice=middle", "montage=2x4|frame=middle|window=brain", see `image_cells`.
 
     Raises:
       ValueError: no such table, a column that it lacks, or not a single row that can be used.
@@ -59,7 +61,8 @@ def open_table(
         raise ValueError(
             f"images={folder}: no such folder; expected the one that the names of images in {path} begin in."
         )
-    return OwnTable(path, [Part(path, folder)], columns=columns, needs=needs, missing_images=missing_images)
+    kw = dict(columns=columns, needs=needs, missing_images=missing_images, choose=choose)
+    return OwnTable(path, [Part(path, folder)], **kw)
 
 
 class OwnTable:
@@ -70,8 +73,9 @@ class OwnTable:
     dropped: [(line, reason)] of rows that can't be used. read: rows with those. notes: sentences for the user.
     splits: names of the splits that the table gives, in the order in which they appear; none if it gives none.
     split_codes: int16[rows], number of a row's split among them, -1 where it gives none.
-    image_keys, patient_keys: uint64[rows], equal for rows of one image or patient; 0: no patient is given.
-    image_sizes: int64[rows], bytes of an image's file; 0 for one in the table, whose key is that of its content.
+    image_keys, patient_keys: uint64[rows], equal for rows of one image or patient; 0: no patient is given. All slices
+      of a series, and frames of a file, are one image here.
+    image_sizes: int64[rows], bytes of an image's files; 0 for one in the table, whose key is that of its content.
     digest: 16 hexadecimal digits of all texts, and of images in the table. bytes: of its files.
     """
 
@@ -83,10 +87,12 @@ class OwnTable:
         columns: str | Mapping[str, str] | None = None,
         needs: Sequence[str] = ("image", "question"),
         missing_images: bool = False,
+        choose: str | None = None,
     ):
         """Goes once through the files. Arguments and errors as of `open_table`."""
         self.name, self.needs, self.missing_images = name, tuple(needs), missing_images
         self._names = own_rows.names_of(columns)
+        self._choose = image_cells.parse_default(choose)
         self.dropped: list[tuple[int | str, str]] = []
         self.notes: list[str] = []
         self._folders = [part.images for part in parts]
@@ -176,27 +182,37 @@ class OwnTable:
         return f"{os.path.basename(self._labels[part])} {line}" if len(self._labels) > 1 else line
 
     def image_path(self, index: int) -> pathlib.Path | None:
-        """The file of a row's image; None if it is in the table, or there is none."""
+        """The file of a row's image, the first of several, or folder; None if it is in the table, or there is none."""
         index = self._index(index)
         row, entry = self._row(index)
-        return None if entry is not None or not row["image"] else self._path(int(self._part[index]), row["image"])
+        if entry is not None or not row["image"]:
+            return None
+        return image_cells.parse(row["image"], self._folders[self._part[index]])[0].path
+
+    def image_digest(self, index: int) -> bytes:
+        """Equal for rows whose images are made of equal files. ValueError and OSError: there are none."""
+        index = self._index(index)
+        return image_cells.digest(self[index]["image"], self._folders[self._part[index]])
 
     def image_bytes(self, index: int) -> bytes:
-        """A row's image as it is stored. ValueError: there is none, or it can't be read."""
+        """A row's image: a file as it is stored, or a picture made of several, as `image_cells` has it.
+
+        ValueError: there is none, or it can't be read.
+        """
         index = self._index(index)
         row, entry = self._row(index)
         if entry is not None:
             return self._forms[self._part[index]].image(entry)
         if not row["image"]:
             raise ValueError(f"{self.name} line {self.line(index)}: has no image.")
-        path = self._path(int(self._part[index]), row["image"])
+        folder = self._folders[self._part[index]]
         try:
-            return path.read_bytes()
+            return image_cells.load(row["image"], folder, choose=self._choose)
         except OSError as e:
-            raise ValueError(f"{self.name} line {self.line(index)}: image {path}: {e.strerror}.") from None
-
-    def _path(self, part, name):
-        return _inside(self._folders[part], name)
+            where = f"{self.name} line {self.line(index)}"
+            raise ValueError(f"{where}: image {self.image_path(index)}: {e.strerror}.") from None
+        except ValueError as e:
+            raise ValueError(f"{self.name} line {self.line(index)}: image {e}") from None
 
     def _row(self, index):
         """(texts, entry of an image in the table or None) of a row that was found good."""
@@ -266,16 +282,6 @@ class OwnTable:
         return out
 
 
-def _inside(folder, name):
-    """`files.path_inside`, which also takes the full path of a file in the folder."""
-    if isinstance(name, str) and os.path.isabs(name):
-        try:
-            name = os.path.relpath(name, os.path.abspath(folder)) if ".." not in pathlib.Path(name).parts else name
-        except ValueError:
-            pass
-    return files.path_inside(folder, name)
-
-
 class _Scan:
     """The one pass through a table's files, which fills its arrays."""
 
@@ -293,7 +299,7 @@ class _Scan:
     def run(self):
         table, number = self.table, 0
         for part, form in enumerate(table._forms):
-            self.size_of = functools.lru_cache(1024)(lambda name, part=part: self._size(part, name))
+            self.look_at = functools.lru_cache(1024)(functools.partial(self._look_at, part))
             for line, begin, size, record in form.scan():
                 number += 1
                 try:
@@ -315,14 +321,15 @@ class _Scan:
         filled = [k for k in table.needs if k not in ("image", "question_id", "image_id", "answer_type")]
         if wrong := [k for k in filled if own_rows.is_blank(row.get(k, ""))]:
             raise ValueError(f"empty {wrong[0]}" if wrong[0] in row else f"no {wrong[0]}")
-        bytes_ = 0 if entry is not None else self._bytes(row, record)
+        bytes_, sources = (0, ()) if entry is not None else self._files(row, record)
+        image_id = row.get("image_id")
         self.given.update(k for k, v in row.items() if v)
         row = own_rows.completed(row, entry, number, table._prefixes[part])
         split = table._splits_of_parts[part] or own_rows.split_name(row.get("split", ""))
         code = self.splits.setdefault(split, len(self.splits)) if split else -1
         patient = row.get("patient_id", "")
         keys = (
-            own_rows.key_of(row["image_id"]),
+            own_rows.image_key(row["image_id"] if image_id else sources or row["image_id"], table._prefixes[part]),
             bytes_,
             own_rows.key_of(patient) if patient else 0,
             own_rows.key_of(split, row["question_id"]),
@@ -331,35 +338,24 @@ class _Scan:
         for name, value in zip(self.TYPES, values):
             self.arrays[name].append(value)
 
-    def _bytes(self, row, record):
-        """Bytes of the file of a row's image. ValueError: there is none."""
+    def _files(self, row, record):
+        """(bytes, names) of the files of a row's image. ValueError: there are none."""
         try:
             if table_forms.IMAGE in record:
                 raise ValueError("an empty image")
             if name := row.get("image", ""):
-                return self.size_of(name)
+                return self.look_at(name)
             if "image" in self.table.needs:
                 raise ValueError("names no image" if "image" in row else "no image")
         except ValueError:
             if not self.table.missing_images:
                 raise
-        return 0
+        return 0, ()
 
-    def _size(self, part, name):
-        """Bytes of an image's file. ValueError: why it can't be one."""
-        try:
-            path = self.table._path(part, name)
-        except ValueError:
-            raise ValueError(f"the path of its image leaves the folder: {name:.200}") from None
-        try:
-            found = os.stat(path)
-        except (OSError, ValueError):
-            raise ValueError(f"no image file: {name:.200}") from None
-        if stat.S_ISDIR(found.st_mode):
-            raise ValueError(f"its image is a folder: {name:.200}")
-        if not found.st_size:
-            raise ValueError(f"an empty image file: {name:.200}")
-        return found.st_size
+    def _look_at(self, part, name):
+        """(bytes, names) of the files that a cell names. ValueError: why it can't be an image."""
+        folder = self.table._folders[part]
+        return sum(size for _, size in image_cells.files_of(name, folder)), tuple(image_cells.sources(name, folder))
 
     def _finish(self):
         table = self.table

@@ -233,7 +233,7 @@ def test_compressions_that_pydicom_does_not_know():
 
 
 def test_notes_reach_the_log_once(caplog):
-    images._tell.cache_clear()
+    images.tell.cache_clear()
     content = make(VALUES, WindowCenter=0, WindowWidth=0)
     for _ in range(3):
         images.to_rgb(content)

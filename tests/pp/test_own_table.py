@@ -80,7 +80,7 @@ def test_wrong_rows_cost_themselves_alone(tmp_path, films):
         (5, "empty question"),
         (6, tables.OTHER_WIDTH),
         (7, "names no image"),
-        (8, "its image is a folder: deep"),
+        (8, "a folder without images; those in folders below it don't count: deep"),
         (10, "the path of its image leaves the folder: /etc/passwd"),
     ]
     assert len(table) == 2 and table.read == 9 and [table.line(i) for i in range(2)] == [2, 9]

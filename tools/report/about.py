@@ -8,7 +8,7 @@ from typing import Any
 from paligemma_med.pp import json_text
 
 # Key -> type, or a dict of the same for an object; of a list the type of its items.
-_DATA = {"name": str, "split": str, "version": str, "data_dir": str, "images": str, "columns": str}
+_DATA = {"name": str, "split": str, "version": str, "data_dir": str, "images": str, "columns": str, "choose": str}
 _PRED_KW = {"temperature": float, "beams": int, "num_samples": int}
 _SECTION = {"data": _DATA, "pred_kw": _PRED_KW, "protocol": str}
 ABOUT = {

@@ -22,7 +22,7 @@ class Lookup:
     def __init__(self, data, data_dir=None):
         """data: dict(name=…, split=…, …) as in a config; data_dir: instead of its own."""
         self.note, self._source, self._index = "", None, {}
-        data = {k: data[k] for k in ("name", "split", "data_dir", "images", "columns") if data.get(k)}
+        data = {k: data[k] for k in ("name", "split", "data_dir", "images", "columns", "choose") if data.get(k)}
         if data_dir and not str(data.get("name")).startswith("table:"):
             data["data_dir"] = str(data_dir)
         if "name" not in data:
