@@ -103,7 +103,7 @@ def image_pp(res, augment=(), method="bilinear") -> list[str]:
     return ["decode(precise=True)", *augment, size, _op("value_range", -1, 1)]
 
 
-def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer", resize="bilinear") -> str:
+def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer", resize="bilinear", keep=()) -> str:
     """The pp string of a training set of questions and answers; `answer` is the key of the latter.
 
     Gives image float32[res, res, 3] and text, mask_ar, mask_loss int32[text_len + 1]: one more than
@@ -112,6 +112,7 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
     Args:
       prompt: PaliGemma's, as from `prompt_for`, or a `common_prompts.Prompt`.
       resize: the method of `image_pp`.
+      keep: what else of a row an evaluation of the loss needs.
     """
     if isinstance(prompt, common_prompts.Prompt):
         texts = common_prompts.to_ops(prompt, tokenizer, answer)
@@ -131,7 +132,7 @@ def train_pp(res, text_len, tokenizer, augment=(), prompt=PROMPT, answer="answer
             _op("tolen", text_len + 1, pad_value=0, key="text"),
             _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
             _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
-            _op("keep", "image", "text", "mask_ar", "mask_loss", *_place(prompt)),
+            _op("keep", "image", "text", "mask_ar", "mask_loss", *_place(prompt), *keep),
         ]
     )
 
@@ -205,6 +206,33 @@ def vqa_eval(
         pp_fn=eval_pp(c.res, text_len, c.tokenizer, keep, prompt, answer, resize),
         batch_size=batch_size,
         pred_kw=dict(max_new_tokens=max_new_tokens, num_samples=samples, temperature=temperature),
+        **kw,
+    )
+
+
+def loss_eval(
+    c,
+    name,
+    split,
+    *,
+    prompt=PROMPT,
+    data_dir="",
+    batch_size=64,
+    keep=EVAL_KEYS,
+    answer="answer",
+    resize="bilinear",
+    **kw,
+) -> dict[str, Any]:
+    """A section of config.evals: the loss on a split, with the texts of training (c.text_len). It is one pass, a small
+    part of what generating answers costs.
+
+    Arguments as of `vqa_eval`; `answer` is the key of what the model is trained to answer.
+    """
+    return dict(
+        type="perplexity",
+        data=dataset(name, split, data_dir),
+        pp_fn=train_pp(c.res, c.text_len, c.tokenizer, (), prompt, answer, resize, keep),
+        batch_size=batch_size,
         **kw,
     )
 

@@ -90,6 +90,7 @@ def get_config(arg=None) -> ConfigDict:
         protocol=args.protocol,
         log_percent=args.every,
     )
+    c.evals[f"slake_en_{args.eval}_loss"] = common.loss_eval(c, "slake/en", args.eval, log_percent=args.every)
     if args.turns:
         c.evals[f"slake_en_{args.eval}_dialogues"] = common.dialogue_eval(
             c,

@@ -51,4 +51,5 @@ def get_config(arg=None) -> ConfigDict:
     c.evals["slake_validate"] = common.vqa_eval(
         c, name, "validate", text_len=48, max_new_tokens=32, prompt=prompt, log_epochs=1.0
     )
+    c.evals["slake_validate_loss"] = common.loss_eval(c, name, "validate", prompt=prompt, log_epochs=1.0)
     return c

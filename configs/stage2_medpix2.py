@@ -39,4 +39,14 @@ def get_config(arg=None) -> ConfigDict:
         samples=args.samples,
         log_epochs=1.0,
     )
+    c.evals.medpix2_validate_loss = common.loss_eval(
+        c,
+        "medpix2/qa",
+        "validate",
+        data_dir=args.data_dir,
+        prompt=prompt,
+        answer=answer,
+        keep=common_3b.EVAL_KEYS,
+        log_epochs=1.0,
+    )
     return c

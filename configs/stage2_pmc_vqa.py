@@ -48,4 +48,14 @@ def get_config(arg=None) -> ConfigDict:
         samples=args.samples,
         log_epochs=1.0,
     )
+    c.evals.pmc_vqa_validate_loss = common.loss_eval(
+        c,
+        name,
+        "validate",
+        data_dir=args.data_dir,
+        prompt=prompt,
+        answer=answer,
+        keep=common_3b.EVAL_KEYS,
+        log_epochs=1.0,
+    )
     return c

@@ -54,4 +54,13 @@ def get_config(arg=None) -> ConfigDict:
             samples=args.samples,
             log_epochs=1.0,
         )
+        c.evals[f"{key}_validate_loss"] = common.loss_eval(
+            c,
+            name,
+            "validate",
+            data_dir=args.data_dir,
+            prompt=prompt,
+            keep=common_3b.EVAL_KEYS,
+            log_epochs=1.0,
+        )
     return c

@@ -81,7 +81,7 @@ def _set_controls(config, controls):
     if controls is None:
         return
     for section in (config.get("evals") or {}).values():
-        if config_values.is_big_visions(section):
+        if config_values.is_big_visions(section) or section.get("type") == "perplexity":
             continue
         if controls == "all" and "controls" in section:
             continue

@@ -88,7 +88,8 @@ def _check_training_rows(setup):
 
 
 def _check_eval_row(config, name, section, model):
-    needed = experiment.evaluator_module(section.type, f"config.evals.{name}").NEEDED
+    evaluator = experiment.evaluator_module(section.type, f"config.evals.{name}")
+    needed, arrays = evaluator.NEEDED, evaluator.ARRAYS
     what = f"config.evals.{name}.pp_fn"
     source = input_pipeline.open_source(section.data)
     if len(source) < 2 and "shuffled_images" in (section.get("controls") or ()):
@@ -100,7 +101,7 @@ def _check_eval_row(config, name, section, model):
         row = _build_pp(section.pp_fn, what)(source[0])
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{what} on record 0 of {source}: {e}") from e
-    _check_arrays(row, ("image", "text", "mask_ar", "mask_input"), what)
+    _check_arrays(row, arrays, what)
     choices = tuple(section.get("choices") or ())
     needed = (*needed, *choices, *(["answer_letter"] if choices else []))
     if missing := [k for k in needed if k not in row]:

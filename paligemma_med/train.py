@@ -31,6 +31,7 @@ from paligemma_med.training import (
     profiling,
     progress,
     run_files,
+    tokens_seen,
 )
 from paligemma_med.training import state as states
 from paligemma_med.training import step as train_step
@@ -117,6 +118,7 @@ class Run:
             state=self.state.input,
             sets=setup.data,
         )
+        self.tokens = tokens_seen.TokensSeen(self.state.tokens_seen)
         self.soundness = Soundness(config, workdir, self.batches, skipped=self.state.skipped_steps)
 
     def _first_state(self):
@@ -181,6 +183,7 @@ class Run:
                 )
             state.step += 1
             self.soundness.add(state.step, self.metrics)
+            self.tokens.add(self.metrics)
             saves = self.saves()
             logs = saves or state.step == 1 or _divides(self.log_every, state.step)
             self.bar.step(state.step, self.metrics["training_loss"], wait=logs)
@@ -222,6 +225,7 @@ class Run:
     def measure(self) -> dict:
         """{name: number} of the latest step, after waiting for it."""
         row = {k: float(v) for k, v in jax.device_get(self.metrics).items() if k not in _INTERNAL}
+        row |= self.tokens.read() or {}
         if self.config.get("skip_nonfinite"):
             row["skipped_steps"] = self.soundness.skipped
         if (self.config.input.get("on_error") or "error") != "error":
@@ -238,7 +242,7 @@ class Run:
     def save(self) -> None:
         state = self.state
         state.input = {**self.batches.state(), "next_step": state.step}
-        state.skipped_steps = self.soundness.skipped
+        state.skipped_steps, state.tokens_seen = self.soundness.skipped, self.tokens.read()
         with self.bar.paused():
             states.save(state, self.checkpoints)
 
@@ -251,7 +255,8 @@ class Run:
                 metrics = evaluator.run(self.state.params)
             self.results[name] = metrics
             with self.signals.deferred():
-                self.record({f"{name}/{k}": v for k, v in metrics.items()})
+                # Also where no other metrics are logged: a curve of losses is drawn over tokens seen.
+                self.record({f"{name}/{k}": v for k, v in metrics.items()} | (self.tokens.read() or {}))
             shown = [k for k in metrics if k.endswith("overall/acc")] or list(metrics)[:5]
             shown = ", ".join(f"{k} {metrics[k]:.4g}" for k in shown)
             self.bar.say(f"step {self.state.step}/{self.total_steps}  {name}: {shown}")
@@ -274,8 +279,8 @@ def _forecast(config, values):
         find_batch_size.find_batch_size(config, values.hbm_gib or chip.memory / 2**30)
 
 
-# Metrics of a step that only Soundness reads.
-_INTERNAL = ("lost", "finite")
+# Metrics of a step that only Soundness and TokensSeen read.
+_INTERNAL = ("lost", "finite", *tokens_seen.NAMES)
 
 
 def _divides(every, step):

@@ -80,7 +80,9 @@ def test_an_evaluator_that_is_none(run, tmp_path, kind):
     workdir, config = run
     config = config.copy_and_resolve_references()
     config.evals.test.type = kind
-    with pytest.raises(ValueError, match=f"config.evals.test.type is '{kind}'; expected one of .'dialogue', 'vqa'."):
+    with pytest.raises(
+        ValueError, match=f"config.evals.test.type is '{kind}'; expected one of .'dialogue', 'perplexity', 'vqa'."
+    ):
         evaluate.evaluate(config, workdir, str(tmp_path))
 
 

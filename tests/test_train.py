@@ -1,5 +1,6 @@
 """A training run: its files, how it stops and is resumed, and what it refuses. The step is training/test_step.py's."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -87,9 +88,13 @@ def test_workdir(finished):
             "examples_per_second",
             "input_wait",
             "eta_seconds",
+            "tokens_seen",
+            "answer_tokens_seen",
         }
         assert names <= set(row) and "lost" not in row
         assert ("val/model/overall/acc" in row) == (row["step"] in (3, 6))
+    seen = [(0, 0), *((r["tokens_seen"], r["answer_tokens_seen"]) for r in rows)]
+    assert all(b[0] > a[0] and 16 * 2 <= b[1] - a[1] < b[0] - a[0] for a, b in itertools.pairwise(seen))
     assert [r["lr"] for r in rows[:3]] == pytest.approx([0, 5e-4, 1e-3])
     metrics, about = read_metrics(os.path.join(workdir, "eval", "val", "metrics.json"))
     assert metrics == results["val"]

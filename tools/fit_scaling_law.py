@@ -1,11 +1,14 @@
 """Fits the paper's scaling law to losses: L = A · X^-α · D^-β + E, with 95 % intervals.
 
+    python -m tools.fit_scaling_law out/a out/b out/c
     python -m tools.fit_scaling_law runs.csv --x=parameters --d=tokens --loss=eval_loss
     python -m tools.fit_scaling_law out/a/metrics.jsonl out/b/metrics.jsonl --x=2361344,11298816 \
         --d=step --d_scale=3072 --loss=training_loss
 
 X is the number of trained parameters, D the tokens trained on (equation 1 of "Adapting Lightweight
-Vision Language Models for Radiological Visual Question Answering"). Where the data can't determine a
+Vision Language Models for Radiological Visual Question Answering"). Of a workdir they are read from its
+config.json and metrics.jsonl: X the parameters that it trains, D tokens_seen, L the evaluation loss (of an eval
+of type perplexity). Where the data can't determine a
 parameter, a sentence says so instead of a number: an exponent whose variable never varies, or whose
 interval is open because its profile is flat.
 """
@@ -18,6 +21,7 @@ interval is open because its profile is flat.
 
 import dataclasses
 import math
+import os
 import pathlib
 
 import numpy as np
@@ -25,8 +29,11 @@ import scipy.optimize
 import scipy.stats
 from absl import app, flags
 
+from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.cli import command
+from paligemma_med.config import files as config_files
 from paligemma_med.pp import command_line, json_text, tables
+from paligemma_med.setup import TrainingSetup
 
 NAMES = ("A", "alpha", "beta", "E")
 MAX_EXPONENT = 5.0
@@ -297,20 +304,59 @@ def to_markdown(result) -> str:
     return "\n".join(lines)
 
 
+def of_workdir(folder, x=None, d=None, loss=None) -> tuple[list[dict], float | str, str, str]:
+    """(rows of metrics.jsonl, x, d, loss) of a run; what isn't given is found out.
+
+    Returns:
+      x: how many parameters the run trains; d: "tokens_seen"; loss: the one column that is an evaluation's loss.
+
+    Raises:
+      ValueError: no such run, or none or several evaluation losses.
+    """
+    path = os.path.join(folder, "metrics.jsonl")
+    rows = read_rows(path)
+    if x is None:
+        setup = TrainingSetup.without_data(config_files.from_json(workdirs.read_config(folder)))
+        x = float(sum(setup.abstract[name].size for name in setup.trained_names))
+    if loss is None:
+        found = sorted({key for row in rows for key in row if key.endswith("/per_token")})
+        if len(found) != 1:
+            raise ValueError(
+                f"{path} has the evaluation losses {found}; expected one, or --loss=NAME/per_token."
+                if found
+                else f"{path} has no evaluation loss: evaluate with an eval of type perplexity while training "
+                "(docs/evaluation.md), or name another column with --loss."
+            )
+        loss = found[0]
+    return rows, x, d or "tokens_seen", loss
+
+
+def _read(path, x, f):
+    """(x, d, loss) arrays of one of the files or workdirs, and the columns' names."""
+    if os.path.isdir(path):
+        rows, x, d, loss = of_workdir(path, x, f.d, f.loss)
+    else:
+        rows, x, d, loss = read_rows(path), 1.0 if x is None else x, f.d or "step", f.loss or "training_loss"
+    return columns(rows, path, x, d, loss, f.d_scale), (loss, d)
+
+
 @command
 def main(argv) -> None:
     if len(argv) < 2:
-        raise app.UsageError("name at least one LOG.csv or LOG.jsonl.")
+        raise app.UsageError("name at least one WORKDIR, LOG.csv or LOG.jsonl.")
     f = flags.FLAGS
-    xs = [_number(text) for text in f.x] if f.x else [1.0]
+    xs = [_number(text) for text in f.x] if f.x else [None]
     if len(xs) == 1:
         xs *= len(argv) - 1
     if len(xs) != len(argv) - 1:
         raise ValueError(f"--x has {len(xs)} values for {len(argv) - 1} files; expected one each.")
-    parts = [columns(read_rows(path), path, x, f.d, f.loss, f.d_scale) for path, x in zip(argv[1:], xs)]
+    parts, names = zip(*(_read(path, x, f) for path, x in zip(argv[1:], xs)))
+    if len({*names}) > 1:
+        raise ValueError(f"the files are read by different columns, {sorted({*names})}: name them with --loss and --d.")
     result = fit(*(np.concatenate(column) for column in zip(*parts)))
     print(to_markdown(result))
-    print(f"L is the column {f.loss}, D is {f.d_scale:g} · {f.d}.")
+    loss, d = names[0]
+    print(f"L is the column {loss}, D is {f.d_scale:g} · {d}.")
 
 
 def _number(text):
@@ -322,8 +368,10 @@ def _number(text):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("x", None, "Column of X, or its value, one for each file; default: constant.")
-    flags.DEFINE_string("d", "step", "Column of D.")
+    flags.DEFINE_list("x", None, "Column of X, or its value, one for each; default: a workdir's own, else constant.")
+    flags.DEFINE_string("d", None, "Column of D; default: tokens_seen of workdirs, step of files.")
     flags.DEFINE_float("d_scale", 1.0, "What D is multiplied by: tokens a step.", lower_bound=0)
-    flags.DEFINE_string("loss", "training_loss", "Column of the loss.")
+    flags.DEFINE_string(
+        "loss", None, "Column of the loss; default: a workdir's evaluation loss, a file's training_loss."
+    )
     app.run(main, flags_parser=command_line.parse_flags)

@@ -242,6 +242,7 @@ _EVAL_MORE = {
     "controls": _TEXTS,
     "groups": _TEXTS,
     "choices": _TEXTS,
+    "loss_chunk": _POSITIVE_WHOLE,
     **dict.fromkeys(("protocol", "options", "prompt_pp", "history_pp"), _TEXT),
     **dict.fromkeys(("shuffle_seed", "noise_seed", "dialogue_seed"), _SEED),
 }

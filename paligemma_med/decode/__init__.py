@@ -1,7 +1,7 @@
 """Answers from a model: by sampling or greedy (`generate`), by beam search (`beam_search`), or by how
-probable it finds given options (`score_options`).
+probable it finds given options (`score_options`); and how probable it finds the true ones (`answer_losses`).
 
-All three read a prompt once, however many continuations it gets: `prefill_cache` makes one prefix
+The first three read a prompt once, however many continuations it gets: `prefill_cache` makes one prefix
 cache a prompt, and every continuation keeps only the few positions of its own tokens. Loops end as
 soon as every row has ended.
 
@@ -17,12 +17,14 @@ the same prompt then differ in their last bits, and so may the token where two c
 
 from paligemma_med.decode.beam import beam_search
 from paligemma_med.decode.generate import generate
+from paligemma_med.decode.losses import answer_losses
 from paligemma_med.decode.options import encode_options, score_choices, score_options
 from paligemma_med.decode.prompts import PAD_TOKEN, batch_of, blank_image, bucket, encode_images
 from paligemma_med.decode.sampling import draw, most_probable, nucleus
 
 __all__ = [
     "PAD_TOKEN",
+    "answer_losses",
     "batch_of",
     "beam_search",
     "blank_image",

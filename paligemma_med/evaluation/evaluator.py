@@ -25,9 +25,6 @@ from paligemma_med.metrics import scoring
 from paligemma_med.parallel import distributed, notes
 from paligemma_med.pp.tokenizer import get_tokenizer
 
-# What `about` says that doesn't change the answers.
-_NO_DIFFERENCE = ("checkpoint", "command")
-
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Evaluator:
@@ -127,7 +124,7 @@ class Evaluator:
         with notes.stage("taking the weights' fingerprint"):
             about = self.about(params) if self.about else {}
         about = about and {**about, "controls": self.columns}
-        identity = {k: v for k, v in about.items() if k not in _NO_DIFFERENCE}
+        identity = results.identity(about)
         resume = bool(identity) and self.resume
         rows = results.finished(self.outdir, identity) if resume and self.outdir else None
         if rows is None:

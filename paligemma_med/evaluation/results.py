@@ -23,6 +23,9 @@ from paligemma_med import files
 from paligemma_med.parallel import distributed
 from paligemma_med.pp import json_text
 
+# What `about` says that doesn't change the answers.
+_NO_DIFFERENCE = ("checkpoint", "command")
+
 PART = "predictions.part.jsonl"
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
@@ -68,17 +71,22 @@ def read_metrics(path) -> tuple[dict, dict]:
     return metrics, about
 
 
-def write(folder, rows, metrics, about) -> None:
-    """Writes predictions.jsonl and metrics.json, and removes the part."""
+def write(folder, rows, metrics, about, name=PREDICTIONS) -> None:
+    """Writes predictions.jsonl, or what the rows are called, and metrics.json, and removes the part."""
     if not distributed.is_main():
         return
     folder = pathlib.Path(folder)
-    files.write_text(folder / PREDICTIONS, "".join(map(_line, rows)))
+    files.write_text(folder / name, "".join(map(_line, rows)))
     files.write_text(folder / METRICS, json.dumps({**metrics, "about": about}, indent=2) + "\n")
     (folder / PART).unlink(missing_ok=True)
 
 
-def finished(folder, identity) -> list[dict] | None:
+def identity(about) -> dict:
+    """The part of `about` that decides whether an evaluation is the same as an interrupted or finished one."""
+    return {k: v for k, v in about.items() if k not in _NO_DIFFERENCE}
+
+
+def finished(folder, identity, name=PREDICTIONS) -> list[dict] | None:
     """The rows of an evaluation of `identity` that is complete in `folder`, or None. Collective."""
     rows = None
     if distributed.is_main():
@@ -87,7 +95,7 @@ def finished(folder, identity) -> list[dict] | None:
             about = read_metrics(folder / METRICS)[1]
             # A part is removed last.
             if not (folder / PART).exists() and _is_of(about, identity):
-                rows = read_rows(folder / PREDICTIONS)
+                rows = read_rows(folder / name)
         except (OSError, ValueError, AttributeError):
             pass
     return distributed.broadcast(rows)

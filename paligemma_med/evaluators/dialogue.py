@@ -38,6 +38,7 @@ from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp import rows as row_keys
 
 NEEDED = (*row_keys.NEEDED, "image_id")
+ARRAYS = ("image", "text", "mask_ar", "mask_input")
 _TEXT = ("text", "mask_ar", "mask_input", "image_at")  # the last where the image isn't in front
 
 

@@ -24,6 +24,7 @@ from paligemma_med.pp import rows as row_keys
 # The default controls: one pass in addition to the model's own.
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")
 NEEDED = row_keys.NEEDED
+ARRAYS = ("image", "text", "mask_ar", "mask_input")
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

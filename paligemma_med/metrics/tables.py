@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from paligemma_med.metrics import text_metrics
+from paligemma_med.metrics import losses, text_metrics
 from paligemma_med.pp import markdown
 
 # Columns: the model, the controls, and other ways of asking.
@@ -86,8 +86,11 @@ def format_table(metrics: Mapping[str, float], text: Callable[[str], str] = str)
     questions on one image kept together; for several runs the mean ± standard deviation.
 
     Args:
+      metrics: those of `losses.summarise` give the table of a loss.
       text: applied to the names of groups, which are from a data set: `markdown.escape` for a page.
     """
+    if "per_token" in metrics:
+        return _loss_table(metrics, text)
     columns = [who for who in COLUMNS if f"{who}/overall/acc" in metrics]
     groups = {"overall": metrics["n"]}
     groups |= {k.removeprefix("n/"): n for k, n in metrics.items() if k.startswith("n/")}
@@ -109,4 +112,29 @@ def format_table(metrics: Mapping[str, float], text: Callable[[str], str] = str)
         notes += f" {truncated:,} prompts lost tokens: they didn't fit."
     if unfinished := metrics.get("unfinished"):
         notes += f" {unfinished:,} answers were cut off at max_new_tokens."
+    return markdown.table(table) + "\n\n" + notes
+
+
+_LOSSES = {
+    "avg": "mean of examples",
+    "per_token": "mean of tokens",
+    "sum": "nats an answer",
+    "perplexity": "perplexity",
+}
+
+
+def _loss_table(metrics, text):
+    endings = [name.removeprefix("n") for name in metrics if name == "n" or name.startswith("n/")]
+    table = [["evaluation loss, nats", *(_LOSSES[name] for name in losses.FIGURES), "tokens", "n"]]
+    for ending in endings:
+        title = text(ending.split("/", 2)[2]) if ending else "overall"
+        cells = [f"{metrics[name + ending]:.4f}" for name in losses.FIGURES]
+        if f"avg_low{ending}" in metrics:
+            cells[0] += f" ({metrics[f'avg_low{ending}']:.4f}–{metrics[f'avg_high{ending}']:.4f})"
+        table.append([title, *cells, f"{metrics[f'tokens{ending}']:,}", f"{metrics[f'n{ending}']:,}"])
+    notes = "In brackets 95 %, by images."
+    if truncated := metrics.get("truncated"):
+        notes += f" {truncated:,} rows lost tokens: they didn't fit."
+    if missing := metrics.get("no_answer"):
+        notes += f" {missing:,} rows have no answer to predict, and are left out."
     return markdown.table(table) + "\n\n" + notes

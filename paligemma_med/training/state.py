@@ -9,7 +9,7 @@ from paligemma_med import weights
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.setup import TrainingSetup
-from paligemma_med.training import run_files
+from paligemma_med.training import run_files, tokens_seen
 from paligemma_med.training import step as train_step
 
 Leaves = dict[str, Any]  # name → jax.Array, or jax.ShapeDtypeStruct with a sharding
@@ -27,6 +27,7 @@ class TrainState:
         config.adapter_init). The run stores them in base.npz, and fingerprints of the other frozen ones.
       step: steps taken so far.
       skipped_steps: how many of them had a loss or gradient that wasn't finite.
+      tokens_seen: `tokens_seen.NAMES` → tokens trained on so far; None if that isn't known.
       input: the position in the data (`TrainingInput.state`); None at the start.
     """
 
@@ -36,6 +37,7 @@ class TrainState:
     kept: frozenset[str] = frozenset()
     step: int = 0
     skipped_steps: int = 0
+    tokens_seen: dict[str, int] | None = dataclasses.field(default_factory=lambda: dict.fromkeys(tokens_seen.NAMES, 0))
     input: dict[str, Any] | None = None
 
     @property
@@ -103,11 +105,12 @@ def restore(state: TrainState, checkpoints: workdirs.Checkpoints, workdir: str) 
         frozen={**state.frozen, **run_files.load_kept(workdir, state.kept_leaves)},
         step=step,
         skipped_steps=run.get("skipped_steps", 0),
+        tokens_seen=run.get("tokens_seen"),
         input=run.get("input"),
     )
 
 
 def save(state: TrainState, checkpoints: workdirs.Checkpoints) -> None:
     """Writes what training has changed; returns before everything is on disk."""
-    run = {"input": state.input, "skipped_steps": state.skipped_steps}
+    run = {"input": state.input, "skipped_steps": state.skipped_steps, "tokens_seen": state.tokens_seen}
     checkpoints.save(state.step, state.trained, state.opt_state, run)

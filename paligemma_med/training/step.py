@@ -13,7 +13,7 @@ from paligemma_med.models import lean
 from paligemma_med.models import loss as losses
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.parallel import sharding
-from paligemma_med.training import optim
+from paligemma_med.training import optim, tokens_seen
 
 
 def make_loss_fn(config, model) -> Callable:
@@ -106,6 +106,7 @@ def make_train_step(config, model, tx, learning_rate) -> Callable:
             "l2_updates": l2_updates,
             "l2_params": optim.global_norm(trained),
             "lr": learning_rate(i),
+            **{name: jnp.where(finite, n, 0) for name, n in tokens_seen.of_batch(batch["mask_loss"]).items()},
             "lost": lost,
             "finite": finite,
         }

@@ -87,7 +87,10 @@ def test_pp_strings_give_what_the_model_reads(name):
     for key in ("text", "mask_ar", "mask_loss"):
         assert out[key].shape == (c.text_len + 1,)
     trained_on, place = out["text"][: out["mask_loss"].argmax()].tolist(), out.get("image_at")
-    strings = [s.pp_fn for s in (c.evals or {}).values()] + [c.get("predict_pp") or ""]
+    for section in (s for s in (c.evals or {}).values() if s.type == "perplexity"):
+        again = pp(section.pp_fn)(row(answer="yes"))  # the loss is that of training
+        assert all((again[key] == out[key]).all() for key in ("text", "mask_ar", "mask_loss"))
+    strings = [s.pp_fn for s in (c.evals or {}).values() if s.type != "perplexity"] + [c.get("predict_pp") or ""]
     for text in filter(None, strings):
         out = pp(text)(row(answer="yes"))
         assert out["image"].shape == (c.res, c.res, 3)
@@ -216,6 +219,9 @@ def test_letters_are_asked_for_where_wanted(name):
     plain, letters = get_config(name), get_config(name, "letters")
     pmc = get_config("stage2_pmc_vqa")
     for a, b in zip(letters.evals.values(), pmc.evals.values()):
+        if a.type == b.type == "perplexity":
+            assert "inkey='answer_letter'" in a.pp_fn
+            continue
         assert (a.protocol, a.choices, a.options) == (b.protocol, b.choices, b.options)
     assert "{choice_d}" in letters.input.pp and "inkey='answer_letter'" in letters.input.pp
     assert letters.predict_pp == pmc.predict_pp.replace("192", "256")

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from paligemma_med.config import files as config_files
+from tests import tiny
 from tools import fit_scaling_law as fsl
 
 TRUE = dict(A=40.0, alpha=0.12, beta=0.15, E=1.2)
@@ -152,3 +154,24 @@ def test_the_program_fits_two_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "| alpha | 0.12 |" in run.stdout and "| E | 1.2 |" in run.stdout
     assert "L is the column training_loss, D is 1000 · step." in run.stdout
+
+
+def test_a_workdir_is_read_by_its_own_columns(tmp_path):
+    c = tiny.config("nowhere", schedule=[("img/head/.*", dict(decay_type="constant")), (".*", None)])
+    (tmp_path / "config.json").write_text(config_files.to_json(c))
+    row = {"step": 3, "tokens_seen": 80, "val/avg": 1.0, "val/per_token": 2.0, "val/per_token/answer_type/OPEN": 3.0}
+
+    def write(*rows):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write({"step": 1, "tokens_seen": 40}, row)
+    rows, x, d, loss = fsl.of_workdir(str(tmp_path))
+    assert (len(rows), x, d, loss) == (2, 32 * 64 + 64, "tokens_seen", "val/per_token")  # the head's kernel and bias
+    assert fsl.columns(rows, "w", x, d, loss)[2].tolist() == [2.0]
+    write(row | {"own/per_token": 1.0})
+    with pytest.raises(ValueError, match=r"losses \['own/per_token', 'val/per_token'\]; expected one, or --loss"):
+        fsl.of_workdir(str(tmp_path), 1.0)
+    assert fsl.of_workdir(str(tmp_path), 7.0, "step", "own/per_token")[1:] == (7.0, "step", "own/per_token")
+    write({"step": 1, "tokens_seen": 40})
+    with pytest.raises(ValueError, match="no evaluation loss.*perplexity"):
+        fsl.of_workdir(str(tmp_path), 1.0)

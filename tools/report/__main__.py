@@ -20,7 +20,7 @@ from absl import app, flags
 from paligemma_med import files
 from paligemma_med.cli import command
 from paligemma_med.pp import command_line
-from tools.report import blocks, evaluations, paper, pictures, plots, sections
+from tools.report import blocks, evaluations, losses, paper, pictures, plots, sections
 from tools.report import foreign as foreign_lib
 
 
@@ -44,7 +44,11 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
     Raises:
       ValueError: something can't be read.
     """
-    found = evaluations.load_all(workdirs)
+    curves = losses.read(workdirs)
+    with_losses = {c.folder for c in curves}  # a run may have no other evaluation
+    found = evaluations.load_all(
+        [p for p in workdirs if evaluations.is_evaluated(p) or str(pathlib.Path(p)) not in with_losses]
+    )
 
     @functools.cache
     def lookup(key):
@@ -58,6 +62,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
     out = [sections.overview(everything)] if everything else []
     if found:
         out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
+    out += [losses.section(curves)] if curves else []
     for a, b in _pairs(found, workdirs, compare):
         out.append(sections.compare(a, b))
     for e in found:

@@ -135,6 +135,12 @@ def load_all(paths) -> list[Evaluation]:
     return evaluations
 
 
+def is_evaluated(path) -> bool:
+    """Whether `load_all` finds an evaluation of answers there."""
+    path = pathlib.Path(path)
+    return (path / results.PREDICTIONS).is_file() or any(path.glob(f"eval/**/{results.PREDICTIONS}"))
+
+
 def _split(folder):
     """(workdir, name) of <workdir>/eval/<name>; (None, the folder's own name) if it lies elsewhere."""
     for parent in folder.parents:

@@ -105,6 +105,35 @@ def reliability(name, panels) -> str:
     return _svg(figure, name)
 
 
+def losses(name, panels) -> str:
+    """Losses over tokens seen, one panel each.
+
+    Args:
+      name: as above.
+      panels: [(title, {run: [(tokens, loss, low or None, high or None), …]})].
+
+    Returns:
+      str, an SVG.
+    """
+    figure, all_axes = _figure(max(4.6, 3.3 * len(panels)), 3.6, len(panels))
+    for axes, (title, curves) in zip(all_axes, panels):
+        for i, (run, points) in enumerate(curves.items()):
+            colour, marker = list(STYLES.values())[i % len(STYLES)]
+            x, y, low, high = zip(*points)
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4, label=run)
+            if all(end is not None for end in (*low, *high)):
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.set_xlabel("tokens seen")
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4), useMathText=True)
+        axes.xaxis.get_offset_text().set_color(_INK)
+        axes.grid(color="#888888", alpha=0.3, linewidth=0.6)
+    all_axes[0].set_ylabel("loss, nats a token")
+    lines, runs = all_axes[0].get_legend_handles_labels()
+    figure.legend(lines, runs, loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure, name)
+
+
 def _figure(width, height, columns=1):
     from matplotlib.figure import Figure
 
