@@ -13,7 +13,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FOLDERS = ("configs", "data_prep", "tools")
-LEFT_OUT = ("tools/bench", "tools/random_kills.py", "tools/docs_site.py")  # of use in a checkout alone
+# Of use in a checkout alone.
+LEFT_OUT = ("tools/bench", "tools/random_kills.py", "tools/docs_site.py", "tools/docs_pictures.py")
 
 
 class BuildWithPrograms(build_py):

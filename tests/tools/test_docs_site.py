@@ -1,8 +1,10 @@
-"""The docs site's hooks, and that links between our pages lead somewhere."""
+"""The docs site's hooks and pictures, and that links between our pages lead somewhere."""
+
+import re
 
 import pytest
 
-from tools import docs_site
+from tools import docs_pictures, docs_site
 
 PERCENT = """# ---
 # jupytext: {}
@@ -62,3 +64,15 @@ def test_pages_of_files(path, page):
 
 def test_a_notebook_is_markdown():
     assert docs_site.from_percent(PERCENT) == "# Title\n\nText.\n\n```python\nx = 1  # one\n```\n\nEnd.\n"
+
+
+def test_pictures_are_small(repo_root):
+    pictures = [*(repo_root / "docs" / "pictures").iterdir()]
+    assert pictures and all(x.suffix == ".png" and x.stat().st_size < 150_000 for x in pictures)
+
+
+def test_the_picture_of_a_report_is_its_first_table():
+    report = '<head></head><body><p>a</p><h2 id="s3">b</h2><div>\n<table>c</table>\n</div><h2>d</h2></body>'
+    assert re.findall(r"[a-d](?=</(?:p|h2|table)>)", docs_pictures.first_table(report)) == ["b", "c"]
+    with pytest.raises(ValueError, match="its layout has changed"):
+        docs_pictures.first_table("<body></body>")
