@@ -10,6 +10,9 @@ refused) and the addresses that it asked for are collected, so that a test can s
         assert page.js("document.title") == "…"
         assert page.problems == [] and page.outside == []
 
+A sandboxed frame is a process of its own, to which the driver attaches as well; `with page.inside("iframe"):` looks into
+it.
+
 Tests carry `@chromium.needed`, which skips them with a reason where there is no Chromium
 (Debian: `apt-get install chromium`; PALIGEMMA_MED_CHROMIUM names another binary). No test needs the
 network, and host names do not resolve.
@@ -19,6 +22,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import select
@@ -36,6 +40,7 @@ _FLAGS = """
     --no-default-browser-check --disable-extensions --disable-background-networking --disable-sync
     --disable-component-update --disable-default-apps --disable-domain-reliability --mute-audio
     --hide-scrollbars --force-color-profile=srgb --force-device-scale-factor=1
+    --enable-features=IsolateSandboxedIframes
     --remote-debugging-pipe
 """.split()
 _KEYS = {  # name -> (code, virtual key, text)
@@ -51,6 +56,7 @@ _KEYS = {  # name -> (code, virtual key, text)
     "End": ("End", 35, ""),
 }
 _SHIFT = 8
+_HEARD = ("Runtime", "Log", "Network")  # what a page and its frames tell of
 
 
 def find():
@@ -147,7 +153,7 @@ class _Pipe:
 
 
 class Page:
-    """One tab. Attributes after `open`:
+    """One tab. Attributes after `open`, sandboxed frames included:
 
     problems: str each: console errors and warnings, exceptions, refusals by the content policy.
     requests: all addresses asked for, the page's own first.
@@ -158,12 +164,15 @@ class Page:
         self._pipe, self._count, self._session = pipe, 0, None
         self._folder, self._loaded = folder, False
         self.problems, self.requests = [], []
+        self._frames = {}  # id of a frame -> session of its process
         targets = self._call("Target.getTargets")["targetInfos"]
         tab = next(t["targetId"] for t in targets if t["type"] == "page")
         attached = self._call("Target.attachToTarget", targetId=tab, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", *_HEARD):
             self._call(f"{domain}.enable")
+        # A frame's process waits until it is listened to, so that nothing is missed (`_heard`).
+        self._call("Target.setAutoAttach", in_tab=True, autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
         self.resize(width, height)
 
     # What a test asks for.
@@ -196,6 +205,20 @@ class Page:
     def wait(self, expression, timeout=TIMEOUT):
         """Waits until an expression is true."""
         self._until(lambda: self.js(f"!!({expression})"), expression, timeout)
+
+    @contextlib.contextmanager
+    def inside(self, selector):
+        """Within the block, `js`, `wait`, `text`, `count` and `focused` are of the page in a sandboxed frame, when it is
+        there; TimeoutError if it never is."""
+        element = self._call("Runtime.evaluate", expression=_element(selector))["result"]["objectId"]
+        name = self._call("DOM.describeNode", objectId=element)["node"]["frameId"]
+        self._until(lambda: name in self._frames, f"{selector} to have a process of its own")
+        own, self._session = self._session, self._frames[name]
+        try:
+            self.wait("document.readyState == 'complete' && location.href != 'about:blank'")
+            yield
+        finally:
+            self._session = own
 
     def text(self, selector):
         """The visible text of the first element; RuntimeError if there is none."""
@@ -265,6 +288,7 @@ class Page:
 
     def resize(self, width, height):
         """Size of the window in CSS pixels."""
+        self._size = width, height
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def emulate(self, *, dark=None, reduced_motion=None, media=""):
@@ -277,15 +301,19 @@ class Page:
             "Emulation.setEmulatedMedia", media=media, features=[dict(name=k, value=v) for k, v in features.items()]
         )
 
-    def screenshot(self, path, *, whole=True):
-        """A PNG of the window, or of the whole page."""
-        said = self._call(
-            "Page.captureScreenshot",
-            captureBeyondViewport=whole,
-            format="png",
-            **(dict(clip=self._whole()) if whole else {}),
-        )
-        pathlib.Path(path).write_bytes(base64.b64decode(said["data"]))
+    def screenshot(self, path=None, *, whole=True):
+        """A PNG of the window, or of the whole page, as bytes and in a file if one is given."""
+        size = self._size
+        if whole:  # in a window as high as the page: what is outside of it need not be painted, frames least of all
+            for _ in range(2):  # since heights may depend on the window's
+                self.resize(size[0], math.ceil(self._call("Page.getLayoutMetrics")["cssContentSize"]["height"]))
+        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        png = base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+        if whole:
+            self.resize(*size)
+        if path is not None:
+            pathlib.Path(path).write_bytes(png)
+        return png
 
     def downloads(self):
         """Lets the page save files; → the folder where they arrive."""
@@ -311,19 +339,19 @@ class Page:
 
     # The protocol.
 
-    def _whole(self):
-        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
-        return dict(x=0, y=0, width=size["width"], height=size["height"], scale=1)
-
-    def _call(self, method, **params):
+    def _send(self, method, session, **params):
         self._count += 1
         message = dict(id=self._count, method=method, params=params)
-        if self._session and not method.startswith(("Target.", "Browser.")):
-            message["sessionId"] = self._session
-        self._pipe.send(message)
+        self._pipe.send(message | (dict(sessionId=session) if session else {}))
+
+    def _call(self, method, *, in_tab=False, **params):
+        """The answer to a message. Those about targets and the browser are put to the browser unless `in_tab`."""
+        is_ours = in_tab or not method.startswith(("Target.", "Browser."))
+        self._send(method, self._session if is_ours else None, **params)
+        count = self._count
         until = time.monotonic() + TIMEOUT
         while (said := self._pipe.receive(until)) is not None:
-            if said.get("id") == self._count:
+            if said.get("id") == count:
                 if "error" in said:
                     raise RuntimeError(f"{method}: {said['error']['message']}")
                 return said["result"]
@@ -343,6 +371,12 @@ class Page:
         match message.get("method"):
             case "Page.loadEventFired":
                 self._loaded = True
+            case "Target.attachedToTarget" if params["targetInfo"]["type"] == "iframe":
+                self._frames[params["targetInfo"]["targetId"]] = params["sessionId"]
+                for method in (*(f"{domain}.enable" for domain in _HEARD), "Runtime.runIfWaitingForDebugger"):
+                    self._send(method, params["sessionId"])
+            case "Target.attachedToTarget" if params["waitingForDebugger"]:  # a worker, which nothing of ours has
+                self._send("Runtime.runIfWaitingForDebugger", params["sessionId"])
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
             case "Network.webSocketCreated":

@@ -1,5 +1,8 @@
 """The driver of Chromium sees what it is there to see: events, complaints, and requests."""
 
+import io
+
+import PIL.Image
 import pytest
 
 from tests import chromium
@@ -73,6 +76,27 @@ def test_complaints_and_requests_are_noticed(page, tmp_path):
     assert page.outside == ["https://example.org/x"]
     with pytest.raises(RuntimeError, match="no element"):
         page.click("#missing")
+
+
+@chromium.needed
+def test_sandboxed_frames_are_looked_into(page, tmp_path):
+    (tmp_path / "inner.html").write_text(
+        "<meta charset=utf-8><title>inner</title><body style='margin: 0; background: #00f'><p>within</p>"
+        "<script>console.error('oh'); fetch('https://example.org/x').catch(() => 0)</script>"
+    )
+    frame = '<iframe sandbox="allow-scripts" src="inner.html" style="border: 0; width: 100%; height: 300px"></iframe>'
+    (tmp_path / "outer.html").write_text(
+        f"<meta charset=utf-8><body style='margin: 0'><p style='height: 2000px'></p>{frame}"
+    )
+    page.open(tmp_path / "outer.html")
+    with page.inside("iframe"):
+        assert page.text("body") == "within" and page.js("document.title + origin") == "innernull"
+        page.js("new Promise(r => setTimeout(r, 100))")
+    assert page.text("body") != "within"
+    assert any("oh" in p for p in page.problems) and page.outside == ["https://example.org/x"]
+    png = page.screenshot()  # though it lies outside of the window
+    assert PIL.Image.open(io.BytesIO(png)).convert("RGB").getpixel((600, 2300)) == (0, 0, 255)
+    assert page.js("innerHeight") == 900
 
 
 def test_without_chromium(monkeypatch):
