@@ -10,8 +10,8 @@ refused) and the addresses that it asked for are collected, so that a test can s
         assert page.js("document.title") == "…"
         assert page.problems == [] and page.outside == []
 
-A sandboxed frame is a process of its own, to which the driver attaches as well; `with page.inside("iframe"):` looks into
-it.
+A sandboxed frame is a process of its own, to which the driver attaches as well; `with page.inside("iframe"):` looks
+into it.
 
 Tests carry `@chromium.needed`, which skips them with a reason where there is no Chromium
 (Debian: `apt-get install chromium`; PALIGEMMA_MED_CHROMIUM names another binary). No test needs the
@@ -55,6 +55,21 @@ _KEYS = {  # name -> (code, virtual key, text)
     "Home": ("Home", 36, ""),
     "End": ("End", 35, ""),
 }
+# Expressions for `Page.js`: elements that a screen reader has no name for; texts of less contrast than WCAG asks for.
+NAMELESS = """[...document.querySelectorAll('button, select, input, img, iframe, [tabindex="0"]')]
+  .filter(e => !(e.alt || e.title || e.ariaLabel || e.textContent.trim() || e.closest('label')
+                 || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML)"""
+LOW_CONTRAST = """(() => {
+  const light = c => c.match(/[\\d.]+/g).slice(0, 3).map(v => (v /= 255) <= 0.04045 ? v / 12.92
+    : ((v + 0.055) / 1.055) ** 2.4).reduce((t, v, i) => t + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = e => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; }
+    return 'rgb(255, 255, 255)'; };
+  return [...document.querySelectorAll('p, h1, h2, h3, td, th, dt, dd, button, label, li, .figure')]
+    .filter(e => e.innerText.trim() && !e.closest('.gallery')).map(e => {
+    const a = light(getComputedStyle(e).color), b = light(ground(e));
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 80)]; })
+    .filter(([c]) => c < 4.5); })()"""
 _SHIFT = 8
 _HEARD = ("Runtime", "Log", "Network")  # what a page and its frames tell of
 
@@ -208,7 +223,7 @@ class Page:
 
     @contextlib.contextmanager
     def inside(self, selector):
-        """Within the block, `js`, `wait`, `text`, `count` and `focused` are of the page in a sandboxed frame, when it is
+        """Within the block, `js`, `wait`, `text`, `count` and `focused` are of the page in a sandboxed frame, once it is
         there; TimeoutError if it never is."""
         element = self._call("Runtime.evaluate", expression=_element(selector))["result"]["objectId"]
         name = self._call("DOM.describeNode", objectId=element)["node"]["frameId"]

@@ -25,7 +25,7 @@
     if (busy) { say("Still at work: wait for the end of it."); return; }
     busy = true;
     $("error").hidden = true;
-    $("go").disabled = true;
+    $("go").setAttribute("aria-disabled", "true"); // not disabled, which would take the focus from it
     say(`${doing} …`);
     const timer = setInterval(async () => {
       try {
@@ -44,7 +44,7 @@
     clearInterval(timer);
     busy = false;
     $("doing").textContent = "";
-    $("go").disabled = !image;
+    $("go").removeAttribute("aria-disabled");
     say(said);
   }
 
@@ -95,9 +95,11 @@
   }
   const plural = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
-  function add(found) {
+  function add(found, picture) {
     const article = $("answer").content.cloneNode(true).firstElementChild, q = s => article.querySelector(s);
     const title = `answer-${++count}`;
+    q(".thumb").src = picture;
+    q(".thumb").alt = found.image;
     q(".kicker").textContent = `${count} · ${found.image}` +
       (found.turns_read ? ` · with ${plural(found.turns_read, "earlier turn")}` : "");
     q("h3").textContent = found.question;
@@ -117,18 +119,23 @@
     ].filter(Boolean);
     q(".notes").hidden = !notes.length;
     q(".notes").append(...notes.map(text => Object.assign(document.createElement("li"), { textContent: text })));
+    const measure = () => run("Measuring what the answer rests on", () => frame(article, found));
+    q(".measure").addEventListener("click", measure);
     $("answers").prepend(article);
     $("none").hidden = true;
     return article;
   }
-  function frame(article, address, question) {
+  // The saliency page of an answer, made by the server and shown below it.
+  async function frame(article, found) {
+    const { page: address } = await send("page", { answer: found.id });
     const out = document.createElement("iframe"), link = document.createElement("a"), line = document.createElement("p");
     out.setAttribute("sandbox", "allow-scripts allow-downloads");
-    out.title = `Saliency page of the answer to: ${question}`;
+    out.title = `Saliency page of the answer to: ${found.question}`;
     out.src = address;
     Object.assign(link, { href: address, target: "_blank", rel: "noopener", textContent: "Open the page by itself" });
     line.append(link);
     article.querySelector(".page").replaceChildren(line, out);
+    return "The saliency page is below the answer.";
   }
   $("ask").addEventListener("submit", event => {
     event.preventDefault();
@@ -136,16 +143,16 @@
     if (!image) { say("Open an image first."); return; }
     if (!question) { say("Type a question."); return; }
     const saliency = $("saliency").checked, history = data.has_turns && $("history").checked;
+    const { id, picture } = image;
     run("Answering", async () => {
-      const found = await send("ask", { image: image.id, question, history });
-      const article = add(found);
+      const found = await send("ask", { image: id, question, history });
+      const article = add(found, picture);
       const said = `Answer: ${found.answer}, probability ${found.probability}. ` +
         `Without the image: ${found.blank}.`;
       $("question").select();
       if (!saliency) return said;
       say(`${said} Measuring what it rests on …`);
-      frame(article, (await send("page", { answer: found.id })).page, question);
-      return `${said} Its saliency page is below.`;
+      return `${said} ${await frame(article, found)}`;
     });
   });
 })();

@@ -49,7 +49,8 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _NOTHING = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-# The report brings the rest of its policy itself (`page.policy`).
+# The report brings the rest of its policy itself (`page.policy`). With an opener policy as well, browsers may refuse a
+# page that is sandboxed.
 _FRAMED = "sandbox allow-scripts allow-downloads; frame-ancestors 'self'"
 
 
@@ -298,9 +299,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, status, content, policy=_NOTHING):
         kind = "text/html" if isinstance(content, bytes) else "application/json"
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers = {**_HEADERS, "Content-Security-Policy": policy}
+        if policy == _FRAMED:
+            del headers["Cross-Origin-Opener-Policy"]
         self.connection.settimeout(SEND_SECONDS)
         self.send_response(status)
-        for name, value in {**_HEADERS, "Content-Security-Policy": policy}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
