@@ -71,6 +71,7 @@ LOW_CONTRAST = """(() => {
     return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 80)]; })
     .filter(([c]) => c < 4.5); })()"""
 _SHIFT = 8
+_LOADED = "document.readyState == 'complete' && location.href != 'about:blank'"
 _HEARD = ("Runtime", "Log", "Network")  # what a page and its frames tell of
 
 
@@ -223,14 +224,19 @@ class Page:
 
     @contextlib.contextmanager
     def inside(self, selector):
-        """Within the block, `js`, `wait`, `text`, `count` and `focused` are of the page in a sandboxed frame, once it is
-        there; TimeoutError if it never is."""
+        """Within the block, `js`, `wait`, `text`, `count` and `focused` are of the page in a sandboxed frame, once it
+        is there; TimeoutError if it never is."""
         element = self._call("Runtime.evaluate", expression=_element(selector))["result"]["objectId"]
         name = self._call("DOM.describeNode", objectId=element)["node"]["frameId"]
         self._until(lambda: name in self._frames, f"{selector} to have a process of its own")
-        own, self._session = self._session, self._frames[name]
+        with self._in(self._frames[name]):
+            self.wait(_LOADED)
+            yield
+
+    @contextlib.contextmanager
+    def _in(self, session):
+        own, self._session = self._session, session
         try:
-            self.wait("document.readyState == 'complete' && location.href != 'about:blank'")
             yield
         finally:
             self._session = own
@@ -319,10 +325,15 @@ class Page:
     def screenshot(self, path=None, *, whole=True):
         """A PNG of the window, or of the whole page, as bytes and in a file if one is given."""
         size = self._size
-        if whole:  # in a window as high as the page: what is outside of it need not be painted, frames least of all
+        if whole:
+            self._until(lambda: len(self._frames) >= self.count("iframe[sandbox]"), "its frames")
+            # In a window as high as the page: what is outside of it need not be painted, frames least of all
             for _ in range(2):  # since heights may depend on the window's
                 self.resize(size[0], math.ceil(self._call("Page.getLayoutMetrics")["cssContentSize"]["height"]))
-        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        for session in (*(self._frames.values() if whole else ()), self._session):
+            with self._in(session):
+                self.wait(_LOADED)
+                self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         png = base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
         if whole:
             self.resize(*size)
@@ -390,6 +401,8 @@ class Page:
                 self._frames[params["targetInfo"]["targetId"]] = params["sessionId"]
                 for method in (*(f"{domain}.enable" for domain in _HEARD), "Runtime.runIfWaitingForDebugger"):
                     self._send(method, params["sessionId"])
+            case "Target.detachedFromTarget":
+                self._frames = {k: v for k, v in self._frames.items() if v != params["sessionId"]}
             case "Target.attachedToTarget" if params["waitingForDebugger"]:  # a worker, which nothing of ours has
                 self._send("Runtime.runIfWaitingForDebugger", params["sessionId"])
             case "Network.requestWillBeSent":

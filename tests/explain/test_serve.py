@@ -87,6 +87,7 @@ def test_a_question_and_its_page_compile_nothing(server):
     status, headers, page = ask(server, "GET", made["page"], headers={"Origin": None})
     assert status == 200 and b"Which of the organs" in page
     assert headers["Content-Security-Policy"].startswith("sandbox allow-scripts")
+    assert headers["Cross-Origin-Opener-Policy"] is None
     with open(f"{server.desk.keep}/{asking.LOG}", encoding="utf-8") as f:
         assert json.loads(next(f))["question"] == "A?"
 
