@@ -3,6 +3,7 @@
   majority          the most frequent answer to the same question in the training split: what can
                     be known from the question alone.
   majority_type     the most frequent answer to any question of the same answer type there.
+  mean_box          of answers with boxes: the mean of all boxes in the answers to the same question there.
   echo              the question itself. Metrics that count common words reward it; published
                     figures have been no better.
   shuffled_images   the same model and prompts, each question with another question's image. A
@@ -11,7 +12,7 @@
   noise_image       the same, all images noise.
   question_only     the same without any image; only a model behind a server is asked so (`served`).
 
-The first three cost nothing; each of the others costs a pass over the split. Their names are in
+The first four cost nothing; each of the others costs a pass over the split. Their names are in
 `scoring`.
 """
 
@@ -21,6 +22,7 @@ import pathlib
 import numpy as np
 
 from paligemma_med.evaluation import questions
+from paligemma_med.pp import boxes as boxes_lib
 from paligemma_med.pp import rows as row_keys
 
 ONE_IMAGE = "All questions are about one image: there is no control with shuffled images."
@@ -96,6 +98,45 @@ def majority_answer(majority, row) -> str:
 def majority_of_type(majority, row) -> str:
     """The most frequent answer to questions of this type; "" for a type that training lacks."""
     return majority.get(("answer_type", row["answer_type"].strip()), "")
+
+
+def mean_boxes(rows) -> dict[str, str]:
+    """{question: an answer with one box, the mean of all in the answers of training to it}, for `mean_box`.
+
+    Its name, or the words before it, is the most frequent one there. Under "" stands the mean box of all of training,
+    without name and words.
+
+    Args:
+      rows: dicts with question and answer; answers without boxes are let go.
+
+    Raises:
+      ValueError: no answer has a box.
+    """
+    found = collections.defaultdict(lambda: ([], collections.Counter(), collections.Counter()))
+    for row in rows:
+        said = boxes_lib.read(row["answer"])
+        for question in (row["question"].strip(), "") if said.boxes else ():
+            boxes, names, words = found[question]
+            boxes += said.boxes
+            names.update(sorted(said.labels))
+            words[said.answer] += 1
+    if not found:
+        raise ValueError("no answer of train_data has a box, which the control mean_box needs.")
+    out = {}
+    for question, (boxes, names, words) in found.items():
+        name, said = (counter.most_common(1)[0][0] if question else "" for counter in (names, words))
+        out[question] = boxes_lib.to_text([np.mean(boxes, axis=0)], [] if said or not name else [name], said)
+    return out
+
+
+def mean_box(means, row) -> str:
+    """The answer of `mean_boxes` to a question; to one that training doesn't have, its mean of all boxes, with the name
+    that was asked for."""
+    question = row["question"].strip()
+    if question in means:
+        return means[question]
+    name = question.removeprefix("detect ") if question.startswith("detect ") else ""
+    return f"{means['']} {name}" if name else means[""]
 
 
 # --- Other images ---

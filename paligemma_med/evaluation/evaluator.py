@@ -88,12 +88,12 @@ class Evaluator:
                 "same answer and would pass for robust; set pred_kw.temperature."
             )
         self.controls = tuple(c for c in self.known_controls if c in self.controls)
-        lost = [c for c in self.controls if c.startswith("majority")]
+        lost = [c for c in self.controls if c.startswith("majority") or c == scoring.MEAN_BOX]
         if self.train_data is None and lost:
             raise ValueError(f"the {lost[0]} control needs train_data, found None.")
         self.groups = tuple(self.groups)
         self.outdir = pathlib.Path(self.outdir) if self.outdir else None
-        self._majority, self._has_asked = None, False
+        self._majority, self._means, self._has_asked = None, None, False
 
     def run(self, params) -> dict[str, float]:
         """Evaluates these parameters.
@@ -201,10 +201,13 @@ class Evaluator:
         """Adds to each row the answer of a control that needs no model."""
         if who.startswith("majority") and self._majority is None:
             self._majority = controls_lib.majority_answers(self.train_data)
-            self.train_data = None
+        if who == scoring.MEAN_BOX and self._means is None:
+            self._means = controls_lib.mean_boxes(self.train_data)
         for row in rows:
             if who == "echo":
                 text = row["question"]
+            elif who == scoring.MEAN_BOX:
+                text = controls_lib.mean_box(self._means, row)
             elif who == "majority":
                 text = controls_lib.majority_answer(self._majority, row)
             else:

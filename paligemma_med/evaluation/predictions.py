@@ -91,7 +91,7 @@ def read(path: os.PathLike | str, needed: Collection[str] = row_keys.NEEDED) -> 
 
 
 def _texts_of(who):
-    return [f"{who}_prediction" if who in scoring.TEXT_CONTROLS else f"{who}_predictions"]
+    return [f"{who}_prediction" if who in scoring.ONE_TEXT else f"{who}_predictions"]
 
 
 def _check_choices(row, where, forms):

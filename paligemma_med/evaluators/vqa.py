@@ -106,7 +106,7 @@ class Evaluator(evaluator.Evaluator):
             row |= scoring.correct(row["predictions"][0], scoring.truths(row))
         where = evaluator.Placement(batch["image"])
         for who in self.controls:
-            if who in scoring.TEXT_CONTROLS:
+            if who in scoring.ONE_TEXT:
                 self.add_text_control(who, rows)
             elif who != "shuffled_images":
                 keys = [row["image_key"] for row in rows]

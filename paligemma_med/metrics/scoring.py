@@ -8,7 +8,8 @@ A figure is named `{who}/{group}/{figure}`.
 
 who      "model" or a control: CONTROLS says what each is.
 group    "overall", "answer_type/CLOSED", "content_type/Organ", "modality/CT", …: see GROUPS.
-figure   acc         equal after `answers.normalise`; the figure of the tables
+figure   acc         equal after `answers.normalise`; the figure of the tables. An answer with boxes is right if what
+                     stands before them is, and each box (`detection.equal`)
         acc_strict  equal except for case and surrounding blanks: the usual "exact match"
          acc_set     as acc, but the parts of a comma-separated answer may come in any order
          and by protocol:
@@ -16,6 +17,7 @@ figure   acc         equal after `answers.normalise`; the figure of the tables
          open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
                           bleu (of the corpus), bleu_rows (mean over questions); ROUGE and BLEU where the
                           extra `text` is installed
+         detection        iou, pointing, words, no_box, malformed, ap50, ap: see `detection`
         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name no
                           letter); if choices were scored, acc_likelihood and acc_likelihood_token
 
@@ -23,7 +25,7 @@ Each uses the first sample of every question. Suffixes:
 
 _low, _high       95 % interval: for acc, Wilson's, for independent questions; for the others one that
                   keeps questions on one image together, Wilson's for shares of questions, the
-                  bootstrap for means. Totals, such as bleu, have none.
+                  bootstrap for means. Totals, such as bleu, have none; ap50 and ap have one overall.
 _cluster_low, _cluster_high   for acc: the same, with questions on one image (or of one patient) kept together
 _mean, _sd        with several samples: mean over the runs, and their standard deviation; run i is
                   sample i of every question
@@ -44,12 +46,16 @@ import functools
 
 import numpy as np
 
-from paligemma_med.metrics import answers, protocols, stats, text_metrics
+from paligemma_med.metrics import answers, detection, protocols, stats, text_metrics
+from paligemma_med.pp import boxes as boxes_lib
 from paligemma_med.pp import rows as row_keys
 
 # Controls without a model: the most frequent answer in training, to the same question and to any
 # question of the same answer type; the question itself as the answer.
 TEXT_CONTROLS = ("majority", "majority_type", "echo")
+# The mean box of training's answers to the same question, a control of answers with boxes.
+MEAN_BOX = "mean_box"
+ONE_TEXT = (*TEXT_CONTROLS, MEAN_BOX)  # controls that give a single answer
 # The same model and prompts with other images: another question's, mid-grey, noise.
 IMAGE_CONTROLS = ("shuffled_images", "blank_image", "noise_image")
 CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
@@ -57,17 +63,22 @@ CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
 QUESTION_ONLY = "question_only"
 # Other ways of asking the same questions: see `dialogue`.
 HISTORIES = ("true_history", "single_turn")
-PROTOCOLS = ("vqa", "closed", "open", "multiple_choice")
+PROTOCOLS = ("vqa", "closed", "open", "multiple_choice", "detection")
 # Keys of a row whose values are the groups in the tables.
 GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
+NAMES = ("box_name",)  # groups of any number
 
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
 
 
 @functools.lru_cache(1 << 16)
 def _scores(prediction, answer):
-    return tuple(form(prediction) == form(answer) for form in _FORMS.values())
+    if not detection.has_boxes(answer):
+        return tuple(form(prediction) == form(answer) for form in _FORMS.values())
+    boxes = detection.equal(prediction, answer)
+    said, true = (boxes_lib.read(text).answer for text in (prediction, answer))
+    return tuple(boxes and form(said) == form(true) for form in _FORMS.values())
 
 
 def score(prediction, answer) -> dict[str, bool]:
@@ -96,14 +107,16 @@ def correct(prediction, answer, prefix="") -> dict[str, bool]:
 
 def texts(row, who) -> list[str]:
     """The answers of the model or a control to a question: a list of strings, one per sample, without thoughts."""
-    if who in TEXT_CONTROLS:
+    if who in ONE_TEXT:
         return [row[f"{who}_prediction"]]
     return [answers.without_thought(x) for x in row["predictions" if who == "model" else f"{who}_predictions"]]
 
 
 def controls_of(rows) -> tuple[str, ...]:
     """The controls in rows of predictions.jsonl, in the order of the tables."""
-    return tuple(c for c in (*CONTROLS, QUESTION_ONLY, *HISTORIES) if rows and f"{c}_correct" in rows[0])
+    return tuple(
+        c for c in (*ONE_TEXT, *IMAGE_CONTROLS, QUESTION_ONLY, *HISTORIES) if rows and f"{c}_correct" in rows[0]
+    )
 
 
 def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, float]:
@@ -130,7 +143,7 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, f
     for key in groups:
         values = np.array([str(row.get(key) or "") for row in rows])
         names = sorted({*values} - {""})
-        if len(names) <= MAX_VALUES:
+        if len(names) <= MAX_VALUES or key in NAMES:
             members |= {f"{key}/{v}": np.flatnonzero(values == v) for v in names}
     clusters = np.array([cluster(row) for row in rows])
     tables = {who: _values(rows, who, protocol) for who in columns}
@@ -148,6 +161,8 @@ def summarise(rows, protocol="vqa", controls=None, groups=GROUPS) -> dict[str, f
             figures |= _robustness([forms[i] for i in inside], values[name], clusters[inside])
             metrics |= {f"{who}/{group}/{figure}": x for figure, x in figures.items()}
         metrics |= _bootstrapped(tables, columns, group, inside, clusters[inside])
+    for who in columns if protocol == "detection" else ():
+        metrics |= _precisions(rows, who, members, clusters)
     for name, count in (("tokens_cut", lambda x: x > 0), ("unfinished", int)):
         if name in rows[0]:
             key = {"tokens_cut": "truncated"}.get(name, name)
@@ -165,6 +180,21 @@ def cluster(row) -> str:
 
 def _image(row):
     return str(row.get("image_key") or row.get("image_id") or row["question_id"])
+
+
+def _precisions(rows, who, members, clusters):
+    """Average precision of each group of questions, with an interval of all of them."""
+    prefix = "" if who == "model" else f"{who}_"
+    confidences = [row.get(f"{prefix}logprobs", [0.0])[0] for row in rows]
+    found = detection.Matches([texts(row, who)[0] for row in rows], [row["answer"] for row in rows], confidences)
+    out = {}
+    for group, inside in members.items():
+        ap50, ap = found.precision(np.bincount(inside, minlength=len(rows)))
+        out |= {f"{who}/{group}/ap50": ap50, f"{who}/{group}/ap": ap}
+    low, high = stats.resampled(found.precision, clusters)
+    for i, figure in enumerate(("ap50", "ap")):
+        out |= {f"{who}/overall/{figure}_{end}": float(x[i]) for end, x in (("low", low), ("high", high))}
+    return {name: x for name, x in out.items() if np.isfinite(x)}
 
 
 # --- Values: float[questions, samples] per figure, int[questions, samples, K] per total ---
@@ -188,6 +218,10 @@ def _values(rows, who, protocol):
             out |= _text_metric(metric, pairs)
     elif protocol == "multiple_choice":
         out |= _choices(rows, samples, who)
+    elif protocol == "detection":
+        scores = [[detection.score(text, row["answer"]) for text in x] for x, row in zip(samples, rows)]
+        names = (*detection.MEANS, *detection.SHARES)
+        out |= {name: np.array([[score[name] for score in x] for x in scores]) for name in names}
     return out
 
 
@@ -256,14 +290,18 @@ def _figures(values, clusters):
             out["acc_low"], out["acc_high"] = stats.wilson(int(x[:, 0].sum()), len(x))
             low, high = stats.wilson_clustered(x[:, 0], clusters)
             out["acc_cluster_low"], out["acc_cluster_high"] = low, high
-        elif name not in text_metrics.MEANS and name not in _FORMS:
+        elif not _is_mean(name) and name not in _FORMS:
             out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], clusters)
         if x.shape[1] > 1:
             out |= _runs(name, x)
-        if x.shape[1] > 1 and name not in text_metrics.MEANS and name not in ("acc_strict", "acc_set"):
+        if x.shape[1] > 1 and not _is_mean(name) and name not in ("acc_strict", "acc_set"):
             low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
             out[f"{name}_mean_low"], out[f"{name}_mean_high"] = low, high
     return out | totals
+
+
+def _is_mean(name):
+    return name in text_metrics.MEANS or name in detection.MEANS
 
 
 def _runs(name, values):
@@ -294,7 +332,7 @@ def _robustness(forms, hits, clusters):
 
 def _bootstrapped(tables, columns, group, inside, clusters):
     """Intervals of a group's means, all from the same draws of images."""
-    names = [(who, k) for who in columns for k in tables[who] if k in text_metrics.MEANS]
+    names = [(who, k) for who in columns for k in tables[who] if _is_mean(k)]
     if not names:
         return {}
     values = {}

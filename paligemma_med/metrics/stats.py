@@ -140,6 +140,25 @@ def bootstrap(values, clusters=None, *, weights=None, resamples=2000, level=0.95
     return (low, high) if np.ndim(values) > 1 else (float(low[0]), float(high[0]))
 
 
+def resampled(figures, clusters, *, resamples=200, level=0.95, seed=0) -> tuple:
+    """The interval of `bootstrap` for figures that are no means, such as average precision; each draw computes them.
+
+    Args:
+      figures: function of int[Q], how often each value is drawn, that gives K numbers; NaN is left out.
+      clusters: [Q] hashables.
+      resamples: how many draws; fewer, since each costs a computation.
+      level, seed: as in `bootstrap`.
+
+    Returns:
+      (low, high): arrays [K]; NaN with fewer than two clusters.
+    """
+    codes, number = _codes(clusters, len(clusters))
+    rng, draws = np.random.default_rng(seed), []
+    for _ in range(resamples if number > 1 else 0):
+        draws.append(figures(np.bincount(rng.integers(number, size=number), minlength=number)[codes]))
+    return _interval(np.reshape(draws, (-1, len(figures(np.ones(len(codes), int))))), level)
+
+
 def mcnemar(a, b) -> tuple[int, int, float]:
     """McNemar's exact test of two runs on the same questions.
 

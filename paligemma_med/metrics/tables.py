@@ -12,6 +12,7 @@ COLUMNS = {
     "majority": "majority answer",
     "majority_type": "majority of type",
     "echo": "question echoed",
+    "mean_box": "mean box",
     "shuffled_images": "images shuffled",
     "blank_image": "grey image",
     "noise_image": "noise image",
@@ -32,6 +33,13 @@ FIGURES = {
     "acc_likelihood": "by likelihood",
     "acc_likelihood_token": "by likelihood a token",
     **{name: title for metric in text_metrics.METRICS for name, title in metric.titles.items()},
+    "iou": "IoU",
+    "pointing": "pointing",
+    "ap50": "AP50",
+    "ap": "AP50:95",
+    "words": "words before boxes",
+    "no_box": "no box",
+    "malformed": "malformed",
     "nonrobust": "non-robust",
     "acc_penalised_item": "penalised by item",
     "acc_penalised_total": "penalised in total",
@@ -94,14 +102,15 @@ def format_table(metrics: Mapping[str, float], text: Callable[[str], str] = str)
     columns = [who for who in COLUMNS if f"{who}/overall/acc" in metrics]
     groups = {"overall": metrics["n"]}
     groups |= {k.removeprefix("n/"): n for k, n in metrics.items() if k.startswith("n/")}
-    table = [["exact match, %", *(COLUMNS[who] for who in columns), "n"]]
+    first = "iou" if "model/overall/iou" in metrics else "acc"
+    table = [[f"{FIGURES[first]}, %", *(COLUMNS[who] for who in columns), "n"]]
     for group, n in groups.items():
         title = group.replace("turn/", "turn/turn ").partition("/")[2] or group
-        table.append([text(title), *(as_text(metrics, who, group, none="") for who in columns), f"{n:,}"])
+        table.append([text(title), *(as_text(metrics, who, group, first, none="") for who in columns), f"{n:,}"])
     for figure, title in FIGURES.items():
         group = group_of(figure, metrics)
         cells = [as_text(metrics, who, group, figure, none="") for who in columns]
-        if any(cells) and figure != "acc":
+        if any(cells) and figure != first:
             title = f"{group.rpartition('/')[2]}, {title.removeprefix('exact match, ')}"
             table.append([text(title), *cells, f"{groups[group]:,}"])
     units = "patients" if "patients" in metrics else "images"

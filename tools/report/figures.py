@@ -32,8 +32,7 @@ def forms(row, rule="acc", who="model") -> list:
 def hits(row, rule="acc", who="model") -> list:
     """Which of the answers to a question are right: list of bools."""
     if rule == "acc":
-        right = {answers.normalise(text) for text in scoring.truths(row)}
-        return [said in right for said in forms(row, rule, who)]
+        return [scoring.score(said, scoring.truths(row))["acc"] for said in scoring.texts(row, who)]
     if rule == "acc_letter":
         return [said == row["answer_letter"] for said in forms(row, rule, who)]
     right = ord(row["answer_letter"]) - ord("A")

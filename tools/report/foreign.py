@@ -79,7 +79,7 @@ def _joined(row, other, whole):
     out["question_id"] = str(other["question_id"])
     if whole and answers.normalise(row["answer"]) == answers.normalise(other["answer"]):
         for who in scoring.controls_of([other]):
-            if who in scoring.TEXT_CONTROLS:
+            if who in scoring.ONE_TEXT:
                 said = other[f"{who}_prediction"]
                 out |= {f"{who}_prediction": said, **scoring.correct(said, row["answer"], f"{who}_")}
     return out
@@ -87,7 +87,7 @@ def _joined(row, other, whole):
 
 def _evaluation(file, rows, partner, notes):
     if any(scoring.controls_of([row]) != scoring.controls_of(rows) for row in rows):
-        rows = [{k: x for k, x in row.items() if not k.startswith(scoring.TEXT_CONTROLS)} for row in rows]
+        rows = [{k: x for k, x in row.items() if not k.startswith(scoring.ONE_TEXT)} for row in rows]
     by_choices = figures.rule_of(rows) != "acc"
     protocol = "multiple_choice" if by_choices else partner.about.get("protocol", "vqa") if partner else "open"
     if protocol == "multiple_choice" and not by_choices:
