@@ -202,14 +202,19 @@ def _value_of(flag, argv):
 
 
 def define_weight_flags() -> None:
-    """--base, --resample_posemb, --allow_nonfinite of all programs that read weights; see `with_weight_flags`."""
+    """--base, --resample_posemb, --allow_nonfinite, --download of programs that read weights: `with_weight_flags`."""
     command_line.define_path("base", None, "Where the weights are that a run started from, if they were moved since.")
     flags.DEFINE_bool("resample_posemb", False, "Resample position embeddings of weights of another resolution.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
+    flags.DEFINE_bool("download", False, DOWNLOAD)
+
+
+DOWNLOAD = "Fetch weights named as on the Hugging Face Hub (owner/name, hf:owner/name@revision) into its cache."
 
 
 def with_weight_flags(config):
-    """The config, or a copy with what those flags say."""
+    """The config, or a copy with what those flags say; --download fetches what it names."""
+    fetch(*(config.get(key) for key in ("model_init", "adapter_init", "base")), flags.FLAGS["base"].value)
     given = {key: flags.FLAGS[key].value for key in ("base", "resample_posemb", "allow_nonfinite")}
     if config.get("resample_posemb"):
         given.pop("resample_posemb")  # the config says by which method
@@ -219,6 +224,15 @@ def with_weight_flags(config):
     with config.unlocked():
         config.update({key: value for key, value in given.items() if value})
     return config
+
+
+def fetch(*specs) -> None:
+    """With --download: has weights and adapters that are names on the Hugging Face Hub fetched into its cache."""
+    if flags.FLAGS["download"].value:
+        from paligemma_med.checkpoints import hub
+
+        for spec in specs:
+            hub.fetch(spec or None)
 
 
 def define_source_flags() -> None:
@@ -260,4 +274,5 @@ def from_flags() -> tuple:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.adapter_init, config.lora = values.adapter, None
+    fetch(values.checkpoint)
     return with_weight_flags(config), values.checkpoint or values.workdir

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from paligemma_med import checkpoints, quantise
-from paligemma_med.checkpoints import bv, compose, fingerprint, finite, fit, hf, npz, workdir
+from paligemma_med.checkpoints import bv, compose, fingerprint, finite, fit, hf, hub, npz, workdir
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.experiment import abstract_params, adapted
@@ -286,7 +286,7 @@ def load_host_params(
 def check_described(spec, model) -> None:
     """Raises CheckpointError if a config.json among the sources `spec` describes other arithmetic than the model's."""
     for part, path in (compose.parts_of(spec) or {None: spec}).items():
-        if os.path.exists(path := os.path.expanduser(path)) and checkpoints.kind_of(path) == "hf":
+        if os.path.exists(path := os.path.expanduser(hub.located(path))) and checkpoints.kind_of(path) == "hf":
             hf.check_agrees(path, model, part)
 
 

@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import cli
+from paligemma_med.checkpoints import hub
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from tests import environ, tiny
@@ -50,7 +51,16 @@ def test_a_run_given_as_checkpoint_brings_its_config(tmp_path):
     tiny.write_workdir(workdir, tiny.config())
     config = config_files.from_json(workdirs.read_config(workdir))
     values = flags.FlagValues()
-    for name in ("config", "workdir", "checkpoint", "adapter", "base", "resample_posemb", "allow_nonfinite"):
+    for name in (
+        "config",
+        "workdir",
+        "checkpoint",
+        "adapter",
+        "base",
+        "resample_posemb",
+        "allow_nonfinite",
+        "download",
+    ):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for spec in (workdir, f"{workdir}@{workdirs.newest_step(workdir)}"):
         values(["x", f"--checkpoint={spec}"])
@@ -71,7 +81,7 @@ def source_flags(monkeypatch):
         config_flags.DEFINE_config_file("config", None, "", flag_values=values)
         for name in ("workdir", "checkpoint", "adapter", "base"):
             flags.DEFINE_string(name, None, "", flag_values=values)
-        for name in ("resample_posemb", "allow_nonfinite"):
+        for name in ("resample_posemb", "allow_nonfinite", "download"):
             flags.DEFINE_bool(name, False, "", flag_values=values)
         cli.parse_flags(sys.argv)
         return cli.from_flags()
@@ -103,6 +113,18 @@ def test_flags_about_weights_reach_the_config(tmp_path, source_flags):
     tiny.write_workdir(workdir, tiny.config())
     config, _ = source_flags(f"--workdir={workdir}", "--base=/moved.npz", "--resample_posemb", "--allow_nonfinite")
     assert (config.base, config.resample_posemb, config.allow_nonfinite) == ("/moved.npz", True, True)
+
+
+def test_only_download_fetches_what_is_named(tmp_path, source_flags, monkeypatch):
+    workdir, fetched = str(tmp_path / "w"), []
+    tiny.write_workdir(workdir, tiny.config(model_init="hf:o/base"), {"img/head/bias": np.zeros(2, np.float32)})
+    monkeypatch.setattr(hub, "fetch", fetched.append)
+    flags = [f"--workdir={workdir}", "--adapter=hf:o/adapter", "--checkpoint=o/weights"]
+    source_flags(*flags)
+    assert not fetched
+    config, checkpoint = source_flags(*flags, "--download")
+    assert [x for x in fetched if x] == ["hf:o/base", "hf:o/adapter", "o/weights"]
+    assert (config.adapter_init, checkpoint) == ("hf:o/adapter", "o/weights")
 
 
 def test_a_mistake_is_one_line_and_a_bug_a_traceback(monkeypatch, capsys):

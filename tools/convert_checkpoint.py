@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from paligemma_med import checkpoints, cli
-from paligemma_med.checkpoints import CheckpointError, adapter, bv, compose, forms, hf, in_parts, peft, workdir
+from paligemma_med.checkpoints import CheckpointError, adapter, bv, compose, forms, hf, hub, in_parts, peft, workdir
 from paligemma_med.checkpoints.hf import families, originals, paligemma
 from paligemma_med.config import files as config_files
 from paligemma_med.models import parts
@@ -81,6 +81,7 @@ def convert(
         raise CheckpointError(f"--processor is for --to=hf: --to={to} has none")
     if not overwrite and os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists; pass --overwrite to replace it")
+    src = hub.located(src)
     if to == "big_vision":
         if merge or adapter_dir:
             raise CheckpointError("--to=big_vision writes a run as it is: no --merge, no --adapter")
@@ -261,6 +262,7 @@ def main(argv) -> None:
         raise app.UsageError(f"Give SRC and DST; found {argv[1:]}.")
     jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
     v = flags.FLAGS
+    cli.fetch(argv[1], v.adapter, v.base)
     convert(
         argv[1],
         os.path.expanduser(argv[2]),
@@ -290,6 +292,7 @@ if __name__ == "__main__":
     command_line.define_path("base", None, "Where the weights are that the run SRC started from, if they were moved.")
     command_line.define_path("processor", None, "--to=hf: folder whose tokenizer and processor are copied as they are.")
     flags.DEFINE_bool("allow_nonfinite", False, "Take weights that are NaN or infinite as they are.")
+    flags.DEFINE_bool("download", False, cli.DOWNLOAD)
     config_flags.DEFINE_config_file("config", None, "Experiment to whose model the weights are fitted.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
     flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")

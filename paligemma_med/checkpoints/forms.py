@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_med.checkpoints import bv, compose, finite, gm, hf, in_parts, lazy, minigpt, npz, peft
+from paligemma_med.checkpoints import bv, compose, finite, gm, hf, hub, in_parts, lazy, minigpt, npz, peft
 from paligemma_med.checkpoints.adapter import Adapter
 from paligemma_med.checkpoints.errors import CheckpointError
 from paligemma_med.checkpoints.fit import stack_layers
@@ -34,7 +34,7 @@ def kind_of(spec: os.PathLike | str) -> str:
       FileNotFoundError: the path doesn't exist.
       CheckpointError: it is none of them.
     """
-    spec = os.path.expanduser(os.fspath(spec))
+    spec = os.path.expanduser(hub.located(os.fspath(spec)))
     if os.path.isdir(spec):
         entries = set(os.listdir(spec))
         if {"config.json", "checkpoints"} <= entries:
@@ -74,7 +74,7 @@ def kind_of(spec: os.PathLike | str) -> str:
     if bv.find(spec):
         return "big_vision"
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}")
+        raise FileNotFoundError(f"no weights at {spec}: expected {_FORMS}{hub.hint(spec)}")
     raise CheckpointError(f"{spec} is not a form of weights known here: expected {_FORMS}")
 
 
@@ -88,9 +88,10 @@ def open_params(
     """Opens weights of any form: a nested dict with big_vision's names.
 
     Args:
-      spec: "x.npz", "x.npz:img", a Hugging Face directory or a file of safetensors (`hf.open_hf`), an Orbax
-        checkpoint, a workdir or "workdir@step", or a big_vision training checkpoint, as for `bv.find`; or several
-        sources, "img=a,connector=b,llm=c".
+      spec: "x.npz", "x.npz:img", a Hugging Face directory or a file of safetensors (`hf.open_hf`), the name of such a
+        directory on the Hub that is in its cache ("hf:owner/name@revision", `hub`), an Orbax checkpoint, a workdir or
+        "workdir@step", or a big_vision training checkpoint, as for `bv.find`; or several sources,
+        "img=a,connector=b,llm=c".
       base: of a workdir: where the weights that it started from are, if they aren't where its config.json says.
       allow_nonfinite: whether weights may be NaN or infinite.
       runs: folders of the runs that started from this one.
@@ -108,7 +109,7 @@ def open_params(
     spec = os.fspath(spec)
     if several := compose.parts_of(spec):
         return compose.open_parts(several, lambda path: open_params(path, allow_nonfinite=allow_nonfinite, runs=runs))
-    spec = os.path.expanduser(spec)
+    spec = os.path.expanduser(hub.located(spec))
     kind = kind_of(spec)
     if kind == "workdir":
         return _open_run(spec, base, allow_nonfinite, runs)
@@ -257,7 +258,7 @@ def load_adapter(path: os.PathLike | str, *, allow_nonfinite: bool = False) -> A
       FileNotFoundError: there is none.
       CheckpointError: it is damaged, or the model can't represent it.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = os.path.expanduser(hub.located(os.fspath(path)))
     form = _adapter_form(path) or peft  # whose error says what is missing
     return form.load_adapter(path, allow_nonfinite=allow_nonfinite)
 

@@ -5,7 +5,7 @@ import os
 
 import ml_collections
 
-from paligemma_med.checkpoints import bv, compose, npz, workdir
+from paligemma_med.checkpoints import bv, compose, hub, npz, workdir
 
 
 def to_json(config) -> str:
@@ -24,10 +24,12 @@ def to_json(config) -> str:
 
 
 def absolute(spec) -> str:
-    """A spec of weights ("w.npz:img", a run's workdir, "img=a,llm=b") with absolute paths, and of runs with their
-    steps."""
+    """A spec of weights ("w.npz:img", a run's workdir, "img=a,llm=b") with absolute paths; of runs with their steps, of
+    the Hub's models with their commits."""
     if several := compose.parts_of(spec):
         return ",".join(f"{part}={absolute(path)}" for part, path in several.items())
+    if name := hub.pinned(spec):
+        return name
     path, part = npz.split_spec(spec)
     path = os.path.abspath(os.path.expanduser(path))
     return bv.pin(workdir.pin(path)) + (f":{part}" if part else "")

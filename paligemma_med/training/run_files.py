@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from paligemma_med import files
-from paligemma_med.checkpoints import bv, fingerprint, finite, npz, step_lines, workdir
+from paligemma_med.checkpoints import bv, fingerprint, finite, hub, npz, step_lines, workdir
 from paligemma_med.config import eval_names
 from paligemma_med.config import files as config_files
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
@@ -49,15 +49,17 @@ def sole_use(folder: str) -> Iterator[None]:
 def with_pinned_init(config: ml_collections.ConfigDict, folder: str) -> ml_collections.ConfigDict:
     """The config with which a run is started or resumed in `folder`.
 
-    A run may start from the newest checkpoint of another run, which may have newer ones by now. A resumed run stays
+    A run may start from the newest checkpoint of another run, which may have newer ones by now, or from a model of the
+    Hub, which may have a newer commit. A resumed run stays
     with the checkpoint it started from: model_init names its step.
     """
     init = config.get("model_init")
     if workdir.newest_step(folder) is None or not isinstance(init, str):
         return config
     old = workdir.read_config(folder).get("model_init")
+    is_same = hub.is_pinned_from(old, init)
     init = os.path.abspath(os.path.expanduser(init.removesuffix("@best")))
-    if not isinstance(old, str) or init not in {old.rpartition("@")[0], *bv.pinned_from(old)}:
+    if not is_same and (not isinstance(old, str) or init not in {old.rpartition("@")[0], *bv.pinned_from(old)}):
         return config
     config = config.copy_and_resolve_references()
     with config.unlocked():

@@ -181,7 +181,7 @@ MISTAKES = [
     ((EVAL, "", "'answer_type', "), r"config.evals.val.pp_fn leaves no 'answer_type'.*keep\("),
     (("predict_pp", "decod"), "config.predict_pp: unknown pp op 'decod'; did you mean decode"),
     # Files
-    (("tokenizer", "tinny"), "unknown tokenizer 'tinny'; known: tiny, gemma"),
+    (("tokenizer", "tinny"), "unknown tokenizer 'tinny'; known: tiny, tiny"),
     (("tokenizer", 'gemma(model="/no/such.model")'), "there is no tokenizer file '/no/such.model'"),
     (("model.llm.vocab_size", 512), "has 1024 tokens, but the model only 512 rows: set config.mod"),
     (("model_init", "/no/such.npz"), "no weights file /no/such.npz"),

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 import PIL.Image
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -124,12 +125,17 @@ def test_bicubic_images_and_longer_prompts_are_followed():
             "chat_template.jinja",
             "chat template isn't",
         ),
+        (
+            dict(predict_pp=lambda pp: pp.replace(", bos='yes'", "")),
+            "chat_template.jinja",
+            "isn't its question between",
+        ),
         (dict(predict_pp=lambda pp: pp.replace("{question}", "{question} {choice_a}")), "tokenizer.json", "choice_a"),
         (dict(tokenizer=lambda _: "gemma(model='/nowhere.model')"), "tokenizer.json", "no tokenizer file '/nowhere"),
         (dict(tokenizer=lambda _: "llama(model='/nowhere.model')"), "tokenizer.json", "the run has llama"),
         (dict(predict_pp=lambda _: None), "tokenizer.json", "source has no predict_pp"),
     ],
-    ids=["not antialiased", "lower case", "choices", "no file", "another", "not recorded"],
+    ids=["not antialiased", "lower case", "without BOS", "choices", "no file", "another", "not recorded"],
 )
 def test_what_transformers_cannot_do_is_said_and_not_written(change, left, said):
     made, found = written(changed(**change))
@@ -161,6 +167,18 @@ def test_a_tokenizer_json_is_taken_as_it_is(tmp_path):
     sentencepiece_files.llama(tmp_path / "llama.model")
     with pytest.raises(CheckpointError, match="llama.model: expected a SentencePiece model as Gemma's"):
         tokens.make(tmp_path / "llama.model", 32_000)
+
+
+def test_two_tabs_are_one_piece_as_in_sentencepiece(tmp_path):
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "\t\t"]
+    kinds = [3, 3, 3, 2, *[6] * 256, 1, 1, 1]  # SentencePiece's numbers
+    pieces = [(name, kind, -float(i)) for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
+    sentencepiece_files.save(tmp_path / "t.model", pieces, {name: i for i, name in enumerate(names[:4])})
+    made = tokens.make(tmp_path / "t.model", len(names))["tokenizer.json"]
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(made))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    for text in ("a\ta", "a\t\ta", "\t\t\t"):
+        assert theirs.encode(text).ids == model.encode(text)
 
 
 @pytest.mark.parametrize("text", ["a\tb\t\tc", "  two  blanks \n\n", "\u6f22\u5b57 caf\u00e9 <b>x</b> 3.5cm?", ""])
