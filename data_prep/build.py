@@ -32,6 +32,7 @@ from data_prep import report as report_lib
 from data_prep.builders import tfrecord
 from data_prep.builders.vqa import REPORT_NAME, Option
 from data_prep.files import DataError
+from data_prep.leakage import records
 from paligemma_med.pp import command_line
 from paligemma_med.pp.files import default_data_dir
 
@@ -171,6 +172,7 @@ def _build_one(
                     beam_options=_beam_options(beam_options),
                 ),
             )
+        records.write_digests(pathlib.Path(builder.data_path))
         final = _publish(staging, data_dir, pathlib.Path(builder.data_path))
     for line in builder.describe(builder.report):
         print(f"  {line}")

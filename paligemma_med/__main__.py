@@ -24,6 +24,7 @@ PROGRAMS = {
     "judge": ("tools.judge", "have a language model judge the answers of an evaluation"),
     "build": ("data_prep.build", "build a data set for TFDS from files on this machine"),
     "data_report": ("data_prep.report", "what built data sets contain"),
+    "leakage": ("data_prep.leakage", "images and questions that built data sets have in common"),
     "curate": ("data_prep.curate", "filter question-answer pairs by rules"),
     "convert_images": ("data_prep.convert_images", "images of any kind (DICOM, 16 bits) as plain PNG or JPEG"),
     "synthesize": ("tools.synthesize_qa", "questions and answers from captions, by a language model"),

@@ -21,9 +21,10 @@ from paligemma_med.checkpoints import fingerprint
 from paligemma_med.config import files as config_files
 from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
+from paligemma_med.input_pipeline import overlap
 from paligemma_med.models import lora_targets, parts, vlm
 from paligemma_med.models.leaves import flatten_tree
-from paligemma_med.parallel import chips, distributed, sharding
+from paligemma_med.parallel import chips, distributed, notes, sharding
 from paligemma_med.pp import tokenizer
 from paligemma_med.pp.files import path_inside
 
@@ -104,7 +105,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
     Raises:
       ValueError: an impossible section, or missing data.
     """
-    out = {}
+    out, trained = {}, overlap.trained_on(config.get("input"))
     for name, section in (config.get("evals") or {}).items():
         kw = {k: v for k, v in section.to_dict().items() if k not in config_values.WHEN}
         kind = kw.pop("type")
@@ -119,8 +120,14 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
         module = evaluator_module(kind, f"config.evals.{name}")
         arguments = {*_arguments(module.Evaluator)}
         check_eval_keys(section, module.Evaluator, f"config.evals.{name}")
+        try:
+            shared = overlap.shared_images(trained, kw.get("data") or {})
+        except ValueError as e:
+            raise ValueError(f"config.evals.{name}: {e}") from e
+        if said := overlap.line(name, shared):
+            notes.say(said)
         if "about" in arguments:
-            kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder)
+            kw["about"] = functools.partial(about, dict(kw, type=kind), checkpoint or folder, shared=shared)
         outdir = os.fspath(path_inside(os.path.join(folder, "eval"), name)) if folder else None
         try:
             inputs = input_pipeline.evaluation(kw.pop("data"), kw.pop("pp_fn"), kw.pop("batch_size"), mesh=mesh)
@@ -161,15 +168,16 @@ def _arguments(evaluator):
     return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
 
 
-def about(section, checkpoint, params, data=None) -> dict:
+def about(section, checkpoint, params, data=None, shared=None) -> dict:
     """What is evaluated, for metrics.json: split, data, section (of the config), fingerprint (of the weights),
-    versions, checkpoint, command. Collective.
+    versions, checkpoint, command, shared_images. Collective.
 
     Args:
       section: of config.evals, a dict.
       checkpoint: where the weights come from, or None.
       params: nested tree of the weights.
       data: what was opened, if not by this project's reader.
+      shared: of `overlap.shared_images`.
     """
     data = data or input_pipeline.open_source(section["data"]).about()
     name = "/".join(filter(None, [data["name"], data.get("version")]))
@@ -181,4 +189,5 @@ def about(section, checkpoint, params, data=None) -> dict:
         versions=dict(paligemma_med=paligemma_med.__version__, jax=jax.__version__),
         checkpoint=checkpoint and config_files.absolute(checkpoint),
         command=shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]),
+        **({"shared_images": shared} if shared else {}),
     )
