@@ -24,7 +24,7 @@ from data_prep.images.store import Store
 from data_prep.progress import progress
 
 SPLITS = ("train", "validate", "test")
-ALLOW_MISSING = Option(False, "leave out rows whose image is missing or broken")
+ALLOW_MISSING = Option(False, "leave out rows whose image is missing or broken.")
 _EXAMPLES = 3
 
 

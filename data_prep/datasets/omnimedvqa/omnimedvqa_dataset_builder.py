@@ -40,9 +40,9 @@ class Builder(QuestionedBuilder):
     )
     OPTIONS = {
         "allow_missing_images": ALLOW_MISSING,
-        "validate_fraction": Option(0.05, "share of images that becomes validate"),
-        "test_fraction": Option(0.2, "share of images that becomes test; 1 for all, as the release is meant"),
-        "seed": Option(0, "of the draw of validate and test"),
+        "validate_fraction": Option(0.05, "share of images that becomes validate."),
+        "test_fraction": Option(0.2, "share of images that becomes test; 1 for all, as the release is meant."),
+        "seed": Option(0, "of the draw of validate and test."),
     }
     FEATURES = layout.FEATURES
     TABLES = ("content_type", "modality", "dataset")
