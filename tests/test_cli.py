@@ -123,7 +123,7 @@ def test_only_download_fetches_what_is_named(tmp_path, source_flags, monkeypatch
     source_flags(*flags)
     assert not fetched
     config, checkpoint = source_flags(*flags, "--download")
-    assert [x for x in fetched if x] == ["hf:o/base", "hf:o/adapter", "o/weights"]
+    assert [x for x in fetched if x] == ["o/weights", "hf:o/base", "hf:o/adapter"]
     assert (config.adapter_init, checkpoint) == ("hf:o/adapter", "o/weights")
 
 
