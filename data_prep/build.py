@@ -360,6 +360,8 @@ def main(argv: Sequence[str]) -> None:
     except (DataError, OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "No space left" not in str(e):  # of ArrayRecord's writer
             raise
+        if command_line.reader_is_gone(e):
+            sys.exit(141)
         sys.exit(f"error: {files.told(e, flags.FLAGS.data_dir or default_data_dir())}")
 
 

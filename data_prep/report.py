@@ -353,6 +353,8 @@ def main(argv: Sequence[str]) -> None:
             sets[name] = there[-1].parent
         write(flags.FLAGS.out, sets)
     except (DataError, OSError) as e:
+        if command_line.reader_is_gone(e):
+            sys.exit(141)
         sys.exit(f"error: {files.told(e, flags.FLAGS.out)}")
     print(f"report.md, report.json and distributions.png are in {flags.FLAGS.out}")
 

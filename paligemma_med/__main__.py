@@ -4,6 +4,7 @@ A program is found in our own folders (`command_line.programs_folder`), also fro
 data_prep/ of its own, which `python -m tools.report` would take instead.
 """
 
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -57,9 +58,13 @@ def usage() -> str:
 
 
 def main() -> None:
+    from paligemma_med.pp import command_line
+
+    command_line.prepare_output()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help", "--helpshort", "--helpfull"):
-        print(usage())
+        with contextlib.suppress(BrokenPipeError):
+            print(usage())
         return
     if name == "--version":
         print(paligemma_med.__version__)
@@ -67,8 +72,6 @@ def main() -> None:
     name = ALIASES.get(name, name)
     if name not in PROGRAMS:
         sys.exit(f"error: there is no program {name!r}; expected one of {', '.join(PROGRAMS)}.")
-    from paligemma_med.pp import command_line
-
     folder = command_line.programs_folder()
     here = [path for path in sys.path if os.path.realpath(path) == os.path.realpath(os.getcwd())]
     sys.path[:] = [path for path in sys.path if path not in here] + here

@@ -43,6 +43,8 @@ def command(main) -> Callable:
                 sys.exit(code)
             ending.leave_at_once(code or 130)
         except Exception as e:
+            if command_line.reader_is_gone(e):
+                ending.leave(141)  # as a shell says it of a program that SIGPIPE ended
             known = isinstance(e, ValueError | OSError | FloatingPointError)
             sentence = _of_machine(e) or (_told(e) if known else None)
             if ending.tell_if_peer_lost(e):

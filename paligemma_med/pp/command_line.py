@@ -5,10 +5,13 @@ It lives in `pp` because the programs of `data_prep` may import no other package
 what those of a model share.
 """
 
+import atexit
 import csv
+import functools
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 
@@ -104,22 +107,78 @@ def define_choose() -> None:
     )
 
 
-def prepare() -> None:
-    """To be called before flags are parsed.
+def prepare_output() -> None:
+    """Lets a program print whatever it has, for as long as somebody reads it.
 
     A character that the terminal's encoding lacks (PYTHONIOENCODING=ascii) or that isn't in UTF-8 is printed as an
-    escape, where Python would end the program. And --help lists all flags of the program, also those that it defines
-    through functions of other modules, and names the program as it was called.
+    escape, where Python would end the program; and the end of a reader, as in `… | head`, is no traceback.
     """
-    program = sys.modules["__main__"]
-    program.__doc__ = as_called(program.__doc__ or "") or None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    atexit.unregister(_leave_readers)
+    atexit.register(_leave_readers)
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _except_gone_readers
+
+
+def prepare() -> None:
+    """To be called before flags are parsed: `prepare_output`; and --help lists all flags of the program, those that it
+    defines through functions of other modules included, names the program as it was called, and ends with status 0.
+    """
+    prepare_output()
+    program = sys.modules["__main__"]
+    program.__doc__ = as_called(program.__doc__ or "") or None
+    for name in ("help", "helpshort", "helpfull", "helpxml"):
+        if name in flags.FLAGS and not isinstance(flags.FLAGS[name].parse, functools.partial):
+            flags.FLAGS[name].parse = functools.partial(_help, flags.FLAGS[name].parse)
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.partition(".")[0] in _OURS:
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _help(show, argument):
+    """What a flag such as --help does when it is parsed; absl ends with status 1, as after a mistake."""
+    try:
+        show(argument)
+    except (SystemExit, BrokenPipeError):
+        sys.exit(0)
+
+
+def reader_is_gone(error: BaseException) -> bool:
+    """Whether an error is that nobody reads what the program prints, as behind `| head`. If so, it prints no more."""
+    return isinstance(error, BrokenPipeError) and _leave_readers()
+
+
+def _leave_readers():
+    """Writes what waits to be printed; where nobody reads it, to nowhere, or Python complains at its end."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+            gone = _hung_up(stream.fileno())  # an unbuffered stream has nothing to flush
+        except BrokenPipeError:
+            gone = True
+        except (AttributeError, ValueError, OSError):  # None (without a console), closed already, or no file
+            continue
+        if gone:
+            found = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return found
+
+
+def _hung_up(descriptor):
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _except_gone_readers(kind, error, trace):
+    if not reader_is_gone(error):
+        sys.__excepthook__(kind, error, trace)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Command lines: paths as flags, output on any terminal, --help; and that every program has them."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -92,3 +93,48 @@ def test_help_names_the_flags_that_other_modules_define(repo_root):
         [sys.executable, "-c", code, "--help"], cwd=repo_root, env=environ.of_program(), capture_output=True, text=True
     )
     assert {"--config:", "--workdir:", "--checkpoint:", "--adapter:"} <= {*run.stdout.split()}, run.stderr
+    assert run.returncode == 0
+
+
+PROGRAM = """
+import sys
+from absl import app
+from paligemma_med import cli
+from paligemma_med.pp import command_line
+
+def main(argv):
+    for i in range(100_000):
+        print(i, file=sys.stderr if "stderr" in argv else sys.stdout)
+    print("all is printed", file=open(argv[1], "w"))
+
+app.run(cli.command(main) if "command" in sys.argv else main, flags_parser=command_line.parse_flags)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv, status, unbuffered",
+    [(["--help"], 0, ""), (["command"], 141, "1"), (["command", "stderr"], 141, ""), (["bare"], 1, "")],
+)
+def test_a_reader_may_leave(tmp_path, repo_root, argv, status, unbuffered):
+    """`… | head` ends a program without a traceback."""
+    end, other = os.pipe()
+    os.close(end)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | {
+        argv[-1] if argv[-1] == "stderr" else "stdout": other
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path / "done", *argv],
+        cwd=repo_root,
+        env=environ.of_program(PYTHONUNBUFFERED=unbuffered),
+        text=True,
+        **streams,
+    )
+    os.close(other)
+    assert (run.returncode, run.stdout or "", run.stderr or "") == (status, "", "")
+    assert not (tmp_path / "done").exists()
+
+
+def test_another_pipe_may_break_aloud():
+    """Such as that to a program which ours started."""
+    assert not command_line.reader_is_gone(BrokenPipeError(32, "Broken pipe"))
+    assert not command_line.reader_is_gone(OSError(5, "Input/output error"))
