@@ -72,7 +72,7 @@ def trained_on(config, asked=None) -> dict[str, Any] | None:
     If that is the table `asked` (a `data` section), its folder and names of columns are those given there.
     """
     data = (config.get("input") or {}).get("data") or {}
-    if not str(data.get("name")).startswith("table:"):
+    if not str(data.get("name")).startswith("table:") or data["name"] == "table:":  # own_data.py without train=
         return None
     data = data.to_dict()
     if asked and is_same_table(data, asked):

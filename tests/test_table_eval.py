@@ -64,6 +64,7 @@ def test_what_the_config_says_about_its_own_evaluations_holds(own):
 
 def test_a_run_that_was_trained_on_a_table_is_known(own):
     assert table_eval.trained_on(tiny.config("x")) is None
+    assert table_eval.trained_on(own_data.get_config("tiny")) is None
     c = own_data.get_config(f"tiny,train={own}/films/../q.csv")
     found = table_eval.trained_on(c)
     assert found["split"] == "train"

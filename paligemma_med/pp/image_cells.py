@@ -274,6 +274,7 @@ def _of_file(path, own, default):
 def _several(total: int, choice: Choice, key: str, picture: Callable[[int], np.ndarray]) -> np.ndarray:
     """The chosen of `total` slices or frames: one by itself, several as a montage."""
     text = getattr(choice, key)
+    numbers: Sequence[int]
     if text == "middle":
         numbers = [total // 2]
     elif text:
@@ -281,7 +282,7 @@ def _several(total: int, choice: Choice, key: str, picture: Callable[[int], np.n
         if max(numbers) >= total:
             raise images.ImageError(f"no {key} {max(numbers) + 1}; there are {total}")
     else:
-        numbers = list(range(total))
+        numbers = range(total)  # no list: a header says how many
     size = choice.montage
     if size is None and text:
         if len(numbers) > montage.MAX_CELLS:

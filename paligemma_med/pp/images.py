@@ -163,6 +163,7 @@ def _turn_to(image: Image.Image, frame: int) -> None:
     if not 0 <= frame < (count := getattr(image, "n_frames", 1)):
         raise ImageError(f"no frame {frame + 1}; the image has {count}")
     image.seek(frame)
+    _check_size(image)  # pages have sizes of their own
 
 
 def _orientation(image: Image.Image) -> int:
@@ -197,6 +198,11 @@ def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Imag
       Whatever PIL raises for bytes that are none of `formats`.
     """
     image = Image.open(io.BytesIO(content), formats=formats)
+    _check_size(image)
+    return image
+
+
+def _check_size(image: Image.Image) -> None:
     # PIL itself refuses at twice its limit and warns in between; one limit is clearer.
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit and pixels > limit:
@@ -204,7 +210,6 @@ def open_image(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Imag
             f"image refused, as it may be a decompression bomb: {image.width} x {image.height} pixels; "
             f"expected at most {limit}"
         )
-    return image
 
 
 def is_image_file(path: pathlib.Path) -> bool:

@@ -208,11 +208,11 @@ class OwnTable:
         folder = self._folders[self._part[index]]
         try:
             return image_cells.load(row["image"], folder, choose=self._choose)
-        except OSError as e:
-            where = f"{self.name} line {self.line(index)}"
-            raise ValueError(f"{where}: image {self.image_path(index)}: {e.strerror}.") from None
-        except ValueError as e:
-            raise ValueError(f"{self.name} line {self.line(index)}: image {e}") from None
+        except image_cells.OutsideError as e:
+            raise ValueError(f"{self.name} line {self.line(index)}: {e}") from None
+        except (OSError, ValueError) as e:
+            why = f"{self.image_path(index)}: {e.strerror}." if isinstance(e, OSError) else e
+            raise ValueError(f"{self.name} line {self.line(index)}: image {why}") from None
 
     def _row(self, index):
         """(texts, entry of an image in the table or None) of a row that was found good."""

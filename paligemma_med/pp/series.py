@@ -54,13 +54,14 @@ def ordered(folder: pathlib.Path, series: str = "") -> tuple[pathlib.Path, ...]:
         more than one frame, or a header that can't be read; doesn't name the folder.
     """
     try:
-        return _ordered(folder, series, os.stat(folder).st_mtime_ns)
+        return tuple(folder / name for name in _ordered(folder, series, os.stat(folder).st_mtime_ns))
     except OSError as e:
         raise images.ImageError(f"the folder can't be read ({e.strerror})") from None
 
 
-@functools.lru_cache(maxsize=256)  # many questions on one series
+@functools.lru_cache(maxsize=1024)  # many questions on one series, and many epochs
 def _ordered(folder, series, changed):
+    """Names of the files."""
     del changed
     paths = list_images(folder)
     found = [_header(path) for path in paths]
@@ -68,7 +69,7 @@ def _ordered(folder, series, changed):
     if not slices:
         if series:
             raise images.ImageError(f"series={series:.80} is for DICOM; the folder has none")
-        return tuple(paths)
+        return tuple(path.name for path in paths)
     if len(slices) < len(found):
         other = next(path for path, x in zip(paths, found) if x is None)
         raise images.ImageError(f"DICOM slices beside {other.name}, which is none; expected one or the other")
@@ -81,7 +82,7 @@ def _ordered(folder, series, changed):
             "frame by #frame="
         )
     places = _places(slices)
-    keys = {x.path: (place, x.instance, _natural(x.path.name)) for x, place in zip(slices, places)}
+    keys = {x.path.name: (place, x.instance, _natural(x.path.name)) for x, place in zip(slices, places)}
     return tuple(sorted(keys, key=keys.get))
 
 
@@ -104,7 +105,8 @@ def _of_one_series(slices, series):
         found = {key: count for key, count in found.items() if series in key} or found
     if len(found) > 1:
         words = [
-            f"{number or 'no number'} ({uid or 'no UID'}, {n} files)" for (number, uid), n in sorted(found.items())
+            f"{number or 'no number'} ({uid or 'no UID'}, {n} file{'s' * (n > 1)})"
+            for (number, uid), n in sorted(found.items())
         ]
         more = ", …" if len(words) > _LISTED else ""
         asked = f"no series {series:.80}, but" if series and not slices else "slices of"

@@ -156,6 +156,21 @@ def test_no_name_leaves_its_folder(root, cell):
             read(cell, root)
 
 
+def test_the_size_of_a_page_is_checked_as_that_of_the_first(root, monkeypatch):
+    pages = [PIL.Image.new("L", size) for size in ((2, 2), (9, 9))]
+    pages[0].save(root / "bomb.tif", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(images.ImageError, match="bomb.tif: .* 9 x 9 pixels; expected at most 50"):
+        image_cells.load("bomb.tif#frame=2", root)
+
+
+def test_a_header_that_promises_frames_without_number_costs_no_memory(root):
+    content = make(np.zeros((4, 6), np.uint8), bits=8, NumberOfFrames=2_000_000_000)
+    (root / "many.dcm").write_bytes(content)
+    with pytest.raises(images.ImageError, match="many.dcm: a DICOM file that can't be decoded"):
+        image_cells.load("many.dcm#montage=2x2", root)
+
+
 def test_a_broken_slice_is_named(root):
     path = sorted((root / "ct").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-9])
