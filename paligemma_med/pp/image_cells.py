@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -191,6 +192,18 @@ def _path(folder, name, *, strict=True):
 def sources(cell: str, folder: str | os.PathLike) -> list[str]:
     """Names of a cell's files and folders alone: the same for all slices, frames and windows of one of them."""
     return sorted(part.name for part in parse(cell, folder))
+
+
+def look_at(cell: str, folder: str | os.PathLike) -> tuple[int, tuple[str, ...]]:
+    """(bytes of a cell's files, `sources`). Errors as of `files_of`. Quick for a file: tables have millions of them."""
+    plain = _path(folder, cell, strict=False)
+    try:
+        found = os.stat(plain) if plain is not None else None
+    except (OSError, ValueError):
+        found = None
+    if found and found.st_size and stat.S_ISREG(found.st_mode):
+        return found.st_size, (cell,)
+    return sum(size for _, size in files_of(cell, folder)), tuple(sources(cell, folder))
 
 
 def files_of(cell: str, folder: str | os.PathLike) -> list[tuple[pathlib.Path, int]]:

@@ -299,7 +299,9 @@ class _Scan:
     def run(self):
         table, number = self.table, 0
         for part, form in enumerate(table._forms):
-            self.look_at = functools.lru_cache(1024)(functools.partial(self._look_at, part))
+            self.look_at = functools.lru_cache(1024)(
+                functools.partial(image_cells.look_at, folder=table._folders[part])
+            )
             for line, begin, size, record in form.scan():
                 number += 1
                 try:
@@ -351,11 +353,6 @@ class _Scan:
             if not self.table.missing_images:
                 raise
         return 0, ()
-
-    def _look_at(self, part, name):
-        """(bytes, names) of the files that a cell names. ValueError: why it can't be an image."""
-        folder = self.table._folders[part]
-        return sum(size for _, size in image_cells.files_of(name, folder)), tuple(image_cells.sources(name, folder))
 
     def _finish(self):
         table = self.table

@@ -50,8 +50,8 @@ def ordered(folder: pathlib.Path, series: str = "") -> tuple[pathlib.Path, ...]:
       series: SeriesInstanceUID or SeriesNumber of the one to take; "" if there is but one.
 
     Raises:
-      ImageError: no images, too many files, DICOM beside other images, several series or patients, several files of
-        more than one frame, or a header that can't be read; doesn't name the folder.
+      ImageError: no images, too many files, DICOM beside other images (unless `series` is given), several series or
+        patients, several files of more than one frame, or a header that can't be read; doesn't name the folder.
     """
     try:
         return tuple(folder / name for name in _ordered(folder, series, os.stat(folder).st_mtime_ns))
@@ -70,9 +70,9 @@ def _ordered(folder, series, changed):
         if series:
             raise images.ImageError(f"series={series:.80} is for DICOM; the folder has none")
         return tuple(path.name for path in paths)
-    if len(slices) < len(found):
+    if len(slices) < len(found) and not series:
         other = next(path for path, x in zip(paths, found) if x is None)
-        raise images.ImageError(f"DICOM slices beside {other.name}, which is none; expected one or the other")
+        raise images.ImageError(f"DICOM slices beside {other.name}, which is none; #series= takes those of one series")
     slices = _of_one_series(slices, series)
     if len({x.patient for x in slices}) > 1:
         raise images.ImageError("slices of several patients; expected those of one")

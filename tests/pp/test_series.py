@@ -100,6 +100,7 @@ def test_what_is_no_series(tmp_path, monkeypatch):
     write_series(tmp_path, 2)
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
     refused(tmp_path, "beside x.png")
+    assert greys(tmp_path, series="7") == [10, 20]
     (tmp_path / "x.png").unlink()
     (tmp_path / "2.dcm").write_bytes(one_slice(1, NumberOfFrames=3))
     refused(tmp_path, "3 files, of which 2.dcm has 3 frames")
