@@ -17,6 +17,7 @@ figure   acc         equal after `answers.normalise`; the figure of the tables. 
          open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
                           bleu (of the corpus), bleu_rows (mean over questions); ROUGE and BLEU where the
                           extra `text` is installed
+         lmms_eval_slake, …  other programs' own: see `peers`, whose name stands for all of them at once
          detection        iou, pointing, words, no_box, malformed, ap50, ap: see `detection`
         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name no
                           letter); if choices were scored, acc_likelihood and acc_likelihood_token
@@ -46,7 +47,7 @@ import functools
 
 import numpy as np
 
-from paligemma_med.metrics import answers, detection, protocols, stats, text_metrics
+from paligemma_med.metrics import answers, detection, peers, protocols, stats, text_metrics
 from paligemma_med.pp import boxes as boxes_lib
 from paligemma_med.pp import rows as row_keys
 
@@ -63,7 +64,7 @@ CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
 QUESTION_ONLY = "question_only"
 # Other ways of asking the same questions: see `dialogue`.
 HISTORIES = ("true_history", "single_turn")
-PROTOCOLS = ("vqa", "closed", "open", "multiple_choice", "detection")
+PROTOCOLS = ("vqa", "closed", "open", "multiple_choice", "detection", *peers.NAMES)
 # Keys of a row whose values are the groups in the tables.
 GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
@@ -222,6 +223,9 @@ def _values(rows, who, protocol):
         scores = [[detection.score(text, row["answer"]) for text in x] for x, row in zip(samples, rows)]
         names = (*detection.MEANS, *detection.SHARES)
         out |= {name: np.array([[score[name] for score in x] for x in scores]) for name in names}
+    elif protocol in peers.NAMES:
+        scores = [[peers.score(row, text, protocol) for text in x] for x, row in zip(samples, rows)]
+        out |= {name: np.array([[score[name] for score in x] for x in scores], float) for name in scores[0][0]}
     return out
 
 
@@ -285,23 +289,27 @@ def _figures(values, clusters):
             runs = [text_metrics.TOTALS[name](x[:, i]) for i in range(x.shape[1])]
             totals |= {name: runs[0]} | (_runs(name, np.array([runs])) if len(runs) > 1 else {})
             continue
+        known = ~np.isnan(x[:, 0])  # by other programs' protocols figures are of some questions alone
+        if not known.any():
+            continue
+        x, inside = x[known], clusters[known]
         out[name] = float(x[:, 0].mean())
         if name == "acc":
             out["acc_low"], out["acc_high"] = stats.wilson(int(x[:, 0].sum()), len(x))
-            low, high = stats.wilson_clustered(x[:, 0], clusters)
+            low, high = stats.wilson_clustered(x[:, 0], inside)
             out["acc_cluster_low"], out["acc_cluster_high"] = low, high
         elif not _is_mean(name) and name not in _FORMS:
-            out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], clusters)
+            out[f"{name}_low"], out[f"{name}_high"] = stats.wilson_clustered(x[:, 0], inside)
         if x.shape[1] > 1:
             out |= _runs(name, x)
         if x.shape[1] > 1 and not _is_mean(name) and name not in ("acc_strict", "acc_set"):
-            low, high = stats.wilson_clustered(x.mean(axis=1), clusters)
+            low, high = stats.wilson_clustered(x.mean(axis=1), inside)
             out[f"{name}_mean_low"], out[f"{name}_mean_high"] = low, high
     return out | totals
 
 
 def _is_mean(name):
-    return name in text_metrics.MEANS or name in detection.MEANS
+    return name in text_metrics.MEANS or name in detection.MEANS or name in peers.MEANS
 
 
 def _runs(name, values):
@@ -332,7 +340,9 @@ def _robustness(forms, hits, clusters):
 
 def _bootstrapped(tables, columns, group, inside, clusters):
     """Intervals of a group's means, all from the same draws of images."""
-    names = [(who, k) for who in columns for k in tables[who] if _is_mean(k)]
+    names = [
+        (who, k) for who in columns for k, x in tables[who].items() if _is_mean(k) and not np.isnan(x[inside, 0]).all()
+    ]
     if not names:
         return {}
     values = {}
@@ -341,7 +351,11 @@ def _bootstrapped(tables, columns, group, inside, clusters):
         values[f"{who}/{group}/{k}"] = x[:, 0]
         if x.shape[1] > 1:
             values[f"{who}/{group}/{k}_mean"] = x.mean(axis=1)
-    ends = zip(("low", "high"), stats.bootstrap(np.stack([*values.values()], axis=1), clusters))
+    stacked = np.stack([*values.values()], axis=1)
+    known = ~np.isnan(stacked)
+    # Of some questions alone a mean is a ratio: their sum, over how many of them a draw has.
+    weights = None if known.all() else known.astype(float)
+    ends = zip(("low", "high"), stats.bootstrap(np.where(known, stacked, 0.0), clusters, weights=weights))
     figures = {f"{name}_{end}": float(x) for end, xs in ends for name, x in zip(values, xs)}
     # A single image gives no interval.
     return {k: x for k, x in figures.items() if np.isfinite(x)}
