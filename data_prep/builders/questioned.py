@@ -38,7 +38,7 @@ class Asked:
     features: all texts by name, question_id, image_id, question, answer and answer_type among them.
     dropped: why it can't be used; "" if it can.
     flags: what the report should mention about it.
-    groups: (kind, key) that shouldn't be in two splits, such as ("article", "PMC212319").
+    groups: (kind, key) that shouldn't be in two splits, such as ("article", "PMC212319"); or (kind, key, name to show).
     """
 
     split: str
@@ -47,7 +47,7 @@ class Asked:
     features: dict[str, str]
     dropped: str = ""
     flags: tuple[str, ...] = ()
-    groups: tuple[tuple[str, str], ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Questions:
     place: (row, 16 bytes that identify its image's content) → split, where the release has no splits.
     notes: for the report, {what: text or number}.
     absent: splits that the folder has no files for.
+    drawn: whether splits are drawn by the reader, so that a small release may leave one empty.
     """
 
     asked: Sequence[Asked]
@@ -66,6 +67,7 @@ class Questions:
     place: Callable[[Asked, bytes], str] | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    drawn: bool = False
 
 
 def drawn_split(key: str | bytes, validate: float, test: float, seed: int) -> str:
@@ -192,7 +194,7 @@ def make_rows(
     report = {"folder": str(folder.resolve()), **books.to_report(), "notes": dict(found.notes)}
     report["splits_left_out"] = [s for s in SPLITS if s not in made]
     dropped = {s: {reason: n["count"] for reason, n in part["dropped"].items()} for s, part in report["splits"].items()}
-    empty = [s for s in report["splits_left_out"] if found.place is None]
+    empty = [s for s in report["splits_left_out"] if found.place is None and not found.drawn]
     if not made or (empty and not allow_missing):
         raise DataError(
             f"{folder}: no row is left for {', '.join(empty or SPLITS)}; expected at least one in each split; rows "
@@ -261,5 +263,5 @@ def _keep(books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Se
     # The same fact in other words: a question re-worded has its image and its answer.
     if answer not in ("yes", "no"):
         books.member(split, "answer about the same image", f"{digest.hex()} {answer}", qid)
-    for kind, key in row.groups:
-        books.member(split, kind, key, key)
+    for kind, key, *name in row.groups:
+        books.member(split, kind, key, name[0] if name else key)
