@@ -110,7 +110,7 @@ def main(argv) -> None:
 
 
 def _serve(values):
-    """The page to ask on; returns never, or with an error before it is ready."""
+    """The page to ask on; ends by Ctrl-C, or with an error before it is ready."""
     others = ("image", "question", "questions", "out", "mask", "png", "npz")
     if given := [name for name in others if values[name].value is not None]:
         raise app.UsageError(f"--{given[0]} doesn't go with --serve.")
@@ -133,7 +133,7 @@ def _serve(values):
         except KeyboardInterrupt:
             kept = f"Answers and pages are in {values.keep}." if values.keep else "Nothing was kept."
             print(f"\nEnded. {kept}")
-    ending.leave_at_once(0)  # a question may be under way
+    ending.leave_at_once(130)  # a question may be under way
 
 
 _OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "fill")

@@ -4,7 +4,11 @@ import http.client
 import io
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 
 import jax
 import numpy as np
@@ -15,7 +19,7 @@ from paligemma_med import explain
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import asking, serve
-from tests import chromium, tiny
+from tests import chromium, environ, tiny
 
 
 def png(seed=0, size=(40, 50)):
@@ -178,6 +182,28 @@ def test_a_history_stands_in_the_prompt_as_dialogues_are_evaluated(server):
     made, used = asking._with_history(row, [np.arange(1000), turn])  # the oldest goes first
     assert used == 1
     assert server.desk.has_turns
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_in_one_line(tmp_path, repo_root):
+    tiny.write_workdir(tmp_path / "w", tiny.config(evals={}))
+    command = [sys.executable, "-m", "paligemma_med.explain", "--serve", f"--workdir={tmp_path / 'w'}", "--port=0"]
+    command += ["--methods=raw", "--num_samples=0", "--max_new_tokens=2", "--compilation_cache="]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(command, cwd=repo_root, env=environ.of_program(), **pipes)
+    try:
+        address = program.stdout.readline().removeprefix("Ready: ").strip()
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address) as reply:
+            assert reply.status == 200
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    assert (
+        out.splitlines()[-2:] == ["", "Ended. Nothing was kept."] and program.returncode == 130
+    )  # after the terminal's ^C
+    assert "Traceback" not in err and address.split("/")[3] not in err
 
 
 @chromium.needed
