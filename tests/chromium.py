@@ -300,6 +300,11 @@ class Page:
             " e.dispatchEvent(new Event(t, {bubbles: true}));})()"
         )
 
+    def upload(self, selector, path):
+        """Chooses a file, as its user does."""
+        element = self._call("Runtime.evaluate", expression=_element(selector))["result"]["objectId"]
+        self._call("DOM.setFileInputFiles", files=[str(path)], objectId=element)
+
     def focused(self):
         """What has the focus: "tag#id.class"."""
         return self.js(

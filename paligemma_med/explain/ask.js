@@ -3,7 +3,7 @@
 (() => {
   const $ = id => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
-  let image = null, count = 0, busy = false;
+  let image = null, source = null, count = 0, busy = false;
 
   async function post(address, body, headers = {}) {
     let reply;
@@ -50,14 +50,29 @@
 
   // --- The image ---
 
-  function show(found) {
+  // file: one that the browser has, or {index} of an example. show: the frame and window of it, as tables name them.
+  async function open(file, show = "") {
+    const found = await (file instanceof Blob
+      ? post("image", file, { "X-Name": encodeURIComponent(file.name.toWellFormed?.() ?? "image"), "X-Show": show })
+      : send("example", { ...file, show }));
     image = found;
+    source = file;
+    if (file !== $("file").files[0]) $("file").value = "";
+    if (!show) {
+      $("window").value = "";
+      $("frame").value = 1;
+    }
+    $("windowed").hidden = !found.has_windows;
+    $("framed").hidden = found.frames < 2;
+    $("view").hidden = $("windowed").hidden && $("framed").hidden;
+    $("frame").max = found.frames;
+    $("frames").textContent = `of ${found.frames}`;
     $("picture").src = found.picture;
     $("picture").alt = `The image that is asked about: ${found.name}`;
     const size = `${found.name}, ${found.width} × ${found.height} pixels`;
     $("caption").textContent = [size, ...found.notes].join(". ");
     $("shown").hidden = false;
-    $("question").focus();
+    if (!show) $("question").focus();
     return `${found.name} is open. Type a question.`;
   }
   function upload(file) {
@@ -65,13 +80,20 @@
       if (file.size > data.max_bytes) {
         throw new Error(`${file.name} has more than ${data.max_bytes / 2 ** 20} MiB.`);
       }
-      return show(await post("image", file, { "X-Name": encodeURIComponent(file.name.toWellFormed?.() ?? "image") }));
+      return open(file);
     });
   }
+  $("file").addEventListener("click", () => { $("file").value = ""; }); // or the same file again would be no change
   $("file").addEventListener("change", () => { if ($("file").files.length) upload($("file").files[0]); });
   $("examples")?.addEventListener("submit", event => {
     event.preventDefault();
-    run("Reading the image", async () => show(await send("example", { index: Number($("example").value) })));
+    run("Reading the image", () => open({ index: Number($("example").value) }));
+  });
+  $("view").addEventListener("submit", event => {
+    event.preventDefault();
+    const frame = Number($("frame").value), name = $("window").value;
+    const show = [frame > 1 && `frame=${frame}`, name && `window=${name}`].filter(Boolean).join("|");
+    run("Reading the image", () => open(source, show));
   });
   for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, event => {

@@ -26,6 +26,7 @@ from paligemma_med.explain.answer import Loaded, explain, greedy, pictures, piec
 from paligemma_med.files import named, whole_file
 from paligemma_med.metrics.answers import without_thought
 from paligemma_med.parallel import notes
+from paligemma_med.pp import dicom, image_cells
 from paligemma_med.pp import images as images_lib
 
 MAX_IMAGES, MAX_ANSWERS = 8, 16  # kept in memory; the oldest go
@@ -89,21 +90,37 @@ class Desk:
 
     # --- Images ---
 
-    def add_image(self, content: bytes, name: str) -> dict:
-        """Decodes and keeps an image: dict(id, name, width, height, notes, picture) for the page.
+    def add_image(self, content: bytes, name: str, show: str = "") -> dict:
+        """Decodes and keeps an image: dict(id, name, width, height, frames, has_windows, notes, picture) for the page.
+
+        Args:
+          content: of a file.
+          name: the file's.
+          show: what to show of it, as cells of tables say it: "frame=5|window=lung".
 
         Raises:
-          ImageError: bytes that are no image, or too large a one.
+          ValueError: bytes that are no image, too large a one, a frame or a window that there isn't.
         """
-        with self._reader:  # one at a time: decoding takes several times the pixels' memory
-            found = images_lib.decode(content)
-        image = _Image(pages.clean(name)[:200], found.rgb, hashlib.sha256(content).hexdigest(), [])
+        name = pages.clean(name)[:200]
+        try:
+            choice = image_cells.parse_choice(show, ("frame", "window"))
+            if len(show) > 100 or not (choice.frame or "1").isdigit():
+                raise images_lib.ImageError(f"{show:.100}: expected one frame and one window")
+            with self._reader:  # one at a time: decoding takes several times the pixels' memory
+                found = images_lib.decode(content, frame=int(choice.frame or 1) - 1, window=choice.window)
+                frames, has_windows = images_lib.frames(content), dicom.is_dicom(content)
+        except images_lib.ImageError as e:
+            raise ValueError(f"the file {name}: {e}") from None
+        name += f"#{show}" if show else ""
+        image = _Image(name, found.rgb, hashlib.sha256(content).hexdigest(), [])
         height, width = found.rgb.shape[:2]
         return dict(
             id=self._keep_in(self._images, image, MAX_IMAGES),
             name=image.name,
             width=width,
             height=height,
+            frames=frames,
+            has_windows=has_windows,
             notes=list(found.notes),
             picture=page.data_url(found.rgb),
         )

@@ -30,7 +30,7 @@ import PIL.Image
 from paligemma_med import page
 from paligemma_med.explain import asking
 from paligemma_med.explain.page import FOLDER
-from paligemma_med.pp import json_text
+from paligemma_med.pp import json_text, windows
 
 HOST = "127.0.0.1"
 MAX_BYTES = 64 * 2**20  # of an uploaded file
@@ -105,6 +105,7 @@ class Server(http.server.ThreadingHTTPServer):
                 data=data,
                 **kw,
                 names=names,
+                windows=list(windows.PRESETS),
                 limits=limits,
                 weights=page.clean(self.desk.loaded.weights),
                 has_turns=self.desk.has_turns,
@@ -250,9 +251,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         desk = self.server.desk
         if rest == "image":
             name = urllib.parse.unquote(self.headers.get("X-Name", "") or "image", errors="replace")
-            return 200, desk.add_image(self._body(MAX_BYTES), name)
+            return 200, desk.add_image(self._body(MAX_BYTES), name, self.headers.get("X-Show", ""))
         if rest == "example":
-            return 200, self._example(self._json({"index"})["index"])
+            asked = self._json({"index", "show"})
+            return 200, self._example(asked["index"], asked["show"])
         if rest == "ask":
             asked = self._json({"image", "question", "history"})
             return 200, desk.ask(asked["image"], asked["question"], asked["history"] is True)
@@ -262,10 +264,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return 200, dict(page=f"page/{asked['answer']}")
         raise Refused(404, "There is nothing here.")
 
-    def _example(self, index):
+    def _example(self, index, show):
         examples = self.server.examples
         if type(index) is not int or not 0 <= index < len(examples):
             raise Refused(404, f"There is no such example; expected a number from 0 to {len(examples) - 1}.")
+        if not isinstance(show, str):
+            raise Refused(400, "What to show of the example isn't a text.")
         name, path = examples[index]
         try:
             with open(path, "rb") as f:
@@ -274,7 +278,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(404, f"{page.clean(name)}: {e.strerror}.") from None
         if len(content) > MAX_BYTES:
             raise Refused(413, f"{page.clean(name)} has more than {MAX_BYTES // 2**20} MiB.")
-        return self.server.desk.add_image(content, name)
+        return self.server.desk.add_image(content, name, show)
 
     def _json(self, keys):
         text = self._body(MAX_JSON)

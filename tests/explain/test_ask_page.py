@@ -10,30 +10,24 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from paligemma_med import page as pages
-from paligemma_med.explain import page, serve
-from paligemma_med.pp import images
+from paligemma_med.explain import asking, page, serve
+from paligemma_med.pp import images, windows
 from tests import chromium
 from tests.explain import reports
+from tests.pp import dicom_files
 
 pytestmark = chromium.needed
 SCREENSHOTS = os.environ.get("PALIGEMMA_MED_SCREENSHOTS")  # a folder to look into, see CONTRIBUTING.md
 
 
-class Desk:
-    """What the server asks of `asking.Desk`, without a model."""
+class Desk(asking.Desk):
+    """It opens images, and has answers ready."""
 
-    has_turns, keep, doing = True, None, "answering"
-    loaded = types.SimpleNamespace(weights="ready answers")
+    has_turns = True
 
     def __init__(self):
-        self.asked, self.answers = [], {}
-
-    def add_image(self, content, name):
-        found = images.decode(content)
-        height, width = found.rgb.shape[:2]
-        shown = dict(name=pages.clean(name), width=width, height=height, picture=page.data_url(found.rgb))
-        return dict(id="7", notes=list(found.notes), **shown)
+        super().__init__(types.SimpleNamespace(weights="ready answers"))
+        self.doing, self.asked, self.answers = "answering", [], {}
 
     def ask(self, image, question, history):
         if "nothing" in question:
@@ -41,10 +35,11 @@ class Desk:
         self.asked.append((image, question, history))
         number = str(len(self.asked))
         self.answers[number] = question
+        name = self._get(self._images, image, "image").name
         return dict(
             id=number,
             question=question,
-            image="film.png",
+            image=name,
             answer="left lung",
             probability="45 %",
             tokens=[["left", "90 %"], [" lung", "70 %"], ["‹end›", "50 %"]],
@@ -179,7 +174,7 @@ def test_by_keyboard_alone(browser, server):
     assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.key("Enter")
     browser.wait("document.querySelector('iframe')")
-    assert server.desk.asked == [("7", "Which organ?", False)]
+    assert server.desk.asked == [("1", "Which organ?", False)]
     live = "[...document.querySelectorAll('[role=status], [role=alert]')].map(e => e.id)"
     assert browser.js(live) == ["status", "error"]
 
@@ -191,6 +186,7 @@ def test_on_a_phone(browser):
     assert browser.js("document.documentElement.scrollWidth") <= 360
     assert_frame_shows(browser, "Which of the organs", 360)
     small = """[...document.querySelectorAll('button, select, input[type=text], input[type=file]')]
+      .filter(e => e.checkVisibility())
       .map(e => [e.getBoundingClientRect().height, e.outerHTML.slice(0, 60)]).filter(([h]) => h < 24)"""
     assert browser.js(small) == []  # WCAG 2.2, 2.5.8
 
@@ -205,11 +201,39 @@ def test_a_dialogue(browser, server):
     assert [history for *_, history in server.desk.asked] == [False, True, True]
     kickers = browser.js("[...document.querySelectorAll('article .kicker')].map(e => e.textContent)")
     assert kickers == [
-        "3 · film.png · with 2 earlier turns",
-        "2 · film.png · with 1 earlier turn",
-        "1 · film.png",
+        "3 · film 0.png · with 2 earlier turns",
+        "2 · film 0.png · with 1 earlier turn",
+        "1 · film 0.png",
     ]  # the newest first
     assert browser.js("document.querySelectorAll('article .thumb')[2].naturalHeight") == 60
+
+
+def test_frames_and_windows_of_a_dicom_file(browser, server, tmp_path):
+    hu = np.linspace(-1000, 1000, 64).astype(np.int16).reshape(8, 8)
+    ct = dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT", RescaleSlope=1, RescaleIntercept=0)
+    content = dicom_files.make(np.stack([hu, hu.T]), PixelRepresentation=1, NumberOfFrames=2, **ct)
+    (tmp_path / "ct.dcm").write_bytes(content)
+    open_example(browser)
+    assert not browser.js("document.getElementById('view').checkVisibility()")
+    browser.upload("#file", tmp_path / "ct.dcm")
+    browser.wait("document.getElementById('caption').textContent.startsWith('ct.dcm, 8 × 8')")
+    assert browser.text("#frames") == "of 2"
+    browser.set("#frame", "2")
+    browser.set("#window", "lung")
+    browser.click("#view button")
+    browser.wait("document.getElementById('caption').textContent.startsWith('ct.dcm#frame=2|window=lung')")
+    (*_, shown) = server.desk._images.values()
+    np.testing.assert_array_equal(shown.pixels, images.decode(content, frame=1, window=windows.parse("lung")).rgb)
+    ask(browser, "Which organ?")
+    assert browser.text("article .kicker") == "1 · ct.dcm#frame=2|window=lung"
+    browser.set("#frame", "3")
+    browser.click("#view button")  # held back by the browser
+    assert browser.js("document.getElementById('frame').validity.rangeOverflow")
+    open_example(browser)
+    browser.wait("!document.getElementById('view').checkVisibility()")
+    browser.upload("#file", tmp_path / "ct.dcm")  # the same once more, from its first frame
+    browser.wait("document.getElementById('view').checkVisibility()")
+    assert browser.js("document.getElementById('window').value + document.getElementById('frame').value") == "1"
 
 
 def test_what_goes_wrong_is_told_in_the_page(browser, server):
@@ -223,7 +247,7 @@ def test_what_goes_wrong_is_told_in_the_page(browser, server):
         "document.dispatchEvent(new DragEvent('drop', {dataTransfer: t, cancelable: true})); })()"
     )
     browser.wait("!document.getElementById('error').hidden")
-    assert browser.text("#error").startswith("Not a readable image")
+    assert browser.text("#error").startswith("The file ü <b>.png: not a readable image")
     open_example(browser)
     assert not browser.js("document.getElementById('error').checkVisibility()")
     browser.js("document.getElementById('question').select()")

@@ -133,9 +133,14 @@ def test_who_and_what_is_refused(server, method, rest, token, headers, status):
 @pytest.mark.parametrize(
     "rest, body, status, says",
     [
-        ("image", b"no image", 400, "Not a readable image"),
-        ("example", dict(index="../film.png"), 404, "no such example"),
-        ("example", dict(index=-1), 404, "no such example"),
+        ("image", b"no image", 400, "The file image: not a readable image"),
+        ("example", dict(index="../film.png", show=""), 404, "no such example"),
+        ("example", dict(index=-1, show=""), 404, "no such example"),
+        ("example", dict(index=0, show=["frame=1"]), 400, "isn't a text"),
+        ("example", dict(index=0, show="frame=2"), 400, "no frame 2; the image has 1"),
+        ("example", dict(index=0, show="frame=1-1"), 400, "expected one frame"),
+        ("example", dict(index=0, show="window=tongue"), 400, "expected centre and width"),
+        ("example", dict(index=0, show="slice=2"), 400, "expected frame=, window="),
         ("ask", dict(image="99", question="x", history=False), 404, "no longer kept"),
         ("ask", dict(image="/etc/passwd", question="x", history=False), 404, "no longer kept"),
         ("ask", dict(path="/etc/passwd"), 400, "expected"),
@@ -155,7 +160,7 @@ def test_large_images_are_refused(server, monkeypatch):
 
 
 def test_two_at_once_and_questions_that_cannot_be_asked(server):
-    _, _, image = ask(server, "POST", "example", dict(index=0))
+    _, _, image = ask(server, "POST", "example", dict(index=0, show=""))
     found = []
 
     def one(question):
