@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import re
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -77,10 +78,27 @@ def header(content: bytes, names: tuple[str, ...]) -> Any:
 def need_pydicom() -> Any:
     """The module; DicomError that says how to install it."""
     try:
-        import pydicom
+        with _without_dl():
+            import pydicom
     except ImportError:
         raise DicomError("a DICOM file, and pydicom is not installed; pip install 'paligemma_med[dicom]'") from None
     return pydicom
+
+
+@contextlib.contextmanager
+def _without_dl() -> Iterator[None]:
+    """Hides modules called dl and DLFCN. GDCM, which pydicom imports, tries them first, as Python 2 had them: a
+    folder dl/ where a program is started (deep learning?) would be taken for one, and end it."""
+    hidden = {} if "pydicom" in sys.modules else {name: sys.modules.get(name) for name in ("dl", "DLFCN")}
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def code(value: Any) -> str:

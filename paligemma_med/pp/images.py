@@ -132,8 +132,8 @@ def frames(content: bytes) -> int:
     """How many frames or pages an encoded image has. ImageError: it can't be told."""
     try:
         if dicom.is_dicom(content):
-            count = dicom_open.header(content, ("NumberOfFrames",)).get("NumberOfFrames")
-            return max(int(count or 1), 1)
+            with dicom_open.quiet():
+                return max(int(dicom_open.header(content, ("NumberOfFrames",)).get("NumberOfFrames") or 1), 1)
         with open_image(content) as image:
             return getattr(image, "n_frames", 1)
     except dicom.DicomError as e:

@@ -252,6 +252,9 @@ def test_the_index_begins_with_the_worst():
         ("image,question\n../a.png,ok\n", r"line 2: '../a.png' is not below"),
         ("image,question\n/etc/passwd,ok\n", "is not below"),
         ("image,question\nlink/passwd,ok\n", "is not below"),
+        ("image,question\na.png;../b.png,ok\n", r"line 2: 'a.png;../b.png' is not below"),
+        ("image,question\nlink/x#frame=1,ok\n", "is not below"),
+        ("image,question\nct#slce=1,ok\n", "line 2: image what it names .* slce=1: expected slice="),
         ("image,question\na\0.png,ok\n", "line 2: .* is not below"),
         (b"image,question\n\xff,x\n", "not UTF-8"),
     ],
@@ -268,6 +271,8 @@ def test_question_files(tmp_path, text, message):
     assert explain.read_questions(path, tmp_path) == [("a/b.png", "What, then?")]
     path.write_text("image,Answer,question\na/b.png, no ,What?\n", encoding="utf-8")
     assert explain.read_questions(path, tmp_path) == [("a/b.png", "What?", "no")]
+    path.write_text("image,question\nct#slice=3,What?\na.png;b.png,What?\n", encoding="utf-8")
+    assert explain.read_questions(path, tmp_path) == [("ct#slice=3", "What?"), ("a.png;b.png", "What?")]
 
 
 def test_dicom_is_read_as_its_pixels(run):

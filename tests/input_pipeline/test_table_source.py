@@ -5,11 +5,12 @@ import pickle
 
 import ml_collections
 import numpy as np
+import PIL.Image
 import pytest
 
 from paligemma_med import input_pipeline
 from paligemma_med.input_pipeline import InputError, splits, table_source
-from paligemma_med.pp import own_table
+from paligemma_med.pp import images, own_table
 from tests.input_pipeline.tiny_vqa import LENGTH, assert_equal, png
 
 
@@ -45,6 +46,23 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
     assert_equal(batches(data, 5, num_threads=3)[0], expected)
     copy = pickle.loads(pickle.dumps(input_pipeline.open_source(data)))
     assert copy[3]["image"] == png(1) and copy[3]["question_id"] == "row4"
+
+
+def test_several_images_are_one_picture_and_choose_says_what_is_shown(tmp_path):
+    write(tmp_path, rows(3))
+    pages = [PIL.Image.new("L", (3, 2), grey) for grey in (10, 20)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    data = write(tmp_path, [dict(image=x, question="q?", answer="a") for x in ("pages.tif", "pages.tif#frame=1,2")])
+
+    def greys(**kw):
+        source = input_pipeline.open_source(data | kw)
+        return [images.to_rgb(source[i]["image"])[1, ::3, 0].tolist() for i in range(2)]
+
+    assert greys() == [[10], [10, 20]] and greys(choose="frame=2") == [[20], [10, 20]]
+    with pytest.raises(InputError, match="choose=frame=x: frame=x: expected numbers from 1"):
+        greys(choose="frame=x")
+    with pytest.raises(InputError, match="data.choose=3: expected a text"):
+        greys(choose=3)
 
 
 @pytest.mark.slow

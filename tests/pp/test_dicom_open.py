@@ -2,6 +2,9 @@
 gigabytes."""
 
 import io
+import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -100,6 +103,18 @@ def test_compressed_without_loss_is_the_plain_picture(name):
             return f.read()
 
     assert grey(sample(name)) == grey(sample("MR_small"))
+
+
+def test_a_folder_called_dl_is_no_module_of_python_2(tmp_path, repo_root):
+    pytest.importorskip("gdcm")
+    (tmp_path / "dl").mkdir()
+    (tmp_path / "x.dcm").write_bytes(make(VALUES))
+    code = "from paligemma_med.pp import dicom; print(dicom.to_rgb(open('x.dcm', 'rb').read()).shape)"
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    assert done.stdout == "(3, 4, 3)\n", done.stderr
 
 
 def test_what_no_decoder_reads_is_told_with_its_cure(monkeypatch):

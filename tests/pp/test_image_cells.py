@@ -3,6 +3,7 @@ folder."""
 
 import io
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -21,8 +22,10 @@ def png(grey, shape=(4, 6)):
     return out.getvalue()
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """For all tests: not to be changed."""
+    tmp_path = tmp_path_factory.mktemp("cells")
     folder = tmp_path / "films"
     write_series(folder / "ct", 20)
     for name, grey in (("a.png", 50), ("b.png", 60), ("x;y#slice=1.png", 70)):
@@ -39,6 +42,12 @@ def root(tmp_path):
     return folder
 
 
+@pytest.fixture
+def own_root(root, tmp_path):
+    """A copy for one test."""
+    return shutil.copytree(root, tmp_path / "films")
+
+
 def shown(cell, root, **kw):
     """The grey in the middle of each place of a montage of 4 x 6 pixels."""
     rgb = images.to_rgb(image_cells.load(cell, root, **kw))
@@ -51,11 +60,11 @@ def test_a_file_is_its_own_bytes(root):
         assert image_cells.load(name, root) == (root / name).read_bytes()
 
 
-def test_a_series_is_a_montage_of_nine(root):
+def test_a_series_is_a_montage_of_nine(root, tmp_path):
     """The middles of nine equal parts of 20: floor((i + 0.5) * 20 / 9) = 1, 3, 5, 7, 10, 12, 14, 16, 18."""
     assert shown("ct", root) == [[20, 40, 60], [80, 110, 130], [150, 170, 190]]
-    small = write_series(root / "small", 3)
-    assert shown("small", root) == [[10, 20], [30, 0]] and small.is_dir()
+    write_series(tmp_path / "small", 3)
+    assert shown("small", tmp_path) == [[10, 20], [30, 0]]
     assert shown("whole", root) == [[100, 101, 102], [103, 104, 0]]  # one file that holds a series
 
 
@@ -156,26 +165,26 @@ def test_no_name_leaves_its_folder(root, cell):
             read(cell, root)
 
 
-def test_the_size_of_a_page_is_checked_as_that_of_the_first(root, monkeypatch):
+def test_the_size_of_a_page_is_checked_as_that_of_the_first(own_root, monkeypatch):
     pages = [PIL.Image.new("L", size) for size in ((2, 2), (9, 9))]
-    pages[0].save(root / "bomb.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(own_root / "bomb.tif", save_all=True, append_images=pages[1:])
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(images.ImageError, match="bomb.tif: .* 9 x 9 pixels; expected at most 50"):
-        image_cells.load("bomb.tif#frame=2", root)
+        image_cells.load("bomb.tif#frame=2", own_root)
 
 
-def test_a_header_that_promises_frames_without_number_costs_no_memory(root):
+def test_a_header_that_promises_frames_without_number_costs_no_memory(own_root):
     content = make(np.zeros((4, 6), np.uint8), bits=8, NumberOfFrames=2_000_000_000)
-    (root / "many.dcm").write_bytes(content)
+    (own_root / "many.dcm").write_bytes(content)
     with pytest.raises(images.ImageError, match="many.dcm: a DICOM file that can't be decoded"):
-        image_cells.load("many.dcm#montage=2x2", root)
+        image_cells.load("many.dcm#montage=2x2", own_root)
 
 
-def test_a_broken_slice_is_named(root):
-    path = sorted((root / "ct").iterdir())[0]
+def test_a_broken_slice_is_named(own_root):
+    path = sorted((own_root / "ct").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(images.ImageError, match=f"^ct: {path.name}: a DICOM file that can't be decoded"):
-        image_cells.load("ct#montage=4x5", root)
+        image_cells.load("ct#montage=4x5", own_root)
 
 
 def test_pictures_of_several_shapes_share_equal_places():
@@ -203,8 +212,8 @@ def test_samples_are_the_middles_of_equal_parts(total, count):
 # --- In a table ---
 
 
-def test_a_table_of_series(root):
-    path = root.parent / "q.jsonl"
+def test_a_table_of_series(root, tmp_path):
+    path = tmp_path / "q.jsonl"
     cells = ["ct", "ct#slice=3", "ct#slice=99", ["a.png", "b.png"], "a.png;b.png", "gone;a.png", "ct#slice=x", "../x"]
     path.write_text("".join(json.dumps(dict(image=x, question="q?")) + "\n" for x in cells))
     table = own_table.open_table(path, images=root, choose="slice=middle")
