@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import random
+import signal
+import time
 import types
 
 import numpy as np
@@ -17,7 +20,7 @@ from paligemma_med.evaluation.results import read_metrics, read_rows
 from paligemma_med.judge import replies
 from paligemma_med.judge.server import ServerError
 from paligemma_med.served import evaluator, pictures, program, templates
-from tests import servers
+from tests import processes, servers
 
 SHADES = (20, 60, 200, 240)
 
@@ -55,14 +58,10 @@ def run(data, out, url, **kw):
     return program.evaluate(sections, str(out), **kw)["own"]
 
 
-def test_figures_are_those_counted_by_hand_behind_a_faulty_proxy(data, tmp_path):
-    faults = [f for f in servers.FAULTS if f not in ("cut", "hostile", "timeout")]  # those that no answer comes of
-    with servers.FakeModel(looks) as model, servers.Proxy(model.url, faults, most=3) as proxy:
-        metrics = run(data, tmp_path / "out", proxy.url)
-        asked = len(model.requests)
-    assert any(entry["fault"] for entry in proxy.log)
-    folder = tmp_path / "out" / "eval" / "own"
+def check_figures(folder):
+    """The accuracies in `folder` are those counted by hand."""
     rows = read_rows(folder / "predictions.jsonl")
+    metrics, _ = read_metrics(folder / "metrics.json")
     keys = {row["image_key"]: shade for row, shade in zip(rows[::2], SHADES)}
     other = controls.derangement(list(keys), 0)
     said = {20: "no", 60: "no", 200: "yes", 240: "no"}
@@ -78,6 +77,20 @@ def test_figures_are_those_counted_by_hand_behind_a_faulty_proxy(data, tmp_path)
         noise_image=4 / 8,
         question_only=4 / 8,
     )
+
+
+NO_ANSWER = [f for f in servers.FAULTS if f not in ("cut", "hostile")]  # faults that no answer comes of
+
+
+def test_figures_are_those_counted_by_hand_behind_a_faulty_proxy(data, tmp_path):
+    faults = [f for f in NO_ANSWER if f != "timeout"]
+    with servers.FakeModel(looks) as model, servers.Proxy(model.url, faults, most=3) as proxy:
+        run(data, tmp_path / "out", proxy.url)
+        asked = len(model.requests)
+    assert any(entry["fault"] for entry in proxy.log)
+    folder = tmp_path / "out" / "eval" / "own"
+    check_figures(folder)
+    rows = read_rows(folder / "predictions.jsonl")
     assert rows[0]["question_only_predictions"] == ["nothing"] and rows[0]["blank_image_predictions"] == ["grey"]
     assert rows[0]["noise_image_predictions"] == ["noise"] and rows[0]["unfinished"] == 0
     _, about = read_metrics(folder / "metrics.json")
@@ -112,6 +125,49 @@ def test_killed_at_any_reply_nothing_is_asked_twice_and_the_files_are_the_same(d
     for name in ("metrics.json", "predictions.jsonl"):
         whole, cut = ((tmp_path / x / "eval" / "own" / name).read_bytes() for x in ("whole", "cut"))
         assert whole == cut
+
+
+@pytest.mark.slow
+def test_sigkill_anywhere_behind_a_faulty_proxy(data, tmp_path, monkeypatch):
+    """The program, killed while replies come in: what was written isn't asked again, and the end is the same."""
+    names, ask_all = {}, evaluator.judge_client.ask_all
+
+    def noted(requests, *args, **kw):
+        names.update({key: servers.name_of(servers.fenced(messages(0))) for key, messages in requests.items()})
+        return ask_all(requests, *args, **kw)
+
+    monkeypatch.setattr(evaluator.judge_client, "ask_all", noted)
+    flags = [f"--table={tmp_path}/q.csv", f"--train_table={tmp_path}/q.csv", f"--images={tmp_path}/films"]
+    kept = tmp_path / "out" / "eval" / "q" / evaluator.REPLIES
+    rng, kills, done = random.Random(0), 0, None
+    with servers.FakeModel(looks, delay=0.05) as model:
+        sections = {"q": program.table_section(data, data)}
+        program.evaluate(sections, str(tmp_path / "whole"), model="m", server=model.url, controls="all")
+        total = len(model.requests)
+        assert len(names) == len(set(names.values())) == total
+        with servers.Proxy(model.url, NO_ANSWER, share=0.4, most=2, stall=1.5) as proxy:
+            flags += [f"--server={proxy.url}", "--model=m", f"--out={tmp_path}/out", "--timeout=1", "--concurrency=3"]
+            while done is None:
+                written = {names[r["key"]] for r in read_rows(kept)} if kept.exists() else set()
+                seen, enough = len(proxy.log), len(written) + rng.randrange(4, 12)
+                (started,) = processes.start("paligemma_med.evaluate", flags, num=1)
+                while started.poll() is None and not (kept.exists() and kept.read_bytes().count(b"\n") >= enough):
+                    time.sleep(0.005)
+                if started.poll() is None and enough < total:
+                    started.send_signal(signal.SIGKILL)
+                    kills += 1
+                out, err = started.communicate(timeout=120)
+                done = started.returncode if started.returncode != -signal.SIGKILL else None
+                again = [entry["name"] for entry in proxy.log[seen:] if entry["name"] in written]
+                assert not again, f"start {kills}: {len(again)} asked again of {len(written)} written"
+                assert kills < 20
+    assert done == 0, err
+    assert kills >= 3 and len({entry["fault"] for entry in proxy.log}) > 3
+    check_figures(tmp_path / "out" / "eval" / "q")
+    whole, killed = (tmp_path / x / "eval" / "q" for x in ("whole", "out"))
+    assert (whole / "predictions.jsonl").read_bytes() == (killed / "predictions.jsonl").read_bytes()
+    assert read_metrics(whole / "metrics.json")[0] == read_metrics(killed / "metrics.json")[0]
+    assert len(read_rows(kept)) == total  # one line a request
 
 
 def test_questions_without_an_answer_are_counted_and_only_they_are_asked_again(data, tmp_path):
