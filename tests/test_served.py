@@ -14,13 +14,13 @@ import pytest
 from absl import app
 
 from paligemma_med import evaluate as program_evaluate
-from paligemma_med import table_eval
+from paligemma_med import input_pipeline, table_eval
 from paligemma_med.evaluation import controls
 from paligemma_med.evaluation.results import read_metrics, read_rows
 from paligemma_med.judge import replies
 from paligemma_med.judge.server import ServerError
 from paligemma_med.served import evaluator, pictures, program, templates
-from tests import processes, servers
+from tests import processes, servers, tiny
 
 SHADES = (20, 60, 200, 240)
 
@@ -205,6 +205,11 @@ def test_an_image_that_cannot_be_read_is_named_before_anything_is_asked(data, tm
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(given, said):
+    with pytest.raises(app.UsageError, match=said):
+        program_evaluate._evaluate_served(flags_of(**given))
+
+
+def flags_of(**given):
     class Values:
         """absl's flags, of which these are given."""
 
@@ -213,8 +218,93 @@ def test_flags_that_would_be_ignored_are_refused(given, said):
         def __getitem__(self, name):
             return types.SimpleNamespace(present=name in given, value=given.get(name))
 
-    with pytest.raises(app.UsageError, match=said):
-        program_evaluate._evaluate_served(Values())
+    return Values()
+
+
+def test_sections_of_a_config_on_a_built_data_set(tiny_data, tmp_path, capsys):
+    config = tiny.config(tiny_data)
+    config.evals.val.data.split = "validate[:6]"
+    config.evals.talk = dict(type="dialogue")
+    config.evals.other = dict(type="vqa")
+    with servers.FakeModel(lambda texts: "yes") as model:
+        given = dict(server=model.url, config=config, only=["val", "talk"], controls=["majority", "question_only"])
+        given |= dict(out=str(tmp_path), resume=True, concurrency=4, timeout=20.0)
+        program_evaluate._evaluate_served(flags_of(**given))
+    assert "config.evals.talk is of type 'dialogue': left out" in capsys.readouterr().err
+    rows = read_rows(tmp_path / "eval" / "val" / "predictions.jsonl")
+    source = input_pipeline.open_source(config.evals.val.data.to_dict())
+    assert [r["question_id"] for r in rows] == [source[i]["question_id"] for i in range(6)]
+    assert all(r["predictions"] == ["yes"] == r["question_only_predictions"] and r["image_id"] for r in rows)
+    asked = [r for r in model.requests if isinstance(r["messages"][-1]["content"], list)]
+    assert all(r["max_tokens"] == 4 for r in asked) and {r["image_key"] for r in rows}
+    assert read_metrics(tmp_path / "eval" / "val" / "metrics.json")[1]["data"]["name"].startswith("phantom")
+
+
+def test_choices_of_an_own_table_are_asked_and_scored_by_letter(data, tmp_path):
+    text = "image,question,answer,choices\n"
+    text += "".join(f"{s}.png,Which?,{'MRI' if s > 128 else 'b'},CT|MRI{'|PET' if s == 20 else ''}\n" for s in SHADES)
+    (tmp_path / "q.csv").write_text(text)
+    said = []
+
+    def letters(texts):
+        said.append(texts["text"])
+        return {"yes": "B.", "no": "The answer is A"}.get(looks(texts), "C")
+
+    with servers.FakeModel(letters) as model:
+        metrics = run(data, tmp_path / "out", model.url)
+    assert "A. CT\nB. MRI\nC. PET\n" in "".join(said) and "A. CT\nB. MRI\nGive" in "".join(said)
+    rows = read_rows(tmp_path / "out" / "eval" / "own" / "predictions.jsonl")
+    assert [(r["answer"], r["answer_letter"], r["choices"][:2]) for r in rows] == [("B", "B", ["CT", "MRI"])] * 4
+    # 200 alone looks bright; "C" isn't there for three of them; training says B.
+    figures = {who: metrics[f"{who}/overall/acc_letter"] for who in ("model", "majority", "blank_image")}
+    assert figures == dict(model=1 / 4, majority=1, blank_image=0)
+
+
+def test_a_table_in_which_some_have_choices_is_asked_without_and_says_so(data, tmp_path, capsys):
+    lines = "image,question,answer,choices\n20.png,Which?,MRI,CT|MRI\n60.png,Is it bright?,no,\n"
+    (tmp_path / "q.csv").write_text(lines)
+    with servers.FakeModel(looks) as model:
+        metrics = run(data, tmp_path / "out", model.url, controls=[])
+    assert metrics["model/overall/acc"] == 1 / 2 and "1 of 2 questions" in capsys.readouterr().err
+
+
+def test_a_model_that_must_have_an_image_is_told_from_a_server_that_is_gone(data, tmp_path):
+    class Strict(servers.FakeModel):
+        def respond(self, handler, body):
+            if b"image_url" in body:
+                return super().respond(handler, body)
+            return servers.send(handler, 500, b"no image")
+
+    with Strict(looks) as model:
+        with pytest.raises(ServerError, match="without an image, --controls=majority,.*noise_image leaves that out"):
+            run(data, tmp_path / "out", model.url)
+        metrics = run(data, tmp_path / "out", model.url, controls=["blank_image"])
+    assert metrics["model/overall/acc"] == 7 / 8
+
+
+def test_an_image_of_many_questions_is_decoded_once(data, tmp_path, monkeypatch):
+    own, seen = pictures.own, []
+    monkeypatch.setattr(pictures, "own", lambda content: [seen.append(content), own(content)][1])
+    with servers.FakeModel(looks) as model:
+        run(data, tmp_path / "out", model.url, controls=["blank_image", "noise_image", "question_only"])
+    assert len(seen) == len(SHADES)
+
+
+def test_settings_reach_the_server_and_seeds_are_the_same_in_each_run(data, tmp_path):
+    section = program.table_section(data)
+    section["pred_kw"] = dict(max_new_tokens=5, temperature=0.5, top_p=0.9, seed=7)
+    seeds = []
+    for out, seed in (("a", 7), ("b", 7), ("c", 8)):
+        section["pred_kw"]["seed"] = seed
+        with servers.FakeModel(looks) as model:
+            program.evaluate({"own": section}, str(tmp_path / out), model="m", server=model.url, controls=[])
+        asked = [{k: r[k] for k in ("max_tokens", "temperature", "top_p", "model")} for r in model.requests]
+        assert asked == [dict(max_tokens=5, temperature=0.5, top_p=0.9, model="m")] * 8
+        seeds.append(sorted(r["seed"] for r in model.requests))
+    assert seeds[0] == seeds[1] and not {*seeds[0]} & {*seeds[2]}
+    section["pred_kw"] = dict(max_new_tokens=5, beams=3)
+    with pytest.raises(ValueError, match="'beams', which servers don't know"):
+        program.evaluate({"own": section}, str(tmp_path), model="m", server="http://127.0.0.1:1/v1", controls=[])
 
 
 def test_samples_have_seeds_of_their_own(data, tmp_path):

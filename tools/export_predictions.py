@@ -28,7 +28,8 @@ from paligemma_med.pp import rows as row_keys
 
 FORMATS = ("lmms-eval", "vlmevalkit", "vlmevalkit-json")
 # Of a row, what is about its question.
-_DOC = ("question_id", "image_id", "image_key", "patient_id", "question", "answer", "answer_type", *scoring.GROUPS)
+_MORE = ("image_id", "image_key", "patient_id", "answer_type", row_keys.ACCEPTED, *scoring.GROUPS)
+_DOC = ("question_id", "question", "answer", *_MORE)
 _CELL = 32_767  # characters of a cell of .xlsx
 
 
@@ -85,7 +86,7 @@ def sample(number, row) -> dict:
         out["resps"] = row["predictions"]
     digest = hashlib.sha256(json.dumps(doc, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
     out |= dict(filtered_resps=said[0] if len(said) == 1 else said, doc_hash=digest, input=row.get("prompt") or "")
-    return out | dict(score=float(scoring.score(said[0], row["answer"])["acc"]))
+    return out | dict(score=float(scoring.score(said[0], scoring.truths(row))["acc"]))
 
 
 def line(row) -> dict:
@@ -94,8 +95,7 @@ def line(row) -> dict:
     choices, letter = row.get("choices") or [], row.get(row_keys.ANSWER_LETTER)
     out |= {chr(ord("A") + i): text for i, text in enumerate(choices if letter else [])}
     out |= dict(answer=letter if choices and letter else row["answer"])
-    groups = ("image_id", "image_key", "patient_id", "answer_type", *scoring.GROUPS)
-    out |= {k: row[k] for k in groups if isinstance(row.get(k), str | int)}
+    out |= {k: row[k] for k in _MORE if isinstance(row.get(k), str | int)}
     return out | dict(prediction=scoring.texts(row, "model")[0])
 
 

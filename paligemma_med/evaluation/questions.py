@@ -64,15 +64,15 @@ def lines(batch, rows, pixels, tokenizer, *, choices=(), cut=None) -> list[dict]
         more = {k: v for k, v in more.items() if k not in line and k not in choices}
         line |= results.plain(more, f"question {row['question_id']!r}")
         if choices:
-            line |= _choices(row, choices)
+            line |= choices_of(row, choices)
         if cut is not None:
             line["tokens_cut"] = int(cut[i])
         out.append(line)
     return out
 
 
-def _choices(row, keys):
-    """{choices, answer_letter} of a multiple-choice question."""
+def choices_of(row, keys) -> dict:
+    """{choices, answer_letter} of a multiple-choice question; ValueError: no such letter or key."""
     where = f"question {row['question_id']!r}"
     _check_keys(row, (*keys, row_keys.ANSWER_LETTER), where)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(keys)]

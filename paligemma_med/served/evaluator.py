@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from paligemma_med import files
 from paligemma_med.evaluation import controls as controls_lib
@@ -27,6 +27,18 @@ from paligemma_med.pp import rows as row_keys
 from paligemma_med.served import pictures, templates
 
 REPLIES, COSTS = "replies.jsonl", "served.json"
+# Before a server is taken for one whose model must have an image.
+_FAULTS_WITHOUT_IMAGE = 3
+
+
+class _Shown(NamedTuple):
+    """Of a row's image: its key and (height, width), whether its own bytes are sent, how many are, and their digest."""
+
+    key: str
+    size: tuple[int, int]
+    plain: bool
+    bytes: int
+    digest: bytes
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -71,13 +83,28 @@ class Evaluator(evaluator.Evaluator):
         """All that decides about an answer, besides the model and what it is shown."""
         return self._settings | dict(samples=self._samples, seed=self._seed)
 
+    @functools.cached_property
+    def shown(self) -> list[_Shown]:
+        """What is known of each row's image; each file is decoded once, however many questions it has."""
+        known, out = {}, []
+        for i in range(len(self.inputs)):
+            content = self.inputs[i]["image"]
+            digest = hashlib.sha256(content).digest()
+            if digest not in known:
+                sent, rgb = pictures.of_row(self.inputs, i)
+                size = tuple(map(int, rgb.shape[:2]))
+                known[digest] = _Shown(questions.image_key(rgb), size, sent == content, len(sent), digest)
+            out.append(known[digest])
+        return out
+
+    def sent(self) -> tuple[int, int]:
+        """(different images, their bytes) that the model's own pass sends."""
+        found = {image.digest: image.bytes for image in self.shown}
+        return len(found), sum(found.values())
+
     def answered(self, params, part, folder) -> list[dict]:
         """See the base class."""
-        rows, self._sizes = [], []
-        for i in range(len(self.inputs)):
-            rgb = pictures.of_row(self.inputs, i)[1]
-            rows.append(self._line(self.inputs[i], rgb))
-            self._sizes.append(rgb.shape[:2])
+        rows = [self._line(self.inputs[i], image.key) for i, image in enumerate(self.shown)]
         if not rows:
             raise ValueError("there are no questions to evaluate on.")
         self._first = {}
@@ -96,13 +123,13 @@ class Evaluator(evaluator.Evaluator):
                 self.add_text_control(who, rows)
         return rows
 
-    def _line(self, source, rgb):
+    def _line(self, source, key):
         texts = {k: source[k] for k in self.keys}
         questions.check({}, [texts])
         line = dict(
             question_id=source["question_id"],
             image_id=source.get("image_id"),
-            image_key=questions.image_key(rgb),
+            image_key=key,
             question=source["question"],
             prompt="",
             answer=source["answer"],
@@ -111,7 +138,8 @@ class Evaluator(evaluator.Evaluator):
         more = {k: v for k, v in texts.items() if k not in line and k not in self.choices}
         line |= results_lib.plain(more, f"question {source['question_id']!r}")
         if self.choices:
-            line["choices"] = row_keys.choices_there(source, self.choices)
+            line |= questions.choices_of(source, self.choices)
+            line["answer"] = line[row_keys.ANSWER_LETTER]  # which is what is asked for
         line["prompt"] = "\n".join(filter(None, self.template.fill(texts | line)))
         return line
 
@@ -128,7 +156,7 @@ class Evaluator(evaluator.Evaluator):
             key = other.get(row["image_key"])
             mine = []
             for sample in range(self._samples):
-                shown = [row["image_key"], [int(x) for x in self._sizes[i]]]
+                shown = [row["image_key"], [*self.shown[i].size]]
                 shown = {"question_only": [], "blank_image": shown[1:], "noise_image": [*shown, self.noise_seed]}.get(
                     who, [*shown, key]
                 )
@@ -139,25 +167,30 @@ class Evaluator(evaluator.Evaluator):
                 mine.append(name)
             names.append(mine)
         keys |= set(requests)
+        without_image = who == scoring.QUESTION_ONLY
         with self.progress(f"asking {self.name}, {who}", len(requests)) as progress:
             progress.update(sum(cache.score(name) is not None for name in requests))
             sampled = self._samples > 1 or self._settings["temperature"]
-            left, found = judge_client.ask_all(
-                requests,
-                lambda key, record: 1,  # whatever it says, an empty text too, is its answer
-                cache,
-                model=self.name,
-                settings=self._settings,
-                settings_of=(lambda key, attempt: {"seed": seeds[key]}) if sampled else None,
-                progress=lambda total: progress.update(),
-                kept_characters=None,
-                **self.client,
-            )
+            try:
+                left, found = judge_client.ask_all(
+                    requests,
+                    lambda key, record: 1,  # whatever it says, an empty text too, is its answer
+                    cache,
+                    model=self.name,
+                    settings=self._settings,
+                    settings_of=(lambda key, attempt: {"seed": seeds[key]}) if sampled else None,
+                    progress=lambda total: progress.update(),
+                    kept_characters=None,
+                    **(dict(max_faults=_FAULTS_WITHOUT_IMAGE) if without_image else {}) | self.client,
+                )
+            except ServerError as e:
+                raise (ServerError(f"{str(e).rstrip('.')}. {self._advice()}") if without_image else e) from None
         faults.update(found)
         if left:
             raise ServerError(
                 f"{len(left)} of {len(requests)} questions ({who}) have no answer, such as: "
                 f"{next(iter(left.values())).rstrip('.')}. The same command asks only these again."
+                + (f" {self._advice()}" if without_image else "")
             )
         for row, mine in zip(rows, names):
             self._add(who, row, [cache.replies(name)[0] for name in mine], other)
@@ -170,6 +203,10 @@ class Evaluator(evaluator.Evaluator):
         if other:
             row[f"{who}_image_id"] = self.inputs[self._first[other[row["image_key"]]]].get("image_id")
         row |= scoring.correct(row[f"{prefix}predictions"][0], scoring.truths(row), prefix)
+
+    def _advice(self):
+        others = ",".join(c for c in self.controls if c != scoring.QUESTION_ONLY)
+        return f"If the model takes no question without an image, --controls={others} leaves that out."
 
     def _text(self, row):
         return list(self.template.fill(row))
@@ -184,18 +221,12 @@ class Evaluator(evaluator.Evaluator):
         return [*start, {"role": "user", "content": content}]
 
     def _image(self, who, index, row, key) -> bytes:
-        size = self._sizes[index]
+        size = self.shown[index].size
         if who == "blank_image":
             return pictures.blank(size)
         if who == "noise_image":
             return pictures.noise(size, row["image_key"], self.noise_seed)
         if who == "shuffled_images":
             return pictures.resized(pictures.of_row(self.inputs, self._first[key])[1], size)
-        return pictures.of_row(self.inputs, index)[0]
-
-
-def sent(source) -> tuple[int, int]:
-    """(different images, their bytes) that the model's own pass sends."""
-    images = (pictures.of_row(source, i)[0] for i in range(len(source)))
-    found = {hashlib.sha256(image).digest(): len(image) for image in images}
-    return len(found), sum(found.values())
+        plain = self.shown[index].plain
+        return self.inputs[index]["image"] if plain else pictures.of_row(self.inputs, index)[0]

@@ -17,7 +17,7 @@ from paligemma_med.config import values as config_values
 from paligemma_med.evaluation.controls import TrainingRows
 from paligemma_med.judge import server as judge_server
 from paligemma_med.metrics import tables
-from paligemma_med.pp import registry
+from paligemma_med.pp import own_rows, registry
 from paligemma_med.pp import rows as row_keys
 from paligemma_med.pp.files import path_inside
 from paligemma_med.served import evaluator as served_evaluator
@@ -74,7 +74,7 @@ def evaluate(
     results = {}
     for name, one in made.items():
         one.resume = resume
-        images, size = served_evaluator.sent(one.inputs)
+        images, size = one.sent()
         _say(f"{name}: {len(one.inputs)} questions on {images} images ({size / 2**20:.1f} MiB) go to {host}.")
         results[name] = one.run({})
         print(f"\n{name} by {model}\n\n{tables.format_table(results[name])}", flush=True)
@@ -110,7 +110,7 @@ def _evaluator(name, section, out, model, form, controls, client):
         names = served_evaluator.Evaluator.known_controls if controls == "all" else controls
         kw["controls"] = [c for c in names if train or controls != "all" or not c.startswith("majority")]
     if train:
-        rows, answer = input_pipeline.open_source(train), section.get("train_answer", "answer")
+        rows, answer = input_pipeline.open_source(train), _train_answer(section)
         kw["train_data"] = TrainingRows(rows.columns, rows.features, answer=answer, name=str(rows))
     made = served_evaluator.Evaluator(
         None,
@@ -126,6 +126,11 @@ def _evaluator(name, section, out, model, form, controls, client):
     )
     made.about = functools.partial(_about, made, section)
     return made
+
+
+def _train_answer(section):
+    """The key of the answers that majorities are counted in: of choices, which are asked for by letter, the letters."""
+    return section.get("train_answer", row_keys.ANSWER_LETTER if section.get("choices") else "answer")
 
 
 def _kept(section, source):
@@ -160,4 +165,15 @@ def _about(made, section, params):
 def table_section(data, train_data=None, *, max_new_tokens=0) -> dict[str, Any]:
     """The section that asks every question of a table: `table_eval.section`, without a config for its prompt."""
     out = dict(type="vqa", data=dict(data), protocol="vqa", pred_kw=dict(max_new_tokens=max_new_tokens or 64))
+    source = input_pipeline.open_source(data)
+    choices = tuple(k for k in source.features if own_rows.CHOICE.fullmatch(k))
+    if choices and row_keys.ANSWER_LETTER in source.features:
+        has = [bool(row[row_keys.ANSWER_LETTER]) for row in source.columns((row_keys.ANSWER_LETTER,))]
+        if all(has):
+            out |= dict(choices=choices, protocol="multiple_choice")
+        elif any(has):
+            _say(
+                f"{sum(has):,} of {len(has):,} questions of {source} have choices: all are asked without, as open "
+                "questions; a table of these alone is asked with them."
+            )
     return out | (dict(train_data=dict(train_data)) if train_data else {})

@@ -12,7 +12,8 @@ from paligemma_med.metrics import answers, scoring
 from paligemma_med.pp import rows as row_keys
 from tools.report import blocks, contamination, evaluations, figures, foreign_files, sections
 
-_OF_QUESTION = ("question_id", "image_id", "image_key", "patient_id", "question", "answer_type", *row_keys.GROUPS)
+_OF_QUESTION = ("question_id", "image_id", "image_key", "patient_id", "question", "answer_type", row_keys.ACCEPTED)
+_OF_QUESTION += row_keys.GROUPS
 _ENOUGH = 0.5  # share of the smaller one's questions from which on they are taken for the same
 
 
@@ -77,11 +78,12 @@ def _bare(text):
 def _joined(row, other, whole):
     out = row | {k: other[k] for k in _OF_QUESTION if other.get(k)}
     out["question_id"] = str(other["question_id"])
+    out |= scoring.correct(out["predictions"][0], scoring.truths(out))
     if whole and answers.normalise(row["answer"]) == answers.normalise(other["answer"]):
         for who in scoring.controls_of([other]):
             if who in scoring.ONE_TEXT:
                 said = other[f"{who}_prediction"]
-                out |= {f"{who}_prediction": said, **scoring.correct(said, row["answer"], f"{who}_")}
+                out |= {f"{who}_prediction": said, **scoring.correct(said, scoring.truths(out), f"{who}_")}
     return out
 
 

@@ -74,7 +74,7 @@ def read(path) -> File:
     _check_samples(path, kept)
     notes += _doubts(kept)
     for row in kept:
-        row |= scoring.correct(row["predictions"][0], row["answer"])
+        row |= scoring.correct(row["predictions"][0], scoring.truths(row))
     return File(path, kind, *_named(path, kind), kept, notes)
 
 
@@ -209,6 +209,8 @@ def _completed(row, record, image_id):
     small = {str(k).strip().lower(): v for k, v in record.items()}
     groups = {k: table_forms.as_text(small[k]) for k in GROUPS if isinstance(small.get(k), str | int)}
     groups = {k: text for k, text in groups.items() if text}
+    if isinstance(accepted := small.get(row_keys.ACCEPTED), str) and accepted:
+        groups[row_keys.ACCEPTED] = accepted
     kind = groups.pop("answer_type", "").upper()
     if kind not in ("OPEN", "CLOSED"):
         kind = "CLOSED" if row.get("choices") or own_rows.is_yes_no(row["answer"]) else "OPEN"
