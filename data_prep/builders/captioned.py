@@ -155,7 +155,7 @@ def make_rows(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"folder": str(folder.resolve())}
-    if absent := [s for s in SPLITS if not release.figures.get(s)]:
+    if absent := [s for s in SPLITS if not release.figures.get(s) and s not in release.optional]:
         if not allow_missing:
             raise DataError(
                 f"{folder}: nothing found of split {', '.join(absent)}; expected all of "
@@ -200,6 +200,7 @@ def make_rows(
     report.update(books.to_report())
     report["splits_left_out"] = empty = [s for s in SPLITS if s not in made]
     report["notes"] = release.notes
+    empty = [s for s in empty if s not in release.optional or not made]
     if empty and (not allow_missing or not made):
         why = {s: {reason: note["count"] for reason, note in report["splits"][s]["dropped"].items()} for s in empty}
         raise DataError(

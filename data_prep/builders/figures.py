@@ -42,11 +42,13 @@ class Release:
     figures: split -> image id -> Figure, in the order of the files; a split may be absent.
     images: split -> folder or zip file with its images, or None if there is none.
     notes: counts for the report, JSON-able.
+    optional: splits that may be absent or empty without anybody's leave, such as a test set that isn't released.
     """
 
     figures: dict[str, dict[str, Figure]]
     images: dict[str, pathlib.Path | None]
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optional: tuple[str, ...] = ()
 
 
 def has_text(caption: str) -> bool:

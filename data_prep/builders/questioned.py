@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -54,20 +54,32 @@ class Asked:
 class Questions:
     """What a reader found.
 
-    asked: all rows, in the order of the files.
+    asked: all rows, in the order of the files; gone through twice: a list, or `Again` where that would be large.
     images: stores by name.
     place: (row, 16 bytes that identify its image's content) → split, where the release has no splits.
     notes: for the report, {what: text or number}.
     absent: splits that the folder has no files for.
     drawn: whether splits are drawn by the reader, so that a small release may leave one empty.
+    captions: whether all are asked the same, so that only images and groups are compared between splits.
     """
 
-    asked: Sequence[Asked]
+    asked: Iterable[Asked]
     images: Mapping[str, Store]
     place: Callable[[Asked, bytes], str] | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     drawn: bool = False
+    captions: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Rows that are read anew each time they are gone through, of a function that gives an iterator."""
+
+    read: Callable[[], Iterator[Asked]]
+
+    def __iter__(self) -> Iterator[Asked]:
+        return self.read()
 
 
 def drawn_split(key: str | bytes, validate: float, test: float, seed: int) -> str:
@@ -172,7 +184,7 @@ def make_rows(
     seen, ids = set(), set()
     unplaced = collections.defaultdict(list)
     try:
-        for row in progress(found.asked, "checking rows and images", len(found.asked)):
+        for row in progress(found.asked, "checking rows and images"):
             if (qid := row.features["question_id"]) in ids:
                 raise DataError(f"{folder}: question id {qid!r} comes twice; expected each once")
             ids.add(qid)
@@ -182,7 +194,7 @@ def make_rows(
                 continue
             split = row.split or found.place(row, digest)
             books.read(split)
-            _keep(books, split, row, digest, checked[row.root].notes(row.image), seen)
+            _keep(books, split, row, digest, checked[row.root].notes(row.image), seen, found.captions)
             writers[split].write(dict(features=row.features, file=row.image, root=row.root))
     finally:
         for part in (*checked.values(), *writers.values()):
@@ -205,8 +217,10 @@ def make_rows(
 
 def _refuse_missing(found: Questions, folder: pathlib.Path, allow: bool) -> None:
     """DataError if images are missing: how many, before hours go into decoding the others."""
+    if allow:
+        return
     names = dict.fromkeys((row.root, row.image) for row in found.asked if row.image and not row.dropped)
-    missing = [] if allow else [name for root, name in names if not _has(found, root, name)]
+    missing = [name for root, name in names if not _has(found, root, name)]
     if missing:
         where = ", ".join(sorted({str(store.root) for store in found.images.values()})) or str(folder)
         raise DataError(
@@ -247,7 +261,9 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _keep(books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Sequence[str], seen: set) -> None:
+def _keep(
+    books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Sequence[str], seen: set, captions: bool
+) -> None:
     features, qid = row.features, row.features["question_id"]
     books.keep(split, features)
     question, answer = f"{digest.hex()} {plain(features['question'])}", plain(features["answer"])
@@ -259,9 +275,10 @@ def _keep(books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Se
     for flag in flags:
         books.flag(split, flag, qid)
     books.member(split, "image", digest, features["image_id"])
-    books.member(split, "question about the same image", question, qid)
+    if not captions:
+        books.member(split, "question about the same image", question, qid)
     # The same fact in other words: a question re-worded has its image and its answer.
-    if answer not in ("yes", "no"):
+    if not captions and answer not in ("yes", "no"):
         books.member(split, "answer about the same image", f"{digest.hex()} {answer}", qid)
     for kind, key, *name in row.groups:
         books.member(split, kind, key, name[0] if name else key)

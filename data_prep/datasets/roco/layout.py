@@ -136,7 +136,7 @@ def read_v2(folder: pathlib.Path | str) -> Release:
         for where, image_id, caption in _table(path, "Caption"):
             found = {kind: (table or {}).get(image_id, ()) for kind, table in kinds.items()}
             cuis = tuple(dict.fromkeys((*found[""], *found["_manual"])))
-            add_figure(figures[split], _figure(image_id, caption, cuis, captions), where)
+            add_figure(figures[split], caption_figure(image_id, caption, cuis, captions), where)
         notes[split] = {"captions_file": path.name, **_ids(figures[split])}
         for kind, table in kinds.items():
             if table is None:
@@ -177,7 +177,7 @@ def read_v1(folder: pathlib.Path | str) -> Release:
             # Each caption has a space before it: that is the format, not a repair to report.
             caption = caption.removeprefix(" ")
             cuis, link = table.get(image_id, ()), links.get(image_id, ())
-            figure = _figure(image_id, caption, cuis, captions, *link)
+            figure = caption_figure(image_id, caption, cuis, captions, *link)
             add_figure(figures[split], figure, where)
         notes[split] = {"captions_file": path.relative_to(folder).as_posix()}
         if bad:
@@ -189,7 +189,7 @@ def read_v1(folder: pathlib.Path | str) -> Release:
     return release
 
 
-def _figure(
+def caption_figure(
     image_id: str,
     caption: str,
     cuis: tuple[str, ...],
@@ -197,7 +197,7 @@ def _figure(
     file: str = "",
     paper: str = "",
 ) -> Figure:
-    """A figure; its caption is added to `captions`, those of the figures so far."""
+    """A figure with what its concepts say; its caption is added to `captions`, those of the figures so far."""
     text = caption.strip()
     flags = []
     if has_text(text):

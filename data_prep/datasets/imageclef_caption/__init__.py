@@ -1,0 +1,1 @@
+"""ImageCLEFmedical Caption: the challenge's captions and concepts, of a year."""

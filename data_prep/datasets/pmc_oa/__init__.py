@@ -1,0 +1,1 @@
+"""PMC-OA: figures of open-access articles with captions, the first stage of systems that go on to PMC-VQA."""
