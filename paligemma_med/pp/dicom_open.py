@@ -6,6 +6,7 @@ Whatever is checked here is checked before anything is unpacked or decoded.
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 import warnings
@@ -23,6 +24,7 @@ from paligemma_med.pp.dicom_grey import DicomError
 _HEAD = re.compile(rb"[\x02\x08]\0.\0(?:[A-Z]{2}|..\0\0)|\0[\x02\x08]\0.[A-Z]{2}", re.DOTALL)
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _META_LENGTH = b"\x02\0\0\0UL\x04\0"  # element 0002,0000 in front of its value
+_HEADER = 2**17  # bytes, in which most headers end
 MAX_INFLATED = 2**29  # bytes
 
 
@@ -64,15 +66,32 @@ def header(content: bytes, names: tuple[str, ...]) -> Any:
     Raises:
       DicomError: pydicom isn't installed, or can't read the file.
     """
-    pydicom = need_pydicom()
     try:
-        with quiet():
-            source = io.BytesIO(_inflated(content))
-            return pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(names))
+        return _header(content, names)[0]
     except DicomError:
         raise
     except Exception as e:
         raise DicomError(f"a DICOM file whose header can't be read ({files.reason(e)})") from None
+
+
+def header_of(path: os.PathLike | str, names: tuple[str, ...]) -> Any:
+    """`header` of a file, of which no more is read than it takes; None if it isn't DICOM. OSError: can't be opened."""
+    with open(path, "rb") as f:
+        if not is_dicom(content := f.read(_HEADER)):
+            return None
+        try:
+            ds, is_whole = _header(content, names)
+        except Exception:  # the whole file may be readable
+            is_whole = False
+        return ds if is_whole else header(content + f.read(), names)
+
+
+def _header(content, names):
+    """The data set, and whether its pixels were seen to begin, so that there is no more of it."""
+    source = io.BytesIO(_inflated(content))
+    with quiet():
+        ds = need_pydicom().dcmread(source, stop_before_pixels=True, force=True, specific_tags=list(names))
+    return ds, source.tell() < source.getbuffer().nbytes
 
 
 def need_pydicom() -> Any:

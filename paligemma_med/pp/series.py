@@ -123,14 +123,13 @@ def _of_one_series(slices, series):
 def _header(path):
     """`_Slice` of a DICOM file, None of another."""
     try:
-        content = path.read_bytes()
-        if not dicom.is_dicom(content):
-            return None
-        ds = dicom_open.header(content, _ELEMENTS)
+        ds = dicom_open.header_of(path, _ELEMENTS)
     except OSError as e:
         raise images.ImageError(f"{path.name}: {e.strerror}") from None
     except dicom.DicomError as e:
         raise images.ImageError(f"{path.name}: {files.one_line(str(e))}") from None
+    if ds is None:
+        return None
     with dicom_open.quiet():
         number, uid = (dicom_open.code(_text(ds, k)) if _text(ds, k) else "" for k in _ELEMENTS[3:1:-1])
         frames, instance = (_numbers(ds, k, 1) for k in ("NumberOfFrames", "InstanceNumber"))

@@ -53,6 +53,23 @@ def test_a_deflated_file_that_is_none(change, message, monkeypatch):
             read(deflated(change))
 
 
+@pytest.mark.parametrize("count", [132, 140, 300, 2000])
+def test_of_a_file_as_much_is_read_as_its_header_takes(tmp_path, monkeypatch, count):
+    """Wherever the first bytes end: in front of the elements, within one, behind the pixels."""
+    path = tmp_path / "x"
+    path.write_bytes(make(VALUES, SeriesInstanceUID="1.2.3", InstanceNumber=7, ImageComments="x" * 900))
+    monkeypatch.setattr(dicom_open, "_HEADER", count)
+    ds = dicom_open.header_of(path, ("SeriesInstanceUID", "InstanceNumber"))
+    assert (ds.SeriesInstanceUID, ds.InstanceNumber) == ("1.2.3", 7) and "Rows" not in ds
+    path.write_bytes(deflated())
+    assert dicom_open.header_of(path, ("Rows",)).Rows == 3
+    path.write_bytes(deflated(lambda packed: packed[:-9]))
+    with pytest.raises(dicom.DicomError, match="cut off"):
+        dicom_open.header_of(path, ("Rows",))
+    path.write_bytes(b"no DICOM")
+    assert dicom_open.header_of(path, ("Rows",)) is None
+
+
 def test_the_word_deflated_is_found_wherever_a_reader_would_look():
     content = make(VALUES, bits=12)
     with pytest.raises(dicom.DicomError, match="deflated DICOM file without the length"):
