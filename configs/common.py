@@ -160,14 +160,15 @@ def eval_pp(res, text_len, tokenizer, keep=EVAL_KEYS, prompt=PROMPT, answer="ans
         [
             *image_pp(res, method=resize),
             *texts,
-            *_prompt_lengths(text_len),
+            *prompt_lengths(text_len),
             *([_op("copy", inkey=answer, outkey="answer")] if answer != "answer" else []),
             _op("keep", "image", "text", "mask_ar", "mask_input", *_place(prompt), *keep),
         ]
     )
 
 
-def _prompt_lengths(text_len):
+def prompt_lengths(text_len) -> list[str]:
+    """The ops that make a prompt `text_len` tokens long."""
     pads = dict(text=0, mask_ar=1, mask_input=0)
     return [_op("tolen", text_len, pad_value=pad, key=key) for key, pad in pads.items()]
 
@@ -302,7 +303,7 @@ def dialogue_eval(
         _op(
             "masked_concat", ["bos", "history", "prefix", "septok"], outkey="text", mask_ar=[0] * 4, mask_input=[1] * 4
         ),
-        *_prompt_lengths(text_len),
+        *prompt_lengths(text_len),
     ]
     return section | dict(type="dialogue", turns=turns, prompt_pp="|".join(prompt_pp), history_pp="|".join(history_pp))
 

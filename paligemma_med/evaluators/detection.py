@@ -13,6 +13,7 @@ from paligemma_med.evaluators import vqa
 from paligemma_med.metrics import detection, scoring
 
 CONTROLS = (scoring.MEAN_BOX, "shuffled_images", "blank_image")
+NEEDED, ARRAYS = vqa.NEEDED, vqa.ARRAYS
 GROUPS = (*scoring.GROUPS, "box_size", "box_name")
 
 

@@ -347,7 +347,7 @@ def test_a_config_is_plain_assignments_and_imports_no_experiment(name):
     imported = {
         a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "configs" for a in n.names
     }
-    assert imported <= {"common", "common_3b", "common_prompts", "common_systems", "tiny_base"}
+    assert imported <= {"common", "common_3b", "common_boxes", "common_prompts", "common_systems", "tiny_base"}
 
 
 # --- The prompt in a row ---

@@ -8,6 +8,8 @@ from configs import common
 from paligemma_med.pp import registry
 
 RANDOM = ("inception_crop", "brightness", "contrast", "choice_no_replacement")
+# Configs with ops on boxes, which big_vision hasn't.
+OURS_ALONE = ("slake_grounded",)
 # Arguments of a config that change its pp strings.
 VARIANTS = {
     "slake_mini": ["turns=3"],
@@ -21,10 +23,10 @@ VARIANTS = {
 
 def config_strings(names=".*"):
     """{pp string: where it stands first}, over configs whose name matches and their variants. Those of systems that
-    big_vision has no model for are left out: its trainer refuses them."""
+    big_vision has no model or ops for are left out: its trainer refuses them."""
     folder, found = pathlib.Path(common.__file__).parent, {}
     for path in sorted(folder.glob("*.py")):
-        if path.stem.startswith(("__", "common")) or not re.fullmatch(names, path.stem):
+        if path.stem.startswith(("__", "common")) or path.stem in OURS_ALONE or not re.fullmatch(names, path.stem):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
         for arg in (None, *VARIANTS.get(path.stem, ())):

@@ -8,7 +8,7 @@ import numpy as np
 from paligemma_med.evaluation import results
 from paligemma_med.judge.criteria import PROTOCOLS
 from paligemma_med.metrics import answers, scoring, stats, tables
-from tools.report import blocks, contamination, figures, plots
+from tools.report import blocks, contamination, detection, figures, plots
 
 _BINS = 10
 
@@ -115,7 +115,7 @@ def figures_of(e) -> list:
         f"Accuracy of {', '.join(map(figures.title_of, who))} by group; the numbers are in the table above.",
     )
     more = (further_table(e), controls_table(e), judge_table(e))
-    return [accuracy_table(e), plot, *filter(None, more)]
+    return [*detection.of_evaluation(e), accuracy_table(e), plot, *filter(None, more)]
 
 
 def cut_short(e) -> list[str]:

@@ -58,9 +58,8 @@ def rows(count=12, samples=5, wrong=lambda i: i % 3 == 0, **kw):
 def save(folder, made, name="slake_test", data="slake/en", split="test", config=None, **about):
     """A workdir with one evaluation, as `evaluate` leaves it."""
     section = dict(pred_kw=dict(num_samples=len(made[0]["predictions"]), temperature=1.0))
-    about = {"protocol": "vqa", **about}
+    about = {"protocol": "vqa", "groups": list(scoring.GROUPS), **about}
     about |= dict(
-        groups=list(scoring.GROUPS),
         split_hash=results.split_hash(made),
         prompt_hash=results.prompt_hash(made),
         data=dict(name=data, split=split),
@@ -69,7 +68,7 @@ def save(folder, made, name="slake_test", data="slake/en", split="test", config=
         command="python -m paligemma_med.evaluate",
     )
     out = folder / "eval" / name
-    results.write(out, made, scoring.summarise(made, about["protocol"]), about)
+    results.write(out, made, scoring.summarise(made, about["protocol"], groups=about["groups"]), about)
     (folder / "config.json").write_text(json.dumps(config or {"evals": {}}))
     return out
 
