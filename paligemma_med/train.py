@@ -257,7 +257,7 @@ class Run:
             with self.signals.deferred():
                 # Also where no other metrics are logged: a curve of losses is drawn over tokens seen.
                 self.record({f"{name}/{k}": v for k, v in metrics.items()} | (self.tokens.read() or {}))
-            shown = [k for k in metrics if k.endswith("overall/acc")] or list(metrics)[:5]
+            shown = [k for k in metrics if k.endswith(("overall/acc", "overall/iou"))] or list(metrics)[:5]
             shown = ", ".join(f"{k} {metrics[k]:.4g}" for k in shown)
             self.bar.say(f"step {self.state.step}/{self.total_steps}  {name}: {shown}")
             if name == self.best_evaluator:

@@ -49,7 +49,7 @@ def row(**kw):
         answer_letter="C",
         **{f"choice_{x}": f"option {x}" for x in "abcd"},
     )
-    return {"image": out.getvalue(), **texts, **kw}
+    return {"image": out.getvalue(), "boxes": dict(label=[], bbox=[]), **texts, **kw}
 
 
 def pp(text):
