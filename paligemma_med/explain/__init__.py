@@ -6,10 +6,12 @@
 from paligemma_med.explain.answer import Loaded, check, explain, fit_mask, load, piece
 from paligemma_med.explain.files import slug, write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many, worst_first
-from paligemma_med.explain.questions import images_in, read_mask, read_questions
+from paligemma_med.explain.questions import Asked, about_images, images_in, read_mask, read_questions
 
 __all__ = [
+    "Asked",
     "Loaded",
+    "about_images",
     "check",
     "explain",
     "explain_many",

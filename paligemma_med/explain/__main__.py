@@ -24,7 +24,7 @@ from paligemma_med.explain import asking, page, serve
 from paligemma_med.explain.answer import explain, load
 from paligemma_med.explain.files import write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many
-from paligemma_med.explain.questions import images_in, read_mask, read_questions
+from paligemma_med.explain.questions import about_images, images_in, read_mask, read_questions
 from paligemma_med.page import check_jinja, shown
 from paligemma_med.parallel import compilation_cache, distributed, ending
 from paligemma_med.pp import command_line, image_cells
@@ -58,6 +58,8 @@ def main(argv) -> None:
         raise app.UsageError("Give --image or --image_dir.")
     if values.questions and values.image_dir is None:
         raise app.UsageError("--questions goes with --image_dir.")
+    if (values.columns or values.choose) and not values.questions:
+        raise app.UsageError("--columns and --choose go with --questions.")
     if not values.questions and not (values.question and all(q.strip() for q in values.question)):
         raise app.UsageError("Give --question" + (" or --questions." if values.image_dir else "."))
     if values.image and len(values.question) > 1:
@@ -74,9 +76,9 @@ def main(argv) -> None:
         raise ValueError(f"--out {values.out}: a folder; expected a file with --image.")
     if values.image_dir:
         asked = (
-            read_questions(values.questions, values.image_dir)
+            read_questions(values.questions, values.image_dir, columns=values.columns, choose=values.choose)
             if values.questions
-            else [(n, q) for n in images_in(values.image_dir) for q in values.question]
+            else about_images(values.image_dir, values.question)
         )
     image = values.image and image_cells.read(values.image, "--image")
     mask = values.mask and read_mask(values.mask)
@@ -85,9 +87,8 @@ def main(argv) -> None:
     loaded = load(config, checkpoint)
     kw = {k: values[k].value for k in _OPTIONS}
     if asked:
-        failed = explain_many(
-            loaded, values.image_dir, asked, values.out, npz=bool(values.npz), png=bool(values.png), **kw
-        )
+        title = os.path.basename(os.path.abspath(values.image_dir))
+        failed = explain_many(loaded, title, asked, values.out, npz=bool(values.npz), png=bool(values.png), **kw)
         print(f"Written to {os.path.join(values.out, 'index.html')}")
         if failed:
             raise ValueError(f"{failed} of {len(asked)} have no report; index.html says why.")
@@ -111,7 +112,7 @@ def main(argv) -> None:
 
 def _serve(values):
     """The page to ask on; ends by Ctrl-C, or with an error before it is ready."""
-    others = ("image", "question", "questions", "out", "mask", "png", "npz")
+    others = ("image", "question", "questions", "columns", "choose", "out", "mask", "png", "npz")
     if given := [name for name in others if values[name].value is not None]:
         raise app.UsageError(f"--{given[0]} doesn't go with --serve.")
     examples = []
@@ -145,7 +146,9 @@ if __name__ == "__main__":
     command_line.define_path("image", None, "Image or DICOM file.")
     flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")
     command_line.define_path("image_dir", None, "Folder of images, in place of --image; with --serve: examples.")
-    command_line.define_path("questions", None, "CSV or TSV: columns image (below it) and question.")
+    command_line.define_path("questions", None, "Table (.csv, .tsv, .jsonl, .parquet, .xlsx): columns image, question.")
+    flags.DEFINE_string("columns", None, "Names of the table's columns, such as image=file,question=frage.")
+    command_line.define_choose()
     command_line.define_path("out", None, "The page; with --image_dir a folder.")
     command_line.define_path("mask", None, "Image file, white where the image is to be replaced.")
     command_line.define_path("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")

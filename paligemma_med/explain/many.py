@@ -16,18 +16,18 @@ from paligemma_med.explain.answer import explain
 from paligemma_med.explain.files import slug, write_npz, write_page, write_pngs
 from paligemma_med.files import whole_file
 from paligemma_med.page import clean, shown
-from paligemma_med.pp import image_cells
 from paligemma_med.saliency import checks
 
 
-def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> int:
-    """A page for each (image, question), or (image, question, given answer), and index.html, worst first.
+def explain_many(loaded, title, asked, out, *, npz=False, png=False, **kw) -> int:
+    """A page for each `questions.Asked`, and index.html, worst first.
 
     An image that can't be read gets a line in the index and no page. If interrupted at any point, the
     same call resumes: finished rows are in `results.PART` until the index is written.
 
     Args:
-      folder, asked: image files below a folder, [(name, question)]; the answer that a table gives may follow.
+      title: what the images are from, such as a folder's name.
+      asked: [Asked].
       out: folder for the pages.
       npz, png: also write these for each page.
       **kw: passed to `explain`.
@@ -42,18 +42,18 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
         png=png,
         config=config_files.to_json(loaded.config),
         software=paligemma_med.__version__,
-        asked=[tuple(map(clean, one)) for one in asked],
+        asked=[tuple(map(clean, one[:3])) for one in asked],
     )
     rows = []
     with contextlib.closing(results.Part(out, identity)) as part:
-        for i, (name, question, *given) in enumerate(asked):
-            content = _content(folder, name)
+        for i, (name, question, given, read) in enumerate(asked):
+            content = _content(read)
             sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
             (row,) = part.saved.get(("model", i), [{}])
             there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
             if row.get("sha256", "") != sha or not there:
                 stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")
-                row = _row(loaded, content, name, question, "".join(given), stem, npz=npz, png=png, **kw)
+                row = _row(loaded, content, name, question, given, stem, npz=npz, png=png, **kw)
                 row["sha256"] = sha
                 part.add("model", i, [row])
             rows.append(row)
@@ -62,18 +62,17 @@ def explain_many(loaded, folder, asked, out, *, npz=False, png=False, **kw) -> i
             print(said, file=sys.stderr if row["error"] else sys.stdout, flush=True)
     raised = [[checks.Flag(*flag) for flag in row["raised"]] for row in rows]
     order = worst_first(rows, raised)
-    title = f"{len(rows)} answers about images in {os.path.basename(os.path.abspath(folder))}"
+    title = f"{len(rows)} answers about images in {title}"
     with whole_file(os.path.join(out, "index.html")) as f:
         f.write(page.render_index([rows[i] for i in order], title).encode())
     os.remove(os.path.join(out, results.PART))
     return sum(row["error"] is not None for row in rows)
 
 
-def _content(folder, cell):
+def _content(read):
     """The bytes of an image, or the error that reading it gave."""
-    path = pathlib.Path(folder, cell)
     try:
-        return path.read_bytes() if path.is_file() else image_cells.load(cell, folder)
+        return read()
     except (OSError, ValueError) as e:
         return e
 

@@ -1,11 +1,14 @@
 """Reads what to ask about which images: a folder, a table of questions, a mask."""
 
-import os
+import functools
 import pathlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from paligemma_med.pp import image_cells, images, tables
+from paligemma_med.pp import images, own_table
 
 
 def read_mask(path) -> np.ndarray:
@@ -13,49 +16,49 @@ def read_mask(path) -> np.ndarray:
     return images.read_file(path, "--mask").max(-1) > 127
 
 
-def read_questions(path, folder) -> list[tuple[str, ...]]:
-    """[(image's path below `folder`, question)] from a table with columns image and question, see `pp.tables`.
+class Asked(NamedTuple):
+    """One question: about which image, what its table gives as the answer ("" for none), and how to read the image.
 
-    If it has a column answer, too: [(image's path, question, answer)].
+    content: the image as encoded bytes; ValueError or OSError says why there is none.
+    """
+
+    name: str
+    question: str
+    given: str
+    content: Callable[[], bytes]
+
+
+def read_questions(path, folder, *, columns=None, choose=None) -> list[Asked]:
+    """The questions of one's own table, see `pp.own_table.open_table`, whose images are below `folder`.
+
+    Rows that can't be asked are told on stderr, with their lines. One whose image isn't there stays: its line of the
+    index says so.
 
     Raises:
-      ValueError: a column is missing, a field is empty, or an image's path leaves the folder; names
-        the file and line.
+      ValueError: no such table, a column that it lacks, not a row that can be used.
     """
     try:
-        table = tables.read_file(path, ("image", "question"))
+        table = own_table.open_table(path, images=folder, columns=columns, choose=choose, missing_images=True)
     except OSError as e:
         raise ValueError(f"--questions {path}: {e.strerror}.") from None
+    for sentence in table.summary():
+        if not sentence.startswith(f"{table.name}: made up"):  # which nobody sees here
+            print(sentence, file=sys.stderr)
     out = []
-    for line, row in table:
-        image, question = row["image"].strip(), row["question"].strip()
-        if not image or not question:
-            raise ValueError(f"{path} line {line}: image or question is empty.")
-        if not all(_inside(folder, part) for part in _names(image, f"{path} line {line}", folder)):
-            raise ValueError(f"{path} line {line}: {image!r} is not below {folder}.")
-        given = [cell.strip() for column, cell in row.items() if column.lower() == "answer"]
-        out.append((image, question, *given))
-    if not out:
-        raise ValueError(f"{path}: no rows below its header.")
+    for i in range(len(table)):
+        row = table[i]
+        read = functools.partial(table.image_bytes, i)
+        out.append(Asked(row["image"] or row["image_id"], row["question"], row["answer"], read))
     return out
 
 
-def _names(cell, where, folder):
-    if os.path.isfile(os.path.join(folder, cell)):
-        return [cell]
-    try:
-        return image_cells.sources(cell, folder)
-    except image_cells.OutsideError:
-        return [os.pardir]
-    except ValueError as e:
-        raise ValueError(f"{where}: image {e}") from None
-
-
-def _inside(folder, name):
-    if "\0" in name or os.path.isabs(name):
-        return False
-    root = os.path.realpath(folder)
-    return os.path.realpath(os.path.join(root, name)).startswith(os.path.join(root, ""))
+def about_images(folder, questions) -> list[Asked]:
+    """Each question about each image file below a folder."""
+    return [
+        Asked(name, question, "", functools.partial(pathlib.Path(folder, name).read_bytes))
+        for name in images_in(folder)
+        for question in questions
+    ]
 
 
 def images_in(folder) -> list[str]:
