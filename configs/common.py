@@ -325,6 +325,14 @@ def open_eval(c, name, split, *, samples=1, **kw) -> dict[str, Any]:
     return vqa_eval(c, name, split, samples=samples, protocol="open", **kw)
 
 
+def report_eval(c, name, split, *, samples=1, **kw) -> dict[str, Any]:
+    """Generated reports and captions by the COCO evaluation's figures: BLEU-1 to -4, ROUGE-L, CIDEr.
+
+    Arguments as of `vqa_eval`.
+    """
+    return vqa_eval(c, name, split, samples=samples, protocol="report", **kw)
+
+
 def multiple_choice_eval(
     c,
     name,

@@ -17,6 +17,7 @@ figure   acc         equal after `answers.normalise`; the figure of the tables. 
          open             those of `text_metrics.METRICS`: f1, recall, llava_recall, rouge1, …,
                           bleu (of the corpus), bleu_rows (mean over questions); ROUGE and BLEU where the
                           extra `text` is installed
+         report           coco_bleu1 to coco_bleu4 (totals), coco_rougeL, cider: see `coco`
          lmms_eval_slake, …  other programs' own: see `peers`, whose name stands for all of them at once
          detection        iou, pointing, words, no_box, malformed, ap50, ap: see `detection`
         multiple_choice  acc_letter, acc_text, qa_score, no_letter (share of answers that name no
@@ -47,7 +48,7 @@ import functools
 
 import numpy as np
 
-from paligemma_med.metrics import answers, detection, peers, protocols, stats, text_metrics
+from paligemma_med.metrics import answers, coco, detection, peers, protocols, stats, text_metrics
 from paligemma_med.pp import boxes as boxes_lib
 from paligemma_med.pp import rows as row_keys
 
@@ -64,12 +65,13 @@ CONTROLS = (*TEXT_CONTROLS, *IMAGE_CONTROLS)
 QUESTION_ONLY = "question_only"
 # Other ways of asking the same questions: see `dialogue`.
 HISTORIES = ("true_history", "single_turn")
-PROTOCOLS = ("vqa", "closed", "open", "multiple_choice", "detection", *peers.NAMES)
+PROTOCOLS = ("vqa", "closed", "open", "multiple_choice", "detection", "report", *peers.NAMES)
 # Keys of a row whose values are the groups in the tables.
 GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
 NAMES = ("box_name",)  # groups of any number
 
+_TOTALS = {**text_metrics.TOTALS, **coco.TOTALS}
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
 
 
@@ -214,8 +216,8 @@ def _values(rows, who, protocol):
     out = dict(zip(_FORMS, np.moveaxis(np.array(right, float), -1, 0)))
     if protocol == "closed":
         out["llava_closed"] = each(protocols.llava_med_closed)
-    elif protocol == "open":
-        for metric in text_metrics.installed():
+    elif protocol in ("open", "report"):
+        for metric in text_metrics.installed() if protocol == "open" else coco.METRICS:
             out |= _text_metric(metric, pairs)
     elif protocol == "multiple_choice":
         out |= _choices(rows, samples, who)
@@ -285,8 +287,8 @@ def _letters(rows, samples):
 def _figures(values, clusters):
     out, totals = {}, {}
     for name, x in values.items():
-        if name in text_metrics.TOTALS:
-            runs = [text_metrics.TOTALS[name](x[:, i]) for i in range(x.shape[1])]
+        if name in _TOTALS:
+            runs = [_TOTALS[name](x[:, i]) for i in range(x.shape[1])]
             totals |= {name: runs[0]} | (_runs(name, np.array([runs])) if len(runs) > 1 else {})
             continue
         known = ~np.isnan(x[:, 0])  # by other programs' protocols figures are of some questions alone
@@ -309,7 +311,7 @@ def _figures(values, clusters):
 
 
 def _is_mean(name):
-    return name in text_metrics.MEANS or name in detection.MEANS or name in peers.MEANS
+    return name in text_metrics.MEANS or name in coco.MEANS or name in detection.MEANS or name in peers.MEANS
 
 
 def _runs(name, values):

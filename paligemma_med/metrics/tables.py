@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from paligemma_med.metrics import losses, peers, text_metrics
+from paligemma_med.metrics import coco, losses, peers, text_metrics
 from paligemma_med.pp import markdown
 
 # Columns: the model, the controls, and other ways of asking.
@@ -33,6 +33,7 @@ FIGURES = {
     "acc_likelihood": "by likelihood",
     "acc_likelihood_token": "by likelihood a token",
     **{name: title for metric in text_metrics.METRICS for name, title in metric.titles.items()},
+    **{name: title for metric in coco.METRICS for name, title in metric.titles.items()},
     **peers.TITLES,
     "iou": "IoU",
     "pointing": "pointing",
