@@ -106,73 +106,85 @@ def explain(
         raise ValueError(f"num_samples is {num_samples}; expected 0 or more.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
-    tok = loaded.tokenizer
     if isinstance(image, bytes):
         image = images_lib.to_rgb(image)
     row = loaded.pp({"image": image, "question": question})
-    cut = int(row.get("_truncated", 0))
+    images, stretched = _images(loaded, row, image, mask, fill)
+    with stage("compiling the programs, and answering"):
+        answers = dict(zip(images, greedy(loaded, row, list(images.values()), max_new_tokens, fixed=fixed)))
+        samples = _samples(loaded, row, images["image"], num_samples, temperature, seed, max_new_tokens, fixed)
+    kw = dict(methods=methods, fill=fill, stage=stage)
+    if fixed:
+        kw |= dict(pad_to=-(-(len(row["text"]) + max_new_tokens) // 16) * 16, least=max_new_tokens)
+    arrays, others = _measured(loaded, row, images, answers["image"].tokens, **kw)
+    texts = dict(title=title, given=given, question=question)
+    out = _report(loaded, row, images, answers, arrays, others, **texts, fill=fill, samples=samples)
+    out = dataclasses.replace(out, picture=image if stretched else out.seen)
+    raised = [checks.prompt_cut(int(row.get("_truncated", 0))), *check(out, {k: others[k] for k in CONTROLS})]
+    return dataclasses.replace(
+        out,
+        flags=[dict(name=words(f.name), says=f.says) for f in raised if f.raised],
+        about=_about(loaded, out, answers["image"].tokens, num_samples, temperature, seed),
+    ), raised
+
+
+def _images(loaded, row, image, mask, fill):
+    """(`pictures`, with "masked" where there is a mask; whether maps can lie on the image as it was given)."""
     images = pictures(loaded, row)
     seen = images["image"]
     stretched = _is_stretched(image, seen)
-    patch = _patch(loaded.model, seen)
     if mask is not None:
         mask = fit_mask(mask, image.shape, seen.shape, stretched)
-        images["masked"] = occlusion.replace(seen, mask, fill, patch[0])
+        images["masked"] = occlusion.replace(seen, mask, fill, _patch(loaded.model, seen)[0])
+    return images, stretched
 
-    with stage("compiling the programs, and answering"):
-        answers = greedy(loaded, row, list(images.values()), max_new_tokens, fixed=fixed)
-        samples = _samples(loaded, row, seen, num_samples, temperature, seed, max_new_tokens, fixed)
-    answer_ids, answer = answers[0].tokens, answers[0].text
-    texts = {name: a.text for name, a in zip(images, answers)}
-    prompt = sequence.prompt_of(row)
+
+def _measured(loaded, row, images, answer_ids, *, methods, stage, **kw):
+    """(`report.Arrays`, {name of each other image: float[R] log-probabilities of the answer on it})."""
     batch_size = report.batch_size_for(loaded.params)
     arrays, score = report.measure(
         loaded.model,
         loaded.params,
-        seen,
+        images["image"],
         answer_ids=answer_ids,
-        **prompt,
+        **sequence.prompt_of(row),
         methods=methods,
-        fill=fill,
         batch_size=batch_size,
         stage=stage,
-        pad_to=-(-(len(row["text"]) + max_new_tokens) // 16) * 16 if fixed else None,
-        least=max_new_tokens if fixed else 0,
+        **kw,
     )
     names = [name for name in images if name != "image"]
     # In batches of occlusion's size, whose program is compiled already.
     size = batch_size if "occlusion" in methods else len(names)
     with stage("asking again about other images"):
         others = occlusion.in_batches(score, [images[name] for name in names], size)
-    others = dict(zip(names, others))
+    return arrays, dict(zip(names, others))
 
-    out = report.Report(
+
+def _report(loaded, row, images, answers, arrays, others, *, fill, **kw):
+    """The `report.Report` of what was answered and measured, without flags."""
+    tok, prompt, answer = loaded.tokenizer, sequence.prompt_of(row), answers["image"]
+    seen = _pixels(images["image"])
+    masked = None
+    if "masked" in images:
+        masked = report.Masked(fill, _pixels(images["masked"]), others["masked"], answers["masked"].text)
+    return report.Report(
         **vars(arrays),
-        title=title,
-        given=given,
-        question=question,
-        answer=answer,
+        **kw,
+        answer=answer.text,
         prompt=[piece(tok, t) for t in prompt["prompt_ids"]],
-        tokens=[piece(tok, t) for t in answer_ids],
-        ended=int(answer_ids[-1]) in tok.stop_tokens,
+        tokens=[piece(tok, t) for t in answer.tokens],
+        ended=int(answer.tokens[-1]) in tok.stop_tokens,
         others=[[(piece(tok, t), float(p)) for t, p in zip(*pair)] for pair in zip(*arrays.rivals)],
-        picture=image if stretched else _pixels(seen),
-        seen=_pixels(seen),
-        samples=samples,
+        picture=seen,
+        seen=seen,
         controls=[
-            dict(name=name, answer=texts[key], logprob=float(others[key].sum())) for key, name in CONTROLS.items()
+            dict(name=name, answer=answers[key].text, logprob=float(others[key].sum()))
+            for key, name in CONTROLS.items()
         ],
-        mask=None
-        if mask is None
-        else report.Masked(fill, _pixels(images["masked"]), others["masked"], texts["masked"]),
+        mask=masked,
         causal=loaded.model.image_ar != "prefix" or bool(np.any(prompt["mask_ar"])),
     )
-    raised = [checks.prompt_cut(cut), *check(out, {k: others[k] for k in CONTROLS})]
-    return dataclasses.replace(
-        out,
-        flags=[dict(name=words(f.name), says=f.says) for f in raised if f.raised],
-        about=_about(loaded, out, answer_ids, num_samples, temperature, seed),
-    ), raised
 
 
 def check(made, controls) -> list[checks.Flag]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import urllib.request
 
 import jax
@@ -15,10 +16,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from configs import common
 from paligemma_med import explain
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import asking, serve
+from paligemma_med.pp import get_preprocess_fn
 from tests import chromium, environ, tiny
 
 
@@ -177,15 +180,35 @@ def test_two_at_once_and_questions_that_cannot_be_asked(server):
         assert status == 400 and says in said["error"]
 
 
-def test_a_history_stands_in_the_prompt_as_dialogues_are_evaluated(server):
+def test_a_dialogue_is_asked_as_dialogues_are_evaluated(server):
+    _, _, image = ask(server, "POST", "example", dict(index=0, show=""))
+    config = types.SimpleNamespace(res=tiny.RES, tokenizer="tiny")
+    section = common.dialogue_eval(config, "x", "test", text_len=tiny.TEXT_LEN, max_new_tokens=3)
+    history_pp, prompt_pp = (get_preprocess_fn(section[k]) for k in ("history_pp", "prompt_pp"))
+    turns, read = [], []
+    for question, history in (("A?", True), ("B?", True), ("C?", False), ("D?", True)):
+        _, _, found = ask(server, "POST", "ask", dict(image=image["id"], question=question, history=history))
+        used = found["turns_read"]
+        assert used + found["turns_left_out"] == len(turns) * history
+        before = np.concatenate([np.zeros(0, np.int32), *turns[len(turns) - used :]])
+        wanted = prompt_pp(dict(question=question, answer="", history=before))
+        row = server.desk._asked[found["id"]].row
+        for key in ("text", "mask_ar", "mask_input"):
+            np.testing.assert_array_equal(row[key], wanted[key])
+        with open(f"{server.desk.keep}/{asking.LOG}", encoding="utf-8") as f:
+            answer = json.loads(list(f)[-1])["answer"]
+        turns.append(history_pp(dict(question=question, answer=answer))["text"])
+        read.append(used)
+    assert read[:3] == [0, 1, 0] and read[3] >= 1
+
+
+def test_the_oldest_turns_are_left_out_where_they_do_not_fit(server):
     loaded = server.desk.loaded
     row = loaded.pp({"image": np.zeros((40, 50, 3), np.uint8), "question": "A?"})
-    own = asking._prompt(row)
-    turn = np.array([7, 8, 9], np.int32)
-    made, used = asking._with_history(row, [turn])
+    own, turn = asking._prompt(row), np.array([7, 8, 9], np.int32)
+    made, used = asking._with_history(row, [np.arange(1000), turn])
     assert used == 1 and asking._prompt(made).tolist() == [own[0], 7, 8, 9, *own[1:]]
-    made, used = asking._with_history(row, [np.arange(1000), turn])  # the oldest goes first
-    assert used == 1
+    assert asking._with_history(row, [np.arange(1000)])[1] == 0
     assert server.desk.has_turns
 
 
