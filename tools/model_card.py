@@ -64,7 +64,7 @@ def make(src: os.PathLike | str, kind: str, told: Sequence[str] = (), base_model
     if kind == "parts":
         lines.append(
             "- only what the run changed is here: decoder/ and tower/ load in PEFT or transformers, on the models that "
-            "it began with; connector.safetensors lies between them and has no class there"
+            "it began with, with the tokenizer of the language model; connector.safetensors has no class there"
         )
     lines += [f"- written by paligemma\\_med {escape(paligemma_med.__version__)}", "", "## Training", ""]
     facts = [("data", ", ".join(sorted(_names(config.get("input")))) or "not recorded")]

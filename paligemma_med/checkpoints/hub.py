@@ -129,6 +129,7 @@ def _fetch_one(spec, name):
             f"{spec} has no safetensors on the Hugging Face Hub, and other forms of weights aren't fetched: expected "
             "a model in transformers' form"
         )
+    print(f"It is in {folder}.", file=sys.stderr)  # as is its tokenizer.json, which PALIGEMMA_TOKENIZER may name
 
 
 # What to do about errors of huggingface_hub, the more special ones first.
