@@ -59,7 +59,7 @@ class Questions:
     place: (row, 16 bytes that identify its image's content) → split, where the release has no splits.
     notes: for the report, {what: text or number}.
     absent: splits that the folder has no files for.
-    drawn: whether splits are drawn by the reader, so that a small release may leave one empty.
+    may_be_empty: whether a split may be, since they are drawn by the reader, or the release has only one.
     captions: whether all are asked the same, so that only images and groups are compared between splits.
     """
 
@@ -68,7 +68,7 @@ class Questions:
     place: Callable[[Asked, bytes], str] | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
-    drawn: bool = False
+    may_be_empty: bool = False
     captions: bool = False
 
 
@@ -206,7 +206,7 @@ def make_rows(
     report = {"folder": str(folder.resolve()), **books.to_report(), "notes": dict(found.notes)}
     report["splits_left_out"] = [s for s in SPLITS if s not in made]
     dropped = {s: {reason: n["count"] for reason, n in part["dropped"].items()} for s, part in report["splits"].items()}
-    empty = [s for s in report["splits_left_out"] if found.place is None and not found.drawn]
+    empty = [s for s in report["splits_left_out"] if found.place is None and not found.may_be_empty]
     if not made or (empty and not allow_missing):
         raise DataError(
             f"{folder}: no row is left for {', '.join(empty or SPLITS)}; expected at least one in each split; rows "

@@ -7,18 +7,12 @@ from collections.abc import Sequence
 import tensorflow_datasets as tfds
 
 from data_prep import files
-from data_prep.builders.questioned import ALLOW_MISSING, Asked, QuestionedBuilder, Questions, drawn_split, plain
+from data_prep.builders import reports
+from data_prep.builders.questioned import ALLOW_MISSING, Asked, QuestionedBuilder, Questions, drawn_split
 from data_prep.builders.vqa import Option
 from data_prep.datasets.iu_xray import layouts
 from data_prep.files import DataError
 from data_prep.images import store as image_store
-
-# What is asked for, and of which parts of the report the answer is made.
-TARGETS = {
-    "findings": ("Describe the findings.", ("findings",)),
-    "impression": ("What is the impression?", ("impression",)),
-    "report": ("Write the report.", ("findings", "impression")),
-}
 
 
 class Builder(QuestionedBuilder):
@@ -33,7 +27,7 @@ class Builder(QuestionedBuilder):
     ]
     OPTIONS = {
         "allow_missing_images": ALLOW_MISSING,
-        "target": Option("findings", "findings, impression, or report for both."),
+        "target": reports.TARGET,
         "frontal_only": Option(False, "kaggle: leave out lateral views, so that most studies have one row."),
         "validate_fraction": Option(0.1, "openi, kaggle: share of studies that becomes validate."),
         "test_fraction": Option(0.2, "openi, kaggle: share of studies that becomes test."),
@@ -66,8 +60,7 @@ class Builder(QuestionedBuilder):
 
     def read_questions(self, folder: pathlib.Path) -> Questions:
         config, target = self.builder_config.name, self.options["target"]
-        if target not in TARGETS:
-            raise DataError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+        reports.check_target(target)
         if config == "r2gen" and target != "findings":
             raise DataError(f"target is {target!r}, but R2Gen's file has findings only; expected --target=findings")
         if self.options["frontal_only"] and config != "kaggle":
@@ -84,16 +77,13 @@ def read_questions(folder: pathlib.Path, config: str, options) -> Questions:
     for study in layouts.read(folder, config):
         studies += 1
         asked += _rows(study, study.split or drawn_split(study.study_id, *shares), options)
-    return Questions(asked, {"images": store}, notes={"studies read": studies}, drawn=config != "r2gen")
+    return Questions(asked, {"images": store}, notes={"studies read": studies}, may_be_empty=config != "r2gen")
 
 
 def _rows(study: layouts.Study, split: str, options) -> list[Asked]:
-    question, parts = TARGETS[options["target"]]
-    answer = " ".join(filter(None, (study.parts[k] for k in parts)))
+    question, answer = reports.asked(study.parts, options["target"])
     flags = ("words removed from the report, XXXX",) if "XXXX" in answer else ()
-    groups = [("study", study.study_id)]
-    if answer:
-        groups.append(("report", plain(answer), study.study_id))
+    groups = reports.groups(study.study_id, answer)
     rows = []
     for number, (image, view) in enumerate(study.images or (("", ""),)):
         features = {
@@ -110,7 +100,7 @@ def _rows(study: layouts.Study, split: str, options) -> list[Asked]:
         dropped = f"no {options['target']}" if not answer else ""
         if options["frontal_only"] and view != "Frontal" and not dropped and image:
             dropped = "not a frontal view"
-        rows.append(Asked(split, "images", _inside(image, study.where), features, dropped, flags, tuple(groups)))
+        rows.append(Asked(split, "images", _inside(image, study.where), features, dropped, flags, groups))
     return rows
 
 

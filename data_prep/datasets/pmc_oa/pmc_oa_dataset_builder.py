@@ -53,4 +53,4 @@ def read_questions(folder: pathlib.Path, config: str, options) -> Questions:
     drawn_split("", *shares)
     store = image_store.open_store(layout.image_path(folder), by_name=True)
     rows = Again(functools.partial(layout.rows, folder, config, shares))
-    return Questions(rows, {"images": store}, drawn=True, captions=True)
+    return Questions(rows, {"images": store}, may_be_empty=True, captions=True)

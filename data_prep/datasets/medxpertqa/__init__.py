@@ -1,0 +1,1 @@
+"""MedXpertQA: hard questions with five choices, many about several images."""
