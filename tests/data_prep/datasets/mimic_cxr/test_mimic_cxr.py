@@ -24,7 +24,7 @@ def gz(path, lines):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four studies, one a patient, with a frontal and a lateral view; the second has no findings, the last none at all."""
+    """Four studies, one a patient, with a frontal and a lateral view; the second has no findings."""
     root = tmp_path / "raw"
     split, views = ["dicom_id,study_id,subject_id,split"], ["dicom_id,subject_id,study_id,Procedure,ViewPosition"]
     sections = ["study,impression,findings,last_paragraph,comparison"]
