@@ -60,7 +60,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
     others = [foreign_lib.load(path, found) for path in foreign]
     everything = [*found, *(other.evaluation for other in others)]
     out = [sections.overview(everything)] if everything else []
-    if found:
+    if paper.belongs(found):
         out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
     out += [losses.section(curves)] if curves else []
     for a, b in _pairs(found, workdirs, compare):

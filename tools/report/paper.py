@@ -97,6 +97,11 @@ def section(evaluations, judged=None, locations=None) -> blocks.Section:
     )
 
 
+def belongs(evaluations) -> bool:
+    """Whether one of these is on a data set of the paper; else its tables would say "not run" and nothing more."""
+    return any(find(evaluations, dataset) for dataset in SETS)
+
+
 def find(evaluations, dataset) -> list:
     """The evaluations of a run that stand for a data set of the paper, one for each of our data sets.
 

@@ -66,8 +66,9 @@ def about_measures() -> blocks.Section:
         "Controls: majority answer, the most frequent training answer to the same question (no "
         "image needed); majority of type, to any question of its answer type; question echoed, the "
         "question as the answer; images shuffled, grey image, noise image: the same model and "
-        "prompts with another question's image, mid-grey, or noise. A model that isn't above these "
-        "has not been shown to use the image.",
+        "prompts with another question's image, mid-grey, or noise; question only: a model behind a "
+        "server, asked without any image. A model that isn't above these has not been shown to use "
+        "the image.",
         "Non-robust: three different answers or more among a question's samples. Penalised by "
         "item: such a question counts as wrong. Penalised in total: each takes a percentage point "
         "off the score. The paper's words allow for both.",

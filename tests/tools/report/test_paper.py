@@ -36,6 +36,14 @@ def test_published_figures_stand_beside_ours_or_not_run(tmp_path):
     assert five["Accuracy"]["a: model, SLAKE"].startswith("66.7")
 
 
+def test_a_report_on_other_data_has_none_of_the_papers_tables(tmp_path):
+    save(tmp_path / "a", rows(3), data="table:/study/slake.csv")
+    markdown = report(tmp_path / "a")[1]
+    assert "Table 1" not in markdown and "paper" not in markdown.partition("How to read this")[0]
+    save(tmp_path / "b", rows(3), data="pmc_vqa/v1")
+    assert "Table 1" in report(tmp_path / "a", tmp_path / "b")[1]
+
+
 def test_the_test_split_stands_for_a_data_set_and_a_mixture_needs_both(tmp_path):
     run = tmp_path / "a"
     save(run, rows(6), name="val", split="validate")
