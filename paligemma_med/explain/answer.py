@@ -107,7 +107,7 @@ def explain(
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
     if isinstance(image, bytes):
-        image = images_lib.to_rgb(image)
+        image = images_lib.to_rgb(image, window=ops_image.window_of(loaded.pp.pp))
     row = loaded.pp({"image": image, "question": question})
     images, stretched = _images(loaded, row, image, mask, fill)
     with stage("compiling the programs, and answering"):

@@ -26,7 +26,7 @@ from paligemma_med.explain.answer import Loaded, explain, greedy, pictures, piec
 from paligemma_med.files import named, whole_file
 from paligemma_med.metrics.answers import without_thought
 from paligemma_med.parallel import notes
-from paligemma_med.pp import dicom, image_cells
+from paligemma_med.pp import dicom, image_cells, ops_image
 from paligemma_med.pp import images as images_lib
 
 MAX_IMAGES, MAX_ANSWERS = 8, 16  # kept in memory; the oldest go
@@ -107,7 +107,8 @@ class Desk:
             if len(show) > 100 or not (choice.frame or "1").isdigit():
                 raise images_lib.ImageError(f"{show:.100}: expected one frame and one window")
             with self._reader:  # one at a time: decoding takes several times the pixels' memory
-                found = images_lib.decode(content, frame=int(choice.frame or 1) - 1, window=choice.window)
+                window = choice.window or ops_image.window_of(self.loaded.pp.pp)
+                found = images_lib.decode(content, frame=int(choice.frame or 1) - 1, window=window)
                 frames, has_windows = images_lib.frames(content), dicom.is_dicom(content)
         except images_lib.ImageError as e:
             raise ValueError(f"the file {name}: {e}") from None

@@ -73,10 +73,12 @@ def load(cell: str, folder: str | os.PathLike | None, *, choose: Choice = Choice
     return montage.encode(montage.draw((_shown(part, choose) for part in parts), *montage.grid(len(parts))))
 
 
-def read(cell: str, flag: str) -> np.ndarray:
-    """uint8[H, W, 3] of the cell that a program's flag gives. ImageError names flag and file."""
+def read(cell: str, flag: str) -> bytes:
+    """`load` of the cell that a program's flag gives, an image that can be decoded. ImageError names flag and file."""
     try:
-        return images.to_rgb(load(cell, None))
+        content = load(cell, None)
+        images.decode(content)
+        return content
     except OSError as e:
         raise images.ImageError(f"{flag} {cell}: {e.strerror}.") from None
     except ValueError as e:

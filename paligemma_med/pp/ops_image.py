@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma_med.pp import dicom, images, windows
-from paligemma_med.pp.registry import Op, get, need_rng, on_key, register, resolve_keys
+from paligemma_med.pp.registry import Op, get, need_rng, on_key, parse_call, register, resolve_keys, split
 
 
 @register("decode")
@@ -44,29 +44,41 @@ def decode(channels=3, precise=True) -> Callable:
     return fn
 
 
-@register("window")
+@register("window", before="decode")
 @on_key()
 def window(window, width=None) -> Callable:
     """Decodes encoded DICOM with a window in place of its own; comes before `decode`, which leaves the result as it is.
 
     `window("brain")`: a preset in Hounsfield units (`windows.PRESETS`), for CT alone; `window(40, 80)`: centre and
-    width in the file's own units. Other images, whose grey values mean nothing any more, go on to `decode` unchanged,
-    and DICOM that has no such units keeps its own window, of which a warning tells.
+    width in the file's own units. Other images, whose grey values mean nothing any more, and arrays go on to `decode`
+    unchanged, and DICOM that has no such units keeps its own window, of which a warning tells.
     """
-    chosen = windows.parse(window if width is None else (window, width))
-    if chosen is None:
-        raise ValueError("expected a window's name, or its centre and width")
+    chosen = _chosen(window, width)
 
     def fn(image, rng):
         del rng
         if isinstance(image, np.ndarray) and image.dtype == object and image.ndim == 0:
             image = image.item()
-        if not isinstance(image, (bytes, bytearray, memoryview)):
-            raise ValueError(f"expected encoded bytes, found {type(image).__name__}; window comes before decode")
-        image = bytes(image)
-        return images.to_rgb(image, window=chosen) if dicom.is_dicom(image) else image
+        if not isinstance(image, (bytes, bytearray, memoryview)) or not dicom.is_dicom(bytes(image[:132])):
+            return image
+        return images.to_rgb(bytes(image), window=chosen)
 
     return fn
+
+
+def _chosen(window, width=None):
+    chosen = windows.parse(window if width is None else (window, width))
+    if chosen is None:
+        raise ValueError("expected a window's name, or its centre and width")
+    return chosen
+
+
+def window_of(pp: str) -> windows.Window | None:
+    """The window that a pp string shows DICOM by, for who decodes an image before the pp does; None: the file's own."""
+    for name, args, kw in map(parse_call, split(pp)):
+        if name == "window" and not kw.keys() - {"window", "width"}:
+            return _chosen(*args, **kw)
+    return None
 
 
 METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

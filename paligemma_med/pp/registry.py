@@ -20,15 +20,21 @@ import numpy as np
 Op = Callable[[dict, np.random.Generator | None], dict]
 
 _OPS: dict[str, Callable[..., Op]] = {}
+_BEFORE: dict[str, str] = {}  # op: the one that it has to come before
 
 
-def register(name: str) -> Callable:
-    """Decorator: registers a builder as pp op `name`; ValueError if the name is taken."""
+def register(name: str, before: str = "") -> Callable:
+    """Decorator: registers a builder as pp op `name`, which in a pp string comes before another.
+
+    ValueError: the name is taken.
+    """
 
     def add(builder):
         if name in _OPS:
             raise ValueError(f"pp op {name!r} is registered already, by {_OPS[name].__module__}")
         _OPS[name] = builder
+        if before:
+            _BEFORE[name] = before
         return builder
 
     return add
@@ -176,6 +182,9 @@ class PreprocessFn:
     def _build(self):
         if self._ops is None:
             self._ops = [(section, build(section)) for section in split(self.pp)]
+            names = [parse_call(section)[0] for section, _ in self._ops]
+            if wrong := [n for i, n in enumerate(names) if _BEFORE.get(n) in names[:i]]:
+                raise ValueError(f"pp op {wrong[0]!r} comes before {_BEFORE[wrong[0]]!r}, found after it: {self.pp!r}")
         return self._ops
 
     def __call__(self, data: Mapping, rng: np.random.Generator | None = None) -> dict:

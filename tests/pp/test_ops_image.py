@@ -92,7 +92,7 @@ def test_12_bit_tiff_uses_its_own_range():
 
 @pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
 def test_12_bits_in_16_are_told(fmt, caplog):
-    images._tell.cache_clear()
+    images.tell.cache_clear()
     dark = encode(Image.fromarray(np.array([[0, 4095]], np.uint16)), fmt)
     light = encode(Image.fromarray(np.array([[0, 4096]], np.uint16)), fmt)
     assert images.decode(dark).notes == (images.UNSTRETCHED,) and not images.decode(light).notes

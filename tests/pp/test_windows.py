@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("pydicom")
 
-from paligemma_med.pp import dicom, get_preprocess_fn, images, windows  # noqa: E402
+from paligemma_med.pp import dicom, get_preprocess_fn, images, ops_image, windows  # noqa: E402
 from tests.pp.dicom_files import item, make  # noqa: E402
 
 HU = np.array([[-1000, -600, 0, 40, 80, 400, 1300]], np.int16)
@@ -92,8 +92,18 @@ def test_the_units_of_a_frame():
 def test_what_is_no_dicom_goes_on_unchanged():
     op = get_preprocess_fn('window("lung")')
     assert op({"image": b"\x89PNG no DICOM"})["image"] == b"\x89PNG no DICOM"
-    with pytest.raises(ValueError, match="window comes before decode"):
-        op({"image": np.zeros((2, 2, 3), np.uint8)})
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    assert op({"image": pixels})["image"] is pixels
+    with pytest.raises(ValueError, match="pp op 'window' comes before 'decode', found after it"):
+        get_preprocess_fn('decode|window("lung")')
+
+
+def test_the_window_of_a_pp_string_for_who_decodes_first():
+    content, pp = ct(), 'window("bone")|decode|resize(1)'
+    first = images.to_rgb(content, window=ops_image.window_of(pp))
+    assert first[0, :, 0].tolist() == shown(content, 'window("bone")') == shown(first, 'window("bone")')
+    assert ops_image.window_of("window(40, width=80)") == windows.Window(40, 80)
+    assert ops_image.window_of("decode|resize(1)") is None is ops_image.window_of("")
 
 
 @pytest.mark.parametrize("text", ["spleen", "40", "40,400,1", "40,0", "40,-3", "nan,3", "1e99,3", 7, (1,)])
