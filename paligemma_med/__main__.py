@@ -32,6 +32,7 @@ PROGRAMS = {
     "review": ("tools.review_qa", "a page to judge question-answer pairs on, by hand"),
     "eval_saliency": ("tools.eval_saliency", "do saliency maps find what answers name? measured against boxes"),
     "fit_scaling_law": ("tools.fit_scaling_law", "the paper's scaling law, fitted to losses"),
+    "coco_scores": ("tools.coco_scores", "generated reports by COCO's own evaluation, with Java"),
     "torch_to_safetensors": ("tools.torch_to_safetensors", "safetensors of PyTorch's pickles"),
     "quickstart": ("tools.quickstart", "everything once, in minutes, on drawn images and a tiny model"),
     "bench": ("tools.bench", "our parts beside others' on the same work (in a checkout only)"),

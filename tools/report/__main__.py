@@ -20,7 +20,7 @@ from absl import app, flags
 from paligemma_med import files
 from paligemma_med.cli import command
 from paligemma_med.pp import command_line
-from tools.report import blocks, evaluations, losses, paper, pictures, plots, sections
+from tools.report import blocks, evaluations, losses, paper, pictures, plots, published, sections
 from tools.report import foreign as foreign_lib
 
 
@@ -31,7 +31,7 @@ def check_installed() -> None:
             raise ValueError(f"tools.report needs {name}; pip install 'paligemma_med[report]'")
 
 
-def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) -> list:
+def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8, all_published=False) -> list:
     """The report as a list of `blocks.Section`.
 
     Args:
@@ -40,6 +40,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
       foreign: other people's files of predictions.
       data_dir: where data sets are built, for images; None: the config's.
       num_questions: how many questions of each kind to show.
+      all_published: published results on data sets, too, that no run was evaluated on.
 
     Raises:
       ValueError: something can't be read.
@@ -62,6 +63,8 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8) ->
     out = [sections.overview(everything)] if everything else []
     if paper.belongs(found):
         out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
+    if beside := published.section(found, all_published):
+        out.append(beside)
     out += [losses.section(curves)] if curves else []
     for a, b in _pairs(found, workdirs, compare):
         out.append(sections.compare(a, b))
@@ -130,6 +133,7 @@ def main(argv) -> None:
         foreign=f.foreign,
         data_dir=f.data_dir,
         num_questions=f.questions,
+        all_published=f.published,
     )
     out = f.out or os.path.join(workdirs[0] if workdirs else ".", "report")
     write(f.title, made, out)
@@ -147,5 +151,6 @@ if __name__ == "__main__":
     command_line.define_paths("foreign", [], "Others' predictions: of lmms-eval, VLMEvalKit, or any table.")
     command_line.define_path("data_dir", None, "Where the data sets are built, for images.")
     flags.DEFINE_integer("questions", 8, "Questions to show of each kind.", lower_bound=0)
+    flags.DEFINE_bool("published", False, "Published results on all data sets, also where no run is.")
     flags.DEFINE_string("title", "Evaluation report", "Title of the report.")
     app.run(main, flags_parser=command_line.parse_flags)
