@@ -39,11 +39,12 @@ def main() -> None:
 
 def first_table(report: str) -> str:
     """A report's page with nothing on it but the table of its first evaluation, beside the controls."""
-    found = re.search(r'<h2 id="s3">.*?</table>\s*</div>', report, re.DOTALL)
-    if not found:
-        raise ValueError("the report has no third section with a table; its layout has changed.")
+    sections = re.findall(r"<h2 .*?(?=<h2 |</main>)", report, re.DOTALL)
+    tables = [re.match(r".*?</table>\s*</div>", x, re.DOTALL) for x in sections if ">exact match, %<" in x]
+    if not tables or not tables[0]:
+        raise ValueError("the report has no section with a table of exact matches; its layout has changed.")
     head = report[: report.index("<body>")] + "<style>h2 { margin-top: 0 }</style>"
-    return f"{head}<body><main>{found[0]}</main></body></html>"
+    return f"{head}<body><main>{tables[0][0]}</main></body></html>"
 
 
 def _call(module, *args):
