@@ -165,6 +165,18 @@
     g.strokeRect(x0 * u + 2, y0 * v + 2, (x1 - x0) * u - 4, (y1 - y0) * v - 4);
   }
 
+  // The boxes that the answer has, with their numbers in the list beside it.
+  function answerBoxes(g) {
+    const size = Math.max(14, Math.round(canvas.width / 32));
+    data.boxes.forEach(([y0, x0, y1, x1], i) => {
+      outline(g, y0 * H, x0 * W, y1 * H, x1 * W, "#00e5ff", []);
+      g.font = `bold ${size}px sans-serif`; g.textBaseline = "top"; g.setLineDash([]);
+      const at = [Math.min(x0 * canvas.width + 5, canvas.width - size), Math.min(y0 * canvas.height + 4, canvas.height - size)];
+      g.lineWidth = 4; g.strokeStyle = "#000"; g.strokeText(i + 1, ...at);
+      g.fillStyle = "#00e5ff"; g.fillText(i + 1, ...at);
+    });
+  }
+
   function draw() {
     const x = rowOf(chosenTokens()), [low, high] = limits(x);
     const wide = Math.max(320, Math.round(canvas.clientWidth * (window.devicePixelRatio || 1)));
@@ -173,6 +185,7 @@
     paint(small, x, [low, high], { opacity: Number($("opacity").value), fade: $("fade").checked });
     g.imageSmoothingEnabled = $("smooth").checked; g.imageSmoothingQuality = "high";
     g.drawImage(small, 0, 0, canvas.width, canvas.height);
+    answerBoxes(g);
     const box = regionOf(state.patches);
     if (box && state.patches.size > 1) outline(g, ...box.box, "#fff", [8, 6]);
     for (const i of edges(state.patches)) line(g, ...i);

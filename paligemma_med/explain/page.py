@@ -19,6 +19,7 @@ import PIL.Image
 
 from paligemma_med import page
 from paligemma_med.page import clean
+from paligemma_med.pp import boxes
 from paligemma_med.saliency.methods import KINDS
 
 FOLDER = pathlib.Path(__file__).parent
@@ -176,6 +177,7 @@ def data_of(report) -> dict:
             boxes=np.asarray(regions.boxes).tolist(),
             logprobs=[_floats(x) for x in np.asarray(regions.logprobs)],
         ),
+        boxes=[list(box) for box in boxes.read(report.answer).boxes],
         colours=COLOURS,
     )
 
@@ -268,11 +270,19 @@ def _texts(report):
             probability=percent(np.sum(mask.logprobs)),
             tokens=[(t, percent(a), percent(b)) for t, a, b in zip(clean(report.tokens), logprobs, mask.logprobs)],
         ),
+        **_boxes(report.answer),
         quantised=np.size(report.raw) > MAX_RAW,
         regions=bool(report.regions),
         occlusion=report.occlusion,
         methods={k: (KINDS[k].title, KINDS[k].says) for k in _methods(report)},
     )
+
+
+def _boxes(answer):
+    """The boxes that an answer has, read strictly: names, percent of the picture's sides; and pieces that are none."""
+    said = boxes.read(answer)
+    sides = [[f"{100 * x:.0f}" for x in box] for box in said.boxes]
+    return dict(boxes=list(zip(clean(list(said.labels)), sides)), malformed=clean(list(said.malformed)))
 
 
 def first_method(report) -> str:
