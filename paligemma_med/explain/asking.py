@@ -122,7 +122,7 @@ class Desk:
             height=height,
             frames=frames,
             has_windows=has_windows,
-            notes=list(found.notes),
+            notes=[note[:1].upper() + note[1:] for note in found.notes],
             picture=page.data_url(found.rgb),
         )
 

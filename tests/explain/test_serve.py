@@ -40,7 +40,7 @@ def server(tmp_path_factory):
     (folder / "keep").mkdir()
     with serve.Server(0, [("film <b>.png", str(folder / "film.png"))]) as server:
         loaded = explain.load(config, str(folder / "w"))
-        server.desk = asking.Desk(loaded, keep=str(folder / "keep"), max_new_tokens=3, num_samples=2)
+        server.desk = asking.Desk(loaded, keep=str(folder / "keep"), max_new_tokens=3, num_samples=0)
         server.desk.warm_up()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
