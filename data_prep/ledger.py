@@ -77,6 +77,11 @@ class Ledger:
         kinds = self._members.setdefault(kind, {s: {} for s in self._splits})
         kinds[split].setdefault(_digest(key), name)
 
+    def look_for(self, *kinds: str) -> None:
+        """The report says of these kinds what splits share, even if no member of them is named: nothing."""
+        for kind in kinds:
+            self._members.setdefault(kind, {s: {} for s in self._splits})
+
     def to_report(self) -> dict[str, Any]:
         """Everything, JSON-able: {"splits": {...}, "shared": {kind: {pair: ...}}}."""
         return {

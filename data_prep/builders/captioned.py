@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from data_prep import ledger, qa_files
-from data_prep.builders import row_file
+from data_prep.builders import leaks, row_file
 from data_prep.builders.figures import SPLITS, Figure, Release, first_there
 from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.files import DataError
@@ -168,7 +168,7 @@ def make_rows(
     stores, names = _find_images(release, folder, rows, allow_missing)
 
     books = ledger.Ledger(SPLITS, tables)
-    made = {}
+    made, all_checked = {}, {}
     for split, store in stores.items():
         checked = CheckedImages(store, cache_dir) if store else None
         with row_file.RowWriter(work_dir / f"{split}.jsonl") as writer:
@@ -195,8 +195,11 @@ def make_rows(
                 writer.write({**row, "file": names[figure.image_id]})
         if checked:
             checked.close()
+            all_checked[split] = checked
         if writer.count:
             made[split] = writer, store
+    if qa is not None:
+        leaks.book_questions(books, functools.partial(_kept, made, all_checked))
     report.update(books.to_report())
     report["splits_left_out"] = empty = [s for s in SPLITS if s not in made]
     report["notes"] = release.notes
@@ -207,6 +210,14 @@ def make_rows(
             f"{folder}: no row is left for {', '.join(empty)}; expected at least one in each split; rows dropped: {why}"
         )
     return made, report
+
+
+def _kept(
+    made: Mapping[str, tuple[row_file.RowWriter, Store]], checked: Mapping[str, CheckedImages]
+) -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    for split, (writer, _) in made.items():
+        for row in row_file.read_rows(writer.path):
+            yield split, checked[split].check(row["file"]), row
 
 
 def _caption_rows(figures: Mapping[str, Figure]) -> Iterator[tuple[Figure, dict[str, str]]]:
@@ -345,6 +356,8 @@ def _keep(books: ledger.Ledger, split: str, figure: Figure, row: dict[str, str],
         books.member(split, kind, key, key)
     if caption := figure.features.get("caption"):
         books.member(split, "caption", caption, figure.image_id)
+        if near := leaks.near_caption(caption):
+            books.member(split, leaks.NEAR_CAPTION, near, figure.image_id)
 
 
 def describe(report: Mapping[str, Any]) -> Sequence[str]:

@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from data_prep import ledger
-from data_prep.builders import row_file
+from data_prep.builders import leaks, row_file
+from data_prep.builders.leaks import plain
 from data_prep.builders.vqa import Option, VqaBuilder, vqa_features
 from data_prep.files import DataError
 from data_prep.images import convert as images
@@ -194,11 +195,13 @@ def make_rows(
                 continue
             split = row.split or found.place(row, digest)
             books.read(split)
-            _keep(books, split, row, digest, checked[row.root].notes(row.image), seen, found.captions)
+            _keep(books, split, row, digest, checked[row.root].notes(row.image), seen)
             writers[split].write(dict(features=row.features, file=row.image, root=row.root))
     finally:
         for part in (*checked.values(), *writers.values()):
             part.__exit__() if isinstance(part, row_file.RowWriter) else part.close()
+    if not found.captions:
+        leaks.book_questions(books, functools.partial(_kept, writers, checked))
     for reason, rows in unplaced.items():  # without an image nothing says the split
         for row in rows:
             _drop(books, SPLITS[0], reason, row.features["question_id"])
@@ -213,6 +216,14 @@ def make_rows(
             f"dropped: {dropped}"
         )
     return made, report
+
+
+def _kept(
+    writers: Mapping[str, row_file.RowWriter], checked: Mapping[str, CheckedImages]
+) -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    for split, writer in writers.items():
+        for row in row_file.read_rows(writer.path):
+            yield split, checked[row["root"]].check(row["file"]), row["features"]
 
 
 def _refuse_missing(found: Questions, folder: pathlib.Path, allow: bool) -> None:
@@ -256,18 +267,11 @@ def _drop(books: ledger.Ledger, split: str, reason: str, qid: str) -> None:
     books.drop(split, reason, qid)
 
 
-def plain(text: str) -> str:
-    """Lower case, single blanks: the form in which questions and answers are compared for leakage."""
-    return " ".join(text.lower().split())
-
-
-def _keep(
-    books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Sequence[str], seen: set, captions: bool
-) -> None:
+def _keep(books: ledger.Ledger, split: str, row: Asked, digest: bytes, notes: Sequence[str], seen: set) -> None:
     features, qid = row.features, row.features["question_id"]
     books.keep(split, features)
-    question, answer = f"{digest.hex()} {plain(features['question'])}", plain(features["answer"])
-    again = hashlib.blake2b(f"{split} {question}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    question = f"{split} {digest.hex()} {plain(features['question'])}"
+    again = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     flags = [*row.flags, *(f"image: {note}" for note in notes)]
     if again in seen:
         flags.append("asked before about the same image")
@@ -275,10 +279,5 @@ def _keep(
     for flag in flags:
         books.flag(split, flag, qid)
     books.member(split, "image", digest, features["image_id"])
-    if not captions:
-        books.member(split, "question about the same image", question, qid)
-    # The same fact in other words: a question re-worded has its image and its answer.
-    if not captions and answer not in ("yes", "no"):
-        books.member(split, "answer about the same image", f"{digest.hex()} {answer}", qid)
     for kind, key, *name in row.groups:
         books.member(split, kind, key, name[0] if name else key)

@@ -6,7 +6,7 @@ leaked image, but a reader of figures should know how many there are.
 
 from collections.abc import Mapping
 
-from data_prep.builders.questioned import plain
+from data_prep.builders.leaks import plain
 from data_prep.builders.vqa import Option
 from data_prep.files import DataError
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from data_prep import files
 from data_prep.builders import tfrecord
-from data_prep.builders.questioned import plain
+from data_prep.builders.leaks import plain
 from data_prep.files import DataError
 from data_prep.leakage import looks
 from data_prep.progress import progress

@@ -6,6 +6,7 @@ taken from train by whole articles, and articles that share images stay together
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import ledger
+from data_prep.builders import leaks
 from data_prep.builders.row_file import RowWriter, read_rows
 from data_prep.datasets.pmc_vqa import rows
 from data_prep.datasets.pmc_vqa.rows import LETTERS, Question
@@ -135,6 +137,7 @@ def read_release(
         checked.close()
         for writer in kept.values():
             writer.__exit__()
+    leaks.book_questions(books, functools.partial(_kept_rows, kept, checked))
     kept = {s: w for s, w in kept.items() if s != "validate" or fraction}
     for split, writer in kept.items():
         if not writer.count:
@@ -144,6 +147,12 @@ def read_release(
             )
     report = {"folder": str(folder.resolve()), "version": version, **books.to_report()}
     return Release(kept, images, report)
+
+
+def _kept_rows(kept: Mapping[str, RowWriter], checked: CheckedImages) -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    for split, writer in kept.items():
+        for row in read_rows(writer.path):
+            yield split, checked.check(row["image_id"]), row
 
 
 def _questions(table: pathlib.Path, version: str, blank: bool) -> Iterator[Question]:

@@ -231,7 +231,7 @@ def test_evaluations_take_questions_of_two_to_four_options(tmp_path):
     for i, options in enumerate([("a", "b"), ("a", "b", "c", "d")]):
         source = dict(zip(keys, [*options, "", ""])) | {"answer_letter": "B", "question_id": str(i)}
         line = dict(question_id=str(i), question="q", answer="b", answer_type="CLOSED", predictions=["B"])
-        line |= questions._choices(source, keys) | dict(option_logprobs=[-1.0 - j for j in range(len(options))])
+        line |= questions.choices_of(source, keys) | dict(option_logprobs=[-1.0 - j for j in range(len(options))])
         lines.append(line | dict(option_tokens=[1] * len(options)))
     assert [len(x["choices"]) for x in lines] == [2, 4]
     path = tmp_path / "predictions.jsonl"

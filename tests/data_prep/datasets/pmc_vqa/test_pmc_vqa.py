@@ -155,12 +155,20 @@ def test_a_build_started_again_goes_on_behind_the_images_it_checked(folder, tmp_
 
 
 def test_leakage_of_the_release_is_told(folder, tmp_path, capsys):
-    edit(folder / "test.csv", lambda lines: lines[0].__setitem__(0, "PMC1000001_F1.jpg"))
+    def reworded(lines):
+        """A question of train about its image in other words, with its options."""
+        with open(folder / "train.csv", newline="") as f:
+            row = next(r for r in csv.reader(f) if r[0] == "PMC1000001_F1.jpg")
+        lines[0][:] = [row[0], "What, in other words, is it?", *row[2:]]
+
+    edit(folder / "test.csv", reworded)
     report, _ = make(folder, tmp_path, seed=3)
     pairs = report["shared"]["article"]
     split = "train" if pairs["train+test"]["count"] else "validate"
     assert pairs[f"{split}+test"] == {"count": 1, "first": ["PMC1000001"]}
     assert report["shared"]["image"][f"{split}+test"]["first"] == ["PMC1000001_F1.jpg"]
+    assert report["shared"]["answer about the same image"][f"{split}+test"]["first"] == ["v1_test_0"]
+    assert report["shared"]["question about the same image"][f"{split}+test"]["count"] == 0
     out = capsys.readouterr().out
     assert f"WARNING: 1 image in both {split} and test (PMC1000001_F1.jpg)" in out
 
