@@ -104,7 +104,7 @@ def convert(
             card = _card(src, "peft", base_model)
             in_parts.save_adapter(dst, found, part_families, dtype=dtype, overwrite=overwrite, card=card, **peft_kw)
         else:
-            card = _card(src, to, base_model)
+            card = _card(src, to, base_model, of_paligemma=family is paligemma)
             kw = dict(peft_kw, model_type=family.MODEL_TYPE, card=card) if to == "peft" else {}
             forms.save_adapter(dst, found, form=to, dtype=dtype, overwrite=overwrite, **kw)
         return
@@ -173,9 +173,12 @@ def _is_run(src):
     return not compose.parts_of(src) and checkpoints.kind_of(src) == "workdir"
 
 
-def _card(src, kind, base_model):
+def _card(src, kind, base_model, of_paligemma=False):
     """The model card of an export of a run; None if the source is no run, of which nothing is known."""
-    return model_card.make(src, kind, base_model=base_model) if _is_run(src) else None
+    if not _is_run(src):
+        return None
+    told = processing.told_of_adapter(_config_of_run(src)) if of_paligemma else ()
+    return model_card.make(src, kind, told, base_model)
 
 
 def _with_heads(src, params):

@@ -101,18 +101,28 @@ def files(found: Processing, config: Mapping[str, Any], processor: Mapping[str, 
     return out
 
 
-def told(found: Processing, side: int) -> list[str]:
-    """Sentences on the processing, for a model card."""
+def told(found: Processing, side: int, has_files: bool = True) -> list[str]:
+    """Sentences on the processing, for a model card; `has_files`: whether `files` are beside the weights."""
     out = []
     if found.resample:
         out.append(
             f"Images are resized to {side} x {side} pixels by antialiased {found.resample} filtering, in training and "
             "by the image processor's settings."
+            if has_files
+            else f"Images were resized to {side} x {side} pixels by antialiased {found.resample} filtering: a "
+            f"processor for it has image_processor.resample = {int(_RESAMPLE[found.resample])} (Google's has 3)."
         )
     if found.prompt:
         prompt = f"{found.prompt.before}{{question}}{found.prompt.behind}"
-        out.append(f"Asked as in training: {prompt!r}, which the chat template makes of a question.")
-    return [*out, *found.notes]
+        by = ", which the chat template makes of a question" if has_files else ""
+        out.append(f"Asked as in training: {prompt!r}{by}.")
+    return [*out, *(found.notes if has_files else ())]
+
+
+def told_of_adapter(config: Mapping[str, Any]) -> list[str]:
+    """`told` for the adapter of a PaliGemma run, which is used with another processor; [] if the run doesn't say."""
+    side = config.get("res")
+    return told(of_config(config, side), side, has_files=False) if isinstance(side, int) else []
 
 
 def _template(prompt):

@@ -176,18 +176,14 @@ def run_program(*args):
 
 
 def test_program(made, tmp_path):
-    base = made[0] / "base.npz"
-    run = run_program(base, tmp_path / "w.npz", "--to=npz", "--dtype=bfloat16")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"Wrote {tmp_path / 'w.npz'}.\n"
-    assert npz.open_npz(tmp_path / "w.npz")["img"]["head"]["bias"].dtype == npz.BFLOAT16
-    base_bytes = base.read_bytes()
+    """What goes well is in tests/checkpoints/test_hub.py: starting a program costs seconds."""
+    base_bytes = (made[0] / "base.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(base_bytes[: len(base_bytes) // 2])
     run = run_program(tmp_path / "cut.npz", tmp_path / "new", "--to=hf")
     assert run.returncode == 1
     assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
     assert "cut short" in run.stderr
-    assert sorted(os.listdir(tmp_path)) == ["cut.npz", "w.npz"]
+    assert os.listdir(tmp_path) == ["cut.npz"]
 
 
 def test_converting_needs_no_pytorch(made, tmp_path):

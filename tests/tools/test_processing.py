@@ -203,3 +203,6 @@ def test_the_card_says_how_images_and_questions_are_read(exported):
         "\\", ""
     )
     assert json.loads((exported / "tokenizer_config.json").read_text())["add_bos_token"] is False
+    of_adapter = processing.told_of_adapter(changed())
+    assert "image_processor.resample = 2" in of_adapter[0] and of_adapter[1].endswith("'answer en {question}'.")
+    assert processing.told_of_adapter(changed(predict_pp=lambda _: None)) == []
