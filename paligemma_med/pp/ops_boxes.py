@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from paligemma_med.pp import boxes as boxes_lib
-from paligemma_med.pp import images
+from paligemma_med.pp import images, json_text
 from paligemma_med.pp.ops_text import as_str
 from paligemma_med.pp.registry import Op, get, register
 
@@ -24,7 +24,8 @@ def objects(inkey="boxes", image="image") -> Op:
     """Turns boxes in pixels of the stored image, which is upright as `decode` makes it, into shares of it.
 
     Args:
-        inkey: key of dict(label=[str, …], bbox=[[x, y, width, height], …]).
+        inkey: key of dict(label=[str, …], bbox=[[x, y, width, height], …]), or of a text, as a column of a table has
+            it, in the form of SLAKE's detection.json: `[{"Liver": [x, y, width, height]}, …]`; "" is none.
         image: key of the encoded image.
 
     Gives data["objects"] = dict(label=[str, …], bbox=float32[n, 4]) with y0, x0, y1, x1 in 0 to 1, in order of y0 and
@@ -36,6 +37,8 @@ def objects(inkey="boxes", image="image") -> Op:
         encoded, found = get(data, image), get(data, inkey)
         if not isinstance(encoded, (bytes, bytearray, memoryview)):
             raise ValueError("objects comes before decode, since boxes are in pixels of the image as it is stored")
+        if isinstance(found, str):
+            found = _of_text(found, inkey)
         labels = [as_str(label, "each label") for label in _column(found, "label", inkey)]
         pixels = np.asarray(_column(found, "bbox", inkey), np.float64).reshape(-1, 4)
         if len(labels) != len(pixels) or not np.isfinite(pixels).all():
@@ -50,6 +53,20 @@ def objects(inkey="boxes", image="image") -> Op:
     return op
 
 
+def _of_text(text, key):
+    """dict(label, bbox) of a JSON list of objects with names and four numbers each."""
+    expected = 'a list of {"name": [x, y, width, height]} in pixels'
+    pairs = []
+    for item in json_text.parse(text, f"key {key!r}", expected, root=list) if text.strip() else ():
+        if not isinstance(item, dict):
+            raise ValueError(f"key {key!r} has {json_text.shown(item)}; expected {expected}")
+        pairs += item.items()
+    for _, box in pairs:
+        if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) for x in box):
+            raise ValueError(f"key {key!r} has the box {json_text.shown(box)}; expected {expected}")
+    return dict(label=[label for label, _ in pairs], bbox=[box for _, box in pairs])
+
+
 def _column(found, name, key):
     if not isinstance(found, Mapping) or name not in found:
         raise ValueError(f"key {key!r} must hold label and bbox, found {found!r:.80}")
@@ -58,10 +75,11 @@ def _column(found, name, key):
 
 @register("loc_text")
 def loc_text(inkey="answer", outkey="suffix") -> Op:
-    """The answer with boxes, made anew from `objects`, which a crop may have moved.
+    """The answer with boxes, made anew from `objects`, which a crop may have moved. An answer without boxes gets those
+    of the row if the question begins with "detect ", which makes it boxes with names, or with "ground ".
 
     What the answer under `inkey` says before its first box stays in front; where that is nothing, each box is followed
-    by its name, in lower case. An answer without any box stays as it is.
+    by its name, in lower case. Answers to other questions stay as they are.
     """
 
     def op(data, rng):
@@ -69,13 +87,18 @@ def loc_text(inkey="answer", outkey="suffix") -> Op:
         text = as_str(get(data, inkey), f"key {inkey!r}")
         said = boxes_lib.read(text)
         if said.boxes or said.malformed:
-            found = get(data, OBJECTS)
-            labels = () if said.answer else [label.lower() for label in found["label"]]
-            text = boxes_lib.to_text(found["bbox"], labels, said.answer)
+            text = _text(get(data, OBJECTS), said.answer)
+        elif str(data.get("question", "")).startswith(TASKS) and len(get(data, OBJECTS)["bbox"]):
+            text = _text(data[OBJECTS], "" if data["question"].startswith(TASKS[0]) else text)
         data[outkey] = text
         return data
 
     return op
+
+
+def _text(found, answer):
+    labels = () if answer else [label.lower() for label in found["label"]]
+    return boxes_lib.to_text(found["bbox"], labels, answer)
 
 
 TASKS = ("detect ", "ground ")

@@ -157,6 +157,24 @@ def test_answers_with_boxes_keep_their_words():
     assert pp(found | {"answer": "No"})["suffix"] == "No"
 
 
+def test_boxes_of_a_table():
+    pp = get_preprocess_fn('objects|loc_text(outkey="suffix")')
+    found = row([[10, 10, 30, 30]]) | {"boxes": '[{"Liver": [9, 6, 36, 24]}]', "answer": "Left"}
+    box = "<loc0102><loc0102><loc0512><loc0512>"
+    assert pp(found | {"question": "detect liver"})["suffix"] == f"{box} liver"
+    assert pp(found | {"question": "ground Where is it?"})["suffix"] == f"Left {box}"
+    assert pp(found | {"question": "Where is it?"})["suffix"] == "Left"
+    assert pp(found | {"question": "detect liver", "boxes": ""})["suffix"] == "Left"
+
+
+@pytest.mark.parametrize(
+    "text", ["liver", "{}", "[1]", '[{"a": [1, 2, 3]}]', '[{"a": [1, 2, 3, "4"]}]', '[{"a": [1, 2, 3, NaN]}]']
+)
+def test_boxes_of_a_table_that_are_refused(text):
+    with pytest.raises(ValueError, match="key 'boxes'"):
+        get_preprocess_fn("objects")(row([]) | {"boxes": text})
+
+
 def test_prompts_by_task():
     pp = get_preprocess_fn('task_prompt("answer en {question}")')
     assert pp({"question": "detect liver"})["prefix"] == "detect liver"
