@@ -30,7 +30,11 @@ def answer_losses(model, params, batch, *, chunk=16) -> tuple[jax.Array, jax.Arr
       `_mask` is False, whatever is in these rows.
     """
     mask_loss = batch["mask_loss"][:, 1:]
+    length = -(-mask_loss.shape[1] // chunk) * chunk
     positions, weights, _ = losses.supervised_positions(mask_loss, None)  # all, those with a loss first
+    counted = weights > 0
+    if "_mask" in batch:
+        counted &= batch["_mask"][:, None]
     variables = {"params": params}
     x, _ = model.apply(
         variables,
@@ -42,13 +46,17 @@ def answer_losses(model, params, batch, *, chunk=16) -> tuple[jax.Array, jax.Arr
         pre_logits=True,
     )
     labels = jnp.take_along_axis(batch["text"][:, 1:], positions, axis=1)
+    x, labels, used = (
+        jnp.pad(a, ((0, 0), (0, length - a.shape[1]), *((0, 0),) * (a.ndim - 2))) for a in (x, labels, counted)
+    )
 
-    def compute_logits(x):
-        return model.apply(variables, x, method="compute_logits")
+    def add(i, sums):
+        part = [jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1) for a in (x, labels, used)]
+        logits = model.apply(variables, part[0], method="compute_logits")
+        # Not by multiplication: a position that doesn't count may be NaN.
+        return sums + jnp.where(part[2], losses.cross_entropy(logits, part[1]), 0.0).sum(axis=1)
 
-    nll = losses.chunked_cross_entropy(compute_logits, x, labels, chunk)
-    counted = weights > 0
-    if "_mask" in batch:
-        counted &= batch["_mask"][:, None]
-    # Not by multiplication: an unsupervised position may be NaN.
-    return jnp.where(counted, nll, 0.0).sum(axis=1), counted.sum(axis=1, dtype=jnp.int32)
+    counts = counted.sum(axis=1, dtype=jnp.int32)
+    # As many positions as the longest answer needs: most are short, and a vocabulary is long.
+    chunks = -(-jnp.max(counts) // chunk)
+    return jax.lax.fori_loop(0, chunks, add, jnp.zeros(len(counts), jnp.float32)), counts
