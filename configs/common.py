@@ -224,8 +224,8 @@ def loss_eval(
     resize="bilinear",
     **kw,
 ) -> dict[str, Any]:
-    """A section of config.evals: the loss on a split, with the texts of training (c.text_len). It is one pass, a small
-    part of what generating answers costs.
+    """A section of config.evals: the loss on a split, with the texts of training (c.text_len). It is one pass,
+    without generating anything, and no control asks again.
 
     Arguments as of `vqa_eval`; `answer` is the key of what the model is trained to answer.
     """

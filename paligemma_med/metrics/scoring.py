@@ -71,7 +71,6 @@ GROUPS = ("turn", *row_keys.GROUPS)
 MAX_VALUES = 30  # a key with more values than this is a description, not a group
 NAMES = ("box_name",)  # groups of any number
 
-_TOTALS = {**text_metrics.TOTALS, **coco.TOTALS}
 _FORMS = dict(acc=answers.normalise, acc_strict=answers.strict, acc_set=answers.as_set)
 
 
@@ -287,8 +286,8 @@ def _letters(rows, samples):
 def _figures(values, clusters):
     out, totals = {}, {}
     for name, x in values.items():
-        if name in _TOTALS:
-            runs = [_TOTALS[name](x[:, i]) for i in range(x.shape[1])]
+        if total := text_metrics.TOTALS.get(name) or coco.TOTALS.get(name):
+            runs = [total(x[:, i]) for i in range(x.shape[1])]
             totals |= {name: runs[0]} | (_runs(name, np.array([runs])) if len(runs) > 1 else {})
             continue
         known = ~np.isnan(x[:, 0])  # by other programs' protocols figures are of some questions alone
