@@ -64,7 +64,8 @@ def convert(
       adapter_dir: an adapter that is added to the weights of `src` first.
       part: "img", "connector" or "llm", to write only that part.
       overwrite: replace what is at `dst`, if it has the same form.
-      base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to.
+      base_model: for a PEFT adapter, the name of the Hugging Face model that it belongs to; by default the one that a
+        run began with by its name on the Hub.
       key_style: of a PEFT adapter, as in `peft.save_adapter`.
       base, allow_nonfinite: as in `checkpoints.open_params`.
       processor: for "hf", a folder whose tokenizer and processor are copied, as in `hf.save_hf`.
@@ -96,6 +97,7 @@ def convert(
         params, specs = adapter.insert_adapter(params, forms.load_adapter(adapter_dir, allow_nonfinite=allow_nonfinite))
     elif merge or to in forms.ADAPTERS or (to == "hf" and family is None and rules):
         specs = _specs_of(src, params, rules)
+    base_model = base_model or _base_of(src)
     peft_kw = dict(base_model=base_model, key_style=key_style)
     if to in forms.ADAPTERS:
         found = adapter.extract_adapter(adapter.rules_of(adapter.Adapter(specs, {})), params)
@@ -171,6 +173,13 @@ def _beside(src, config, has_none, theirs, processor):
 
 def _is_run(src):
     return not compose.parts_of(src) and checkpoints.kind_of(src) == "workdir"
+
+
+def _base_of(src):
+    """The name on the Hub of the (language) model that a run began with; None if it has none."""
+    init = _config_of_run(src).get("model_init") if _is_run(src) else None
+    name = hub.parse((compose.parts_of(init) or {"llm": init})["llm"])
+    return name.repo if name and name.is_said else None
 
 
 def _card(src, kind, base_model, of_paligemma=False):
@@ -298,6 +307,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("download", False, cli.DOWNLOAD)
     config_flags.DEFINE_config_file("config", None, "Experiment to whose model the weights are fitted.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at DST, if it has the same form.")
-    flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts.")
+    flags.DEFINE_string("base_model", None, "--to=peft: name of the Hugging Face model it adapts; default: the run's.")
     flags.DEFINE_enum("key_style", None, peft.KEY_STYLES, "--to=peft: transformers that names are from.")
     app.run(main, flags_parser=cli.parse_flags)

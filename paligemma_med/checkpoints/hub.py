@@ -19,6 +19,8 @@ from paligemma_med.pp import files
 
 PREFIX = "hf:"
 FETCHED = ("*.safetensors", "*.json")
+# What reading needs: other programs, which fetch less of the rest, fill the same cache.
+_READ = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 _PART = r"[A-Za-z0-9](?:[\w-]|\.(?!\.)){0,95}"
 _NAME = re.compile(rf"({PREFIX})?({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?", re.ASCII)
 _FILES = (".npz", ".safetensors", ".json", ".bin", ".pt", ".pth")  # how names of models don't end
@@ -122,7 +124,8 @@ def _fetch_one(spec, name):
     except Exception as e:  # as above
         kinds = {kind.__name__ for kind in type(e).__mro__}
         why = next((text for kind, text in _WHY.items() if kind in kinds), files.reason(e))
-        raise CheckpointError(f"{spec} can't be fetched from the Hugging Face Hub: {why}") from e
+        isnt = "" if name.is_said else "isn't here, and "
+        raise CheckpointError(f"{spec} {isnt}can't be fetched from the Hugging Face Hub: {why}") from e
     found = [n for _, _, names in os.walk(folder) for n in names]
     if not fnmatch.filter(found, FETCHED[0]):
         raise CheckpointError(
@@ -153,5 +156,5 @@ def _snapshot(name, is_local):
     except ImportError as e:
         raise _Missing(_WHY["_Missing"]) from e
     return huggingface_hub.snapshot_download(
-        name.repo, revision=name.revision, allow_patterns=[*FETCHED], local_files_only=is_local
+        name.repo, revision=name.revision, allow_patterns=[*(_READ if is_local else FETCHED)], local_files_only=is_local
     )

@@ -21,6 +21,7 @@ from paligemma_med.config import files as config_files
 from paligemma_med.training import run_files
 from tests.checkpoints.trees import assert_same
 from tests.models import hf as reference
+from tools import convert_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -127,6 +128,7 @@ def test_a_run_stays_with_the_commit_that_it_started_from(cache):
         saved.save(1, {"img/head/bias": np.zeros(2, np.float32)}, {})
     (cache / "cache/models--owner--tiny/refs/main").write_text("f" * 40)
     assert run_files.with_pinned_init(config, str(run)).model_init == f"hf:owner/tiny@{COMMIT}"
+    assert convert_checkpoint._base_of(str(run)) == "owner/tiny"
     other = ml_collections.ConfigDict(dict(model_init="owner/other"))
     assert run_files.with_pinned_init(other, str(run)).model_init == "owner/other"
 
@@ -226,7 +228,7 @@ runpy.run_module("tools.convert_checkpoint", run_name="__main__", alter_sys=True
     before, _, after = run.stdout.partition("now\n")
     assert before.count("--download fetches it") == 4
     gated, none, pickled, found = after.splitlines()
-    assert "owner/gated can't be fetched" in gated and "accept the terms on its page" in gated
+    assert "owner/gated isn't here, and can't be fetched" in gated and "accept the terms on its page" in gated
     assert "no model of that name" in none and "owner/pickled has no safetensors" in pickled
     assert found == "Wrote w.npz." and server.asked[0] == "/api/now"
     npz.save_npz(tmp_path / "want.npz", reference.reference("mqa")[3], dtype="bfloat16")
