@@ -282,6 +282,20 @@ def test_a_model_that_must_have_an_image_is_told_from_a_server_that_is_gone(data
     assert metrics["model/overall/acc"] == 7 / 8
 
 
+def test_what_programs_read_differently_is_sent_as_8_bits(data, tmp_path):
+    PIL.Image.fromarray(np.full((9, 8), 200 << 8, np.uint16)).save(tmp_path / "films" / "20.png")
+    sent = {}
+
+    def seen(texts):
+        image = PIL.Image.open(io.BytesIO(base64.b64decode(texts["image_url"].partition(",")[2])))
+        sent[image.size] = image.mode, np.asarray(image.convert("L")).max()
+        return "yes"
+
+    with servers.FakeModel(seen) as model:
+        run(data, tmp_path / "out", model.url, controls=[])
+    assert sent[8, 9] == ("RGB", 199)  # 51,200 of 65,535
+
+
 def test_an_image_of_many_questions_is_decoded_once(data, tmp_path, monkeypatch):
     own, seen = pictures.own, []
     monkeypatch.setattr(pictures, "own", lambda content: [seen.append(content), own(content)][1])

@@ -9,6 +9,7 @@ columns A, B, …).
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 import string
@@ -62,7 +63,7 @@ def read(path) -> File:
     if not records:
         raise ValueError(f"{path} has no rows.")
     if all("doc_id" in r and ("filtered_resps" in r or "resps" in r) for _, r in records):
-        kind, rows = "lmms-eval", [_sample(r, where) for where, r in records]
+        kind, rows = "lmms-eval", _without_instruction([_sample(r, where) for where, r in records])
     else:
         columns = _columns(path, records)
         kind = "VLMEvalKit" if columns["question_id"] and str(columns["question_id"]).lower() == "index" else "table"
@@ -180,6 +181,17 @@ def _sample(record, where):
     if isinstance(choices, list) and _is_letter(letter, choices) and all(isinstance(x, str) for x in choices):
         row |= {"choices": choices, row_keys.ANSWER_LETTER: letter}
     return row
+
+
+def _without_instruction(rows):
+    """Questions that are whole prompts, without the last lines in which all are alike, such as "Use a single word."."""
+    prompts = [row["prompt"] for row in rows]
+    alike = os.path.commonprefix([text[::-1] for text in prompts])[::-1]
+    tail = alike[alike.find("\n") :] if "\n" in alike else ""
+    if tail and len(rows) > 1 and all(len(text) > len(tail) for text in prompts):
+        for row in rows:
+            row["question"] = row["question"].removesuffix(tail)
+    return rows
 
 
 def _is_letter(letter, choices):

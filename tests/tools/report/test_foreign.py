@@ -150,6 +150,17 @@ def test_samples_of_every_version_are_read(tmp_path, nested):
     assert found["answer_type"] == "CLOSED" and found["image_id"] is None
 
 
+def test_an_instruction_behind_all_questions_is_no_part_of_them(tmp_path):
+    asked = ["Is it?\nSay yes\nor no.", "Is there\nany?\nSay yes\nor no."]
+    lines = [SAMPLE | dict(doc_id=i, input=text) for i, text in enumerate(asked)]
+    found = foreign_files.read(write_samples(tmp_path / "a.jsonl", lines)).rows
+    assert [r["question"] for r in found] == ["Is it?", "Is there\nany?"] and [r["prompt"] for r in found] == asked
+    found = foreign_files.read(write_samples(tmp_path / "a.jsonl", lines[:1])).rows
+    assert found[0]["question"] == asked[0]
+    same = [SAMPLE | dict(doc_id=i, input="Is it?\nSay.") for i in range(2)]
+    assert foreign_files.read(write_samples(tmp_path / "a.jsonl", same)).rows[0]["question"] == "Is it?"
+
+
 def test_ids_of_metrics_that_repeat_give_way_to_places(tmp_path):
     lines = [SAMPLE | dict(doc_id=i, m=dict(id="same")) for i in range(2)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -273,7 +284,7 @@ def test_lines_have_the_keys_that_their_programs_look_for(tmp_path, exported):
     assert (line["doc_id"], line["target"], line["filtered_resps"], line["score"]) == (1, "yes", "yes", 1.0)
     path = export_predictions.export(exported[1], "vlmevalkit", tmp_path / "out", task="SLAKE")
     assert path.name == "a_SLAKE.xlsx"
-    lines = list(openpyxl.load_workbook(path).active.iter_rows(values_only=True))
+    lines = list(openpyxl.load_workbook(path, data_only=True).active.iter_rows(values_only=True))
     assert lines[0][:3] == ("index", "question", "answer") and lines[0][-1] == "prediction"
     assert lines[1][0] == "q0" and lines[5][-1] == "=5 cm"
 
