@@ -220,6 +220,16 @@ def test_questions_that_ours_lack_are_said(tmp_path):
     assert "majority answer" not in table(found, "1 answer a question, decoded")["overall"]
 
 
+def test_a_question_with_another_truth_is_another_question(tmp_path):
+    made = rows(samples=1)
+    save(tmp_path / "a", made)
+    lines = theirs(made, ["yes"] * 12)
+    lines[2]["target"] = "maybe"
+    found = foreign.load(write_samples(tmp_path / "s.jsonl", lines), evaluations.load_all([tmp_path / "a"]))
+    assert found.evaluation.problems == ["1 of 12 questions aren't those of a, slake_test (2)"]
+    assert len(found.shared.rows) == 11 and found.evaluation.metrics["model/overall/acc"] == 11 / 12
+
+
 # --- Ours in their formats, and back ---
 
 
@@ -274,6 +284,13 @@ def test_choices_and_samples_survive(tmp_path):
         e = foreign.load(export_predictions.export(folder, to, tmp_path / to), []).evaluation
         assert e.metrics["model/overall/acc_letter"] == ours["model/overall/acc_letter"] == 2 / 3
         assert e.samples == (2 if to == "lmms-eval" else 1)
+
+
+def test_the_truth_of_choices_is_their_letter():
+    line = export_predictions.line(row(0, ["MRI"], "MRI", choices=["CT", "MRI"], answer_letter="B"))
+    assert {k: line[k] for k in ("A", "B", "answer", "prediction")} == dict(
+        A="CT", B="MRI", answer="B", prediction="MRI"
+    )
 
 
 def test_lines_have_the_keys_that_their_programs_look_for(tmp_path, exported):
