@@ -26,7 +26,8 @@ class Desk(asking.Desk):
     has_turns = True
 
     def __init__(self):
-        super().__init__(types.SimpleNamespace(weights="ready answers"))
+        pp = types.SimpleNamespace(pp="decode")
+        super().__init__(types.SimpleNamespace(weights="ready answers", pp=pp))
         self.doing, self.asked, self.answers = "answering", [], {}
 
     def ask(self, image, question, history):
@@ -257,6 +258,28 @@ def test_what_goes_wrong_is_told_in_the_page(browser, server):
     assert browser.text("#error") == "This question can't be asked."
     assert len(browser.problems) == 2 and all("400 (Bad Request)" in x for x in browser.problems)
     browser.problems.clear()
+
+
+def test_without_dialogues_and_without_a_server(opened, tmp_path):
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "film.png")
+    with serve.Server(0) as server:
+        server.desk = Desk()
+        server.desk.has_turns, server.desk.keep = False, str(tmp_path)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        opened.resize(1280, 900)
+        opened.open(server.address)
+        assert "the model never reads earlier questions" in opened.text("#alone")
+        assert opened.count("#history") == opened.count("#examples") == 0
+        assert "kept in the folder of --keep" in opened.text(".banner")
+        opened.upload("#file", tmp_path / "film.png")
+        opened.wait("document.activeElement.id == 'question'")
+        ask(opened, "Which organ?", "!document.getElementById('go').ariaDisabled")
+        assert server.desk.asked == [("1", "Which organ?", False)] and opened.problems == []
+        server.shutdown()
+    opened.js("document.getElementById('question').focus()")
+    opened.key("Enter")
+    opened.wait("!document.getElementById('error').hidden")
+    assert opened.text("#error") == "The program doesn’t answer: has it ended? Its terminal says more."
 
 
 def test_names_and_contrast(browser):
