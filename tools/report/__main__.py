@@ -45,8 +45,8 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8, al
     Raises:
       ValueError: something can't be read.
     """
-    curves = losses.read(workdirs)
-    with_losses = {c.folder for c in curves}  # a run may have no other evaluation
+    curves, evaluated = losses.read(workdirs), losses.read_evaluated(workdirs)
+    with_losses = {x.folder for x in (*curves, *evaluated)}  # a run may have no other evaluation
     found = evaluations.load_all(
         [p for p in workdirs if evaluations.is_evaluated(p) or str(pathlib.Path(p)) not in with_losses]
     )
@@ -65,7 +65,7 @@ def make(workdirs, *, compare=(), foreign=(), data_dir=None, num_questions=8, al
         out.append(paper.section(found, sections.judge_entry, lambda e: lookup_of(e).column("location")))
     if beside := published.section(found, all_published):
         out.append(beside)
-    out += [losses.section(curves)] if curves else []
+    out += [losses.section(curves, evaluated)] if with_losses else []
     for a, b in _pairs(found, workdirs, compare):
         out.append(sections.compare(a, b))
     for e in found:

@@ -1,6 +1,7 @@
 """Evaluation loss over tokens seen, a curve a run: the main paper's figure 5 (papers/001), of our own runs.
 
-Read from metrics.jsonl, where a run with an eval of type perplexity logs both.
+Read from metrics.jsonl, where a run with an eval of type perplexity logs both. What such an eval left last, or
+`evaluate` afterwards, stands in eval/<name>/losses.jsonl, from which its figures are made anew.
 """
 
 import dataclasses
@@ -8,7 +9,12 @@ import math
 import pathlib
 
 from paligemma_med.checkpoints import step_lines
+from paligemma_med.evaluation import results
+from paligemma_med.metrics import losses
+from paligemma_med.pp import json_text
 from tools.report import blocks, plots
+
+LOSSES = "losses.jsonl"
 
 
 @dataclasses.dataclass
@@ -27,15 +33,67 @@ class Curve:
     points: list
 
 
+@dataclasses.dataclass
+class Evaluated:
+    """One eval/<name>/losses.jsonl.
+
+    folder, run, name: as of `Curve`; figures: of `metrics.losses`, made from its rows; about: what metrics.json says;
+    problems: sentences.
+    """
+
+    folder: str
+    run: str
+    name: str
+    figures: dict
+    about: dict
+    problems: list
+
+
 def read(workdirs) -> list[Curve]:
     """The curves of these workdirs; [] where none has logged any."""
-    paths = [pathlib.Path(path) for path in workdirs]
-    labels = [path.resolve().name for path in paths]
     out = []
-    for path, label in zip(paths, labels):
-        run = label if labels.count(label) == 1 else str(path)
+    for path, run in _runs(workdirs):
         out += _of_run(str(path), run, [row for _, row in step_lines.read(path / "metrics.jsonl")])
     return out
+
+
+def read_evaluated(workdirs) -> list[Evaluated]:
+    """The evaluations of a loss in these workdirs; ValueError names a file and row that can't be read."""
+    out = []
+    for path, run in _runs(workdirs):
+        for file in sorted(path.glob(f"eval/**/{LOSSES}")):
+            name = file.parent.relative_to(path / "eval").as_posix()
+            out.append(_evaluated(str(path), run, name, file))
+    return out
+
+
+def _runs(workdirs):
+    """[(path, short name)] of the workdirs."""
+    paths = [pathlib.Path(path) for path in workdirs]
+    labels = [path.resolve().name for path in paths]
+    return [(path, label if labels.count(label) == 1 else str(path)) for path, label in zip(paths, labels)]
+
+
+def _evaluated(folder, run, name, file):
+    rows = results.read_rows(file)
+    for number, row in enumerate(rows, 1):
+        loss, tokens = row.get("loss"), row.get("tokens")
+        if not isinstance(loss, int | float) or type(tokens) is not int or tokens < 0 or "question_id" not in row:
+            raise ValueError(
+                f"{file}, line {number}: loss is {json_text.name_of(loss)}, tokens is {json_text.name_of(tokens)}; "
+                "expected a number, a whole number, and a question_id."
+            )
+    stored, about, problems = {}, {}, []
+    try:
+        stored, about = results.read_metrics(file.parent / results.METRICS)
+    except (OSError, ValueError) as e:
+        problems.append(f"metrics.json can't be read: {e}")
+    groups = about.get("groups")
+    figures = losses.summarise(rows, groups if isinstance(groups, list) else losses.GROUPS)
+    wrong = [k for k, x in stored.items() if k in figures and not math.isclose(x, figures[k], rel_tol=1e-9)]
+    if wrong:
+        problems.append(f"metrics.json does NOT follow from {LOSSES}: {wrong[0]} is {stored[wrong[0]]}")
+    return Evaluated(folder, run, name, figures, about, problems)
 
 
 def _of_run(folder, run, rows):
@@ -53,15 +111,38 @@ def _of_run(folder, run, rows):
     return [Curve(folder, run, name, group, points) for (name, group), points in curves.items()]
 
 
-def section(curves) -> blocks.Section:
-    """A figure for each evaluation, with a panel for each answer type, and a table of all; one curve or more."""
+def section(curves, evaluated=()) -> blocks.Section:
+    """A table of what was evaluated; a figure for each evaluation with curves, with a panel for each answer type, and
+    a table of these. There is one or more of either."""
     parts = [
         blocks.Text(
             "Evaluation loss: nats a token of the true answers, the mean over examples of each one's mean over its "
             "tokens; bands are 95 % intervals by images. Tokens seen: of questions and answers, padding and images not "
-            "counted, again in every epoch. Curves compare between models with one tokenizer and prompts of one kind."
+            "counted, again in every epoch. Losses compare between models with one tokenizer and prompts of one kind."
         )
     ]
+    parts += [blocks.Warning(f"{e.run}, {e.name}: {problem}.") for e in evaluated for problem in e.problems]
+    return blocks.Section("Evaluation loss", [*parts, *_of_curves(curves), *_of_evaluated(evaluated)])
+
+
+def _of_evaluated(evaluated):
+    rows = []
+    for e in evaluated:
+        for group in [key.removeprefix("n") for key in e.figures if key == "n" or key.startswith("n/")]:
+            ends = (e.figures.get(f"avg_{end}{group}") for end in ("low", "high"))
+            cells = [_loss((0, e.figures[f"avg{group}"], *ends))]
+            cells += [f"{e.figures[name + group]:.3f}" for name in ("per_token", "sum", "perplexity")]
+            counts = [f"{e.figures[name + group]:,}" for name in ("tokens", "n")]
+            rows.append([e.run, e.name, _title(group), str(e.about.get("split") or "?"), *cells, *counts])
+    if not rows:
+        return []
+    head = ["run", "evaluation", "questions", "split", "mean of examples", "mean of tokens", "nats an answer"]
+    head += ["perplexity", "tokens", "n"]
+    return [blocks.Table(head, rows, "Evaluated last", ["95 % in brackets, by images."], left=4)]
+
+
+def _of_curves(curves):
+    parts = []
     rows = []
     for name in dict.fromkeys(c.name for c in curves):
         of_name = [c for c in curves if c.name == name]
@@ -82,8 +163,9 @@ def section(curves) -> blocks.Section:
             cells = [f"{len(c.points):,}", f"{last[0]:,}", _loss(last), _loss(best), f"{best[0]:,}"]
             rows.append([name, _title(c.group), c.run, *cells])
     head = ["evaluation", "questions", "run", "times", "tokens seen", "last loss", "lowest loss", "at tokens"]
-    parts.append(blocks.Table(head, rows, "Losses", ["95 % in brackets, by images."], left=3))
-    return blocks.Section("Evaluation loss", parts)
+    if rows:
+        parts.append(blocks.Table(head, rows, "While training", ["95 % in brackets, by images."], left=3))
+    return parts
 
 
 def _title(group):
