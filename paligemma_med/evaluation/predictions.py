@@ -44,6 +44,7 @@ _COUNT = ("a whole number", _is_count)
 _FORMS = {
     "question_id": ("a text or a whole number", _is_id),
     **dict.fromkeys(("question", "prompt", "answer", "answer_type"), _TEXT),
+    row_keys.ACCEPTED: _TEXT,
     "predictions": _TEXTS,
     "logprobs": _NUMBERS,
     "choices": _TEXTS,
