@@ -73,6 +73,7 @@ class Desk:
 
     def __init__(self, loaded: Loaded, *, keep=None, max_new_tokens=64, **kw):
         self.loaded, self.keep, self.max_new_tokens, self.kw = loaded, keep, max_new_tokens, kw
+        self.window = ops_image.window_of(loaded.pp.pp)  # of DICOM files in which none is chosen; None: their own
         self.doing = ""  # what the model is at, in words
         self._images, self._asked = collections.OrderedDict(), collections.OrderedDict()
         self._count = _lines(keep) if keep else 0
@@ -107,8 +108,8 @@ class Desk:
             if len(show) > 100 or not (choice.frame or "1").isdigit():
                 raise images_lib.ImageError(f"{show:.100}: expected one frame and one window")
             with self._reader:  # one at a time: decoding takes several times the pixels' memory
-                window = choice.window or ops_image.window_of(self.loaded.pp.pp)
-                found = images_lib.decode(content, frame=int(choice.frame or 1) - 1, window=window)
+                frame, window = int(choice.frame or 1) - 1, choice.window or self.window
+                found = images_lib.decode(content, frame=frame, window=window)
                 frames, has_windows = images_lib.frames(content), dicom.is_dicom(content)
         except images_lib.ImageError as e:
             raise ValueError(f"the file {name}: {e}") from None

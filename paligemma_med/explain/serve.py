@@ -106,6 +106,7 @@ class Server(http.server.ThreadingHTTPServer):
                 **kw,
                 names=names,
                 windows=list(windows.PRESETS),
+                window=self.desk.window and (self.desk.window.name or "{:g}, {:g}".format(*self.desk.window[:2])),
                 limits=limits,
                 weights=page.clean(self.desk.loaded.weights),
                 has_turns=self.desk.has_turns,

@@ -25,8 +25,8 @@ class Desk(asking.Desk):
 
     has_turns = True
 
-    def __init__(self):
-        pp = types.SimpleNamespace(pp="decode")
+    def __init__(self, pp="decode"):
+        pp = types.SimpleNamespace(pp=pp)
         super().__init__(types.SimpleNamespace(weights="ready answers", pp=pp))
         self.doing, self.asked, self.answers = "answering", [], {}
 
@@ -263,12 +263,13 @@ def test_what_goes_wrong_is_told_in_the_page(browser, server):
 def test_without_dialogues_and_without_a_server(opened, tmp_path):
     PIL.Image.new("RGB", (9, 9)).save(tmp_path / "film.png")
     with serve.Server(0) as server:
-        server.desk = Desk()
+        server.desk = Desk('window("soft tissue")|decode')
         server.desk.has_turns, server.desk.keep = False, str(tmp_path)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         opened.resize(1280, 900)
         opened.open(server.address)
         assert "the model never reads earlier questions" in opened.text("#alone")
+        assert opened.js("document.getElementById('window').options[0].text") == "as in the run’s config: soft tissue"
         assert opened.count("#history") == opened.count("#examples") == 0
         assert "kept in the folder of --keep" in opened.text(".banner")
         opened.upload("#file", tmp_path / "film.png")
