@@ -1,12 +1,13 @@
 """`metrics.peers` against the programs' own code, on demand: `PALIGEMMA_MED_PEERS` names a folder with their checkouts
-(lmms-eval, MedEvalKit, MultiMedEval, PeFoMed and `mathruler`), `PALIGEMMA_MED_PREDICTIONS` optionally a
-predictions.jsonl.
+(lmms-eval, MedEvalKit, MultiMedEval, PeFoMed, Multi-Modality-Arena and `mathruler`), `PALIGEMMA_MED_PREDICTIONS`
+optionally a predictions.jsonl.
 
 Only the functions that score are taken from their files: the rest would bring models and servers.
 """
 
 import ast
 import collections
+import difflib
 import importlib.util
 import math
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from paligemma_med.evaluation import results
-from paligemma_med.metrics import peers
+from paligemma_med.metrics import peers, protocols
 
 pytestmark = pytest.mark.slow
 ANSWERS = """
@@ -164,6 +165,20 @@ def test_multimedeval():
         ),
         rel=1e-12,
     )
+
+
+def test_omnimedvqa():
+    path = "MedicalEval/Question-answering_Score/utils/medicalqa.py"
+    names = {"MedicalEval", "find_most_similar_index", "str_similarity"}
+    module = theirs("Multi-Modality-Arena", path, names, difflib=difflib)
+    choices = [text for text in TEXTS if text][:20]
+    for n in (2, 3, 4):
+        for i in range(len(choices) - n):
+            some = choices[i : i + n]
+            row = dict(zip(("option_A", "option_B", "option_C", "option_D"), some)) | dict(gt_answer=some[-1])
+            for said in TEXTS:
+                _, right = module.MedicalEval([row | dict(model_pred=said)])
+                assert protocols.qa_score(said, some, some[-1]) == right, (some, said)
 
 
 def test_pefomed():
