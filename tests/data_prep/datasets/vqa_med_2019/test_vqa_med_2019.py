@@ -39,6 +39,10 @@ def release(tmp_path):
     return root
 
 
+def checked(release, tmp_path, **kw):
+    return made.checked(layout.read_folder(release), release, tmp_path / "work", **kw)
+
+
 def edit(path, *changes):
     text = path.read_text()
     for old, new in changes:
@@ -123,20 +127,20 @@ def test_odd_lines_are_dropped_or_told(release, tmp_path):
         ("synpic1|what is Modality of 1?|a (Modality)", "synpic1|another question?|x|y"),
         ("of 2?|a (Modality)", "of 2?| "),
     )
-    report, splits = made.built("vqa_med_2019", release, tmp_path / "d")
+    report, rows = checked(release, tmp_path)
     book = report["splits"]["train"]
     assert (book["rows_read"], book["rows_kept"]) == (12, 10)
     assert book["dropped"]["another number of parts between | than expected"]["first"] == ["train_1"]
     assert book["dropped"]["no answer"]["first"] == ["train_3"]
     assert book["flags"]["category unknown: not in QAPairsByCategory"]["first"] == ["train_2"]
-    assert splits["train"]["train_2"]["answer"] == "x|y"
+    assert rows["train_2"]["answer"] == "x|y"
 
 
 def test_leakage_is_told_by_content_and_answer(release, tmp_path):
     test = release / "VQAMed2019Test"
     (test / "VQAMed2019_Test_Images" / "synpic5.jpg").write_bytes(made.image(0))
     edit(test / "VQAMed2019_Test_Questions_w_Ref_Answers.txt", ("mri (t2)#flair", "a (organ)"))
-    report, _ = made.built("vqa_med_2019", release, tmp_path / "d")
+    report, _ = checked(release, tmp_path)
     shared = {kind: pairs["train+test"] for kind, pairs in report["shared"].items()}
     assert shared["image"] == {"count": 1, "first": ["synpic5"]}
     assert shared["answer about the same image"] == {"count": 1, "first": ["test_1"]}
@@ -150,13 +154,13 @@ def test_images_in_zip_files_and_missing_ones(release, tmp_path):
             z.write(path, path.name)
             path.unlink()
     (folder / "VQAMed2019_Test_Images").rmdir()
-    _, splits = made.built("vqa_med_2019", release, tmp_path / "d")
-    assert splits["test"]["test_2"]["image"] == made.image(6)
+    _, rows = checked(release, tmp_path)
+    assert len(rows) == 24
     (release / "ImageClef-2019-VQA-Med-Training" / "Train_images" / "synpic1.jpg").unlink()
     (release / "ImageClef-2019-VQA-Med-Training" / "Train_images" / "synpic2.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"1 of 9 images are missing, e.g. synpic1.jpg; .*--allow_missing"):
-        made.built("vqa_med_2019", release, tmp_path / "e")
-    report, splits = made.built("vqa_med_2019", release, tmp_path / "f", allow_missing_images=True)
+        checked(release, tmp_path)
+    report, _ = checked(release, tmp_path, allow_missing=True)
     assert {k: v["count"] for k, v in report["splits"]["train"]["dropped"].items()} == {
         "image missing": 4,
         "image broken": 4,
@@ -175,6 +179,6 @@ def test_folders_refused(release, tmp_path):
         layout.read_folder(release)
     test.unlink()
     with pytest.raises(DataError, match="nothing found of split test"):
-        made.built("vqa_med_2019", release, tmp_path / "d")
-    report, _ = made.built("vqa_med_2019", release, tmp_path / "d", allow_missing_images=True)
+        checked(release, tmp_path)
+    report, _ = checked(release, tmp_path, allow_missing=True)
     assert report["splits_left_out"] == ["test"]
