@@ -109,12 +109,12 @@ GPUS = {
     ),
 }
 
-# Bytes of memory of a chip; how Google calls its machines, which its compiler wants to know.
+# Bytes of memory of a chip; bytes a second of it; how Google calls its machines, which its compiler wants to know.
 TPUS = {
-    "v4": (32 * 2**30, "v4-8"),
-    "v5e": (16 * 2**30, "v5litepod-4"),
-    "v5p": (95 * 2**30, "v5p-8"),
-    "v6e": (32 * 2**30, "v6e-4"),
+    "v4": (32 * 2**30, 1.228e12, "v4-8"),
+    "v5e": (16 * 2**30, 0.819e12, "v5litepod-4"),
+    "v5p": (95 * 2**30, 2.765e12, "v5p-8"),
+    "v6e": (32 * 2**30, 1.64e12, "v6e-4"),
 }
 
 CUDNN = (9, 10, 0)  # the version whose kernels are asked for
@@ -135,6 +135,7 @@ class Chip:
       devices: compile-only devices, all of them.
       memory: bytes of each.
       options: (name, value) pairs for `jax.stages.Lowered.compile`.
+      bandwidth: bytes a second of each one's memory; None if unknown.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Chip:
     devices: tuple
     memory: int
     options: tuple
+    bandwidth: float | None = None
 
     @contextlib.contextmanager
     def target(self):
@@ -201,17 +203,18 @@ def _gpus(name, gpu, many):
     devices = _devices(
         name, "chips-gpu", platform="cuda", topology_name=name, topology=topology, target_config=spec(gpu)
     )
-    return Chip(name, "gpu", devices, gpu.memory, _GPU_OPTIONS)
+    return Chip(name, "gpu", devices, gpu.memory, _GPU_OPTIONS, gpu.bandwidth)
 
 
 def _tpus(name, kind, shape):
-    memory, machine = TPUS[kind]
+    memory, bandwidth, machine = TPUS[kind]
     # libtpu otherwise asks a metadata server who it is, for minutes.
     for variable, value in dict(
         TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=machine
     ).items():
         os.environ.setdefault(variable, value)
-    return Chip(name, "tpu", _devices(name, "chips-tpu", platform="tpu", topology_name=f"{kind}:{shape}"), memory, ())
+    devices = _devices(name, "chips-tpu", platform="tpu", topology_name=f"{kind}:{shape}")
+    return Chip(name, "tpu", devices, memory, (), bandwidth)
 
 
 def _devices(name, extra, **kw):

@@ -23,7 +23,7 @@ from jax.extend import core
 from paligemma_med import quantise, weights
 from paligemma_med.checkpoints import fingerprint
 from paligemma_med.models import flops
-from paligemma_med.parallel import chips, notes, sharding
+from paligemma_med.parallel import chips, compiled, hlo, notes, sharding
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import describe
 from paligemma_med.training import state as states
@@ -196,7 +196,8 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
     Returns:
       The printed figures: {what: GiB on one device}, "peak" among them, and "peak_elsewhere" if that
       differs on a GPU or TPU; "activations", which are a part of "temporary"; "tflops" of a step on all
-      devices together, and "tflops_executed", which counts what is recomputed as well.
+      devices together, and "tflops_executed", which counts what is recomputed as well. For chips that aren't here
+      also "bound", the least seconds of a step by the roofline model, or None.
 
     Raises:
       ValueError: the config can't train, or doesn't fit in hbm_gib.
@@ -238,6 +239,8 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
             f"most {elsewhere / 2**30:.3f}, a peak of {out['peak_elsewhere']:.3f}."
         )
     out |= _print_flops(setup)
+    if chips.target():
+        out |= _print_program(step)
     if hbm_gib is not None:
         on_cpu = devices[0].platform == "cpu"
         check_fit(parts, hbm_gib, setup, least=0 if on_cpu else start(setup, step.state))
@@ -258,6 +261,16 @@ def _print_flops(setup):
         seconds = executed * 1e12 / peak / len(devices)
         print(f"At the chip's peak a step would take {seconds:.3g} s.")
     return {"tflops": model, "tflops_executed": executed}
+
+
+def _print_program(step):
+    """What the compiled step does on one of the target's devices; see `parallel.compiled`."""
+    setup = step.setup
+    peak = flops.peak(setup.mesh.devices.flat[0], setup.config.get("peak_tflops"))
+    program, bandwidth = hlo.Program(step.compiled.as_text()), chips.target().bandwidth
+    print("What the compiled step does on each, kernels as chosen without trying them:")
+    print(compiled.described(program, peak, bandwidth), flush=True)
+    return {"bound": compiled.bound(program, peak, bandwidth).seconds}
 
 
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "nf4": 4}
