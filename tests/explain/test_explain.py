@@ -330,6 +330,8 @@ def test_mistakes_of_the_command_line(run, repo_root, tmp_path):
         ((question,), "Give --image or --image_dir."),
         ((f"--image={file}",), "Give --question."),
         ((f"--image={file}", question, "--questions=q.csv"), "--questions goes with --image_dir"),
+        (("--serve",), "--out doesn't go with --serve."),
+        ((f"--image={file}", question, "--port=0"), "--port and --keep go with --serve."),
         ((f"--image={tmp_path / 'no.png'}", question), "No such file or directory"),
         ((f"--image={file}", question, f"--out={tmp_path}"), "a folder; expected a file"),
         ((f"--image={file}", question, "--methods=magic"), "methods has ['magic']"),

@@ -107,6 +107,12 @@ def test_the_page_and_its_headers(server):
     assert headers["Cache-Control"] == "no-store"
 
 
+def test_a_port_that_is_taken(server):
+    port = server.server_address[1]
+    with pytest.raises(ValueError, match=f"--port={port}: .*0 takes a free one"):
+        serve.Server(port)
+
+
 @pytest.mark.parametrize(
     "method, rest, token, headers, status",
     [
