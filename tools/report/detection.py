@@ -42,7 +42,8 @@ def against(e) -> blocks.Table:
     for who in e.controls:
         gain, low, high, p = stats.paired_bootstrap(_iou(e, who), mine, e.clusters)
         ends = "–" if math.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
-        rows.append([figures.title_of(who), f"{100 * gain:+.1f} ({ends})", "–" if math.isnan(p) else f"{p:.3f}"])
+        chance = "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        rows.append([figures.title_of(who), f"{100 * gain:+.1f} ({ends})", chance])
     head = ["against", "gain in IoU, points (95 %)", "p, bootstrap"]
     return blocks.Table(head, rows, "The model's boxes against its controls", ["Paired; images are drawn."])
 
