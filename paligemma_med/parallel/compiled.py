@@ -219,29 +219,49 @@ def _kernel(program, x):
 
 def collectives(program: hlo.Program) -> list[Collective]:
     """All exchanges between devices, in the order in which they stand."""
-    out = []
+    out, callers = [], _callers(program)
+    pieces = collections.Counter()  # of exchanges that a TPU spreads over several kernels
+    for x, computation, _ in program.instructions():
+        pieces[_channel(x)] += callers.get(computation, ("", None))[0] == "spread"
     for x, computation, place in program.instructions():
         kind = x.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        how, start = callers.get(computation, ("", None))
+        if how in ("spread", "ended"):
+            continue
         into = sum(i.bytes for i in program.inputs(x, computation))
         made = x.bytes - (into if x.opcode == "all-gather-start" else 0)
         size = made if kind in ("all-gather", "collective-broadcast") else into
-        where, start = _around(program, x, computation)
-        work = _between(program, where, start) if start else 0
-        out.append(Collective(kind, size, place.times, place.loops > 0, bool(start), work, x.source))
+        work = 0
+        if how == "begun":
+            work = pieces[_channel(x)]
+        elif how == "async" or x.opcode.endswith("-start"):
+            work = _between(program, *(start if how == "async" else (computation, x)))
+        ahead = x.opcode.endswith("-start") or bool(how)
+        out.append(Collective(kind, size, place.times, place.loops > 0, ahead, work, x.source))
     return out
 
 
-def _around(program, x, computation):
-    """(the computation, the instruction) that starts `x` without waiting for it; ("", None) if nothing does."""
-    if x.opcode.endswith("-start"):
-        return computation, x
+def _channel(x):
+    found = re.search(r"channel_id=(\d+)", x.rest) if x.opcode in COLLECTIVES else None
+    return found and found[1]
+
+
+def _callers(program):
+    """{computation: (how an exchange in it runs, (where, what calls it))}: "async" in an asynchronous call. A TPU's
+    kernels begin it, do some of it beside a product ("spread") and end it, all of which name the exchange."""
+    out = {}
     for name, lines in program.computations.items():
-        for other in lines.values():
-            if other.opcode == "async-start" and computation in other.called("calls"):
-                return name, other
-    return "", None
+        for x in lines.values():
+            for inner in x.called("calls") if x.opcode in ("fusion", "async-start") else ():
+                if x.opcode == "async-start":
+                    out[inner] = ("async", (name, x))
+                elif inner.startswith("async_collective_fusion"):
+                    out[inner] = ("spread", (name, x))
+                elif x.name.startswith("async-collective-"):
+                    out[inner] = ("ended" if "-done" in x.name else "begun", (name, x))
+    return out
 
 
 def _between(program, computation, start):

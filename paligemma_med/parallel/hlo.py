@@ -199,6 +199,13 @@ class Program:
     def _length(self, loop):
         if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
             return int(found[1])
+        # A TPU's program doesn't say. JAX's loops of known length count from 0, by one, up to a number.
+        test = self.computations.get(next(iter(loop.called("condition")), ""), {})
+        root = next((x for x in test.values() if x.root), None)
+        if root and root.opcode == "compare" and "direction=LT" in root.rest and root.operands[1] in test:
+            if found := re.match(r"\((\d+)\)", test[root.operands[1]].rest):
+                if test[root.operands[1]].opcode == "constant":
+                    return int(found[1])
         self.unknown_loops += 1
         return 1
 

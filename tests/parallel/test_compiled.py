@@ -86,7 +86,14 @@ def test_a_program_is_read(loop):
     x = loop.computations["body"]["x"]
     assert x.arrays == (hlo.Array("bf16", (4, 8), space=1),) and x.target == "here" and x.operands == ()
     assert [p.name for p in loop.parameters] == ["w0", "kept0", "n"]
-    assert hlo.Program(LOOP.replace("known_trip", "other")).unknown_loops == 1
+
+
+def test_lengths_of_loops():
+    """Where it isn't said, what the loop's number is compared with."""
+    silent = hlo.Program(LOOP.replace("known_trip", "other"))
+    assert (silent.unknown_loops, silent.places["body"].times) == (0, 5)
+    open_end = hlo.Program(LOOP.replace("known_trip", "other").replace("direction=LT", "direction=NE"))
+    assert (open_end.unknown_loops, open_end.places["body"].times) == (1, 1)
 
 
 def test_products_and_their_types(loop):
@@ -198,6 +205,21 @@ def test_an_exchange_in_an_asynchronous_computation():
     )
     (found,) = [c for c in compiled.collectives(hlo.Program(text)) if c.kind == "reduce-scatter"]
     assert (found.bytes, found.begun_ahead, found.work) == (32, True, 1)
+
+
+def test_an_exchange_that_a_tpu_spreads_over_kernels_counts_once():
+    parts = dict(start="%cut.1", piece="%async_collective_fusion.7", done="%cut.2")
+    line = "  ROOT %g = f32[16]{0} all-gather(%p), channel_id=3, dimensions={0}\n"
+    inner = "".join(
+        f"{n} (p: f32[8]) -> f32[16] {{\n  %p = f32[8]{{0}} parameter(0)\n{line}}}\n\n" for n in parts.values()
+    )
+    calls = "  %v = f32[8]{0} constant({...})\n" + "".join(
+        f"  %{name} = f32[16]{{0}} fusion(%v), kind=kCustom, calls={parts[key]}\n"
+        for key, name in dict(start="async-collective-start", piece="fusion.7", done="async-collective-done").items()
+    )
+    text = LOOP.replace("ENTRY", inner + "ENTRY").replace("  %start =", calls + "  %start =")
+    (found,) = [c for c in compiled.collectives(hlo.Program(text)) if c.bytes == 64]
+    assert (found.kind, found.times, found.begun_ahead, found.work) == ("all-gather", 1, True, 1)
 
 
 def test_the_bound_is_the_larger_of_two(loop):
