@@ -99,7 +99,7 @@ def abstract_batch(config, size, where=None) -> dict[str, jax.ShapeDtypeStruct]:
     return {k: jax.ShapeDtypeStruct(*x, sharding=where) for k, x in shapes.items()}
 
 
-def _rows(setup):
+def rows_at_a_time(setup):
     """Examples that a device works on at a time."""
     config = setup.config
     parts = setup.mesh.shape[sharding.DATA_AXIS] * (config.get("grad_accum_steps") or 1)
@@ -109,7 +109,7 @@ def _rows(setup):
 def saved_bytes(setup: TrainingSetup, state: states.TrainState) -> int:
     """Bytes that the backward pass reads from the forward pass, without weights and batch, on one device: for
     its rows of a micro-batch (activations that sharding_rules cut count whole)."""
-    rows = _rows(setup)
+    rows = rows_at_a_time(setup)
     batch = abstract_batch(setup.config, rows)
     batch["row_weight"] = jax.ShapeDtypeStruct((rows,), "float32")
     loss_fn = train_step.make_loss_fn(setup.config, setup.model)
@@ -221,7 +221,7 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
         print(f"  {name:<18} {out[name]:9.3f}")
         if name == "temporary":
             print(
-                f"    activations kept for the backward pass of {_rows(setup)} "
+                f"    activations kept for the backward pass of {rows_at_a_time(setup)} "
                 f"examples: at most {out['activations']:.3f}"
             )
         if name == "batches":
@@ -290,7 +290,7 @@ def _advice(part, setup):
         ahead = ["config.input.prefetch"] if config.input.get("prefetch", 2) else []
         found = [f"lower {' or '.join(['config.input.batch_size', *ahead])}"]
     elif part == "temporary":
-        found = ["raise config.grad_accum_steps"] if _rows(setup) > 1 else []
+        found = ["raise config.grad_accum_steps"] if rows_at_a_time(setup) > 1 else []
         if not config.get("supervised_len"):
             found.append("set config.supervised_len")
         if not config.get("loss_chunk"):

@@ -1,0 +1,283 @@
+"""What a compiled train step shouldn't hold or do, looked for in its program.
+
+    python -m tools.audit --config=configs/stage1_slake.py --chip=h200
+    python -m tools.audit --config=configs/stage2_rocov2.py:micro=48,accum=1 --chip=h200:8 --save=step.hlo.gz
+
+No weights and no data are read, and no such chip is needed (`parallel.chips`). Without --chip the step is compiled for
+this machine. Each finding is a line; with any the program ends with status 1. Looked for are:
+
+    product     float32 × float32 in a bfloat16 model
+    weights     something of the size of all layers of a frozen kernel, or of the vocabulary table, made outside of a
+                fused kernel: a copy, a transpose, a conversion, dense values of quantised ones; of trained ones, copies
+    logits      an array of all text tokens × the vocabulary
+    donated     trained leaves or optimizer state whose memory no result takes
+    gathered    weights of more than one layer brought together; a layer's waited for as soon as they are asked for
+    recomputed  more products than the model's formula has (`models.flops`)
+"""
+
+import collections
+import contextlib
+import dataclasses
+import gzip
+import math
+import re
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from paligemma_med import cli
+from paligemma_med.parallel import chips, compiled, hlo, notes, sharding
+from paligemma_med.pp import command_line
+from paligemma_med.setup import TrainingSetup
+from paligemma_med.training import dry_run
+
+# Products in float32 that are meant: patterns of the operation of JAX that they come from.
+MEANT = ()
+# Products that only some programs have, such as a decomposed one's rest, and cuDNN's fifth product in attention.
+_MORE_FLOPS = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What shouldn't be. `bytes`: of it, once; for products FLOPs. `times`: how often in a step."""
+
+    check: str
+    what: str
+    bytes: float
+    times: int = 1
+
+    def __str__(self):
+        size = f"{self.bytes / 1e9:.4g} GFLOPs" if self.check in ("product", "recomputed") else _size(self.bytes)
+        return f"{self.check:<11} {size:>14} × {self.times:<4} {self.what}"
+
+
+def _size(n):
+    return f"{n / 2**20:.4g} MiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What of a step its program is held against.
+
+    Attributes:
+      leaves: {name: shape of the whole array}. vocab: rows of its table.
+      rows: examples that a device works on at a time. text_len: tokens of each. cut: devices that share the batch.
+      in_bfloat16: whether activations and frozen weights are.
+      flops: products of a step on one device, by the formula.
+      least: bytes below which a weight isn't looked at.
+    """
+
+    leaves: dict
+    vocab: int
+    rows: int
+    text_len: int
+    cut: int
+    in_bfloat16: bool
+    flops: float
+    least: int = 2**24
+
+
+def facts(step: dry_run.Step, least: int = 2**24) -> Facts:
+    """What a step is held against."""
+    setup = step.setup
+    config, state = setup.config, step.state
+    whole = config.get("frozen_dtype", "float32") != "float32"
+    return Facts(
+        leaves={n: x.shape for n, x in {**state.trained, **state.frozen}.items()},
+        vocab=setup.model.vocab_size,
+        rows=dry_run.rows_at_a_time(setup),
+        text_len=config.text_len,
+        cut=setup.mesh.shape[sharding.DATA_AXIS],
+        in_bfloat16=config.get("dtype") == "bfloat16" and whole,
+        flops=setup.flops_per_example.per_example_executed * config.input.batch_size / setup.mesh.size,
+        least=least,
+    )
+
+
+def audit(program: hlo.Program, of: Facts, overlaps: bool = True) -> list[Finding]:
+    """All that a compiled step shouldn't hold or do.
+
+    Args:
+      overlaps: whether exchanges can run beside kernels, as they can't on a CPU.
+    """
+    found = wide_products(program) if of.in_bfloat16 else []
+    found += whole_weights(program, of) + logits(program, of) + not_donated(program) + gathered(program, of, overlaps)
+    return found + recomputed(program, of)
+
+
+def wide_products(program: hlo.Program) -> list[Finding]:
+    """Products of two float32 factors. A CPU makes all of them so: give it the program as it was before XLA
+    (`before_xla`)."""
+    count = collections.Counter()
+    for p in compiled.products(program):
+        if p.types[:2] == ("f32", "f32") and not any(re.search(m, p.source) for m in MEANT):
+            count[_tail(p.source)] += p.flops * p.times
+    return [Finding("product", f"float32 × float32: {source}", flops) for source, flops in count.most_common()]
+
+
+def _tail(source, most=90):
+    return source if len(source) <= most else f"…{source[-most:]}"
+
+
+def before_xla(traced: jax.stages.Traced) -> hlo.Program:
+    """The program as XLA is given it."""
+    return hlo.Program(traced.lower().compiler_ir("hlo").get_hlo_module().to_string())
+
+
+# Give what is there under another name, or something that no kernel makes.
+_NAMES = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant", "copy-done")
+_MOVES = ("copy", "transpose", "convert", "copy-start")
+
+
+def _leaf(parameter):
+    """(group, name) of a parameter of the program: ("frozen", "llm/…"); ("", "") if it is no weight."""
+    found = re.match(r"(\w+)\[\\?'([^'\\]*)\\?'\]", parameter.source)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def _key(shape):
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def _is_table(shape, vocab):
+    return vocab in shape and len(shape) == 2
+
+
+def _stacks(program, of):
+    """{sorted local shape: (group, name)} of the weights that are looked for: all layers of kernels, and the table."""
+    out = {}
+    for group in ("trained", "frozen"):  # of a shape that both have, frozen ones are looked for
+        for p in program.parameters:
+            which, name = _leaf(p)
+            shape = of.leaves.get(name, ())
+            big = p.bytes >= of.least and (len(shape) >= 3 or _is_table(shape, of.vocab))
+            if which == group and big:
+                out[_key(p.arrays[0].shape)] = (group, name)
+    trained = {_key(of.leaves[n]) for g, n in map(_leaf, program.parameters) if g == "trained" and n in of.leaves}
+    return {k: v for k, v in out.items() if v[0] == "trained" or k not in trained}
+
+
+def _only_moves(program, x):
+    """Whether a kernel does no more than copy, transpose or convert."""
+    if x.opcode != "fusion":
+        return x.opcode in _MOVES
+    inner = [i.opcode for name in x.called("calls") for i in program.computations.get(name, {}).values()]
+    return bool(inner) and set(inner) <= {*_MOVES, "parameter", "bitcast", "reshape"}
+
+
+def whole_weights(program: hlo.Program, of: Facts) -> list[Finding]:
+    """Arrays of the size of all layers of a kernel, or of the table, that are written out. They are known by their
+    shape on one device, in any order of its axes."""
+    stacks, out = _stacks(program, of), []
+    for x, _, place in program.instructions(fused=False):
+        if x.opcode in _NAMES:
+            continue
+        for array in x.arrays[:1] if x.opcode.endswith("-start") else x.arrays:
+            group, name = stacks.get(_key(array.shape), ("", ""))
+            if group == "frozen" or (group == "trained" and _only_moves(program, x)):
+                how = x.opcode if x.opcode != "fusion" else f"fusion ({x.name})"
+                out.append(Finding("weights", f"{how} {array} of {name}", array.bytes, place.times))
+    return out
+
+
+def logits(program: hlo.Program, of: Facts) -> list[Finding]:
+    """Arrays of all text tokens × vocabulary that are written out. Under a table that is cut along the batch's axis
+    each device has its part of the vocabulary for the rows of all."""
+    parts = {of.vocab: 1, math.ceil(of.vocab / of.cut): of.cut}
+    count = collections.Counter()
+    for x, _, place in program.instructions(fused=False):
+        if x.opcode in _NAMES:
+            continue
+        for array in x.arrays:
+            for size, others in parts.items():
+                if size > 1 and size in array.shape and array.size >= of.rows * others * of.text_len * size:
+                    count[array] += place.times
+                    break
+    hint = "config.supervised_len or config.loss_chunk makes fewer"
+    return [Finding("logits", f"{a} of all text tokens; {hint}", a.bytes, n) for a, n in count.items()]
+
+
+def not_donated(program: hlo.Program) -> list[Finding]:
+    """Leaves of the state whose memory no result takes."""
+    out = []
+    for number, p in enumerate(program.parameters):
+        if p.source.startswith(("trained", "opt_state")) and number not in program.aliased:
+            out.append(Finding("donated", f"not written over: {p.source}", p.bytes))
+    return out
+
+
+def gathered(program: hlo.Program, of: Facts, overlaps: bool) -> list[Finding]:
+    """Weights of more than a layer gathered; gathers in loops that are waited for at once."""
+    sizes = {math.prod(s): n for n, s in of.leaves.items() if len(s) >= 3 or _is_table(s, of.vocab)}
+    out, waiting = [], collections.Counter()
+    for c in compiled.collectives(program):
+        if c.kind != "all-gather":
+            continue
+        for item in (1, 2, 4):
+            name = sizes.get(c.bytes // item)
+            if name and c.bytes >= of.least and c.bytes % item == 0:
+                out.append(Finding("gathered", f"all of {name}", c.bytes, c.times))
+                break
+        else:
+            if overlaps and c.in_loop and not c.work and c.bytes * c.times >= of.least:
+                waiting[c.bytes, _tail(c.source)] += c.times
+    late = [Finding("gathered", f"waited for at once: {s}", size, n) for (size, s), n in waiting.items()]
+    return out + late
+
+
+def recomputed(program: hlo.Program, of: Facts) -> list[Finding]:
+    """Whether there are more products than the formula has."""
+    flops = sum(p.flops * p.times for p in compiled.products(program))
+    if not of.flops or flops <= of.flops * _MORE_FLOPS or program.unknown_loops:
+        return []
+    what = f"{flops / 1e12:.4g} TFLOPs, {flops / of.flops:.3f} × the formula's"
+    return [Finding("recomputed", what, flops - of.flops)]
+
+
+@cli.command
+def main(argv) -> None:
+    del argv
+    values = flags.FLAGS
+    chip = None
+    if values.chip is not None:
+        jax.config.update("jax_platforms", "cpu")
+        chip = chips.find(values.chip)
+    found = run(values.config, chip, values.save)
+    if found:
+        sys.exit(1)
+
+
+def run(config, chip=None, save=None) -> list[Finding]:
+    """Compiles a step for `chip`, or for what is here, prints what is found and gives it.
+
+    Args:
+      save: file for the program's text, gzipped.
+    """
+    with chip.target() if chip else contextlib.nullcontext():
+        setup = TrainingSetup.without_data(config)
+        with notes.stage("compiling the train step"):
+            step = dry_run.compile_step(setup)
+        text = step.compiled.as_text()
+        program, of = hlo.Program(text), facts(step)
+        on_cpu = chips.backend() == "cpu"
+        found = audit(program, dataclasses.replace(of, in_bfloat16=of.in_bfloat16 and not on_cpu), not on_cpu)
+        if on_cpu and of.in_bfloat16:
+            found = wide_products(before_xla(dry_run.trace_step(setup).traced)) + found
+    if save:
+        with gzip.open(save, "wt", encoding="utf-8") as f:
+            f.write(text)
+    flops = sum(p.flops * p.times for p in compiled.products(program))
+    print(f"{len(found)} findings; products {flops / of.flops:.3f} × the formula's" if of.flops else len(found))
+    for finding in found:
+        print(finding)
+    return found
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
+    flags.DEFINE_string("chip", None, "Compile for this chip, not for what is here: h200, h200:8, v5e:4x4, …")
+    command_line.define_path("save", None, "Write the program's text there, gzipped.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=cli.parse_flags)
