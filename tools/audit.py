@@ -128,7 +128,8 @@ def before_xla(traced: jax.stages.Traced) -> hlo.Program:
 
 # Give what is there under another name, or something that no kernel makes.
 _NAMES = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "constant", "copy-done")
-_MOVES = ("copy", "transpose", "convert", "copy-start")
+_MOVES = ("copy", "transpose", "convert")
+_RESERVES = ("AllocateBuffer", "ConcatBitcast")  # of TPUs
 
 
 def _leaf(parameter):
@@ -174,8 +175,12 @@ def whole_weights(program: hlo.Program, of: Facts) -> list[Finding]:
     for x, _, place in program.instructions(fused=False):
         if x.opcode in _NAMES:
             continue
-        for array in x.arrays[:1] if x.opcode.endswith("-start") else x.arrays:
+        if x.opcode.endswith("-start") or x.target in _RESERVES:
+            continue  # parts of it on their way to memory on the chip (TPU), or room for what another makes
+        for array in x.arrays:
             group, name = stacks.get(_key(array.shape), ("", ""))
+            if array.space:
+                continue
             if group == "frozen" or (group == "trained" and _only_moves(program, x)):
                 how = x.opcode if x.opcode != "fusion" else f"fusion ({x.name})"
                 out.append(Finding("weights", f"{how} {array} of {name}", array.bytes, place.times))

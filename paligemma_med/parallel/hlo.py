@@ -199,15 +199,25 @@ class Program:
     def _length(self, loop):
         if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
             return int(found[1])
-        # A TPU's program doesn't say. JAX's loops of known length count from 0, by one, up to a number.
-        test = self.computations.get(next(iter(loop.called("condition")), ""), {})
-        root = next((x for x in test.values() if x.root), None)
-        if root and root.opcode == "compare" and "direction=LT" in root.rest and root.operands[1] in test:
-            if found := re.match(r"\((\d+)\)", test[root.operands[1]].rest):
-                if test[root.operands[1]].opcode == "constant":
-                    return int(found[1])
-        self.unknown_loops += 1
-        return 1
+        found = self._counted(loop)
+        self.unknown_loops += found is None
+        return 1 if found is None else found
+
+    def _counted(self, loop):
+        """How often a loop runs whose number counts from 0 in equal steps up to a limit, as JAX's do, and those that
+        a TPU's compiler makes, in steps of two; None if it isn't such a loop."""
+        test, body = (self.computations.get(next(iter(loop.called(k)), ""), {}) for k in ("condition", "body"))
+        ends, given = (next((x for x in c.values() if x.root), None) for c in (test, body))
+        if not ends or ends.opcode != "compare" or "direction=LT" not in ends.rest or not given:
+            return None
+        at = re.search(r"index=(\d+)", test[ends.operands[0]].rest) if ends.operands[0] in test else None
+        limit = _constant(test.get(ends.operands[1]))
+        if not at or limit is None or given.opcode != "tuple":
+            return None
+        new = body.get(given.operands[int(at[1])])
+        steps = [_constant(body.get(n)) for n in new.operands] if new and new.opcode == "add" else []
+        steps = [n for n in steps if n]
+        return math.ceil(limit / steps[0]) if len(steps) == 1 else None
 
     def instructions(self, fused: bool = True):
         """(Instruction, its computation, Place) of all that runs; not of the insides of kernels unless `fused`."""
@@ -225,6 +235,12 @@ class Program:
     def parameters(self) -> list[Instruction]:
         """Arguments of the program, by number."""
         return parameters(self.computations[self.entry])
+
+
+def _constant(x: Instruction | None) -> int | None:
+    """The whole number that an instruction gives, or None."""
+    found = re.match(r"\((\d+)\)", x.rest) if x and x.opcode == "constant" else None
+    return int(found[1]) if found else None
 
 
 def parameters(computation: dict[str, Instruction]) -> list[Instruction]:

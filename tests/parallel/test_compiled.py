@@ -43,6 +43,8 @@ LOOP = """HloModule jit_f, is_scheduled=true, input_output_alias={ {0}: (1, {}, 
 %body (state: (s32[], bf16[5,8,16], f32[5,4,16])) -> (s32[], bf16[5,8,16], f32[5,4,16]) {
   %state = (s32[], bf16[5,8,16]{2,1,0}, /*index=2*/f32[5,4,16]{2,1,0}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
+  %by = s32[] constant(1)
+  %next = s32[] add(%i, %by)
   %w = bf16[5,8,16]{2,1,0} get-tuple-element(%state), index=1
   %kept = f32[5,4,16]{2,1,0} get-tuple-element(%state), index=2
   %x = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="here", backend_config="a(\\") = b{"
@@ -51,7 +53,7 @@ metadata={op_name="jit(f)/mlp/dot"}, backend_config={"fusion_backend_config":{"k
   %sum-start = f32[4,16]{1,0} all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%sum
   %stored = f32[5,4,16]{2,1,0} fusion(%kept, %y, %i), kind=kLoop, calls=%keep
   %summed = f32[4,16]{1,0} all-reduce-done(%sum-start)
-  ROOT %out = (s32[], bf16[5,8,16]{2,1,0}, f32[5,4,16]{2,1,0}) tuple(%i, %w, %stored)
+  ROOT %out = (s32[], bf16[5,8,16]{2,1,0}, f32[5,4,16]{2,1,0}) tuple(%next, %w, %stored)
 }
 
 %more (state.1: (s32[], bf16[5,8,16], f32[5,4,16])) -> pred[] {
@@ -92,6 +94,10 @@ def test_lengths_of_loops():
     """Where it isn't said, what the loop's number is compared with."""
     silent = hlo.Program(LOOP.replace("known_trip", "other"))
     assert (silent.unknown_loops, silent.places["body"].times) == (0, 5)
+    by_two = hlo.Program(
+        LOOP.replace("known_trip", "other").replace("%by = s32[] constant(1)", "%by = s32[] constant(2)")
+    )
+    assert (by_two.unknown_loops, by_two.places["body"].times) == (0, 3)
     open_end = hlo.Program(LOOP.replace("known_trip", "other").replace("direction=LT", "direction=NE"))
     assert (open_end.unknown_loops, open_end.places["body"].times) == (1, 1)
 
@@ -107,7 +113,7 @@ def test_of_a_stack_that_is_cut_the_cut_is_moved(loop):
     keep = 4 * 4 * 16 + 4 + 4 * 4 * 16  # read, the loop's number, written in its place
     sums = 4 * 4 * 16
     gather = 4 * (5 + 10) * 4 * 16
-    test = 4 + 4 + 1  # whether the loop goes on
+    test = 4 + 4 + 1 + 3 * 4  # whether the loop goes on, and its next number
     assert compiled.moved(loop) == 5 * (product + keep + sums + test) + gather
 
 
