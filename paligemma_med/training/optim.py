@@ -110,42 +110,53 @@ def make_schedule(schedule, *, total_steps, num_examples, batch_size) -> Callabl
     """The factor on the learning rate as a function of the step.
 
     Args:
-      schedule: dict(decay_type="constant" | "cosine" | "linear", warmup_{steps,epochs,…},
-        linear_end): warmup is linear from 0; cosine ends at 0, linear at linear_end.
+      schedule: dict(decay_type="constant" | "cosine" | "linear", warmup_{steps,epochs,…}, warmup_start, linear_end,
+        cosine_end, hold_{steps,epochs,…}): warmup is linear from warmup_start, and the decay ends at its `end`, by
+        default all 0. With `hold` the decay takes a step each time that passes, and is counted from step 0 and not
+        from the end of the warmup, as LAVIS' cosine by epochs is (its optims.py): the last value is above `end`.
 
     Returns:
       step → float32[].
     """
     schedule = dict(schedule)
     kind = schedule.pop("decay_type", "constant")
-    end = schedule.pop("linear_end", 0.0)
-    warmup = durations.to_steps(
-        schedule,
-        "warmup",
-        num_examples=num_examples,
-        batch_size=batch_size,
-        total_steps=total_steps,
-        default=0,
-    )
-    if unknown := sorted(set(schedule) - {f"warmup_{u}" for u in durations.UNITS}):
+    start = _share(schedule, "warmup_start")
+    # big_vision lets configs give linear_end with any decay.
+    ends = {name: _share(schedule, f"{name}_end") for name in ("linear", "cosine")}
+    kw = dict(num_examples=num_examples, batch_size=batch_size, total_steps=total_steps, default=0)
+    warmup, hold = (durations.to_steps(schedule, name, **kw) for name in ("warmup", "hold"))
+    if unknown := sorted(set(schedule) - {f"{name}_{u}" for name in ("warmup", "hold") for u in durations.UNITS}):
         raise ValueError(f"config.schedule: unknown keys {unknown}.")
     if kind not in ("constant", "cosine", "linear"):
         raise ValueError(f"config.schedule: decay_type is {kind!r}; expected 'constant', 'cosine' or 'linear'.")
+    end = ends.get(kind, 0.0)
     if total_steps > 1 and warmup >= total_steps:
         raise ValueError(f"config.schedule: warmup of {warmup} steps in {total_steps} steps.")
 
     def factor(step):
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        value = {
+        if hold:
+            progress = jnp.clip(step // hold * hold / total_steps, 0.0, 1.0)
+        else:
+            progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        left = {
             "constant": jnp.ones_like(progress),
             "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
-            "linear": end + (1.0 - end) * (1.0 - progress),
+            "linear": 1.0 - progress,
         }[kind]
+        value = end + (1.0 - end) * left
         if warmup:
-            value = value * jnp.minimum(1.0, step / warmup)
+            value = value * (start + (1.0 - start) * jnp.minimum(1.0, step / warmup))
         return jnp.asarray(value, jnp.float32)
 
     return factor
+
+
+def _share(schedule, key):
+    """Takes a share of the learning rate, by default 0, out of a schedule."""
+    value = schedule.pop(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"config.schedule: {key} is {value!r}; expected a share of the learning rate, 0 to 1.")
+    return value
 
 
 def _make_tx(name, kw):

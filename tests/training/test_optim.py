@@ -114,6 +114,16 @@ def test_schedules_are_their_formulas(kind, warmup):
     np.testing.assert_allclose(factors(schedule, STEPS), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_cosine_in_steps_of_an_epoch_is_lavis():
+    """5 epochs of 20 steps from 1e-5 to 1e-6, after a warmup of 20 steps from 1e-6: the numbers by its formulas."""
+    epochs = np.arange(100) // 20
+    rates = (1e-5 - 1e-6) * 0.5 * (1 + np.cos(np.pi * epochs / 5)) + 1e-6
+    rates[:20] = 1e-6 + (1e-5 - 1e-6) * np.arange(20) / 20
+    schedule = dict(decay_type="cosine", cosine_end=0.1, warmup_steps=20, warmup_start=0.1, hold_percent=0.2)
+    np.testing.assert_allclose(factors(schedule, np.arange(100)) * 1e-5, rates, rtol=1e-5)
+    assert_close(factors(dict(decay_type="cosine", cosine_end=0.1), [0, 50, 100]), [1, 0.55, 0.1])
+
+
 @pytest.mark.parametrize(
     "warmup", [dict(warmup_steps=10), dict(warmup_percent=0.1), dict(warmup_epochs=0.1), dict(warmup_examples=100)]
 )
@@ -128,6 +138,7 @@ def test_warmup_in_every_unit(warmup):
         (dict(decay_type="cosine", warm_up=3), "unknown keys.*warm_up"),
         (dict(decay_type="cosine", warmup_step=3), "unknown keys.*warmup_step"),
         (dict(decay_type="cosine", warmup_steps=100), "warmup of 100 steps in 100"),
+        (dict(decay_type="cosine", cosine_end=2.0), "cosine_end is 2.0; expected a share"),
     ],
 )
 def test_schedule_errors(schedule, message):
