@@ -74,20 +74,28 @@ def bloom_qformer(stage, options=False) -> Prompt:
     return Prompt((), (f"Question: {{asked}}{choices} Answer:",), (" {said}",), bos=False, answer_prefix=" ")
 
 
+# One instruction where theirs draws one of 17 or 15: the pools of its ROCO, MIMIC-CXR and IU-Xray sets.
+_PEFOMED = {
+    "caption": "[caption] briefly describe this image",
+    "findings": "[caption] describe the given chest x-ray image in detail",
+    "report": "[report] describe the given chest x-ray image in detail",
+}
+
+
 def pefomed(task="vqa", as_released=False) -> Prompt:
     """MiniGPT-v2's, as PeFoMed trains on it: whole instructions are in BLIP's form, lower-case tags included.
 
     Args:
-      task: "vqa", or "caption": one instruction, where theirs draws one of 17.
-      as_released: the prompt of their evaluation, which isn't that of training: upper-case tags, two BOS, and an
-        instruction before the question, which isn't cleaned.
+      task: "vqa"; "caption" of figures; "findings", the caption of a chest X-ray in stage 1; "report".
+      as_released: the prompt of their evaluation, which isn't that of training: upper-case tags, two BOS, and before
+        a question, which isn't cleaned, an instruction; reports under the tag of captions.
     """
-    if task == "caption":
-        return Prompt(("[INST] <img>",), ("</img> [caption] briefly describe this image [/INST]",), clean="blip_text()")
-    if as_released:
+    if task == "vqa" and as_released:
         instruction = "Based on the image, respond to this question with a short answer: {asked}"
         return Prompt(("<s>[INST] <Img>",), (f"</Img> [vqa] {instruction} [/INST]",))
-    return Prompt(("[INST] <img>",), ("</img> [vqa] {asked} [/INST]",), clean="blip_text()")
+    if task == "report" and as_released:
+        return Prompt(("<s>[INST] <Img>",), (f"</Img> {_PEFOMED['findings']} [/INST]",), clean="blip_text()")
+    return Prompt(("[INST] <img>",), (f"</img> {_PEFOMED.get(task, '[vqa] {asked}')} [/INST]",), clean="blip_text()")
 
 
 def op(name, *args, **kw) -> str:

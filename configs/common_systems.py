@@ -141,7 +141,9 @@ def _init(args):
     return parts or common.path_or_none(args.init)
 
 
-def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trained, adapters=".*/lora_[ab]") -> None:
+def recipe(
+    c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trained, adapters=".*/lora_[ab]", **more
+) -> None:
     """Learning rate, length and what is trained.
 
     Args:
@@ -151,6 +153,7 @@ def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trai
       warmup: share of all steps.
       trained: regex of the trained leaves beside adapters, or "".
       adapters: regex of the trained leaves of adapters.
+      more: of the schedule (`optim.make_schedule`).
     """
     c.lr = args.lr or lr
     c.wd = wd * c.lr  # big_vision's: not multiplied by the learning rate again
@@ -158,7 +161,7 @@ def recipe(c, args, *, lr, wd=0.0, epochs=0.0, steps=0, decay, warmup=0.03, trai
         c.total_steps = args.steps or steps
     else:
         c.total_epochs = args.epochs or epochs
-    schedule = dict(decay_type=decay, warmup_percent=warmup)
+    schedule = dict(decay_type=decay, warmup_percent=warmup, **more)
     c.schedule = [("|".join(filter(None, [trained, adapters])), schedule), (".*", None)]
 
 
@@ -184,19 +187,44 @@ def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa") -> 
     asked = asked or prompt
     c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, resize=resize)
     c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=asked, resize=resize)
-    name = args.data.partition("/")[0]
     c.evals = {}
-    c.evals[f"{name}_validate"] = common.vqa_eval(
+    _evaluate(c, args, args.data, asked, resize=resize, protocol=protocol)
+
+
+def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
+    """The same for several sets that are mixed, each with an evaluation of its own.
+
+    Args:
+      sets: {key: (name of the data set, weight, `common_prompts.Prompt`)}; `predict` asks as the first does.
+      Others as of `texts`.
+    """
+    c.input.data = {key: float(weight) for key, (_, weight, _) in sets.items()}
+    c.evals = {}
+    for key, (name, _, prompt) in sets.items():
+        pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, resize=resize)
+        c.input[key] = dict(data=common.dataset(name, "train", args.data_dir), pp=pp)
+        if not c.get("predict_pp"):
+            c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt, resize=resize)
+        _evaluate(c, args, name, prompt, resize=resize, protocol=protocol)
+
+
+# Sets without a split to choose by: what is measured while training on them is what is reported.
+_SPLITS = {"vqa_rad": "test"}
+
+
+def _evaluate(c, args, data, prompt, **kw):
+    name = data.partition("/")[0]
+    split = _SPLITS.get(name, "validate")
+    c.evals[f"{name}_{split}"] = common.vqa_eval(
         c,
-        args.data,
-        "validate",
+        data,
+        split,
         data_dir=args.data_dir,
         text_len=c.text_len,
         max_new_tokens=args.max_new_tokens,
-        prompt=asked,
-        protocol=protocol,
-        resize=resize,
+        prompt=prompt,
         samples=args.samples,
         batch_size=16,
         log_epochs=1.0,
+        **kw,
     )

@@ -16,7 +16,7 @@ from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from paligemma_med.pp import get_preprocess_fn
 from paligemma_med.pp.tokenizer import get_tokenizer
 from paligemma_med.setup import TrainingSetup
-from paligemma_med.training import dry_run
+from paligemma_med.training import dry_run, optim
 from tests.pp import sentencepiece_files
 from tools import convert_checkpoint
 
@@ -168,8 +168,14 @@ def test_medgemmas_prompts_have_the_ids_of_its_own_processor(gemma3):
             "</img> [caption] briefly describe this image [/INST]",
             "yes",
         ),
+        (
+            common_prompts.pefomed("report"),
+            "[INST] <img>",
+            "</img> [report] describe the given chest x-ray image in detail [/INST]",
+            "yes",
+        ),
     ],
-    ids=["002", "003 stage 1", "003", "004", "004 stage 1"],
+    ids=["002", "003 stage 1", "003", "004", "004 stage 1", "004 reports"],
 )
 def test_prompts_of_the_papers_systems(prompt, before, after, answer):
     tiny = get_tokenizer("tiny")
@@ -191,6 +197,8 @@ def test_pefomeds_evaluation_as_released_has_two_bos(tmp_path):
     assert ids[at:] == llama.to_int(said)
     trained = get_config("pefomed", "strict_repro")
     assert "<img>" in trained.input.pp and "<Img>" in trained.predict_pp and "<Img>" not in trained.input.pp
+    reports = get_config("pefomed", "task=report,strict_repro")
+    assert "[report]" in reports.input.pp and "<Img> [caption]" in reports.predict_pp.replace("</Img>", "<Img>")
 
 
 def test_a_question_that_spells_tokens_out_is_text_in_every_prompt(gemma3):
@@ -236,6 +244,42 @@ def test_a_dry_runs_batch_is_that_of_training():
         row = get_preprocess_fn(c.input.pp)({**ROW, "image": np.zeros((9, 9, 3), np.uint8)})
         batch = dry_run.abstract_batch(c, 2)
         assert {k: x.shape for k, x in batch.items()} == {k: (2, *np.shape(x)) for k, x in row.items() if k[0] != "_"}
+
+
+def test_pefomeds_captions_are_mixed_and_sets_can_be_left_out():
+    c = get_config("pefomed", "stage=1")
+    assert c.input.data.to_dict() == dict(roco=60, clef=60, medicat=20, mimic=60) and c.input.batch_size == 400
+    assert "chest x-ray" in c.input.mimic.pp and "briefly" in c.input.roco.pp == c.input.clef.pp
+    assert len(c.evals) == 4 and "briefly" in c.predict_pp
+    c = get_config("pefomed", "stage=1,sets=medicat+roco")
+    assert c.input.data.to_dict() == dict(roco=60, medicat=20) and "mimic" not in c.input
+    for arg, message in (
+        ("stage=1,sets=roco+x", "'x' is unknown; expected some of roco"),
+        ("sets=roco", "is of stage 1"),
+        ("stage=1,task=report", "is of stage 2"),
+        ("task=reports", "expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_config("pefomed", arg)
+
+
+def test_pefomeds_schedule_and_decay_are_its_codes():
+    """1e-5 to 1e-6 (reports 3e-5 to 1e-5), constant in an epoch; decay of matrices alone."""
+    for arg, last, epochs, steps in (("stage=1", 1e-6, 5, 1000), ("", 1e-6, 50, 100), ("task=report", 1e-5, 4, 100)):
+        c = get_config("pefomed", arg)
+        rates = optim.make_schedule(c.schedule[0][1], total_steps=c.total_steps, num_examples=1, batch_size=1)
+        epoch = np.arange(1, epochs)
+        theirs = (c.lr - last) * 0.5 * (1 + np.cos(np.pi * epoch / epochs)) + last
+        for step in (epoch * steps, epoch * steps + steps - 1):
+            np.testing.assert_allclose(c.lr * rates(step), theirs, rtol=1e-5)
+        np.testing.assert_allclose(c.lr * rates(0), 1e-6, rtol=1e-5)
+        np.testing.assert_allclose(c.lr * rates(steps), theirs[0], rtol=1e-5)
+    setup = TrainingSetup.without_data(get_config("pefomed", "tiny"))
+    tx, _ = optim.make(setup.config, setup.trained_names, total_steps=9, num_examples=9, batch_size=1)
+    weights = {n: np.ones(setup.abstract[n].shape, np.float32) for n in setup.trained_names}
+    none = {n: np.zeros_like(x) for n, x in weights.items()}
+    updates, _ = tx.update(none, tx.init(weights), weights)
+    assert {n for n, x in updates.items() if np.any(x)} == {n for n, x in weights.items() if not n.endswith("/bias")}
 
 
 def test_weights_and_tokenizer_are_named_by_arguments():
