@@ -20,6 +20,8 @@ rank, alpha, dropout
          these. The draft says rank 12.
 prompt   "en" (default): "answer en {question}", the prompt that PaliGemma's mix weights were tuned
          with. "bare": "answer {question}", as in lora_finetune.py.
+base     paligemma_3b, the paper's (default), or, in the paper's recipe, paligemma2_3b, paligemma2_10b, paligemma2_28b
+         (`init` or `stage1` is then of that size). The paper used none of these.
 res      448 as in the paper; the scripts have 224.
 norm     "example" (default): each example's token mean counts the same, as in big_vision, and as in
          the authors' scripts, whose batches hold one example. "token": Hugging Face's mean over all
@@ -46,6 +48,7 @@ and activations are bfloat16, which has float32's range, and what is trained sta
 from ml_collections import ConfigDict, config_dict
 
 from configs import common, tiny_base
+from paligemma_med.models import presets
 from paligemma_med.pp import rows
 
 # What evaluators need to know about each question, and what figures are broken down by.
@@ -72,6 +75,7 @@ def parse_arg(arg, **more) -> ConfigDict:
         arg,
         stage1="",
         init="",
+        base="paligemma_3b",
         res=448,
         lora="attention",
         rank=8,
@@ -94,14 +98,16 @@ def parse_arg(arg, **more) -> ConfigDict:
     return args
 
 
-def model(c, res) -> None:
-    """PaliGemma-3B in bfloat16 at `res` px."""
+BASES = tuple(name for name in presets.PRESETS if name.startswith("paligemma"))
+
+
+def model(c, res, base="paligemma_3b") -> None:
+    """PaliGemma in bfloat16 at `res` px; `base` is one of BASES."""
+    if base not in BASES:
+        raise ValueError(f"Config argument base={base!r}: expected one of {list(BASES)}.")
     c.res = res
     c.tokenizer = common.GEMMA
-    c.model = dict(
-        img=dict(variant="So400m/14"),
-        llm=dict(variant="gemma_2b", vocab_size=common.GEMMA_VOCAB),
-    )
+    c.model = presets.PRESETS[base]
     c.dtype = "bfloat16"
     c.frozen_dtype = "bfloat16"
     c.attn_impl = "xla"  # "cudnn" on an NVIDIA GPU: fused kernels, less memory
@@ -147,7 +153,7 @@ def stage2(args) -> ConfigDict:
     if args.tiny:
         tiny_base.apply(c)
     else:
-        model(c, args.res)
+        model(c, args.res, args.base)
     c.model_init = common.path_or_none(args.stage1 or args.init or (tiny_base.BASE if args.tiny else None))
     c.lora = lora(args.lora, args.rank, args.alpha, args.dropout)
     c.adapter_init = common.path_or_none(None)  # a PEFT folder to continue training from

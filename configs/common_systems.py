@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import common
 from paligemma_med.models import presets
+from paligemma_med.pp import rows
 
 # A few thousand parameters, of the same kinds of parts.
 _IMG = dict(variant="mu/8", depth=2, scan=False, remat_policy="none")
@@ -33,7 +34,11 @@ _LLM = dict(variant="gemma_mu", depth=2, scan=False, remat_policy="none")
 _LLAMA = dict(**_LLM, norm="rms", act="silu", embed_scale=False, tie=False)
 _BLOOM = dict(norm="layer", fused=True, position="alibi", embed_norm=True, embed_scale=False)
 _CLIP = dict(cls=True, gelu="exact", mean=[0.48, 0.46, 0.41], std=[0.27, 0.26, 0.28])
+_TOWERS = dict(
+    siglip=_IMG, biomedclip=dict(**_IMG, **_CLIP), eva=dict(**_IMG, **_CLIP, key_bias=False, final_norm=1e-5)
+)
 TINY = {
+    "paligemma_3b": dict(img=_IMG, llm=_LLM),
     "medgemma_4b": dict(
         img=_IMG,
         connector=dict(kind="projector", reduce="pool", factor=2, norm=True, bias=False),
@@ -52,6 +57,11 @@ TINY = {
     ),
 }
 TINY_RES, TINY_TEXT = 32, 160
+
+
+def tiny_tower(name, res) -> tuple[int, dict]:
+    """(resolution, arguments of the tower) in place of "siglip", "biomedclip" or "eva" at `res` px."""
+    return TINY_RES * res // 224, _TOWERS[name]
 
 
 def parse_arg(arg, **more) -> ConfigDict:
@@ -175,20 +185,25 @@ def lora(args, *rules, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
     return [rule if isinstance(rule, tuple) else (rule, spec) for rule in rules]
 
 
-def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa") -> None:
+def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", choices=False) -> None:
     """The pp strings and the evaluation on the split validate.
 
     Args:
       prompt: of training, a `common_prompts.Prompt`.
       asked: of evaluation and `predict`, if another.
       resize: "bilinear" or "bicubic".
-      protocol: of the figures, "vqa" or "open".
+      protocol: of the figures, "vqa", "open" or "report".
+      choices: whether the letter of one of four options is learnt, and scored; `prompt` has them.
     """
     asked = asked or prompt
-    c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, resize=resize)
+    answer = rows.ANSWER_LETTER if choices else "answer"
+    c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer, resize=resize)
     c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=asked, resize=resize)
     c.evals = {}
-    _evaluate(c, args, args.data, asked, resize=resize, protocol=protocol)
+    if choices:
+        _evaluate(c, args, args.data, asked, evaluation=common.multiple_choice_eval, resize=resize, answer=answer)
+    else:
+        _evaluate(c, args, args.data, asked, resize=resize, protocol=protocol)
 
 
 def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
@@ -212,10 +227,10 @@ def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
 _SPLITS = {"vqa_rad": "test"}
 
 
-def _evaluate(c, args, data, prompt, **kw):
+def _evaluate(c, args, data, prompt, evaluation=common.vqa_eval, **kw):
     name = data.partition("/")[0]
     split = _SPLITS.get(name, "validate")
-    c.evals[f"{name}_{split}"] = common.vqa_eval(
+    c.evals[f"{name}_{split}"] = evaluation(
         c,
         data,
         split,

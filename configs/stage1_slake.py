@@ -7,7 +7,8 @@ The paper gives: 5 epochs, learning rate 1e-5 constant, label smoothing 0, weigh
 with 16 accumulated (96 in effect), fp16. Here frozen weights and activations are bfloat16, which
 has float32's range, and what is trained stays float32.
 
-Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), res,
+Arguments: init (weights; any form `model_init` takes; the paper's are PaliGemma-3B-mix-448), base (paligemma_3b,
+the paper's, or PaliGemma 2 in its recipe: paligemma2_3b, paligemma2_10b, paligemma2_28b), res,
 lang (en, zh or all), micro (examples in a micro-batch), accum (micro-batches in a step) and tiny
 (the tiny base model of configs/tiny_base.py, to try out data and commands).
 """
@@ -18,13 +19,13 @@ from configs import common, common_3b, tiny_base
 
 
 def get_config(arg=None) -> ConfigDict:
-    args = common.parse_arg(arg, init="", res=448, lang="en", micro=6, accum=16, tiny=False)
+    args = common.parse_arg(arg, init="", base="paligemma_3b", res=448, lang="en", micro=6, accum=16, tiny=False)
     c = ConfigDict()
     c.seed = 0
     if args.tiny:
         tiny_base.apply(c)
     else:
-        common_3b.model(c, args.res)
+        common_3b.model(c, args.res, args.base)
     c.model_init = common.path_or_none(args.init or (tiny_base.BASE if args.tiny else None))
     # Measured on all of SLAKE, en and zh: prompts take 26 tokens at most, answers 25, both 45.
     c.text_len = 64

@@ -65,9 +65,9 @@ def stage1(tiny_data, tmp_path_factory):
     return folder
 
 
-def small(c, res):
+def small(c, res, base):
     """In place of PaliGemma-3B."""
-    del res
+    del res, base
     c.res, c.tokenizer, c.model = tiny.RES, "tiny", tiny.MODEL
 
 

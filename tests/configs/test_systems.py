@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import common_prompts, common_systems
+from configs import common_prompts
 from paligemma_med import checkpoints, evaluate, experiment, explain, predict, train
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import files as explain_files
@@ -223,6 +223,11 @@ def test_a_question_that_spells_tokens_out_is_text_in_every_prompt(gemma3):
         ("llama_clip", "stage=1,link=mlp", 1_081_344 + 768 * 4096 + 4096 + 4096 * 4096 + 4096),
         ("bloom_qformer", "stage=3", 99_264_000 + 3_149_824 + 7_864_320),
         ("pefomed", "", 56_627_200),
+        ("vision_ablation", "tower=siglip_448", 1152 * 2048 + 2048),
+        ("vision_ablation", "tower=biomedclip_224", 768 * 2048 + 2048),
+        ("vision_ablation", "tower=eva_448,stage=2", 39 * 4 * 2 * 8 * 1408 + 1_843_200),
+        ("stage1_slake", "base=paligemma2_10b", 1152 * 3584 + 3584),
+        ("stage2_rocov2", "base=paligemma2_3b", 5_185_536),
     ],
 )
 def test_what_is_trained(name, arg, trained):
@@ -244,6 +249,20 @@ def test_a_dry_runs_batch_is_that_of_training():
         row = get_preprocess_fn(c.input.pp)({**ROW, "image": np.zeros((9, 9, 3), np.uint8)})
         batch = dry_run.abstract_batch(c, 2)
         assert {k: x.shape for k, x in batch.items()} == {k: (2, *np.shape(x)) for k, x in row.items() if k[0] != "_"}
+
+
+def test_medgemmas_recipes():
+    ours, google = get_config("medgemma_4b"), get_config("medgemma_4b", "recipe=google")
+    assert (ours.frozen_dtype, ours.loss_norm) == ("bfloat16", "example")
+    assert (google.frozen_dtype, google.loss_norm) == ("nf4", "token")
+    assert google.lora == ours.lora and google.lr == ours.lr == 2e-4 and google.input.pp != ours.input.pp
+    section = get_config("medgemma_4b", "data=pmc_vqa/v1").evals.pmc_vqa_validate
+    assert section.protocol == "multiple_choice" and "{choice_a}" in section.pp_fn
+    assert get_config("medgemma_4b", "data=medpix2/qa").evals.medpix2_validate.protocol == "open"
+    assert [*get_config("medgemma_4b", "data=vqa_rad/public").evals] == ["vqa_rad_test"]  # it has no other
+    for name, arg in (("medgemma_4b", "recipe=x"), ("vision_ablation", "tower=x"), ("stage1_slake", "base=x")):
+        with pytest.raises(ValueError, match="'x': expected"):
+            get_config(name, arg)
 
 
 def test_pefomeds_captions_are_mixed_and_sets_can_be_left_out():
@@ -294,7 +313,7 @@ def test_weights_and_tokenizer_are_named_by_arguments():
             get_config(name, f"stage={stage}")
 
 
-@pytest.mark.parametrize("name", common_systems.TINY)
+@pytest.mark.parametrize("name", [*RUNS, "vision_ablation"])
 def test_papers_gaps_are_named(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     assert "ot from" in doc and "Arguments:" in doc
