@@ -34,7 +34,7 @@ def get_config(arg=None) -> ConfigDict:
     if args.stage not in _DATA:
         raise ValueError(f"Config argument stage={args.stage}: expected 1, 2 or 3.")
     args.data = args.data or _DATA[args.stage]
-    c = common_systems.make(args, "bloom_qformer", "bpe(size=250880)", res=224, text_len=96)
+    c = common_systems.make(args, "bloom_qformer", "bpe(size=250880)", res=224, text_len=96, doc=__doc__)
     protocol = "open" if args.stage == 1 else "vqa"
     common_systems.texts(c, args, common_prompts.bloom_qformer(args.stage), resize="bicubic", protocol=protocol)
     c.lora = common_systems.lora(args, "llm/layers/attn/qkv/kernel", rank=16, alpha=32, dropout=0.1)

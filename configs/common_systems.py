@@ -22,6 +22,8 @@ Frozen weights and activations are bfloat16, what is trained is float32. `--conf
 the memory, as Google's notebook for MedGemma does.
 """
 
+import re
+
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
@@ -93,7 +95,7 @@ def parse_arg(arg, **more) -> ConfigDict:
     )
 
 
-def make(args, preset, tokenizer, *, res, text_len) -> ConfigDict:
+def make(args, preset, tokenizer, *, res, text_len, doc=None) -> ConfigDict:
     """A config of a preset without adapters, schedule, data and texts.
 
     Args:
@@ -101,6 +103,7 @@ def make(args, preset, tokenizer, *, res, text_len) -> ConfigDict:
       preset: its name in `presets.PRESETS`.
       tokenizer: name of the tokenizer, or its spec without a file, "bpe(size=250880)".
       res, text_len: of the true size; the tiny one has its own.
+      doc: the config's docstring, whose part about what isn't from the paper every start prints.
     """
     c = ConfigDict()
     c.seed = args.seed
@@ -133,8 +136,15 @@ def make(args, preset, tokenizer, *, res, text_len) -> ConfigDict:
     c.sharding_rules = [("act_vocab", "data"), ("act_batch", "data")]
     c.ckpt_epochs = 1.0
     c.log_training_steps = 20
+    c.notes = not_from_the_paper(doc)
     c.update(common.LOOP)
     return c
+
+
+def not_from_the_paper(doc) -> str:
+    """The paragraph, or list, after "not from the paper:" or "Not from it:" in a docstring; "" without one."""
+    found = re.search(r"ot from (?:the paper|it):\s+(.*?)\n\n", doc or "", re.DOTALL)
+    return f"Not from the paper (defaults of the config's arguments):\n{found[1]}" if found else ""
 
 
 def _with_file(spec, path):

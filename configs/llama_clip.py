@@ -35,7 +35,7 @@ def get_config(arg=None) -> ConfigDict:
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
     if args.link not in _LINKS:
         raise ValueError(f"Config argument link={args.link!r}: expected one of {sorted(_LINKS)}.")
-    c = common_systems.make(args, "llama_clip", "bpe", res=224, text_len=96)
+    c = common_systems.make(args, "llama_clip", "bpe", res=224, text_len=96, doc=__doc__)
     if args.link == "mlp":
         c.model.connector = _LINKS["mlp"] | (dict(hidden=32) if args.tiny else {})
     common_systems.texts(c, args, common_prompts.llama_clip(), resize="bicubic")

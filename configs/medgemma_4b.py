@@ -45,7 +45,7 @@ def get_config(arg=None) -> ConfigDict:
     learns_all = args.learns_all or google
     choices, is_open = args.data in _CHOICES, args.data.startswith(_OPEN)
     text_len = 256 if choices or is_open else 128
-    c = common_systems.make(args, "medgemma_4b", "gemma3", res=896, text_len=text_len)
+    c = common_systems.make(args, "medgemma_4b", "gemma3", res=896, text_len=text_len, doc=__doc__)
     prompt = common_prompts.medgemma(args.version, system=args.system, learns_all=learns_all, options=choices)
     common_systems.texts(c, args, prompt, protocol="open" if is_open else "vqa", choices=choices)
     c.loss_norm = "token" if learns_all else "example"

@@ -61,7 +61,7 @@ def get_config(arg=None) -> ConfigDict:
     sets = {} if task != "caption" or args.data else _sets(args.sets)
     args.data = args.data or _DATA.get(task, "")
     # 50 words of an answer, and its prompt.
-    c = common_systems.make(args, "pefomed", "llama", res=448, text_len=128 if task == "vqa" else 192)
+    c = common_systems.make(args, "pefomed", "llama", res=448, text_len=128 if task == "vqa" else 192, doc=__doc__)
     c.resample_posemb = "bicubic"  # EVA's file is of 224 px, and MiniGPT-v2 brings it to 448 in this way
     asked = common_prompts.pefomed(task, as_released=args.strict_repro)
     protocol = {"caption": "open", "vqa": "vqa", "report": "report"}[task]

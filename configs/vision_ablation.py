@@ -46,7 +46,7 @@ def get_config(arg=None) -> ConfigDict:
     if args.stage not in _EPOCHS:
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
     variant, res = TOWERS[args.tower]
-    c = common_systems.make(args, "paligemma_3b", common.GEMMA, res=res, text_len=64)
+    c = common_systems.make(args, "paligemma_3b", common.GEMMA, res=res, text_len=64, doc=__doc__)
     if args.tiny:
         c.res, c.model.img = common_systems.tiny_tower(args.tower.partition("_")[0], res)
     else:

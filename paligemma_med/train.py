@@ -60,7 +60,7 @@ def train(config, workdir, *, profile=None) -> dict[str, dict]:
         with notes.stage("opening data sets"):
             evaluators = _open(setup, workdir)
         with run_files.sole_use(workdir):
-            notes.say(describe.parameters(setup))
+            notes.say(describe.start(setup))
             return Run(setup, workdir, evaluators, signals, profile).run()
 
 

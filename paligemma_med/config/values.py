@@ -32,7 +32,7 @@ KEYS = frozenset(
     log_training_steps log_training_epochs log_training_percent
     ckpt_steps ckpt_epochs ckpt_percent keep_ckpt keep_best
     evals predict_pp
-    tensorboard wandb peak_tflops
+    tensorboard wandb peak_tflops notes
     """.split()
 )
 
@@ -168,6 +168,7 @@ _CONFIG = {
     "evals": _SECTION,
     "predict_pp": _TEXT,
     "peak_tflops": _POSITIVE,
+    "notes": _TEXT,
 }
 _NEVER_NONE = (
     *("res", "text_len", "tokenizer", "model", "input", "optax_name", "lr"),

@@ -1,4 +1,4 @@
-"""The table that a run begins with: every leaf, its type, whether it is trained, and its sharding."""
+"""What a run begins with: a table of every leaf, its type, whether it is trained, and its sharding; config.notes."""
 
 import math
 
@@ -6,6 +6,12 @@ from paligemma_med import weights
 from paligemma_med.parallel import sharding
 from paligemma_med.setup import Setup
 from paligemma_med.training import optim
+
+
+def start(setup: Setup) -> str:
+    """The table of `parameters`, and below it config.notes: what of a recipe isn't from its paper, for one."""
+    notes = (setup.config.get("notes") or "").strip()
+    return parameters(setup) + (f"\n\n{notes}\n" if notes else "")
 
 
 def parameters(setup: Setup) -> str:

@@ -205,7 +205,7 @@ def dry_run(config, hbm_gib=None) -> dict[str, float]:
     setup = TrainingSetup.without_data(config)
     if hbm_gib is None and chips.target():
         hbm_gib = chips.target().memory / 2**30
-    print(describe.parameters(setup), flush=True)
+    print(describe.start(setup), flush=True)
     with notes.stage("compiling the train step"):
         step = compile_step(setup)
     parts = memory(step)

@@ -93,6 +93,7 @@ KEYS = {
     "tensorboard": _METRICS,
     "wandb": _METRICS,
     "peak_tflops": Key("left out", "tells no MFU"),
+    "notes": Key("ignored", "says nothing at its start"),
 }
 
 INPUT_KEYS = {

@@ -1,7 +1,9 @@
 """The other systems' configs: a tiny model of each trains, is evaluated, and answers; their prompts and what they train
 at the true size."""
 
+import contextlib
 import importlib
+import io
 import json
 
 import numpy as np
@@ -53,7 +55,10 @@ def run(request, tiny_data, tmp_path_factory):
     section = c.evals.phantom_validate
     section.data.split, section.batch_size, section.controls = "validate[:3]", 8, ("echo", "shuffled_images")
     evals, c.evals = c.evals, {}
-    train.train(c, folder)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train.train(c, folder)
+    assert c.notes in said.getvalue()
     c.evals = evals
     return name, c, folder
 
@@ -317,3 +322,6 @@ def test_weights_and_tokenizer_are_named_by_arguments():
 def test_papers_gaps_are_named(name):
     doc = importlib.import_module(f"configs.{name}").__doc__
     assert "ot from" in doc and "Arguments:" in doc
+    said = get_config(name, "tiny").notes
+    assert said.startswith("Not from the paper") and len(said) > 200 and "Arguments:" not in said
+    assert said.splitlines()[-1] in doc
