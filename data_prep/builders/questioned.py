@@ -36,7 +36,8 @@ class Asked:
     split: the release's; "" if `Questions.place` says it.
     root: which of `Questions.images` has its image.
     image: the image's name there; "" if none is named.
-    features: all texts by name, question_id, image_id, question, answer and answer_type among them.
+    features: all texts by name, question_id, image_id, question, answer and answer_type among them; and what
+      `QuestionedBuilder.other_features` names, as JSON can hold it.
     dropped: why it can't be used; "" if it can.
     flags: what the report should mention about it.
     groups: (kind, key) that shouldn't be in two splits, such as ("article", "PMC212319"); or (kind, key, name to show).
@@ -45,7 +46,7 @@ class Asked:
     split: str
     root: str
     image: str
-    features: dict[str, str]
+    features: dict[str, Any]
     dropped: str = ""
     flags: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
@@ -115,6 +116,11 @@ class QuestionedBuilder(VqaBuilder, skip_registration=True):
         raise NotImplementedError
 
     @classmethod
+    def other_features(cls) -> Mapping[str, Any]:
+        """Features that are no texts."""
+        return {}
+
+    @classmethod
     def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
         lines = list(ledger.describe(report))
         if left_out := report["splits_left_out"]:
@@ -124,7 +130,7 @@ class QuestionedBuilder(VqaBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            features=vqa_features(**{name: tfds.features.Text() for name in self.FEATURES}),
+            features=vqa_features(**dict.fromkeys(self.FEATURES, tfds.features.Text()), **self.other_features()),
             homepage=self.HOMEPAGE,
             license=self.LICENSE,
         )

@@ -232,8 +232,11 @@ def is_image_file(path: pathlib.Path) -> bool:
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """(height, width) in pixels of what `to_rgb` gives; of JPEG from the header. ImageError as `to_rgb`."""
+    """(height, width) in pixels of what `to_rgb` gives; of JPEG and DICOM from the header. ImageError as `to_rgb`."""
     try:
+        if dicom.is_dicom(content):
+            found = dicom_open.header(content, ("Rows", "Columns"))
+            return int(found["Rows"]), int(found["Columns"])
         with open_image(content, formats=("JPEG",)) as image:
             size = image.height, image.width
             return size[::-1] if _orientation(image) >= 5 else size

@@ -1,0 +1,1 @@
+"""VinDr-CXR: boxes that radiologists drew around findings, and other sets of boxes in COCO's form."""
