@@ -182,7 +182,9 @@ class Program:
         self.places[name] = place
         for x in self.computations.get(name, {}).values():
             if x.opcode == "while":
-                times = self._length(x)
+                length = self.length(x)
+                self.unknown_loops += length is None
+                times = 1 if length is None else length
                 for inner in x.called("body") + x.called("condition"):
                     self._visit(inner, Place(place.times * times, place.loops + 1, place.fused))
             elif x.opcode == "fusion":
@@ -196,12 +198,10 @@ class Program:
                 for inner in names:
                     self._visit(inner, place)
 
-    def _length(self, loop):
-        if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
-            return int(found[1])
-        found = self._counted(loop)
-        self.unknown_loops += found is None
-        return 1 if found is None else found
+    def length(self, loop: Instruction) -> int | None:
+        """How often a "while" runs; None if that isn't known."""
+        found = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
+        return int(found[1]) if found else self._counted(loop)  # a TPU's program doesn't say
 
     def _counted(self, loop):
         """How often a loop runs whose number counts from 0 in equal steps up to a limit, as JAX's do, and those that
@@ -230,6 +230,20 @@ class Program:
         """The instructions that `x` reads."""
         known = self.computations[computation]
         return [known[n] for n in x.operands if n in known]
+
+    def within(self, computation: str) -> set[str]:
+        """A computation and all that it calls, without the insides of kernels."""
+        out, todo = set(), [computation]
+        keys = ("body", "condition", "to_apply", "branch_computations", "true_computation", "false_computation")
+        while todo:
+            name = todo.pop()
+            if name in out or name not in self.computations:
+                continue
+            out.add(name)
+            for x in self.computations[name].values():
+                if x.opcode in ("while", "call", "conditional"):
+                    todo += [n for key in keys for n in x.called(key)]
+        return out
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
