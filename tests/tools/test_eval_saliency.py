@@ -15,7 +15,7 @@ from paligemma_med import input_pipeline
 from paligemma_med.evaluation import results
 from paligemma_med.saliency import occlusion
 from tests import tiny
-from tools.eval_saliency import measure, priors, questions, summary, tables
+from tools.eval_saliency import measure, own, priors, questions, summary, tables
 
 LABELS = ("Left Kidney", "Right Kidney", "Liver", "Brain Edema", "Brain Enhancing Tumor")
 
@@ -159,6 +159,10 @@ def test_summary_by_hand():
     assert "## All: 2 questions" in tables.markdown(wrong)
 
 
+HALF = "<loc0000><loc0000><loc0512><loc1023>"
+SAID = {"heart": f"{HALF} Heart ; {HALF} spine", "lung": "Lung", "liver": f"{HALF} liver ; <loc0001>"}
+
+
 class FakeSubject:
     """Answers "Heart" with two tokens; the image's brightness in one patch decides all."""
 
@@ -166,8 +170,10 @@ class FakeSubject:
     tok = types.SimpleNamespace(stop_tokens=(1,))
     asked = 0
 
-    def ask(self, image, question):
+    def ask(self, image, question, *, max_new_tokens=48):
         type(self).asked += 1
+        if question.startswith("detect "):
+            return None, SAID.get(question.removeprefix("detect "), "<loc0000>")
         pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize((64, 64)))
         batch = {"image": pixels[None].astype(np.float32) / 127.5 - 1}
         seq = types.SimpleNamespace(batch=batch, grid=(4, 4), tokens=[5, 1])
@@ -190,10 +196,10 @@ def measured(tiny_data, monkeypatch):
     source = input_pipeline.open_source(data)
     asked = questions.boxed_questions(source)[:3]
 
-    def run(folder):
+    def run(folder, **kw):
         part = results.Part(folder, {"of": "test"})
         rows = measure.measure_all(
-            FakeSubject(), source, source, asked, part, steps=4, fill="blur", batch_size=8, seed=0
+            FakeSubject(), source, source, asked, part, steps=4, fill="blur", batch_size=8, seed=0, **kw
         )
         part.close()
         return rows
@@ -219,6 +225,32 @@ def test_an_interrupted_measurement_goes_on(measured, tmp_path, monkeypatch):
     FakeSubject.asked = 0
     assert measured(tmp_path / "b") == whole
     assert FakeSubject.asked == 5
+
+
+def test_boxes_that_a_model_says():
+    """Only those of the name asked for; none of an answer with something malformed in it, or of another name."""
+    ask = lambda *labels: own.own_boxes(FakeSubject(), None, labels, (20, 40))  # noqa: E731
+    assert ask("heart") == [[0, 0, 40, pytest.approx(10, abs=0.01)]]
+    assert ask("lung") == ask("liver") == ask("heart", "lung") == []
+    assert len(ask("heart", "heart")) == 2
+
+
+def test_maps_against_the_models_own_boxes(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "own_boxes", lambda subject, image, labels, size: [[0, 0, size[1], size[0] / 2]])
+    rows = measured(tmp_path, own=True)
+    for row in rows:
+        found = row["own_figures"]
+        assert set(found) == {*row["figures"], "true_boxes"}
+        assert found["centre"]["energy"] == pytest.approx(0.5)
+        maps = np.maximum(row["maps"]["occlusion"], 0)
+        assert found["occlusion"]["energy"] == pytest.approx(maps[:2].sum() / maps.sum(), abs=1e-4)
+    text = tables.markdown(summary.summarise(rows))
+    assert "## Against the model's own boxes, all: 3 questions" in text and "boxes cover 50.0 %" in text
+    table = text[text.index("own boxes, all") :]
+    assert re.search(r"\| true_boxes +\|", table) and "deletion" not in table.split("## Sanity")[0]
+    for row in rows:
+        row["own_boxes"], _ = [], row.pop("own_figures")
+    assert "The model gave no boxes of its own" in tables.markdown(summary.summarise(rows))
 
 
 @pytest.mark.parametrize("pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")])

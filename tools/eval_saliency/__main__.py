@@ -46,7 +46,7 @@ def main(argv) -> None:
     source, train_source = input_pipeline.open_source(data), input_pipeline.open_source(train)
     asked = boxed_questions(source)[: v.limit]
     subject = Subject(config, checkpoint)
-    settings = dict(steps=v.steps, fill=v.fill, seed=v.seed)
+    settings = dict(steps=v.steps, fill=v.fill, seed=v.seed, **(dict(own=True) if v.own_boxes else {}))
     section = dict(data=data, train=train, limit=v.limit, rows=ROWS_VERSION, **settings)
     about = experiment.about(section, checkpoint, subject.params)
     identity = {k: x for k, x in about.items() if k not in ("checkpoint", "command")}
@@ -75,6 +75,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "Only the first so many questions; default: all.")
     flags.DEFINE_integer("steps", 16, "Steps of the deletion and insertion curves.", lower_bound=1)
     flags.DEFINE_enum("fill", "blur", occlusion.FILLS, "What replaces patches.")
+    flags.DEFINE_bool("own_boxes", False, 'Also compare maps with the boxes that the model says to "detect …".')
     flags.DEFINE_integer("batch_size", 32, "Images a pass.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "For random maps and the intervals' draws.")
     app.run(main, flags_parser=cli.parse_flags)

@@ -14,6 +14,7 @@ from paligemma_med.saliency import capture, localisation, occlusion, raw, sanity
 from paligemma_med.saliency.methods import KINDS
 from paligemma_med.saliency.methods import METHODS as BY_NAME
 from paligemma_med.saliency.passes import ROLLOUTS, Passes
+from tools.eval_saliency.own import own_boxes
 from tools.eval_saliency.priors import body_prior, box_priors
 
 # Maps of the model; `maps_of` makes them.
@@ -153,7 +154,7 @@ class Subject:
         return {k: of_answer(x, seq.tokens, self.tok.stop_tokens) for k, x in found.items()}
 
 
-def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed) -> dict:
+def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed, own=False) -> dict:
     """The row of a question: question and answer, maps {method: [h][w]}, figures {method: {figure:
     number}}, sanity {method: {check: rank correlation}} (see `sanity_of`).
 
@@ -161,6 +162,7 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed) -> 
       image: encoded bytes, as stored.
       asked: an item of `boxed_questions`.
       priors: from `box_priors`.
+      own: also compare maps with the model's own boxes: keys own_boxes and, where it gives any, own_figures.
     """
     seq, said = subject.ask(image, asked["question"])
     pixels, size = seq.batch["image"][0], images.size(image)
@@ -182,8 +184,14 @@ def measure(subject, image, asked, priors, *, steps, fill, batch_size, seed) -> 
     ordered = {**of_model, "centre": maps["centre"], "body": maps["body"], **orders}
     areas, whole = curves(score, pixels, ordered, count=steps, fill=fill, batch_size=batch_size)
     areas["random"] = _mean(areas.pop(name) for name in orders)
+    compared = {}
+    if own:
+        compared["own_boxes"] = own_boxes(subject, image, asked["labels"], size)
+        if compared["own_boxes"]:
+            compared["own_figures"] = _against(compared["own_boxes"], asked["boxes"], size, maps, at_random)
     return {
         **asked,
+        **compared,
         "image_key": image_key(pixels),
         "size": list(size),
         "grid": list(seq.grid),
@@ -210,6 +218,13 @@ def sanity_of(subject, image, other_question, seq, maps, fill) -> dict:
     return {
         name: {k: x and sanity.similarity(values, x[name]) for k, x in changed.items()} for name, values in maps.items()
     }
+
+
+def _against(boxes, true_boxes, size, maps, at_random):
+    """{map: {figure: number}} against the model's own boxes, of all maps and of "true_boxes", which people drew."""
+    drawn = localisation.coverage(true_boxes, size, at_random[0].shape)
+    found = {name: box_figures(x, boxes, size) for name, x in {**maps, "true_boxes": drawn}.items()}
+    return found | {"random": _mean(box_figures(x, boxes, size) for x in at_random)}
 
 
 def _mean(dicts):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from paligemma_med.metrics import stats
-from paligemma_med.saliency import sanity
+from paligemma_med.saliency import localisation, sanity
 from tools.eval_saliency.measure import BOX_FIGURES, CURVES, METHODS, SANITY
 from tools.eval_saliency.priors import PRIORS
 
@@ -19,8 +19,17 @@ def summarise(rows, seed=0) -> dict:
     Returns:
       {"correct" and "all": dict(questions, images, area, table={method: {figure: dict(mean, low,
       high, and for each of BASES a dict(difference, low, high, p, p_holm))}}, without table if there
-      are no questions), "sanity": {method: {check: dict(mean, low, high)}}}.
+      are no questions), "sanity": {method: {check: dict(mean, low, high)}}}. If the model was asked for its own boxes
+      also "own": the same two, of the questions with such boxes, against them.
     """
+    out = _subsets(rows, seed, "figures")
+    if any("own_boxes" in row for row in rows):
+        out["own"] = _subsets([row for row in rows if row.get("own_boxes")], seed, "own_figures")
+    out["sanity"] = {name: _sanity(rows, name, seed) for name in METHODS}
+    return out
+
+
+def _subsets(rows, seed, key):
     out = {}
     for subset in ("correct", "all"):
         chosen = [row for row in rows if row["correct"] or subset == "all"]
@@ -28,18 +37,22 @@ def summarise(rows, seed=0) -> dict:
         out[subset] = dict(questions=len(chosen), images=len(set(images)))
         if not chosen:
             continue
-        out[subset]["area"] = float(np.mean([row["area"] for row in chosen]))
-        out[subset]["table"] = _table(chosen, images, seed)
-    out["sanity"] = {name: _sanity(rows, name, seed) for name in METHODS}
+        out[subset]["area"] = float(np.mean([_area(row, key) for row in chosen]))
+        out[subset]["table"] = _table(chosen, images, seed, key)
     return out
 
 
-def _table(rows, images, seed):
-    table = {name: {} for name in (*METHODS, *PRIORS)}
-    for figure in (*BOX_FIGURES, *CURVES):
-        values = {
-            name: [row["figures"][name][figure] for row in rows] for name in table if figure in rows[0]["figures"][name]
-        }
+def _area(row, key):
+    if key == "figures":
+        return row["area"]
+    return localisation.coverage(row["own_boxes"], row["size"], row["grid"]).mean()
+
+
+def _table(rows, images, seed, key):
+    more = () if key == "figures" else ("true_boxes",)
+    table = {name: {} for name in (*METHODS, *PRIORS, *more)}
+    for figure in (*BOX_FIGURES, *CURVES) if key == "figures" else BOX_FIGURES:
+        values = {name: [row[key][name][figure] for row in rows] for name in table if figure in rows[0][key][name]}
         low, high = stats.bootstrap(np.stack([*values.values()], 1), images, seed=seed)
         for i, name in enumerate(values):
             cell = dict(mean=float(np.mean(values[name])), low=float(low[i]), high=float(high[i]))

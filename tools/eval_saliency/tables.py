@@ -20,14 +20,28 @@ _TITLES = {
 
 def markdown(summary) -> str:
     """The tables of `summarise` as Markdown, in %; rank correlations as they are."""
+    lines = _subsets(summary, "", (*BOX_FIGURES, *CURVES))
+    if "own" in summary:
+        lines += _subsets(summary["own"], "Against the model's own boxes, ", BOX_FIGURES)
+        if not summary["own"]["all"]["questions"]:
+            lines += ["The model gave no boxes of its own: was it trained on them (docs/grounding.md)?", ""]
+    lines += [
+        "## Sanity: rank correlation with the map of …",
+        "",
+        *_grid("", (*SANITY, "other_image"), summary["sanity"], _correlation),
+    ]
+    return "\n".join(lines)
+
+
+def _subsets(summary, what, figures):
     lines = []
     for subset in ("correct", "all"):
         found = summary[subset]
         if "table" not in found:
             continue
-        table, figures = found["table"], (*BOX_FIGURES, *CURVES)
+        table, title = found["table"], what + subset
         lines += [
-            f"## {subset.capitalize()}: {found['questions']:,} questions, {found['images']:,} "
+            f"## {title[0].upper()}{title[1:]}: {found['questions']:,} questions, {found['images']:,} "
             f"images; boxes cover {100 * found['area']:.1f} % of them",
             "",
             *_grid("%", figures, table, _interval),
@@ -38,12 +52,7 @@ def markdown(summary) -> str:
                 "",
                 *_grid("%", figures, table, lambda cell, base=base: _difference(cell[base])),
             ]
-    lines += [
-        "## Sanity: rank correlation with the map of …",
-        "",
-        *_grid("", (*SANITY, "other_image"), summary["sanity"], _correlation),
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def _grid(corner, columns, table, text):
