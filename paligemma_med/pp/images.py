@@ -236,7 +236,7 @@ def size(content: bytes) -> tuple[int, int]:
     try:
         if dicom.is_dicom(content):
             found = dicom_open.header(content, ("Rows", "Columns"))
-            return int(found["Rows"]), int(found["Columns"])
+            return int(found.Rows), int(found.Columns)
         with open_image(content, formats=("JPEG",)) as image:
             size = image.height, image.width
             return size[::-1] if _orientation(image) >= 5 else size

@@ -28,3 +28,14 @@ def test_dicom_is_read_from_a_file(tmp_path):
 
     (tmp_path / "IM0001").write_bytes(make(np.array([[0, 50, 100]], np.uint16)))
     assert images.read_file(tmp_path / "IM0001", "--image")[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_the_size_of_dicom_is_its_headers(monkeypatch):
+    pytest.importorskip("pydicom")
+    from tests.pp.dicom_files import make
+
+    content = make(np.zeros((3, 5), np.uint16))
+    with pytest.raises(images.ImageError):
+        images.size(content[:140])
+    monkeypatch.setattr(images, "decode", None)
+    assert images.size(content) == (3, 5)
