@@ -195,8 +195,8 @@ def lora(args, *rules, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
     return [rule if isinstance(rule, tuple) else (rule, spec) for rule in rules]
 
 
-def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", choices=False) -> None:
-    """The pp strings and the evaluation on the split validate.
+def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", choices=False, split="") -> None:
+    """The pp strings and the evaluation.
 
     Args:
       prompt: of training, a `common_prompts.Prompt`.
@@ -204,16 +204,33 @@ def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", cho
       resize: "bilinear" or "bicubic".
       protocol: of the figures, "vqa", "open" or "report".
       choices: whether the letter of one of four options is learnt, and scored; `prompt` has them.
+      split: of the evaluation, by default the set's to choose by.
     """
     asked = asked or prompt
     answer = rows.ANSWER_LETTER if choices else "answer"
     c.input.pp = common.train_pp(c.res, c.text_len, c.tokenizer, prompt=prompt, answer=answer, resize=resize)
     c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=asked, resize=resize)
     c.evals = {}
+    kw = dict(resize=resize, split=split)
     if choices:
-        _evaluate(c, args, args.data, asked, evaluation=common.multiple_choice_eval, resize=resize, answer=answer)
+        _evaluate(c, args, args.data, asked, evaluation=common.multiple_choice_eval, answer=answer, **kw)
     else:
-        _evaluate(c, args, args.data, asked, resize=resize, protocol=protocol)
+        _evaluate(c, args, args.data, asked, protocol=protocol, **kw)
+
+
+def loss(c, args, prompt, *, resize="bilinear") -> None:
+    """Adds the evaluation loss on the split that `texts` evaluates on; arguments as there."""
+    for name, section in [*c.evals.items()]:
+        c.evals[f"{name}_loss"] = common.loss_eval(
+            c,
+            args.data,
+            section.data.split,
+            data_dir=args.data_dir,
+            batch_size=16,
+            prompt=prompt,
+            resize=resize,
+            log_epochs=1.0,
+        )
 
 
 def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
@@ -237,9 +254,9 @@ def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
 _SPLITS = {"vqa_rad": "test"}
 
 
-def _evaluate(c, args, data, prompt, evaluation=common.vqa_eval, **kw):
+def _evaluate(c, args, data, prompt, evaluation=common.vqa_eval, split="", **kw):
     name = data.partition("/")[0]
-    split = _SPLITS.get(name, "validate")
+    split = split or _SPLITS.get(name, "validate")
     c.evals[f"{name}_{split}"] = evaluation(
         c,
         data,

@@ -54,7 +54,7 @@ def run(request, tiny_data, tmp_path_factory):
     random_weights(c, f"{folder}.npz")
     section = c.evals.phantom_validate
     section.data.split, section.batch_size, section.controls = "validate[:3]", 8, ("echo", "shuffled_images")
-    evals, c.evals = c.evals, {}
+    evals, c.evals = dict(phantom_validate=section), {}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         train.train(c, folder)
@@ -304,6 +304,32 @@ def test_pefomeds_schedule_and_decay_are_its_codes():
     none = {n: np.zeros_like(x) for n, x in weights.items()}
     updates, _ = tx.update(none, tx.init(weights), weights)
     assert {n for n, x in updates.items() if np.any(x)} == {n for n, x in weights.items() if not n.endswith("/bias")}
+
+
+def test_the_stages_of_002_and_003_have_their_papers_data():
+    def sections(name, arg):
+        c = get_config(name, arg)
+        return c, {k: (s.data.name, s.get("protocol", s.type)) for k, s in c.evals.items()}
+
+    for stage in (1, 2):
+        c, found = sections("llama_clip", f"stage={stage}")
+        asked, choices, loss = (c.evals[f"omnimedvqa_validate{x}"] for x in ("", "_choices", "_loss"))
+        assert c.input.data.name == asked.data.name == loss.data.name == "omnimedvqa/open_access_open"
+        assert [*found.values()].count(("omnimedvqa/open_access", "multiple_choice")) == 1 and len(found) == 3
+        # Asked as the open questions are, without the options, and only at the end.
+        assert "choice_a" not in choices.pp_fn.partition("keep(")[0] and "choice_a" in choices.pp_fn
+        assert choices.options == "text" and not any(key.startswith("log_") for key in choices)
+    assert {*sections("llama_clip", "choices=False,split=test")[1]} == {"omnimedvqa_test", "omnimedvqa_test_loss"}
+    assert {*sections("llama_clip", "data=slake/en")[1]} == {"slake_validate", "slake_validate_loss"}
+    for arg, data, key, protocol in (
+        ("stage=1", "pmc_oa/split_captions", "pmc_oa_validate", "report"),
+        ("stage=2", "pmc_vqa/v1_open", "pmc_vqa_validate", "open"),
+        ("stage=3", "slake/en", "slake_validate", "vqa"),
+        ("stage=3,split=test", "slake/en", "slake_test", "vqa"),
+        ("stage=3,data=vqa_rad/public", "vqa_rad/public", "vqa_rad_test", "vqa"),
+    ):
+        c, found = sections("bloom_qformer", arg)
+        assert c.input.data.name == data and found == {key: (data, protocol), f"{key}_loss": (data, "perplexity")}
 
 
 def test_weights_and_tokenizer_are_named_by_arguments():
