@@ -204,7 +204,7 @@ def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", cho
       resize: "bilinear" or "bicubic".
       protocol: of the figures, "vqa", "open" or "report".
       choices: whether the letter of one of four options is learnt, and scored; `prompt` has them.
-      split: of the evaluation, by default the set's to choose by.
+      split: of the evaluation, by default validate.
     """
     asked = asked or prompt
     answer = rows.ANSWER_LETTER if choices else "answer"
@@ -250,13 +250,9 @@ def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
         _evaluate(c, args, name, prompt, resize=resize, protocol=protocol)
 
 
-# Sets without a split to choose by: what is measured while training on them is what is reported.
-_SPLITS = {"vqa_rad": "test"}
-
-
 def _evaluate(c, args, data, prompt, evaluation=common.vqa_eval, split="", **kw):
     name = data.partition("/")[0]
-    split = split or _SPLITS.get(name, "validate")
+    split = split or "validate"
     c.evals[f"{name}_{split}"] = evaluation(
         c,
         data,

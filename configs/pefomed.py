@@ -69,6 +69,8 @@ def get_config(arg=None) -> ConfigDict:
     if sets:
         mixed = {key: (name, weight, common_prompts.pefomed(says)) for key, (name, weight, says) in sets.items()}
         common_systems.mixture(c, args, mixed, **kw)
+        if left := [key for key in SETS if key not in sets]:
+            c.notes += f"\nLeft out of its captions, by sets={args.sets}: {', '.join(left)}."
     else:
         common_systems.texts(c, args, common_prompts.pefomed(task), asked=asked, **kw)
     c.lora = common_systems.lora(args, "llm/layers/attn/qkv_einsum/w:[qv]", rank=64, alpha=16, dropout=0.05)

@@ -37,7 +37,7 @@ STAGES = {
     "003 stage 1": ("bloom_qformer", "stage=1", None, {"pmc_oa_validate"}),
     "003 stage 2": ("bloom_qformer", "stage=2", "003 stage 1", {"pmc_vqa_validate"}),
     "003 stage 3, SLAKE": ("bloom_qformer", "stage=3", "003 stage 2", {"slake_test"}),
-    "003 stage 3, VQA-RAD": ("bloom_qformer", "stage=3,data=vqa_rad/public", "003 stage 2", {"vqa_rad_test"}),
+    "003 stage 3, VQA-RAD": ("bloom_qformer", "stage=3,data=vqa_rad/public", "003 stage 2", {"vqa_rad_validate"}),
 }
 _FIGURE = {"omnimedvqa": "recall", "pmc_oa": "cider", "pmc_vqa": "recall", "slake": "acc", "vqa_rad": "acc"}
 

@@ -13,9 +13,7 @@ def image_id(split, i):
     return f"{NAME}_{split}_{i:06}"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    root = tmp_path / "raw"
+def release(root):
     for split, numbers in (("train", (1, 2, 4)), ("valid", (1, 2))):
         rows = [f'{image_id(split, i)}\tA "shadow, {i} of {split} ' for i in numbers]
         made.write(root / f"{NAME}_caption_prediction_{split}_labels.csv", "\n".join(["ID\tcaption", *rows]) + "\n")
@@ -26,6 +24,11 @@ def folder(tmp_path):
             made.write(root / f"{NAME}_{split}_images" / name, made.image(i + 10 * (split == "valid")))
     made.write(root / f"{NAME}_cui_mapping.csv", "C0040405\tX-Ray Computed Tomography\n")
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return release(tmp_path / "raw")
 
 
 def test_records_without_a_test_set(folder, tmp_path):

@@ -22,10 +22,8 @@ def gz(path, lines):
     made.write(path, gzip.compress("\n".join(lines).encode()))
 
 
-@pytest.fixture
-def folder(tmp_path):
+def release(root):
     """Four studies, one a patient, with a frontal and a lateral view; the second has no findings."""
-    root = tmp_path / "raw"
     split, views = ["dicom_id,study_id,subject_id,split"], ["dicom_id,subject_id,study_id,Procedure,ViewPosition"]
     sections = ["study,impression,findings,last_paragraph,comparison"]
     for i, name in enumerate(SPLITS):
@@ -39,6 +37,11 @@ def folder(tmp_path):
     gz(root / "mimic-cxr-2.0.0-metadata.csv.gz", views)
     made.write(root / layout.SECTIONS, "\n".join(sections))
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return release(tmp_path / "raw")
 
 
 def checked(folder, tmp_path, **options):
