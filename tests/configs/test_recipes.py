@@ -76,6 +76,9 @@ def test_every_stage_goes_from_data_to_a_page(system, data_dir, tmp_path):
         page = (tmp_path / f"report{i}" / "report.md").read_text(encoding="utf-8").replace("\\", "")
         assert all(name in page for name in c.evals)
 
+        init = folder
+        if "choice_a" in c.predict_pp:  # explain is given no options
+            continue
         name, section = next(iter(c.evals.items()))
         row = next(iter(open_source(section.data.to_dict())))
         question = row["question"] if isinstance(row["question"], str) else row["question"].decode()
@@ -84,4 +87,3 @@ def test_every_stage_goes_from_data_to_a_page(system, data_dir, tmp_path):
         )
         explain_files.write_page(page, tmp_path / f"{i}.html")
         assert (tmp_path / f"{i}.html").stat().st_size > 10_000
-        init = folder
