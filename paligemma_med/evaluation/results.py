@@ -92,7 +92,8 @@ def finished(folder, identity, name=PREDICTIONS) -> list[dict] | None:
     if distributed.is_main():
         folder = pathlib.Path(folder)
         try:
-            about = read_metrics(folder / METRICS)[1]
+            # Not `read_metrics`: the program whose rows these are may write figures of another form.
+            about = json_text.read(folder / METRICS, "figures", root=dict, constants=True).get("about", {})
             # A part is removed last.
             if not (folder / PART).exists() and _is_of(about, identity):
                 rows = read_rows(folder / name)

@@ -253,6 +253,13 @@ def test_maps_against_the_models_own_boxes(measured, tmp_path, monkeypatch):
     assert "The model gave no boxes of its own" in tables.markdown(summary.summarise(rows))
 
 
+def test_a_finished_measurement_is_known(tmp_path):
+    """Its figures are tables, which no other evaluation's are."""
+    results.write(tmp_path, [dict(a=1)], {"saliency": {"all": {}}}, dict(of="test"))
+    assert results.finished(tmp_path, dict(of="test")) == [dict(a=1)]
+    assert results.finished(tmp_path, dict(of="another")) is None
+
+
 @pytest.mark.parametrize("pp, message", [("", "no predict_pp"), ("decode|inception_crop(32)", "crops images")])
 def test_configs_that_cannot_be_measured(pp, message):
     with pytest.raises(ValueError, match=message):
@@ -274,7 +281,8 @@ def test_program(tiny_data, tmp_path, repo_root):
     assert first.returncode == 0, first.stderr
     assert "## All: 2 questions" in first.stdout and first.stdout == second.stdout
     assert "is there for these weights" in second.stderr
-    metrics, about = results.read_metrics(out / results.METRICS)
+    metrics = json.loads((out / results.METRICS).read_text())
+    about = metrics["about"]
     rows = results.read_rows(out / results.PREDICTIONS)
     assert metrics["saliency"] == summary.summarise(rows)
     assert about["data"]["split"] == "validate" and about["section"]["steps"] == 2
