@@ -1,7 +1,8 @@
 """Boxes of several readers around one finding → one box.
 
 Weighted boxes fusion (Solovyev et al. 2021, doi:10.1016/j.imavis.2021.104117) with all weights equal, at an IoU above
-0.5: how the data set's authors made one set of training boxes of three readers' (Le et al. 2022, arXiv:2203.10611).
+0.5, as public code for VinDr-CXR fuses its three readers' boxes. Authors of the set write of such a fusion in
+arXiv:2203.10611 (Le et al. 2022), whose abstract alone we know.
 """
 
 import dataclasses
