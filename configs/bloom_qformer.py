@@ -25,7 +25,7 @@ images     224 px, bicubic, which the tower was trained with; not cut to a squar
 texts      160 tokens with captions, 96 with questions; what is cut is counted
 data       PMC-OA's captions of subfigures, PMC-VQA v1 without its options, SLAKE in English
 
-VQA-RAD has no validation split: its test questions are asked each epoch, and choose nothing.
+VQA-RAD comes without a validation split: our builder draws a tenth of train's images as `validate`.
 
 Arguments: stage, data (by default that of the stage), split (of evaluations), and those in configs/common_systems.py.
 """
