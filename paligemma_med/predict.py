@@ -11,10 +11,10 @@ from absl import app, flags, logging
 from paligemma_med import cli, decode, weights
 from paligemma_med.page import shown
 from paligemma_med.parallel import distributed, notes, sharding
-from paligemma_med.pp import command_line, get_preprocess_fn, image_cells
+from paligemma_med.pp import command_line, get_preprocess_fn, image_cells, own_rows
 
 
-def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
+def predict(config, checkpoint, image, questions, *, choices=None, **decoding) -> list[dict]:
     """Answers questions about one image.
 
     Args:
@@ -22,6 +22,7 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
       checkpoint: anything `checkpoints.load_params` takes.
       image: encoded bytes (JPEG, PNG, DICOM, …: docs/images.md) or uint8[H, W, 3].
       questions: list of str, one at least.
+      choices: {"choice_a": text, …} that the questions offer, for prompts that show them.
       **decoding: for `decode.generate`; max_new_tokens is 64 by default.
 
     Returns:
@@ -39,7 +40,7 @@ def predict(config, checkpoint, image, questions, **decoding) -> list[dict]:
         raise ValueError("config has no predict_pp, which makes a prompt of a question.")
     model, tok, mesh, params = weights.load(config, checkpoint)
     pp = get_preprocess_fn(config.predict_pp)
-    rows = [pp({"image": image, "question": q}) for q in questions]
+    rows = [own_rows.prompted(pp, {"image": image, "question": q}, choices) for q in questions]
     for question, row in zip(questions, rows):
         if cut := row.get("_truncated"):
             logging.warning("The prompt lost its last %d tokens: %s", cut, question)
@@ -71,10 +72,11 @@ def main(argv) -> None:
         )
     if not values.question or not all(q.strip() for q in values.question):
         raise app.UsageError('--question is empty; expected a question such as --question="Any nodule?".')
+    choices = own_rows.choices_of_flag(values.choices)
     image = image_cells.read(values.image, "--image")  # before the weights, which take long
     config, checkpoint = cli.from_flags()
     decoding = {k: values[k].value for k in _DECODING}
-    rows = predict(config, checkpoint, image, values.question, **decoding)
+    rows = predict(config, checkpoint, image, values.question, choices=choices, **decoding)
     for row in rows if distributed.is_main() else ():
         print(row["question"])
         for answer in row["answers"]:
@@ -90,6 +92,7 @@ if __name__ == "__main__":
         "image", None, "Image file: JPEG, PNG, TIFF, DICOM, a folder of slices, … (docs/images.md).", required=True
     )
     flags.DEFINE_multi_string("question", None, "Question; may be given often.", required=True)
+    command_line.define_choices()
     flags.DEFINE_integer("max_new_tokens", 64, "Length of an answer, at most.")
     flags.DEFINE_integer("num_samples", 1, "Answers for each question.")
     flags.DEFINE_float("temperature", 0.0, "0 gives the most probable answer.")

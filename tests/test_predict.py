@@ -1,6 +1,7 @@
 """Answers to questions about one image, from Python and from the command line."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from paligemma_med import predict
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
+from paligemma_med.pp import own_rows
 from tests import tiny
 
 QUESTIONS = ["Is this an MRI?", "Which organ is abnormal, the left or the right lung?"]
@@ -53,6 +55,22 @@ def test_pixels_and_files_are_the_same_image(run):
     assert predict.predict(config, workdir, pixels, QUESTIONS, **kw) == from_file
     black = predict.predict(config, workdir, 0 * pixels, QUESTIONS, **kw)
     assert black[0]["answers"][0]["logprob"] != from_file[0]["answers"][0]["logprob"]
+
+
+def test_choices_stand_in_the_prompt(run):
+    workdir, config, image = run
+    config = config.copy_and_resolve_references()
+    config.predict_pp = config.predict_pp.replace("{question}", "{question} A: {choice_a} B: {choice_b}")
+    assert "choice_a" in config.predict_pp
+    choices = own_rows.choices_of_flag("Left kidney | Heart")
+    (row,) = predict.predict(config, workdir, image.read_bytes(), ["Which?"], choices=choices, max_new_tokens=1)
+    assert row["prompt"] == "answer en Which? A: Left kidney B: Heart\n"
+    with pytest.raises(ValueError, match="no key 'choice_a'.*--choices"):
+        predict.predict(config, workdir, image.read_bytes(), ["Which?"], max_new_tokens=1)
+    assert own_rows.choices_of_flag(None) == {}
+    for text in ("", "Heart", "Heart|", "["):
+        with pytest.raises(ValueError, match=f"--choices={re.escape(text)}: "):
+            own_rows.choices_of_flag(text)
 
 
 @pytest.mark.parametrize("questions", [[], (), "Is it?", ["  "], [QUESTIONS[0], ""], [None]])

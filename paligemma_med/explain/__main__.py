@@ -27,7 +27,7 @@ from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import about_images, images_in, read_mask, read_questions
 from paligemma_med.page import check_jinja, shown
 from paligemma_med.parallel import compilation_cache, distributed, ending
-from paligemma_med.pp import command_line, image_cells
+from paligemma_med.pp import command_line, image_cells, own_rows
 from paligemma_med.saliency import occlusion
 from paligemma_med.saliency.methods import METHODS
 
@@ -66,6 +66,9 @@ def main(argv) -> None:
         raise app.UsageError("--image takes one --question; --image_dir takes several.")
     if values.image_dir and values.mask:
         raise app.UsageError("--mask goes with --image.")
+    if values.choices is not None and values.questions:
+        raise app.UsageError("--choices goes with --question; a table of --questions has columns choice_a, choice_b, …")
+    choices = own_rows.choices_of_flag(values.choices)
     asked = None
     if values.image_dir:
         if not os.path.isdir(values.image_dir):
@@ -78,7 +81,7 @@ def main(argv) -> None:
         asked = (
             read_questions(values.questions, values.image_dir, columns=values.columns, choose=values.choose)
             if values.questions
-            else about_images(values.image_dir, values.question)
+            else about_images(values.image_dir, values.question, choices)
         )
     image = values.image and image_cells.read(values.image, "--image")
     mask = values.mask and read_mask(values.mask)
@@ -94,7 +97,8 @@ def main(argv) -> None:
             raise ValueError(f"{failed} of {len(asked)} have no report; index.html says why.")
         return
     try:
-        made, _ = explain(loaded, image, values.question[0], mask=mask, title=os.path.basename(values.image), **kw)
+        kw |= dict(mask=mask, choices=choices, title=os.path.basename(values.image))
+        made, _ = explain(loaded, image, values.question[0], **kw)
     except ValueError as e:
         raise ValueError(f"{values.image}: {e}") from e
     command = shlex.join(["python", "-m", "paligemma_med.explain", *sys.argv[1:]])
@@ -112,7 +116,7 @@ def main(argv) -> None:
 
 def _serve(values):
     """The page to ask on; ends by Ctrl-C, or with an error before it is ready."""
-    others = ("image", "question", "questions", "columns", "choose", "out", "mask", "png", "npz")
+    others = ("image", "question", "questions", "columns", "choose", "choices", "out", "mask", "png", "npz")
     if given := [name for name in others if values[name].value is not None]:
         raise app.UsageError(f"--{given[0]} doesn't go with --serve.")
     examples = []
@@ -149,6 +153,7 @@ if __name__ == "__main__":
     command_line.define_path("questions", None, "Table (.csv, .tsv, .jsonl, .parquet, .xlsx): columns image, question.")
     flags.DEFINE_string("columns", None, "Names of the table's columns, such as image=file,question=frage.")
     command_line.define_choose()
+    command_line.define_choices()
     command_line.define_path("out", None, "The page; with --image_dir a folder.")
     command_line.define_path("mask", None, "Image file, white where the image is to be replaced.")
     command_line.define_path("png", None, "Folder for the maps as PNG; with --image_dir: 1 for --out.")

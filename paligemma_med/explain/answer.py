@@ -15,7 +15,7 @@ from paligemma_med.checkpoints import fingerprint
 from paligemma_med.explain import page
 from paligemma_med.models import vlm
 from paligemma_med.parallel import distributed, notes, sharding
-from paligemma_med.pp import get_preprocess_fn, ops_image
+from paligemma_med.pp import get_preprocess_fn, ops_image, own_rows
 from paligemma_med.pp import images as images_lib
 from paligemma_med.saliency import capture, checks, occlusion, report, sequence
 from paligemma_med.saliency.methods import KINDS, METHODS
@@ -67,6 +67,7 @@ def explain(
     *,
     title="image",
     given="",
+    choices=None,
     mask=None,
     num_samples=5,
     temperature=1.0,
@@ -85,6 +86,7 @@ def explain(
       question: str.
       title: the page's, such as the file's name.
       given: the right answer as the page shows it, where there is one; the model isn't told.
+      choices: {"choice_a": text, …} that the question offers, for prompts that show them.
       mask: optional bool[H, W], of the image's own size or as the model sees it: a region to replace
         by `fill`.
       num_samples, temperature, seed: for the answers sampled besides the greedy one; 0 for none.
@@ -108,7 +110,7 @@ def explain(
         raise ValueError(f"temperature is {temperature:g}; expected more than 0.")
     if isinstance(image, bytes):
         image = images_lib.to_rgb(image, window=ops_image.window_of(loaded.pp.pp))
-    row = loaded.pp({"image": image, "question": question})
+    row = own_rows.prompted(loaded.pp, {"image": image, "question": question}, choices)
     images, stretched = _images(loaded, row, image, mask, fill)
     with stage("compiling the programs, and answering"):
         answers = dict(zip(images, greedy(loaded, row, list(images.values()), max_new_tokens, fixed=fixed)))

@@ -42,18 +42,18 @@ def explain_many(loaded, title, asked, out, *, npz=False, png=False, **kw) -> in
         png=png,
         config=config_files.to_json(loaded.config),
         software=paligemma_med.__version__,
-        asked=[tuple(map(clean, one[:3])) for one in asked],
+        asked=[(*map(clean, one[:3]), *map(clean, one.choices.values())) for one in asked],
     )
     rows = []
     with contextlib.closing(results.Part(out, identity)) as part:
-        for i, (name, question, given, read) in enumerate(asked):
+        for i, (name, question, given, read, choices) in enumerate(asked):
             content = _content(read)
             sha = isinstance(content, bytes) and hashlib.sha256(content).hexdigest()
             (row,) = part.saved.get(("model", i), [{}])
             there = not row.get("href") or os.path.exists(os.path.join(out, row["href"]))
             if row.get("sha256", "") != sha or not there:
                 stem = os.path.join(out, f"{i + 1:04d}_{slug(pathlib.PurePath(name).stem)}")
-                row = _row(loaded, content, name, question, given, stem, npz=npz, png=png, **kw)
+                row = _row(loaded, content, name, question, given, stem, npz=npz, png=png, choices=choices, **kw)
                 row["sha256"] = sha
                 part.add("model", i, [row])
             rows.append(row)

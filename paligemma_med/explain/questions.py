@@ -3,12 +3,12 @@
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from paligemma_med.pp import images, own_table
+from paligemma_med.pp import images, own_rows, own_table
 
 
 def read_mask(path) -> np.ndarray:
@@ -19,13 +19,14 @@ def read_mask(path) -> np.ndarray:
 class Asked(NamedTuple):
     """One question: about which image, what its table gives as the answer ("" for none), and how to read the image.
 
-    content: the image as encoded bytes; ValueError or OSError says why there is none.
+    content: the image as encoded bytes; ValueError or OSError says why there is none. choices: {"choice_a": text, …}.
     """
 
     name: str
     question: str
     given: str
     content: Callable[[], bytes]
+    choices: Mapping[str, str] = {}
 
 
 def read_questions(path, folder, *, columns=None, choose=None) -> list[Asked]:
@@ -48,14 +49,15 @@ def read_questions(path, folder, *, columns=None, choose=None) -> list[Asked]:
     for i in range(len(table)):
         row = table[i]
         read = functools.partial(table.image_bytes, i)
-        out.append(Asked(row["image"] or row["image_id"], row["question"], row["answer"], read))
+        choices = {key: text for key, text in row.items() if own_rows.CHOICE.fullmatch(key)}
+        out.append(Asked(row["image"] or row["image_id"], row["question"], row["answer"], read, choices))
     return out
 
 
-def about_images(folder, questions) -> list[Asked]:
+def about_images(folder, questions, choices=None) -> list[Asked]:
     """Each question about each image file below a folder."""
     return [
-        Asked(name, question, "", functools.partial(pathlib.Path(folder, name).read_bytes))
+        Asked(name, question, "", functools.partial(pathlib.Path(folder, name).read_bytes), choices or {})
         for name in images_in(folder)
         for question in questions
     ]

@@ -122,6 +122,16 @@ def prepare_output() -> None:
         sys.excepthook = _except_gone_readers
 
 
+def define_choices() -> None:
+    """Defines --choices, of programs that ask about an image whose questions no table holds."""
+    flags.DEFINE_string(
+        "choices",
+        None,
+        "What the question offers, for a run whose prompt shows it, such as stage 2 on PMC-VQA: "
+        "'Liver|Spleen|Left kidney|Heart', in the order A, B, C, D.",
+    )
+
+
 def prepare() -> None:
     """To be called before flags are parsed: `prepare_output`; and --help lists all flags of the program, those that it
     defines through functions of other modules included, names the program as it was called, and ends with status 0.

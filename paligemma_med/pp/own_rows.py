@@ -52,6 +52,29 @@ def known(name):
     return small if small in KNOWN or CHOICE.fullmatch(small) else name.strip()
 
 
+def choices_of_flag(text: str | None) -> dict[str, str]:
+    """{choice_a: text, …} of what --choices says, {} of nothing. ValueError: fewer than two, or an empty one."""
+    try:
+        choices = split_choices(text) if text is not None else {}
+        if text is not None and (not choices or not all(x.strip() for x in choices.values())):
+            raise ValueError("choices: expected two or more texts with | between them")
+    except ValueError as e:
+        raise ValueError(f"--choices={text:.80}: {str(e).removeprefix('choices: ')}.") from None
+    return {k: v.strip() for k, v in choices.items()}
+
+
+def prompted(pp, row, choices=None) -> dict:
+    """`pp` of a question and its choices. ValueError: a prompt shows choices that aren't given."""
+    try:
+        return pp({**row, **(choices or {})})
+    except ValueError as e:
+        if "no key 'choice_" not in str(e):
+            raise
+        raise ValueError(
+            f"{e}. The run's prompt shows choices: --choices gives them, or a table's columns choice_a, choice_b, …"
+        ) from None
+
+
 def split_choices(value):
     """{choice_a: text, …} of a list, of a JSON list, or of a text with | between choices."""
     if isinstance(value, str):

@@ -14,6 +14,7 @@ from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.config import files as config_files
 from paligemma_med.explain import files as explain_files
 from paligemma_med.input_pipeline import open_source
+from paligemma_med.pp import rows as rows_lib
 from tests import tiny
 from tests.data_prep import made
 from tests.data_prep.datasets.imageclef_caption import test_imageclef_caption as clef
@@ -77,13 +78,11 @@ def test_every_stage_goes_from_data_to_a_page(system, data_dir, tmp_path):
         assert all(name in page for name in c.evals)
 
         init = folder
-        if "choice_a" in c.predict_pp:  # explain is given no options
-            continue
         name, section = next(iter(c.evals.items()))
         row = next(iter(open_source(section.data.to_dict())))
         question = row["question"] if isinstance(row["question"], str) else row["question"].decode()
-        page, _ = explain.explain(
-            explain.load(again, folder), row["image"], question, title=name, max_new_tokens=2, methods=("rollout",)
-        )
+        choices = {k: str(row[k]) for k in rows_lib.CHOICES if k in row}
+        kw = dict(title=name, choices=choices, max_new_tokens=2, methods=("rollout",))
+        page, _ = explain.explain(explain.load(again, folder), row["image"], question, **kw)
         explain_files.write_page(page, tmp_path / f"{i}.html")
         assert (tmp_path / f"{i}.html").stat().st_size > 10_000

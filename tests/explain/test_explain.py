@@ -270,8 +270,9 @@ def test_question_files(tmp_path, capsys):
             one.content()
     assert "1 of 6 rows can't be used" in capsys.readouterr().err
     path = tmp_path / "q.jsonl"
-    path.write_text('{"file": "b.png", "question": "What?"}\n')
+    path.write_text('{"file": "b.png", "question": "What?", "choices": ["a lung", "a liver"]}\n')
     (one,) = explain.read_questions(path, tmp_path, columns="image=file")
+    assert one.choices == dict(choice_a="a lung", choice_b="a liver")
     assert one[:3] == ("b.png", "What?", "") and one.content() == b"b"
 
 
