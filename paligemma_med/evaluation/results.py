@@ -95,7 +95,7 @@ def finished(folder, identity, name=PREDICTIONS) -> list[dict] | None:
             # Not `read_metrics`: the program whose rows these are may write figures of another form.
             about = json_text.read(folder / METRICS, "figures", root=dict, constants=True).get("about", {})
             # A part is removed last.
-            if not (folder / PART).exists() and _is_of(about, identity):
+            if isinstance(about, dict) and not (folder / PART).exists() and _is_of(about, identity):
                 rows = read_rows(folder / name)
         except (OSError, ValueError, AttributeError):
             pass
