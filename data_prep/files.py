@@ -8,15 +8,16 @@ found and what was expected, because a user can act on that and not on a stack t
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from paligemma_med.pp import files as pp_files
-from paligemma_med.pp import images, json_text, tfds_files
+from paligemma_med.pp import images, json_text, tables, tfds_files
 from paligemma_med.pp.files import is_lfs_pointer, lfs_message
 
 
@@ -46,6 +47,45 @@ def read_json(path: os.PathLike | str, what: str = "a JSON file") -> Any:
     return json_text.parse(read_bytes(path, what), str(path), what, constants=True, error=DataError)
 
 
+def read_text(path: os.PathLike | str, what: str) -> str:
+    """A UTF-8 file (a byte-order mark is tolerated). DataError: as `read_bytes`, or not UTF-8."""
+    content = read_bytes(path, what)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected {what}") from None
+
+
+def read_table(path: os.PathLike | str, needed: Sequence[str], what: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, row without outer blanks) of each line of a CSV file.
+
+    Raises:
+      DataError: as `read_text`; a column is missing, or a row has another length.
+    """
+    columns, rows = tables.read(io.StringIO(read_text(path, what), newline=""), path, error=DataError)
+    if missing := [c for c in needed if c not in columns]:
+        raise DataError(f"{path}: column {', '.join(missing)} missing; expected {', '.join(needed)}")
+    for line, row in rows:
+        if isinstance(row, str):
+            raise DataError(f"{path} line {line}: {row}; expected {', '.join(needed)}")
+        yield f"{path} line {line}", {k: v.strip() for k, v in row.items()}
+
+
+def given_folder(folder: os.PathLike | str, expected: str) -> pathlib.Path:
+    """The folder that a user gave, `~` expanded. DataError: there is none."""
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected a folder with {expected}")
+    return folder
+
+
+def did_you_mean(folder: pathlib.Path, is_right: Callable[[pathlib.Path], Any], *, above: bool = True) -> str:
+    """ "; did you mean …?" with a folder in a wrong one, or above it, that has what is expected; else ""."""
+    near = [folder.parent] * above + sorted(p for p in folder.iterdir() if p.is_dir())
+    right = next((p for p in near if is_right(p)), None)
+    return f"; did you mean {right}?" if right else ""
+
+
 def path_inside(root: os.PathLike | str, name: Any) -> pathlib.Path:
     """Joins a relative path from a data file to `root`, and never leaves `root`: see `pp.files.path_inside`.
 
@@ -64,6 +104,16 @@ def open_built(folder: os.PathLike | str) -> Any:
         return tfds_files.open_built(folder)
     except ValueError as e:
         raise DataError(str(e)) from None
+
+
+def built_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path:
+    """The newest built version of a set. DataError: it isn't built, or has configs to choose from."""
+    there = [p.parent for p in (data_dir / name).glob("*/dataset_info.json")]
+    if not there:
+        configs = sorted({p.parents[1].name for p in (data_dir / name).glob("*/*/dataset_info.json")})
+        hint = f"; did you mean {name}/{configs[0]}?" if configs else ""
+        raise DataError(f"{data_dir / name}: not built; expected records of {name} there{hint}")
+    return max(there, key=lambda p: [int(x) if x.isdigit() else -1 for x in p.name.split(".")])
 
 
 def check_feature_classes(folder: os.PathLike | str) -> None:

@@ -345,13 +345,7 @@ def main(argv: Sequence[str]) -> None:
         if len(argv) < 2:
             raise DataError("expected built data sets, such as slake/en; --help shows an example")
         data_dir = pathlib.Path(flags.FLAGS.data_dir or default_data_dir()).expanduser()
-        sets = {}
-        for name in argv[1:]:
-            there = sorted((data_dir / name).glob("*/dataset_info.json"))
-            if not there:
-                raise DataError(f"{data_dir / name}: not built; expected records of {name} there")
-            sets[name] = there[-1].parent
-        write(flags.FLAGS.out, sets)
+        write(flags.FLAGS.out, {name: files.built_folder(name, data_dir) for name in argv[1:]})
     except (DataError, OSError) as e:
         if command_line.reader_is_gone(e):
             sys.exit(141)

@@ -26,16 +26,6 @@ from paligemma_med.pp.files import default_data_dir
 JSON, PAGE = "leakage.json", "leakage.html"
 
 
-def folder_of(name: str, data_dir: pathlib.Path) -> pathlib.Path:
-    """The newest built version of a set. DataError: it isn't built, or has configs to choose from."""
-    there = [p.parent for p in (data_dir / name).glob("*/dataset_info.json")]
-    if not there:
-        configs = sorted({p.parents[1].name for p in (data_dir / name).glob("*/*/dataset_info.json")})
-        hint = f"; did you mean {name}/{configs[0]}?" if configs else ""
-        raise DataError(f"{data_dir / name}: not built; expected records of {name} there{hint}")
-    return max(there, key=lambda p: [int(x) if x.isdigit() else -1 for x in p.name.split(".")])
-
-
 def leakage(
     sets: dict[str, pathlib.Path], out: pathlib.Path, shown: int = 200, note: Any = print
 ) -> list[dict[str, Any]]:
@@ -120,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         if repeated := [name for i, name in enumerate(argv[1:]) if name in argv[1 : i + 1]]:
             raise DataError(f"{repeated[0]} is named twice; expected each data set once")
         data_dir = pathlib.Path(flags.FLAGS.data_dir or default_data_dir()).expanduser()
-        sets = {name: folder_of(name, data_dir) for name in argv[1:]}
+        sets = {name: files.built_folder(name, data_dir) for name in argv[1:]}
         leakage(sets, pathlib.Path(flags.FLAGS.out).expanduser(), flags.FLAGS.show)
     except (DataError, OSError) as e:
         sys.exit(f"error: {files.told(e, flags.FLAGS.out)}")

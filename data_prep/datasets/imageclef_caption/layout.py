@@ -40,9 +40,7 @@ def _tables(folder: pathlib.Path, task: str) -> dict[str, pathlib.Path]:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds tables of captions. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if not _tables(folder, "caption"):
         raise DataError(f"{folder}: no table of captions found; expected {EXPECTED}")
     return folder
@@ -75,12 +73,7 @@ def read_folder(folder: pathlib.Path | str) -> Release:
 
 def _lines(path: pathlib.Path, column: str) -> Iterator[tuple[str, str, str]]:
     """(where, id, text) of a table whose header is ID, tab, `column`; a quote is a character like others."""
-    content = files.read_bytes(path, f"a table of ID, tab, {column}")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected ID, tab, {column}") from None
-    header, *lines = text.split("\n")
+    header, *lines = files.read_text(path, f"a table of ID, tab, {column}").split("\n")
     if [x.strip().lower() for x in header.split("\t")] not in (["id", column], ["id", f"{column}s"]):
         raise DataError(f"{path}: header {header.strip()!r:.60}; expected ID, tab, {column}")
     for number, line in enumerate(lines, 2):

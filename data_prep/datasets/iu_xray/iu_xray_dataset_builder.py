@@ -44,14 +44,11 @@ class Builder(QuestionedBuilder):
 
     @classmethod
     def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
-        folder = pathlib.Path(folder).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; expected one with {'; or '.join(layouts.EXPECTED.values())}")
+        expected = "; or ".join(layouts.EXPECTED.values())
+        folder = files.given_folder(folder, expected)
         if not cls.configs_in(folder):
-            near = (folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir()))
-            right = [p for p in near if cls.configs_in(p)]
-            hint = f"; did you mean {right[0]}?" if right else ""
-            raise DataError(f"{folder}: no reports found; expected {'; or '.join(layouts.EXPECTED.values())}{hint}")
+            hint = files.did_you_mean(folder, cls.configs_in)
+            raise DataError(f"{folder}: no reports found; expected {expected}{hint}")
         return folder
 
     @classmethod

@@ -4,7 +4,6 @@ The three have other studies, other names for the same image, and other parts of
 """
 
 import dataclasses
-import io
 import pathlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 from data_prep import files
 from data_prep.builders.figures import first_there
 from data_prep.files import DataError
-from paligemma_med.pp import tables
 
 CONFIGS = ("openi", "kaggle", "r2gen")
 PARTS = ("findings", "impression", "indication", "comparison")
@@ -108,28 +106,13 @@ def parse_xml(content: bytes, where: str) -> ElementTree.Element:
 
 def _kaggle(folder: pathlib.Path) -> Iterator[Study]:
     images: dict[str, list[tuple[str, str]]] = {}
-    for _, row in _table(folder / "indiana_projections.csv", ("uid", "filename", "projection")):
+    for _, row in files.read_table(folder / "indiana_projections.csv", ("uid", "filename", "projection"), "a table"):
         images.setdefault(row["uid"], []).append((row["filename"], row["projection"].capitalize()))
-    for where, row in _table(folder / "indiana_reports.csv", ("uid", *PARTS)):
+    for where, row in files.read_table(folder / "indiana_reports.csv", ("uid", *PARTS), "a table"):
         named = tuple(images.pop(row["uid"], ()))
         yield Study(f"CXR{row['uid']}", "", named, {k: _spaced(row[k]) for k in PARTS}, where)
     for uid, named in images.items():  # without a report
         yield Study(f"CXR{uid}", "", tuple(named), dict.fromkeys(PARTS, ""), f"{folder}, study {uid}")
-
-
-def _table(path: pathlib.Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    content = files.read_bytes(path, "a table")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected a table") from None
-    columns, rows = tables.read(io.StringIO(text, newline=""), path, error=DataError)
-    if missing := [c for c in needed if c not in columns]:
-        raise DataError(f"{path}: column {', '.join(missing)} missing; expected {', '.join(needed)}")
-    for line, row in rows:
-        if isinstance(row, str):
-            raise DataError(f"{path} line {line}: {row}; expected {', '.join(needed)}")
-        yield f"{path} line {line}", {k: row[k].strip() for k in needed}
 
 
 def _r2gen(folder: pathlib.Path) -> Iterator[Study]:

@@ -27,9 +27,7 @@ def table(folder: pathlib.Path) -> pathlib.Path | None:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds MedICaT. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if table(folder) is None:
         raise DataError(f"{folder}: no .jsonl with {', '.join(NEEDED)} found; expected {EXPECTED}")
     return folder

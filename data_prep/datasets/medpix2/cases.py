@@ -69,15 +69,11 @@ _SAYS_NOTHING = re.compile(r"(axial |coronal |sagittal )?((ct|mri?|x-?ray) )?(im
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` if it looks like MedPix 2.0. DataError: what is missing in it."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     missing = _missing(folder)
     if not missing:
         return folder
-    near = [folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    right = [p for p in near if not _missing(p)]
-    hint = f"; did you mean {right[0]}?" if right else ""
+    hint = files.did_you_mean(folder, lambda p: not _missing(p))
     raise DataError(
         f"{folder}: not a folder of MedPix 2.0: {', '.join(missing)} not found in it; expected {EXPECTED}{hint}"
     )

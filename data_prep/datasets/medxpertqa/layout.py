@@ -34,9 +34,7 @@ def table(folder: pathlib.Path, split: str) -> pathlib.Path | None:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds the multimodal test questions. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if table(folder, "test") is None:
         raise DataError(f"{folder}: none of {', '.join(TABLES['test'])} found; expected {EXPECTED}")
     return folder

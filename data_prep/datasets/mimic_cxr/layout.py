@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator
 
+from data_prep import files
 from data_prep.builders import reports
 from data_prep.builders.questioned import Asked
 from data_prep.files import DataError
@@ -34,9 +35,7 @@ def table(folder: pathlib.Path, kind: str) -> pathlib.Path | None:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it has all files. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     there = {"split": table(folder, "split"), "metadata": table(folder, "metadata")}
     missing = [f"mimic-cxr-2.…-{kind}.csv.gz" for kind, path in there.items() if path is None]
     missing += [] if _sections(folder) else [SECTIONS]

@@ -54,14 +54,10 @@ def part_files(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds questions of OmniMedVQA. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if any(part_files(folder, part) for part in PARTS):
         return folder
-    near = (folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir()))
-    right = [p for p in near if any(part_files(p, part) for part in PARTS)]
-    hint = f"; did you mean {right[0]}?" if right else ""
+    hint = files.did_you_mean(folder, lambda p: any(part_files(p, part) for part in PARTS))
     raise DataError(f"{folder}: no file of questions found; expected {EXPECTED}{hint}")
 
 

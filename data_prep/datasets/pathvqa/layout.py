@@ -45,14 +45,10 @@ def question_file(folder: pathlib.Path, split: str) -> pathlib.Path | None:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds PathVQA's questions. DataError: what is missing, and where it may be."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if any(question_file(folder, split) for split in SPLITS):
         return folder
-    near = (folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir()))
-    right = [p for p in near if any(question_file(p, split) for split in SPLITS)]
-    hint = f"; did you mean {right[0]}?" if right else ""
+    hint = files.did_you_mean(folder, lambda p: any(question_file(p, split) for split in SPLITS))
     raise DataError(f"{folder}: no file of questions found; expected {EXPECTED}{hint}")
 
 

@@ -25,9 +25,7 @@ def configs_in(folder: pathlib.Path) -> list[str]:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds PMC-OA's lines. DataError: what is missing."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if not configs_in(folder):
         raise DataError(f"{folder}: no file of captions found; expected {EXPECTED}")
     return folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import ledger
+from data_prep import files, ledger
 from data_prep.builders import leaks
 from data_prep.builders.row_file import RowWriter, read_rows
 from data_prep.datasets.pmc_vqa import rows
@@ -56,9 +56,7 @@ def versions_in(folder: pathlib.Path) -> list[str]:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path; DataError unless it holds the tables of a release."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if not versions_in(folder):
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder}: found {found}; expected {EXPECTED}")

@@ -89,33 +89,20 @@ def _present(folder: pathlib.Path, *patterns: str) -> dict[str, pathlib.Path]:
 
 def check_v2(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` if it has ROCOv2's captions; DataError says what was found instead."""
-    folder = _folder(folder, EXPECTED_V2)
+    folder = files.given_folder(folder, EXPECTED_V2)
     if not captions_v2(folder):
-        hint = "; this is ROCO v1: build roco_v1" if captions_v1(folder) else _near(folder, True)
+        hint = "; this is ROCO v1: build roco_v1" if captions_v1(folder) else files.did_you_mean(folder, captions_v2)
         raise DataError(f"{folder}: no file of captions found; expected {EXPECTED_V2}{hint}")
     return folder
 
 
 def check_v1(folder: pathlib.Path | str) -> pathlib.Path:
     """As `check_v2`, for ROCO v1."""
-    folder = _folder(folder, EXPECTED_V1)
+    folder = files.given_folder(folder, EXPECTED_V1)
     if not captions_v1(folder):
-        hint = "; this is ROCOv2: build rocov2" if captions_v2(folder) else _near(folder, False)
+        hint = "; this is ROCOv2: build rocov2" if captions_v2(folder) else files.did_you_mean(folder, captions_v1)
         raise DataError(f"{folder}: no file of captions found; expected {EXPECTED_V1}{hint}")
     return folder
-
-
-def _folder(folder: pathlib.Path | str, expected: str) -> pathlib.Path:
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {expected}")
-    return folder
-
-
-def _near(folder: pathlib.Path, v2: bool) -> str:
-    near = [folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    right = [p for p in near if (captions_v2 if v2 else captions_v1)(p)]
-    return f"; did you mean {right[0]}?" if right else ""
 
 
 def read_v2(folder: pathlib.Path | str) -> Release:
@@ -222,7 +209,7 @@ def caption_figure(
 
 def _table(path: pathlib.Path, column: str) -> Iterator[tuple[str, str, str]]:
     """(where, id, text) of a CSV file with the header `ID,<column>`."""
-    text = _text(path, f"a table ID,{column}")
+    text = files.read_text(path, f"a table ID,{column}")
     header, rows = tables.read(io.StringIO(text, newline=""), path, error=DataError)
     if header != ["ID", column]:
         raise DataError(f"{path}: header {header}; expected ID,{column}")
@@ -248,7 +235,7 @@ def _tab_separated(path: pathlib.Path | None) -> Iterator[tuple[str, str, str]]:
     """(where, id, rest) of lines `id TAB rest`; the id is "" in a line without a tab."""
     if path is None:
         return
-    for i, line in enumerate(_text(path, "lines of id, tab, text").split("\n"), 1):
+    for i, line in enumerate(files.read_text(path, "lines of id, tab, text").split("\n"), 1):
         if line.strip():
             image_id, tab, rest = line.rstrip("\r").partition("\t")
             yield f"{path} line {i}", image_id.strip() if tab else "", rest
@@ -262,14 +249,6 @@ def _dlinks(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
         if image_id and paper and file:
             found[image_id] = f"{paper[0]}_{file}", paper[0]
     return found
-
-
-def _text(path: pathlib.Path, what: str) -> str:
-    content = files.read_bytes(path, what)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected {what}") from None
 
 
 def _images(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:

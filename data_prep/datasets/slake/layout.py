@@ -53,9 +53,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     Raises:
       DataError: it doesn't; names what is missing and, if one looks right, a neighbouring folder.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     missing = [" or ".join(names) for names in SPLITS.values() if not any((folder / n).is_file() for n in names)]
     if not (folder / "imgs").is_dir():
         missing.append("imgs/")
@@ -64,9 +62,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     hint = ""
     if "imgs/" in missing and (zips := sorted(p.name for p in folder.glob("*.zip"))):
         hint = f"; unpack {', '.join(zips)} there first"
-    near = [folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    if right := [p for p in near if (p / "train.json").is_file() and (p / "imgs").is_dir()]:
-        hint = f"; did you mean {right[0]}?"
+    hint = files.did_you_mean(folder, lambda p: (p / "train.json").is_file() and (p / "imgs").is_dir()) or hint
     raise DataError(
         f"{folder}: not a folder in SLAKE's layout: {', '.join(missing)} not found in it; expected {EXPECTED}{hint}"
     )

@@ -5,7 +5,6 @@ after readers that others published; data_prep/datasets/vindr_cxr/README.md name
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,6 @@ from data_prep import files
 from data_prep.builders.figures import first_there
 from data_prep.datasets.vindr_cxr.fusion import Box
 from data_prep.files import DataError
-from paligemma_med.pp import tables
 
 SPLITS = {"train": ("train",), "validate": ("validate", "val", "valid"), "test": ("test",)}
 COORDINATES = ("x_min", "y_min", "x_max", "y_max")
@@ -114,18 +112,7 @@ def _add(picture: Picture, name: str, box: tuple[float, float, float, float] | N
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, str]]]:
-    needed = ("image_id", "class_name", *COORDINATES)
-    try:
-        text = files.read_bytes(path, "a table of boxes").decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected a table") from None
-    columns, rows = tables.read(io.StringIO(text, newline=""), path, error=DataError)
-    if missing := [c for c in needed if c not in columns]:
-        raise DataError(f"{path}: column {', '.join(missing)} missing; expected {', '.join(needed)}")
-    for line, row in rows:
-        if isinstance(row, str):
-            raise DataError(f"{path} line {line}: {row}; expected {', '.join(needed)}")
-        yield f"{path} line {line}", {k: v.strip() for k, v in row.items()}
+    return files.read_table(path, ("image_id", "class_name", *COORDINATES), "a table of boxes")
 
 
 def _corners(row: Mapping[str, str], where: str) -> tuple[float, float, float, float] | None:

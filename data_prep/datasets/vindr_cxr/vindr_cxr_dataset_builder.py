@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from data_prep import files
 from data_prep.builders.questioned import ALLOW_MISSING, Asked, QuestionedBuilder, Questions, drawn_split
 from data_prep.builders.vqa import Option, boxes_feature
 from data_prep.datasets.vindr_cxr import layout, rows
@@ -48,10 +49,8 @@ class Builder(QuestionedBuilder):
 
     @classmethod
     def check_manual_dir(cls, folder: str | os.PathLike) -> pathlib.Path:
-        folder = pathlib.Path(folder).expanduser()
         expected = "; or ".join(layout.EXPECTED.values())
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; expected one with {expected}")
+        folder = files.given_folder(folder, expected)
         if not cls.configs_in(folder):
             raise DataError(f"{folder}: no boxes found; expected {expected}")
         return folder

@@ -55,13 +55,10 @@ def _same(a: str, b: str) -> bool:
 
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds VQA-Med 2019. DataError: what is missing, and where it may be."""
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     if question_files(folder):
         return folder
-    right = [p for p in (folder.parent, *sorted(p for p in folder.iterdir() if p.is_dir())) if question_files(p)]
-    hint = f"; did you mean {right[0]}?" if right else ""
+    hint = files.did_you_mean(folder, question_files)
     raise DataError(f"{folder}: no file of questions with answers found; expected {EXPECTED}{hint}")
 
 
@@ -94,12 +91,7 @@ def _image_path(path: pathlib.Path, split: str) -> pathlib.Path:
 
 def _lines(path: pathlib.Path, parts: int) -> Iterator[tuple[int, list[str]]]:
     """(line number from 1, its parts between `|`); the last part may hold more of them."""
-    content = files.read_bytes(path, "lines of questions")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not UTF-8 text at byte {e.start}; expected lines of questions") from None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(files.read_text(path, "lines of questions").split("\n"), 1):
         if line.strip():
             yield number, [part.strip() for part in line.split("|", parts - 1)]
 

@@ -82,9 +82,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     Raises:
       DataError: it doesn't; says what is missing and names a folder in it that looks right, if any.
     """
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected a folder with {EXPECTED}")
+    folder = files.given_folder(folder, EXPECTED)
     missing = []
     if not any(question_file(folder, layout) for layout in ("public", "trainset")):
         missing.append("the question files")
@@ -92,9 +90,7 @@ def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
         missing.append("the images")
     if not missing:
         return folder
-    inside = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-    right = [p for p in inside if question_file(p, "public") or question_file(p, "trainset")]
-    hint = f"; did you mean {right[0]}?" if right else ""
+    hint = files.did_you_mean(folder, lambda p: question_file(p, "public") or question_file(p, "trainset"), above=False)
     raise DataError(f"{folder}: {' and '.join(missing)} not found; expected {EXPECTED}{hint}")
 
 

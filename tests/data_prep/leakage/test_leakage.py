@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageEnhance
 import pytest
 
+from data_prep import files
 from data_prep.build import build
 from data_prep.files import DataError
 from data_prep.leakage import __main__ as program
@@ -187,4 +188,8 @@ def test_command(two, tmp_path):
     with pytest.raises(DataError, match="not built.*did you mean slake/en"):
         (tmp_path / "slake" / "en" / "1.0.0").mkdir(parents=True)
         (tmp_path / "slake" / "en" / "1.0.0" / "dataset_info.json").write_text("{}")
-        program.folder_of("slake", tmp_path)
+        files.built_folder("slake", tmp_path)
+    for version in ("2.0.0", "10.0.0"):
+        (tmp_path / "slake" / "en" / version).mkdir()
+        (tmp_path / "slake" / "en" / version / "dataset_info.json").write_text("{}")
+    assert files.built_folder("slake/en", tmp_path).name == "10.0.0"
