@@ -42,7 +42,7 @@ def _compare(run_python, *args, **env):
 @pytest.mark.big_vision
 def test_small_configs(run_python, tiny_data):
     found = _compare(run_python, tiny_data, "phantom", "test", "3", "slake_mini")
-    assert len(found) == 6 and all(v["rows"] > 5 for v in found.values())
+    assert len(found) == 7 and all(v["rows"] > 5 for v in found.values())
 
 
 @pytest.mark.big_vision

@@ -202,7 +202,7 @@ def test_mistakes_are_told_in_a_sentence(tfrecord_data, tmp_path):
         return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
 
     done = run("")
-    assert done.returncode == 1 and done.stderr.rstrip().endswith("--workdir is needed.")
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("error: --workdir is needed. --help names all flags.")
     done = run(tmp_path / "run")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: config.loss_norm is 'token'")
