@@ -47,7 +47,6 @@ def get_config(arg=None) -> ConfigDict:
     c = common_systems.make(args, "bloom_qformer", "bpe(size=250880)", res=224, text_len=_TEXT[args.stage], doc=__doc__)
     prompt, protocol = common_prompts.bloom_qformer(args.stage), _PROTOCOL[args.stage]
     common_systems.texts(c, args, prompt, resize="bicubic", protocol=protocol, split=args.split)
-    common_systems.loss(c, args, prompt, resize="bicubic")
     c.lora = common_systems.lora(args, "llm/layers/attn/qkv/kernel", rank=16, alpha=32, dropout=0.1)
     c.grad_clip_norm = 1.0
     lr, epochs = _LR[args.stage], _EPOCHS[args.stage]

@@ -23,7 +23,7 @@ def _prompt(tokenizer) -> list[str]:
     ]
 
 
-def train_pp(res, text_len, tokenizer, augment=()) -> str:
+def train_pp(res, text_len, tokenizer, augment=(), keep=()) -> str:
     """The pp string of training sets of questions, with boxes or without; arguments and what it gives as of
     `common.train_pp`. Rows must have the key boxes."""
     masks = dict(mask_ar=[0, 0, 1], mask_loss=[0, 0, 1])
@@ -38,7 +38,7 @@ def train_pp(res, text_len, tokenizer, augment=()) -> str:
             _op("tolen", text_len + 1, pad_value=0, key="text"),
             _op("tolen", text_len + 1, pad_value=1, key="mask_ar"),
             _op("tolen", text_len + 1, pad_value=0, key="mask_loss"),
-            _op("keep", "image", "text", "mask_ar", "mask_loss"),
+            _op("keep", "image", "text", "mask_ar", "mask_loss", *keep),
         ]
     )
 
@@ -53,6 +53,18 @@ def eval_pp(res, text_len, tokenizer, keep=common.EVAL_KEYS) -> str:
             *common.prompt_lengths(text_len),
             _op("keep", "image", "text", "mask_ar", "mask_input", *keep),
         ]
+    )
+
+
+def loss_eval(c, name, split, *, data_dir="", batch_size=64, keep=common.EVAL_KEYS, **kw) -> dict[str, Any]:
+    """A section of config.evals: the loss of the true answers on a split of the data set `name`, boxes included.
+    Arguments as of `common.loss_eval`."""
+    return dict(
+        type="perplexity",
+        data=common.dataset(name, split, data_dir),
+        pp_fn=train_pp(c.res, c.text_len, c.tokenizer, keep=keep),
+        batch_size=batch_size,
+        **kw,
     )
 
 

@@ -196,7 +196,7 @@ def lora(args, *rules, rank, alpha, dropout) -> list[tuple[str, dict | None]]:
 
 
 def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", choices=False, split="") -> None:
-    """The pp strings and the evaluation.
+    """The pp strings and the evaluations: answers, and the loss of the true ones.
 
     Args:
       prompt: of training, a `common_prompts.Prompt`.
@@ -213,28 +213,14 @@ def texts(c, args, prompt, *, asked=None, resize="bilinear", protocol="vqa", cho
     c.evals = {}
     kw = dict(resize=resize, split=split)
     if choices:
-        _evaluate(c, args, args.data, asked, evaluation=common.multiple_choice_eval, answer=answer, **kw)
+        kw |= dict(evaluation=common.multiple_choice_eval)
     else:
-        _evaluate(c, args, args.data, asked, protocol=protocol, **kw)
-
-
-def loss(c, args, prompt, *, resize="bilinear") -> None:
-    """Adds the evaluation loss on the split that `texts` evaluates on; arguments as there."""
-    for name, section in [*c.evals.items()]:
-        c.evals[f"{name}_loss"] = common.loss_eval(
-            c,
-            args.data,
-            section.data.split,
-            data_dir=args.data_dir,
-            batch_size=16,
-            prompt=prompt,
-            resize=resize,
-            log_epochs=1.0,
-        )
+        kw |= dict(protocol=protocol)
+    _evaluate(c, args, args.data, prompt, asked, answer=answer, **kw)
 
 
 def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
-    """The same for several sets that are mixed, each with an evaluation of its own.
+    """The same for several sets that are mixed, each with evaluations of its own.
 
     Args:
       sets: {key: (name of the data set, weight, `common_prompts.Prompt`)}; `predict` asks as the first does.
@@ -247,22 +233,21 @@ def mixture(c, args, sets, *, resize="bilinear", protocol="vqa") -> None:
         c.input[key] = dict(data=common.dataset(name, "train", args.data_dir), pp=pp)
         if not c.get("predict_pp"):
             c.predict_pp = common.eval_pp(c.res, c.text_len, c.tokenizer, keep=(), prompt=prompt, resize=resize)
-        _evaluate(c, args, name, prompt, resize=resize, protocol=protocol)
+        _evaluate(c, args, name, prompt, prompt, resize=resize, protocol=protocol)
 
 
-def _evaluate(c, args, data, prompt, evaluation=common.vqa_eval, split="", **kw):
-    name = data.partition("/")[0]
-    split = split or "validate"
-    c.evals[f"{name}_{split}"] = evaluation(
+def _evaluate(c, args, data, prompt, asked, *, evaluation=common.vqa_eval, split="", answer="answer", resize, **kw):
+    name = f"{data.partition('/')[0]}_{split or 'validate'}"
+    both = dict(data_dir=args.data_dir, answer=answer, resize=resize, batch_size=16, log_epochs=1.0)
+    c.evals[name] = evaluation(
         c,
         data,
-        split,
-        data_dir=args.data_dir,
+        split or "validate",
         text_len=c.text_len,
         max_new_tokens=args.max_new_tokens,
-        prompt=prompt,
+        prompt=asked,
         samples=args.samples,
-        batch_size=16,
-        log_epochs=1.0,
+        **both,
         **kw,
     )
+    c.evals[f"{name}_loss"] = common.loss_eval(c, data, split or "validate", prompt=prompt, **both)

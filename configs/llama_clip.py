@@ -51,7 +51,6 @@ def get_config(arg=None) -> ConfigDict:
         c.model.connector = _LINKS["mlp"] | (dict(hidden=32) if args.tiny else {})
     prompt = common_prompts.llama_clip()
     common_systems.texts(c, args, prompt, resize="bicubic", protocol="open", split=args.split)
-    common_systems.loss(c, args, prompt, resize="bicubic")
     if args.choices and args.data.startswith("omnimedvqa/") and args.data.endswith("_open"):
         _add_choices(c, args, prompt)
     c.lora = common_systems.lora(args, _TOWER, _DECODER, rank=16, alpha=32, dropout=0.05)

@@ -112,6 +112,10 @@ def get_config(arg=None) -> ConfigDict:
         log_epochs=1.0,
     )
     c.evals.own_validate.update(data=val, train_data=train)
+    c.evals.own_validate_loss = common.loss_eval(
+        c, "", "", prompt=prompt, keep=EVAL_KEYS, batch_size=16, log_epochs=1.0
+    )
+    c.evals.own_validate_loss.data = val
     return c
 
 

@@ -68,4 +68,7 @@ def get_config(arg=None) -> ConfigDict:
     c.evals[f"phantom_{args.eval}"] = common.vqa_eval(
         c, "phantom", args.eval, text_len=c.text_len, max_new_tokens=12, batch_size=128, data_dir=args.data_dir
     )
+    c.evals[f"phantom_{args.eval}_loss"] = common.loss_eval(
+        c, "phantom", args.eval, batch_size=128, data_dir=args.data_dir, log_percent=0.5
+    )
     return c

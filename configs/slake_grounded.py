@@ -64,6 +64,10 @@ def get_config(arg=None) -> ConfigDict:
     c.evals[f"slake_en_{args.eval}"].pp_fn = common_boxes.eval_pp(c.res, prompt_len, c.tokenizer)
     for key in ("detect", "ground"):
         c.evals[f"slake_{key}_{args.eval}"] = common_boxes.detection_eval(c, sets[key], args.eval, **kw)
+    kw = dict(data_dir=args.data_dir, log_percent=1.0)
+    for key, name in sets.items():
+        key = "en" if key == "vqa" else key
+        c.evals[f"slake_{key}_{args.eval}_loss"] = common_boxes.loss_eval(c, name, args.eval, **kw)
     return c
 
 

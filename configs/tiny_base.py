@@ -79,4 +79,5 @@ def get_config(arg=None) -> ConfigDict:
     c.evals[f"{data}_{args.eval}"] = common.vqa_eval(
         c, data, args.eval, text_len=c.text_len, max_new_tokens=16, batch_size=128, data_dir=args.data_dir
     )
+    c.evals[f"{data}_{args.eval}_loss"] = common.loss_eval(c, data, args.eval, batch_size=128, data_dir=args.data_dir)
     return c

@@ -126,7 +126,7 @@ def place(stage1, stage2, out) -> None:
     for config in (stage1, stage2):
         with config.unlocked():  # configs that come from a flag are locked
             evals = config.evals.values()
-            for data in (config.input.data, *(e[k] for e in evals for k in ("data", "train_data"))):
+            for data in (config.input.data, *(e[k] for e in evals for k in ("data", "train_data") if k in e)):
                 data.data_dir = os.path.abspath(out / "data")
     with stage2.unlocked():
         stage2.model_init = os.path.abspath(out / "stage1")

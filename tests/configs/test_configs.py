@@ -99,6 +99,17 @@ def test_pp_strings_give_what_the_model_reads(name):
     assert strings[-1], "predict needs predict_pp"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_set_that_is_asked_has_its_evaluation_loss(name):
+    evals = get_config(name).evals
+    # 002's questions are asked a second time, scored with their options.
+    asked = {k: s for k, s in evals.items() if s.type != "perplexity" and not k.endswith("_choices")}
+    losses = {k: s for k, s in evals.items() if s.type == "perplexity"}
+    assert asked and {*losses} == {f"{k}_loss" for k in asked}
+    for k, section in asked.items():
+        assert evals[f"{k}_loss"].data == section.data and "question_id" in evals[f"{k}_loss"].pp_fn
+
+
 def test_stage1_trains_the_projection_head_alone():
     c = get_config("stage1_slake")
     setup = TrainingSetup.without_data(c)

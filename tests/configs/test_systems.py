@@ -261,8 +261,10 @@ def test_medgemmas_recipes():
     assert (ours.frozen_dtype, ours.loss_norm) == ("bfloat16", "example")
     assert (google.frozen_dtype, google.loss_norm) == ("nf4", "token")
     assert google.lora == ours.lora and google.lr == ours.lr == 2e-4 and google.input.pp != ours.input.pp
-    section = get_config("medgemma_4b", "data=pmc_vqa/v1").evals.pmc_vqa_validate
+    evals = get_config("medgemma_4b", "data=pmc_vqa/v1").evals
+    section = evals.pmc_vqa_validate
     assert section.protocol == "multiple_choice" and "{choice_a}" in section.pp_fn
+    assert "inkey='answer_letter'" in evals.pmc_vqa_validate_loss.pp_fn
     assert get_config("medgemma_4b", "data=medpix2/qa").evals.medpix2_validate.protocol == "open"
     for name, arg in (("medgemma_4b", "recipe=x"), ("vision_ablation", "tower=x"), ("stage1_slake", "base=x")):
         with pytest.raises(ValueError, match="'x': expected"):
@@ -273,7 +275,9 @@ def test_pefomeds_captions_are_mixed_and_sets_can_be_left_out():
     c = get_config("pefomed", "stage=1")
     assert c.input.data.to_dict() == dict(roco=60, clef=60, medicat=20, mimic=60) and c.input.batch_size == 400
     assert "chest x-ray" in c.input.mimic.pp and "briefly" in c.input.roco.pp == c.input.clef.pp
-    assert len(c.evals) == 4 and "briefly" in c.predict_pp
+    assert len(c.evals) == 8 and "briefly" in c.predict_pp
+    asked, loss = c.evals.mimic_cxr_validate, c.evals.mimic_cxr_validate_loss
+    assert loss.data == asked.data and loss.pp_fn.startswith(c.input.mimic.pp.partition("keep(")[0])
     c = get_config("pefomed", "stage=1,sets=medicat+roco")
     assert c.input.data.to_dict() == dict(roco=60, medicat=20) and "mimic" not in c.input
     for arg, message in (

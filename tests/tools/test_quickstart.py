@@ -59,7 +59,8 @@ def test_configs_take_a_data_dir_everywhere():
     stages = [(quickstart_config, f",stage={stage}") for stage in (1, 2)]
     for module, stage in (*stages, (tiny_base, "")):
         config = module.get_config("data_dir=/some/where,eval=validate" + stage)
-        (section,) = config.evals.values()
+        section, loss = config.evals.values()
+        assert loss.type == "perplexity" and loss.data == section.data
         assert section.data.split == "validate" and section.train_data.split == "train"
         for data in (config.input.data, section.data, section.train_data):
             assert data.data_dir == "/some/where"
