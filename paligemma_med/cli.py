@@ -261,20 +261,52 @@ def from_flags() -> tuple:
 
     A checkpoint that is a run brings its own config, as --workdir does.
     """
+    values = flags.FLAGS
+    folder = _folder_of_run()
+    if folder is None and (values.config is None or values.checkpoint is None):
+        raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
+    fetch(values.checkpoint)
+    return config_from_flags(), values.checkpoint or values.workdir
+
+
+def config_from_flags():
+    """The config that those flags name, for what reads no weights; UsageError if they name none."""
     # Imported here: what opens a run brings Orbax and JAX, which programs without these flags don't need.
     from paligemma_med.checkpoints import workdir
     from paligemma_med.config import files as config_files
 
     values = flags.FLAGS
-    folder = values.workdir
-    if folder is None and values.checkpoint and (run := workdir.split_spec(values.checkpoint)):
-        folder = run[0]
-    if folder is None and (values.config is None or values.checkpoint is None):
-        raise app.UsageError("Give --workdir, or both --config and --checkpoint.")
+    folder = _folder_of_run()
+    if folder is None and values.config is None:
+        raise app.UsageError("Give --workdir or --config.")
     config = values.config or config_files.from_json(workdir.read_config(folder))
     if values.adapter:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.adapter_init, config.lora = values.adapter, None
-    fetch(values.checkpoint)
-    return with_weight_flags(config), values.checkpoint or values.workdir
+    return with_weight_flags(config)
+
+
+def _folder_of_run():
+    """The folder of --workdir, or of a run that --checkpoint names; else None."""
+    from paligemma_med.checkpoints import workdir
+
+    values = flags.FLAGS
+    run = workdir.split_spec(values.checkpoint) if values.checkpoint else None
+    return values.workdir or (run[0] if run else None)
+
+
+def define_chip_flags() -> None:
+    """--dry_run and --chip of the programs that answer questions; `check_chip_flags`."""
+    flags.DEFINE_bool("dry_run", False, "Compile on abstract arrays, print memory and what programs do, stop.")
+    flags.DEFINE_string("chip", None, "--dry_run: compile for this chip, not for what is here: h200, v5e:4x4, …")
+
+
+def check_chip_flags(*names) -> bool:
+    """Whether one of these flags is given, --dry_run for one; UsageError for --chip without them."""
+    values = flags.FLAGS
+    if given := any(values[name].value for name in names):
+        return given
+    if values.chip is not None:
+        raise app.UsageError(f"--chip is for {' and '.join(f'--{name}' for name in names)} alone.")
+    return False

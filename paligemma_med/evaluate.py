@@ -10,6 +10,11 @@
 Each evaluator writes metrics.json and predictions.jsonl to <workdir or out>/eval/<name>/. If it is killed,
 the same command resumes after the last batch; evals that are finished for the same weights and settings
 aren't run again. Of several processes (docs/clusters.md) the first one prints and writes.
+
+    python -m paligemma_med.evaluate --config=configs/x.py --dry_run --chip=h200
+
+compiles the programs of config.evals instead, and prints what they take and do (`forecast`): no weights, no data and no
+such chip are needed.
 """
 
 import os
@@ -17,10 +22,10 @@ import sys
 
 from absl import app, flags
 
-from paligemma_med import cli, experiment, preflight, table_eval, weights
+from paligemma_med import cli, experiment, forecast, preflight, table_eval, weights
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
-from paligemma_med.parallel import distributed, notes, sharding
+from paligemma_med.parallel import chips, distributed, notes, sharding
 from paligemma_med.pp import command_line
 from paligemma_med.served import program as served
 from paligemma_med.setup import Setup
@@ -134,6 +139,11 @@ def main(argv) -> None:
     if given := [k for k in _OF_SERVER if values[k].present]:
         raise app.UsageError(f"--{given[0]} goes with --server.")
     distributed.start_from_flags(awaits_sigterm=False)
+    if cli.check_chip_flags("dry_run", "find_batch_size"):
+        _forecast(values)
+        return
+    if values.prompt_len is not None:
+        raise app.UsageError("--prompt_len is for --dry_run and --find_batch_size alone.")
     config, checkpoint = cli.from_flags()
     if values.out is None and cli.is_changed_run():
         raise app.UsageError(
@@ -147,6 +157,19 @@ def main(argv) -> None:
     config = _with_table(config, values)
     controls = "all" if values.controls == ["all"] else values.controls
     evaluate(config, checkpoint, out, values.only, controls, values.resume)
+
+
+def _forecast(values):
+    """--dry_run and --find_batch_size: what the programs take, for this machine's devices or for --chip."""
+    config = _selected(_with_table(cli.config_from_flags(), values), values.only)
+    if values.find_batch_size and values.chip is None:
+        raise app.UsageError("--find_batch_size goes with --chip.")
+    with chips.aimed_at(values.chip):
+        setup = Setup(config)
+        if values.find_batch_size:
+            forecast.find_batch_sizes(setup, values.prompt_len)
+        else:
+            forecast.run(setup, forecast.of_evals(setup, values.prompt_len), forecast.ADVICE)
 
 
 def _check_table_flags(values):
@@ -208,4 +231,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("requests_per_minute", None, "At most so many requests to --server are begun.")
     flags.DEFINE_float("timeout", 120.0, "Seconds from a request to --server to its reply's end.")
     flags.DEFINE_bool("resume", True, "Resume an interrupted evaluation.")
+    cli.define_chip_flags()
+    flags.DEFINE_bool("find_batch_size", False, "How many questions at a time fit on --chip.")
+    flags.DEFINE_integer("prompt_len", None, "--dry_run: tokens of the longest prompt; default: all that fit.", 1)
     app.run(main, flags_parser=cli.parse_flags)

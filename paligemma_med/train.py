@@ -266,11 +266,7 @@ class Run:
 
 def _forecast(config, values):
     """--dry_run and --find_batch_size, for this machine's devices or for --chip."""
-    chip = None
-    if values.chip is not None:
-        jax.config.update("jax_platforms", "cpu")  # or JAX would look for such chips here
-        chip = chips.find(values.chip)
-    with chip.target() if chip else contextlib.nullcontext():
+    with chips.aimed_at(values.chip) as chip:
         if not values.find_batch_size:
             dry_run.dry_run(config, values.hbm_gib)
             return

@@ -1,7 +1,11 @@
-"""What a compiled train step shouldn't hold or do, looked for in its program.
+"""What a compiled train step, or another program, shouldn't hold or do, looked for in its text.
 
     python -m tools.audit --config=configs/stage1_slake.py --chip=h200
     python -m tools.audit --config=configs/stage2_rocov2.py:micro=48,accum=1 --chip=h200:8 --save=step.hlo.gz
+    python -m tools.audit --config=configs/stage2_rocov2.py --chip=h200 --program=decode
+
+--program: train; of the first of config.evals that generates, prefill (what runs once for a batch) or decode (what runs
+for each token); saliency (attention, rollout and relevancy as `explain` computes them). See `forecast`.
 
 No weights and no data are read, and no such chip is needed (`parallel.chips`). Without --chip the step is compiled for
 this machine. Each finding is a line; with any the program ends with status 1. Looked for are:
@@ -27,12 +31,13 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from paligemma_med import cli
+from paligemma_med import cli, forecast, weights
 from paligemma_med.parallel import chips, compiled, hlo, notes, sharding
 from paligemma_med.pp import command_line
-from paligemma_med.setup import TrainingSetup
+from paligemma_med.setup import Setup, TrainingSetup
 from paligemma_med.training import dry_run
 
+PROGRAMS = ("train", "prefill", "decode", "saliency")
 # Products in float32 that are meant: patterns of the operation of JAX that they come from.
 MEANT = ()
 # Products that only some programs have, such as a decomposed one's rest, and cuDNN's fifth product in attention.
@@ -83,17 +88,34 @@ def facts(step: dry_run.Step, least: int = 2**24) -> Facts:
     """What a step is held against."""
     setup = step.setup
     config, state = setup.config, step.state
-    whole = config.get("frozen_dtype", "float32") != "float32"
     return Facts(
         leaves={n: x.shape for n, x in {**state.trained, **state.frozen}.items()},
         vocab=setup.model.vocab_size,
         rows=dry_run.rows_at_a_time(setup),
         text_len=config.text_len,
         cut=setup.mesh.shape[sharding.DATA_AXIS],
-        in_bfloat16=config.get("dtype") == "bfloat16" and whole,
+        in_bfloat16=_in_bfloat16(config),
         flops=setup.flops_per_example.per_example_executed * config.input.batch_size / setup.mesh.size,
         least=least,
     )
+
+
+def facts_of_program(setup: Setup, program: forecast.Program, least: int = 2**24) -> Facts:
+    """What a program that trains nothing is held against."""
+    return Facts(
+        leaves={n: x.shape for n, x in weights.stored_params(setup.abstract, setup).items()},
+        vocab=setup.model.vocab_size,
+        rows=program.rows,
+        text_len=program.text_len,
+        cut=setup.mesh.shape[sharding.DATA_AXIS],
+        in_bfloat16=_in_bfloat16(setup.config),
+        flops=0,
+        least=least,
+    )
+
+
+def _in_bfloat16(config):
+    return config.get("dtype") == "bfloat16" and config.get("frozen_dtype", "float32") != "float32"
 
 
 def audit(program: hlo.Program, of: Facts, overlaps: bool = True) -> list[Finding]:
@@ -121,9 +143,9 @@ def _tail(source, most=90):
     return source if len(source) <= most else f"…{source[-most:]}"
 
 
-def before_xla(traced: jax.stages.Traced) -> hlo.Program:
+def before_xla(lowered: jax.stages.Lowered) -> hlo.Program:
     """The program as XLA is given it."""
-    return hlo.Program(traced.lower().compiler_ir("hlo").get_hlo_module().to_string())
+    return hlo.Program(lowered.compiler_ir("hlo").get_hlo_module().to_string())
 
 
 # Give what is there under another name, or something that no kernel makes.
@@ -133,9 +155,13 @@ _RESERVES = ("AllocateBuffer", "ConcatBitcast")  # of TPUs
 
 
 def _leaf(parameter):
-    """(group, name) of a parameter of the program: ("frozen", "llm/…"); ("", "") if it is no weight."""
-    found = re.match(r"(\w+)\[\\?'([^'\\]*)\\?'\]", parameter.source)
-    return (found[1], found[2]) if found else ("", "")
+    """(group, name) of a parameter of the program: ("frozen", "llm/…"); ("", "") if it is no weight. The nested
+    `params` of a program that trains nothing are frozen."""
+    found = re.match(r"(\w+)((?:\[\\?'[^'\\]*\\?'\])+)", parameter.source)
+    if not found:
+        return "", ""
+    name = "/".join(re.findall(r"\[\\?'([^'\\]*)", found[2]))
+    return "frozen" if found[1] == "params" else found[1], name
 
 
 def _key(shape):
@@ -245,21 +271,21 @@ def recomputed(program: hlo.Program, of: Facts) -> list[Finding]:
 def main(argv) -> None:
     del argv
     values = flags.FLAGS
-    chip = None
-    if values.chip is not None:
-        jax.config.update("jax_platforms", "cpu")
-        chip = chips.find(values.chip)
-    found = run(values.config, chip, values.save)
+    with chips.aimed_at(values.chip) as chip:
+        found = run(values.config, chip, values.save, values.program)
     if found:
         sys.exit(1)
 
 
-def run(config, chip=None, save=None) -> list[Finding]:
-    """Compiles a step for `chip`, or for what is here, prints what is found and gives it.
+def run(config, chip=None, save=None, program="train") -> list[Finding]:
+    """Compiles a step, or another of PROGRAMS, for `chip`, or for what is here; prints what is found and gives it.
 
     Args:
-      save: file for the program's text, gzipped.
+      save: file for the program's text, gzipped; of several the last.
     """
+    if program != "train":
+        with chip.target() if chip else contextlib.nullcontext():
+            return _run_program(Setup(config), program, save)
     with chip.target() if chip else contextlib.nullcontext():
         setup = TrainingSetup.without_data(config)
         with notes.stage("compiling the train step"):
@@ -269,10 +295,8 @@ def run(config, chip=None, save=None) -> list[Finding]:
         on_cpu = chips.backend() == "cpu"
         found = audit(program, dataclasses.replace(of, in_bfloat16=of.in_bfloat16 and not on_cpu), not on_cpu)
         if on_cpu and of.in_bfloat16:
-            found = wide_products(before_xla(dry_run.trace_step(setup).traced)) + found
-    if save:
-        with gzip.open(save, "wt", encoding="utf-8") as f:
-            f.write(text)
+            found = wide_products(before_xla(dry_run.trace_step(setup).traced.lower())) + found
+    _save(text, save)
     flops = sum(p.flops * p.times for p in compiled.products(program))
     print(f"{len(found)} findings; products {flops / of.flops:.3f} × the formula's" if of.flops else len(found))
     for finding in found:
@@ -280,9 +304,39 @@ def run(config, chip=None, save=None) -> list[Finding]:
     return found
 
 
+def _run_program(setup, program, save):
+    if program == "saliency":
+        programs = forecast.of_saliency(setup, num_samples=0, methods=("rollout", "relevancy"))[1:]
+    else:
+        programs = [p for p in forecast.of_evals(setup) if p.name.endswith(": answers")][:1]
+        if not programs:
+            raise ValueError(f"--program={program}: none of config.evals generates answers.")
+    part, on_cpu, out = program == "decode", chips.backend() == "cpu", []
+    for one in programs:
+        made, of = forecast.compile_program(setup, one), facts_of_program(setup, one)
+        _save(made.compiled.as_text(), save)
+        of = dataclasses.replace(of, in_bfloat16=of.in_bfloat16 and not on_cpu)
+        found = audit(made.parts[part] or made.parts[0], of, not on_cpu)
+        if on_cpu and _in_bfloat16(setup.config):
+            given = before_xla(one.lower()).around_the_loop()
+            found = wide_products(given[part] or given[0]) + found
+        print(f"{one.name}, {program}: {len(found)} findings")
+        for finding in found:
+            print(finding)
+        out += found
+    return out
+
+
+def _save(text, path):
+    if path:
+        with gzip.open(path, "wt", encoding="utf-8") as f:
+            f.write(text)
+
+
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Experiment: configs/x.py[:arg=value,…].")
     flags.DEFINE_string("chip", None, "Compile for this chip, not for what is here: h200, h200:8, v5e:4x4, …")
+    flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
     command_line.define_path("save", None, "Write the program's text there, gzipped.")
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=cli.parse_flags)

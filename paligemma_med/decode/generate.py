@@ -109,6 +109,19 @@ def generate(
     return tokens, logprobs
 
 
+def lower(model, params, arrays, *, max_new_tokens, num_samples=1, temperature=0.0, text_len) -> jax.stages.Lowered:
+    """The program that `generate` runs, from shapes alone.
+
+    Args:
+      arrays: those of a batch that the model reads: image or zimg, text, mask_ar, mask_input and perhaps image_at, also
+        skip bool[B] and row_id uint32[B].
+      text_len: the length that text is cut to.
+    """
+    key, number = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)
+    kw = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, greedy=temperature == 0, text_len=text_len)
+    return _generate.lower(model, params, arrays, key, number, number, number, stop_tokens(1), **kw)
+
+
 def _check_sampling(temperature, top_p):
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature!r}; expected a number, 0 or more.")

@@ -105,6 +105,14 @@ def score_options(model, params, batch, options, mask) -> tuple[jax.Array, np.nd
     return _score_options(model, params, arrays, options, lengths, text_len=text_len), lengths
 
 
+def lower(model, params, arrays, count, length, *, text_len) -> jax.stages.Lowered:
+    """The program that `score_options` runs for `count` options of `length` tokens each, from shapes alone; arrays as
+    of `generate.lower`."""
+    rows = arrays["text"].shape[0]
+    options, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, count, length), (rows, count)))
+    return _score_options.lower(model, params, arrays, options, lengths, text_len=text_len)
+
+
 @functools.partial(lean.jit, static_argnames=("model", "text_len"))
 def _score_options(model, params, batch, options, lengths, *, text_len):
     """`score_options` without its checks: float32[B, C] sums."""

@@ -13,7 +13,7 @@ from paligemma_med.evaluators import vqa
 from paligemma_med.metrics import detection, scoring
 
 CONTROLS = (scoring.MEAN_BOX, "shuffled_images", "blank_image")
-NEEDED, ARRAYS = vqa.NEEDED, vqa.ARRAYS
+NEEDED, ARRAYS, PROGRAM = vqa.NEEDED, vqa.ARRAYS, vqa.PROGRAM
 GROUPS = (*scoring.GROUPS, "box_size", "box_name")
 
 

@@ -39,6 +39,7 @@ from paligemma_med.pp import rows as row_keys
 
 NEEDED = (*row_keys.NEEDED, "image_id")
 ARRAYS = ("image", "text", "mask_ar", "mask_input")
+PROGRAM = "dialogues"  # what it has a model compute: one of `forecast.PROGRAMS`
 _TEXT = ("text", "mask_ar", "mask_input", "image_at")  # the last where the image isn't in front
 
 

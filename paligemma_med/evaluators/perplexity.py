@@ -22,6 +22,7 @@ from paligemma_med.parallel import distributed
 # What a row must have, and the arrays of the model.
 NEEDED = ("question_id",)
 ARRAYS = ("image", "text", "mask_ar", "mask_loss")
+PROGRAM = "losses"  # what it has a model compute: one of `forecast.PROGRAMS`
 LOSSES = "losses.jsonl"
 _NOT_OF_THE_ROW = (*ARRAYS, "image_at", "_mask")
 

@@ -25,6 +25,7 @@ from paligemma_med.pp import rows as row_keys
 CONTROLS = ("majority", "majority_type", "echo", "shuffled_images")
 NEEDED = row_keys.NEEDED
 ARRAYS = ("image", "text", "mask_ar", "mask_input")
+PROGRAM = "answers"  # what it has a model compute: one of `forecast.PROGRAMS`
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

@@ -8,6 +8,8 @@ Or many, with an index, worst first: --image_dir=films --questions=questions.csv
 read too. Or a page to ask on, at an address of this machine that is printed: --serve, with examples from
 --image_dir if given. With --config and --checkpoint instead of --workdir, weights of any form that
 `load_params` takes. --mask, --png, --npz: see below and docs/explain.md. Not for diagnosis.
+
+--dry_run compiles the programs of a page for this machine or for --chip=h200, and prints what they take and do.
 """
 
 import contextlib
@@ -19,17 +21,18 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from paligemma_med import cli, files
+from paligemma_med import cli, files, forecast
 from paligemma_med.explain import asking, page, serve
 from paligemma_med.explain.answer import explain, load
 from paligemma_med.explain.files import write_npz, write_page, write_pngs
 from paligemma_med.explain.many import explain_many
 from paligemma_med.explain.questions import about_images, images_in, read_mask, read_questions
 from paligemma_med.page import check_jinja, shown
-from paligemma_med.parallel import compilation_cache, distributed, ending
+from paligemma_med.parallel import chips, compilation_cache, distributed, ending
 from paligemma_med.pp import command_line, image_cells, own_rows
 from paligemma_med.saliency import occlusion
 from paligemma_med.saliency.methods import METHODS
+from paligemma_med.setup import Setup
 
 
 def _keep_programs(folder):
@@ -43,6 +46,9 @@ def _keep_programs(folder):
 def main(argv) -> None:
     del argv
     values = flags.FLAGS
+    if cli.check_chip_flags("dry_run"):
+        _forecast(values)  # before JAX starts the devices that are here
+        return
     _keep_programs(values.compilation_cache)
     distributed.start_from_flags(awaits_sigterm=False)
     if not ending.is_alone():
@@ -114,6 +120,15 @@ def main(argv) -> None:
     print(f"Written to {values.out}")
 
 
+def _forecast(values):
+    """--dry_run: what the programs of a page take, for this machine's devices or for --chip."""
+    config = cli.config_from_flags()
+    with chips.aimed_at(values.chip):
+        setup = Setup(config)
+        kw = {k: values[k].value for k in ("num_samples", "max_new_tokens", "methods")}
+        forecast.run(setup, forecast.of_saliency(setup, **kw), forecast.ADVICE_OF_SALIENCY)
+
+
 def _serve(values):
     """The page to ask on; ends by Ctrl-C, or with an error before it is ready."""
     others = ("image", "question", "questions", "columns", "choose", "choices", "out", "mask", "png", "npz")
@@ -146,6 +161,7 @@ _OPTIONS = ("num_samples", "temperature", "seed", "max_new_tokens", "methods", "
 
 if __name__ == "__main__":
     cli.define_source_flags()
+    cli.define_chip_flags()
     distributed.define_flags()
     command_line.define_path("image", None, "Image or DICOM file.")
     flags.DEFINE_multi_string("question", None, "Question; with --image_dir, of each image.")

@@ -164,6 +164,19 @@ def backend() -> str:
     return _target.value.platform if _target.value else jax.default_backend()
 
 
+@contextlib.contextmanager
+def aimed_at(name: str | None):
+    """Within it programs are for the chip of this name, as a flag --chip gives it; None: for this machine's devices.
+    The context's value is the `Chip`, or None. Raises like `find`."""
+    if name is None:
+        yield None
+        return
+    jax.config.update("jax_platforms", "cpu")  # or JAX would look for such chips here
+    chip = find(name)
+    with chip.target():
+        yield chip
+
+
 def compile_for_target(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """`lowered.compile()` as the target wants it."""
     chip = _target.value

@@ -6,6 +6,7 @@ Format: https://openxla.org/xla/operation_semantics; the names of backends' own 
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import math
@@ -171,9 +172,37 @@ class Program:
         alias = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header + ", end=")
         # "{0}: (3, {}, may-alias)": result 0 takes the memory of argument 3.
         self.aliased = {int(n) for n in re.findall(r"\{[\d, ]*\}: \((\d+),", alias[1])} if alias else set()
+        self._least, self._without = False, None
+        self._start([self.entry], Place(1, 0, False))
+
+    def _start(self, names, place):
         self.unknown_loops = 0
         self.places: dict[str, Place] = {}
-        self._visit(self.entry, Place(1, 0, False))
+        for name in names:
+            self._visit(name, place)
+
+    def least(self) -> "Program":
+        """The same where of each choice only the branch of fewest instructions runs."""
+        out = copy.copy(self)
+        out._least = True
+        out._start([self.entry], Place(1, 0, False))
+        return out
+
+    def around_the_loop(self) -> tuple["Program", "Program | None"]:
+        """(what runs once, what runs in each round of the loop without a known length): the first such loop that lies
+        in no other. (itself, None) if there is none."""
+        loops = [
+            x
+            for x, _, place in self.instructions(fused=False)
+            if x.opcode == "while" and not place.loops and x is not self._without and self.length(x) is None
+        ]
+        if not loops:
+            return self, None
+        once, each = copy.copy(self), copy.copy(self)
+        once._without = loops[0]
+        once._start([self.entry], Place(1, 0, False))
+        each._start(loops[0].called("body") + loops[0].called("condition"), Place(1, 1, False))
+        return once, each
 
     def _visit(self, name, place):
         before = self.places.get(name)
@@ -181,7 +210,7 @@ class Program:
             place = Place(before.times + place.times, max(before.loops, place.loops), before.fused and place.fused)
         self.places[name] = place
         for x in self.computations.get(name, {}).values():
-            if x.opcode == "while":
+            if x.opcode == "while" and x is not self._without:
                 length = self.length(x)
                 self.unknown_loops += length is None
                 times = 1 if length is None else length
@@ -195,7 +224,8 @@ class Program:
                     self._visit(inner, place)
             elif x.opcode == "conditional":
                 names = x.called("branch_computations") + x.called("true_computation") + x.called("false_computation")
-                for inner in names:
+                names.sort(key=lambda n: len(self.computations.get(n, ())))
+                for inner in names[:1] if self._least else names:
                     self._visit(inner, place)
 
     def length(self, loop: Instruction) -> int | None:

@@ -14,6 +14,7 @@ Axis letters: H, W pixels; h, w cells; B images; R response tokens; T text posit
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
@@ -224,6 +225,14 @@ def scorer(model, params, seq) -> Callable:
         return np.asarray(out)[:, : len(seq.places)]
 
     return score
+
+
+def lower(model, params, batch, images, count) -> jax.stages.Lowered:
+    """The program that a `scorer` runs for so many `images` and tokens, from shapes alone."""
+    inputs = {k: x for k, x in batch.items() if k != "image"}
+    images = jax.ShapeDtypeStruct((images, *batch["image"].shape[1:]), jnp.float32)
+    places, tokens = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, count), (count,)))
+    return _logprobs.lower(model, params, images, inputs, places, tokens)
 
 
 @functools.partial(lean.jit, static_argnames="model")

@@ -160,7 +160,9 @@ def measure(
 
 def batch_size_for(params) -> int:
     """Images in a pass of occlusion with these parameters."""
-    slow = jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) > lean.LARGE
+    slow = (
+        jax.default_backend() == "cpu" and sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) > lean.LARGE
+    )
     return SLOW_BATCH if slow else BATCH
 
 

@@ -276,7 +276,7 @@ def _print_program(step):
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "nf4": 4}
 
 
-def _advice(part, setup):
+def advice(part, setup) -> str:
     """What to change about the largest part; nothing that is set so already."""
     config, devices = setup.config, "cut {} over more devices with config.sharding_strategy"
     if part == "frozen weights":
@@ -309,12 +309,13 @@ def _keeps(tower):
     return bool(tower) and tower.get("remat_policy", "nothing_saveable") != "nothing_saveable"
 
 
-def check_fit(parts, hbm_gib, setup, least=0) -> None:
+def check_fit(parts, hbm_gib, setup, least=0, advice=advice) -> None:
     """Prints that a run fits; otherwise raises ValueError with what to change.
 
     Args:
       parts: from `memory`.
       least: bytes that a device must have in any case (`start`).
+      advice: a function of the largest part and `setup`.
     """
     # From a CPU the question is about another device; the peak above this line is the CPU's.
     of = " of a GPU or TPU" if setup.mesh.devices.flat[0].platform == "cpu" else ""
@@ -325,5 +326,5 @@ def check_fit(parts, hbm_gib, setup, least=0) -> None:
     largest = max(parts, key=parts.get)
     raise ValueError(
         f"The run doesn't fit: {peak:.2f} GiB on each device, but there are {hbm_gib:.4g}{of}. Its "
-        f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {_advice(largest, setup)}."
+        f"largest part is {largest} with {parts[largest] / 2**30:.2f}: {advice(largest, setup)}."
     )

@@ -264,3 +264,29 @@ def test_a_program_of_eight_devices():
     assert [(c.bytes, c.times, c.in_loop, c.begun_ahead) for c in gathers] == [(4 * 48 * 48, 6, True, False)]
     # At least each layer's weights, gathered and multiplied, and not all layers' each time.
     assert 6 * 3 * 4 * 48 * 48 < compiled.moved(found) < 6 * 12 * 4 * 48 * 48
+
+
+def test_what_runs_once_and_what_runs_each_time():
+    """A loop that ends when its numbers say so, beside one that counts; and a choice in it."""
+    w = jnp.zeros((3, 8, 8))
+
+    def f(x, w, heavy):
+        def each(state):
+            x, total = state
+            x = jax.lax.cond(heavy, lambda x: jnp.sin(x @ w[0] @ w[1]), lambda x: x, x)
+            return jnp.tanh(x @ w[2]), total + x.sum()
+
+        x = jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, w)[0]
+        return jax.lax.while_loop(lambda state: state[1] < 5, each, (x, jnp.float32(0)))
+
+    program = hlo.Program(jax.jit(f).lower(jnp.zeros((4, 8)), w, True).compile().as_text())
+
+    def flops(part):
+        return sum(p.flops * p.times for p in compiled.products(part)) / (2 * 4 * 8 * 8)
+
+    assert program.unknown_loops == 1 and flops(program) == 6
+    once, each = program.around_the_loop()
+    assert (flops(once), flops(each), once.unknown_loops, each.unknown_loops) == (3, 3, 0, 0)
+    assert compiled.moved(once) > 0 and compiled.moved(each) > 0
+    assert flops(program.least()) == 4 and flops(program.least().around_the_loop()[1]) == 1
+    assert once.around_the_loop() == (once, None)

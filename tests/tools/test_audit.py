@@ -105,7 +105,7 @@ def test_wide_products_are_found_before_xla(bad):
         y = jax.lax.scan(lambda x, w: (x @ w, None), x, frozen[w])[0]
         return y.astype("float32" if bad else "bfloat16") @ frozen[table].T
 
-    found = audit.wide_products(audit.before_xla(jax.jit(f).trace(given, x)))
+    found = audit.wide_products(audit.before_xla(jax.jit(f).lower(given, x)))
     assert [f.bytes for f in found] == ([2 * ROWS * WIDTH * VOCAB] if bad else [])
 
 

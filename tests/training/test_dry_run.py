@@ -117,7 +117,7 @@ def test_advice_is_about_the_largest_part(name, step):
     ],
 )
 def test_advice_is_nothing_that_is_done_already(part, kw, advised, not_advised):
-    said = dry_run._advice(part, TrainingSetup.without_data(config(**kw)))
+    said = dry_run.advice(part, TrainingSetup.without_data(config(**kw)))
     assert all(x in said for x in advised) and not any(x in said for x in not_advised), said
 
 
