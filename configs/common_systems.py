@@ -14,6 +14,8 @@ rank, alpha, dropout, lr, epochs
 steps    if not 0, the number of steps in place of epochs.
 micro, accum
          examples in a micro-batch, and micro-batches in a step.
+tp       1. More: so many chips share each example, by heads, widths and vocabulary, for a micro-batch of fewer examples
+         than there are chips (docs/sharding.md).
 max_new_tokens, samples
          of an answer in evaluations, and answers per question: 1 is the most probable one.
 seed     as everywhere.
@@ -87,6 +89,7 @@ def parse_arg(arg, **more) -> ConfigDict:
             steps=0,
             micro=4,
             accum=4,
+            tp=1,
             max_new_tokens=64,
             samples=1,
             seed=0,
@@ -131,9 +134,11 @@ def make(args, preset, tokenizer, *, res, text_len, doc=None) -> ConfigDict:
     c.grad_accum_steps = args.accum
     c.optax_name = "scale_by_adam"
     c.label_smoothing = 0.0
-    c.mesh = [("data", -1)]
-    c.sharding_strategy = [(".*", 'fsdp(axis="data")')]
-    c.sharding_rules = [("act_vocab", "data"), ("act_batch", "data")]
+    c.mesh, strategy, vocab = [("data", -1)], 'fsdp(axis="data")', "data"
+    if args.tp != 1:
+        c.mesh, strategy, vocab = [("data", -1), ("model", args.tp)], f'tp(axis="model")|{strategy}', "model"
+    c.sharding_strategy = [(".*", strategy)]
+    c.sharding_rules = [("act_vocab", vocab), ("act_batch", "data")]
     c.ckpt_epochs = 1.0
     c.log_training_steps = 20
     c.notes = not_from_the_paper(doc)

@@ -256,6 +256,18 @@ def test_a_dry_runs_batch_is_that_of_training():
         assert {k: x.shape for k, x in batch.items()} == {k: (2, *np.shape(x)) for k, x in row.items() if k[0] != "_"}
 
 
+def test_chips_share_an_example():
+    """Stage 2 of PeFoMed has four examples in a step, which eight chips can't take by themselves."""
+    with pytest.raises(ValueError, match="batch_size = 4 doesn't divide into 8 devices"):
+        TrainingSetup.without_data(get_config("pefomed", "tiny")).batch_sharding  # noqa: B018
+    c = get_config("pefomed", "tiny,tp=2")
+    setup = TrainingSetup.without_data(c)
+    assert setup.mesh.shape == {"data": 4, "model": 2} and c.input.batch_size == 4
+    assert setup.shardings["llm/embedder/input_embedding"].spec[0] == "model"
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        TrainingSetup.without_data(get_config("pefomed", "tiny,tp=0")).mesh  # noqa: B018
+
+
 def test_medgemmas_recipes():
     ours, google = get_config("medgemma_4b"), get_config("medgemma_4b", "recipe=google")
     assert (ours.frozen_dtype, ours.loss_norm) == ("bfloat16", "example")
