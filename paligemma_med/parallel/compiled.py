@@ -131,17 +131,11 @@ def _numbers(text):
     return [int(n) for n in re.findall(r"-?\d+", text.replace("_", " "))]
 
 
-def moved(program: hlo.Program, within: str | None = None) -> int:
+def moved(program: hlo.Program) -> int:
     """Bytes that kernels read from and write to the device's memory: what each reads and makes. Of an array that is
-    only cut into, the cut counts; what a cache saves isn't known.
-
-    Args:
-      within: count only this computation and what it calls.
-    """
-    total, only = 0, program.within(within) if within else program.places
+    only cut into, the cut counts; what a cache saves isn't known."""
+    total = 0
     for x, computation, place in program.instructions(fused=False):
-        if computation not in only:
-            continue
         if x.opcode in _NO_WORK or x.opcode.endswith("-done"):
             continue
         total += place.times * _moved(program, x, computation)

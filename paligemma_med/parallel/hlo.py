@@ -261,20 +261,6 @@ class Program:
         known = self.computations[computation]
         return [known[n] for n in x.operands if n in known]
 
-    def within(self, computation: str) -> set[str]:
-        """A computation and all that it calls, without the insides of kernels."""
-        out, todo = set(), [computation]
-        keys = ("body", "condition", "to_apply", "branch_computations", "true_computation", "false_computation")
-        while todo:
-            name = todo.pop()
-            if name in out or name not in self.computations:
-                continue
-            out.add(name)
-            for x in self.computations[name].values():
-                if x.opcode in ("while", "call", "conditional"):
-                    todo += [n for key in keys for n in x.called(key)]
-        return out
-
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
         """Arguments of the program, by number."""

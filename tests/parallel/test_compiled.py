@@ -115,8 +115,6 @@ def test_of_a_stack_that_is_cut_the_cut_is_moved(loop):
     gather = 4 * (5 + 10) * 4 * 16
     test = 4 + 4 + 1 + 3 * 4  # whether the loop goes on, and its next number
     assert compiled.moved(loop) == 5 * (product + keep + sums + test) + gather
-    assert compiled.moved(loop, within="body") == 5 * (product + keep + sums + 3 * 4)
-    assert loop.within("main") == {"main", "body", "more"}
 
 
 def test_collectives(loop):

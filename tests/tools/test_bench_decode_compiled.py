@@ -1,18 +1,15 @@
-"""The program that samples answers, compiled on abstract arrays: one loop without a known length, over tokens."""
+"""Sampling of any size, whatever evaluations a config has."""
 
-import jax
-import pytest
-
-from paligemma_med.parallel import compiled, hlo
-from paligemma_med.setup import TrainingSetup
+from paligemma_med import forecast
 from tests import tiny
 from tools.bench import decode_compiled
 
 
-@pytest.mark.slow
-def test_a_token_moves_a_part_of_it():
-    c = tiny.config("/no/such/folder", mesh=[("data", 8)])
-    setup = TrainingSetup.without_data(c)
-    made = decode_compiled.lowered(setup, jax.devices()[0], rows=2, samples=3, prompt=8, new=4).compile()
-    program = hlo.Program(made.as_text())
-    assert 0 < decode_compiled.per_token(program) < compiled.moved(program)
+def test_so_many_prompts_and_answers():
+    c = tiny.config("/no/such/folder")
+    setup = decode_compiled.setup_of(c, rows=16, samples=3, new=9, filters=True)
+    (program,) = forecast.of_evals(setup, text_len=20)
+    assert (program.name, program.rows, program.text_len, program.rounds) == ("sampled: answers", 2, 32, 8)
+    assert program.filters and dict(c.evals.val.pred_kw) == {"max_new_tokens": 4}
+    (program,) = forecast.of_evals(decode_compiled.setup_of(c, rows=16, samples=3, new=9))
+    assert not program.filters and program.text_len == 40
