@@ -1,4 +1,5 @@
-"""Reads PathVQA's questions, of the official pickles or of the repository's JSON files, with the official images.
+"""Reads PathVQA's questions, of the official pickles or the repository's JSON files with the official images, or of the
+Hub's copy.
 
 Two versions are in use under one name: the official one, and a copy on the Hub without the questions that stand there
 twice for an image, with the same answer. Which of the two a build has is told by its counts.
@@ -11,16 +12,17 @@ from typing import Any
 from data_prep import files, qa_files
 from data_prep.builders.figures import first_there
 from data_prep.builders.questioned import SPLITS, Asked, Questions
-from data_prep.datasets.pathvqa import pickles
+from data_prep.datasets.pathvqa import hub, pickles
 from data_prep.files import DataError
 from data_prep.images import store as image_store
 from paligemma_med.pp import own_rows
 
 NAMES = {"train": "train", "validate": "val", "test": "test"}  # split -> the release's name
-EXPECTED = (
+OFFICIAL_FILES = (
     "split/images/{train,val,test}/ and split/qas/{train,val,test}_qa.pkl (or the repository's "
     "pvqa_{train,val,test}.json)"
 )
+EXPECTED = f"{OFFICIAL_FILES}, or the Hub's {hub.EXPECTED}"
 # Questions of train, validate, test.
 OFFICIAL = (19_755, 6_279, 6_761)
 HUB = (19_654, 6_259, 6_719)
@@ -43,13 +45,46 @@ def question_file(folder: pathlib.Path, split: str) -> pathlib.Path | None:
     return first_there(folder, *places, f"split/qas/{json}", f"qas/{json}")
 
 
+def is_official(folder: pathlib.Path) -> bool:
+    """Whether `folder` has a file of questions of the official release."""
+    return any(question_file(folder, split) for split in SPLITS)
+
+
 def check_folder(folder: pathlib.Path | str) -> pathlib.Path:
     """Returns `folder` as a path if it holds PathVQA's questions. DataError: what is missing, and where it may be."""
     folder = files.given_folder(folder, EXPECTED)
-    if any(question_file(folder, split) for split in SPLITS):
+    if is_official(folder) or hub.is_there(folder):
         return folder
-    hint = files.did_you_mean(folder, lambda p: any(question_file(p, split) for split in SPLITS))
+    hint = files.did_you_mean(folder, lambda p: is_official(p) or hub.is_there(p))
     raise DataError(f"{folder}: no file of questions found; expected {EXPECTED}{hint}")
+
+
+def read_hub(folder: pathlib.Path | str) -> Questions:
+    """All rows of the Hub's copy. DataError: see `hub`; the folder has none of its files."""
+    folder = check_folder(folder)
+    if not hub.is_there(folder):
+        raise DataError(f"{folder}: no Parquet file found; expected {hub.EXPECTED} for config hub")
+    asked, store, counts = [], hub.Images(folder), []
+    for split in SPLITS:
+        before, seen = len(asked), set()
+        for path in hub.parquet_files(folder, split):
+            for where, image, question, answer in hub.rows(path, store):
+                question, answer = _text(question, where, "question"), _text(answer, where, "answer")
+                repeated = _repeated(seen, image, question, answer)
+                number = f"hub_{NAMES[split]}_q{len(asked) - before}"
+                features = _features(number, image, question, answer)
+                asked.append(Asked(split, "images", image, features, flags=(repeated,) if repeated else ()))
+        counts.append(len(asked) - before)
+    notes = {"questions read": which_version(counts)}
+    absent = tuple(s for s, n in zip(SPLITS, counts) if not n)
+    return Questions(asked, {"images": store}, notes=notes, absent=absent)
+
+
+def _repeated(seen: set, *key: str) -> str:
+    """What is flagged of a question that stands there before for its image with the same answer; else ""."""
+    repeated = "the same question and answer again" if key in seen else ""
+    seen.add(key)
+    return repeated
 
 
 def read_folder(folder: pathlib.Path | str, without_repeats: bool) -> Questions:
@@ -63,6 +98,8 @@ def read_folder(folder: pathlib.Path | str, without_repeats: bool) -> Questions:
       DataError: as `check_folder`; a file of another form; the images of a split aren't found.
     """
     folder = check_folder(folder)
+    if not is_official(folder):
+        raise DataError(f"{folder}: the Hub's Parquet files alone; expected config hub, or {OFFICIAL_FILES}")
     asked, stores, counts = [], {}, []
     for split in SPLITS:
         path, before, seen = question_file(folder, split), len(asked), set()
@@ -71,9 +108,7 @@ def read_folder(folder: pathlib.Path | str, without_repeats: bool) -> Questions:
             continue
         stores[split] = image_store.open_store(_image_path(folder, split))
         for number, (where, image, question, answer) in enumerate(_questions(path)):
-            key = (image, question, answer)
-            repeated = "the same question and answer again" if key in seen else ""
-            seen.add(key)
+            repeated = _repeated(seen, image, question, answer)
             asked.append(_row(split, number, where, image, question, answer, repeated, without_repeats, stores[split]))
         counts.append(len(asked) - before)
     notes = {"questions read": which_version(counts)}
@@ -144,16 +179,20 @@ def _text(value: Any, where: str, key: str) -> str:
     return str(value)
 
 
-def _row(split, number, where, image, question, answer, repeated, without_repeats, store) -> Asked:
+def _features(number: str, image: str, question: str, answer: str) -> dict[str, str]:
     question, answer = (" ".join(text.split()) for text in (question, answer))
-    features = {
-        "question_id": f"{NAMES[split]}_q{number}",
+    return {
+        "question_id": number,
         "image_id": image,
         "question": question,
         "answer": answer,
         "answer_type": "CLOSED" if own_rows.is_yes_no(answer) else "OPEN",
         "content_type": qa_files.question_word(question),
     }
+
+
+def _row(split, number, where, image, question, answer, repeated, without_repeats, store) -> Asked:
+    features = _features(f"{NAMES[split]}_q{number}", image, question, answer)
     names = [f"{image}{suffix}" for suffix in _SUFFIXES]
     try:
         file = next((name for name in names if store.has(name)), names[0])
