@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 from paligemma_med.parallel import hlo
 
@@ -134,12 +135,14 @@ def _numbers(text):
 def moved(program: hlo.Program) -> int:
     """Bytes that kernels read from and write to the device's memory: what each reads and makes. Of an array that is
     only cut into, the cut counts; what a cache saves isn't known."""
-    total = 0
+    return sum(n * place.times for _, place, n in moves(program))
+
+
+def moves(program: hlo.Program) -> Iterator[tuple[hlo.Instruction, hlo.Place, int]]:
+    """(kernel, where it stands, bytes that one run of it moves) of all kernels; see `moved`."""
     for x, computation, place in program.instructions(fused=False):
-        if x.opcode in _NO_WORK or x.opcode.endswith("-done"):
-            continue
-        total += place.times * _moved(program, x, computation)
-    return total
+        if x.opcode not in _NO_WORK and not x.opcode.endswith("-done"):
+            yield x, place, _moved(program, x, computation)
 
 
 def _main(arrays):

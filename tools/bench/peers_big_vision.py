@@ -12,12 +12,12 @@ TensorFlow, which big_vision imports for files, is replaced by an empty module. 
 """
 
 import contextlib
-import functools
 import importlib
 import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -108,16 +108,8 @@ def _its_name(name):
     return name
 
 
-def build(settings) -> peers_ours.JaxSide:
-    """See `workers`. settings: size, dtype, what, weights (a folder), rows."""
-    if settings["dtype"] != "float32":
-        raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}.")
-    paligemma, its_gemma, bv_optax = load_big_vision()
-    size, what = sizes.SIZES[settings["size"]], settings["what"]
-    model = make_model(paligemma, its_gemma, size)
-    _, host = peers_ours.read_weights(settings)
-    names = list(host)
-    params = unflatten_tree({_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names})
+def make_optimizer(bv_optax, params, what) -> tuple:
+    """(regex of the trained leaves, its config, its optax transformation). params: a tree of arrays or of shapes."""
     regex = sizes.TRAINED[what].replace("/lora_", "[/_]lora_")
     config = ml_collections.ConfigDict(
         dict(
@@ -127,11 +119,19 @@ def build(settings) -> peers_ours.JaxSide:
         )
     )
     tx, _ = bv_optax.make(config, params, sched_kw=dict(total_steps=10**6, batch_size=1, data_size=10**6))
-    state = dict(params=params, opt=jax.jit(tx.init)(params))
-    batch = jax.device_put(sizes.draw_batch(size, settings["rows"]))
+    return regex, config, tx
+
+
+def adapted(what) -> contextlib.AbstractContextManager:
+    """Within it the attention modules have our LoRA, if `what` is "lora"."""
+    return nn.intercept_methods(_adapt) if what == "lora" else contextlib.nullcontext()
+
+
+def make_update(model, bv_optax, config, tx, what) -> Callable:
+    """update(state, batch) → (state, (loss, norms)), to be jitted. state: dict(params, opt)."""
 
     def loss_fn(params, batch):
-        with nn.intercept_methods(_adapt) if what == "lora" else contextlib.nullcontext():
+        with adapted(what):
             logits, _ = model.apply(
                 {"params": params},
                 batch["image"],
@@ -145,7 +145,6 @@ def build(settings) -> peers_ours.JaxSide:
         found = jnp.sum(jax.nn.log_softmax(logits) * targets, axis=-1) * mask
         return jnp.mean(-jnp.sum(found, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1))
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def update(state, batch):
         loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch)
         updates, opt = tx.update(grads, state["opt"], state["params"])
@@ -153,6 +152,24 @@ def build(settings) -> peers_ours.JaxSide:
         of_trained = bv_optax.replace_frozen(config.schedule, grads, 0.0)
         norms = [optax.global_norm(x) for x in (of_trained, params, updates)]
         return dict(params=params, opt=opt), (loss, norms)
+
+    return update
+
+
+def build(settings) -> peers_ours.JaxSide:
+    """See `workers`. settings: size, dtype, what, weights (a folder), rows."""
+    if settings["dtype"] != "float32":
+        raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}.")
+    paligemma, its_gemma, bv_optax = load_big_vision()
+    size, what = sizes.SIZES[settings["size"]], settings["what"]
+    model = make_model(paligemma, its_gemma, size)
+    _, host = peers_ours.read_weights(settings)
+    names = list(host)
+    params = unflatten_tree({_its_name(n): jax.device_put(np.asarray(host.pop(n), np.float32)) for n in names})
+    regex, config, tx = make_optimizer(bv_optax, params, what)
+    state = dict(params=params, opt=jax.jit(tx.init)(params))
+    batch = jax.device_put(sizes.draw_batch(size, settings["rows"]))
+    update = jax.jit(make_update(model, bv_optax, config, tx, what), donate_argnums=0)
 
     def step():
         nonlocal state
