@@ -160,13 +160,20 @@ def _moved(program, x, computation):
         return max(_main(x.arrays), sum(_main(i.arrays) for i in inputs))
     inner = program.computations.get(next(iter(x.called("calls")), ""), {}) if x.opcode == "fusion" else {}
     if not inner:
-        return _main(x.arrays) + sum(_main(i.arrays) for i in inputs)
+        return _main(_results(x)) + sum(_main(i.arrays) for i in inputs)
     read = hlo.users(inner)
     total = sum(_read(p, read) for p, i in zip(hlo.parameters(inner), inputs) if _main(i.arrays))
     roots = [i for i in inner.values() if i.root]
     if roots and roots[0].opcode == "tuple":
         roots = [inner[n] for n in roots[0].operands]
     return total + sum(_written(r, inner) for r in roots if not any(a.space for a in x.arrays))
+
+
+def _results(x):
+    """What a kernel makes. Calls of libraries also give the room that they work in, last and in bytes: how much of it
+    is written isn't known."""
+    room = x.arrays[-1:] if len(x.arrays) > 1 and x.target.startswith(("__cublas", "__cudnn")) else ()
+    return x.arrays[:-1] if any(a.dtype in ("s8", "u8") and len(a.shape) == 1 for a in room) else x.arrays
 
 
 def _read(parameter, read):

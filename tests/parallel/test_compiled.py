@@ -197,6 +197,16 @@ def test_flops_of_each_way_to_multiply(lines, flops):
     assert found.flops == flops
 
 
+def test_the_room_that_a_library_works_in_is_not_moved():
+    def moved(made):
+        call = f'%c = {made} custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"'
+        return compiled.moved(program(LEFT, RIGHT, call))
+
+    factors = 2 * (6 * 32 + 32 * 10)
+    assert moved("f32[6,10]{1,0}") == moved("(f32[6,10]{1,0}, s8[33554432]{0})") == factors + 4 * 6 * 10
+    assert moved("(f32[6,10]{1,0}, f32[10]{0})") == factors + 4 * (6 * 10 + 10)
+
+
 def test_an_exchange_in_an_asynchronous_computation():
     """As a TPU's program has some: what starts it calls it."""
     text = LOOP.replace(
