@@ -21,9 +21,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import ml_collections
 from absl import app, flags
@@ -112,9 +114,7 @@ def big_vision(work: Work) -> jax.stages.Lowered:
     if work.dtype != "float32":
         raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={work.dtype}.")
     paligemma, its_gemma, bv_optax = its.load_big_vision()
-    import big_vision.sharding as its_sharding
-    import flax.linen as nn
-
+    its_sharding = importlib.import_module("big_vision.sharding")
     model, batch = its.make_model(paligemma, its_gemma, work.size), work.batch()
 
     def init(batch):
