@@ -42,7 +42,7 @@ _MODEL = "big_vision.models.proj.paligemma.paligemma"
 
 
 def load_big_vision() -> tuple:
-    """(its PaliGemma module, its Gemma module, its optax module).
+    """(its PaliGemma module, its Gemma module, its optax module, its sharding module).
 
     Raises:
       ValueError: $BIG_VISION_DIR is not a checkout.
@@ -54,7 +54,7 @@ def load_big_vision() -> tuple:
     empty = {n: types.ModuleType(n) for n in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile")}
     empty["tensorflow.io"].gfile = empty["tensorflow.io.gfile"]
     sys.modules.update(empty)
-    names = (_MODEL, "big_vision.models.ppp.gemma", "big_vision.optax")
+    names = (_MODEL, "big_vision.models.ppp.gemma", "big_vision.optax", "big_vision.sharding")
     found = tuple(importlib.import_module(n) for n in names)
     for name in empty:  # or others would think that TensorFlow is installed
         del sys.modules[name]
@@ -160,7 +160,7 @@ def build(settings) -> peers_ours.JaxSide:
     """See `workers`. settings: size, dtype, what, weights (a folder), rows."""
     if settings["dtype"] != "float32":
         raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={settings['dtype']}.")
-    paligemma, its_gemma, bv_optax = load_big_vision()
+    paligemma, its_gemma, bv_optax, _ = load_big_vision()
     size, what = sizes.SIZES[settings["size"]], settings["what"]
     model = make_model(paligemma, its_gemma, size)
     _, host = peers_ours.read_weights(settings)

@@ -21,7 +21,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 from unittest import mock
 
@@ -113,8 +112,7 @@ def big_vision(work: Work) -> jax.stages.Lowered:
 
     if work.dtype != "float32":
         raise ValueError(f"big_vision's Gemma computes in float32 alone, found --dtype={work.dtype}.")
-    paligemma, its_gemma, bv_optax = its.load_big_vision()
-    its_sharding = importlib.import_module("big_vision.sharding")
+    paligemma, its_gemma, bv_optax, its_sharding = its.load_big_vision()
     model, batch = its.make_model(paligemma, its_gemma, work.size), work.batch()
 
     def init(batch):
