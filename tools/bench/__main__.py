@@ -5,12 +5,18 @@
     python -m tools.bench saliency --size=bench-s --peer=hf
     python -m tools.bench load --size=bench-s --peer=hf
     python -m tools.bench input --size=3b-448 --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
+    python -m tools.bench sources
     python -m tools.bench profile --size=bench-s
     python -m tools.bench gpu --out=bench_gpu
+    python -m tools.bench --base=HEAD~20
 
 Each part is a module here with `run(...)`. Ours and the peer take turns, so that a busy machine
 slows both. It prints medians as JSON, a line of a Markdown table, and on the last line `ratio R`, the
 peer's time over ours. --peer=none measures only ours, without a ratio.
+
+Each says on which processor it was taken (tools/bench/machine.py), and calls a run invalid in which other processes
+took more than a tenth of a core: in the figures (`invalid`), in the row, on a last line, and by ending with status 3,
+unless --allow_busy is given. --base compares two commits with each other (tools/bench/compare.py).
 
 `gpu` runs all rows that need a GPU, each as one of the commands above (tools/bench/gpu.py).
 `saliency_memory` measures what capture adds to a compiled program's memory; `synthesis` compares a
@@ -32,6 +38,7 @@ from paligemma_med.pp import command_line
 _MODEL = dict(size="bench-s", peer="hf", dtype=None, cores=None, weights=None)
 _OURS = dict(scan=None, attn_impl=None)
 _VARIANTS = {part: presets.DEFAULT[part]["variant"] for part in ("img", "llm")}
+_INVALID = 3  # exit status
 # The module of each part, and the flags that it takes, with its own defaults of shared flags. Modules are
 # imported when needed: some need packages that a GPU box lacks.
 PARTS = {
@@ -74,6 +81,10 @@ PARTS = {
             cores=1,
         ),
     ),
+    "sources": (
+        "input_sources",
+        dict(sources=None, res=448, text_len=64, batch_size=32, rounds=5, batches=6, cores=1),
+    ),
     "profile": (
         "profile_step",
         dict(
@@ -86,6 +97,22 @@ PARTS = {
             attn_impl=None,
             top=25,
             weights=None,
+        ),
+    ),
+    "compare": (
+        "compare",
+        dict(
+            base=None,
+            head=None,
+            works=None,
+            size="bench-s",
+            dtype=None,
+            batch_size=None,
+            cores=None,
+            rounds=7,
+            steps=1,
+            samples=5,
+            tokens=8,
         ),
     ),
     "gpu": ("gpu", dict(size="3b-448", out=None, minutes=9.0, only=None, retry=False)),
@@ -131,13 +158,17 @@ _TYPES = {
         model="Folder, .gguf file or name.",
         input="Source of captions.",
         out="Folder for the figures of each row.",
+        base="Commit to compare with; this makes `compare` the part, if none is given.",
+        head="Commit that is compared, instead of this folder as it is.",
     ),
     "DEFINE_bool": dict(
         scan="Whether ours loops over layers or unrolls them.",
         retry="Rows that failed before, too.",
     ),
     "DEFINE_float": dict(minutes="No row is started that wouldn't end within this time."),
-    "DEFINE_list": dict(only="Names of rows; by default all."),
+    "DEFINE_list": dict(
+        only="Names of rows; by default all.", works="Names of works; by default all.", sources="Names of sources."
+    ),
 }
 
 
@@ -149,9 +180,12 @@ def define_flags() -> None:
             getattr(flags, kind)(name, None, f"{parts}: {text}")
     flags.DEFINE_enum("peer", None, ("hf", "big_vision", "none"), "What to compare with.")
     command_line.define_path("json", None, "File to write the figures to, too.")
+    flags.DEFINE_bool("allow_busy", False, "End with status 0 though other processes took more than 0.1 of a core.")
 
 
 def main(argv) -> None:
+    if len(argv) == 1 and flags.FLAGS.base:
+        argv = [*argv, "compare"]
     if len(argv) != 2 or argv[1] not in PARTS:
         sys.exit(f"error: Give one of {sorted(PARTS)}; found {argv[1:]}.")
     module, takes = PARTS[argv[1]]
@@ -166,12 +200,18 @@ def main(argv) -> None:
             files.write_text(os.path.expanduser(to), json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     row = found.pop("row", None)
     print(json.dumps(found, indent=1))
     if row:
         print(row)
     if "ratio" in found:
         print(f"ratio {found['ratio']:.2f}")
+    if found.get("invalid"):
+        print(f"INVALID: {found['invalid']}")
+        sys.exit(0 if flags.FLAGS.allow_busy else _INVALID)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ step with few rows costs more than a position of a prefill. `of_peak` counts for
 compute (`flops.count_answers`).
 """
 
-import os
-
 import numpy as np
 
 from tools.bench import sizes, turns
@@ -49,7 +47,6 @@ def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_im
     rows = batch_size or sizes.SIZES[size].batch_size
     names = ["ours"] + [peer] * (peer != "none")
     turns.bind(settings["cores"])
-    load_before = os.getloadavg()[0]
     with turns.weights(size, settings["dtype"], weights) as folder:
         with turns.sides(dict.fromkeys(names, rows), {**settings, "weights": folder}) as sides:
             same = check_answers({n: s.ask(do="result")["result"] for n, s in sides.items()}, settings["dtype"])
@@ -74,7 +71,7 @@ def run(*, size, peer, dtype, batch_size, rounds, samples, tokens, scan, attn_im
         "same_greedy_tokens": same,
         "units": "answers",
         **found,
-        **turns.surroundings(about, load_before),
+        **turns.surroundings(about),
     }
     work = f"{rows} × {samples} answers of {tokens}, {size}, {settings['dtype']}"
     return {**out, "row": turns.row(work, out, peer)}

@@ -19,7 +19,7 @@ from data_prep.datasets.slake import layout as slake_layout
 from paligemma_med import input_pipeline
 from paligemma_med.pp import images as images_lib
 from paligemma_med.pp import markdown
-from tools.bench import sizes, turns
+from tools.bench import machine, sizes, turns
 
 # More batches than either side prefetches.
 _AHEAD = 8
@@ -47,8 +47,9 @@ def run(
       peer: "hf" or "none".
 
     Returns:
-      dict: examples per second per core of each (median over rounds), `ratio`, the conditions of the
-      measurement, and "row", a line of a Markdown table.
+      dict: examples per second per core, and per second of the processor, of each (medians over rounds), `ratio`,
+      `cpu_ratio`, the conditions of the measurement, and "row", a line of a Markdown table. The processor's time is
+      that of this process: with more than one core the peer's workers aren't in it.
 
     Raises:
       ValueError: an unknown name, no tokenizer ($PALIGEMMA_TOKENIZER), or no manual_dir for the
@@ -57,7 +58,6 @@ def run(
     sizes.check(size, "lora", None)
     turns.check(peer, ("hf", "none"), rounds=rounds, batches=batches, batch_size=batch_size)
     res = res or sizes.SIZES[size].res
-    load_before = os.getloadavg()[0]
     if not os.environ.get("PALIGEMMA_TOKENIZER"):
         raise ValueError("$PALIGEMMA_TOKENIZER must name the Gemma tokenizer's file.")
     jax.config.update("jax_platforms", "cpu")  # only the host's work is measured
@@ -68,14 +68,17 @@ def run(
             raise ValueError("--manual_dir is needed for the peer, which reads the released files.")
         language = data.partition("/")[2]
         sides["hf"] = _torch(manual_dir, language, split, res, batch_size, cores)
-    seconds = {name: [] for name in sides}
+    seconds, cpu = ({name: [] for name in sides} for _ in range(2))
+    watch = machine.Watch()
     for _ in range(rounds):
         for name, take in sides.items():
             # Leaves out imports and caches, and batches prefetched while the other had its turn.
             take(_AHEAD)
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             take(batches)
             seconds[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - processor)
+    others = watch.found()
     count = batches * batch_size
     out = {
         "data": data,
@@ -84,15 +87,19 @@ def run(
         "cores": cores,
         "rounds": rounds,
         "examples_per_second_per_core": {n: round(count / statistics.median(s) / cores, 1) for n, s in seconds.items()},
+        "examples_per_cpu_second": {n: round(count / statistics.median(s), 1) for n, s in cpu.items()},
         "seconds_a_round": {n: [round(x, 3) for x in s] for n, s in seconds.items()},
-        **turns.surroundings([dict(device="cpu", jax=jax.__version__)], load_before),
+        **others,
+        **turns.surroundings([dict(device="cpu", jax=jax.__version__)]),
     }
     if peer != "none":
         out["ratio"] = statistics.median(seconds["hf"]) / statistics.median(seconds["ours"])
-    speeds = ", ".join(f"{x:.1f}" for x in out["examples_per_second_per_core"].values())
+        out["cpu_ratio"] = round(statistics.median(cpu["hf"]) / statistics.median(cpu["ours"]), 2)
+    keys = "examples_per_second_per_core", "examples_per_cpu_second"
+    speeds = [", ".join(f"{x:.1f}" for x in out[key].values()) for key in keys]
     work = f"input, {data}, {res} px, batch {batch_size}" + f", {peer}" * (peer != "none")
-    ratio = f"{out['ratio']:.2f}" if "ratio" in out else ""
-    return {**out, "row": markdown.row([work, speeds, ratio, turns.where(out)])}
+    ratios = turns.ratio(out), turns.ratio(out, "cpu_ratio")
+    return {**out, "row": markdown.row([work, *speeds, *ratios, turns.where(out)])}
 
 
 def _ours(name, split, data_dir, res, batch_size, cores, text_len):

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from paligemma_med.pp import markdown
-from tools.bench import sizes, turns
+from tools.bench import machine, sizes, turns
 
 _STEPS = 3
 
@@ -43,7 +43,6 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
 
     from tools.bench import peers_ours
 
-    load = os.getloadavg()[0]
     settings = turns.model_settings(size, dtype, None, remat_policy, scan, attn_impl)
     settings |= dict(what=what, rows=batch_size or sizes.SIZES[size].batch_size)
     with (
@@ -53,6 +52,7 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
         side = peers_ours.build({**settings, "weights": drawn})
         for _ in range(2):
             side.value(side.step())
+        watch = machine.Watch()
         start = time.perf_counter()
         for _ in range(_STEPS):
             side.value(side.step())
@@ -60,6 +60,7 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
         with jax.profiler.trace(to):
             for _ in range(_STEPS):
                 side.value(side.step())
+        others = watch.found()
         (path,) = glob.glob(f"{to}/**/*.xplane.pb", recursive=True)
         events = _events(path)
     client = jax.devices()[0].client
@@ -79,7 +80,8 @@ def run(*, size, what, dtype, batch_size, remat_policy, scan, attn_impl, top, we
     table += [markdown.row([k, f"{v:.0f}", f"{v / total:.0%}"]) for k, v in groups.most_common()]
     return {
         **settings,
-        **turns.surroundings([{**side.about, **peers_ours.device()}], load),
+        **others,
+        **turns.surroundings([{**side.about, **peers_ours.device()}]),
         "seconds_a_step": round(seconds, 3),
         "milliseconds": round(total, 1),
         "groups": {k: round(v, 1) for k, v in groups.most_common()},

@@ -14,8 +14,6 @@ Figures are those of a training step; `of_peak` counts the pass without capture 
 memory.
 """
 
-import os
-
 import numpy as np
 
 from tools.bench import sizes, turns
@@ -45,7 +43,6 @@ def run(*, size, peer, dtype, rounds, steps, cores, weights=None) -> dict:
     settings = turns.model_settings(size, dtype, cores, scan=True)
     rows = dict.fromkeys(["ours"] + [peer] * (peer != "none"), 1)
     turns.bind(settings["cores"])
-    load_before = os.getloadavg()[0]
     with turns.weights(size, settings["dtype"], weights) as folder:
         made = {**settings, "work": "saliency", "weights": folder}
         with turns.sides(rows, made) as sides:
@@ -65,7 +62,7 @@ def run(*, size, peer, dtype, rounds, steps, cores, weights=None) -> dict:
         "largest_difference": differ,
         "units": "answers",
         **found,
-        **turns.surroundings(about, load_before),
+        **turns.surroundings(about),
     }
     return {**out, "row": turns.row(f"rollout, {size}, {settings['dtype']}", out, peer)}
 

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 
+from tools.bench import machine
 from tools.synthesize_qa import loading, local, parse, sources, templates, units
 
 
@@ -67,9 +68,11 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores) -> dict
     sides = {"batched": batch_size, "one_at_a_time": 1}
     local.answer(planned[:1], _Journal(), loaded, usable)  # computes the common part, and warms up
     turns = {name: [] for name in sides}
+    watch = machine.Watch()
     for _ in range(rounds):
         for name, size in sides.items():
             turns[name].append(turn(size))
+    others = watch.found()
     wall, cpu, made = (
         {name: statistics.median(pick(t) for t in x) for name, x in turns.items()}
         for pick in (lambda t: t[0][0], lambda t: t[0][1], lambda t: t[1])
@@ -86,7 +89,9 @@ def run(*, model, input, rows, tokens, rounds, batch_size, dtype, cores) -> dict
         "new_tokens": made,
         "captions_per_second": {n: round(len(planned) / s, 3) for n, s in wall.items()},
         "tokens_per_second": {n: round(made[n] / s, 1) for n, s in wall.items()},
-        "load": os.getloadavg()[0],
+        "machine": machine.describe(),
+        "processor": machine.about(),
+        **others,
         "cpu_ratio": round(cpu["one_at_a_time"] / cpu["batched"], 2),
         "ratio": wall["one_at_a_time"] / wall["batched"],
     }

@@ -19,8 +19,6 @@ On a shared machine PyTorch's threads busy-wait for each other, and the ratio gr
 is no such waiting, and `cpu_ratio` hardly depends on other load.
 """
 
-import os
-
 from tools.bench import sizes, turns
 
 _SAME = 1e-4  # of losses in float32, relative
@@ -83,7 +81,6 @@ def run(
     if peer != "none":
         rows[peer] = peer_batch_size or rows["ours"]
     turns.bind(settings["cores"])
-    load_before = os.getloadavg()[0]
     with turns.weights(size, settings["dtype"], weights) as folder:
         with turns.sides(rows, {**settings, "weights": folder}) as sides:
             first = _first_steps(sides, rows, settings)
@@ -102,7 +99,7 @@ def run(
         "losses": first,
         "units": "examples",
         **found,
-        **turns.surroundings(list(about.values()), load_before),
+        **turns.surroundings(list(about.values())),
     }
     dtype = settings["dtype"] + (f", frozen {frozen_dtype}" if frozen_dtype else "")
     work = f"{what}, {size}, {dtype}, batch {rows['ours']}"

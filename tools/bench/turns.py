@@ -17,10 +17,12 @@ from collections.abc import Iterator
 
 from paligemma_med import files
 from paligemma_med.pp import markdown
-from tools.bench import sizes, workers
+from tools.bench import machine, sizes, workers
 
-_MATRIX = {"cpu": 2048}  # size of the matrices; 8192 on other platforms
-_PRODUCTS = 20
+# Sizes of the matrices whose product gives the peak, and how often each is multiplied. Which size is fastest
+# differs by processor, and the fastest counts.
+_MATRICES = {"cpu": {1024: 20, 2048: 10, 4096: 2}}
+_ON_OTHERS = {8192: 20}
 
 
 def check(peer, peers, **counts) -> None:
@@ -65,12 +67,13 @@ def draw(folder, size, dtype) -> None:
 
 
 @contextlib.contextmanager
-def sides(rows, settings) -> Iterator[dict]:
+def sides(rows, settings, own=None) -> Iterator[dict]:
     """{name: `workers.Worker`} of the sides, ready for their turns.
 
     Args:
       rows: {name: examples in a step}.
       settings: for all sides.
+      own: {name: settings of this side alone}; the sides are then several of ours, on different data.
 
     Raises:
       ValueError: sides on devices of different kinds.
@@ -78,41 +81,47 @@ def sides(rows, settings) -> Iterator[dict]:
     with contextlib.ExitStack() as stack:
         made = {}
         for name, n in rows.items():
-            made[name] = stack.enter_context(workers.Worker(name, {**settings, "rows": n}))
+            given = {**settings, "rows": n, **(own[name] if own else {})}
+            module = workers.SIDES[settings["work"]]["ours"] if own else None
+            made[name] = stack.enter_context(workers.Worker(name, given, module=module))
         kinds = {n: s.about["platform"] for n, s in made.items()}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"the sides compute on different devices, {kinds}: expected one kind.")
         yield made
 
 
-def take(sides, units, rounds, steps) -> dict:
+def take(sides, units, rounds, steps, one="ours", ahead=0, peak=True) -> dict:
     """Figures of `rounds` turns of each side.
 
     Args:
-      sides: from `sides`, warmed up. Ours reports the FLOPs of its step, `flops_a_step`.
+      sides: from `sides`, warmed up.
       units: {name: how many examples or answers a step makes}.
       rounds, steps: turns, and steps in each.
+      one: the side that the others are compared with. For the peak, it reports the FLOPs of its step, `flops_a_step`.
+      ahead: steps before each turn that aren't timed.
+      peak: whether products of matrices are measured, too.
 
     Returns:
-      dict for JSON. `of_peak` is a side's rate of our FLOPs divided by that of the fastest product of
-      two large matrices, in the same type, that any side made in the same run. With a peer: `ratio`, its
-      seconds per unit over ours, and `cpu_ratio`, the same for processor time.
+      dict for JSON. `of_peak` is a side's rate of the FLOPs of side `one` divided by `peak_tflops_per_second`, that of
+      the fastest product of two large matrices, in the same type, that any side made in the same run. With a peer:
+      `ratio`, its seconds per unit over ours, and `cpu_ratio`, the same for processor time. And what
+      `machine.Watch` found during the turns.
     """
     for side in sides.values():
         side.ask(do="forget")
     seconds, cpu = ({n: [] for n in sides} for _ in range(2))
+    watch = machine.Watch()
     for _ in range(rounds):
         for name, side in sides.items():
+            if ahead:
+                side.ask(do="steps", n=ahead)
             turn = side.ask(do="steps", n=steps)
             seconds[name].append(turn["seconds"])
             cpu[name].append(turn["cpu_seconds"])
+    others = watch.found()
     memory = {n: s.ask(do="memory")["bytes"] for n, s in sides.items()}
-    # After the memory is read, since matrices take some too.
-    about = sides["ours"].about
-    n = _MATRIX.get(about["platform"], 8192)
-    products = {name: side.ask(do="multiply", n=n, times=_PRODUCTS)["flops_per_second"] for name, side in sides.items()}
+    about = sides[one].about
     each = {n: statistics.median(x) / units[n] for n, x in seconds.items()}
-    flops = {n: about["flops_a_step"] / units["ours"] / s for n, s in each.items()}
     out = {
         "seconds_a_step": {n: [round(x, 4) for x in s] for n, s in seconds.items()},
         "median_seconds": {n: workers.median(x) for n, x in seconds.items()},
@@ -121,32 +130,53 @@ def take(sides, units, rounds, steps) -> dict:
         "per_second": {n: round(1 / s, 3) for n, s in each.items()},
         "memory_gb": {n: round(x / 1e9, 3) for n, x in memory.items()},
         "memory_is": "growth of resident memory" if about["platform"] == "cpu" else "the device's peak",
-        "tflops_per_second": {n: round(x / 1e12, 4) for n, x in flops.items()},
-        "matmul_tflops_per_second": {n: round(x / 1e12, 4) for n, x in products.items()},
-        "of_peak": {n: round(x / max(products.values()), 3) for n, x in flops.items()},
+        **others,
     }
+    if peak:
+        # After the memory is read, since matrices take some too.
+        products = peaks(sides, about["platform"])
+        peak = max(rate for found in products.values() for rate in found.values())
+        flops = {n: about["flops_a_step"] / units[one] / s for n, s in each.items()}
+        out |= {
+            "tflops_per_second": {n: round(x / 1e12, 4) for n, x in flops.items()},
+            "matmul_tflops_per_second": {
+                name: {n: round(x / 1e12, 4) for n, x in found.items()} for name, found in products.items()
+            },
+            "peak_tflops_per_second": round(peak / 1e12, 4),
+            "of_peak": {n: round(x / peak, 3) for n, x in flops.items()},
+        }
     for name in sides:
-        if name != "ours":
+        if name != one:
             of_cpu = {n: statistics.median(x) / units[n] for n, x in cpu.items()}
-            out["cpu_ratio"] = round(of_cpu[name] / of_cpu["ours"], 2) if of_cpu["ours"] else None
-            out["ratio"] = each[name] / each["ours"]
+            out["cpu_ratio"] = round(of_cpu[name] / of_cpu[one], 2) if of_cpu[one] else None
+            out["ratio"] = each[name] / each[one]
     return out
 
 
-def surroundings(abouts, load_before) -> dict:
-    """The conditions of a measurement: device, machine, versions, date, and the load before and after."""
+def peaks(sides, platform) -> dict:
+    """{name of a side: {size: FLOP/s of the best of its products of two matrices of this size}}."""
+    matrices = _MATRICES.get(platform, _ON_OTHERS)
+    return {
+        name: {str(n): side.ask(do="multiply", n=n, times=k)["flops_per_second"] for n, k in matrices.items()}
+        for name, side in sides.items()
+    }
+
+
+def surroundings(abouts) -> dict:
+    """The conditions of a measurement: device, machine, versions, date."""
     known = ("jax", "torch", "transformers", "peft")
     return {
         "device": abouts[0]["device"],
-        "machine": workers.machine(),
+        "machine": machine.describe(),
+        "processor": machine.about(),
         "versions": {k: about[k] for about in abouts for k in known if k in about},
         "date": time.strftime("%Y-%m-%d"),
-        "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
     }
 
 
 def row(work, out, peer) -> str:
-    """| work | seconds a step: ours, theirs | ratio | memory, GB | TFLOP/s | of peak | device |"""
+    """| work | seconds a step: ours, theirs | of the processor | ratio | of processor time | memory, GB | TFLOP/s |
+    of peak | device |"""
     if peer != "none":
         work += f", {peer}"
 
@@ -156,7 +186,9 @@ def row(work, out, peer) -> str:
     cells = [
         work,
         both("median_seconds", "{:.3f}"),
-        f"{out['ratio']:.2f}" if "ratio" in out else "",
+        both("median_cpu_seconds", "{:.3f}"),
+        ratio(out),
+        ratio(out, "cpu_ratio"),
         both("memory_gb", "{:.2f}"),
         both("tflops_per_second", "{:.3f}"),
         both("of_peak", "{:.0%}"),
@@ -165,9 +197,15 @@ def row(work, out, peer) -> str:
     return markdown.row(cells)
 
 
+def ratio(out, key="ratio") -> str:
+    """A cell: the ratio, or "cpu_ratio", if there is a peer."""
+    return f"{out[key]:.2f}" if out.get(key) else ""
+
+
 def where(out) -> str:
-    """A cell: the accelerator's name, or the processor's."""
-    return out["machine"] if out["device"] == "cpu" else out["device"]
+    """A cell: the accelerator's name, or the processor's; and that the run is invalid, if it is."""
+    name = out["machine"] if out["device"] == "cpu" else out["device"]
+    return name + (" (INVALID: the machine was busy)" if out["invalid"] else "")
 
 
 def same(found, one, tolerance, what) -> None:

@@ -33,6 +33,7 @@ SIDES = {
     "train_step": {n: f"tools.bench.peers_{n}" for n in ("ours", "hf", "big_vision")},
     "decode": {n: f"tools.bench.decode_{n}" for n in ("ours", "hf")},
     "saliency": {n: f"tools.bench.saliency_{n}" for n in ("ours", "hf")},
+    "input": {"ours": "tools.bench.input_ours"},
 }
 # Packages that a bare GPU box lacks: no side may import them (except big_vision, which does so itself).
 UNWANTED = ("tensorflow_datasets", "grain", "ml_collections")
@@ -59,6 +60,8 @@ class Worker:
       name: the side's name in SIDES.
       settings: for its `build`; its `work` is one of SIDES.
       env: additional environment variables.
+      module: instead of that of SIDES.
+      tree: a folder with a checkout of this repository, whose code the side runs, instead of ours.
 
     Attributes:
       about: the side's own `about`.
@@ -67,15 +70,19 @@ class Worker:
       ValueError: the side refused, or ended.
     """
 
-    def __init__(self, name, settings, env=None):
+    def __init__(self, name, settings, env=None, module=None, tree=None):
         self.name = name
         settings = {**settings, "started": time.time()}
+        env = {**os.environ, **_ENV, **(env or {})}
+        if tree:
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (tree, env.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", SIDES[settings["work"]][name], json.dumps(settings)],
+            [sys.executable, "-m", module or SIDES[settings["work"]][name], json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **_ENV, **(env or {})},
+            env=env,
+            cwd=tree,
         )
         try:
             self.about = self._read()
@@ -152,6 +159,8 @@ def serve(device, build) -> None:
     except (ValueError, OSError) as e:
         say(error=str(e))
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # the driver's, who tells of it
+        raise SystemExit(130) from None
 
 
 def _answer(side, request, before):
@@ -180,15 +189,6 @@ def _answer(side, request, before):
     assert request["do"] == "memory", request
     peak = side.peak()
     return dict(bytes=resident("VmHWM") - before if peak is None else peak)
-
-
-def machine() -> str:
-    """One line about this machine: its processor, and how many cores this process may use."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        name = re.search(r"^model name\s*: (.*)$", f.read(), re.MULTILINE)
-    cores = len(os.sched_getaffinity(0))
-    of = name[1] if name else "an unknown CPU"
-    return f"{cores} core{'s' * (cores > 1)} of {of}"
 
 
 def median(values) -> float:
