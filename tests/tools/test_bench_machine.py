@@ -58,18 +58,17 @@ def proc(tmp_path):
         ("avx", "neither AVX2 nor AVX-512", ", neither AVX2 nor AVX-512"),
     ],
 )
-def test_the_processor_and_its_instructions(proc, monkeypatch, flags, isa, said):
-    monkeypatch.setenv("XLA_FLAGS", "")
+def test_the_processor_and_its_instructions(proc, flags, isa, said):
     proc.cpuinfo(flags)
-    found = machine.about(proc.path)
+    found = machine.about(proc.path, xla_flags="")
     assert (found["cpu"], found["family"], found["model"], found["isa"]) == ("AMD EPYC", 25, 1, isa)
     assert machine.describe({**found, "cores": 2}) == f"2 cores of AMD EPYC (family 25, model 1){said}"
 
 
-def test_that_xla_is_held_back_is_said(proc, monkeypatch):
+def test_that_xla_is_held_back_is_said(proc):
     proc.cpuinfo("avx2 avx512f")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_cpu_max_isa=avx2")
-    assert machine.describe(machine.about(proc.path)).endswith(", AVX-512, XLA held to AVX2")
+    found = machine.about(proc.path, xla_flags="--xla_dump_to=/tmp/x --xla_cpu_max_isa=avx2")
+    assert machine.describe(found).endswith(", AVX-512, XLA held to AVX2")
 
 
 def test_without_proc_nothing_is_claimed(tmp_path):

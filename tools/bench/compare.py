@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -76,6 +77,7 @@ def run(*, base, head, works, size, dtype, batch_size, cores, rounds, steps, sam
         weights = stack.enter_context(turns.weights(size, settings["dtype"])) if set(works) - {"input"} else None
         drawn = dict(settings, weights=weights)
         for work in works:
+            print(f"{work}: {', '.join(said for _, said in trees.values())}", file=sys.stderr, flush=True)
             try:
                 if work == "input":
                     with tempfile.TemporaryDirectory(prefix="bench-") as made:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import PIL.Image
 
+from paligemma_med.pp import images
+
 _ROWS = 256
 _SIDE = 448  # pixels; most of SLAKE's images have this size
 _QUALITY = 90
@@ -24,7 +26,7 @@ _COLUMNS = ("question_id", "image_id", "image", "question", "answer", "answer_ty
 @functools.cache
 def pictures(count=_ROWS, side=_SIDE) -> tuple[np.ndarray, ...]:
     """uint8[side, side] of each row, as its JPEG file decodes."""
-    return tuple(np.asarray(PIL.Image.open(io.BytesIO(_jpeg(i, side)))) for i in range(count))
+    return tuple(np.asarray(images.open_image(_jpeg(i, side))) for i in range(count))
 
 
 @functools.cache

@@ -16,10 +16,10 @@ import time
 LIMIT = 0.1  # of a core
 
 
-def about(proc="/proc") -> dict:
+def about(proc="/proc", xla_flags=None) -> dict:
     """The processor: `cpu`, a name; `family` and `model`, numbers that tell a generation where the name doesn't
     (None if unknown); `isa`, "AVX-512", "AVX2", "neither AVX2 nor AVX-512", or "unknown"; `cores` that this process
-    may use; `cores_of_machine`; `xla_max_isa`, what $XLA_FLAGS holds XLA to, or None."""
+    may use; `cores_of_machine`; `xla_max_isa`, what `xla_flags` (by default $XLA_FLAGS) hold XLA to, or None."""
     try:
         with open(f"{proc}/cpuinfo", encoding="utf-8") as f:
             text = f.read()
@@ -31,7 +31,8 @@ def about(proc="/proc") -> dict:
         return line and line[1]
 
     family, model = found("cpu family"), found("model")
-    held = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    xla_flags = os.environ.get("XLA_FLAGS", "") if xla_flags is None else xla_flags
+    held = re.search(r"--xla_cpu_max_isa=(\w+)", xla_flags)
     return {
         "cpu": found("model name") or platform.processor() or "an unknown CPU",
         "family": int(family) if family else None,
