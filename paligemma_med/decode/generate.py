@@ -20,7 +20,7 @@ from paligemma_med.decode.prompts import (
     read_prompts,
     stop_tokens,
 )
-from paligemma_med.decode.sampling import draw, most_probable, nucleus, temper
+from paligemma_med.decode.sampling import draw, least_of_most_probable, least_of_nucleus, temper
 from paligemma_med.models import lean
 from paligemma_med.models.loss import token_logprobs
 
@@ -202,7 +202,9 @@ def _sample_keys(key, row_id, num_samples):
 def _sample(keys, step, logits, temperature, top_k, top_p):
     """One token of each row's filtered distribution: float32[BR, V] → int32[BR]."""
     z = temper(logits, temperature)
-    # What keeps everything is left out when it runs: it would cost 32 passes over the logits.
-    z = jax.lax.cond(top_k < z.shape[-1], lambda z: most_probable(z, top_k), lambda z: z, z)
-    z = jax.lax.cond(top_p < 1, lambda z: nucleus(z, top_p), lambda z: z, z)
+    # What keeps everything is left out when it runs: it would cost several passes over the logits.
+    everything = jnp.full((z.shape[0], 1), -jnp.inf, jnp.float32)
+    least = jax.lax.cond(top_k < z.shape[-1], lambda: least_of_most_probable(z, top_k), lambda: everything)
+    least = jax.lax.cond(top_p < 1, lambda: least_of_nucleus(z, top_p, least), lambda: least)
+    z = jnp.where(z >= least, z, -jnp.inf)
     return jax.vmap(draw)(jax.vmap(jax.random.fold_in, (0, None))(keys, step), z)

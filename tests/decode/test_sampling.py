@@ -8,6 +8,7 @@ from scipy import stats
 
 from paligemma_med import decode
 from paligemma_med.decode.generate import _generate
+from paligemma_med.models import lean
 from tests.decode.tiny_models import NO_EOS, SAMPLING, full_forward, make, make_batch, rows_of
 from tests.rounding import assert_close
 
@@ -168,22 +169,26 @@ def test_top_k_then_top_p():
     np.testing.assert_array_equal(one, greedy)
 
 
-def test_filters_equal_sorting():
+@pytest.mark.parametrize("jit", [jax.jit, lean.jit], ids=["three digits a pass", "one, as on CPUs"])
+def test_filters_equal_sorting(jit):
+    most_probable, nucleus = jit(decode.most_probable), jit(decode.nucleus)
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (40, 57)).astype(np.float32)
     logits[:10] = np.round(logits[:10])  # equals, zeros of both signs
     logits[10:20, ::3] = -np.inf
     logits[20:25] *= 1e30
+    logits[25:27, 5:8] = np.array([-1, 1, 1], np.float32) * np.finfo(np.float32).max
+    logits[27, 1:] = -np.inf
     ranked = np.sort(logits, axis=-1)[:, ::-1]
     for k in (1, 2, 9, 56):
-        got = np.asarray(decode.most_probable(logits, np.float32(k)))
+        got = np.asarray(most_probable(logits, np.float32(k)))
         want = np.where(logits >= ranked[:, k - 1 : k], logits, -np.inf)
         np.testing.assert_array_equal(got, want)
     # A token stays if those above it hold less than top_p.
     weights = np.asarray(jax.nn.softmax(logits)).astype(np.float64)
     above = ((logits[:, None, :] > logits[:, :, None]) * weights[:, None]).sum(-1)
     for p in (1e-6, 0.3, 0.77):
-        got = np.asarray(decode.nucleus(logits, np.float32(p)))
+        got = np.asarray(nucleus(logits, np.float32(p)))
         np.testing.assert_array_equal(got, np.where(above < p, logits, -np.inf))
 
 
