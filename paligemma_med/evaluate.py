@@ -23,6 +23,7 @@ import sys
 from absl import app, flags
 
 from paligemma_med import cli, experiment, forecast, preflight, table_eval, weights
+from paligemma_med.checkpoints import workdir
 from paligemma_med.config import values as config_values
 from paligemma_med.metrics import scoring, tables
 from paligemma_med.parallel import chips, distributed, notes, sharding
@@ -47,6 +48,7 @@ def evaluate(config, checkpoint, out, only=None, controls=None, resume=True) -> 
       {name: {metric: value}}.
     """
     config = _selected(config, only)
+    _leave_to_training(config, checkpoint, only)
     _set_controls(config, controls)
     setup = Setup(config)
     config = setup.config
@@ -78,6 +80,24 @@ def _selected(config, only):
             for name in set(evals) - set(only):
                 del config.evals[name]
     return config
+
+
+def _leave_to_training(config, checkpoint, only):
+    """Takes out of a copy of a config the evals of weights that aren't read here: of a run that averages its weights
+    (config.ema_decay), those as trained."""
+    run = workdir.split_spec(checkpoint) if isinstance(checkpoint, str) else None
+    if run is None or not workdir.read_config(run[0]).get("ema_decay"):
+        return
+    left = [name for name, section in (config.get("evals") or {}).items() if not section.get("ema", True)]
+    if chosen := [name for name in left if name in (only or [])]:
+        raise ValueError(
+            f"config.evals.{chosen[0]} has ema=False, so that it is only run in training: of {run[0]} the averaged "
+            "weights are read here (config.ema_decay)."
+        )
+    for name in left:
+        notes.say(f"config.evals.{name} has ema=False, so that it is only run in training: left out.", file=sys.stderr)
+        with config.unlocked():
+            del config.evals[name]
 
 
 def _set_controls(config, controls):

@@ -107,7 +107,7 @@ def make_evaluators(config, model, tok, mesh, folder=None, checkpoint=None) -> d
     """
     out, trained = {}, overlap.trained_on(config.get("input"))
     for name, section in (config.get("evals") or {}).items():
-        kw = {k: v for k, v in section.to_dict().items() if k not in config_values.WHEN}
+        kw = {k: v for k, v in section.to_dict().items() if k not in config_values.NOT_ARGUMENTS}
         kind = kw.pop("type")
         if config_values.is_big_visions(section):
             if distributed.is_main():
@@ -152,7 +152,7 @@ def evaluator_module(kind, where) -> types.ModuleType:
     return importlib.import_module(f"{evaluators.__name__}.{kind}")
 
 
-_EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer", *config_values.WHEN)
+_EVAL_KEYS = ("type", "data", "pp_fn", "batch_size", "train_data", "train_answer", *config_values.NOT_ARGUMENTS)
 _FROM_HERE = {"inputs", "total", "outdir", "about"}  # arguments of an evaluator that no section has
 
 

@@ -248,11 +248,12 @@ class Run:
 
     def evaluate(self, done=()) -> None:
         """Runs the evaluators that are due, except those in `done`."""
-        for name, (evaluator, _) in self.evaluators.items():
+        for name, (evaluator, section) in self.evaluators.items():
             if name in done or not self.is_due(name):
                 continue
             with self.bar.paused():
-                metrics = evaluator.run(self.state.params)
+                state = self.state
+                metrics = evaluator.run(state.averaged_params if section.get("ema", True) else state.params)
             self.results[name] = metrics
             with self.signals.deferred():
                 # Also where no other metrics are logged: a curve of losses is drawn over tokens seen.

@@ -3,7 +3,7 @@
     <workdir>/config.json           the run's config; names the weights that frozen leaves come from
     <workdir>/base.npz              frozen leaves that those weights don't have (random ones)
     <workdir>/base.json             fingerprints of the other frozen leaves
-    <workdir>/checkpoints/<step>/   trained leaves, optimizer state, place in the data
+    <workdir>/checkpoints/<step>/   trained leaves, their average, optimizer state, place in the data
     <workdir>/damaged/<step>/       checkpoints that couldn't be read again, set aside
 
 Frozen leaves aren't written with every checkpoint: at the 3B size they are 5 GB, and stage 1 trains 9 MB. Orbax writes
@@ -31,6 +31,9 @@ from paligemma_med.pp import json_text
 
 Path = os.PathLike | str
 
+# Where the optimizer's state has an average of the trained leaves: the last of its links, under this key
+# (`training.ema.EmaState`).
+EMA = "ema_params"
 # How a checkpoint's folder is named. Not `str.isdigit`, to which "²" is one.
 _STEP = re.compile("[0-9]{1,18}")
 
@@ -173,7 +176,7 @@ class Checkpoints:
         if found_opt != _shapes(opt_state):
             raise CheckpointError(
                 f"{where}: the optimizer's state doesn't fit the config's optax_name, optax, "
-                "schedule, wd and grad_clip_norm. Use another --workdir, or the config it was made "
+                "schedule, wd, grad_clip_norm and ema_decay. Use another --workdir, or the config it was made "
                 "with."
             )
 
@@ -252,13 +255,36 @@ def _wait_for_all(name):
         multihost_utils.sync_global_devices(name)
 
 
-def _check_prints(manager, step, trained):
-    """Raises Damaged if `trained` differs from what was written."""
+def _averages(manager, step):
+    """{name: numpy array} of the average of the trained leaves in a checkpoint, or None if it has none."""
+    folder = plain_path(f"{manager.directory}/{step}/opt_state")
+    if not os.path.isdir(folder):
+        return None
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            links = checkpointer.metadata(folder).item_metadata.tree
+            if not isinstance(links, list) or not isinstance(links[-1], Mapping) or EMA not in links[-1]:
+                return None
+            # Moments and counters stay where they are.
+            wanted = [jax.tree.map(lambda _: ocp.PLACEHOLDER, link) for link in links]
+            wanted[-1][EMA] = dict.fromkeys(links[-1][EMA], 0)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), links)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+            found = checkpointer.restore(folder, args=args)[-1][EMA]
+    except Exception as e:  # Orbax and TensorStore have no errors of their own
+        raise Damaged(f"{folder}: can't be read: {_first_line(e)}") from e
+    _check_prints(manager, step, found, last=True)
+    return found
+
+
+def _check_prints(manager, step, leaves, last=False):
+    """Raises Damaged if `leaves` differ from what was written: the trained ones, or with `last` those written last."""
     where = f"{manager.directory}/{step}"
     if os.path.exists(os.path.join(where, "run")):
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
         prints = manager.restore(step, args=args)["run"]["fingerprints"]
-        if fingerprint.of_leaves(trained) != prints[: len(trained)]:
+        prints = prints[-len(leaves) :] if last else prints[: len(leaves)]
+        if fingerprint.of_leaves(leaves) != prints:
             raise Damaged(f"{where}: its numbers are not those that were written.")
 
 
@@ -366,8 +392,8 @@ def open_leaves(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns:
       (config.json, {path: leaf}). All other leaves come from the config's model_init; the workdir's override
-      those. Trained leaves are numpy arrays in float32, frozen ones have their stored type and are
-      still in their file (`lazy.Lazy`).
+      those. Trained leaves are numpy arrays in float32, or their average if the run keeps one (config.ema_decay);
+      frozen ones have their stored type and are still in their file (`lazy.Lazy`).
 
     Raises:
       FileNotFoundError: no config.json.
@@ -383,8 +409,10 @@ def open_leaves(spec: str) -> tuple[dict[str, Any], dict[str, Any]]:
             for k, v in manager.item_metadata(step)["trained"].items()
         }
         args = ocp.args.Composite(trained=ocp.args.StandardRestore(target))
-        trained = manager.restore(step, args=args)["trained"]
-        _check_prints(manager, step, trained)
+        trained = _averages(manager, step)
+        if trained is None:
+            trained = manager.restore(step, args=args)["trained"]
+            _check_prints(manager, step, trained)
     frozen = os.path.join(workdir, "base.npz")
     frozen = flatten_tree(npz.open_npz(frozen)) if os.path.exists(frozen) else {}
     return config, {**frozen, **trained}

@@ -26,7 +26,7 @@ KEYS = frozenset(
     seed res text_len tokenizer
     model model_init base allow_nonfinite resample_posemb lora adapter_init dtype frozen_dtype attn_impl
     input total_steps total_epochs total_examples
-    optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps
+    optax_name optax lr lr_mults wd wd_mults schedule grad_clip_norm grad_accum_steps ema_decay
     label_smoothing loss_norm supervised_len loss_chunk skip_nonfinite compilation_cache
     mesh sharding_strategy sharding_rules
     log_training_steps log_training_epochs log_training_percent
@@ -159,6 +159,7 @@ _CONFIG = {
     "grad_clip_norm": _POSITIVE,
     "grad_accum_steps": _POSITIVE_WHOLE,
     "label_smoothing": _SHARE,
+    "ema_decay": _SHARE,
     "loss_norm": _one_of(losses.NORMS),
     "supervised_len": _POSITIVE_WHOLE,
     "loss_chunk": _POSITIVE_WHOLE,
@@ -191,6 +192,7 @@ _PART = {
     "num_classes": _POSITIVE_WHOLE,
     "dropout": _SHARE,
     "scan": _YES_NO,
+    "stem": _WHOLE,
     **dict.fromkeys(("cls", "keep_cls", "patch_bias", "key_bias"), _YES_NO),  # of a tower
     **dict.fromkeys(("norm_eps", "pre_norm", "final_norm"), _POSITIVE),
     **dict.fromkeys(("mean", "std"), _COLOURS),
@@ -231,7 +233,9 @@ _PRED_KW = {
 }
 # Keys of an evals section that say when it runs, not what.
 WHEN = (*(f"log_{unit}" for unit in durations.UNITS), "skip_first")
-_INPUT = {"data": _SECTION, "batch_size": _POSITIVE_WHOLE}
+# Keys that are no arguments of the evaluator. ema: whether training gives it the averaged weights.
+NOT_ARGUMENTS = (*WHEN, "ema")
+_INPUT = {"data": _SECTION, "batch_size": _POSITIVE_WHOLE, "held_out": _SECTION}
 _DATA = {"name": _TEXT, "split": _TEXT, "data_dir": _TEXT}
 _EVAL = {"type": _TEXT, "data": _SECTION, "pp_fn": _TEXT, "batch_size": _POSITIVE_WHOLE}
 # Arguments of evaluators, most of which look further themselves.
@@ -239,7 +243,7 @@ _EVAL_MORE = {
     "train_data": _SECTION,
     "train_answer": _TEXT,
     "pred_kw": _SECTION,
-    "skip_first": _YES_NO,
+    **dict.fromkeys(("skip_first", "ema"), _YES_NO),
     "controls": _TEXTS,
     "groups": _TEXTS,
     "choices": _TEXTS,
@@ -308,6 +312,8 @@ def _check_sections(config):
         if missing := [key for key in _EVAL if key not in section]:
             raise ValueError(f"{where} lacks {missing}.")
         _check_values(section, {**_EVAL, **_EVAL_MORE}, where)
+        if section.get("ema") and not config.get("ema_decay"):
+            raise ValueError(f"{where}.ema is True, but config.ema_decay, which makes an average, isn't set.")
         for key in ("data", "train_data"):
             _check_values(section.get(key) or {}, _DATA, f"{where}.{key}")
         if pred_kw := section.get("pred_kw"):

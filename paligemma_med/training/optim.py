@@ -18,6 +18,7 @@ from absl import logging
 
 from paligemma_med.config import durations
 from paligemma_med.models import regexes
+from paligemma_med.training import ema
 
 
 def match_names(names, rules, what) -> dict[str, tuple]:
@@ -205,8 +206,8 @@ def make(
     """The transformation for the trained parameters, and the first schedule for logging.
 
     Args:
-      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm. By default wd acts on kernels
-        and on the factors that adapt one.
+      config: optax_name, optax, lr, lr_mults, wd, wd_mults, schedule, grad_clip_norm, ema_decay. By default wd acts on
+        kernels and on the factors that adapt one.
       names: names of the trained parameters (`trained_names`).
       all_names: names of all parameters, including frozen ones, which lr_mults and wd_mults may name.
 
@@ -240,6 +241,8 @@ def make(
         txs.append(optax.stateless(decay))
     txs.append(optax.partition({i: optax.scale_by_schedule(s) for i, s in schedules.items()}, label))
     txs.append(optax.scale(-1.0))
+    if decay_of_average := config.get("ema_decay"):
+        txs.append(ema.average_params(decay_of_average))
     first = next(iter(schedules.values()), lambda step: jnp.float32(0))
     return optax.chain(*txs), lambda step: config.lr * first(step)
 

@@ -9,7 +9,7 @@ from paligemma_med import weights
 from paligemma_med.checkpoints import workdir as workdirs
 from paligemma_med.models.leaves import unflatten_tree
 from paligemma_med.setup import TrainingSetup
-from paligemma_med.training import run_files, tokens_seen
+from paligemma_med.training import ema, run_files, tokens_seen
 from paligemma_med.training import step as train_step
 
 Leaves = dict[str, Any]  # name → jax.Array, or jax.ShapeDtypeStruct with a sharding
@@ -21,7 +21,7 @@ class TrainState:
 
     Attributes:
       trained: {name: float32 array}, what the optimizer changes.
-      opt_state: the optimizer's state, over `trained`.
+      opt_state: the optimizer's state, over `trained`; with config.ema_decay the average of `trained` is in it.
       frozen: {name: array} of all other leaves; quantised ones together with their scales.
       kept: names of the frozen leaves that config.model_init doesn't give (random ones, and factors of
         config.adapter_init). The run stores them in base.npz, and fingerprints of the other frozen ones.
@@ -44,6 +44,11 @@ class TrainState:
     def params(self) -> dict[str, Any]:
         """All parameters in the model's form, a nested tree."""
         return unflatten_tree({**self.frozen, **self.trained})
+
+    @property
+    def averaged_params(self) -> dict[str, Any]:
+        """`params`, with the average of the trained leaves in their place if there is one (config.ema_decay)."""
+        return unflatten_tree({**self.frozen, **(ema.averages(self.opt_state) or self.trained)})
 
     @property
     def kept_leaves(self) -> Leaves:

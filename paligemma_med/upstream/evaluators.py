@@ -57,7 +57,7 @@ class Evaluator:
             )
         module = experiment.evaluator_module(section["type"], where)
         experiment.check_eval_keys(section, module.Evaluator, where)
-        kw = {k: v for k, v in section.items() if k not in ("type", *config_values.WHEN)}
+        kw = {k: v for k, v in section.items() if k not in ("type", *config_values.NOT_ARGUMENTS)}
         folder = flags.FLAGS.workdir
         try:
             size = kw.pop("batch_size", None) or batch_size
