@@ -9,6 +9,7 @@ import jax
 from paligemma_med import experiment, input_pipeline, weights
 from paligemma_med import pp as pp_lib
 from paligemma_med.config import values as config_values
+from paligemma_med.input_pipeline import overlap
 from paligemma_med.setup import Setup, TrainingSetup
 
 
@@ -18,6 +19,7 @@ def check(setup: TrainingSetup) -> None:
     _check_durations(setup)
     _check_optimizer(setup)
     setup.batch_sharding, setup.shardings  # noqa: B018  (refuse what can't be cut)
+    overlap.check_held_out(config.input)
     _check_training_rows(setup)
     check_evals(setup)
     if config.get("predict_pp"):

@@ -65,6 +65,41 @@ def _digests(data: Mapping[str, Any]) -> dict[str, str] | None:
     return None if splits is None else image_digests.of_split(splits, str(data.get("split")))
 
 
+def check_held_out(input_cfg: Mapping[str, Any]) -> None:
+    """Refuses training sets that have images of `config.input.held_out`, a data section such as
+    dict(name="slake/en", split="validate+test"): the same content, or, of two configs of one set, the same image_id.
+
+    Raises:
+      InputError: names both sets and images; or says which set can't be compared, since its build wrote no digests.
+    """
+    if not (held := input_cfg.get("held_out")):
+        return
+    held = dict(held)
+    what = f"{held.get('name')} {held.get('split')}"
+    wanted = _digests(held)
+    if not wanted:
+        raise InputError(f"input.held_out: of {what} no images are known; {_EXPECTED}")
+    for data in trained_on(input_cfg):
+        name = f"{data.get('name')} {data.get('split')}"
+        if (there := _digests(data)) is None:
+            raise InputError(f"input.held_out: whether {name} has images of {what} isn't known; {_EXPECTED}")
+        found = {there[key] for key in wanted.keys() & there.keys()}
+        if _set_of(data) == _set_of(held):
+            found |= {*there.values()} & {*wanted.values()}
+        if found:
+            first = ", ".join(sorted(found)[:FIRST])
+            raise InputError(
+                f"input: {name} has {len(found)} images of input.held_out, {what}, such as {first}; expected none"
+            )
+
+
+def _set_of(data):
+    return str(data.get("name")).partition("/")[0]
+
+
+_EXPECTED = f"expected a set built by data_prep.build, which writes {image_digests.NAME}"
+
+
 def line(name: str, shared: Mapping[str, Any]) -> str:
     """What to say about the evaluation `name`; "" if it shares nothing."""
     if not shared.get("images"):

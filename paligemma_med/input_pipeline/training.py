@@ -31,6 +31,7 @@ KEYS = {
     "prefetch",
     "allow_missing_eos",
     "on_error",
+    "held_out",
 }
 # big_vision's settings of tf.data, which isn't used here.
 IGNORED_KEYS = {"shuffle_buffer_size", "cache_raw", "num_parallel_calls", "tfdata"}
@@ -219,7 +220,8 @@ def training(
     (input.pp where it has none), and anneal=[(fraction of training, {name: weight}), ...] changes
     the weights on the way (see `mixture`); num_workers=0 processes or else num_threads that run pp,
     prefetch=2 batches kept on the devices, allow_missing_eos=False, on_error="error" or "skip":
-    what to do about a record that can't be read or preprocessed (see `TrainRow`). Every epoch is
+    what to do about a record that can't be read or preprocessed (see `TrainRow`); held_out: see
+    `overlap.check_held_out`, which a run's checks call. Every epoch is
     shuffled whole, so shuffle_buffer_size is accepted and means nothing.
     seed: of order and pp, 0 <= seed < 2**32. start_step: the first batch is that of this step.
     total_steps: of the whole run; a mixture has to know it.

@@ -1,5 +1,5 @@
-"""SLAKE 1.0 as a TFDS data set: configs `en`, `zh`, `all`, and, with boxes in the answers, `en_detect` and `en_ground`,
-from the released folder.
+"""SLAKE 1.0 as a TFDS data set, from the released folder: configs `en`, `zh`, `all`; with boxes in the answers,
+`en_detect` and `en_ground`; and the Chinese questions about the images of English train, `zh_of_en_train`.
 
 Train within one language: over both, 142 of 180 test images are in train too.
 """
@@ -12,16 +12,23 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from data_prep.builders.vqa import Option
-from data_prep.datasets.slake import grounding, layout
+from data_prep.datasets.slake import grounding, languages, layout
 from data_prep.datasets.slake.builder import SlakeLayoutBuilder
 
 
 @dataclasses.dataclass
 class SlakeConfig(tfds.core.BuilderConfig):
-    """`language`: "en", "zh" or "all". `kind`: "" for the questions, or a function of `grounding`."""
+    """`language`: "en", "zh" or "all". `kind`: "" for the questions as released, or one of `_MADE`."""
 
     language: str = "en"
     kind: str = ""
+
+
+_MADE = {
+    "detect": grounding.detect,
+    "ground": grounding.ground,
+    "zh_of_en_train": languages.chinese_of_english_train,
+}
 
 
 class Builder(SlakeLayoutBuilder):
@@ -35,6 +42,12 @@ class Builder(SlakeLayoutBuilder):
         SlakeConfig(name="all", language="all", description="Both; splits share images"),
         SlakeConfig(name="en_detect", kind="detect", description="'detect liver': its boxes; images split as in en"),
         SlakeConfig(name="en_ground", kind="ground", description="English answers followed by boxes"),
+        SlakeConfig(
+            name="zh_of_en_train",
+            language="all",
+            kind="zh_of_en_train",
+            description="Chinese questions about the images of English train; train alone",
+        ),
     ]
     OPTIONS = {
         "allow_missing_images": Option(False, "leave out rows whose image is missing or broken"),
@@ -45,7 +58,7 @@ class Builder(SlakeLayoutBuilder):
 
     @classmethod
     def configs_in(cls, folder: pathlib.Path) -> Sequence[str]:
-        """Those with boxes are built where they are asked for."""
+        """Those that are made of the questions are built where they are asked for."""
         del folder
         return [config.name for config in cls.BUILDER_CONFIGS if not config.kind]
 
@@ -53,11 +66,13 @@ class Builder(SlakeLayoutBuilder):
     def describe(cls, report: Mapping[str, Any]) -> Sequence[str]:
         if "made" in report:
             return [*grounding.describe(report), *layout.describe_images(report)]
+        if "taken_of_zh" in report:
+            return [*languages.describe(report), *layout.describe_images(report)]
         return layout.describe(report)
 
     def _made_of(self, folder: layout.Folder) -> layout.Folder:
         kind = self.builder_config.kind
-        return {"": lambda x: x, "detect": grounding.detect, "ground": grounding.ground}[kind](folder)
+        return _MADE[kind](folder) if kind else folder
 
     @property
     def _language(self) -> str:
