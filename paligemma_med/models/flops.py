@@ -122,6 +122,7 @@ class _Sizes:
         self.params = flatten_tree(vlm.abstract_params(model, image_size=res))
         self.leaves = lora_targets.leaf_by_name(table)
         self.policies = {name: getattr(part, "remat_policy", "none") for name, part in model.parts.items()}
+        self._pixels = res * res
         self._patches = math.prod(vlm.patch_grid(model, image))
         cls = getattr(model.parts["img"], "cls", False)
         self._positions = self._patches + bool(cls)
@@ -159,6 +160,9 @@ class _Sizes:
             return self.sequence(text_len)
         if part == "connector":
             return self._given if self.reads_tower(leaf) else self._image_tokens
+        if leaf.role == "stem":  # its convolutions stand in the order of their numbers, and each halves both sides
+            before = [other.path for other in self._table.values() if other.role == "stem"].index(leaf.path)
+            return self._pixels // 4 ** (before + 1)
         return self._positions if leaf.stacked else self._patches
 
     def is_only_read(self, leaf):

@@ -6,15 +6,16 @@ follow from these tables, so that a new part is described in one place.
 
 Axis letters: D width of a part, E width of the language model (where an image enters it), N query
 heads, K key/value heads, H width of a head, F width of an MLP, V vocabulary, T positions, Y, X and
-C rows, columns and colours of a patch; a digit is an axis of that length. L layers, P projections
-in one kernel and R rank of an adapter are added in front or at the end if a leaf has them.
+C rows, columns and colours (or channels) that a convolution reads, S channels of a stem; a digit is an
+axis of that length. L layers, P projections in one kernel and R rank of an adapter are added in front
+or at the end if a leaf has them.
 """
 
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-ROLES = ("product", "table", "positions", "patch", "norm", "bias")
+ROLES = ("product", "table", "positions", "patch", "stem", "norm", "bias")
 
 
 class Leaf(NamedTuple):
@@ -28,7 +29,8 @@ class Leaf(NamedTuple):
         has its own adapter, in a folder of that name.
       stacked: whether there is an axis of layers in front.
       role: "product" (a kernel, which can be adapted and quantised), "table" (of the vocabulary),
-        "positions", "patch" (the kernel that reads pixels), "norm" or "bias".
+        "positions", "patch" (the kernel that makes tokens of pixels), "stem" (that of a convolution before it, which
+        halves both sides of the image), "norm" or "bias".
       when: the attribute of the part's module that must be true for the leaf to exist; "" if it always
         exists.
     """

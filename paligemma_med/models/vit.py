@@ -6,8 +6,10 @@ tower's own `head`. There is no pooling: every patch is a token.
 
 Arguments make it the tower of CLIP models (BiomedCLIP) or of EVA-CLIP: a class token in front, which takes part and is
 dropped at the end or kept; exact or quick GELU; keys or patches without bias; another eps; a norm before the layers; no
-final norm. Whatever mean and deviation a
-tower wants its pixels to have, images come in [-1, 1]: the tower itself normalises, so that everybody else has one
+final norm. `stem` puts convolutions before the patches ("Early Convolutions Help Transformers See Better", arXiv
+2106.14881, in small): two of 3 × 3 with stride 2, each with a norm over channels and GELU. A patch is then read from a
+quarter as many rows and columns of features; patch grid and tokens are the same. Whatever mean and deviation a tower
+wants its pixels to have, images come in [-1, 1]: the tower itself normalises, so that everybody else has one
 convention.
 
 Axis letters: B batch, T tokens (patches, row by row), D width, N heads, H width of a head.
@@ -58,10 +60,16 @@ GELUS = {
 }
 # Pixels are in [-1, 1] for every tower; this is the middle, which stands in for a missing image.
 MID_GREY = 0.0
+STEM = 2  # convolutions of a stem
 
 
 def _leaves():
     """All parameters that a tower can have, in the order of the computation."""
+    for i in range(STEM):
+        yield leaves.Leaf(f"stem_{i}/kernel", "YXCS", "YXC", role="stem", when="stem")
+        yield leaves.Leaf(f"stem_{i}/bias", "S", role="bias", when="stem")
+        yield leaves.Leaf(f"stem_norm_{i}/scale", "S", role="norm", when="stem")
+        yield leaves.Leaf(f"stem_norm_{i}/bias", "S", role="bias", when="stem")
     yield leaves.Leaf("embedding/kernel", "YXCD", "YXC", role="patch")
     yield leaves.Leaf("embedding/bias", "D", role="bias", when="patch_bias")
     yield leaves.Leaf("cls", "11D", role="bias", when="cls")
@@ -266,6 +274,7 @@ class _Model(nn.Module):
     keep_cls: bool = False
     gelu: str = "tanh"
     patch_bias: bool = True
+    stem: int = 0
     key_bias: bool = True
     norm_eps: float = 1e-6
     pre_norm: float | None = None
@@ -311,15 +320,20 @@ class _Model(nn.Module):
                 )
         if self.mean is not None:
             image = ((image + 1) / 2 - jnp.asarray(self.mean, image.dtype)) / jnp.asarray(self.std, image.dtype)
+        x, patch = image, self.patch_size
+        for i in range(STEM if self.stem else 0):
+            x = nn.Conv(self.stem, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"stem_{i}")(x)
+            x = nn.gelu(nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=f"stem_norm_{i}")(x))
+            patch = tuple(n // 2 for n in patch)
         x = nn.Conv(
             self.width,
-            self.patch_size,
-            strides=self.patch_size,
+            patch,
+            strides=patch,
             padding="VALID",
             name="embedding",
             use_bias=self.patch_bias,
             dtype=self.dtype,
-        )(image)
+        )(x)
         x = x.reshape(x.shape[0], -1, self.width)
         if self.cls:
             cls = self.param("cls", nn.initializers.zeros_init(), (1, 1, self.width), jnp.float32)
@@ -377,7 +391,8 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
       num_classes: width of the `head` that projects each token; None leaves it out.
       variant: e.g. "So400m/14"; the keywords below override it.
       **kw: width, depth, mlp_dim, num_heads, patch_size (int or pair); cls (a class token), keep_cls (it is the first
-        of the tokens returned; only for a connector), gelu (of GELUS), patch_bias, key_bias, norm_eps, pre_norm and
+        of the tokens returned; only for a connector), gelu (of GELUS), stem (channels of its convolutions; 0: none;
+        parameters stem_0, stem_norm_0, stem_1, stem_norm_1), patch_bias, key_bias, norm_eps, pre_norm and
         final_norm (before and after the layers: their eps; None: no norm), mean and std (of the three colours of pixels
         in [0, 1]); dropout, scan (False unrolls the loop over layers; parameters stay stacked), remat_policy ("none" or
         a name in jax.checkpoint_policies), dtype of activations, attn_impl, lora (of `lora.as_rules`, over paths that
@@ -394,6 +409,10 @@ def Model(num_classes: int | None = None, *, variant: str | None = None, **kw) -
     kw |= {name: tuple(kw[name]) for name in ("patch_size", "mean", "std") if kw.get(name) is not None}
     if kw.get("gelu", "tanh") not in GELUS:
         raise ValueError(f"The image tower's gelu is {kw['gelu']!r}; expected one of {tuple(GELUS)}.")
+    if kw.get("stem") and any(n % 2**STEM for n in kw.get("patch_size", (16, 16))):
+        raise ValueError(
+            f"The image tower's stem goes with patches of a multiple of {2**STEM} px, found {kw['patch_size']}."
+        )
     if any(len(kw.get(name) or (0, 0, 0)) != 3 for name in ("mean", "std")) or ("mean" in kw) != ("std" in kw):
         raise ValueError("The image tower's mean and std are three numbers each, or neither is given.")
     if kw.get("keep_cls") and (num_classes or not kw.get("cls")):

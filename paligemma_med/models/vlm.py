@@ -271,7 +271,8 @@ def image_size(table: dict[str, leaves.Leaf], params) -> int:
         params[leaf.path].shape[leaf.axes.index(letter)]
         for leaf, letter in ((tower["positions"], "T"), (tower["patch"], "Y"))
     )
-    return math.isqrt(count) * side
+    halvings = sum(leaf.role == "stem" and leaf.path in params for leaf in table.values())
+    return math.isqrt(count) * side * 2**halvings
 
 
 def num_image_tokens(model, image) -> int:

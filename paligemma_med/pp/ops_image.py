@@ -1,7 +1,8 @@
-"""Image ops: decode any file to RGB, resize as TensorFlow does, and three gentle augmentations.
+"""Image ops: decode any file to RGB, resize as TensorFlow does, and gentle augmentations.
 
 Names and arguments are those of big_vision's `pp/ops_image.py`. Images are numpy arrays [H, W, 3]
-under the key `image` unless stated otherwise. Nothing flips or rotates: left and right are answers.
+under the key `image` unless stated otherwise. Nothing flips: left and right are answers. `rotate` and
+`noise` are ours.
 """
 
 import functools
@@ -302,5 +303,47 @@ def contrast(lower, upper) -> Callable:
             return (x - mean) * factor + mean
 
         return _shift(image, change)
+
+    return fn
+
+
+@register("rotate")
+def rotate(max_degrees, *, key=None, inkey=None, outkey=None) -> Op:
+    """Turns a uint8 image by a random angle in ±max_degrees about its middle; corners become black. Needs an rng.
+
+    A few degrees are what patients lie differently; sides stay where they are. Boxes aren't moved, since a turned box
+    is none, so that examples with boxes (`objects`) are refused.
+    """
+    if not 0 <= max_degrees <= 45:
+        raise ValueError(f"max_degrees: expected 0 to 45, found {max_degrees}")
+    source, target = resolve_keys(key, inkey, outkey, "image")
+
+    def op(data, rng):
+        image = _check_image(get(data, source))
+        if image.dtype != np.uint8 or image.shape[2] != 3:
+            raise ValueError(f"rotate: expected uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
+        if len(data.get("objects", {}).get("bbox", ())):
+            raise ValueError("rotate doesn't move boxes: leave it out of the pp of a data set with boxes")
+        angle = need_rng(rng).uniform(-max_degrees, max_degrees)
+        data[target] = np.array(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+        return data
+
+    return op
+
+
+@register("noise")
+@on_key()
+def noise(max_stddev) -> Callable:
+    """Adds Gaussian noise, the same to all channels, of a random deviation in 0 to max_stddev * 255. Needs an rng.
+
+    For uint8 or float images of values 0..255, so before `value_range`, and after a resize, which would smooth it; the
+    result is clipped to 0..255 and has the input's dtype.
+    """
+    if not 0 <= max_stddev <= 1:
+        raise ValueError(f"max_stddev is a share of the full range, 0..1, found {max_stddev}")
+
+    def fn(image, rng):
+        stddev = np.float32(need_rng(rng).uniform(0, max_stddev) * 255)
+        return _shift(image, lambda x: x + stddev * rng.standard_normal((*x.shape[:2], 1), np.float32))
 
     return fn

@@ -89,6 +89,19 @@ def test_agrees_with_xla(args, kw):
     assert all(getattr(found, k) > 0.05 * of_xla for k in left_out)  # neither could be forgotten
 
 
+def test_convolutions_of_a_stem_count_at_their_own_resolution():
+    both = dict(depth=1, remat_policy="none")
+    img = dict(width=8, mlp_dim=16, num_heads=2, patch_size=16, **both)
+    llm = dict(variant="gemma_mu", **both)
+    counts = []
+    for stem in (0, 6):
+        model = experiment.make_model(tiny.config(model=dict(img=dict(img, stem=stem), llm=llm), res=RES))
+        counts.append(flops.count_pass(model, res=RES, text_len=5, logits=1).per_example_model)
+    patches = (RES // 16) ** 2
+    stem = 9 * 3 * 6 * (RES // 2) ** 2 + 9 * 6 * 6 * (RES // 4) ** 2 + 4 * 4 * 6 * 8 * patches
+    assert counts[1] - counts[0] == 2 * (stem - 16 * 16 * 3 * 8 * patches)
+
+
 def test_four_and_six_per_weight_and_token():
     """Counted by hand, for a model whose sizes are all different."""
     sizes = dict(img=2 * (4 * 8 * 8 + 2 * 8 * 16), patch=3 * 16 * 16 * 8, head=8 * 10)

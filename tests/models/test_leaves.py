@@ -41,7 +41,7 @@ def assert_describes(table, made, sizes):
         assert list(made[leaf.path]) == expected, leaf
         assert leaf.role in leaves.ROLES
         assert set(leaf.inputs) <= set(leaf.letters)
-        assert bool(leaf.inputs) == (leaf.role in ("product", "patch", "table"))
+        assert bool(leaf.inputs) == (leaf.role in ("product", "patch", "stem", "table"))
 
 
 @settings(max_examples=20, deadline=None)
@@ -59,6 +59,19 @@ def test_vit(data, scan):
         scan=scan,
     )
     assert_describes(model.leaves, tower_shapes(model, 2, 3), {**size, "T": 6})
+
+
+def test_vit_with_a_stem():
+    """Its first convolution reads colours, what follows the stem's channels."""
+    model = vit.Model(None, width=4, depth=1, mlp_dim=6, num_heads=2, patch_size=(8, 4), stem=5)
+    made = tower_shapes(model, 2, 3)
+    sizes = dict(L=1, N=2, H=2, F=6, D=4, S=5, T=6, C=5)
+    first = [leaf for leaf in model.leaves if leaf.path == "stem_0/kernel"]
+    assert_describes(first, {"stem_0/kernel": made.pop("stem_0/kernel")}, sizes | dict(Y=3, X=3, C=3))
+    second = [leaf for leaf in model.leaves if leaf.path == "stem_1/kernel"]
+    assert_describes(second, {"stem_1/kernel": made.pop("stem_1/kernel")}, sizes | dict(Y=3, X=3))
+    others = [leaf for leaf in model.leaves if leaf not in (*first, *second)]
+    assert_describes(others, made, sizes | dict(Y=2, X=1))
 
 
 @settings(max_examples=20, deadline=None)

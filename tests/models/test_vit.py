@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from paligemma_med.models import vit
+from paligemma_med.models import vit, vlm
 from tests.models import hf
 
 TOLERANCE = 1e-5
@@ -46,6 +46,26 @@ def test_tokens_follow_the_patches_row_by_row():
         changed[0, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4] += 1
         differs = np.abs(apply(changed) - before).max(axis=(0, 2)) > 0
         assert differs.tolist() == [i == token for i in range(6)]
+
+
+def test_a_stem_keeps_the_grid_and_sees_a_little_of_the_neighbours():
+    model = vit.Model(None, width=6, depth=0, mlp_dim=8, num_heads=2, patch_size=8, stem=4)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(1, 16, 40, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), image)
+    shapes = shapes_of(model, image.shape)
+    assert (shapes["stem_0/kernel"], shapes["stem_1/kernel"]) == ((3, 3, 3, 4), (3, 3, 4, 4))
+    assert shapes["stem_norm_1/scale"] == (4,) and shapes["embedding/kernel"] == (2, 2, 4, 6)
+    apply = jax.jit(lambda image: model.apply(params, image)[0])
+    before = apply(image)
+    assert before.shape == (1, 10, 6) and model.grid(16, 40) == (2, 5)
+    changed = image.copy()
+    changed[0, 8:16, 16:24] += rng.normal(size=(8, 8, 3))
+    differs = np.abs(apply(changed) - before).max(axis=(0, 2)).reshape(2, 5) > 0
+    assert differs[1, 2] and not differs[:, [0, 4]].any()  # a convolution reads one more row and column
+    leaves = {f"img/{leaf.path}": leaf._replace(path=f"img/{leaf.path}") for leaf in model.leaves}
+    square = {f"img/{n}": np.zeros(x) for n, x in shapes_of(model, (1, 24, 24, 3)).items()}
+    assert vlm.image_size(leaves, square) == 24
 
 
 @pytest.mark.parametrize(
@@ -93,6 +113,7 @@ def shapes_of(model, image_shape):
         (dict(num_heads=3), (1, 28, 28, 3), "width=32 is no multiple of num_heads=3"),
         (dict(remat_policy="some"), (1, 28, 28, 3), "remat_policy is 'some'; expected 'none' or"),
         (dict(attn_impl="flash"), (1, 28, 28, 3), "attn_impl is 'flash'"),
+        (dict(stem=8), (1, 28, 28, 3), r"stem goes with patches of a multiple of 4 px, found \(14, 14\)"),
     ],
 )
 def test_bad_arguments(kw, image, message):
