@@ -132,6 +132,9 @@ def get_config(arg=None) -> ConfigDict:
         c.evals[f"slake_detect_{args.eval}"] = common_boxes.detection_eval(
             c, "slake/en_detect", args.eval, text_len=36, max_new_tokens=64, log_percent=1.0
         )
+        c.evals[f"slake_detect_{args.eval}_loss"] = common_boxes.loss_eval(
+            c, "slake/en_detect", args.eval, log_percent=1.0
+        )
     if args.turns:
         c.evals[f"slake_en_{args.eval}_dialogues"] = common.dialogue_eval(
             c,

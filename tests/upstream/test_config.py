@@ -41,6 +41,7 @@ BUSY = dict(
     peak_tflops=10.0,
     loss_norm="token",
     skip_nonfinite=3,
+    ema_decay=0.9,
     keep_best=dict(metric="val/acc"),
 )
 
