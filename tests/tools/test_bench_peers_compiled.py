@@ -1,5 +1,6 @@
 """Steps of ours and of others compiled for the same work: the counts are of that work, and what can't be is refused."""
 
+import math
 import os
 import sys
 
@@ -20,7 +21,11 @@ def work(what="full", dtype="float32", devices=1, **kw):
 
 def flops_of(lowered):
     """Products of a program as XLA is given it."""
-    program = hlo.Program(lowered.compiler_ir("hlo").as_hlo_module().to_string())
+    return products(lowered.compiler_ir("hlo").as_hlo_module().to_string())
+
+
+def products(text):
+    program = hlo.Program(text)
     assert not program.unknown_loops
     return sum(p.flops * p.times for p in compiled.products(program))
 
@@ -76,19 +81,19 @@ def test_the_largest_kernels_move_nearly_all(optimised_file):
 @pytest.mark.slow
 @pytest.mark.skipif("BIG_VISION_DIR" not in os.environ, reason="BIG_VISION_DIR is not set")
 def test_big_vision_does_the_same_products():
-    ours, its = (flops_of(side(work())) for side in (peers_compiled.ours, peers_compiled.big_vision))
+    sides = peers_compiled.ours, peers_compiled.big_vision
+    ours, its = (products(side(work()).compile().as_text()) for side in sides)
     assert its == pytest.approx(ours, rel=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", sizes.WHATS)
-def test_keras_hub_trains_what_ours_does(what):
+def test_keras_hub_trains_what_ours_does(what, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
     pytest.importorskip("keras_hub")
-    lowered = peers_compiled.keras_hub(work(what))
-    trained, *_ = lowered.args_info[0][0]
+    trained, *_ = peers_compiled.keras_hub(work(what)).args_info[0][0]
+    if what == "lora":  # two factors of each of a layer's four projections, in shapes of its own; biases stay trained
+        assert len(trained) == 4 * (3 * SIZE.img["depth"] + 2 * SIZE.llm["depth"])
+        return
     leaves = by_formula(work(what))[0]
-    assert sum(x.size for x in map(_shape, trained)) == sum(leaves.abstract[n].size for n in leaves.trained_names)
-
-
-def _shape(info):
-    return jax.ShapeDtypeStruct(info.shape, info.dtype)
+    assert sum(math.prod(x.shape) for x in trained) == sum(leaves.abstract[n].size for n in leaves.trained_names)
