@@ -27,6 +27,7 @@ from tools.bench import (
     train_speed,
     turns,
     workers,
+    yardstick,
 )
 
 ROWS = 2
@@ -357,6 +358,29 @@ def test_load_starts_processes_in_turns(sides, monkeypatch):
         assert found["processor"] > 0
         assert 0 < found["imported"] <= found["built"] <= found["first_step"] < 60
     assert out["ratio"] > 0 and out["row"].startswith("| load, lora, tiny, float32 |")
+
+
+def test_the_yardstick_is_the_share_of_the_peak(sides, monkeypatch):
+    """All sides in one run, and the limit: 2 GFLOPs at 40 GFLOP/s."""
+    for name in ("ours", "hf", "big_vision"):
+        sides(name)
+    monkeypatch.setattr(yardstick, "peers", lambda: ["hf", "big_vision"])
+    monkeypatch.setattr(yardstick, "_profile", lambda *args: dict(error="no profiler here", invalid=None))
+    seconds = {"ours": 0.1, "hf": 0.2, "big_vision": 0.15}
+    ask = workers.Worker.ask
+
+    def slow(self, **request):
+        found = ask(self, **request)
+        if request["do"] == "steps":
+            found |= dict(seconds=seconds[self.name], cpu_seconds=seconds[self.name] * 1.5)
+        return dict(flops_per_second=4e10) if request["do"] == "multiply" else found
+
+    monkeypatch.setattr(workers.Worker, "ask", slow)
+    out = yardstick.run(size="tiny", batch_size=None, cores=None, rounds=2, steps=1, remat_policy=None, scan=None)
+    assert out["limit_seconds"] == 0.05 and out["of_peak"] == {"ours": 0.5, "hf": 0.25, "big_vision": 0.333}
+    assert out["over_ours"] == {"ours": 1, "hf": 2, "big_vision": 1.5} == out["cpu_over_ours"]
+    assert "| hf | 0.200 | 0.300 | 2.00 | 2.00 | 25% |" in out["row"] and "no profile: no profiler here" in out["row"]
+    assert "ratio" not in out and json.loads(json.dumps(out)) == out
 
 
 def test_parts_without_such_a_peer_say_so():

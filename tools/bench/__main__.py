@@ -5,6 +5,7 @@
     python -m tools.bench saliency --size=bench-s --peer=hf
     python -m tools.bench load --size=bench-s --peer=hf
     python -m tools.bench input --size=3b-448 --data=slake/en --manual_dir=~/Slake1.0 --peer=hf
+    python -m tools.bench cpu
     python -m tools.bench sources
     python -m tools.bench profile --size=bench-s
     python -m tools.bench gpu --out=bench_gpu
@@ -18,6 +19,8 @@ Each says on which processor it was taken (tools/bench/machine.py), and calls a 
 took more than a tenth of a core: in the figures (`invalid`), in the row, on a last line, and by ending with status 3,
 unless --allow_busy is given. --base compares two commits with each other (tools/bench/compare.py).
 
+`cpu` is the measure for this processor: the share of its peak that a LoRA step reaches, ours and those of all peers
+that are installed, and where our time goes (tools/bench/yardstick.py).
 `gpu` runs all rows that need a GPU, each as one of the commands above (tools/bench/gpu.py).
 `saliency_memory` measures what capture adds to a compiled program's memory; `synthesis` compares a
 batch with one caption at a time. TFDS, Grain and ml_collections are only needed by `input` (and
@@ -98,6 +101,10 @@ PARTS = {
             top=25,
             weights=None,
         ),
+    ),
+    "cpu": (
+        "yardstick",
+        dict(size="bench-s", batch_size=None, cores=None, rounds=5, steps=1, remat_policy=None, scan=None),
     ),
     "compare": (
         "compare",

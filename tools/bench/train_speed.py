@@ -83,7 +83,7 @@ def run(
     turns.bind(settings["cores"])
     with turns.weights(size, settings["dtype"], weights) as folder:
         with turns.sides(rows, {**settings, "weights": folder}) as sides:
-            first = _first_steps(sides, rows, settings)
+            first = first_steps(sides, rows, settings)
             found = turns.take(sides, rows, rounds, steps)
             about = {n: s.about for n, s in sides.items()}
     out = {
@@ -108,7 +108,7 @@ def run(
     return {**out, "row": turns.row(work, out, peer)}
 
 
-def _first_steps(sides, rows, settings):
+def first_steps(sides, rows, settings):
     """{name: losses}; ValueError if the sides don't do the same work."""
     trained = {n: s.about["trained"] for n, s in sides.items()}
     if len(set(trained.values())) > 1:
