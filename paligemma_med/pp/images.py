@@ -299,7 +299,7 @@ def array_to_rgb(array: np.ndarray) -> np.ndarray:
         # 65535 / 255 = 257 exactly; adding half of it rounds.
         array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.shape[2] == 1:
-        return np.repeat(array, 3, axis=2)
+        return dicom.grey_to_rgb(array[:, :, 0])
     if array.shape[2] == 4:
         colour, alpha = array[..., :3].astype(np.uint16), array[..., 3:].astype(np.uint16)
         return ((colour * alpha + 127) // 255).astype(np.uint8)  # alpha 255 leaves the colour
