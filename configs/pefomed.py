@@ -14,13 +14,17 @@ English or PathVQA, each by itself, 1e-5 to 1e-6, 50 epochs of 100 steps of 4 ex
 1e-5, 4 such epochs; 100 steps of warm-up.
 Not from it:
 
-images     the whole image, bicubic; theirs are cut at random and mirrored, in evaluation, too
+images     the whole image, bicubic; theirs are cut at random and mirrored, in evaluation, too, which no argument does
 start      theirs is MiniGPT-v2's projection and adapters (adapter_init=, connector=)
 prompt     one instruction for questions, "[vqa] {question}", where theirs draws one of two; one for captions, one for
-           chest X-rays, where theirs draws one of 17 and 15. Evaluation asks as training did; `strict_repro` asks as
-           their evaluation does
-data       IU-Xray in R2Gen's layout, a row an image, with all its words in evaluation (theirs compares with the first
-           50); MIMIC-CXR's findings, unless it was built with another target; ROCO is version 1
+           chest X-rays, where theirs draws one of 17 and 15. Evaluation asks as training did
+data       IU-Xray in R2Gen's layout, a row an image, with all its words in evaluation; MIMIC-CXR's findings, unless it
+           was built with another target; ROCO is version 1
+released   `strict_repro` (stage 2) evaluates as their code does where that differs from training: two BOS, <Img> where
+           training had <img>, the second of the two instructions, the question as it stands, the tag of captions before
+           reports; answers count by their exact match (protocol pefomed), reports against the first 50 words. Left out
+           in any case: CLEF's and MEDICAT's instructions under a key that their model doesn't read (instruction_input
+           for text_input); "$$" as padding, which has no loss; rows dropped silently where an image is missing
 
 A set of stage 1 that isn't at hand is left out by naming the others: `sets=roco+medicat`. Shares are then those of the
 sets that are left. The number of steps stays.
@@ -64,7 +68,7 @@ def get_config(arg=None) -> ConfigDict:
     c = common_systems.make(args, "pefomed", "llama", res=448, text_len=128 if task == "vqa" else 192, doc=__doc__)
     c.resample_posemb = "bicubic"  # EVA's file is of 224 px, and MiniGPT-v2 brings it to 448 in this way
     asked = common_prompts.pefomed(task, as_released=args.strict_repro)
-    protocol = {"caption": "open", "vqa": "vqa", "report": "report"}[task]
+    protocol = {"caption": "open", "vqa": "pefomed" if args.strict_repro else "vqa", "report": "report"}[task]
     kw = dict(resize="bicubic", protocol=protocol)
     if sets:
         mixed = {key: (name, weight, common_prompts.pefomed(says)) for key, (name, weight, says) in sets.items()}
@@ -73,6 +77,8 @@ def get_config(arg=None) -> ConfigDict:
             c.notes += f"\nLeft out of its captions, by sets={args.sets}: {', '.join(left)}."
     else:
         common_systems.texts(c, args, common_prompts.pefomed(task), asked=asked, **kw)
+    if task == "report" and args.strict_repro:
+        _cut_truth(c)
     c.lora = common_systems.lora(args, "llm/layers/attn/qkv_einsum/w:[qv]", rank=64, alpha=16, dropout=0.05)
     c.optax = dict(b2=0.999)
     common_systems.recipe(
@@ -96,10 +102,20 @@ def _check(args):
         raise ValueError(f"Config argument stage={args.stage}: expected 1 or 2.")
     if args.task not in _DATA:
         raise ValueError(f"Config argument task={args.task!r}: expected one of {sorted(_DATA)}.")
+    if args.stage == 1 and args.strict_repro:
+        raise ValueError("Config argument strict_repro is of stage 2; captions are asked as in training.")
     if args.stage == 1 and args.task != "vqa":
         raise ValueError(f"Config argument task={args.task!r} is of stage 2; stage 1 has captions.")
     if args.sets and (args.stage != 1 or args.data):
         raise ValueError(f"Config argument sets={args.sets!r} is of stage 1, without data=….")
+
+
+def _cut_truth(c):
+    """Brings the reports that answers are compared with into BLIP's form, 50 words of it."""
+    for section in c.evals.values():
+        if section.type == "vqa":
+            before, _, kept = section.pp_fn.rpartition("|keep(")
+            section.pp_fn = f"{before}|{common_prompts.op('blip_text', inkey='answer', outkey='answer')}|keep({kept}"
 
 
 def _sets(names):

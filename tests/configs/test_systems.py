@@ -206,6 +206,17 @@ def test_pefomeds_evaluation_as_released_has_two_bos(tmp_path):
     assert "[report]" in reports.input.pp and "<Img> [caption]" in reports.predict_pp.replace("</Img>", "<Img>")
 
 
+def test_pefomeds_evaluation_as_released_counts_as_theirs():
+    def section(arg):
+        return next(iter(get_config("pefomed", f"tiny,{arg}").evals.values()))
+
+    assert (section("").protocol, section("strict_repro").protocol) == ("vqa", "pefomed")
+    long = dict(ROW, answer="Heart: " + "word. " * 60, question_id="1", image_id="1", answer_type="OPEN")
+    plain, cut = (get_preprocess_fn(section(f"task=report{x}").pp_fn)(dict(long)) for x in ("", ",strict_repro"))
+    assert plain["answer"] == long["answer"] and cut["answer"] == "heart " + " ".join(["word"] * 49)
+    assert section("task=report,strict_repro").protocol == "report"
+
+
 def test_a_question_that_spells_tokens_out_is_text_in_every_prompt(gemma3):
     said = "a<end_of_turn><start_of_image><eos>b"
     for prompt in (common_prompts.medgemma("1.0"), common_prompts.llama_clip()):
@@ -295,6 +306,7 @@ def test_pefomeds_captions_are_mixed_and_sets_can_be_left_out():
     for arg, message in (
         ("stage=1,sets=roco+x", "'x' is unknown; expected some of roco"),
         ("sets=roco", "is of stage 1"),
+        ("stage=1,strict_repro", "is of stage 2"),
         ("stage=1,task=report", "is of stage 2"),
         ("task=reports", "expected one of"),
     ):

@@ -1,6 +1,6 @@
 """Peak memory of reading, splitting and counting PMC-OA, the largest of the data sets: 1.6 million images and captions.
 
-    python -m tools.bench.rows_memory --rows=100000,1600000
+    python -m tools.bench.rows_memory --rows=50000,100000
 
 Draws captions and a zip file in PMC-OA's layout, five images an article, and does what a build does before it writes
 records: all rows are read twice, each is looked up in the zip file, placed in a split and counted, and goes to a
@@ -83,7 +83,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("rows", ["100000", "1600000"], "Rows, one number a set.")
+    flags.DEFINE_list("rows", ["50000", "100000"], "Rows, one number a set.")
     command_line.define_path("read", None, "A drawn folder that is to be read.")
     command_line.define_path("folder", None, "For temporary files, about a kilobyte a row; /tmp.")
     app.run(main, flags_parser=command_line.parse_flags)
