@@ -135,11 +135,33 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
     if lean.is_for_large_weights_on_cpu() and rows < _FEWEST:
         x = jnp.pad(x.reshape(rows, -1), ((0, _FEWEST - rows), (0, 0)))
         return logits(x, table)[:rows].reshape(*shape, -1)
-    return product(
-        lambda x, w: jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32),
-        x,
-        table,
-    )
+    return product(_by_table, x, table)
+
+
+@jax.custom_vjp
+def _by_table(x, table):
+    """float32[…, V] = x · tableᵀ for float[…, D] and float[V, D] of one type.
+
+    Its products have factors of that type and float32 sums, backward as well. JAX's own gradient would multiply the
+    logits' gradient, float32 as they are, by the table made float32: at half the speed or less on a GPU, for a result
+    that is rounded to the type of x in any case.
+    """
+    return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+
+
+def _by_table_forward(x, table):
+    return _by_table(x, table), (x, table)
+
+
+def _by_table_backward(kept, g):
+    x, table = kept
+    g = g.astype(x.dtype)
+    by_x = jnp.einsum("...V,VD->...D", g, table, preferred_element_type=jnp.float32)
+    by_table = jnp.einsum("...V,...D->VD", g, x, preferred_element_type=jnp.float32)
+    return by_x.astype(x.dtype), by_table.astype(table.dtype)
+
+
+_by_table.defvjp(_by_table_forward, _by_table_backward)
 
 
 def _few(x):

@@ -4,6 +4,8 @@ How far those are from the weights they were made of is tested in tests/test_qua
 train step holds of them in tests/training/test_compiled_step.py.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 
 from paligemma_med import quantise
 from paligemma_med.models import decoder_layer, paligemma
+from paligemma_med.models import loss as losses
 from paligemma_med.models.layers import lora, quantised
 from paligemma_med.models.leaves import flatten_tree, unflatten_tree
 from tests import tiny
+from tests.rounding import assert_close
 
 RULES = [(".*", dict(rank=2))]
 HEADS = {"shared keys": 1, "own keys": 4}
@@ -133,6 +137,48 @@ def test_a_large_table_is_read_in_parts(monkeypatch):
     np.testing.assert_allclose(parts_grad, whole_grad, rtol=1e-4, atol=1e-5)
     x = np.concatenate([x, x])  # 12 rows of logits are as large as the table
     assert "f32[8,1,12]" not in str(jax.make_jaxpr(run)(x))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_logits_multiplies_what_the_model_does(dtype, chunk):
+    """No product of float32 in a bfloat16 model, neither by the input nor by the table; JAX's own gradient has both."""
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((2, 4, 12), (40, 12)))
+    labels = jnp.zeros((2, 4), int)
+
+    def gradient(logits):
+        def loss(x, table):
+            return jnp.mean(losses.chunked_cross_entropy(lambda x: logits(x, table), x, labels, chunk))
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    def own(x, table):
+        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+
+    def ours(x, table):
+        return quantised.logits(x, quantised.Weight(table, None, table.shape))
+
+    def wide(f):
+        return [d for d in products(f, x, table) if "float32" in d]
+
+    got, want = (gradient(f)(x, table) for f in (ours, own))
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype == dtype
+        if dtype == "float32":
+            assert_close(a, b)
+        else:  # a step of rounding of each factor and of the result
+            assert_close(a.astype("float32"), b.astype("float32"), units=2**16)
+    if dtype == "bfloat16":
+        assert len(wide(gradient(own))) == 2 and not wide(gradient(ours))
+
+
+def products(f, *args):
+    """The types of both factors of each product in a function, as JAX gives it to XLA."""
+    text = f.lower(*args).as_text()
+    found = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
+    assert found
+    return [tuple({"f32": "float32", "bf16": "bfloat16"}[t] for t in pair) for pair in found]
 
 
 def test_parts_of_the_true_table():
