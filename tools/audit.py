@@ -8,7 +8,8 @@
 for each token); saliency (attention, rollout and relevancy as `explain` computes them). See `forecast`.
 
 No weights and no data are read, and no such chip is needed (`parallel.chips`). Without --chip the step is compiled for
-this machine. Each finding is a line; with any the program ends with status 1. Looked for are:
+this machine. Each finding is a line; with any the program ends with status 1. Then follows how much a train step moves
+beside the weights and activations that it needs, and which kernels move most. Looked for are:
 
     product     float32 × float32 in a bfloat16 model
     weights     something of the size of all layers of a frozen kernel, or of the vocabulary table, made outside of a
@@ -42,6 +43,7 @@ PROGRAMS = ("train", "prefill", "decode", "saliency")
 MEANT = ()
 # Products that only some programs have, such as a decomposed one's rest, and cuDNN's fifth product in attention.
 _MORE_FLOPS = 1.05
+_LISTED = 12  # kernels that move most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +303,9 @@ def run(config, chip=None, save=None, program="train") -> list[Finding]:
     print(f"{len(found)} findings; products {flops / of.flops:.3f} × the formula's" if of.flops else len(found))
     for finding in found:
         print(finding)
+    print(dry_run.traffic_line(step, program))
+    for (kind, name), size in list(compiled.moved_by(program).items())[:_LISTED]:
+        print(f"    {size / 2**30:7.2f} GiB  {kind}: {name}")
     return found
 
 

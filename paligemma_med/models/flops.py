@@ -65,36 +65,12 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
     Returns:
       Flops.
     """
-    sizes = _Sizes(model, res)
-    logits = text_len if supervised_len is None else min(supervised_len, text_len)
-    trained = set(trained)
-    lowest = min((sizes.place(n) for n in trained), default=math.inf)
-    # Gradients count as passing through all stacked layers if any of them is trained (in the first, they
-    # needn't pass below its lowest trained weight).
-    backward = {part: lowest <= place for part, place in sizes.stacks.items()}
-
+    sizes, trained = _Sizes(model, res), set(trained)
+    backward = _backward(sizes, trained)
     weights, recompute = 0, 0
-    for name, x in sizes.params.items():
-        part, leaf = _part_of(name), sizes.leaves[name]
-        if not leaf.inputs or sizes.is_only_read(leaf):
-            continue
-        if leaf.role == "table":
-            once = 2 * x.size * logits
-            to_input = bool(trained)  # everything trained lies below the logits
-            # In chunks, logits are computed again for the backward pass.
-            if loss_chunk and loss_chunk < logits:
-                recompute += once
-        else:
-            once = 2 * x.size * sizes.rows(leaf, text_len)
-            if sizes.reads_tower(leaf):
-                to_input = lowest < sizes.beginning(part)
-            else:
-                to_input = backward[part] if leaf.stacked else lowest < sizes.place(name)
-            # The input of an adapter's second factor comes from its first.
-            to_input |= lora.is_factor(name) and name.endswith("b") and name[:-1] + "a" in trained
+    for name, once, to_input, again in _uses(sizes, trained, text_len, supervised_len, loss_chunk):
         weights += once * (1 + to_input + (name in trained))
-        if leaf.stacked and backward[part] and sizes.is_recomputed(name):
-            recompute += once
+        recompute += once * again
 
     attention = 0
     for part, once in sizes.attention(text_len).items():
@@ -103,6 +79,50 @@ def count(model, trained, *, res, text_len, supervised_len=None, loss_chunk=None
             # Scores are recomputed under every policy (models/layers/attention.py).
             recompute += once // 2 + once * (sizes.policies[part] not in _SAVES_ALL)
     return Flops(weights, attention, recompute)
+
+
+def weight_reads(model, trained, stored, *, res, text_len, supervised_len=None, loss_chunk=None) -> int:
+    """Bytes of weights that the products of a step read if each reads its weights once: in the forward pass, where that
+    is computed again, and for the gradient of its input. Norms, biases and embeddings of tokens are left out, and that
+    chunks of the loss read the table once each.
+
+    Args:
+      stored: {name: bytes} of the parameters as a device multiplies by them.
+      The rest as for `count`.
+    """
+    uses = _uses(_Sizes(model, res), set(trained), text_len, supervised_len, loss_chunk)
+    return sum(stored[name] * (1 + to_input + again) for name, _, to_input, again in uses)
+
+
+def _backward(sizes, trained):
+    """{part: whether gradients pass through its layers}. They count as passing through all stacked layers if any of
+    them is trained (in the first, they needn't pass below its lowest trained weight)."""
+    lowest = min((sizes.place(n) for n in trained), default=math.inf)
+    return {part: lowest <= place for part, place in sizes.stacks.items()}
+
+
+def _uses(sizes, trained, text_len, supervised_len, loss_chunk):
+    """(name, FLOPs of one product, whether there is one for its input's gradient, whether it is computed again) of each
+    weight that multiplies."""
+    logits = text_len if supervised_len is None else min(supervised_len, text_len)
+    lowest = min((sizes.place(n) for n in trained), default=math.inf)
+    backward = _backward(sizes, trained)
+    for name, x in sizes.params.items():
+        part, leaf = _part_of(name), sizes.leaves[name]
+        if not leaf.inputs or sizes.is_only_read(leaf):
+            continue
+        if leaf.role == "table":
+            # Everything trained lies below the logits. In chunks, they are computed again for the backward pass.
+            yield name, 2 * x.size * logits, bool(trained), bool(loss_chunk and loss_chunk < logits)
+            continue
+        if sizes.reads_tower(leaf):
+            to_input = lowest < sizes.beginning(part)
+        else:
+            to_input = backward[part] if leaf.stacked else lowest < sizes.place(name)
+        # The input of an adapter's second factor comes from its first.
+        to_input |= lora.is_factor(name) and name.endswith("b") and name[:-1] + "a" in trained
+        again = leaf.stacked and backward[part] and sizes.is_recomputed(name)
+        yield name, 2 * x.size * sizes.rows(leaf, text_len), to_input, again
 
 
 class _Sizes:

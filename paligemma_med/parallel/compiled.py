@@ -145,6 +145,14 @@ def moves(program: hlo.Program) -> Iterator[tuple[hlo.Instruction, hlo.Place, in
             yield x, place, _moved(program, x, computation)
 
 
+def moved_by(program: hlo.Program) -> dict[tuple[str, str], int]:
+    """`moved` by {(kind of kernel, end of the name of JAX's operation): bytes}, most first."""
+    count = collections.Counter()
+    for x, place, n in moves(program):
+        count[_kernel(program, x) or x.opcode, "/".join(x.source.split("/")[-2:])] += n * place.times
+    return dict(count.most_common())
+
+
 def _main(arrays):
     """Bytes in the device's main memory."""
     return sum(a.bytes for a in arrays if a.space == 0)

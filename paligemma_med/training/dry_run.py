@@ -126,6 +126,63 @@ def saved_bytes(setup: TrainingSetup, state: states.TrainState) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in saved_vars)
 
 
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """Bytes of a device's memory that a step moves even if nothing else left the chip's caches.
+
+    Attributes:
+      weights: read by products (`flops.weight_reads`).
+      activations: kept for the backward pass, each written once and read once.
+    """
+
+    weights: int
+    activations: int
+
+    @property
+    def sum(self) -> int:
+        return self.weights + self.activations
+
+
+def needed(step: Step) -> Needed:
+    """What a step must move at least, on one device: its weights for each micro-batch, and what is kept. What passes
+    from one kernel of a layer to the next isn't in it, nor gradients of weights and the optimizer."""
+    setup, config = step.setup, step.setup.config
+    leaves = {**step.state.frozen, **step.state.trained}
+    stored = {}
+    for name in setup.abstract:
+        parts = [leaves[n] for n in (name, name + quantise.SCALE) if n in leaves]
+        stored[name] = sum(_multiplied(x, setup.model.vocab_size in x.shape) for x in parts)
+    passes = config.get("grad_accum_steps") or 1
+    reads = flops.weight_reads(
+        setup.model,
+        setup.trained_names,
+        stored,
+        res=config.res,
+        text_len=config.text_len,
+        supervised_len=config.get("supervised_len"),
+        loss_chunk=config.get("loss_chunk"),
+    )
+    return Needed(passes * reads, passes * 2 * step.activations)
+
+
+def _multiplied(x, is_table):
+    """Bytes of an array that a device multiplies by: cut along the batch's axis it is gathered, but for the table."""
+    cut = 1
+    for axes in x.sharding.spec:
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            cut *= x.sharding.mesh.shape[axis] if is_table or axis != sharding.DATA_AXIS else 1
+    return x.size * x.dtype.itemsize // cut
+
+
+def traffic_line(step: Step, program: hlo.Program) -> str:
+    """What a compiled step moves beside what is `needed`, for people."""
+    least, gib = needed(step), 2**30
+    return (
+        f"  {'traffic / needed':<26} {compiled.moved(program) / least.sum:.3g}: weights read by each product "
+        f"{least.weights / gib:.4g} GiB, activations kept, written and read, {least.activations / gib:.4g} GiB"
+    )
+
+
 def bytes_on_device(tree) -> int:
     """Bytes that one device holds of a tree of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
@@ -269,7 +326,8 @@ def _print_program(step):
     peak = flops.peak(setup.mesh.devices.flat[0], setup.config.get("peak_tflops"))
     program, bandwidth = hlo.Program(step.compiled.as_text()), chips.target().bandwidth
     print("What the compiled step does on each, kernels as chosen without trying them:")
-    print(compiled.described(program, peak, bandwidth), flush=True)
+    print(compiled.described(program, peak, bandwidth))
+    print(traffic_line(step, program), flush=True)
     return {"bound": compiled.bound(program, peak, bandwidth).seconds}
 
 

@@ -160,6 +160,20 @@ def test_four_and_six_per_weight_and_token():
     assert answers.per_example_attention == sum(attention) + 4 * 3 * 12 * seen
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_weights_are_read_once_a_product(chunk):
+    """By hand: once forward, once for the gradient of the input, once more where products are computed again."""
+    c, model, abstract, names = make(HEAD, policy="nothing_saveable")
+    stored = {n: 2 * x.size for n, x in abstract.items()}
+    sizes = dict(res=c.res, text_len=c.text_len, supervised_len=SUPERVISED, loss_chunk=chunk)
+    found = flops.weight_reads(model, names, stored, **sizes)
+    d, f = 128, 512  # of the decoder; the tower's MLPs are half as wide
+    tower = 2 * (4 * d * d + 2 * d * f // 2) + 3 * 8 * 8 * d + d * d  # below all that is trained
+    decoder = 2 * (d * d * 2 + d * 32 * 2 + 3 * d * f)
+    last = 2 * d * f  # a block's output is kept by the next one
+    assert found == 2 * (tower + 3 * decoder - last + (3 if chunk else 2) * 1024 * d)
+
+
 def test_a_norm_at_the_end_of_the_decoders_blocks_is_not_the_towers():
     """It asks for the block's last product, which is then made again: the decoder's, not the tower's."""
     (c, model, _, names), plain = (make(CONSTANT, policy="nothing_saveable", post_norms=x) for x in (True, False))

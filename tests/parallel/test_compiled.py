@@ -115,6 +115,7 @@ def test_of_a_stack_that_is_cut_the_cut_is_moved(loop):
     gather = 4 * (5 + 10) * 4 * 16
     test = 4 + 4 + 1 + 3 * 4  # whether the loop goes on, and its next number
     assert compiled.moved(loop) == 5 * (product + keep + sums + test) + gather
+    assert compiled.moved_by(loop)["Triton product", "mlp/dot"] == 5 * product
 
 
 def test_collectives(loop):

@@ -13,8 +13,10 @@ import jax
 import pytest
 
 from paligemma_med import train
+from paligemma_med.models import flops
 from paligemma_med.setup import TrainingSetup
 from paligemma_med.training import dry_run
+from paligemma_med.training import state as states
 from paligemma_med.training.state import TrainState
 from tests import environ, tiny
 
@@ -166,6 +168,20 @@ def test_activations_follow_rows_and_policy():
 
 
 @pytest.mark.slow
+def test_what_a_step_needs_to_move(step):
+    """Weights as they are stored, whole although they are cut over eight devices, but for the table."""
+    whole = {n: 4 * x.size for n, x in step.setup.abstract.items()}
+    (table,) = (n for n in whole if n.endswith("input_embedding"))
+    c = step.setup.config
+    kw = dict(res=c.res, text_len=c.text_len)
+    expected = flops.weight_reads(step.setup.model, step.setup.trained_names, {**whole, table: whole[table] // 8}, **kw)
+    assert dry_run.needed(dataclasses.replace(step, activations=7)) == dry_run.Needed(expected, 14)
+    setup = TrainingSetup.without_data(config(grad_accum_steps=2, frozen_dtype="int8"))
+    again = dry_run.Step(setup, None, states.abstract(setup), {}, 7, 0.0)
+    # Twice as often; a quarter of the bytes, scales and the trained leaf not counted.
+    assert expected / 2 < dry_run.needed(again).weights < expected * 0.75 and dry_run.needed(again).activations == 28
+
+
 def test_bfloat16_is_bounded_by_float32_on_a_cpu():
     found = dry_run.dry_run(config(dtype="bfloat16", frozen_dtype="bfloat16"))
     assert found["peak_elsewhere"] <= found["peak"]

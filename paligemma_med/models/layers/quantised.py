@@ -150,18 +150,21 @@ def _by_table(x, table):
 
 
 def _by_table_forward(x, table):
-    return _by_table(x, table), (x, table)
+    # Only what is needed is kept, and computed: a frozen table has no gradient, not even one that XLA would drop.
+    kept = x.value if table.perturbed else None, table.value if x.perturbed else None
+    return _by_table(x.value, table.value), kept
 
 
 def _by_table_backward(kept, g):
     x, table = kept
-    g = g.astype(x.dtype)
-    by_x = jnp.einsum("...V,VD->...D", g, table, preferred_element_type=jnp.float32)
-    by_table = jnp.einsum("...V,...D->VD", g, x, preferred_element_type=jnp.float32)
-    return by_x.astype(x.dtype), by_table.astype(table.dtype)
+    g = g.astype((table if x is None else x).dtype)
+    f32 = dict(preferred_element_type=jnp.float32)
+    by_x = None if table is None else jnp.einsum("...V,VD->...D", g, table, **f32).astype(g.dtype)
+    by_table = None if x is None else jnp.einsum("...V,...D->VD", g, x, **f32).astype(g.dtype)
+    return by_x, by_table
 
 
-_by_table.defvjp(_by_table_forward, _by_table_backward)
+_by_table.defvjp(_by_table_forward, _by_table_backward, symbolic_zeros=True)
 
 
 def _few(x):
