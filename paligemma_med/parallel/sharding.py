@@ -6,8 +6,8 @@ big_vision. JAX does the distributing; this file only turns those settings into 
 Strategies; "|" applies several, each to the dimensions that are still whole:
 
 - `replicate`: a copy on every device.
-- `fsdp(axis="data", min_size_to_shard_mb=1)`: the longest dimension that the axis divides, except
-  the layers and LoRA ranks. Smaller leaves stay whole.
+- `fsdp(axis="data", min_size_to_shard_mb=1, cut="longest")`: the longest dimension that the axis divides, or with
+  cut="first" the first one, except the layers and LoRA ranks. Smaller leaves stay whole.
 - `shard_dim(axis, dim, ignore_ndim_error=False)`: that dimension.
 - `tp(axis)`: by the kind of layer. Attention by heads, MLPs by their inner width, the embedding
   table by vocabulary; everything else stays whole. After Megatron-LM (arXiv 1909.08053).
@@ -114,7 +114,10 @@ def _fsdp(
     *,
     axis: str | tuple[str, ...] = DATA_AXIS,
     min_size_to_shard_mb: float = 1,
+    cut: str = "longest",
 ) -> tuple[Spec, str]:
+    if cut not in ("longest", "first"):
+        raise ValueError(f"fsdp: cut is {cut!r}, expected 'longest' or 'first'")
     if _size(axis, mesh) == 1 or leaf.nbytes < min_size_to_shard_mb * 2**20:
         return spec, ""
     # With the layers cut, reading one would gather the whole stack; a rank is too short to cut.
@@ -126,7 +129,9 @@ def _fsdp(
     ]
     if not fits:
         return spec, f"no dimension left that {_shown(axis)}={_size(axis, mesh)} divides"
-    return _cut(spec, max(fits, key=lambda i: (leaf.shape[i], i)), axis), ""
+    # Where another than the first dimension of a layer is cut, XLA's compiler for GPUs (0.10.2) keeps a transposed copy
+    # of the part of all layers; where heads are, that for TPUs keeps a copy (docs/chips.md).
+    return _cut(spec, fits[0] if cut == "first" else max(fits, key=lambda i: (leaf.shape[i], i)), axis), ""
 
 
 def _shard_dim(
@@ -184,7 +189,7 @@ def _shown(axis: str | tuple[str, ...]) -> str:
 # Strategy name -> (function, {argument: allowed types}, required arguments).
 _STRATEGIES: Mapping[str, tuple[Callable[..., tuple[Spec, str]], Mapping[str, tuple[type, ...]], tuple[str, ...]]] = {
     "replicate": (_replicate, {}, ()),
-    "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float)}, ()),
+    "fsdp": (_fsdp, {"axis": (str, tuple), "min_size_to_shard_mb": (int, float), "cut": (str,)}, ()),
     "shard_dim": (
         _shard_dim,
         {"axis": (str, tuple), "dim": (int,), "ignore_ndim_error": (bool,)},

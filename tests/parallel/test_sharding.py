@@ -70,6 +70,21 @@ def test_fsdp_cuts_the_longest_divisible_dimension():
     }
 
 
+def test_fsdp_cuts_the_first_dimension_if_asked():
+    """Of a layer: not gate and up, which are two; of queries the heads, rather than the longer input."""
+    attn = {"q_einsum": _tree(w=(8, 8, 512, 64))}
+    tree = {"llm": {"layers": {"mlp": _tree(gating_einsum=(8, 2, 512, 2048)), "attn": attn}}}
+    mesh = sharding.make_mesh([("data", -1)])
+
+    def cuts(strategy):
+        return {sharding.short_spec(place) for place, _ in sharding.plan(tree, [(".*", strategy)], mesh).values()}
+
+    assert cuts("fsdp()") == cuts('fsdp(cut="longest")') == {"-,-,-,data", "-,-,data,-"}
+    assert cuts('fsdp(cut="first")') == {"-,-,data,-", "-,data,-,-"}
+    with pytest.raises(ValueError, match="cut is 'last', expected 'longest' or 'first'"):
+        cuts('fsdp(cut="last")')
+
+
 def test_size_bound_counts_bytes():
     mesh = sharding.make_mesh([("data", -1)])
     rule = [(".*", "fsdp(min_size_to_shard_mb=2)")]
