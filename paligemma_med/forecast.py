@@ -219,7 +219,7 @@ def of_saliency(setup: Setup, *, num_samples=5, max_new_tokens=64, methods=("rol
     add = lambda name, lower, rows=1: out.append(Program(name, lower, read, rows, total))  # noqa: E731
     add("attention and rollout", lambda: passes.lower(model, params_of(setup), read, queries))
     if "relevancy" in methods:
-        add("relevancy", lambda: relevancy.lower(model, params_of(setup), read, max_new_tokens))
+        add("relevancy of the first tokens", lambda: relevancy.lower(model, params_of(setup), read, max_new_tokens))
     if "occlusion" in methods:
         params = params_of(setup)
         size = report.batch_size_for(params) if chips.backend() == "cpu" else report.BATCH

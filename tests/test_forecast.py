@@ -202,7 +202,7 @@ def test_a_chip_goes_with_a_dry_run(monkeypatch):
     "chip, needs, device", [("h200", "jax_cuda12_plugin", "NVIDIA H200"), ("v5e:1x1", "libtpu", "TPU v5")]
 )
 @pytest.mark.parametrize(
-    "program, printed", [("evaluate", "one token of every answer"), ("explain", "relevancy, 1 row")]
+    "program, printed", [("evaluate", "one token of every answer"), ("explain", "relevancy of the first tokens, 1 row")]
 )
 def test_compiles(chip, needs, device, program, printed):
     command = [sys.executable, "-m", f"paligemma_med.{program}", "--config=configs/slake_mini.py", "--dry_run"]

@@ -18,6 +18,7 @@ beside the weights and activations that it needs, and which kernels move most. L
     donated     trained leaves or optimizer state whose memory no result takes
     gathered    weights of more than one layer brought together; a layer's waited for as soon as they are asked for
     recomputed  more products than the model's formula has (`models.flops`)
+    cut out     of decode: a layer's weights, keys or values copied out of their stack before they are multiplied
 """
 
 import collections
@@ -309,6 +310,23 @@ def run(config, chip=None, save=None, program="train") -> list[Finding]:
     return found
 
 
+_CUTS = ("dynamic-slice", "slice")
+
+
+def cut_out(program: hlo.Program, least: int = 2**24) -> list[Finding]:
+    """Kernels that only cut something out of an array and write it down, where a product could read the cut itself."""
+    out, moves = [], {*_CUTS, *_MOVES, "parameter", "constant", "bitcast", "reshape", "tuple"}
+    for x, _, place in program.instructions(fused=False):
+        inner = [i for name in x.called("calls") for i in program.computations.get(name, {}).values()]
+        # Not those that work out where to cut.
+        does = {i.opcode for i in (inner if x.opcode == "fusion" else [x]) if any(a.size > 1 for a in i.arrays)}
+        size = sum(a.bytes for a in x.arrays if not a.space)
+        if does & {*_CUTS} and does <= moves and size >= least:
+            made = ", ".join(map(str, x.arrays))
+            out.append(Finding("cut out", f"{made}: {_tail(x.source)}", size, place.times))
+    return out
+
+
 def _run_program(setup, program, save):
     if program == "saliency":
         programs = forecast.of_saliency(setup, num_samples=0, methods=("rollout", "relevancy"))[1:]
@@ -322,6 +340,8 @@ def _run_program(setup, program, save):
         _save(made.compiled.as_text(), save)
         of = dataclasses.replace(of, in_bfloat16=of.in_bfloat16 and not on_cpu)
         found = audit(made.parts[part] or made.parts[0], of, not on_cpu)
+        if part:
+            found += cut_out(made.parts[part] or made.parts[0])
         if on_cpu and _in_bfloat16(setup.config):
             given = before_xla(one.lower()).around_the_loop()
             found = wide_products(given[part] or given[0]) + found

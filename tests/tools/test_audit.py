@@ -133,6 +133,19 @@ def test_gathers_of_more_than_a_layer_are_found(whole):
     assert whole or ["at once" in f.what for f in late] == [True]
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_layer_that_is_cut_out_of_its_stack_is_found(used):
+    """Written out as it is, or read by the kernel that cuts it out."""
+
+    def f(w, i):
+        layer = jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
+        return jnp.sin(layer) if used else layer
+
+    given = jax.ShapeDtypeStruct(LEAVES["llm/layers/w"], "float32"), jax.ShapeDtypeStruct((), "int32")
+    found = audit.cut_out(hlo.Program(jax.jit(f).lower(*given).compile().as_text()), least=2**12)
+    assert [f.bytes for f in found] == ([] if used else [4 * WIDTH * WIDTH])
+
+
 def test_products_that_the_formula_has_not_are_found():
     found = program()
     flops = sum(p.flops * p.times for p in audit.compiled.products(found))
