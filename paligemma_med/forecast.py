@@ -216,14 +216,15 @@ def of_saliency(setup: Setup, *, num_samples=5, max_new_tokens=64, methods=("rol
     read = {k: x for k, x in batch(1, total).items() if k in trace.INPUTS}
     count = -(-max_new_tokens // trace.MULTIPLE) * trace.MULTIPLE
     queries = jax.ShapeDtypeStruct((count,), "int32")
-    add = lambda name, lower, rows=1: out.append(Program(name, lower, read, rows, total))  # noqa: E731
+    add = lambda name, lower, rows=1, given=read: out.append(Program(name, lower, given, rows, total))  # noqa: E731
     add("attention and rollout", lambda: passes.lower(model, params_of(setup), read, queries))
     if "relevancy" in methods:
         add("relevancy of the first tokens", lambda: relevancy.lower(model, params_of(setup), read, max_new_tokens))
     if "occlusion" in methods:
         params = params_of(setup)
         size = report.batch_size_for(params) if chips.backend() == "cpu" else report.BATCH
-        add("occlusion", lambda: occlusion.lower(model, params, read, size, count), size)
+        images = {**read, "image": batch(size, total)["image"]}
+        add("occlusion", lambda: occlusion.lower(model, params, read, size, count), size, images)
     return out
 
 

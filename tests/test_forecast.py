@@ -155,6 +155,7 @@ def test_saliency_is_of_the_longest_text(monkeypatch):
     assert len(found) == 4 and [p.rows for p in found] == [3, 1, 1, 32]
     # As `explain` pads a prompt of 40 tokens and an answer of 10.
     assert {p.text_len for p in found[2:]} == {64}
+    assert [p.batch["image"].shape[0] for p in found] == [p.rows for p in found]
     found[3].lower()
     c.predict_pp = ""
     with pytest.raises(ValueError, match="config has no predict_pp"):

@@ -221,9 +221,12 @@ def _gpus(name, gpu, many):
 
 def _tpus(name, kind, shape):
     memory, bandwidth, machine = TPUS[kind]
-    # libtpu otherwise asks a metadata server who it is, for minutes.
+    # libtpu otherwise asks a metadata server who it is, for minutes, and lets one process in at a time.
     for variable, value in dict(
-        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=machine
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=machine,
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     ).items():
         os.environ.setdefault(variable, value)
     devices = _devices(name, "chips-tpu", platform="tpu", topology_name=f"{kind}:{shape}")
