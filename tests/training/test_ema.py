@@ -156,6 +156,7 @@ def test_evaluations_are_given_the_average_unless_asked_otherwise(finished, tmp_
         evaluate.evaluate(of_run, workdir, str(tmp_path), only=["as_trained"])
 
 
+@pytest.mark.slow  # two runs more; that a resumed run has its optimizer's state is tested in test_train.py, too
 def test_a_resumed_run_has_the_same_average(finished, tiny_data, tmp_path, monkeypatch):
     straight, c, results, _ = finished
     workdir = str(tmp_path / "w")
