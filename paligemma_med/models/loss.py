@@ -50,7 +50,9 @@ def cross_entropy(logits, labels, label_smoothing: float = 0.0) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    # Not taken by index: XLA writes the gradient of that as an array of its own, and this one's into the softmax's.
+    is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
+    right = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     if not label_smoothing:
         return lse - right
     others = (jnp.sum(logits, axis=-1) - right) / (logits.shape[-1] - 1)
