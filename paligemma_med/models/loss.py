@@ -5,6 +5,8 @@ Axis letters: B batch, T text positions, P supervised positions used, D width of
 vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -48,15 +50,32 @@ def cross_entropy(logits, labels, label_smoothing: float = 0.0) -> jax.Array:
     Returns:
       float32[B, P].
     """
-    logits = logits.astype(jnp.float32)
+    return _cross_entropy(logits.astype(jnp.float32), labels, label_smoothing)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cross_entropy(logits, labels, smoothing):
+    """`cross_entropy` with its gradient written out: JAX's own goes through further arrays of their size."""
+    return _cross_entropy_forward(logits, labels, smoothing)[0]
+
+
+def _cross_entropy_forward(logits, labels, smoothing):
     lse = jax.nn.logsumexp(logits, axis=-1)
-    # Not taken by index: XLA writes the gradient of that as an array of its own, and this one's into the softmax's.
+    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    loss = lse - (1.0 - smoothing) * right
+    if smoothing:
+        loss -= smoothing * (jnp.sum(logits, axis=-1) - right) / (logits.shape[-1] - 1)
+    return loss, (logits, labels, lse)
+
+
+def _cross_entropy_backward(smoothing, kept, g):
+    logits, labels, lse = kept
     is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    right = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    if not label_smoothing:
-        return lse - right
-    others = (jnp.sum(logits, axis=-1) - right) / (logits.shape[-1] - 1)
-    return lse - (1.0 - label_smoothing) * right - label_smoothing * others
+    target = jnp.where(is_label, 1.0 - smoothing, smoothing / (logits.shape[-1] - 1))
+    return g[..., None] * (jnp.exp(logits - lse[..., None]) - target), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def chunked_cross_entropy(

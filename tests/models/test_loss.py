@@ -29,6 +29,21 @@ def test_cross_entropy_is_the_one_hot_formula(smoothing):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_of_cross_entropy_is_that_of_the_one_hot_formula(smoothing):
+    logits = 3 * jax.random.normal(jax.random.key(0), (2, 3, 11))
+    labels = jax.random.randint(jax.random.key(1), (2, 3), 0, 11)
+    weights = jax.random.normal(jax.random.key(2), (2, 3))
+    target = jnp.where(jax.nn.one_hot(labels, 11) > 0, 1 - smoothing, smoothing / 10)
+
+    def formula(logits):
+        return jnp.sum(-weights * jnp.sum(target * jax.nn.log_softmax(logits), axis=-1))
+
+    wanted = jax.grad(formula)(logits)
+    ours = jax.grad(lambda x: jnp.sum(weights * losses.cross_entropy(x, labels, smoothing)))(logits)
+    np.testing.assert_allclose(ours, wanted, atol=1e-6 * float(jnp.abs(wanted).max()), rtol=0)
+
+
 def test_cross_entropy_is_pytorchs():
     import torch
 
