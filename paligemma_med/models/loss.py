@@ -71,7 +71,7 @@ def _cross_entropy_forward(logits, labels, smoothing):
 def _cross_entropy_backward(smoothing, kept, g):
     logits, labels, lse = kept
     is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    target = jnp.where(is_label, 1.0 - smoothing, smoothing / (logits.shape[-1] - 1))
+    target = jnp.where(is_label, jnp.float32(1.0 - smoothing), jnp.float32(smoothing / (logits.shape[-1] - 1)))
     return g[..., None] * (jnp.exp(logits - lse[..., None]) - target), None
 
 
