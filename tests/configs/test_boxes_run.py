@@ -31,10 +31,11 @@ def test_a_run_ends_with_a_table_of_boxes(tmp_path):
     c.total_steps = 2
     c.model = tiny.MODEL
     c.model.llm.vocab_size = common_boxes.TINY_VOCAB
-    for section in c.evals.values():  # one program for all: of a few tokens
-        section.pred_kw.max_new_tokens = 5
+    sets = ("slake_en_test", "slake_detect_test", "slake_ground_test")
+    for name in sets:  # one program for all: of a few tokens
+        c.evals[name].pred_kw.max_new_tokens = 5
     found = train.train(c, str(tmp_path / "w"))
-    assert set(found) == {"slake_en_test", "slake_detect_test", "slake_ground_test"}
+    assert set(found) == {*sets, *(f"{name}_loss" for name in sets)}
     boxes = found["slake_detect_test"]
     assert boxes["n"] == 4  # a liver and a lung on two images
     for who in ("model", "mean_box", *common_boxes.DETECTION_CONTROLS[1:]):
