@@ -200,7 +200,7 @@ def test_a_chip_goes_with_a_dry_run(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "chip, needs, device", [("h200", "jax_cuda12_plugin", "NVIDIA H200"), ("v5e:1x1", "libtpu", "TPU v5")]
+    "chip, needs, device", [("h200", "jax_cuda12_plugin", "NVIDIA H200"), ("v5e:2x2", "libtpu", "TPU v5")]
 )
 @pytest.mark.parametrize(
     "program, printed", [("evaluate", "one token of every answer"), ("explain", "relevancy of the first tokens, 1 row")]
